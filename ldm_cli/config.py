@@ -1,0 +1,39 @@
+"""The base of every typed configuration: frozen, strict, nothing unknown accepted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Config(BaseModel):
+    """A frozen, strict record; unknown keys and silent conversions (text to number, …) are errors.
+
+    Docstrings under the fields are their descriptions in `ldm recipe schema`.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+        ser_json_inf_nan="strings",
+    )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """Validate plain data as JSON would be: lists become tuples and 1 may stand for 1.0, but "1" is no number.
+
+        Raises:
+            pydantic.ValidationError: with one entry per problem.
+        """
+        return cls.model_validate_json(json.dumps(values))
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The configuration as plain JSON data, every field present."""
+        result: dict[str, Any] = self.model_dump(mode="json")
+        return result

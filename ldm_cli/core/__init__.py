@@ -1,0 +1,1 @@
+"""The shared core: models and diffusion maths in torch, nothing else."""

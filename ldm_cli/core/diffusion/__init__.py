@@ -1,0 +1,1 @@
+"""Pure tensor functions and frozen dataclasses: schedules, predictions, losses, samplers, guidance."""

@@ -1,0 +1,1 @@
+"""The common data layer: shards and index, order, decoding, batches, synthetic scenes, tokenizer."""

@@ -1,0 +1,133 @@
+"""Every error a user may see, and the exit code of each.
+
+    LdmError                    70  a bug of ours
+    ├── UsageError               2  wrong command line
+    ├── DataError               65  data damaged, too many bad samples
+    ├── InputNotFoundError      66  an input file or folder is missing
+    ├── UnavailableError        69  device or backend missing
+    ├── OutputError             73  output not writable, exists or locked
+    ├── StorageError            74  I/O error, disk full
+    ├── Preempted               75  checkpoint saved: run the same command again
+    ├── RecipeError             78  recipe invalid
+    ├── DivergedError           80  non-finite loss, gradient or weights
+    ├── OutOfMemoryError        81  the device's memory does not suffice
+    ├── WorkerError             82  a rank or worker died
+    └── CheckpointError         83  checkpoint or model corrupt, untrusted or of another kind
+
+Misuse of a function by a programmer is a `ValueError` that names both values; these are for users.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import ClassVar
+
+
+def printable(text: str) -> str:
+    """`text` with control characters and bidi overrides escaped, so that it is safe on a terminal or in a log.
+
+    >>> printable("a\\x1b[31mb")
+    'a\\\\x1b[31mb'
+    """
+    return "".join(
+        c if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp") else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
+class LdmError(Exception):
+    """What failed, on which object, why, and what to do: one line for the user and one exit code.
+
+    Attributes:
+        what: what failed, e.g. "cannot read shard 'a.tar'".
+        cause: why, e.g. "ends inside member '000012.png' at byte 51200".
+        remedy: what the user can do, e.g. "download it again, or set data.on_bad_shard=skip".
+    """
+
+    code: ClassVar[int] = 70
+    tag: ClassVar[str] = "E-BUG"
+
+    def __init__(self, what: str, cause: str = "", remedy: str = "") -> None:
+        super().__init__(what)
+        self.what, self.cause, self.remedy = what, cause, remedy
+
+    def __str__(self) -> str:
+        """The line without its prefix: `what: cause; remedy [E-TAG]`."""
+        text = self.what + (f": {self.cause}" if self.cause else "") + (f"; {self.remedy}" if self.remedy else "")
+        return f"{printable(text)} [{self.tag}]"
+
+
+class UsageError(LdmError):
+    """The command line is wrong."""
+
+    code, tag = 2, "E-USAGE"
+
+
+class DataError(LdmError):
+    """Data is damaged, or too many samples are bad."""
+
+    code, tag = 65, "E-DATA"
+
+
+class InputNotFoundError(LdmError):
+    """An input file, folder or pattern leads nowhere."""
+
+    code, tag = 66, "E-NOINPUT"
+
+
+class UnavailableError(LdmError):
+    """A device or an optional backend is missing."""
+
+    code, tag = 69, "E-UNAVAILABLE"
+
+
+class OutputError(LdmError):
+    """The output cannot be written, exists already, or is locked by a live run."""
+
+    code, tag = 73, "E-OUTPUT"
+
+
+class StorageError(LdmError):
+    """Reading or writing failed: disk full, quota, I/O error."""
+
+    code, tag = 74, "E-IO"
+
+
+class Preempted(LdmError):  # noqa: N818 - a state, not a fault
+    """The run was asked to stop and has saved a checkpoint; the same command continues it."""
+
+    code, tag = 75, "E-PREEMPTED"
+
+
+class RecipeError(LdmError):
+    """The recipe is invalid. `problems` holds one `file:line:col: path: …` line each."""
+
+    code, tag = 78, "E-RECIPE"
+
+    def __init__(self, what: str, cause: str = "", remedy: str = "", problems: tuple[str, ...] = ()) -> None:
+        super().__init__(what, cause, remedy)
+        self.problems = problems
+
+
+class DivergedError(LdmError):
+    """Loss, gradient or weights are no longer finite."""
+
+    code, tag = 80, "E-DIVERGED"
+
+
+class OutOfMemoryError(LdmError):
+    """The memory of the device does not suffice."""
+
+    code, tag = 81, "E-MEMORY"
+
+
+class WorkerError(LdmError):
+    """A rank or a data worker died."""
+
+    code, tag = 82, "E-WORKER"
+
+
+class CheckpointError(LdmError):
+    """A checkpoint or model file is corrupt, untrusted, or of another kind or shape."""
+
+    code, tag = 83, "E-CHECKPOINT"

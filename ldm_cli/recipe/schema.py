@@ -1,0 +1,133 @@
+"""The typed recipes, one per command."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ldm_cli.config import Config
+from ldm_cli.core.diffusion.config import DiffusionConfig
+from ldm_cli.core.models.autoencoder_kl import AutoencoderKLConfig
+from ldm_cli.core.models.clip import CLIPConfig
+from ldm_cli.core.models.unet_2d_condition import UNet2DConditionConfig
+from ldm_cli.core.vae_loss import VAELossConfig
+from ldm_cli.data.config import DataConfig
+from ldm_cli.data.tokenizer import TokenizerConfig
+from ldm_cli.evaluation.config import EvalConfig
+from ldm_cli.sampling.config import SamplingConfig
+from ldm_cli.training.config import TrainConfig
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+
+class TrainClipRecipe(Config):
+    """`ldm train-clip`: a contrastive image-text model from shards."""
+
+    command: Literal["train-clip"]
+    """Which command this recipe is for."""
+    name: Name
+    """Name of the run; it lives in `runs/NAME`."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of everything random."""
+    data: DataConfig
+    """Shards and preprocessing."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """Train a vocabulary from the captions, or load one."""
+    clip: CLIPConfig
+    """The model; fields as in its Hugging Face config.json."""
+    train: TrainConfig
+    """Optimization."""
+
+
+class TrainVaeRecipe(Config):
+    """`ldm train-vae`: an image autoencoder from shards; captions are not needed."""
+
+    command: Literal["train-vae"]
+    """Which command this recipe is for."""
+    name: Name
+    """Name of the run; it lives in `runs/NAME`."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of everything random."""
+    data: DataConfig
+    """Shards and preprocessing."""
+    vae: AutoencoderKLConfig
+    """The model; fields as in its Hugging Face config.json."""
+    loss: VAELossConfig = VAELossConfig()
+    """Reconstruction, KL, perceptual and adversarial terms."""
+    train: TrainConfig
+    """Optimization."""
+
+
+class SamplesConfig(Config):
+    """Pictures drawn while a denoiser trains, always from the same prompts and seeds."""
+
+    prompts: tuple[str, ...] = ()
+    """Fixed prompts; empty: captions of the first held-out samples."""
+    num_prompts: Annotated[int, Field(ge=1, le=64)] = 8
+    """How many captions to take when `prompts` is empty."""
+    sampling: SamplingConfig = SamplingConfig(steps=20, images_per_prompt=1)
+    """How they are drawn."""
+
+
+class TrainUnetRecipe(Config):
+    """`ldm train-unet`: a text-conditional denoiser in the latent space of a trained VAE."""
+
+    command: Literal["train-unet"]
+    """Which command this recipe is for."""
+    name: Name
+    """Name of the run; it lives in `runs/NAME`."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of everything random."""
+    data: DataConfig
+    """Shards and preprocessing."""
+    vae: str
+    """Folder of the trained AutoencoderKL (`runs/…/model`)."""
+    text_encoder: str
+    """Folder of the trained CLIPModel or CLIPTextModel, with its tokenizer (`runs/…/model`)."""
+    unet: UNet2DConditionConfig
+    """The model; fields as in its Hugging Face config.json."""
+    diffusion: DiffusionConfig = DiffusionConfig()
+    """Noise schedule, prediction, loss weights, caption dropout."""
+    train: TrainConfig
+    """Optimization."""
+    samples: SamplesConfig = SamplesConfig()
+    """Pictures drawn on the way."""
+
+
+class SampleRecipe(Config):
+    """`ldm sample`: pictures from prompts."""
+
+    command: Literal["sample"]
+    """Which command this recipe is for."""
+    model: str
+    """Pipeline folder, a run folder, or a checkpoint of `train-unet`."""
+    prompts: tuple[str, ...] = ()
+    """Prompts, one entry each; `--prompts FILE` and `-p` come on top."""
+    out: str = "samples"
+    """Folder for the pictures."""
+    sampling: SamplingConfig = SamplingConfig()
+    """Sampler, steps, guidance, size."""
+
+
+class EvalRecipe(Config):
+    """`ldm eval`: metrics of trained models on shards."""
+
+    command: Literal["eval"]
+    """Which command this recipe is for."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of everything random."""
+    data: DataConfig
+    """Shards to measure on (`shards`; `val_shards` is not used)."""
+    eval: EvalConfig
+    """Models and metrics."""
+
+
+Recipe = TrainClipRecipe | TrainVaeRecipe | TrainUnetRecipe | SampleRecipe | EvalRecipe
+RECIPES: dict[str, type[Config]] = {
+    "train-clip": TrainClipRecipe,
+    "train-vae": TrainVaeRecipe,
+    "train-unet": TrainUnetRecipe,
+    "sample": SampleRecipe,
+    "eval": EvalRecipe,
+}

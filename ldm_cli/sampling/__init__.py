@@ -1,0 +1,1 @@
+"""The pipeline from prompt to image."""
