@@ -1,0 +1,50 @@
+"""Exponential moving average of the weights (Polyak & Juditsky 1992; decay warm-up as in TensorFlow's
+`ExponentialMovingAverage`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class ExponentialMovingAverage:
+    """Averages of all parameters of some modules, with `averaged()` to put them in place for a while.
+
+    Buffers (batch-norm statistics) are averages already and are shared with the live modules.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], decay: float, warmup: bool) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"decay={decay} is not in [0, 1)")
+        self.decay, self.warmup = decay, warmup
+        self.live: list[Tensor] = [p for m in modules.values() for p in m.parameters()]
+        self.average = [p.detach().clone() for p in self.live]
+
+    def decay_at(self, step: int) -> float:
+        """Decay used after optimizer step `step` (1-based)."""
+        return min(self.decay, (1.0 + step) / (10.0 + step)) if self.warmup else self.decay
+
+    @torch.no_grad()
+    def update(self, step: int, kept: Tensor) -> None:
+        """average ← average + (1 − decay)·kept·(weights − average); `kept` is 0.0 for a skipped step, else 1.0."""
+        weight = (1.0 - self.decay_at(step)) * kept
+        difference = torch._foreach_sub(self.live, self.average)
+        torch._foreach_mul_(difference, weight)
+        torch._foreach_add_(self.average, difference)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this context the modules hold the averages; what is written into them goes to the averages."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for live, average in zip(self.live, self.average, strict=True):
+            live.data, average.data = average.data, live.data

@@ -1,0 +1,136 @@
+"""Optimizers, the learning-rate curve, and one guarded step: clipping, loss scaling and the non-finite check without
+waiting for the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ldm_cli.training.config import TrainConfig
+
+_FIRST_LOSS_SCALE = 2.0**16
+_STEPS_TO_GROW = 2000
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Learning rate of optimizer step `step` (1-based): linear warm-up, then constant or half a cosine.
+
+    The cosine is Loshchilov & Hutter 2017, eq. 5 (arXiv:1608.03983), without restarts.
+    """
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    if config.lr_schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr * (config.min_lr_fraction + (1.0 - config.min_lr_fraction) * cosine)
+
+
+def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Fused AdamW over the trainable parameters; weight decay on matrices and kernels alone (ndim ≥ 2)."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+    )
+
+
+class GuardedOptimizers:
+    """One AdamW per module, stepped together or, when any gradient is non-finite, not at all.
+
+    Each module's gradients are clipped by their own norm, so that a discriminator cannot throttle the generator. The
+    fused kernel divides the gradients by `grad_scale` and skips the update where `found_inf` is 1, so clipping,
+    unscaling and skipping need neither a pass over the gradients nor a look at a value on the host.
+
+    Attributes:
+        loss_scale: float32 scalar tensor the loss is multiplied by; 1 unless the precision is fp16.
+        nonfinite_run: float32 scalar tensor, consecutive skipped steps.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], config: TrainConfig, device: torch.device) -> None:
+        self.config = config
+        self.names = {name: [n for n, p in m.named_parameters() if p.requires_grad] for name, m in modules.items()}
+        self.parameters = {name: [p for p in m.parameters() if p.requires_grad] for name, m in modules.items()}
+        self.optimizers = {name: build_optimizer(m, config) for name, m in modules.items()}
+        scale = _FIRST_LOSS_SCALE if config.precision == "fp16" else 1.0
+        self.loss_scale = torch.tensor(scale, device=device)
+        self.steps_since_overflow = torch.tensor(0.0, device=device)
+        self.nonfinite_run = torch.tensor(0.0, device=device)
+
+    def step(self, lr: float, loss: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Update all parameters from their gradients, then drop the gradients.
+
+        Args:
+            lr: learning rate of this step.
+            loss: scalar; a non-finite value also skips the step.
+
+        Returns:
+            The gradient 2-norm of each module, before clipping, and `kept`: 1.0 if the step was taken, else 0.0.
+        """
+        norms = {
+            name: torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]) / self.loss_scale
+            for name, parameters in self.parameters.items()
+        }
+        finite = torch.isfinite(torch.stack([*norms.values(), loss.detach().to(self.loss_scale)])).all()
+        found_inf = 1.0 - finite.to(torch.float32)
+        for name, optimizer in self.optimizers.items():
+            clip = torch.ones_like(self.loss_scale)
+            if self.config.max_grad_norm is not None:
+                clip = (norms[name] / self.config.max_grad_norm).clamp(min=1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.grad_scale, optimizer.found_inf = self.loss_scale * clip, found_inf  # type: ignore[attr-defined]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.nonfinite_run = (self.nonfinite_run + 1.0) * found_inf
+        if self.config.precision == "fp16":
+            self._adapt_loss_scale(found_inf)
+        return norms, 1.0 - found_inf
+
+    def _adapt_loss_scale(self, found_inf: Tensor) -> None:
+        """Halve the scale on overflow, double it after 2,000 good steps (Micikevicius et al. 2018, §3.2)."""
+        self.steps_since_overflow = (self.steps_since_overflow + 1.0) * (1.0 - found_inf)
+        grow = (self.steps_since_overflow >= _STEPS_TO_GROW).to(torch.float32)
+        self.steps_since_overflow = self.steps_since_overflow * (1.0 - grow)
+        self.loss_scale = self.loss_scale * torch.exp2(grow - found_inf)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything needed to go on exactly: moments and step counts by parameter name, loss scale, counters."""
+        tensors = {
+            "loss_scale": self.loss_scale,
+            "steps_since_overflow": self.steps_since_overflow,
+            "nonfinite_run": self.nonfinite_run,
+        }
+        for module, names in self.names.items():
+            state = self.optimizers[module].state
+            for name, parameter in zip(names, self.parameters[module], strict=True):
+                for field, value in state.get(parameter, {}).items():
+                    tensors[f"{module}.{name}.{field}"] = value
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Inverse of `state`.
+
+        Raises:
+            KeyError: a tensor is missing.
+        """
+        for field in ("loss_scale", "steps_since_overflow", "nonfinite_run"):
+            setattr(self, field, tensors[field].to(self.loss_scale.device))
+        for module, names in self.names.items():
+            state = self.optimizers[module].state
+            for name, parameter in zip(names, self.parameters[module], strict=True):
+                prefix = f"{module}.{name}."
+                if f"{prefix}step" not in tensors:
+                    continue  # the parameter had received no gradient yet
+                state[parameter] = {
+                    "step": tensors[f"{prefix}step"].to(parameter.device),
+                    # empty_like keeps the parameter's memory order, on which the fused kernel's result depends
+                    "exp_avg": torch.empty_like(parameter.detach()).copy_(tensors[f"{prefix}exp_avg"]),
+                    "exp_avg_sq": torch.empty_like(parameter.detach()).copy_(tensors[f"{prefix}exp_avg_sq"]),
+                }
