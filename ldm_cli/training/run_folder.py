@@ -1,0 +1,224 @@
+"""The folder of one training run: who owns it, what it is, how far it is."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import torch
+
+from ldm_cli import __version__
+from ldm_cli.errors import CheckpointError, OutputError, printable
+from ldm_cli.reporting import Reporter
+from ldm_cli.training.checkpoint import storage_errors
+
+# What may differ between the lives of one run: nothing here changes a weight.
+_HARMLESS = {
+    "train.log_every",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.validate_every",
+    "train.validation_samples",
+    "train.sample_every",
+    "train.max_nonfinite",
+    "data.num_workers",
+    "data.max_bad_fraction",
+    "data.shards",  # a data folder may move; its content is compared by fingerprint
+    "data.val_shards",
+}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by a file holding `text`; a reader sees the old or the new content, nothing between."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    with storage_errors(path):
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+
+
+def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys: `{"a": {"b": 1}}` → `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for name, value in mapping.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+class RunFolder:
+    """`runs/NAME`, locked while the context is open.
+
+    Holds recipe.yaml (as written by the user), recipe.resolved.yaml (JSON, hence YAML: every field), env.json,
+    status.json, log.txt, metrics.jsonl, checkpoints/, samples/ and, at the end, model/.
+    """
+
+    def __init__(self, path: Path, reporter: Reporter) -> None:
+        self.path, self._reporter = path, reporter
+        self._lock: IO[str] | None = None
+        self._log: IO[str] | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """Folder of the pictures drawn on the way."""
+        return self.path / "samples"
+
+    @property
+    def model(self) -> Path:
+        """The finished model folder."""
+        return self.path / "model"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per logged step."""
+        return self.path / "metrics.jsonl"
+
+    def __enter__(self) -> Self:
+        """Create and lock the folder.
+
+        Raises:
+            OutputError: the folder cannot be made or is owned by a live run.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise OutputError(
+                f"cannot use '{self.path}' for the run", str(error.strerror), "choose another place with --out"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.seek(0)
+            owner = printable(self._lock.read().strip()) or "another process"
+            raise OutputError(
+                f"'{self.path}' is in use", f"by {owner}", "wait for it, stop it, or choose another --out"
+            ) from error
+        self._lock.truncate(0)
+        self._lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        self._lock.flush()
+        self.checkpoints.mkdir(exist_ok=True)
+        self._log = (self.path / "log.txt").open("a", encoding="utf-8")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.log(f"stopped: {error}")
+        for stream in (self._log, self._lock):
+            if stream is not None:
+                stream.close()
+
+    def log(self, message: str) -> None:
+        """Tell the user and note it in log.txt."""
+        self._reporter.info(message)
+        if self._log is not None:
+            self._log.write(printable(message) + "\n")
+            self._log.flush()
+
+    def warn(self, message: str) -> None:
+        """Warn the user and note it in log.txt."""
+        self._reporter.warn(message)
+        if self._log is not None:
+            self._log.write(f"warning: {printable(message)}\n")
+            self._log.flush()
+
+    def claim(self, resolved: Mapping[str, Any], source: str, fingerprint: str) -> None:
+        """Record what this run is, or check that the folder's run is the same.
+
+        Args:
+            resolved: the whole recipe as plain data.
+            source: the recipe's text as the user wrote it.
+            fingerprint: hash of the training data's index.
+
+        Raises:
+            CheckpointError: the folder belongs to a run with another recipe or other data.
+        """
+        identity = self.path / "recipe.resolved.yaml"
+        if identity.exists():
+            before = json.loads(identity.read_text())
+            differences = _differences(before["recipe"], resolved)
+            harmful = [d for d in differences if d.split(":")[0] not in _HARMLESS]
+            if before["data_fingerprint"] != fingerprint:
+                harmful.append(f"the training data's fingerprint: {before['data_fingerprint']} → {fingerprint}")
+            if harmful:
+                raise CheckpointError(
+                    f"'{self.path}' belongs to another run",
+                    "changed " + "; ".join(harmful[:5]),
+                    "undo the change, or choose another name or --out",
+                )
+            for difference in differences:
+                self.log(f"the recipe changed: {difference}")
+        write_atomically(self.path / "recipe.yaml", source)
+        document = {"recipe": resolved, "data_fingerprint": fingerprint}
+        write_atomically(identity, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(self.path / "env.json", json.dumps(environment(), indent=1) + "\n")
+
+    def status(self, state: str, **details: Any) -> None:
+        """Write status.json: `running`, `preempted`, `failed` or `finished`, with details."""
+        write_atomically(self.path / "status.json", json.dumps({"state": state, **details}, indent=1) + "\n")
+
+    def finished(self) -> dict[str, Any] | None:
+        """status.json's content if the run is finished, else None."""
+        file = self.path / "status.json"
+        if not file.exists() or not self.model.is_dir():
+            return None
+        status: dict[str, Any] = json.loads(file.read_text())
+        return status if status.get("state") == "finished" else None
+
+    def append_metrics(self, figures: Mapping[str, Any]) -> None:
+        """Add one line to metrics.jsonl."""
+        with storage_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(figures) + "\n")
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop the lines after `step`, which an interrupted life wrote and this one writes again."""
+        if self.metrics.exists():
+            kept = []
+            for line in self.metrics.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+                except (ValueError, KeyError, TypeError):
+                    continue  # the last line of a killed life may be cut short
+            write_atomically(self.metrics, "".join(f"{line}\n" for line in kept))
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    old, new = flatten(before), flatten(after)
+    return [
+        f"{name}: {old.get(name, 'absent')!r} → {new.get(name, 'absent')!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name, "absent") != new.get(name, "absent")
+    ]
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and thread count, on which bitwise repetition depends; no environment variables."""
+    return {
+        "ldm": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "num_threads": torch.get_num_threads(),
+        "executable": Path(sys.executable).name,
+    }
