@@ -20,7 +20,8 @@ class DiffusionConfig(Config):
     beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.012
     """Last variance β_T."""
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
-    """β linear in t (Ho et al. 2020), √β linear in t (Rombach et al. 2022), or ᾱ a squared cosine (Nichol 2021)."""
+    """β linear in t (Ho et al. 2020), √β linear in t (Rombach et al. 2022), or ᾱ a squared cosine (Nichol
+    & Dhariwal 2021)."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
     """The network predicts the noise ε, v = √ᾱ ε − √(1−ᾱ) x_0 (Salimans & Ho 2022), or x_0."""
     rescale_betas_zero_snr: bool = False

@@ -1,0 +1,73 @@
+import math
+
+import pytest
+import torch
+
+from ldm_cli.core.diffusion.config import DiffusionConfig
+from ldm_cli.core.diffusion.schedule import NoiseSchedule
+
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+
+def schedule(**fields):
+    return NoiseSchedule.from_config(DiffusionConfig(**fields))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_signal_falls_with_every_level_and_stays_a_share_of_one(name):
+    alphas = schedule(beta_schedule=name).alphas_cumprod
+    assert alphas.dtype == torch.float64
+    assert alphas.shape == (1000,)
+    assert bool((alphas.diff() < 0).all())
+    assert 0 < alphas[-1] < alphas[0] < 1
+
+
+def test_first_and_last_beta_are_those_of_the_config():
+    for name in ("linear", "scaled_linear"):
+        betas = schedule(beta_schedule=name, beta_start=0.001, beta_end=0.02).betas
+        assert betas[0].item() == pytest.approx(0.001, rel=1e-9)
+        assert betas[-1].item() == pytest.approx(0.02, rel=1e-9)
+
+
+def test_cosine_schedule_is_the_squared_cosine_where_beta_is_not_capped():
+    alphas = schedule(beta_schedule="squaredcos_cap_v2").alphas_cumprod
+
+    def f(t):
+        return math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    assert alphas[499].item() == pytest.approx(f(500) / f(0), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_zero_snr_schedule_ends_in_pure_noise_and_starts_as_before(name):
+    plain = schedule(beta_schedule=name, prediction_type="v_prediction")
+    zero = schedule(beta_schedule=name, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    assert zero.alphas_cumprod[-1] == 0
+    assert zero.snr(torch.tensor([999])) == 0
+    assert zero.alphas_cumprod[0].item() == pytest.approx(plain.alphas_cumprod[0].item(), rel=1e-14)
+    assert torch.isfinite(zero.betas).all()
+    assert zero.betas[-1] == 1
+
+
+def test_adding_noise_and_velocity_rotate_signal_and_noise():
+    process = schedule(prediction_type="v_prediction")
+    x0, noise = torch.randn(2, 3, 4, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.tensor([0, 500, 999])
+    x_t, v = process.add_noise(x0, noise, t), process.velocity(x0, noise, t)
+    signal, sigma = process.signal_and_noise(t, x0)
+    assert x_t.shape == v.shape == x0.shape
+    torch.testing.assert_close(signal * x_t - sigma * v, x0)
+    torch.testing.assert_close(sigma * x_t + signal * v, noise)
+    torch.testing.assert_close(process.snr(t), ((signal / sigma) ** 2).flatten())
+
+
+def test_noised_unit_data_keeps_unit_variance():
+    process = schedule()
+    x0, noise = torch.randn(2, 1, 200_000, generator=torch.Generator().manual_seed(0))
+    for t in (10, 300, 900):
+        assert process.add_noise(x0, noise, torch.tensor([t])).var().item() == pytest.approx(1, abs=0.02)
+
+
+def test_timesteps_of_another_batch_size_are_refused_with_both_shapes():
+    with pytest.raises(ValueError, match=r"\(2,\).*\(3, 4\)"):
+        schedule().add_noise(torch.zeros(3, 4), torch.zeros(3, 4), torch.tensor([1, 2]))
