@@ -255,8 +255,6 @@ def train(
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest(max_seconds))
         progress = stack.enter_context(reporter.progress(title, config.steps, trainer.step))
-        if trainer.step == 0 and resume != "never":
-            trainer.save()
         stream = stack.enter_context(closing(batches(trainer.step, config.steps)))  # type: ignore[type-var]
         clock, since = time.perf_counter(), trainer.step
         while trainer.step < config.steps:
