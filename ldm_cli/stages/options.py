@@ -1,0 +1,55 @@
+"""What the command line says to every stage, beside the recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ldm_cli.errors import UnavailableError, UsageError
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where to write, on what to compute, and how to treat an earlier run: nothing of it changes the results."""
+
+    out: Path | None = None
+    """Output folder; None: the recipe's own (`runs/NAME`, `samples`)."""
+    device: str = "auto"
+    """`auto`, `cpu`, or `cuda` (optionally `cuda:1`)."""
+    resume: str = "auto"
+    """`auto` continues the run found in `out`, `never` refuses to, anything else is a checkpoint to start from."""
+    max_time: float | None = None
+    """Seconds after which the run saves and stops; None: no limit."""
+    recipe_text: str = ""
+    """The recipe as written, kept beside the results."""
+    overrides: tuple[str, ...] = ()
+    """The `key=value` arguments, as given."""
+    overwrite: bool = False
+    """Replace existing output files."""
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that `--device` names; `auto` is CUDA where there is one.
+
+    Raises:
+        UsageError: `device` is no name of a device.
+        UnavailableError: the device is missing on this machine.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        resolved = None
+    if resolved is None or resolved.type not in ("cpu", "cuda"):
+        raise UsageError(f"unknown device '{device}'", remedy="--device takes auto, cpu or cuda")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        build = (
+            "this build of torch has no CUDA" if torch.version.cuda is None else "torch sees no such device"
+        )
+        raise UnavailableError(
+            f"device '{device}' is missing", build, "use --device cpu, or install torch with CUDA"
+        )
+    return resolved
