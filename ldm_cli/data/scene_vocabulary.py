@@ -1,0 +1,150 @@
+"""What a drawn scene may contain: the words and what each of them means in pixels.
+
+Lengths are fractions of the image side, x to the right and y down, both in [0, 1]. Everything that draws,
+describes or reads scenes takes its numbers from here.
+"""
+
+from __future__ import annotations
+
+import math
+
+Color = tuple[int, int, int]
+Point = tuple[float, float]
+
+COLORS: dict[str, Color] = {
+    "red": (205, 30, 45),
+    "orange": (243, 125, 15),
+    "yellow": (250, 220, 40),
+    "green": (30, 140, 60),
+    "cyan": (0, 185, 205),
+    "blue": (35, 70, 210),
+    "purple": (125, 40, 165),
+    "pink": (240, 75, 170),
+}
+"""sRGB of each object colour."""
+
+BACKGROUNDS: dict[str, Color] = {
+    "white": (255, 255, 255),
+    "black": (20, 20, 24),
+    "gray": (150, 150, 150),
+    "beige": (235, 222, 190),
+}
+"""sRGB of each background; every one is at least 100 away from every object colour (Euclidean, of 441)."""
+
+SIZES: dict[str, tuple[float, float]] = {
+    "small": (0.15, 0.165),
+    "medium": (0.205, 0.225),
+    "large": (0.27, 0.29),
+}
+"""Least and greatest radius of each size; between two sizes lies a gap, so that a size is never a matter of
+opinion."""
+
+COLUMNS: dict[str, float] = {"left": 0.33, "center": 0.5, "right": 0.67}
+ROWS: dict[str, float] = {"top": 0.33, "middle": 0.5, "bottom": 0.67}
+"""Where the centre of an object is, on average."""
+
+PLACE_JITTER = 0.02
+"""An object's centre is at most this far, in x and in y, from the point of its place."""
+
+PLACES: dict[str, Point] = {
+    f"{row} {column}" if (row != "middle" and column != "center") else (column if row == "middle" else row): (
+        x,
+        y,
+    )
+    for row, y in ROWS.items()
+    for column, x in COLUMNS.items()
+}
+"""Mean centre of each place: "top left", "top", "top right", "left", "center", …"""
+
+RELATIONS: dict[str, Point] = {
+    "left of": (-1.0, 0.0),
+    "right of": (1.0, 0.0),
+    "above": (0.0, -1.0),
+    "below": (0.0, 1.0),
+}
+"""Direction from the second object to the first."""
+
+PAIR_DISTANCE = 0.25
+"""In a scene of two, each centre is this far from the image's middle along the relation's axis."""
+PAIR_JITTER = 0.01
+"""… give or take this much along the axis."""
+PAIR_DRIFT = 0.12
+"""Across the axis both move together by at most this much, and each alone by at most `PAIR_OWN_DRIFT`."""
+PAIR_OWN_DRIFT = 0.03
+
+
+def _circle(radius: float, num_points: int = 64) -> tuple[Point, ...]:
+    angles = (2 * math.pi * i / num_points for i in range(num_points))
+    return tuple((radius * math.cos(a), radius * math.sin(a)) for a in angles)
+
+
+def _centered(points: list[Point], half_extent: float) -> tuple[Point, ...]:
+    """The outline moved and scaled so that its bounding box is centred and its longer half-side is
+    `half_extent`."""
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    x0, y0 = (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2
+    scale = 2 * half_extent / max(max(xs) - min(xs), max(ys) - min(ys))
+    return tuple(((x - x0) * scale, (y - y0) * scale) for x, y in points)
+
+
+def _star(inner: float) -> list[Point]:
+    spokes = ((1.0 if i % 2 == 0 else inner, math.pi * i / 5) for i in range(10))
+    return [(r * math.sin(a), -r * math.cos(a)) for r, a in spokes]
+
+
+def _heart(num_points: int = 64) -> list[Point]:
+    angles = (2 * math.pi * i / num_points for i in range(num_points))
+    return [
+        (
+            16 * math.sin(a) ** 3,
+            5 * math.cos(2 * a) + 2 * math.cos(3 * a) + math.cos(4 * a) - 13 * math.cos(a),
+        )
+        for a in angles
+    ]
+
+
+def _crescent(bite: float = 0.55, horn: float = 0.3 * math.pi, num_points: int = 40) -> list[Point]:
+    """The unit circle less a circle around (`bite`, 0) that meets it at the angles ±`horn`."""
+    outer = [horn + (2 * math.pi - 2 * horn) * i / num_points for i in range(num_points + 1)]
+    radius = math.hypot(math.cos(horn) - bite, math.sin(horn))
+    start = math.atan2(math.sin(horn), math.cos(horn) - bite)
+    inner = [-start - (2 * math.pi - 2 * start) * i / num_points for i in range(1, num_points)]
+    return [(math.cos(a), math.sin(a)) for a in outer] + [
+        (bite + radius * math.cos(a), radius * math.sin(a)) for a in inner
+    ]
+
+
+_ARM = 0.33
+SHAPES: dict[str, tuple[tuple[Point, ...], ...]] = {
+    "circle": (_circle(1.0),),
+    "square": (((-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)),),
+    "triangle": (_centered([(0.0, -0.9), (1.0, 0.9), (-1.0, 0.9)], 1.05),),
+    "star": (_centered(_star(0.42), 1.05),),
+    "cross": (
+        (
+            *((-_ARM, -1.0), (_ARM, -1.0), (_ARM, -_ARM), (1.0, -_ARM), (1.0, _ARM), (_ARM, _ARM)),
+            *((_ARM, 1.0), (-_ARM, 1.0), (-_ARM, _ARM), (-1.0, _ARM), (-1.0, -_ARM), (-_ARM, -_ARM)),
+        ),
+    ),
+    "ring": (_circle(1.0), _circle(0.55)),
+    "heart": (_centered(_heart(), 1.0),),
+    "crescent": (_centered(_crescent(), 1.05),),
+}
+"""Outline polygons at radius 1 with a centred bounding box; the first is filled, a second is a hole. Chosen
+so that any two differ clearly even when drawn 10 pixels wide."""
+
+MAX_EXTENT = 1.05
+"""No outline reaches farther than this from the centre, in x or in y."""
+
+COLOR_NAMES, SHAPE_NAMES, SIZE_NAMES = tuple(COLORS), tuple(SHAPES), tuple(SIZES)
+BACKGROUND_NAMES, PLACE_NAMES, RELATION_NAMES = tuple(BACKGROUNDS), tuple(PLACES), tuple(RELATIONS)
+
+HELD_OUT_PAIRS: frozenset[tuple[str, str]] = frozenset(
+    (shape, COLOR_NAMES[(3 * i + 1) % len(COLOR_NAMES)]) for i, shape in enumerate(SHAPE_NAMES)
+)
+"""(shape, colour) pairs that never occur in `train`: 8 of 64, each shape and each colour exactly once, so
+that both are well known apart and only their combination is new."""
+SEEN_PAIRS: tuple[tuple[str, str], ...] = tuple(
+    (shape, color) for shape in SHAPE_NAMES for color in COLOR_NAMES if (shape, color) not in HELD_OUT_PAIRS
+)
+"""The other 56 pairs, in a fixed order."""

@@ -1,0 +1,290 @@
+"""Drawn scenes: flat shapes with captions and full ground truth, the data every command can be tried on.
+
+A scene is a pure function of (seed, split, index): the same at every image size and in every process. In
+`train` the pairs of `HELD_OUT_PAIRS` never occur; in `val` every second scene has one, and the others are
+fresh draws of seen pairs, so that composing can be measured apart from remembering.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from ldm_cli.data import scene_vocabulary as words
+from ldm_cli.data.scene_captions import FULL_FRACTION, caption
+from ldm_cli.data.scene_drawing import paint
+from ldm_cli.errors import OutputError
+from ldm_cli.reporting import Reporter
+
+Split = Literal["train", "val"]
+Truth = dict[str, Any]
+
+VERSION = 1
+"""Rises whenever the same seed would draw other scenes."""
+TWO_OBJECT_FRACTION = 0.25
+"""Fraction of scenes with two objects and a relation."""
+MIN_SIZE = 32
+"""Pixels below which shapes cannot be told apart."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture, a sentence about it, and what is really in it.
+
+    Attributes:
+        image: square RGB image.
+        caption: one English sentence without a full stop.
+        truth: JSON-able. `objects`: one or two of {shape, color, size, place (None in scenes of two), center
+            [x, y], radius, box [left, top, right, bottom]}, lengths in image sides; `relation` of the first
+            to the second, or None; `background`; `num_objects`; `caption`; `stated`: the attributes that the
+            caption tells; `split`; `held_out`: whether a (shape, colour) pair is in it that `train` lacks.
+            For single objects `shape`, `color`, `size` and `place` are repeated at the top, as labels; they
+            are None in scenes of two.
+    """
+
+    image: Image.Image
+    caption: str
+    truth: Truth
+
+
+class _Dice:
+    """Random choices from `Random.random()` alone, the one generator Python promises never to change."""
+
+    def __init__(self, seed: int, split: str, index: int) -> None:
+        digest = hashlib.sha256(f"scene\0{seed}\0{split}\0{index}".encode()).digest()
+        self._random = random.Random(int.from_bytes(digest, "little")).random
+
+    def chance(self, probability: float) -> bool:
+        return self._random() < probability
+
+    def between(self, low: float, high: float) -> float:
+        return low + (high - low) * self._random()
+
+    def pick(self, options: Sequence[Any]) -> Any:
+        return options[int(self._random() * len(options))]
+
+
+def _pairs(dice: _Dice, count: int, held_out: bool) -> list[tuple[str, str]]:
+    """`count` different (shape, colour) pairs; with `held_out`, one of them is a held-out pair."""
+    pairs = [dice.pick(sorted(words.HELD_OUT_PAIRS) if held_out else words.SEEN_PAIRS)]
+    while len(pairs) < count:
+        pair = dice.pick(words.SEEN_PAIRS)
+        if pair != pairs[0]:
+            pairs.append(pair)
+    return pairs[::-1] if count == 2 and dice.chance(0.5) else pairs
+
+
+def _geometry(size: str, place: str | None, x: float, y: float, radius: float) -> Truth:
+    # Four decimals are short enough to be read, and what is written is exactly what is drawn.
+    return {"size": size, "place": place, "center": [round(x, 4), round(y, 4)], "radius": round(radius, 4)}
+
+
+def _single_geometry(dice: _Dice) -> list[Truth]:
+    place, size = dice.pick(words.PLACE_NAMES), dice.pick(words.SIZE_NAMES)
+    x, y = (c + dice.between(-words.PLACE_JITTER, words.PLACE_JITTER) for c in words.PLACES[place])
+    return [_geometry(size, place, x, y, dice.between(*words.SIZES[size]))]
+
+
+def _pair_geometry(dice: _Dice, relation: str) -> list[Truth]:
+    """Two objects on opposite sides of the middle; at most one is not small, so a gap always parts them."""
+    sizes = dice.pick((("small", "small"), ("small", "medium"), ("medium", "small")))
+    drift = dice.between(-words.PAIR_DRIFT, words.PAIR_DRIFT)
+    dx, dy = words.RELATIONS[relation]
+    objects = []
+    for side, size in zip((1.0, -1.0), sizes, strict=True):
+        along = side * (words.PAIR_DISTANCE + dice.between(-words.PAIR_JITTER, words.PAIR_JITTER))
+        across = drift + dice.between(-words.PAIR_OWN_DRIFT, words.PAIR_OWN_DRIFT)
+        x, y = 0.5 + dx * along + abs(dy) * across, 0.5 + dy * along + abs(dx) * across
+        objects.append(_geometry(size, None, x, y, dice.between(*words.SIZES[size])))
+    return objects
+
+
+def scene(
+    seed: int, index: int, split: Split, size: int, two_object_fraction: float = TWO_OBJECT_FRACTION
+) -> Scene:
+    """The `index`-th scene of a split.
+
+    Args:
+        seed: any integer; other seeds give unrelated scenes.
+        index: from 0; in `val`, odd ones have a held-out (shape, colour) pair.
+        split: `train` or `val`.
+        size: side of the square image in pixels, at least `MIN_SIZE`; does not change what is drawn.
+        two_object_fraction: chance of two objects, in [0, 1].
+
+    Raises:
+        ValueError: if the size is too small.
+    """
+    if size < MIN_SIZE:
+        raise ValueError(f"scene: size={size} is below the least, {MIN_SIZE}")
+    dice = _Dice(seed, split, index)
+    held_out = split == "val" and index % 2 == 1
+    relation = dice.pick(words.RELATION_NAMES) if dice.chance(two_object_fraction) else None
+    background = dice.pick(words.BACKGROUND_NAMES)
+    geometry = _single_geometry(dice) if relation is None else _pair_geometry(dice, relation)
+    pairs = _pairs(dice, len(geometry), held_out)
+    objects: list[Truth] = []
+    image = Image.new("RGB", (size, size), words.BACKGROUNDS[background])
+    for (shape, color), place in zip(pairs, geometry, strict=True):
+        box = paint(
+            image, shape, words.COLORS[color], (place["center"][0], place["center"][1]), place["radius"]
+        )
+        objects.append({"shape": shape, "color": color, **place, "box": [round(edge, 4) for edge in box]})
+    sentence, stated = caption(objects, relation, background, dice.chance(FULL_FRACTION), dice.pick)
+    labels = {
+        name: objects[0][name] if relation is None else None for name in ("shape", "color", "size", "place")
+    }
+    truth: Truth = {
+        "caption": sentence,
+        "stated": list(stated),
+        "num_objects": len(objects),
+        **labels,
+        "background": background,
+        "relation": relation,
+        "objects": objects,
+        "split": split,
+        "held_out": held_out,
+    }
+    return Scene(image, sentence, truth)
+
+
+def write_scenes(
+    out: Path,
+    samples: int,
+    size: int,
+    seed: int,
+    reporter: Reporter,
+    *,
+    val_samples: int | None = None,
+    shard_samples: int = 2000,
+    two_object_fraction: float = TWO_OBJECT_FRACTION,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write scenes as WebDataset shards: `train-000000.tar`, …, `val-000000.tar`, …, each sample a png, a
+    txt and a json.
+
+    The bytes depend on nothing but the arguments and the PNG encoder. `scenes.json` records the arguments
+    and whether
+    everything is written: the same call finishes what was interrupted, and does nothing when all is there.
+
+    Args:
+        out: folder, made if missing.
+        samples: scenes of `train`, at least 1.
+        size: side of the images in pixels.
+        val_samples: scenes of `val`; None: a tenth of `samples`, at least 64.
+        shard_samples: scenes per shard.
+        overwrite: replace scenes of other arguments.
+
+    Returns:
+        What `scenes.json` holds: the arguments, and `shards`, file name to number of samples; `complete` is
+        True.
+
+    Raises:
+        ValueError: if a count is below 1 or the size too small.
+        OutputError: if `out` holds other scenes and `overwrite` is False.
+    """
+    num_val = max(64, samples // 10) if val_samples is None else val_samples
+    if min(samples, num_val, shard_samples) < 1 or size < MIN_SIZE:
+        raise ValueError(
+            f"write_scenes: samples={samples}, val_samples={num_val}, shard_samples={shard_samples} must be "
+            f"at least 1, size={size} at least {MIN_SIZE}"
+        )
+    counts: tuple[tuple[Split, int], ...] = (("train", samples), ("val", num_val))
+    plan = [
+        (split, shard, range(shard * shard_samples, min(count, (shard + 1) * shard_samples)))
+        for split, count in counts
+        for shard in range(-(-count // shard_samples))
+    ]
+    record: dict[str, Any] = {
+        "generator": f"ldm scenes {VERSION}",
+        "samples": samples,
+        "val_samples": num_val,
+        "size": size,
+        "seed": seed,
+        "two_object_fraction": two_object_fraction,
+        "shards": {f"{split}-{shard:06d}.tar": len(indices) for split, shard, indices in plan},
+    }
+    finished = {**record, "complete": True}
+    if not _prepare(out, record, overwrite):
+        reporter.info(f"{out}: these scenes are already there")
+        return finished
+    with reporter.progress(f"drawing scenes into {out}", samples + num_val, unit="scene") as progress:
+        done = 0
+        for split, shard, indices in plan:
+            _write_shard(out / f"{split}-{shard:06d}.tar", seed, split, indices, size, two_object_fraction)
+            done += len(indices)
+            progress.update(done)
+    _write_record(out, finished)
+    return finished
+
+
+def _write_record(out: Path, record: dict[str, Any]) -> None:
+    _replace(out / "scenes.json", (json.dumps(record, indent=2) + "\n").encode())
+
+
+def _prepare(out: Path, record: dict[str, Any], overwrite: bool) -> bool:
+    """Make the folder ready; False if it holds these very scenes already, all of them."""
+    try:
+        found = json.loads((out / "scenes.json").read_text())
+    except (OSError, ValueError):
+        found = {}
+    present = sorted(path for pattern in ("train-*.tar", "val-*.tar") for path in out.glob(pattern))
+    if found == {**record, "complete": True} and [path.name for path in present] == sorted(record["shards"]):
+        return False
+    ours = isinstance(found, dict) and {**found, "complete": False} == {**record, "complete": False}
+    if present and not ours and not overwrite:
+        raise OutputError(
+            f"cannot write scenes into '{out}'",
+            f"it holds other shards, '{present[0].name}' among them",
+            "choose another folder, or pass --overwrite",
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for path in present:
+            path.unlink()
+    except OSError as error:
+        raise OutputError(f"cannot write scenes into '{out}'", error.strerror or str(error)) from error
+    _write_record(out, {**record, "complete": False})
+    return True
+
+
+def _write_shard(
+    path: Path, seed: int, split: Split, indices: range, size: int, two_object_fraction: float
+) -> None:
+    from webdataset import TarWriter  # a slow import, needed here alone
+
+    stream = io.BytesIO()
+    # Fixed owner, mode and time: the same scenes are the same bytes.
+    with TarWriter(stream, encoder=False, user="ldm", group="ldm", mode=0o644, mtime=0) as tar:
+        for index in indices:
+            drawn = scene(seed, index, split, size, two_object_fraction)
+            png = io.BytesIO()
+            drawn.image.save(png, format="PNG")
+            text = json.dumps(drawn.truth, separators=(",", ":")).encode()
+            tar.write(
+                {
+                    "__key__": f"{index:09d}",
+                    "png": png.getvalue(),
+                    "txt": drawn.caption.encode(),
+                    "json": text,
+                }
+            )
+    _replace(path, stream.getvalue())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".tmp-{path.name}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"cannot write '{path}'", error.strerror or str(error)) from error
