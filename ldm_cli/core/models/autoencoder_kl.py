@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from ldm_cli.core.models.attention import AttentionBlock2D
+from ldm_cli.core.models.checkpointing import Checkpointable, Checkpointed
+from ldm_cli.core.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
 from ldm_cli.core.models.model_config import DiffusersConfig, Size
+
+_EPS = 1e-6
 
 
 class AutoencoderKLConfig(DiffusersConfig):
@@ -67,3 +76,204 @@ class AutoencoderKLConfig(DiffusersConfig):
                     f"norm_num_groups={self.norm_num_groups} does not divide {channels} of block_out_channels"
                 )
         return self
+
+
+@dataclass(frozen=True)
+class DiagonalGaussian:
+    """What the encoder says about z: independent normals.
+
+    Attributes:
+        mean, logvar: [B, C, h, w].
+    """
+
+    mean: Tensor
+    logvar: Tensor
+
+    @classmethod
+    def from_moments(cls, moments: Tensor) -> Self:
+        """Split [B, 2C, h, w] into mean and logarithm of the variance, the latter clamped to [-30, 20]."""
+        mean, logvar = moments.chunk(2, dim=1)
+        return cls(mean, logvar.clamp(-30.0, 20.0))
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """μ + σ·noise (Kingma & Welling 2014, section 2.4): noise standard normal [B, C, h, w] → [B, C, h, w]."""
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def mode(self) -> Tensor:
+        """The most probable z: [B, C, h, w]."""
+        return self.mean
+
+    def kl(self) -> Tensor:
+        """KL divergence from the standard normal, summed over C, h and w: float32 [B], in nats.
+
+        Kingma & Welling 2014, arXiv:1312.6114, appendix B.
+        """
+        mean, logvar = self.mean.float(), self.logvar.float()
+        return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=(1, 2, 3))
+
+
+def _resnet(in_channels: int, out_channels: int, groups: int) -> ResnetBlock2D:
+    return ResnetBlock2D(in_channels, out_channels, embedding_dim=None, groups=groups, eps=_EPS)
+
+
+class _MidBlock(Checkpointed):
+    """Residual block, self-attention (optional), residual block."""
+
+    def __init__(self, channels: int, groups: int, *, attention: bool) -> None:
+        super().__init__()
+        blocks = [AttentionBlock2D(channels, groups=groups, eps=_EPS)] if attention else []
+        self.attentions = nn.ModuleList(blocks)
+        self.resnets = nn.ModuleList(_resnet(channels, channels, groups) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.run(self.resnets[0], x)
+        for attention in self.attentions:
+            x = self.run(attention, x)
+        result: Tensor = self.run(self.resnets[1], x)
+        return result
+
+
+class _EncoderLevel(Checkpointed):
+    """Residual blocks, then a stride-2 convolution."""
+
+    def __init__(
+        self, in_channels: int, channels: int, num_layers: int, groups: int, *, downsample: bool
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            _resnet(in_channels if i == 0 else channels, channels, groups) for i in range(num_layers)
+        )
+        self.downsamplers = nn.ModuleList([Downsample2D(channels, asymmetric=True)] if downsample else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for resnet in self.resnets:
+            x = self.run(resnet, x)
+        for downsampler in self.downsamplers:
+            x = downsampler(x)
+        return x
+
+
+class _DecoderLevel(Checkpointed):
+    """Residual blocks, then an enlargement by two."""
+
+    def __init__(
+        self, in_channels: int, channels: int, num_layers: int, groups: int, *, upsample: bool
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            _resnet(in_channels if i == 0 else channels, channels, groups) for i in range(num_layers)
+        )
+        self.upsamplers = nn.ModuleList([Upsample2D(channels)] if upsample else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for resnet in self.resnets:
+            x = self.run(resnet, x)
+        for upsampler in self.upsamplers:
+            x = upsampler(x, (2 * x.shape[-2], 2 * x.shape[-1]))
+        return x
+
+
+class _Encoder(nn.Module):
+    def __init__(self, config: AutoencoderKLConfig) -> None:
+        super().__init__()
+        channels, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            _EncoderLevel(
+                channels[max(i - 1, 0)],
+                channels[i],
+                config.layers_per_block,
+                groups,
+                downsample=i < len(channels) - 1,
+            )
+            for i in range(len(channels))
+        )
+        self.mid_block = _MidBlock(channels[-1], groups, attention=config.mid_block_add_attention)
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=_EPS)
+        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] → moments [B, 2C, h, w]."""
+        x = self.conv_in(x)
+        for level in self.down_blocks:
+            x = level(x)
+        moments: Tensor = self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return moments
+
+
+class _Decoder(nn.Module):
+    def __init__(self, config: AutoencoderKLConfig) -> None:
+        super().__init__()
+        channels, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        self.mid_block = _MidBlock(channels[0], groups, attention=config.mid_block_add_attention)
+        self.up_blocks = nn.ModuleList(
+            _DecoderLevel(
+                channels[max(i - 1, 0)],
+                channels[i],
+                config.layers_per_block + 1,
+                groups,
+                upsample=i < len(channels) - 1,
+            )
+            for i in range(len(channels))
+        )
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=_EPS)
+        self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """[B, C, h, w] → [B, 3, H, W]."""
+        x = self.mid_block(self.conv_in(z))
+        for level in self.up_blocks:
+            x = level(x)
+        image: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        return image
+
+
+class AutoencoderKL(Checkpointable):
+    """Images to latents and back; PyTorch's default initialisation, as in latent diffusion.
+
+    `config` may be replaced by a copy with other `scaling_factor` and `shift_factor`, once they have been measured.
+    """
+
+    config_class = AutoencoderKLConfig
+
+    def __init__(self, config: AutoencoderKLConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.latent_channels
+        self.encoder = _Encoder(config)
+        self.decoder = _Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if config.use_quant_conv else None
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else None
+
+    @property
+    def downscale_factor(self) -> int:
+        """Image pixels per latent pixel, along each side."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    def encode(self, x: Tensor) -> DiagonalGaussian:
+        """Images [B, 3, H, W] in [-1, 1] → posterior over z, [B, C, H / f, W / f] with f the `downscale_factor`.
+
+        Raises:
+            ValueError: f does not divide the height or the width.
+        """
+        height, width = x.shape[-2:]
+        if height % self.downscale_factor or width % self.downscale_factor:
+            raise ValueError(
+                f"image of {height}×{width} px: not a multiple of downscale_factor={self.downscale_factor}"
+            )
+        moments = self.encoder(x)
+        return DiagonalGaussian.from_moments(moments if self.quant_conv is None else self.quant_conv(moments))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z [B, C, h, w] → images [B, 3, h·f, w·f], about [-1, 1], not clamped."""
+        image: Tensor = self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+        return image
+
+    def to_latents(self, z: Tensor) -> Tensor:
+        """(z - shift) · scale: what the denoiser works on, deviation about 1 (Rombach et al. 2022, appendix G)."""
+        return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
+
+    def from_latents(self, latents: Tensor) -> Tensor:
+        """latents / scale + shift: the inverse of `to_latents`."""
+        return latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)

@@ -2,17 +2,50 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import torch
 from pydantic import Discriminator, Tag
+from torch import Tensor, nn
 
-from ldm_cli.core.models.clip_resnet import ModifiedResNetConfig
-from ldm_cli.core.models.clip_text import CLIPTextConfig
-from ldm_cli.core.models.clip_vision import CLIPVisionConfig
+from ldm_cli.core.models.checkpointing import Checkpointable
+from ldm_cli.core.models.clip_resnet import ModifiedResNet, ModifiedResNetConfig
+from ldm_cli.core.models.clip_text import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTextTransformer,
+    TextOutput,
+)
+from ldm_cli.core.models.clip_vision import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CLIPVisionTransformer,
+    VisionOutput,
+)
 from ldm_cli.core.models.model_config import Size, TransformersConfig, without_bookkeeping
 
-__all__ = ["CLIPConfig", "CLIPTextConfig", "CLIPVisionConfig", "ModifiedResNetConfig"]
+__all__ = [
+    "IMAGE_MEAN",
+    "IMAGE_STD",
+    "CLIPConfig",
+    "CLIPModel",
+    "CLIPTextConfig",
+    "CLIPTextModel",
+    "CLIPTextModelWithProjection",
+    "CLIPVisionConfig",
+    "CLIPVisionModel",
+    "ModifiedResNetConfig",
+    "TextOutput",
+    "VisionOutput",
+    "normalize_images",
+]
+
+# Per-channel mean and deviation of OpenAI's training images, on a scale of [0, 1].
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 # transformers would build a Vision Transformer for "clip" and leave its weights random.
@@ -68,7 +101,7 @@ class CLIPConfig(TransformersConfig):
         return cls.from_mapping(top)
 
     def to_hugging_face(self, dtype: str = "float32") -> dict[str, Any]:
-        """The config.json of this model; with a ResNet it names a type of ours, so that transformers refuses it."""
+        """The config.json of this model; a ResNet is marked as a type of ours, which transformers refuses."""
         mapping = super().to_hugging_face(dtype)
         if isinstance(self.vision_config, ModifiedResNetConfig):
             mapping |= {"architectures": ["CLIPModelWithModifiedResNet"], "model_type": _OWN_MODEL_TYPE}
@@ -80,3 +113,66 @@ def _merged(name: str, values: Mapping[str, Any], legacy: Mapping[str, Any]) -> 
         if key in values and values[key] != value:
             raise ValueError(f"{name}_dict.{key}={value!r} contradicts {name}.{key}={values[key]!r}")
     return {**legacy, **values}
+
+
+def normalize_images(images: Tensor) -> Tensor:
+    """What CLIP's image tower expects: (x / 255 - IMAGE_MEAN) / IMAGE_STD.
+
+    Args:
+        images: [B, 3, H, W] in [0, 255], uint8 or (for gradients with respect to pixels) any float.
+
+    Returns:
+        float32 [B, 3, H, W], about [-2, 2].
+    """
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+    return images.float() * (1.0 / (255.0 * std)) - mean / std
+
+
+class CLIPModel(Checkpointable):
+    """Image tower, text tower, their projections, and the scale of the logits.
+
+    Projections are initialised as OpenAI's: normal with deviation D^-½. With a ResNet the projection of the image is
+    part of the attention pool, and there is no `visual_projection`.
+    """
+
+    config_class = CLIPConfig
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        text, vision = config.text_config, config.vision_config
+        self.text_model = CLIPTextTransformer(text)
+        self.vision_model: CLIPVisionTransformer | ModifiedResNet
+        self.visual_projection: nn.Linear | None = None
+        if isinstance(vision, ModifiedResNetConfig):
+            self.vision_model = ModifiedResNet(vision, config.projection_dim)
+        else:
+            self.vision_model = CLIPVisionTransformer(vision)
+            self.visual_projection = nn.Linear(vision.hidden_size, config.projection_dim, bias=False)
+            nn.init.normal_(self.visual_projection.weight, std=vision.hidden_size**-0.5)
+        self.text_projection = nn.Linear(text.hidden_size, config.projection_dim, bias=False)
+        nn.init.normal_(self.text_projection.weight, std=text.hidden_size**-0.5)
+
+    @property
+    def clamped_logit_scale(self) -> Tensor:
+        """exp(logit_scale), at most 100 so that training stays stable (Radford et al. 2021, section 2.5): []."""
+        return self.logit_scale.clamp(max=math.log(100.0)).exp()
+
+    def get_text_features(self, input_ids: Tensor) -> Tensor:
+        """Token ids, int64 [B, L] → [B, P] in the joint space, not normalised."""
+        features: Tensor = self.text_projection(self.text_model(input_ids).pooled)
+        return features
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """Normalised images [B, 3, H, W] → [B, P] in the joint space, not normalised."""
+        features: Tensor = self.vision_model(pixel_values).pooled
+        return features if self.visual_projection is None else self.visual_projection(features)
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Both features, not normalised, and the logit scale: [B, P], [B, P], []. One call, as DDP needs it."""
+        return (
+            self.get_text_features(input_ids),
+            self.get_image_features(pixel_values),
+            self.clamped_logit_scale,
+        )

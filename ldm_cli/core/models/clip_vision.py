@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
+from torch import Tensor, nn
 
-from ldm_cli.core.models.clip_text import Activation, check_heads
+from ldm_cli.core.models.attention import tokens_of
+from ldm_cli.core.models.checkpointing import Checkpointable
+from ldm_cli.core.models.clip_transformer import Activation, CLIPEncoder, check_heads
 from ldm_cli.core.models.model_config import Size, TransformersConfig
 
 
@@ -44,3 +49,85 @@ class CLIPVisionConfig(TransformersConfig):
         if self.image_size % self.patch_size:
             raise ValueError(f"patch_size={self.patch_size} does not divide image_size={self.image_size}")
         return self
+
+
+@dataclass(frozen=True)
+class VisionOutput:
+    """What an image tower returns.
+
+    Attributes:
+        pooled: [B, D], one feature per image: the class token's after the last layer norm, or the attention pool's.
+        hidden_states: what each part of the tower hands to the next; [B, L, D] of a ViT (the embeddings and the
+            output of every layer), [B, C, H, W] of a ResNet (the stem and every stage).
+    """
+
+    pooled: Tensor
+    hidden_states: tuple[Tensor, ...]
+
+
+class _VisionEmbeddings(nn.Module):
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__()
+        width, patch = config.hidden_size, config.patch_size
+        self.image_size = config.image_size
+        self.class_embedding = nn.Parameter(torch.empty(width))
+        self.patch_embedding = nn.Conv2d(config.num_channels, width, patch, stride=patch, bias=False)
+        self.position_embedding = nn.Embedding((config.image_size // patch) ** 2 + 1, width)
+        nn.init.normal_(self.class_embedding, std=width**-0.5)
+        nn.init.normal_(self.position_embedding.weight, std=width**-0.5)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """[B, 3, H, W] → [B, 1 + patches, D], the class token first."""
+        if pixel_values.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"image of {tuple(pixel_values.shape[-2:])} px, expected image_size={self.image_size}"
+            )
+        patches = tokens_of(self.patch_embedding(pixel_values))
+        token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        hidden: Tensor = torch.cat((token, patches), dim=1) + self.position_embedding.weight
+        return hidden
+
+
+class CLIPVisionTransformer(nn.Module):
+    """The Vision Transformer without a projection: `vision_model` of the models that have one.
+
+    Class and position embeddings are initialised as OpenAI's: normal with deviation D^-½.
+    """
+
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.embeddings = _VisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(width, eps=eps)  # sic: the name in every published file
+        self.encoder = CLIPEncoder(
+            config.num_hidden_layers,
+            width,
+            config.num_attention_heads,
+            config.intermediate_size,
+            config.hidden_act,
+            eps,
+            is_causal=False,
+        )
+        self.post_layernorm = nn.LayerNorm(width, eps=eps)
+
+    def forward(self, pixel_values: Tensor) -> VisionOutput:
+        """Normalised images [B, 3, H, W] → the class token's feature and all hidden states."""
+        hidden_states = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))
+        return VisionOutput(self.post_layernorm(hidden_states[-1][:, 0]), tuple(hidden_states))
+
+
+class CLIPVisionModel(Checkpointable):
+    """A Vision Transformer on its own."""
+
+    config_class = CLIPVisionConfig
+
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_model = CLIPVisionTransformer(config)
+
+    def forward(self, pixel_values: Tensor) -> VisionOutput:
+        """Normalised images [B, 3, H, W] → the class token's feature and all hidden states."""
+        output: VisionOutput = self.vision_model(pixel_values)
+        return output
