@@ -105,8 +105,8 @@ class BasicTransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """[B, L, D] and [B, M, context_dim] → [B, L, D]."""
-        # A sum takes the memory order of its first term; the tokens of an NCHW image are strided, those after a
-        # linear layer are not, so in this order the strides vanish without a copy of their own.
+        # A sum takes the memory order of its first term. The tokens of an NCHW image are strided, those after
+        # a linear layer are not, so in this order the strides vanish without a copy of their own.
         x = self.attn1(self.norm1(x)) + x
         x = self.attn2(self.norm2(x), context) + x
         hidden: Tensor = self.ff(self.norm3(x)) + x

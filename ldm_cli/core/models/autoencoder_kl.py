@@ -96,7 +96,7 @@ class DiagonalGaussian:
         return cls(mean, logvar.clamp(-30.0, 20.0))
 
     def sample(self, noise: Tensor) -> Tensor:
-        """μ + σ·noise (Kingma & Welling 2014, section 2.4): noise standard normal [B, C, h, w] → [B, C, h, w]."""
+        """μ + σ·noise for standard normal noise (Kingma & Welling 2014, eq. 10): z [B, C, h, w]."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def mode(self) -> Tensor:
@@ -232,7 +232,7 @@ class _Decoder(nn.Module):
 class AutoencoderKL(Checkpointable):
     """Images to latents and back; PyTorch's default initialisation, as in latent diffusion.
 
-    `config` may be replaced by a copy with other `scaling_factor` and `shift_factor`, once they have been measured.
+    `config` may be replaced by a copy with the `scaling_factor` and `shift_factor` that were measured.
     """
 
     config_class = AutoencoderKLConfig
@@ -249,10 +249,10 @@ class AutoencoderKL(Checkpointable):
     @property
     def downscale_factor(self) -> int:
         """Image pixels per latent pixel, along each side."""
-        return 2 ** (len(self.config.block_out_channels) - 1)
+        return 1 << (len(self.config.block_out_channels) - 1)
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
-        """Images [B, 3, H, W] in [-1, 1] → posterior over z, [B, C, H / f, W / f] with f the `downscale_factor`.
+        """Images [B, 3, H, W] in [-1, 1] → posterior over z [B, C, H / f, W / f]; f is `downscale_factor`.
 
         Raises:
             ValueError: f does not divide the height or the width.
@@ -271,7 +271,7 @@ class AutoencoderKL(Checkpointable):
         return image
 
     def to_latents(self, z: Tensor) -> Tensor:
-        """(z - shift) · scale: what the denoiser works on, deviation about 1 (Rombach et al. 2022, appendix G)."""
+        """(z - shift) · scale: what the denoiser works on, deviation about 1 (Rombach et al. 2022, G)."""
         return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
 
     def from_latents(self, latents: Tensor) -> Tensor:

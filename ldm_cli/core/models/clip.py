@@ -131,8 +131,8 @@ def normalize_images(images: Tensor) -> Tensor:
 class CLIPModel(Checkpointable):
     """Image tower, text tower, their projections, and the scale of the logits.
 
-    Projections are initialised as OpenAI's: normal with deviation D^-½. With a ResNet the projection of the image is
-    part of the attention pool, and there is no `visual_projection`.
+    Projections are initialised as OpenAI's: normal with deviation D^-½. A ResNet projects in its attention
+    pool, and there is no `visual_projection`.
     """
 
     config_class = CLIPConfig
@@ -156,7 +156,7 @@ class CLIPModel(Checkpointable):
 
     @property
     def clamped_logit_scale(self) -> Tensor:
-        """exp(logit_scale), at most 100 so that training stays stable (Radford et al. 2021, section 2.5): []."""
+        """exp(logit_scale), at most 100 to keep training stable (Radford et al. 2021, section 2.5): []."""
         return self.logit_scale.clamp(max=math.log(100.0)).exp()
 
     def get_text_features(self, input_ids: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ class CLIPModel(Checkpointable):
         return features if self.visual_projection is None else self.visual_projection(features)
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Both features, not normalised, and the logit scale: [B, P], [B, P], []. One call, as DDP needs it."""
+        """Both features, not normalised, and the logit scale: [B, P], [B, P], []; one call, for DDP."""
         return (
             self.get_text_features(input_ids),
             self.get_image_features(pixel_values),

@@ -1,7 +1,8 @@
 """CLIP's ResNet image tower, "ModifiedResNet" (Radford et al. 2021, arXiv:2103.00020, section 2.4).
 
-Three differences from the usual ResNet: a stem of three convolutions, average pooling before every stride (Zhang 2019,
-arXiv:1904.11486), and attention instead of average pooling at the end. Parameter names are those of OpenAI's `visual`.
+Three differences from the usual ResNet: a stem of three convolutions, average pooling before every stride
+(Zhang 2019, arXiv:1904.11486), and attention instead of average pooling at the end. Parameter names are those
+of OpenAI's `visual`.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class ModifiedResNetConfig(TransformersConfig):
 
 
 class Bottleneck(nn.Module):
-    """1×1, 3×3, 1×1 convolutions around which the input is added (He et al. 2016); a stride is an average pool."""
+    """1×1, 3×3, 1×1 convolutions, around which the input is added (He et al. 2016); strides are pools."""
 
     expansion = 4
 
@@ -105,8 +106,8 @@ class AttentionPool2d(nn.Module):
 class ModifiedResNet(Checkpointed):
     """The tower and its projection into the joint space.
 
-    Initialised as OpenAI's: D^-½ in the attention pool, and zero gain in each block's last batch norm, so that every
-    block starts as the identity (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
+    Initialised as OpenAI's: deviation D^-½ in the attention pool, zero gain in the last batch norm of a block,
+    so that every block starts as its shortcut (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
 
     Args:
         config: sizes.
@@ -134,21 +135,21 @@ class ModifiedResNet(Checkpointed):
             if isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)
 
-    def forward(self, pixel_values: Tensor) -> VisionOutput:
-        """Normalised images [B, 3, H, W] → the *projected* feature [B, output_dim], and stem and stages."""
+    def forward(self, pixel_values: Tensor, *, output_hidden_states: bool = False) -> VisionOutput:
+        """Normalised images [B, 3, H, W] → the *projected* feature [B, output_dim]."""
         size = self.config.image_size
         if pixel_values.shape[-2:] != (size, size):
             raise ValueError(f"image of {tuple(pixel_values.shape[-2:])} px, expected image_size={size}")
         x = F.relu(self.bn1(self.conv1(pixel_values)))
         x = F.relu(self.bn2(self.conv2(x)))
         x = F.relu(self.bn3(self.conv3(x)))
-        hidden_states = [F.avg_pool2d(x, 2)]
+        x = F.avg_pool2d(x, 2)
+        hidden_states = [x]
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = hidden_states[-1]
             for block in stage:
                 x = self.run(block, x)
             hidden_states.append(x)
-        return VisionOutput(self.attnpool(x), tuple(hidden_states))
+        return VisionOutput(self.attnpool(x), tuple(hidden_states) if output_hidden_states else ())
 
 
 def _stage(in_channels: int, channels: int, num_blocks: int, stride: int) -> nn.Sequential:

@@ -59,13 +59,13 @@ class TextOutput:
     Attributes:
         last_hidden_state: [B, L, D], after the final layer norm.
         pooled: [B, D], the last hidden state at the end-of-text token.
-        hidden_states: the embeddings and the output of every layer, before the final layer norm, each [B, L, D].
-            Entry -2 is the penultimate layer ("clip skip").
+        hidden_states: if asked for, the embeddings and the output of every layer, before the final norm, each
+            [B, L, D]; entry -2 is the penultimate layer ("clip skip").
     """
 
     last_hidden_state: Tensor
     pooled: Tensor
-    hidden_states: tuple[Tensor, ...]
+    hidden_states: tuple[Tensor, ...] = ()
 
 
 class _TextEmbeddings(nn.Module):
@@ -106,15 +106,15 @@ class CLIPTextTransformer(nn.Module):
         )
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, input_ids: Tensor) -> TextOutput:
-        """Token ids, int64 [B, L] → states and pooled feature. No padding mask: causality hides what follows."""
-        hidden_states = self.encoder(self.embeddings(input_ids))
-        last = self.final_layer_norm(hidden_states[-1])
+    def forward(self, input_ids: Tensor, *, output_hidden_states: bool = False) -> TextOutput:
+        """Token ids, int64 [B, L] → states and pooled feature; causality hides the padding: no mask."""
+        hidden, hidden_states = self.encoder(self.embeddings(input_ids), output_hidden_states)
+        last = self.final_layer_norm(hidden)
         rows = torch.arange(len(input_ids), device=input_ids.device)
-        return TextOutput(last, last[rows, self._end_of_text(input_ids)], tuple(hidden_states))
+        return TextOutput(last, last[rows, self._end_of_text(input_ids)], hidden_states)
 
     def _end_of_text(self, input_ids: Tensor) -> Tensor:
-        """Where features are pooled: the first end-of-text token, or the first largest id in legacy files: [B]."""
+        """Where features are pooled: the first end-of-text token; in legacy files the largest id: [B]."""
         if self.config.eos_token_id == 2:
             return input_ids.argmax(dim=-1)
         return (input_ids == self.config.eos_token_id).int().argmax(dim=-1)
@@ -130,14 +130,14 @@ class CLIPTextModel(Checkpointable):
         self.config = config
         self.text_model = CLIPTextTransformer(config)
 
-    def forward(self, input_ids: Tensor) -> TextOutput:
+    def forward(self, input_ids: Tensor, *, output_hidden_states: bool = False) -> TextOutput:
         """Token ids, int64 [B, L] → states and pooled feature."""
-        output: TextOutput = self.text_model(input_ids)
+        output: TextOutput = self.text_model(input_ids, output_hidden_states=output_hidden_states)
         return output
 
 
 class CLIPTextModelWithProjection(CLIPTextModel):
-    """A text tower and its projection into the joint space: the text encoders of SDXL and Stable Diffusion 3."""
+    """A text tower and its projection into the joint space, as in SDXL and Stable Diffusion 3."""
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__(config)

@@ -86,8 +86,8 @@ class CLIPEncoderLayer(nn.Module):
 class CLIPEncoder(Checkpointed):
     """A stack of layers, initialised as OpenAI's CLIP does its text tower (Radford et al. 2021, section 2.4).
 
-    Normal weights, zero biases; deviations: D^-½ for query, key and value, (2D)^-½ for the first feed-forward layer,
-    and D^-½ · (2·layers)^-½ for what adds to the residual stream, so that its variance does not grow with depth.
+    Normal weights, zero biases; deviations: D^-½ for query, key and value, (2D)^-½ for the first feed-forward
+    layer, D^-½ · (2·layers)^-½ for what adds to the residual stream, so that its variance is kept in depth.
     """
 
     def __init__(
@@ -110,12 +110,14 @@ class CLIPEncoder(Checkpointed):
             assert isinstance(layer, CLIPEncoderLayer)
             _initialise(layer, dim, num_layers)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """[B, L, D] → the input and the output of each layer, all [B, L, D]."""
+    def forward(self, x: Tensor, keep_all: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """[B, L, D] → the output [B, L, D], and if `keep_all` the input and the output of each layer."""
         hidden_states = [x]
         for layer in self.layers:
-            hidden_states.append(self.run(layer, hidden_states[-1]))
-        return hidden_states
+            x = self.run(layer, x)
+            if keep_all:
+                hidden_states.append(x)
+        return x, tuple(hidden_states) if keep_all else ()
 
 
 def _initialise(layer: CLIPEncoderLayer, dim: int, num_layers: int) -> None:

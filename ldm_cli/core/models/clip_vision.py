@@ -56,13 +56,13 @@ class VisionOutput:
     """What an image tower returns.
 
     Attributes:
-        pooled: [B, D], one feature per image: the class token's after the last layer norm, or the attention pool's.
-        hidden_states: what each part of the tower hands to the next; [B, L, D] of a ViT (the embeddings and the
-            output of every layer), [B, C, H, W] of a ResNet (the stem and every stage).
+        pooled: [B, D], a feature per image: the class token after the last layer norm, or the pooled pixels.
+        hidden_states: if asked for, what each part of the tower hands to the next; [B, L, D] of a ViT (the
+            embeddings and the output of every layer), [B, C, H, W] of a ResNet (the stem and every stage).
     """
 
     pooled: Tensor
-    hidden_states: tuple[Tensor, ...]
+    hidden_states: tuple[Tensor, ...] = ()
 
 
 class _VisionEmbeddings(nn.Module):
@@ -111,10 +111,11 @@ class CLIPVisionTransformer(nn.Module):
         )
         self.post_layernorm = nn.LayerNorm(width, eps=eps)
 
-    def forward(self, pixel_values: Tensor) -> VisionOutput:
-        """Normalised images [B, 3, H, W] → the class token's feature and all hidden states."""
-        hidden_states = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))
-        return VisionOutput(self.post_layernorm(hidden_states[-1][:, 0]), tuple(hidden_states))
+    def forward(self, pixel_values: Tensor, *, output_hidden_states: bool = False) -> VisionOutput:
+        """Normalised images [B, 3, H, W] → the class token's feature."""
+        embeddings = self.pre_layrnorm(self.embeddings(pixel_values))
+        hidden, hidden_states = self.encoder(embeddings, output_hidden_states)
+        return VisionOutput(self.post_layernorm(hidden[:, 0]), hidden_states)
 
 
 class CLIPVisionModel(Checkpointable):
@@ -127,7 +128,7 @@ class CLIPVisionModel(Checkpointable):
         self.config = config
         self.vision_model = CLIPVisionTransformer(config)
 
-    def forward(self, pixel_values: Tensor) -> VisionOutput:
-        """Normalised images [B, 3, H, W] → the class token's feature and all hidden states."""
-        output: VisionOutput = self.vision_model(pixel_values)
+    def forward(self, pixel_values: Tensor, *, output_hidden_states: bool = False) -> VisionOutput:
+        """Normalised images [B, 3, H, W] → the class token's feature."""
+        output: VisionOutput = self.vision_model(pixel_values, output_hidden_states=output_hidden_states)
         return output

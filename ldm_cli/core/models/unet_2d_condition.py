@@ -193,8 +193,8 @@ class UNet2DConditionConfig(DiffusersConfig):
 class UNet2DConditionModel(Checkpointable):
     """Predicts noise, velocity or image from a noisy latent, a timestep and text states.
 
-    Initialised as in guided diffusion (Dhariwal & Nichol 2021) and latent diffusion: PyTorch's defaults, but zeros
-    for the last layer of every residual branch and of the network, so that it starts as the identity on its skips.
+    Initialised as in guided diffusion (Dhariwal & Nichol 2021) and latent diffusion: PyTorch's defaults, but
+    zeros for the last layer of each residual branch, which starts as its shortcut, and of the network.
     """
 
     config_class = UNet2DConditionConfig
@@ -340,7 +340,8 @@ class UNet2DConditionModel(Checkpointable):
         if (class_labels is None) != (self.class_embedding is None):
             raise ValueError(
                 f"class_labels {'missing' if class_labels is None else 'given'}, but the network has "
-                f"class_embed_type={self.config.class_embed_type}, num_class_embeds={self.config.num_class_embeds}"
+                f"class_embed_type={self.config.class_embed_type} and "
+                f"num_class_embeds={self.config.num_class_embeds}"
             )
         if self.class_embedding is not None and class_labels is not None:
             if self.config.class_embed_type == "timestep":
@@ -353,7 +354,7 @@ class UNet2DConditionModel(Checkpointable):
         return F.silu(embedding)
 
     def _text_time(self, text_embeds: Tensor, time_ids: Tensor, sample: Tensor) -> Tensor:
-        """Pooled text beside the sinusoids of each size (Podell et al. 2023, arXiv:2307.01952, section 2.2)."""
+        """Pooled text beside the sinusoids of each size (Podell et al. 2023, arXiv:2307.01952, 2.2)."""
         assert self.config.addition_time_embed_dim is not None  # the Config's own check
         sizes = self._sinusoids(time_ids.flatten(), self.config.addition_time_embed_dim, sample)
         result: Tensor = self.add_embedding(torch.cat((text_embeds, sizes.reshape(len(sample), -1)), dim=-1))

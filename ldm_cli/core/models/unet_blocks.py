@@ -47,7 +47,7 @@ class LevelSpec:
 
 
 class DownBlock(Checkpointed):
-    """Residual blocks, each with a Transformer if `attention`, then a stride-2 convolution if `downsample`."""
+    """Residual blocks, each with a Transformer if `attention`; a stride-2 convolution if `downsample`."""
 
     def __init__(
         self, spec: LevelSpec, in_channels: int, num_layers: int, *, attention: bool, downsample: bool
