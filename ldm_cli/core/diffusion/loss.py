@@ -1,7 +1,7 @@
 """The denoising loss, one number per sample, with min-SNR-γ weights.
 
-The unweighted loss is the mean squared error to the target (Ho et al. 2020, eq. 14). An error in ε, v and x_0 differs
-by a factor that depends on the level only,
+The unweighted loss is the mean squared error to the target (Ho et al. 2020, eq. 14). An error in ε, v and x_0
+differs by a factor that depends on the level only,
 
     |ε − ε̂|² = SNR |x_0 − x̂_0|²,   |v − v̂|² = (SNR + 1) |x_0 − x̂_0|²,
 
@@ -9,7 +9,8 @@ so that the one weight min(SNR, γ) on |x_0 − x̂_0|² (Hang et al. 2023, eq. 
 
     epsilon: min(SNR, γ) / SNR      v_prediction: min(SNR, γ) / (SNR + 1)      sample: min(SNR, γ).
 
-At the last level of a zero-SNR schedule the weights of v and x_0 are 0: with min-SNR-γ that level is not trained.
+At the last level of a zero-SNR schedule the weights of v and x_0 are 0: with min-SNR-γ that level is not
+trained.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ldm_cli.core.diffusion.schedule import NoiseSchedule
 
 
 def min_snr_weight(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """Weight of the squared error of this prediction type at these signal-to-noise ratios, of snr's shape and type.
+    """Weight of the squared error of this prediction type, of the shape and type of `snr`.
 
     Raises:
         ValueError: unknown `prediction_type`.

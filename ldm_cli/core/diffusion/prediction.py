@@ -1,4 +1,4 @@
-"""From what the network predicts (ε, v or x_0) to x_0 and ε, by the algebra of x_t = a x_0 + b ε with a² + b² = 1.
+"""From what the network predicts (ε, v or x_0) to x_0 and ε, where x_t = a x_0 + b ε and a² + b² = 1.
 
 epsilon       x_0 = (x_t − b ε) / a
 v_prediction  x_0 = a x_t − b v,   ε = b x_t + a v      (Salimans & Ho 2022, appendix D, arXiv:2202.00512)
@@ -11,12 +11,10 @@ from typing import TypeVar
 
 from torch import Tensor
 
-Coefficient = TypeVar("Coefficient", float, Tensor)
+Number = TypeVar("Number", float, Tensor)
 
 
-def to_x0(
-    output: Tensor, x_t: Tensor, signal: Coefficient, sigma: Coefficient, prediction_type: str
-) -> Tensor:
+def to_x0(output: Tensor, x_t: Tensor, signal: Number, sigma: Number, prediction_type: str) -> Tensor:
     """The clean sample x_0 that a network output stands for.
 
     Args:
@@ -25,7 +23,7 @@ def to_x0(
         prediction_type: `epsilon`, `v_prediction` or `sample`.
 
     Raises:
-        ValueError: unknown `prediction_type`, or ε-prediction at zero signal, where it says nothing about x_0.
+        ValueError: unknown `prediction_type`, or ε-prediction at zero signal, which says nothing of x_0.
     """
     if prediction_type == "sample":
         return output
@@ -38,9 +36,7 @@ def to_x0(
     raise ValueError(f"prediction_type={prediction_type!r} is not 'epsilon', 'v_prediction' or 'sample'")
 
 
-def to_epsilon(
-    output: Tensor, x_t: Tensor, signal: Coefficient, sigma: Coefficient, prediction_type: str
-) -> Tensor:
+def to_epsilon(output: Tensor, x_t: Tensor, signal: Number, sigma: Number, prediction_type: str) -> Tensor:
     """The noise ε that a network output stands for; arguments as in `to_x0`.
 
     Raises:

@@ -34,11 +34,14 @@ class NoiseSchedule:
     @classmethod
     def from_config(cls, config: DiffusionConfig) -> NoiseSchedule:
         """The schedule that a recipe, or a diffusers scheduler_config.json, describes."""
-        alphas_cumprod = torch.cumprod(1.0 - _betas(config), dim=0)
+        betas = _betas(config)
         if config.rescale_betas_zero_snr:
-            alphas_cumprod = _with_zero_terminal_snr(alphas_cumprod)
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
-        return cls(1.0 - alphas_cumprod / previous, alphas_cumprod, config.prediction_type)
+            betas = _with_zero_terminal_snr(betas)
+        # In float32, one product after the other: these rounded numbers, not the ideal ones, are what
+        # published models were trained with, and near t = 0 rounding moves 1 − ᾱ by 1e-4 of itself. Then
+        # float64, so that the coefficients made of them lose nothing more.
+        alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
+        return cls(betas.double(), alphas_cumprod.double(), config.prediction_type)
 
     @property
     def num_timesteps(self) -> int:
@@ -68,7 +71,7 @@ class NoiseSchedule:
         return signal * x0 + sigma * noise
 
     def velocity(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """v_t = √ᾱ_t ε − √(1 − ᾱ_t) x_0 (Salimans & Ho 2022, appendix D, arXiv:2202.00512), of x0's shape and type."""
+        """v_t = √ᾱ_t ε − √(1 − ᾱ_t) x_0, of x0's shape and type (Salimans & Ho 2022, arXiv:2202.00512)."""
         signal, sigma = self.signal_and_noise(t, x0)
         return signal * noise - sigma * x0
 
@@ -81,25 +84,26 @@ class NoiseSchedule:
         return x0
 
     def snr(self, t: Tensor) -> Tensor:
-        """Signal-to-noise ratio ᾱ_t / (1 − ᾱ_t), float64 of t's shape; 0 at the last level of a zero-SNR schedule."""
+        """Signal-to-noise ratio ᾱ_t / (1 − ᾱ_t), float64 of t's shape; 0 at the last zero-SNR level."""
         alpha_bar = self.alphas_cumprod.to(t.device)[t]
         return alpha_bar / (1.0 - alpha_bar)
 
 
 def _betas(config: DiffusionConfig) -> Tensor:
-    """β_t as float64 [T], before any rescaling."""
+    """β_t as float32 [T], before any rescaling."""
     count, first, last = config.num_train_timesteps, config.beta_start, config.beta_end
     if config.beta_schedule == "linear":
-        return torch.linspace(first, last, count, dtype=torch.float64)
+        return torch.linspace(first, last, count, dtype=torch.float32)
     if config.beta_schedule == "scaled_linear":
-        return torch.linspace(math.sqrt(first), math.sqrt(last), count, dtype=torch.float64) ** 2
+        return torch.linspace(math.sqrt(first), math.sqrt(last), count, dtype=torch.float32) ** 2
     # Nichol & Dhariwal 2021, eq. 17, arXiv:2102.09672; the offset 0.008 keeps the first β from vanishing.
     time = torch.arange(count + 1, dtype=torch.float64) / count
     alpha_bar = torch.cos((time + 0.008) / 1.008 * (math.pi / 2)) ** 2
-    return (1.0 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=_MAX_BETA)
+    return (1.0 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=_MAX_BETA).float()
 
 
-def _with_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
-    """√ᾱ shifted and scaled so that the last is 0 and the first is unchanged (Lin et al. 2023, algorithm 1)."""
-    root = alphas_cumprod.sqrt()
-    return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+def _with_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """β after √ᾱ is shifted and scaled: its last is 0, its first as before (Lin et al. 2023, algorithm 1)."""
+    root = torch.cumprod(1.0 - betas, dim=0).sqrt()
+    alpha_bar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    return 1.0 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])

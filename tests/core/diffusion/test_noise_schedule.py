@@ -25,8 +25,8 @@ def test_signal_falls_with_every_level_and_stays_a_share_of_one(name):
 def test_first_and_last_beta_are_those_of_the_config():
     for name in ("linear", "scaled_linear"):
         betas = schedule(beta_schedule=name, beta_start=0.001, beta_end=0.02).betas
-        assert betas[0].item() == pytest.approx(0.001, rel=1e-9)
-        assert betas[-1].item() == pytest.approx(0.02, rel=1e-9)
+        assert betas[0].item() == pytest.approx(0.001, rel=1e-6)
+        assert betas[-1].item() == pytest.approx(0.02, rel=1e-6)
 
 
 def test_cosine_schedule_is_the_squared_cosine_where_beta_is_not_capped():
@@ -35,7 +35,7 @@ def test_cosine_schedule_is_the_squared_cosine_where_beta_is_not_capped():
     def f(t):
         return math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
 
-    assert alphas[499].item() == pytest.approx(f(500) / f(0), rel=1e-12)
+    assert alphas[499].item() == pytest.approx(f(500) / f(0), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -44,7 +44,7 @@ def test_zero_snr_schedule_ends_in_pure_noise_and_starts_as_before(name):
     zero = schedule(beta_schedule=name, prediction_type="v_prediction", rescale_betas_zero_snr=True)
     assert zero.alphas_cumprod[-1] == 0
     assert zero.snr(torch.tensor([999])) == 0
-    assert zero.alphas_cumprod[0].item() == pytest.approx(plain.alphas_cumprod[0].item(), rel=1e-14)
+    assert zero.alphas_cumprod[0].item() == pytest.approx(plain.alphas_cumprod[0].item(), rel=1e-7)
     assert torch.isfinite(zero.betas).all()
     assert zero.betas[-1] == 1
 
