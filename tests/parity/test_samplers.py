@@ -106,8 +106,8 @@ def test_trajectory_equals_that_of_diffusers(monkeypatch, name, prediction_type,
 @pytest.mark.parametrize("name", CLASSES)
 def test_zero_snr_trajectory_equals_that_of_diffusers(monkeypatch, name, prediction_type, steps):
     config = DiffusionConfig(prediction_type=prediction_type, rescale_betas_zero_snr=True)
-    # diffusers' Euler starts at y = 4096 · noise in float32, where y + dy/dσ · Δσ cancels all but three digits;
-    # ours is written without that difference (see the next test).
+    # diffusers' Euler starts at y = 4096 · noise in float32, where y + dy/dσ · Δσ cancels all but three
+    # digits; ours is written without that difference (see the next test).
     compare(monkeypatch, name, config, steps, "trailing", atol=1e-3 if name == "euler" else 1e-5)
 
 
