@@ -106,7 +106,7 @@ class AttentionPool2d(nn.Module):
 class ModifiedResNet(Checkpointed):
     """The tower and its projection into the joint space.
 
-    Initialised as OpenAI's: deviation D^-½ in the attention pool, zero gain in the last batch norm of a block,
+    Initialised as OpenAI's: D^-½ in the attention pool, and zero gain in the last batch norm of each block,
     so that every block starts as its shortcut (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
 
     Args:
