@@ -1,0 +1,161 @@
+"""From a member's bytes to a defined RGB picture, and from that to the square uint8 tensor a model is shown.
+
+Whatever the file holds, the result is 8-bit RGB: 16-bit values are scaled, palettes and CMYK converted,
+transparency laid over the background colour, the EXIF orientation applied, the first frame taken of an
+animation. What a header claims is checked before anything is decoded, and a truncated file is an error.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import Literal
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from ldm_cli.data.bad_samples import BadSampleError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+"""Members that hold an image, the preferred ones first."""
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_WITH_ALPHA = frozenset(("LA", "La", "PA", "RGBA", "RGBa"))
+_SIXTEEN_BIT = frozenset(("I", "I;16", "I;16B", "I;16L", "I;16N"))
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION = 0x0112
+
+Color = tuple[int, int, int]
+
+
+def decode_rgb(data: bytes, background: Color, max_pixels: int, min_side: int | None = None) -> Image.Image:
+    """The picture in a file, as 8-bit RGB.
+
+    Args:
+        data: a JPEG, PNG, WebP, GIF, BMP or TIFF file, recognised by its content.
+        background: colour behind transparent pixels.
+        max_pixels: most pixels that its header may claim.
+        min_side: a JPEG may be decoded at half, a quarter or an eighth of its size, if both sides keep twice
+            this.
+
+    Raises:
+        BadSampleError: "empty image", "not an image", "too many pixels", "damaged image", "unsupported pixel
+            format".
+    """
+    if not data:
+        raise BadSampleError("empty image")
+    try:
+        _check_size(_webp_size(data), max_pixels)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        too_large = isinstance(error, Image.DecompressionBombError)
+        raise BadSampleError("too many pixels" if too_large else "not an image") from error
+    except BadSampleError:
+        raise
+    except Exception as error:
+        raise BadSampleError("damaged image", str(error)) from error
+    _check_size(image.size, max_pixels)
+    try:
+        if min_side is not None:
+            image.draft(None, (2 * min_side, 2 * min_side))
+        image.load()
+        return _to_rgb(_upright(image), background)
+    except BadSampleError:
+        raise
+    except Exception as error:  # Pillow's plugins raise nearly every kind of exception on damaged files
+        raise BadSampleError("damaged image", str(error)) from error
+
+
+def to_square(
+    image: Image.Image,
+    size: int,
+    crop: Literal["center", "random", "squash"],
+    place: float = 0.5,
+    mirror: bool = False,
+) -> Tensor:
+    """Resize the short side to `size` and cut a square, in one antialiased bicubic resize.
+
+    Args:
+        image: RGB.
+        size: height and width of the result, in pixels (S).
+        crop: `squash` takes the whole picture whatever its shape, the others a square of it.
+        place: where the square lies along the longer side, from 0 (left or top) to 1; 0.5 is the centre.
+        mirror: flip left to right.
+
+    Returns:
+        uint8 [3, S, S].
+    """
+    width, height = image.size
+    if crop == "squash":
+        box = (0, 0, width, height)
+    else:
+        side = min(width, height)
+        # Whole source pixels, so that a picture that needs no resizing is cut, not blurred by half a pixel.
+        left, top = int(place * (width - side + 1)), int(place * (height - side + 1))
+        left, top = min(left, width - side), min(top, height - side)
+        box = (left, top, left + side, top + side)
+    square = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+    if mirror:
+        square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
+    return pixels.view(size, size, 3).permute(2, 0, 1).contiguous()
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise BadSampleError("too many pixels", f"{width}×{height}, more than data.max_pixels={max_pixels}")
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """The canvas that an extended WebP header claims: Pillow allocates it while opening, before it can be
+    asked.
+    """
+    if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X" and len(data) >= 30:
+        low, high = struct.unpack("<IH", data[24:30])
+        return (low & 0xFFFFFF) + 1, (low >> 24 | high << 8) + 1
+    return 0, 0
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation; unreadable EXIF data mean none. (Pillow has already applied it to TIFFs.)"""
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:
+        return image
+    transpose = _TRANSPOSE.get(orientation or 1)
+    if transpose is None:
+        return image
+    upright = image.transpose(transpose)
+    upright.info = image.info
+    return upright
+
+
+def _to_rgb(image: Image.Image, background: Color) -> Image.Image:
+    """8-bit RGB of any pixel format."""
+    if image.mode in _SIXTEEN_BIT:
+        return _eight_bit(image).convert("RGB")
+    if image.mode == "F":
+        raise BadSampleError("unsupported pixel format", "floating-point pixels have no defined range")
+    if image.mode in _WITH_ALPHA or "transparency" in image.info:
+        canvas = Image.new("RGBA", image.size, (*background, 255))
+        return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """0…65535 to 0…255, rounded to nearest (65535 = 255 · 257)."""
+    wide = image.convert("I")
+    extrema = wide.getextrema()
+    if not all(isinstance(value, int) and 0 <= value <= 65535 for value in extrema):
+        raise BadSampleError("unsupported pixel format", f"integer pixels from {extrema[0]} to {extrema[1]}")
+    return wide.point(lambda value: value * (1 / 257) + 0.5).convert("L")

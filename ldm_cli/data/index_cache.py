@@ -1,0 +1,109 @@
+"""Shard indexes kept between runs, outside the data's folder: `$XDG_CACHE_HOME/ldm/index` or
+`~/.cache/ldm/index`.
+
+A cached index is used only if the shard has its size and modification time, a spread of its headers is
+unchanged and its end-of-archive blocks are in place. Nothing depends on that being so: a stale index that
+slips through is noticed when a sample is read, because every read verifies the member's header.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ldm_cli.data.tar_format import BLOCK
+from ldm_cli.data.tar_index import ShardIndex
+
+_VERSION = 1
+_NUM_PROBES = 16
+_TENSORS = ("key_bytes", "key_ends", "sample_starts", "members")
+
+
+def cache_folder() -> Path:
+    """Where indexes are kept; the system's temporary folder when the user has no home."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    if not base:
+        try:
+            base = str(Path.home() / ".cache")
+        except RuntimeError:
+            base = str(Path(tempfile.gettempdir()) / f"ldm-{os.getuid()}")
+    return Path(base) / "ldm" / "index"
+
+
+def load_index(shard: Path, folder: Path) -> ShardIndex | None:
+    """The cached index of `shard`, or None if there is none that fits it."""
+    try:
+        with safe_open(_file(shard, folder), framework="pt") as file:
+            facts = json.loads(file.metadata()["index"])
+            tensors = {name: file.get_tensor(name) for name in _TENSORS}
+        index = ShardIndex(
+            file_size=facts["file_size"],
+            end=facts["end"],
+            extensions=tuple(facts["extensions"]),
+            ignored=facts["ignored"],
+            **tensors,
+        )
+        fits = (
+            facts["version"] == _VERSION
+            and facts["mtime_ns"] == shard.stat().st_mtime_ns
+            and facts["fingerprint"] == index.fingerprint()
+            and _describes(index, shard)
+        )
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None
+    return index if fits else None
+
+
+def save_index(shard: Path, index: ShardIndex, folder: Path) -> None:
+    """Keep the index of a sound shard; other processes see the old file or the new one, never a part.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    facts = {
+        "version": _VERSION,
+        "file_size": index.file_size,
+        "mtime_ns": shard.stat().st_mtime_ns,
+        "end": index.end,
+        "extensions": index.extensions,
+        "ignored": index.ignored,
+        "fingerprint": index.fingerprint(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    target = _file(shard, folder)
+    temporary = target.with_suffix(f".tmp-{os.getpid()}")
+    try:
+        save_file({name: getattr(index, name) for name in _TENSORS}, temporary, {"index": json.dumps(facts)})
+        temporary.replace(target)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _file(shard: Path, folder: Path) -> Path:
+    name = hashlib.sha256(os.fsencode(os.path.realpath(shard))).hexdigest()[:32]
+    return folder / f"{name}.safetensors"
+
+
+def _describes(index: ShardIndex, shard: Path) -> bool:
+    """The shard's size, end blocks and a spread of its headers are those of the index."""
+    num_members = len(index.members)
+    picks = torch.linspace(0, max(num_members - 1, 0), min(_NUM_PROBES, num_members)).long()
+    with shard.open("rb", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size != index.file_size:
+            return False
+        for _, offset, _, header_crc in index.members[picks].tolist():
+            if zlib.crc32(os.pread(file.fileno(), BLOCK, offset - BLOCK)) != header_crc:
+                return False
+        return os.pread(file.fileno(), 2 * BLOCK, index.end) == bytes(2 * BLOCK)

@@ -1,0 +1,127 @@
+"""The order of samples as a function of seed, epoch and position: no state, nothing to restore.
+
+An epoch permutes the shards, cuts them into windows of W shards and permutes the samples of each window. A
+permutation is the order of random keys drawn by counter (Philox), so any position is found by looking at its
+own window alone. Consecutive steps take consecutive positions of the endless stream of epochs: nothing is
+dropped at an epoch's end.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ldm_cli import philox
+
+_NUM_CACHED_WINDOWS = 4
+_NUM_CACHED_EPOCHS = 2
+
+
+def global_positions(step: int, batch_size: int, num_samples: int) -> tuple[Tensor, Tensor]:
+    """Epoch and position of the samples of a global batch.
+
+    Args:
+        step: number of the step, from 0.
+        batch_size: samples per step over all ranks (B).
+        num_samples: samples per epoch.
+
+    Returns:
+        (epoch int64 [B], position int64 [B]) of the stream positions step·B … step·B + B - 1.
+    """
+    if step < 0 or batch_size < 1 or num_samples < 1:
+        raise ValueError(f"global_positions: step={step}, batch_size={batch_size}, num_samples={num_samples}")
+    stream = torch.arange(batch_size) + step * batch_size
+    return stream // num_samples, stream % num_samples
+
+
+def rank_slice(batch_size: int, rank: int, world_size: int) -> slice:
+    """The part of a global batch that belongs to `rank`: equal parts, in order.
+
+    Raises:
+        ValueError: `world_size` does not divide `batch_size`, or there is no such rank.
+    """
+    if not 0 <= rank < world_size or batch_size % world_size:
+        raise ValueError(f"rank_slice: batch_size={batch_size}, rank={rank}, world_size={world_size}")
+    part = batch_size // world_size
+    return slice(rank * part, (rank + 1) * part)
+
+
+class Order:
+    """`order(seed, epoch, position)` over shards of given sizes; a few windows are remembered only to save
+    time.
+
+    Args:
+        seed: of the run.
+        shard_sizes: samples per shard, some of which may be 0.
+        window: shards per window (W).
+    """
+
+    def __init__(self, seed: int, shard_sizes: Sequence[int], window: int) -> None:
+        if window < 1 or not any(shard_sizes):
+            raise ValueError(
+                f"Order: window={window}, {sum(shard_sizes)} samples in {len(shard_sizes)} shards"
+            )
+        self._shard_key = philox.key(seed, "order/shards")
+        self._sample_key = philox.key(seed, "order/samples")
+        self._sizes = tuple(shard_sizes)
+        self._starts = (0, *itertools.accumulate(self._sizes))
+        self._window = window
+        self._epochs: OrderedDict[int, tuple[list[int], list[int]]] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int], list[int]] = OrderedDict()
+
+    @property
+    def num_samples(self) -> int:
+        """Samples per epoch."""
+        return self._starts[-1]
+
+    def __call__(self, epoch: int, position: int) -> tuple[int, int]:
+        """(shard, sample within the shard) at `position` of `epoch`."""
+        if not 0 <= position < self.num_samples:
+            raise ValueError(f"Order: position={position} is not in [0, {self.num_samples})")
+        _, ends = self._epoch(epoch)
+        window = bisect_right(ends, position)
+        start = ends[window - 1] if window else 0
+        return self.locate(self._permuted(epoch, window)[position - start])
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """(shard, sample within the shard) of the sample that has this number when shards are laid end to
+        end.
+        """
+        shard = bisect_right(self._starts, number) - 1
+        return shard, number - self._starts[shard]
+
+    def _epoch(self, epoch: int) -> tuple[list[int], list[int]]:
+        """The permuted shards of an epoch, and the position at which each window ends."""
+        if epoch not in self._epochs:
+            shards = _permutation(self._shard_key, epoch, torch.arange(len(self._sizes))).tolist()
+            sizes = [
+                sum(self._sizes[shard] for shard in shards[first : first + self._window])
+                for first in range(0, len(shards), self._window)
+            ]
+            self._epochs[epoch] = (shards, list(itertools.accumulate(sizes)))
+            while len(self._epochs) > _NUM_CACHED_EPOCHS:
+                self._epochs.popitem(last=False)
+        return self._epochs[epoch]
+
+    def _permuted(self, epoch: int, window: int) -> list[int]:
+        """Numbers of the samples of a window, in the order in which they are read."""
+        if (epoch, window) not in self._windows:
+            shards = self._epoch(epoch)[0][window * self._window : (window + 1) * self._window]
+            numbers = torch.cat([torch.arange(self._starts[s], self._starts[s + 1]) for s in shards])
+            self._windows[epoch, window] = _permutation(self._sample_key, epoch, numbers).tolist()
+            while len(self._windows) > _NUM_CACHED_WINDOWS:
+                self._windows.popitem(last=False)
+        return self._windows[epoch, window]
+
+
+def _permutation(key: philox.Key, epoch: int, numbers: Tensor) -> Tensor:
+    """`numbers` int64 [n] in the order of the 62-bit random keys that (epoch, number) draws; ties keep their
+    order.
+    """
+    words = philox.bits(key, torch.full_like(numbers, epoch), numbers, 2)
+    return numbers[torch.argsort((words[:, 0] << 30) | (words[:, 1] >> 2), stable=True)]

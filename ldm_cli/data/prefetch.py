@@ -1,0 +1,61 @@
+"""A background thread that stays a few items ahead of its consumer."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+class _End:
+    """Put after the last item, with the exception that ended the source, if one did."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        self.error = error
+
+
+@contextmanager
+def prefetched(source: Generator[Item], depth: int) -> Iterator[Iterator[Item]]:
+    """Run `source` in a thread, at most `depth` items ahead; leaving the context stops the thread and waits
+    for it.
+
+    An exception of `source` is raised in the consumer, after the items before it.
+    """
+    items: queue.Queue[Item | _End] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def produce() -> None:
+        error: BaseException | None = None
+        try:
+            with closing(source):
+                for item in source:
+                    items.put(item)
+                    if stopped.is_set():
+                        return
+        except BaseException as caught:
+            error = caught
+        items.put(_End(error))
+
+    def consume() -> Iterator[Item]:
+        while not isinstance(item := items.get(), _End):
+            yield item
+        if item.error is not None:
+            raise item.error
+
+    thread = threading.Thread(target=produce, name="ldm-prefetch", daemon=True)
+    thread.start()
+    try:
+        yield consume()
+    finally:
+        stopped.set()
+        while thread.is_alive():
+            # A producer waiting for room in the queue gets it, and then sees that it is to stop.
+            try:
+                items.get(timeout=0.01)
+            except queue.Empty:
+                continue
+        thread.join()

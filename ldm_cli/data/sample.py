@@ -1,0 +1,165 @@
+"""One sample: its members read, checked and decoded as the recipe says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from ldm_cli.data.bad_samples import BadSampleError
+from ldm_cli.data.captions import (
+    choose_caption,
+    clean_caption,
+    decode_text,
+    field_of,
+    parse_json,
+    parse_label,
+)
+from ldm_cli.data.config import DataConfig
+from ldm_cli.data.decode import IMAGE_EXTENSIONS, decode_rgb, to_square
+from ldm_cli.data.shards import ShardReader, ShardSet
+
+_JSON = "json:"
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random numbers of one sample, each in [0, 1); the defaults are what evaluation uses."""
+
+    place: float = 0.5
+    flip: float = 1.0
+    caption: float = 0.0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which parts of a sample are wanted."""
+
+    image: bool = True
+    caption: bool = True
+    label: bool = True
+    metadata: bool = False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A decoded sample: image uint8 [3, S, S], caption, class index, JSON member, and remarks about its text."""
+
+    image: Tensor | None
+    caption: str
+    label: int | None
+    metadata: dict[str, Any] | None
+    remarks: tuple[str, ...]
+
+
+class SampleDecoder:
+    """Reads samples of a shard set.
+
+    Args:
+        shards: where samples are read.
+        config: which members, and how images become tensors.
+        wanted: parts to read; the others are None, or the empty caption.
+    """
+
+    def __init__(self, shards: ShardSet, config: DataConfig, wanted: Wanted) -> None:
+        self._shards, self._config, self._wanted = shards, config, wanted
+        self._reader = ShardReader(shards)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._reader.close()
+
+    def decode(self, shard: int, sample: int, draw: Draw) -> Sample:
+        """The sample with its image cropped and flipped as `draw` says.
+
+        Raises:
+            BadSampleError: it cannot be used.
+            DataError, StorageError: the shard has changed or cannot be read.
+        """
+        members = _Members(self._reader, self._shards, shard, sample, self._config.max_member_bytes)
+        caption, remarks = self._caption(members, draw) if self._wanted.caption else ("", ())
+        label = self._label(members) if self._wanted.label and self._config.label else None
+        metadata = (members.metadata() or {}) if self._wanted.metadata else None
+        image = None
+        if self._wanted.image:
+            mirror = draw.flip < self._config.flip_probability
+            size = self._config.image_size
+            image = to_square(self._image(members, size), size, self._config.crop, draw.place, mirror)
+        return Sample(image, caption, label, metadata, remarks)
+
+    def full_image(self, shard: int, sample: int) -> Image.Image:
+        """The sample's picture in RGB at its own size; raises as `decode`."""
+        members = _Members(self._reader, self._shards, shard, sample, self._config.max_member_bytes)
+        return self._image(members, None)
+
+    def _image(self, members: _Members, min_side: int | None) -> Image.Image:
+        for extension in IMAGE_EXTENSIONS:
+            data = members.read(extension)
+            if data is not None:
+                return decode_rgb(data, self._config.background, self._config.max_pixels, min_side)
+        raise BadSampleError("missing image")
+
+    def _caption(self, members: _Members, draw: Draw) -> tuple[str, tuple[str, ...]]:
+        """The caption by the recipe's rule, and remarks about it."""
+        remarks: tuple[str, ...] = ()
+        try:
+            if self._config.caption.startswith(_JSON):
+                value = field_of(members.metadata() or {}, self._config.caption.removeprefix(_JSON))
+                text = choose_caption(value, draw.caption)
+            else:
+                data = members.read(self._config.caption)
+                text, remarks = (None, ()) if data is None else decode_text(data)
+        except BadSampleError as bad:
+            if bad.reason != "damaged json" or self._config.missing_caption == "skip":
+                raise
+            text, remarks = None, ("damaged json",)
+        if text is not None:
+            text, more = clean_caption(text)
+            remarks += more
+        if text:
+            return text, remarks
+        if self._config.missing_caption == "skip":
+            raise BadSampleError("missing caption" if text is None else "blank caption")
+        return "", (*remarks, "empty caption")
+
+    def _label(self, members: _Members) -> int:
+        where = self._config.label or ""
+        if where.startswith(_JSON):
+            return parse_label(field_of(members.metadata() or {}, where.removeprefix(_JSON)))
+        data = members.read(where)
+        return parse_label(None if data is None else decode_text(data).text.strip())
+
+
+class _Members:
+    """The members of one sample, each read at most once."""
+
+    def __init__(
+        self, reader: ShardReader, shards: ShardSet, shard: int, sample: int, max_bytes: int
+    ) -> None:
+        self._reader, self._shard, self._max_bytes = reader, shard, max_bytes
+        self._members = shards.indexes[shard].sample(sample)
+        self._metadata: dict[str, Any] | None = None
+        for extension, found in self._members.items():
+            if len(found) > 1:
+                raise BadSampleError("duplicate members", f"{len(found)} × .{extension}")
+
+    def read(self, extension: str) -> bytes | None:
+        """The bytes of a member, or None if the sample has none of that extension."""
+        found = self._members.get(extension)
+        if not found:
+            return None
+        if found[0].size > self._max_bytes:
+            raise BadSampleError(
+                "member too large",
+                f".{extension} of {found[0].size} bytes, data.max_member_bytes={self._max_bytes}",
+            )
+        return self._reader.read(self._shard, found[0])
+
+    def metadata(self) -> dict[str, Any] | None:
+        """The parsed JSON member, or None if there is none."""
+        if self._metadata is None:
+            data = self.read("json")
+            self._metadata = None if data is None else parse_json(data)
+        return self._metadata

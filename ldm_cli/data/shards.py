@@ -1,0 +1,157 @@
+"""The shards of a data set: found, indexed, and read member by member."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import zlib
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ldm_cli.data.config import DataConfig
+from ldm_cli.data.index_cache import cache_folder, load_index, save_index
+from ldm_cli.data.patterns import find_shards
+from ldm_cli.data.tar_format import BLOCK
+from ldm_cli.data.tar_index import Member, ShardIndex, index_tar
+from ldm_cli.errors import DataError, InputNotFoundError, StorageError
+from ldm_cli.reporting import Reporter
+
+_MAX_OPEN_FILES = 64
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """Shards and their indexes, in a fixed order.
+
+    Attributes:
+        paths: the files.
+        indexes: what each one holds.
+    """
+
+    paths: tuple[Path, ...]
+    indexes: tuple[ShardIndex, ...]
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Samples per shard."""
+        return tuple(index.num_samples for index in self.indexes)
+
+    @cached_property
+    def num_samples(self) -> int:
+        """Samples in all, good or not."""
+        return sum(self.sizes)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what the shards hold, in their order; the same wherever their folder lies and whatever
+        its name.
+        """
+        return hashlib.sha256("\n".join(index.fingerprint() for index in self.indexes).encode()).hexdigest()
+
+    def name(self, shard: int, sample: int) -> str:
+        """How a sample is called in batches and reports: `shard/key`, the shard without its suffix."""
+        return f"{self.paths[shard].stem}/{self.indexes[shard].key(sample)}"
+
+
+def open_shards(shards: str | tuple[str, ...], config: DataConfig, reporter: Reporter) -> ShardSet:
+    """Find and index shards; nothing is read but headers.
+
+    Args:
+        shards: a path, glob, folder or brace pattern, or several; usually `config.shards` or
+            `config.val_shards`.
+        config: for `on_bad_shard`.
+        reporter: told about damaged shards that are used in part, and about a cache that cannot be written.
+
+    Raises:
+        InputNotFoundError: shards are missing, empty or unreadable (all of them are listed), or hold no
+            samples.
+        DataError: a shard is damaged and `on_bad_shard` is `stop`.
+        UnavailableError: a remote source is named.
+        StorageError: reading failed.
+    """
+    paths = find_shards(shards)
+    folder: Path | None = cache_folder()
+    indexes: list[ShardIndex] = []
+    with reporter.progress("indexing shards", total=len(paths), unit="shard") as progress:
+        for number, path in enumerate(paths, start=1):
+            index = load_index(path, folder) if folder else None
+            if index is None:
+                index = index_tar(path, config.on_bad_shard)
+                if index.damage:
+                    reporter.warn(
+                        f"shard '{path}' is damaged ({index.damage}): using {index.num_samples} whole samples"
+                    )
+                elif folder:
+                    folder = _keep(path, index, folder, reporter)
+            indexes.append(index)
+            progress.update(number)
+    result = ShardSet(paths, tuple(indexes))
+    if not result.num_samples:
+        raise InputNotFoundError(f"there are no samples in {len(paths)} shards", f"first one: '{paths[0]}'")
+    ignored = sum((Counter(index.ignored) for index in indexes), Counter())
+    if ignored:
+        counts = ", ".join(f"{count} × {reason}" for reason, count in sorted(ignored.items()))
+        reporter.info(f"ignored members of shards: {counts}")
+    return result
+
+
+def _keep(path: Path, index: ShardIndex, folder: Path, reporter: Reporter) -> Path | None:
+    """Cache the index; where that fails, say so once and give up the cache."""
+    try:
+        save_index(path, index, folder)
+    except OSError as error:
+        reporter.warn(f"cannot keep shard indexes in '{folder}': {error}; they are made anew in every run")
+        return None
+    return folder
+
+
+class ShardReader:
+    """Reads members of the shards of a set; safe for several threads, and after a fork."""
+
+    def __init__(self, shards: ShardSet) -> None:
+        self._shards = shards
+        self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, shard: int, member: Member) -> bytes:
+        """The data of a member.
+
+        Raises:
+            DataError: the shard is no longer what was indexed.
+            StorageError: reading failed.
+        """
+        path = self._shards.paths[shard]
+        length = BLOCK + member.size
+        with self._lock:
+            try:
+                block = os.pread(self._descriptor(shard), length, member.offset - BLOCK)
+            except OSError as error:
+                raise StorageError(f"cannot read shard '{path}'", os.strerror(error.errno or 0)) from error
+        if len(block) != length or zlib.crc32(block[:BLOCK]) != member.header_crc:
+            raise DataError(
+                f"shard '{path}' has changed since it was indexed",
+                f"other content at byte {member.offset - BLOCK}",
+                "leave shards alone while they are in use; then run the same command again",
+            )
+        return block[BLOCK:]
+
+    def close(self) -> None:
+        """Close all files."""
+        with self._lock:
+            while self._descriptors:
+                os.close(self._descriptors.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _descriptor(self, shard: int) -> int:
+        if shard in self._descriptors:
+            self._descriptors.move_to_end(shard)
+        else:
+            if len(self._descriptors) >= _MAX_OPEN_FILES:
+                os.close(self._descriptors.popitem(last=False)[1])
+            self._descriptors[shard] = os.open(self._shards.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+        return self._descriptors[shard]

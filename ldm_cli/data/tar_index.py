@@ -1,0 +1,217 @@
+"""The index of one shard: which samples it holds, and where each member's bytes lie.
+
+Members are grouped into samples by webdataset's rule: the key is the path up to the first dot of its last
+component, the rest, in lower case, is the extension. Members of one key belong together wherever they stand
+in the shard.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import re
+from array import array
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ldm_cli.data.tar_format import TarDamage, TarScan
+from ldm_cli.errors import DataError, InputNotFoundError, StorageError
+
+_KEY_AND_EXTENSION = re.compile(rb"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
+_META = re.compile(rb"__[^/]*__($|/)")
+_NEVER_READ = frozenset(("pkl", "pickle", "pyd", "pth", "npy"))
+
+
+class Member(NamedTuple):
+    """Where one member of a sample lies in its shard.
+
+    Attributes:
+        offset: first byte of the data; the 512 bytes before are its header.
+        size: bytes of data.
+        header_crc: CRC-32 of that header.
+    """
+
+    offset: int
+    size: int
+    header_crc: int
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What a shard holds, as a handful of tensors (N samples, M members, K bytes of keys).
+
+    Attributes:
+        file_size: bytes of the shard.
+        end: offset of the end-of-archive blocks (of the damage, if the shard is cut).
+        extensions: the extensions that occur, lower-case, without the first dot.
+        ignored: how many members were passed over, by reason.
+        key_bytes: uint8 [K], all keys in UTF-8, one after the other.
+        key_ends: int64 [N], where each key ends in `key_bytes`.
+        sample_starts: int64 [N+1]; sample i has the members `sample_starts[i]` … `sample_starts[i+1] - 1`.
+        members: int64 [M, 4]: number of the extension, offset, size, CRC-32 of the header.
+        damage: what is wrong with the shard, if it was to be read up to there; else None.
+    """
+
+    file_size: int
+    end: int
+    extensions: tuple[str, ...]
+    ignored: dict[str, int]
+    key_bytes: Tensor
+    key_ends: Tensor
+    sample_starts: Tensor
+    members: Tensor
+    damage: str | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples there are, good or not."""
+        return len(self.key_ends)
+
+    def key(self, sample: int) -> str:
+        """The key of a sample."""
+        start = int(self.key_ends[sample - 1]) if sample else 0
+        return bytes(self.key_bytes[start : int(self.key_ends[sample])].tolist()).decode()
+
+    def sample(self, sample: int) -> dict[str, list[Member]]:
+        """The members of a sample by extension; a list of two is a duplicate that makes the sample unusable."""
+        first, last = self.sample_starts[sample : sample + 2].tolist()
+        found: dict[str, list[Member]] = {}
+        for extension, offset, size, header_crc in self.members[first:last].tolist():
+            found.setdefault(self.extensions[extension], []).append(Member(offset, size, header_crc))
+        return found
+
+    def fingerprint(self) -> str:
+        """SHA-256 of keys, places, sizes and headers; the same wherever the shard lies."""
+        digest = hashlib.sha256(json.dumps([self.file_size, self.extensions]).encode())
+        for tensor in (self.key_bytes, self.key_ends, self.sample_starts, self.members):
+            digest.update(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
+        return digest.hexdigest()
+
+
+def index_tar(path: Path, on_damage: Literal["stop", "skip"] = "stop") -> ShardIndex:
+    """Read the headers of a shard.
+
+    Args:
+        path: an uncompressed tar.
+        on_damage: `skip` takes exactly the whole samples before the damage; `stop` raises.
+
+    Raises:
+        DataError: the shard is damaged (naming the byte), compressed, or no tar at all.
+        InputNotFoundError: it is missing, empty or not readable.
+        StorageError: reading failed.
+    """
+    try:
+        file_descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise InputNotFoundError(f"cannot open shard '{path}'", os.strerror(error.errno or 0)) from error
+    try:
+        file_size = os.fstat(file_descriptor).st_size
+        if not file_size:
+            raise InputNotFoundError(
+                f"cannot read shard '{path}'", "the file is empty", "make or fetch it again"
+            )
+        return _read(path, TarScan(file_descriptor, file_size), file_size, on_damage)
+    except OSError as error:
+        raise StorageError(f"cannot read shard '{path}'", os.strerror(error.errno or 0)) from error
+    finally:
+        os.close(file_descriptor)
+
+
+def _read(path: Path, scan: TarScan, file_size: int, on_damage: Literal["stop", "skip"]) -> ShardIndex:
+    """Collect the members of `scan` and group them."""
+    grouping = _Grouping()
+    damage = None
+    try:
+        for name, offset, size, header_crc in scan:
+            grouping.add(name, offset, size, header_crc)
+    except TarDamage as found:
+        if "compressed" in found.reason:
+            raise DataError(
+                f"cannot read shard '{path}'", found.reason, "decompress it: shards are plain tars"
+            ) from found
+        if on_damage == "stop":
+            remedy = "make or fetch it again, or set data.on_bad_shard=skip to use the whole samples before"
+            raise DataError(f"shard '{path}' is damaged", str(found), remedy) from found
+        damage = str(found)
+        grouping.drop_incomplete(found)
+        scan.end = found.byte
+    return grouping.index(file_size, scan.end, scan.ignored + grouping.ignored, damage)
+
+
+class _Grouping:
+    """Members on their way to becoming samples."""
+
+    def __init__(self) -> None:
+        self.ignored: Counter[str] = Counter()
+        self._samples: dict[bytes, int] = {}  # key to number, in order of first appearance
+        self._extensions: dict[str, int] = {}
+        self._owner = array("q")  # number of each member's sample
+        self._rows = array("q")  # four numbers per member, as in ShardIndex.members
+
+    def add(self, name: bytes, offset: int, size: int, header_crc: int) -> None:
+        """Take a member, or count why not."""
+        match = _KEY_AND_EXTENSION.fullmatch(name)
+        if match is None:
+            self.ignored["name without extension"] += 1
+            return
+        if _META.match(name):
+            self.ignored["webdataset meta member"] += 1
+            return
+        if name.startswith(b"/") or b".." in name.split(b"/"):
+            self.ignored["absolute or '..' name"] += 1
+            return
+        key, extension = match.group(1), match.group(2).lower().decode("utf-8", "backslashreplace")
+        if extension.rpartition(".")[2] in _NEVER_READ:
+            self.ignored["pickle or array member"] += 1
+            return
+        self._owner.append(self._samples.setdefault(key, len(self._samples)))
+        self._rows.extend(
+            (self._extensions.setdefault(extension, len(self._extensions)), offset, size, header_crc)
+        )
+
+    def drop_incomplete(self, damage: TarDamage) -> None:
+        """Forget the sample that the damage may have cut.
+
+        If the damaged member's name is known, that is its sample. Otherwise it is the last one, unless it
+        already has every extension that any earlier sample has: then the members behind the damage were not
+        its own.
+        """
+        if damage.at_end or not self._owner:
+            return
+        match = _KEY_AND_EXTENSION.fullmatch(damage.member) if damage.member is not None else None
+        last = self._samples.get(match.group(1)) if match else self._owner[-1]
+        if last is None:
+            return
+        own = {self._rows[4 * i] for i, owner in enumerate(self._owner) if owner == last}
+        earlier = {self._rows[4 * i] for i, owner in enumerate(self._owner) if owner != last}
+        if match is None and earlier and own >= earlier:
+            return
+        kept = [i for i, owner in enumerate(self._owner) if owner != last]
+        self._rows = array("q", (value for i in kept for value in self._rows[4 * i : 4 * i + 4]))
+        self._owner = array("q", (self._owner[i] - (self._owner[i] > last) for i in kept))
+        self._samples = {key: n - (n > last) for key, n in self._samples.items() if n != last}
+
+    def index(self, file_size: int, end: int, ignored: Counter[str], damage: str | None) -> ShardIndex:
+        """The finished index, members sorted by sample and otherwise in file order."""
+        keys = [key.decode("utf-8", "backslashreplace").encode() for key in self._samples]
+        owner = torch.tensor(self._owner, dtype=torch.int64)
+        order = torch.argsort(owner, stable=True)
+        counts = torch.bincount(owner, minlength=len(keys))
+        return ShardIndex(
+            file_size=file_size,
+            end=end,
+            extensions=tuple(self._extensions),
+            ignored=dict(sorted(ignored.items())),
+            key_bytes=torch.frombuffer(bytearray(b"".join(keys) or b"\0"), dtype=torch.uint8),
+            key_ends=torch.tensor([len(key) for key in keys], dtype=torch.int64).cumsum(0),
+            sample_starts=torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0))),
+            members=torch.tensor(self._rows, dtype=torch.int64).view(-1, 4)[order],
+            damage=damage,
+        )
