@@ -12,14 +12,14 @@ from ldm_cli.errors import UnavailableError, UsageError
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where to write, on what to compute, and how to treat an earlier run: nothing of it changes the results."""
+    """Where to write, on what to compute, how to treat an earlier run: nothing that changes the results."""
 
     out: Path | None = None
     """Output folder; None: the recipe's own (`runs/NAME`, `samples`)."""
     device: str = "auto"
     """`auto`, `cpu`, or `cuda` (optionally `cuda:1`)."""
     resume: str = "auto"
-    """`auto` continues the run found in `out`, `never` refuses to, anything else is a checkpoint to start from."""
+    """`auto` continues the run found in `out`, `never` refuses to, all else is a checkpoint to start at."""
     max_time: float | None = None
     """Seconds after which the run saves and stops; None: no limit."""
     recipe_text: str = ""

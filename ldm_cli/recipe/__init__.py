@@ -1,0 +1,1 @@
+"""Recipes: what a command is to do, as strict typed YAML."""

@@ -1,0 +1,124 @@
+"""From a recipe file and overrides to a validated recipe, or to all its problems at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import ValidationError
+
+from ldm_cli.config import Config
+from ldm_cli.errors import InputNotFoundError, RecipeError, printable
+from ldm_cli.recipe.overrides import Draft, apply_override
+from ldm_cli.recipe.problems import describe, did_you_mean, find_problems, line_of
+from ldm_cli.recipe.schema import RECIPES, Recipe
+from ldm_cli.recipe.shipped import find_recipe
+from ldm_cli.recipe.yaml_source import YamlSource, parse_yaml
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A valid recipe, and what it was made of."""
+
+    recipe: Recipe
+    source: Path | None
+    """The file; None if the command line said everything."""
+    text: str
+    """The file as written."""
+    overrides: tuple[str, ...]
+    """The `key=value` arguments, as given."""
+
+    @property
+    def mapping(self) -> dict[str, Any]:
+        """Every field with its value, defaults included, as plain JSON data."""
+        return self.recipe.to_mapping()
+
+
+def load_recipe(
+    name: str | Path | None,
+    overrides: Sequence[str] = (),
+    expected_command: str | None = None,
+    options: Mapping[str, tuple[str, Any]] | None = None,
+) -> LoadedRecipe:
+    """Read, change and validate a recipe; nothing is created, nothing but the recipe is opened.
+
+    Args:
+        name: a file, a shipped recipe such as `demo/clip`, or None for a recipe of options alone.
+        overrides: `key=value` arguments, applied in order.
+        expected_command: the command being run; the recipe must be for it.
+        options: options that stand for fields, applied last: `{"--steps": ("sampling.steps", 20)}`.
+
+    Raises:
+        InputNotFoundError: there is no such recipe, or it cannot be read.
+        RecipeError: with every problem as one line `file:line:col: path: …` in `problems`.
+    """
+    path = None if name is None else find_recipe(str(name))
+    text, draft = _read(path, expected_command)
+    for override in overrides:
+        apply_override(draft, override)
+    for option, (key, value) in (options or {}).items():
+        draft.assign(tuple(key.split(".")), YamlSource(data=value), f"option '{option}'")
+    shown = str(path) if path else "the command line"
+    if draft.problems:
+        raise _invalid(shown, draft.problems)
+    model = _recipe_class(draft, expected_command, shown)
+    try:
+        recipe = model.from_mapping(draft.data)
+    except ValidationError as error:
+        raise _invalid(shown, _located(error, model, draft)) from None
+    return LoadedRecipe(cast(Recipe, recipe), path, text, tuple(overrides))
+
+
+def _read(path: Path | None, command: str | None) -> tuple[str, Draft]:
+    if path is None:
+        return "", Draft({"command": command}, values={(): "the command line"})
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InputNotFoundError(f"cannot read recipe '{path}'", error.strerror or str(error)) from None
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, column = raw.count(b"\n", 0, error.start) + 1, error.start - raw.rfind(b"\n", 0, error.start)
+        problem = f"{path}:{line}:{column}: expected UTF-8 text, found byte 0x{raw[error.start]:02x}"
+        raise _invalid(str(path), [problem]) from None
+    draft = Draft.from_source(parse_yaml(text), str(path))
+    if not draft.problems and not isinstance(draft.data, dict):
+        draft.problems.append(
+            f"{path}:1:1: expected a mapping of keys to values, found {describe(draft.data)}"
+        )
+    return text, draft
+
+
+def _recipe_class(draft: Draft, expected: str | None, shown: str) -> type[Config]:
+    """The recipe's class by its `command`."""
+    command = draft.data.get("command")
+    place = draft.place(("command",), at_key=False) or f"{shown}:1:1"
+    if command is None and expected is None:
+        raise _invalid(shown, [f"{place}: missing required key 'command'; one of {', '.join(RECIPES)}"])
+    if command is None or command == expected:
+        return RECIPES[expected or command]
+    if not isinstance(command, str) or command not in RECIPES:
+        hint = did_you_mean(str(command), list(RECIPES))
+        raise _invalid(
+            shown,
+            [f"{place}: command: expected one of {', '.join(RECIPES)}, found {describe(command)}{hint}"],
+        )
+    if expected is None:
+        return RECIPES[command]
+    raise _invalid(shown, [f"{place}: command: this is a {command} recipe; run: ldm {command} {shown}"])
+
+
+def _located(error: ValidationError, model: type[Config], draft: Draft) -> list[str]:
+    problems = find_problems(error, model, draft.data, draft.quoted)
+    order = {place: number for number, place in enumerate(draft.keys.values())}
+    located = [(draft.place(p.path, p.at_key), line_of(p.path, p.message)) for p in problems]
+    located.sort(key=lambda pair: order.get(pair[0], -1))
+    return [f"{place}: {line}" for place, line in located]
+
+
+def _invalid(shown: str, problems: list[str]) -> RecipeError:
+    count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
+    return RecipeError(f"recipe '{shown}' is invalid", count, problems=tuple(printable(p) for p in problems))

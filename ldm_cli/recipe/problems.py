@@ -1,0 +1,235 @@
+"""What pydantic finds wrong with a recipe, for a person: `path: expected …, found … (did you mean 'x'?)`."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from ldm_cli.recipe.yaml_source import Path, dotted
+
+_EXPECTED = {
+    "int_type": "an integer",
+    "int_parsing": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+}
+_BOUNDS = {
+    "greater_than": ("more than", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("less than", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
+_BOOLEAN_WORDS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a recipe: where in the data, and what."""
+
+    path: Path
+    message: str
+    at_key: bool = False
+    """The key itself is wrong, not its value."""
+
+
+def find_problems(
+    error: ValidationError, model: type[BaseModel], data: Any, quoted: set[Path]
+) -> list[Problem]:
+    """Every problem in `error`, one per place; alternatives of a union are joined, a typo is not also a gap.
+
+    Args:
+        error: of validating `data` as `model`.
+        quoted: paths of the texts that were written in quotes.
+    """
+    unknown, missing, invalid = [], [], dict[Path, list[ErrorDetails]]()
+    for detail in error.errors(include_url=False, include_context=True):
+        path = _data_path(detail["loc"], data)
+        if detail["type"] == "extra_forbidden":
+            unknown.append((path, detail["loc"]))
+        elif detail["type"] == "missing":
+            missing.append((path, str(detail["loc"][-1])))
+        else:
+            invalid.setdefault(path, []).append(detail)
+    problems = []
+    explained = set()
+    for path, loc in unknown:
+        suggestion, message = _unknown_key(path, loc, model, data)
+        explained.add((path[:-1], suggestion))
+        problems.append(Problem(path, message, at_key=True))
+    problems += [
+        Problem(path, f"missing required key '{name}'", at_key=True)
+        for path, name in dict.fromkeys(missing)
+        if (path, name) not in explained
+    ]
+    for path, details in invalid.items():
+        # Of a union, the branch that got further into the value is the one that was meant.
+        if any(other[: len(path)] == path and other != path for other in invalid):
+            continue
+        problems.append(_invalid_value(path, details, value_at(data, path), path in quoted))
+    return problems
+
+
+def value_at(data: Any, path: Path) -> Any:
+    """The part of nested mappings and lists at `path`."""
+    for part in path:
+        data = data[part]
+    return data
+
+
+def describe(value: Any, quoted: bool = False) -> str:
+    """A value as a person would name it: `integer 3`, `text '010'`, `a list`."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return f"{'integer' if isinstance(value, int) else 'number'} {value!r}"
+    if isinstance(value, str):
+        return f"{'the quoted ' if quoted else ''}text {_shortened(value)!r}"
+    return "a list" if isinstance(value, list) else "a mapping"
+
+
+def suggest(word: str, known: list[str]) -> str | None:
+    """The known word that `word` is most likely a slip of, or None."""
+    by_lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    return by_lower[close[0]] if close else None
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """` (did you mean 'x'?)`, or nothing."""
+    suggestion = suggest(word, known)
+    return f" (did you mean '{suggestion}'?)" if suggestion else ""
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _data_path(loc: tuple[str | int, ...], data: Any) -> Path:
+    """pydantic's location without the names of union branches, which are not in the data."""
+    path: list[str | int] = []
+    for part in loc:
+        inside_list = isinstance(data, list) and isinstance(part, int) and part < len(data)
+        if inside_list or (isinstance(data, dict) and part in data):
+            data = data[part]
+            path.append(part)
+    return tuple(path)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)
+
+
+def _fields_at(loc: tuple[str | int, ...], model: type[BaseModel], keys: Mapping[str, Any]) -> list[str]:
+    """Names allowed beside the key at `loc`; of a union's models, the one that knows most of `keys`."""
+    models = [model]
+    for part in loc[:-1]:
+        inner = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        models = [found for annotation in inner for found in _models_in(annotation)] or models
+    return list(max((m.model_fields for m in models), key=lambda fields: len(fields.keys() & keys.keys())))
+
+
+def _places_of(name: str, model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted paths of the fields called `name` anywhere in the recipe."""
+    for field_name, field in model.model_fields.items():
+        if field_name == name and prefix:
+            yield prefix + name
+        for inner in _models_in(field.annotation):
+            yield from _places_of(name, inner, f"{prefix}{field_name}.")
+
+
+def _unknown_key(
+    path: Path, loc: tuple[str | int, ...], model: type[BaseModel], data: Any
+) -> tuple[str | None, str]:
+    """The key that was probably meant, and the message."""
+    name = str(path[-1])
+    siblings = value_at(data, path[:-1])
+    known = _fields_at(loc, model, siblings)
+    suggestion = suggest(name, [field for field in known if field not in siblings])
+    if suggestion:
+        return suggestion, f"unknown key (did you mean '{suggestion}'?)"
+    elsewhere = next(_places_of(name, model), None)
+    if elsewhere:
+        return None, f"unknown key (did you mean '{elsewhere}'?)"
+    return None, f"unknown key; expected one of {', '.join(known)}"
+
+
+def _invalid_value(path: Path, details: list[ErrorDetails], value: Any, quoted: bool) -> Problem:
+    failed_check = next((d for d in details if d["type"] == "value_error"), None)
+    if failed_check:
+        message = str(failed_check.get("ctx", {}).get("error", failed_check["msg"]))
+        return Problem(_blamed_field(path, message, value), message)
+    expected = " or ".join(dict.fromkeys(_expected(detail) for detail in details))
+    return Problem(
+        path, f"expected {expected}, found {describe(value, quoted)}{_hint(details, value, quoted)}"
+    )
+
+
+def _blamed_field(path: Path, message: str, value: Any) -> Path:
+    """Checks of a section write `name=value`: the place of the first such field that the recipe sets."""
+    names = re.findall(r"\b(\w+)=", message)
+    present = [name for name in names if isinstance(value, dict) and name in value]
+    return (*path, present[0]) if present else path
+
+
+def _expected(detail: ErrorDetails) -> str:
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind in _EXPECTED:
+        return _EXPECTED[kind]
+    if kind in _BOUNDS:
+        word, key = _BOUNDS[kind]
+        return f"{word} {context[key]:g}"
+    if kind == "literal_error":
+        return str(context["expected"])
+    if kind == "string_pattern_mismatch":
+        return f"text that matches {context['pattern']}"
+    if kind in ("too_short", "too_long"):
+        word, key = ("at least", "min_length") if kind == "too_short" else ("at most", "max_length")
+        return f"{word} {context[key]} entries"
+    return detail["msg"]
+
+
+def _hint(details: list[ErrorDetails], value: Any, quoted: bool) -> str:
+    kinds = {detail["type"] for detail in details}
+    wants_number = not kinds.isdisjoint({"int_type", "int_parsing", "float_type", "float_parsing"})
+    literals = [str(d["ctx"]["expected"]) for d in details if d["type"] == "literal_error"]
+    hint = ""
+    if "string_type" in kinds and isinstance(value, int | float):
+        hint = " (put it in quotes)"
+    elif "string_type" in kinds and value is None:
+        hint = ' (empty text is "")'
+    elif isinstance(value, str) and literals:
+        hint = did_you_mean(value, [word for text in literals for word in re.findall(r"'([^']*)'", text)])
+    elif isinstance(value, str) and wants_number and quoted:
+        hint = " (remove the quotes)"
+    elif isinstance(value, str) and wants_number:
+        digits = value.replace("_", "").lstrip("+0")
+        hint = f" (write {digits})" if re.fullmatch(r"[0-9]+", digits) else ""
+    elif isinstance(value, str) and "bool_type" in kinds:
+        word = _BOOLEAN_WORDS.get(value.lower(), value.lower())
+        hint = f" (write {word})" if word in ("true", "false") else ""
+    return hint
+
+
+def line_of(path: Path, message: str) -> str:
+    """`path: message`; the recipe as a whole has no path."""
+    return f"{dotted(path)}: {message}" if path else message

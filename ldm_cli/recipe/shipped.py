@@ -1,0 +1,43 @@
+"""The recipes that come with the program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ldm_cli.errors import InputNotFoundError
+from ldm_cli.recipe.problems import did_you_mean
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def recipes_folder() -> Path:
+    """`ldm_cli/recipes` of an installed wheel, or `recipes` at the top of a checkout."""
+    installed = _PACKAGE / "recipes"
+    return installed if installed.is_dir() else _PACKAGE.parent / "recipes"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Every shipped recipe by name (`demo/clip`), sorted."""
+    folder = recipes_folder()
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))
+    }
+
+
+def find_recipe(name: str) -> Path:
+    """The file that `name` means: a path, or a shipped recipe with or without `.yaml`.
+
+    Raises:
+        InputNotFoundError: neither exists.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    plain = name.removesuffix(".yaml").removeprefix("recipes/")
+    if plain in shipped:
+        return shipped[plain]
+    cause = "is a folder" if path.is_dir() else "no such file, and no shipped recipe of that name"
+    raise InputNotFoundError(
+        f"cannot read recipe '{name}'", cause + did_you_mean(plain, list(shipped)), "see ldm recipe list"
+    )

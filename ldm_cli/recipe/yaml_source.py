@@ -1,0 +1,218 @@
+"""A strict YAML: plain data, every value with its line and column, nothing other than what it looks like.
+
+PyYAML reads `1e-4` as text, `no` as False, `010` as 8, `12:30:00` as 45000 and lets duplicate keys win. Here
+the parser's events are read instead of its objects: `1e-4` is a number; only `true` and `false` are booleans;
+`010`, `0o10`, `12:30:00`, `2020-01-01` are text; tags, anchors, aliases, duplicate keys and several documents
+are problems.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+Path = tuple[str | int, ...]
+"""Where a value is in the data: `("train", "betas", 0)`."""
+
+MAX_BYTES = 2**18
+MAX_DEPTH = 32
+
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,30})")
+_NUMBER = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]{1,3})?")
+_SPECIAL: dict[str, Any] = {"true": True, "false": False, "null": None, "~": None, "": None}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Line and column of a value or key, counted from 1."""
+
+    line: int
+    column: int
+
+
+@dataclass(frozen=True)
+class YamlProblem:
+    """Why the text is not a recipe's YAML, and where."""
+
+    mark: Mark
+    message: str
+
+
+@dataclass
+class YamlSource:
+    """Plain data (dict, list, str, int, float, bool, None) and the place of every part of it."""
+
+    data: Any = None
+    keys: dict[Path, Mark] = field(default_factory=dict)
+    """Place of each key or list entry."""
+    values: dict[Path, Mark] = field(default_factory=dict)
+    """Place of each value."""
+    quoted: set[Path] = field(default_factory=set)
+    """Texts that were written in quotes or as a block."""
+    problems: list[YamlProblem] = field(default_factory=list)
+
+
+def parse_yaml(text: str) -> YamlSource:
+    """Read one YAML document; what is wrong with it is in `problems`, never raised."""
+    source = YamlSource()
+    if len(text) > MAX_BYTES:
+        source.problems.append(
+            YamlProblem(Mark(1, 1), f"expected at most {MAX_BYTES} bytes, found {len(text)}")
+        )
+        return source
+    try:
+        _Builder(source).read(text)
+    except yaml.MarkedYAMLError as error:
+        found = error.problem or "cannot be read"
+        context = f" {error.context}" if error.context else ""
+        mark = error.problem_mark or error.context_mark
+        place = Mark(mark.line + 1, mark.column + 1) if mark else Mark(1, 1)
+        source.problems.append(YamlProblem(place, f"not valid YAML:{context}: {found}".replace(":: ", ": ")))
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position]
+        place = Mark(before.count("\n") + 1, error.position - before.rfind("\n"))
+        source.problems.append(
+            YamlProblem(place, f"not valid YAML: character U+{ord(text[error.position]):04X}")
+        )
+    except _TooDeepError as error:
+        source.problems.append(YamlProblem(error.mark, f"expected at most {MAX_DEPTH} levels, found more"))
+    return source
+
+
+def resolve_scalar(text: str) -> Any:
+    """The value that an unquoted text means.
+
+    >>> [resolve_scalar(text) for text in ("1e-4", "010", "no", "true", "~", "-3")]
+    [0.0001, '010', 'no', True, None, -3]
+    """
+    if text in _SPECIAL:
+        return _SPECIAL[text]
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    if _NUMBER.fullmatch(text) and abs(float(text)) != float("inf"):
+        return float(text)
+    return text
+
+
+class _TooDeepError(Exception):
+    def __init__(self, mark: Mark) -> None:
+        self.mark = mark
+
+
+@dataclass
+class _Open:
+    """A mapping or list whose end has not come yet."""
+
+    path: Path
+    container: dict[str, Any] | list[Any]
+    key: str | None = None
+    key_wanted: bool = True
+
+
+class _Builder:
+    """Turns parser events into data with a stack instead of recursion, so that depth is bounded by us."""
+
+    def __init__(self, source: YamlSource) -> None:
+        self.source = source
+        self.stack: list[_Open] = []
+        self.num_documents = 0
+
+    def read(self, text: str) -> None:
+        """Consume all events of `text`."""
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            mark = Mark(event.start_mark.line + 1, event.start_mark.column + 1)
+            if isinstance(event, yaml.DocumentStartEvent):
+                self.num_documents += 1
+                if self.num_documents > 1:
+                    self.problem(mark, "expected one document, found a second one")
+                    return
+            elif isinstance(event, yaml.NodeEvent):
+                self.node(event, mark)
+            elif isinstance(event, yaml.CollectionEndEvent):
+                self.stack.pop()
+
+    def problem(self, mark: Mark, message: str) -> None:
+        """Note a problem and go on."""
+        self.source.problems.append(YamlProblem(mark, message))
+
+    def node(self, event: yaml.NodeEvent, mark: Mark) -> None:
+        """A scalar, or the start of a mapping or list: put it where it belongs."""
+        if isinstance(event, yaml.AliasEvent):
+            self.problem(
+                mark, f"expected a value, found the alias '*{event.anchor}' (write it out, or quote it)"
+            )
+        elif event.anchor is not None:
+            self.problem(
+                mark, f"expected a value, found the anchor '&{event.anchor}' (write it out, or quote it)"
+            )
+        if getattr(event, "tag", None) is not None:
+            self.problem(mark, f"expected a plain value, found the tag '{event.tag}'")
+        if self.stack and isinstance(self.stack[-1].container, dict) and self.stack[-1].key_wanted:
+            self.key(self.stack[-1], event, mark)
+            return
+        path = self.place(mark)
+        value: Any
+        if isinstance(event, yaml.ScalarEvent):
+            plain = event.style is None
+            value = resolve_scalar(event.value) if plain else event.value
+            if not plain:
+                self.source.quoted.add(path)
+            if any("\ud800" <= c <= "\udfff" for c in event.value):
+                self.problem(mark, "expected text, found half a surrogate pair")
+        elif isinstance(event, yaml.AliasEvent):
+            value = None
+        else:
+            value = {} if isinstance(event, yaml.MappingStartEvent) else []
+        self.put(value)
+        if isinstance(value, dict | list):
+            if len(self.stack) == MAX_DEPTH:
+                raise _TooDeepError(mark)
+            self.stack.append(_Open(path, value))
+
+    def key(self, parent: _Open, event: yaml.NodeEvent, mark: Mark) -> None:
+        """A mapping's key: always text."""
+        if not isinstance(event, yaml.ScalarEvent):
+            kind = "a list" if isinstance(event, yaml.SequenceStartEvent) else "a mapping"
+            raise yaml.MarkedYAMLError(
+                problem=f"a key must be a name, not {kind}", problem_mark=event.start_mark
+            )
+        parent.key, parent.key_wanted = event.value, False
+        path = (*parent.path, event.value)
+        if path in self.source.keys:
+            first = self.source.keys[path]
+            self.problem(mark, f"{dotted(path)}: duplicate key, first given at line {first.line}")
+        self.source.keys[path] = mark
+
+    def place(self, mark: Mark) -> Path:
+        """The path of the value that begins here."""
+        if not self.stack:
+            self.source.values[()] = mark
+            return ()
+        parent = self.stack[-1]
+        if isinstance(parent.container, list):
+            path = (*parent.path, len(parent.container))
+            self.source.keys[path] = mark
+        else:
+            path = (*parent.path, parent.key or "")
+        self.source.values[path] = mark
+        return path
+
+    def put(self, value: Any) -> None:
+        """Store a value in the innermost open container."""
+        if not self.stack:
+            self.source.data = value
+            return
+        parent = self.stack[-1]
+        if isinstance(parent.container, list):
+            parent.container.append(value)
+        else:
+            parent.container[parent.key or ""] = value
+            parent.key_wanted = True
+
+
+def dotted(path: Path) -> str:
+    """`("train", "betas", 0)` → `train.betas.0`."""
+    return ".".join(str(part) for part in path)
