@@ -27,7 +27,9 @@ def key(seed: int, purpose: str) -> Key:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Key) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Key
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ten rounds of Philox4x32.
 
     Args:
@@ -61,7 +63,7 @@ def bits(key: Key, epoch: Tensor, position: Tensor, count: int) -> Tensor:
     block = torch.arange(-(-count // 4), device=position.device)[None, :]
     p = position[:, None]
     words = philox4x32((block, p & _MASK, p >> 32, epoch[:, None]), key)
-    return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :count]
+    return torch.stack(words, dim=-1).flatten(1)[:, :count]
 
 
 def uniform(key: Key, epoch: Tensor, position: Tensor, count: int) -> Tensor:
@@ -79,7 +81,8 @@ def integers(key: Key, epoch: Tensor, position: Tensor, count: int, high: int) -
 def normal(key: Key, epoch: Tensor, position: Tensor, shape: tuple[int, ...]) -> Tensor:
     """float32 [B, *shape], standard normal (Box and Muller 1958)."""
     count = math.prod(shape)
-    u = uniform(key, epoch, position, 2 * -(-count // 2)).unflatten(1, (-1, 2))
+    num_pairs = -(-count // 2)
+    u = uniform(key, epoch, position, 2 * num_pairs).view(len(position), num_pairs, 2)
     radius, angle = torch.sqrt(-2.0 * torch.log(u[..., 0])), (2.0 * math.pi) * u[..., 1]
     pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
     return pairs.flatten(1)[:, :count].reshape(-1, *shape)
