@@ -1,8 +1,9 @@
 """Counter-based random numbers: Philox4x32-10 in torch integer arithmetic.
 
-A number is a pure function of (seed, purpose, epoch, position, index): no state to save, no order to keep, the same on
-every rank, worker, batch size and device. Source: Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as
-1, 2, 3", doi:10.1145/2063384.2063405; constants and the known answers in the tests are those of their Random123.
+A number is a pure function of (seed, purpose, epoch, position, index): no state to save, no order to keep,
+the same on every rank, worker, batch size and device. Source: Salmon, Moraes, Dror, Shaw 2011, "Parallel
+random numbers: as easy as 1, 2, 3", doi:10.1145/2063384.2063405; constants and the known answers in the tests
+are those of their Random123.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def philox4x32(
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_NUM_ROUNDS):
-        # A 32×32-bit product wraps in int64, but its 64 bits are right; the shift's sign extension is masked away.
+        # A 32×32-bit product wraps in int64, but its 64 bits are right; the shift's sign extension is masked
+        # away.
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         high0, high1 = (product0 >> 32) & _MASK, (product1 >> 32) & _MASK
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, product1 & _MASK, high0 ^ c3 ^ k1, product0 & _MASK

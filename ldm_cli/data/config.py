@@ -15,13 +15,13 @@ class DataConfig(Config):
     """Which shards, which members of a sample, and how an image becomes a tensor."""
 
     shards: str | tuple[str, ...]
-    """Training shards: a path, glob, folder, or brace pattern such as `data/train-{000..127}.tar`; or several."""
+    """Training shards: a path, glob, folder, or pattern such as `data/train-{000..127}.tar`; or several."""
     val_shards: str | tuple[str, ...] | None = None
     """Held-out shards, for validation during training and for evaluation."""
     image_size: Annotated[int, Field(ge=8, le=4096)] = 256
     """Height and width of the square training image, in pixels."""
     crop: Literal["center", "random", "squash"] = "center"
-    """Central or random square, its side resized to `image_size`; `squash` takes all and loses the aspect ratio."""
+    """Central or random square, resized to `image_size`; `squash` takes all and loses the aspect ratio."""
     flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Chance that a training image is mirrored left to right."""
     background: tuple[ColorByte, ColorByte, ColorByte] = (255, 255, 255)

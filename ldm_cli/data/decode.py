@@ -44,26 +44,13 @@ def decode_rgb(data: bytes, background: Color, max_pixels: int, min_side: int | 
         data: a JPEG, PNG, WebP, GIF, BMP or TIFF file, recognised by its content.
         background: colour behind transparent pixels.
         max_pixels: most pixels that its header may claim.
-        min_side: a JPEG may be decoded at half, a quarter or an eighth of its size, if both sides keep twice
-            this.
+        min_side: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if both sides keep twice this.
 
     Raises:
-        BadSampleError: "empty image", "not an image", "too many pixels", "damaged image", "unsupported pixel
-            format".
+        BadSampleError: "empty image", "not an image", "too many pixels", "damaged image" or "unsupported
+            pixel format".
     """
-    if not data:
-        raise BadSampleError("empty image")
-    try:
-        _check_size(_webp_size(data), max_pixels)
-        image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        too_large = isinstance(error, Image.DecompressionBombError)
-        raise BadSampleError("too many pixels" if too_large else "not an image") from error
-    except BadSampleError:
-        raise
-    except Exception as error:
-        raise BadSampleError("damaged image", str(error)) from error
-    _check_size(image.size, max_pixels)
+    image = _open(data, max_pixels)
     try:
         if min_side is not None:
             image.draft(None, (2 * min_side, 2 * min_side))
@@ -73,6 +60,12 @@ def decode_rgb(data: bytes, background: Color, max_pixels: int, min_side: int | 
         raise
     except Exception as error:  # Pillow's plugins raise nearly every kind of exception on damaged files
         raise BadSampleError("damaged image", str(error)) from error
+
+
+def image_header(data: bytes, max_pixels: int) -> tuple[str, int, int]:
+    """Format, width and height that a file's header claims; raises as `decode_rgb`, but decodes nothing."""
+    image = _open(data, max_pixels)
+    return image.format or "", image.width, image.height
 
 
 def to_square(
@@ -110,6 +103,23 @@ def to_square(
     return pixels.view(size, size, 3).permute(2, 0, 1).contiguous()
 
 
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """Read the header, and refuse what is no image of the known formats or claims too much."""
+    if not data:
+        raise BadSampleError("empty image")
+    _check_size(_webp_size(data), max_pixels)
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except UnidentifiedImageError as error:
+        raise BadSampleError("not an image", "none of " + ", ".join(_FORMATS)) from error
+    except Image.DecompressionBombError as error:
+        raise BadSampleError("too many pixels", str(error)) from error
+    except Exception as error:
+        raise BadSampleError("damaged image", str(error)) from error
+    _check_size(image.size, max_pixels)
+    return image
+
+
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:
     width, height = size
     if width * height > max_pixels:
@@ -127,7 +137,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; unreadable EXIF data mean none. (Pillow has already applied it to TIFFs.)"""
+    """Apply the EXIF orientation, none if the data are unreadable; Pillow has already applied it to TIFFs."""
     try:
         orientation = image.getexif().get(_ORIENTATION)
     except Exception:
@@ -156,6 +166,6 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     """0…65535 to 0…255, rounded to nearest (65535 = 255 · 257)."""
     wide = image.convert("I")
     extrema = wide.getextrema()
-    if not all(isinstance(value, int) and 0 <= value <= 65535 for value in extrema):
+    if min(extrema) < 0 or max(extrema) > 65535:  # type: ignore[operator]
         raise BadSampleError("unsupported pixel format", f"integer pixels from {extrema[0]} to {extrema[1]}")
     return wide.point(lambda value: value * (1 / 257) + 0.5).convert("L")

@@ -1,4 +1,4 @@
-"""Batches out of shards: the same for a seed and a step, whatever the workers, ranks and moment of resuming."""
+"""Batches out of shards: for a seed and a step always the same, whatever the workers, ranks and resumes."""
 
 from __future__ import annotations
 
@@ -135,6 +135,7 @@ def sequential_batches(
     with_json: bool = False,
     *,
     with_captions: bool = True,
+    with_images: bool = True,
     report_bad: ReportBad | None = None,
 ) -> Generator[Batch]:
     """Every good sample once, in the order of the shards: central crop (or squash), no flips, the first of
@@ -146,7 +147,7 @@ def sequential_batches(
         batch_size: samples per batch; the last one may be smaller.
         limit: stop after this many good samples.
         with_json: also parse the JSON members.
-        with_captions: captions are wanted, and a sample without one is bad if the recipe says so.
+        with_captions, with_images: parts not wanted are neither read nor checked.
         report_bad: called with every bad sample.
 
     Raises:
@@ -157,7 +158,7 @@ def sequential_batches(
         raise ValueError(f"sequential_batches: batch_size={batch_size}")
     account, remarks = BadSampleAccount(config.max_bad_fraction, report_bad), Counter[str]()
     calm = config.model_copy(update={"crop": "center" if config.crop == "random" else config.crop})
-    wanted = Wanted(caption=with_captions, metadata=with_json)
+    wanted = Wanted(image=with_images, caption=with_captions, metadata=with_json)
     with prefetched(_in_order(shards, calm, wanted, batch_size, limit), _NUM_PREFETCHED) as deliveries:
         for delivery in deliveries:
             batch = _accept(delivery, account, remarks)

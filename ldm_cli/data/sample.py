@@ -45,7 +45,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Sample:
-    """A decoded sample: image uint8 [3, S, S], caption, class index, JSON member, and remarks about its text."""
+    """A decoded sample: image uint8 [3, S, S], caption, class index, JSON member, remarks on its text."""
 
     image: Tensor | None
     caption: str

@@ -80,7 +80,7 @@ class ShardIndex:
         return bytes(self.key_bytes[start : int(self.key_ends[sample])].tolist()).decode()
 
     def sample(self, sample: int) -> dict[str, list[Member]]:
-        """The members of a sample by extension; a list of two is a duplicate that makes the sample unusable."""
+        """The members of a sample by extension; a list of two is a duplicate that makes it unusable."""
         first, last = self.sample_starts[sample : sample + 2].tolist()
         found: dict[str, list[Member]] = {}
         for extension, offset, size, header_crc in self.members[first:last].tolist():
