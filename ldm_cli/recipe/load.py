@@ -113,10 +113,9 @@ def _recipe_class(draft: Draft, expected: str | None, shown: str) -> type[Config
 
 def _located(error: ValidationError, model: type[Config], draft: Draft) -> list[str]:
     problems = find_problems(error, model, draft.data, draft.quoted)
-    order = {place: number for number, place in enumerate(draft.keys.values())}
-    located = [(draft.place(p.path, p.at_key), line_of(p.path, p.message)) for p in problems]
-    located.sort(key=lambda pair: order.get(pair[0], -1))
-    return [f"{place}: {line}" for place, line in located]
+    order = {path: number for number, path in enumerate(draft.keys)}
+    problems.sort(key=lambda problem: order.get(problem.path, -1))
+    return [f"{draft.place(p.path, p.at_key)}: {line_of(p.path, p.message)}" for p in problems]
 
 
 def _invalid(shown: str, problems: list[str]) -> RecipeError:

@@ -15,18 +15,11 @@ from ldm_cli.recipe.yaml_source import Path, dotted
 
 _EXPECTED = {
     "int_type": "an integer",
-    "int_parsing": "an integer",
-    "int_from_float": "an integer",
     "float_type": "a number",
-    "float_parsing": "a number",
-    "finite_number": "a finite number",
     "string_type": "text",
     "bool_type": "true or false",
     "tuple_type": "a list",
-    "list_type": "a list",
-    "dict_type": "a mapping",
     "model_type": "a mapping",
-    "model_attributes_type": "a mapping",
 }
 _BOUNDS = {
     "greater_than": ("more than", "gt"),
@@ -62,7 +55,7 @@ def find_problems(
         if detail["type"] == "extra_forbidden":
             unknown.append((path, detail["loc"]))
         elif detail["type"] == "missing":
-            missing.append((path, str(detail["loc"][-1])))
+            missing.append((path, detail["loc"][-1]))
         else:
             invalid.setdefault(path, []).append(detail)
     problems = []
@@ -71,10 +64,13 @@ def find_problems(
         suggestion, message = _unknown_key(path, loc, model, data)
         explained.add((path[:-1], suggestion))
         problems.append(Problem(path, message, at_key=True))
+    num_wanted = {path: part + 1 for path, part in missing if isinstance(part, int)}
+    for path, num in num_wanted.items():
+        problems.append(Problem(path, f"expected {num} entries, found {len(value_at(data, path))}"))
     problems += [
         Problem(path, f"missing required key '{name}'", at_key=True)
         for path, name in dict.fromkeys(missing)
-        if (path, name) not in explained
+        if isinstance(name, str) and (path, name) not in explained
     ]
     for path, details in invalid.items():
         # Of a union, the branch that got further into the value is the one that was meant.
@@ -101,7 +97,7 @@ def describe(value: Any, quoted: bool = False) -> str:
         return f"{'integer' if isinstance(value, int) else 'number'} {value!r}"
     if isinstance(value, str):
         return f"{'the quoted ' if quoted else ''}text {_shortened(value)!r}"
-    return "a list" if isinstance(value, list) else "a mapping"
+    return f"a list of {len(value)}" if isinstance(value, list) else "a mapping"
 
 
 def suggest(word: str, known: list[str]) -> str | None:
@@ -145,7 +141,7 @@ def _fields_at(loc: tuple[str | int, ...], model: type[BaseModel], keys: Mapping
     for part in loc[:-1]:
         inner = [m.model_fields[part].annotation for m in models if part in m.model_fields]
         models = [found for annotation in inner for found in _models_in(annotation)] or models
-    return list(max((m.model_fields for m in models), key=lambda fields: len(fields.keys() & keys.keys())))
+    return list(max((m.model_fields for m in models), key=lambda fields: len(keys.keys() & fields)))
 
 
 def _places_of(name: str, model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -210,7 +206,7 @@ def _expected(detail: ErrorDetails) -> str:
 
 def _hint(details: list[ErrorDetails], value: Any, quoted: bool) -> str:
     kinds = {detail["type"] for detail in details}
-    wants_number = not kinds.isdisjoint({"int_type", "int_parsing", "float_type", "float_parsing"})
+    wants_number = not kinds.isdisjoint({"int_type", "float_type"})
     literals = [str(d["ctx"]["expected"]) for d in details if d["type"] == "literal_error"]
     hint = ""
     if "string_type" in kinds and isinstance(value, int | float):
@@ -224,6 +220,8 @@ def _hint(details: list[ErrorDetails], value: Any, quoted: bool) -> str:
     elif isinstance(value, str) and wants_number:
         digits = value.replace("_", "").lstrip("+0")
         hint = f" (write {digits})" if re.fullmatch(r"[0-9]+", digits) else ""
+    elif isinstance(value, float) and wants_number and value.is_integer():
+        hint = f" (write {int(value)})"
     elif isinstance(value, str) and "bool_type" in kinds:
         word = _BOOLEAN_WORDS.get(value.lower(), value.lower())
         hint = f" (write {word})" if word in ("true", "false") else ""

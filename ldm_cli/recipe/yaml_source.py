@@ -67,18 +67,17 @@ def parse_yaml(text: str) -> YamlSource:
         _Builder(source).read(text)
     except yaml.MarkedYAMLError as error:
         found = error.problem or "cannot be read"
-        context = f" {error.context}" if error.context else ""
-        mark = error.problem_mark or error.context_mark
-        place = Mark(mark.line + 1, mark.column + 1) if mark else Mark(1, 1)
-        source.problems.append(YamlProblem(place, f"not valid YAML:{context}: {found}".replace(":: ", ": ")))
+        context = f" {error.context}," if error.context else ":"
+        place = _mark(error.problem_mark or error.context_mark)
+        source.problems.append(YamlProblem(place, f"not valid YAML{context} {found}"))
     except yaml.reader.ReaderError as error:
         before = text[: error.position]
         place = Mark(before.count("\n") + 1, error.position - before.rfind("\n"))
         source.problems.append(
             YamlProblem(place, f"not valid YAML: character U+{ord(text[error.position]):04X}")
         )
-    except _TooDeepError as error:
-        source.problems.append(YamlProblem(error.mark, f"expected at most {MAX_DEPTH} levels, found more"))
+    except _UnreadableError as error:
+        source.problems.append(error.problem)
     return source
 
 
@@ -97,9 +96,15 @@ def resolve_scalar(text: str) -> Any:
     return text
 
 
-class _TooDeepError(Exception):
-    def __init__(self, mark: Mark) -> None:
-        self.mark = mark
+class _UnreadableError(Exception):
+    def __init__(self, mark: Mark, message: str) -> None:
+        super().__init__(message)
+        self.problem = YamlProblem(mark, message)
+
+
+def _mark(mark: Any) -> Mark:
+    """Ours from PyYAML's, which counts from 0 and may be absent."""
+    return Mark(mark.line + 1, mark.column + 1) if mark else Mark(1, 1)
 
 
 @dataclass
@@ -123,7 +128,7 @@ class _Builder:
     def read(self, text: str) -> None:
         """Consume all events of `text`."""
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            mark = Mark(event.start_mark.line + 1, event.start_mark.column + 1)
+            mark = _mark(event.start_mark)
             if isinstance(event, yaml.DocumentStartEvent):
                 self.num_documents += 1
                 if self.num_documents > 1:
@@ -148,8 +153,9 @@ class _Builder:
             self.problem(
                 mark, f"expected a value, found the anchor '&{event.anchor}' (write it out, or quote it)"
             )
-        if getattr(event, "tag", None) is not None:
-            self.problem(mark, f"expected a plain value, found the tag '{event.tag}'")
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            self.problem(mark, f"expected a plain value, found the tag '{tag}'")
         if self.stack and isinstance(self.stack[-1].container, dict) and self.stack[-1].key_wanted:
             self.key(self.stack[-1], event, mark)
             return
@@ -169,16 +175,14 @@ class _Builder:
         self.put(value)
         if isinstance(value, dict | list):
             if len(self.stack) == MAX_DEPTH:
-                raise _TooDeepError(mark)
+                raise _UnreadableError(mark, f"expected at most {MAX_DEPTH} levels, found more")
             self.stack.append(_Open(path, value))
 
     def key(self, parent: _Open, event: yaml.NodeEvent, mark: Mark) -> None:
         """A mapping's key: always text."""
         if not isinstance(event, yaml.ScalarEvent):
             kind = "a list" if isinstance(event, yaml.SequenceStartEvent) else "a mapping"
-            raise yaml.MarkedYAMLError(
-                problem=f"a key must be a name, not {kind}", problem_mark=event.start_mark
-            )
+            raise _UnreadableError(mark, f"not valid YAML: a key must be a name, not {kind}")
         parent.key, parent.key_wanted = event.value, False
         path = (*parent.path, event.value)
         if path in self.source.keys:
