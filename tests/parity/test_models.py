@@ -22,25 +22,12 @@ from ldm_cli.core.models.clip import (
     CLIPTextModelWithProjection,
 )
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from tests.core.models.weights import randomise
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
 TOLERANCE = 1e-5
-
-
-def randomise(module: nn.Module, seed: int) -> None:
-    """Weights with unit gain, norms near one, biases near zero: all parameters matter, nothing explodes."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() > 1:
-                parameter.copy_(noise / parameter[0].numel() ** 0.5)
-            elif name.endswith("bias"):
-                parameter.copy_(0.1 * noise)
-            elif parameter.dim() == 1:
-                parameter.copy_(1 + 0.1 * noise)
 
 
 def assert_same_weights(ours: nn.Module, theirs: nn.Module) -> None:

@@ -7,12 +7,14 @@ of OpenAI's `visual`.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ldm_cli.core.models.attention import attend, tokens_of
 from ldm_cli.core.models.checkpointing import Checkpointed
@@ -103,6 +105,25 @@ class AttentionPool2d(nn.Module):
         return pooled[:, 0]
 
 
+class _StatisticsKept:
+    """While it is entered, the batch norms of a block update copies of their running statistics."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+        self.originals: list[dict[str, Tensor]] = []
+
+    def __enter__(self) -> None:
+        self.originals = [dict(norm.named_buffers()) for norm in self.norms]
+        for norm, buffers in zip(self.norms, self.originals, strict=True):
+            for name, buffer in buffers.items():
+                setattr(norm, name, buffer.clone())
+
+    def __exit__(self, *_: object) -> None:
+        for norm, buffers in zip(self.norms, self.originals, strict=True):
+            for name, buffer in buffers.items():
+                setattr(norm, name, buffer)
+
+
 class ModifiedResNet(Checkpointed):
     """The tower and its projection into the joint space.
 
@@ -150,6 +171,16 @@ class ModifiedResNet(Checkpointed):
                 x = self.run(block, x)
             hidden_states.append(x)
         return VisionOutput(self.attnpool(x), tuple(hidden_states) if output_hidden_states else ())
+
+    def run(self, layer: nn.Module, *inputs: Any) -> Any:
+        """As in the base class; recomputing must not count a batch twice in the running statistics."""
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return layer(*inputs)
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), _StatisticsKept(layer)
+
+        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 def _stage(in_channels: int, channels: int, num_blocks: int, stride: int) -> nn.Sequential:

@@ -333,25 +333,38 @@ class UNet2DConditionModel(Checkpointable):
         timestep_cond: Tensor | None,
     ) -> Tensor:
         """silu of the sum of all embedded scalars and vectors: [B, E]."""
+        self._check_conditions(class_labels, text_embeds, time_ids, timestep_cond)
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         embedding: Tensor = self.time_embedding(
             self._sinusoids(timesteps, self.config.block_out_channels[0], sample), timestep_cond
         )
-        if (class_labels is None) != (self.class_embedding is None):
-            raise ValueError(
-                f"class_labels {'missing' if class_labels is None else 'given'}, but the network has "
-                f"class_embed_type={self.config.class_embed_type} and "
-                f"num_class_embeds={self.config.num_class_embeds}"
-            )
         if self.class_embedding is not None and class_labels is not None:
             if self.config.class_embed_type == "timestep":
                 class_labels = self._sinusoids(class_labels, self.config.block_out_channels[0], sample)
             embedding = embedding + self.class_embedding(class_labels)
-        if self.config.addition_embed_type == "text_time":
-            if text_embeds is None or time_ids is None:
-                raise ValueError("text_embeds and time_ids are needed for addition_embed_type: text_time")
+        if text_embeds is not None and time_ids is not None:
             embedding = embedding + self._text_time(text_embeds, time_ids, sample)
         return F.silu(embedding)
+
+    def _check_conditions(
+        self,
+        class_labels: Tensor | None,
+        text_embeds: Tensor | None,
+        time_ids: Tensor | None,
+        timestep_cond: Tensor | None,
+    ) -> None:
+        config = self.config
+        if (class_labels is None) != (self.class_embedding is None):
+            raise ValueError(
+                f"class_labels {'missing' if class_labels is None else 'given'}, but the network has "
+                f"class_embed_type={config.class_embed_type} and num_class_embeds={config.num_class_embeds}"
+            )
+        if config.addition_embed_type == "text_time" and (text_embeds is None or time_ids is None):
+            raise ValueError("text_embeds and time_ids are needed for addition_embed_type: text_time")
+        if config.addition_embed_type is None and not (text_embeds is None and time_ids is None):
+            raise ValueError("text_embeds or time_ids given, but the network has addition_embed_type=None")
+        if timestep_cond is not None and config.time_cond_proj_dim is None:
+            raise ValueError("timestep_cond given, but the network has time_cond_proj_dim=None")
 
     def _text_time(self, text_embeds: Tensor, time_ids: Tensor, sample: Tensor) -> Tensor:
         """Pooled text beside the sinusoids of each size (Podell et al. 2023, arXiv:2307.01952, 2.2)."""
