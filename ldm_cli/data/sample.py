@@ -94,12 +94,12 @@ class SampleDecoder:
         members = _Members(self._reader, self._shards, shard, sample, self._config.max_member_bytes)
         return self._image(members, None)
 
+    def image_bytes(self, shard: int, sample: int) -> bytes:
+        """The sample's image file; raises as `decode`."""
+        return _Members(self._reader, self._shards, shard, sample, self._config.max_member_bytes).image()
+
     def _image(self, members: _Members, min_side: int | None) -> Image.Image:
-        for extension in IMAGE_EXTENSIONS:
-            data = members.read(extension)
-            if data is not None:
-                return decode_rgb(data, self._config.background, self._config.max_pixels, min_side)
-        raise BadSampleError("missing image")
+        return decode_rgb(members.image(), self._config.background, self._config.max_pixels, min_side)
 
     def _caption(self, members: _Members, draw: Draw) -> tuple[str, tuple[str, ...]]:
         """The caption by the recipe's rule, and remarks about it."""
@@ -156,6 +156,14 @@ class _Members:
                 f".{extension} of {found[0].size} bytes, data.max_member_bytes={self._max_bytes}",
             )
         return self._reader.read(self._shard, found[0])
+
+    def image(self) -> bytes:
+        """The bytes of the image, of the preferred format if there are several."""
+        for extension in IMAGE_EXTENSIONS:
+            data = self.read(extension)
+            if data is not None:
+                return data
+        raise BadSampleError("missing image")
 
     def metadata(self) -> dict[str, Any] | None:
         """The parsed JSON member, or None if there is none."""

@@ -1,0 +1,154 @@
+"""What there is in shards: every sample tried (`check`), counted (`stats`), or found (`index`)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ldm_cli.data.bad_samples import BadSample, BadSampleError
+from ldm_cli.data.config import DataConfig
+from ldm_cli.data.decode import IMAGE_EXTENSIONS, image_header
+from ldm_cli.data.sample import Draw, SampleDecoder, Wanted
+from ldm_cli.data.shards import ShardSet
+from ldm_cli.errors import OutputError
+from ldm_cli.reporting import Reporter
+
+_NUM_FREQUENT = 10
+
+
+def check(shards: ShardSet, config: DataConfig, reporter: Reporter) -> dict[str, Any]:
+    """Decode every sample as training would, but at its full size.
+
+    Returns:
+        `ok`, `samples`, `good`, `bad` (reason to count), `bad_samples` (shard, key, reason, detail of each),
+        `remarks` (what had to be done to captions, counted), `ignored` (members passed over, by reason) and
+        `damaged_shards` (path to damage).
+    """
+    decoder = SampleDecoder(shards, config, Wanted(image=False))
+    bad: list[BadSample] = []
+    remarks: Counter[str] = Counter()
+    with reporter.progress("checking samples", shards.num_samples, unit="sample") as progress:
+        done = 0
+        for shard, index in enumerate(shards.indexes):
+            for number in range(index.num_samples):
+                try:
+                    remarks.update(decoder.decode(shard, number, Draw()).remarks)
+                    decoder.full_image(shard, number)
+                except BadSampleError as error:
+                    path = str(shards.paths[shard])
+                    bad.append(BadSample(path, index.key(number), error.reason, error.detail))
+                done += 1
+                progress.update(done)
+    decoder.close()
+    damaged = {
+        str(path): index.damage
+        for path, index in zip(shards.paths, shards.indexes, strict=True)
+        if index.damage
+    }
+    return {
+        "ok": not bad and not damaged,
+        "samples": shards.num_samples,
+        "good": shards.num_samples - len(bad),
+        "bad": dict(Counter(sample.reason for sample in bad).most_common()),
+        "bad_samples": [asdict(sample) for sample in bad],
+        "remarks": dict(remarks.most_common()),
+        "ignored": _ignored(shards),
+        "damaged_shards": damaged,
+    }
+
+
+def stats(shards: ShardSet, config: DataConfig, reporter: Reporter) -> dict[str, Any]:
+    """Count and measure; of images only the headers are read.
+
+    Returns:
+        `shards`, `samples`, `bytes`, `extensions` (to count), `formats` (to count), `width` and `height`
+        (min, median, max), `captions`: how many, `distinct`, `length` in characters (min, median, max) and
+        the most `frequent` ones, `unusable` (reason to count), `ignored`.
+    """
+    decoder = SampleDecoder(shards, config, Wanted(image=False))
+    extensions, formats, captions, unusable = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+    sizes: list[tuple[int, int]] = []
+    with reporter.progress("reading samples", shards.num_samples, unit="sample") as progress:
+        done = 0
+        for shard, index in enumerate(shards.indexes):
+            for number in range(index.num_samples):
+                extensions.update(list(index.sample(number)))
+                try:
+                    form, width, height = image_header(decoder.image_bytes(shard, number), config.max_pixels)
+                    formats[form.lower()] += 1
+                    sizes.append((width, height))
+                    captions[decoder.decode(shard, number, Draw()).caption] += 1
+                except BadSampleError as error:
+                    unusable[error.reason] += 1
+                done += 1
+                progress.update(done)
+    decoder.close()
+    return {
+        "shards": len(shards.paths),
+        "samples": shards.num_samples,
+        "bytes": sum(index.file_size for index in shards.indexes),
+        "extensions": dict(extensions.most_common()),
+        "formats": dict(formats.most_common()),
+        "width": _spread([width for width, _ in sizes]),
+        "height": _spread([height for _, height in sizes]),
+        "captions": {
+            "samples": captions.total(),
+            "distinct": len(captions),
+            "length": _spread([len(caption) for caption in captions.elements()]),
+            "frequent": dict(captions.most_common(_NUM_FREQUENT)),
+        },
+        "unusable": dict(unusable.most_common()),
+        "ignored": _ignored(shards),
+    }
+
+
+def index(shards: ShardSet, sizes_file: Path | None = None) -> dict[str, Any]:
+    """What the indexes of the shards say; opening the shards has made them.
+
+    Args:
+        shards: what `open_shards` gave.
+        sizes_file: where to write `sizes.json` (shard's file name to number of samples), as other loaders
+            read it; None: nowhere.
+
+    Returns:
+        `shards` (path to number of samples), `samples`, `images` (samples with an image), `ignored`,
+        `fingerprint`.
+
+    Raises:
+        OutputError: `sizes_file` exists or cannot be written.
+    """
+    if sizes_file is not None:
+        sizes = {path.name: size for path, size in zip(shards.paths, shards.sizes, strict=True)}
+        try:
+            with sizes_file.open("x", encoding="utf-8") as file:
+                file.write(json.dumps(sizes, indent=2) + "\n")
+        except OSError as error:
+            raise OutputError(f"cannot write '{sizes_file}'", os.strerror(error.errno or 0)) from error
+    return {
+        "shards": {str(path): size for path, size in zip(shards.paths, shards.sizes, strict=True)},
+        "samples": shards.num_samples,
+        "images": sum(
+            any(extension in IMAGE_EXTENSIONS for extension in one.sample(number))
+            for one in shards.indexes
+            for number in range(one.num_samples)
+        ),
+        "ignored": _ignored(shards),
+        "fingerprint": shards.fingerprint,
+    }
+
+
+def _spread(values: Sequence[int]) -> dict[str, int] | None:
+    """Least, median (the lower one of two) and greatest."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    return {"min": ordered[0], "median": ordered[(len(ordered) - 1) // 2], "max": ordered[-1]}
+
+
+def _ignored(shards: ShardSet) -> dict[str, int]:
+    return dict(sum((Counter(one.ignored) for one in shards.indexes), Counter()))
