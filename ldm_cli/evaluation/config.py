@@ -9,7 +9,9 @@ from pydantic import Field
 from ldm_cli.config import Config
 from ldm_cli.sampling.config import SamplingConfig
 
-MetricName = Literal["clip_score", "zero_shot", "retrieval", "reconstruction", "frechet_distance", "attribute_accuracy"]
+MetricName = Literal[
+    "clip_score", "zero_shot", "retrieval", "reconstruction", "frechet_distance", "attribute_accuracy"
+]
 
 
 class ZeroShotTask(Config):
@@ -22,7 +24,8 @@ class ZeroShotTask(Config):
     classes: tuple[str, ...]
     """Class names, in the order of the index."""
     templates: tuple[str, ...] = ("a photo of a {}",)
-    """Prompts per class; `{}` is replaced by the class name, and the embeddings of all templates are averaged."""
+    """Prompts per class; `{}` is replaced by the class name, and the embeddings of all templates are
+    averaged."""
 
 
 class EvalConfig(Config):
@@ -33,7 +36,8 @@ class EvalConfig(Config):
     vae: str | None = None
     """AutoencoderKL folder: for `reconstruction` (PSNR, SSIM)."""
     pipeline: str | None = None
-    """Pipeline folder: pictures are drawn for the captions, for `clip_score`, `frechet_distance`, `attribute_accuracy`."""
+    """Pipeline folder: pictures are drawn for the captions, for `clip_score`, `frechet_distance`,
+    `attribute_accuracy`."""
     metrics: tuple[MetricName, ...]
     """What to measure."""
     num_samples: Annotated[int, Field(ge=1)] = 1000

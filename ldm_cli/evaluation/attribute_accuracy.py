@@ -1,0 +1,121 @@
+"""How much of a drawn scene's truth is found again in a picture."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import permutations
+from typing import Any
+
+from torch import Tensor
+
+from ldm_cli.evaluation.scene_detector import SeenObject, SeenScene, read_scenes, relation
+
+Truth = Mapping[str, Any]
+Rates = dict[str, float | int | None]
+
+_OF_OBJECTS = ("shape", "color", "size", "place")
+RATES = (*_OF_OBJECTS, "background", "num_objects", "shape_and_color", "pair_shape_and_color", "relation")
+"""What is scored: see `attribute_accuracy`."""
+
+
+def attribute_accuracy(
+    images: Tensor, truths: Sequence[Truth], stated_only: bool = False, batch_size: int = 64
+) -> dict[str, Rates]:
+    """Score pictures of drawn scenes against what they should show.
+
+    Args:
+        images: uint8 [N, 3, H, H], H at least 32.
+        truths: N records as `ldm_cli.data.scenes.Scene.truth`.
+        stated_only: score only attributes that the caption states: right for pictures drawn from captions,
+            which are free in everything else. Shapes, colours and the number of objects are always stated.
+        batch_size: images read at once.
+
+    Returns:
+        For `all` scenes, and for those `seen` and `held_out` (which hold a shape-colour pair that training
+        lacks): `num_images`, `num_single`, `num_pairs`, and the fraction that is right of each of
+
+        - `shape`, `color`, `size`, `place`: of all objects; `background`, `num_objects`: of all images;
+        - `shape_and_color`: of single-object images, the largest object's shape and colour both right;
+        - `pair_shape_and_color`: of two-object images, the same for both objects;
+        - `relation`: of two-object images, the relation of the seen objects that match best in shape and
+        colour.
+
+        None where there is nothing to score. An object that is missing is wrong in everything.
+
+    Raises:
+        ValueError: if the numbers of images and truths differ.
+    """
+    if len(images) != len(truths):
+        raise ValueError(f"attribute_accuracy: {len(images)} images, but {len(truths)} truths")
+    marks: dict[str, list[dict[str, list[bool]]]] = {"all": [], "seen": [], "held_out": []}
+    for start in range(0, len(images), batch_size):
+        seen = read_scenes(images[start : start + batch_size])
+        for truth, found in zip(truths[start : start + batch_size], seen, strict=True):
+            mark = _judge(truth, found, stated_only)
+            marks["all"].append(mark)
+            marks["held_out" if truth["held_out"] else "seen"].append(mark)
+    return {name: _rates(group) for name, group in marks.items()}
+
+
+def _rates(marks: list[dict[str, list[bool]]]) -> Rates:
+    gathered: dict[str, list[bool]] = {
+        name: [right for mark in marks for right in mark.get(name, [])] for name in RATES
+    }
+    counts: Rates = {
+        "num_images": len(marks),
+        "num_single": len(gathered["shape_and_color"]),
+        "num_pairs": len(gathered["pair_shape_and_color"]),
+    }
+    return counts | {name: sum(rights) / len(rights) if rights else None for name, rights in gathered.items()}
+
+
+def _judge(truth: Truth, found: SeenScene, stated_only: bool) -> dict[str, list[bool]]:
+    """What is right and wrong about one image: one entry per object, or one per image."""
+    wanted: list[Truth] = truth["objects"]
+    stated = set(truth["stated"]) if stated_only else {*_OF_OBJECTS, "background", "relation"}
+    pairing, relation_right = _match(wanted, found, truth["relation"])
+    mark: dict[str, list[bool]] = defaultdict(list)
+    for target, candidate in zip(wanted, pairing, strict=True):
+        for name in _OF_OBJECTS:
+            if name in stated and target[name] is not None:
+                mark[name].append(candidate is not None and getattr(candidate, name) == target[name])
+    if "background" in stated:
+        mark["background"].append(found.background == truth["background"])
+    mark["num_objects"].append(found.num_objects == len(wanted))
+    both = all(_agreement(target, candidate) == 2 for target, candidate in zip(wanted, pairing, strict=True))
+    mark["shape_and_color" if len(wanted) == 1 else "pair_shape_and_color"].append(both)
+    if len(wanted) == 2 and "relation" in stated:
+        mark["relation"].append(relation_right)
+    return mark
+
+
+def _agreement(target: Truth, candidate: SeenObject | None) -> int:
+    """Of shape and colour, how many are right."""
+    if candidate is None:
+        return 0
+    return sum(getattr(candidate, name) == target[name] for name in ("shape", "color"))
+
+
+def _match(
+    wanted: Sequence[Truth], found: SeenScene, wanted_relation: str | None
+) -> tuple[tuple[SeenObject | None, ...], bool]:
+    """The seen object for each wanted one: as many shapes and colours right as possible, then the relation;
+    and whether the relation is right."""
+    candidates: list[SeenObject | None] = [*found.objects[: len(wanted)]]
+    candidates += [None] * (len(wanted) - len(candidates))
+
+    def in_relation(order: Sequence[SeenObject | None]) -> bool:
+        first, second = order[0], order[-1]
+        return (
+            len(order) == 2
+            and first is not None
+            and second is not None
+            and relation(first, second) == wanted_relation
+        )
+
+    def merit(order: Sequence[SeenObject | None]) -> tuple[int, bool]:
+        return sum(_agreement(t, c) for t, c in zip(wanted, order, strict=True)), in_relation(order)
+
+    best = max(permutations(candidates), key=merit)
+    return best, in_relation(best)
