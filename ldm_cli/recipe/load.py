@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 
@@ -16,6 +16,8 @@ from ldm_cli.recipe.problems import describe, did_you_mean, find_problems, line_
 from ldm_cli.recipe.schema import RECIPES, Recipe
 from ldm_cli.recipe.shipped import find_recipe
 from ldm_cli.recipe.yaml_source import YamlSource, parse_yaml
+
+Section = TypeVar("Section", bound=Config)
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def load_recipe(
     name: str | Path | None,
     overrides: Sequence[str] = (),
     expected_command: str | None = None,
-    options: Mapping[str, tuple[str, Any]] | None = None,
+    options: Sequence[tuple[str, str, Any]] = (),
 ) -> LoadedRecipe:
     """Read, change and validate a recipe; nothing is created, nothing but the recipe is opened.
 
@@ -48,7 +50,7 @@ def load_recipe(
         name: a file, a shipped recipe such as `demo/clip`, or None for a recipe of options alone.
         overrides: `key=value` arguments, applied in order.
         expected_command: the command being run; the recipe must be for it.
-        options: options that stand for fields, applied last: `{"--steps": ("sampling.steps", 20)}`.
+        options: options that stand for fields, applied last: `("--steps", "sampling.steps", 20)`.
 
     Raises:
         InputNotFoundError: there is no such recipe, or it cannot be read.
@@ -56,19 +58,41 @@ def load_recipe(
     """
     path = None if name is None else find_recipe(str(name))
     text, draft = _read(path, expected_command)
-    for override in overrides:
-        apply_override(draft, override)
-    for option, (key, value) in (options or {}).items():
-        draft.assign(tuple(key.split(".")), YamlSource(data=value), f"option '{option}'")
+    _apply(draft, overrides, options)
     shown = str(path) if path else "the command line"
     if draft.problems:
         raise _invalid(shown, draft.problems)
-    model = _recipe_class(draft, expected_command, shown)
+    recipe = _validated(_recipe_class(draft, expected_command, shown), draft, shown)
+    return LoadedRecipe(cast(Recipe, recipe), path, text, tuple(overrides))
+
+
+def load_section(
+    model: type[Section], overrides: Sequence[str], options: Sequence[tuple[str, str, Any]]
+) -> Section:
+    """One section of a recipe from the command line alone, by the rules of `load_recipe`.
+
+    Raises:
+        RecipeError: with every problem in `problems`.
+    """
+    draft = Draft({}, values={(): "the command line"})
+    _apply(draft, overrides, options)
+    if draft.problems:
+        raise _invalid("the command line", draft.problems)
+    return _validated(model, draft, "the command line")
+
+
+def _apply(draft: Draft, overrides: Sequence[str], options: Sequence[tuple[str, str, Any]]) -> None:
+    for override in overrides:
+        apply_override(draft, override)
+    for option, key, value in options:
+        draft.assign(tuple(key.split(".")), YamlSource(data=value), f"option '{option}'")
+
+
+def _validated(model: type[Section], draft: Draft, shown: str) -> Section:
     try:
-        recipe = model.from_mapping(draft.data)
+        return model.from_mapping(draft.data)
     except ValidationError as error:
         raise _invalid(shown, _located(error, model, draft)) from None
-    return LoadedRecipe(cast(Recipe, recipe), path, text, tuple(overrides))
 
 
 def _read(path: Path | None, command: str | None) -> tuple[str, Draft]:

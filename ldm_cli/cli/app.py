@@ -1,0 +1,74 @@
+"""The program `ldm`: its commands, and what happens around each of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
+
+import typer
+from typer.main import get_command
+
+from ldm_cli import __version__
+from ldm_cli.cli import data, evaluate, recipe, sample, streams, train
+from ldm_cli.cli.failures import exit_code_of, report
+from ldm_cli.errors import UsageError
+
+app = typer.Typer(
+    name="ldm",
+    help="Train, sample and evaluate text-to-image latent diffusion models, from shards to pictures.",
+    epilog="Try: ldm recipe list, then ldm train-clip demo/clip --dry-run",
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+train.register(app)
+sample.register(app)
+evaluate.register(app)
+data.register(app)
+recipe.register(app)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        streams.write_result(f"ldm {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        raise UsageError("no command given", remedy="see ldm --help")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code; whatever goes wrong is said in one line on stderr."""
+    streams.prepare()
+    debug = "--debug" in arguments
+    if not debug:
+        streams.silence_library_warnings()
+    command = get_command(app)
+    try:
+        # Not command.main(): that turns a broken pipe into exit code 1.
+        with command.make_context("ldm", list(arguments)) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+    except BaseException as error:
+        code = exit_code_of(error)
+        if code is None:
+            code = report(error, arguments, debug)
+        streams.abandon_stdout()
+        return code
+    return 0
+
+
+def main() -> NoReturn:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,140 @@
+"""`ldm data synth | pack | check | stats | index`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ldm_cli.cli import options as given
+from ldm_cli.cli.report import make_reporter
+from ldm_cli.cli.show import show_result
+from ldm_cli.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from ldm_cli.data.config import DataConfig
+
+commands = typer.Typer(help="Make shards, and look into them.")
+Shards = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SHARDS|KEY=VALUE",
+        help="Paths, globs or brace patterns; and data settings such as caption=json:caption.",
+        show_default=False,
+    ),
+]
+Output = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards.", show_default=False)]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the group to the program."""
+    app.add_typer(commands, name="data", rich_help_panel="Recipes and data")
+
+
+@commands.command()
+def synth(
+    out: Output,
+    samples: Annotated[int, typer.Option("--samples", metavar="N", min=1, help="Training samples.")] = 10_000,
+    size: Annotated[int, typer.Option("--size", metavar="S", min=16, help="Image size in pixels.")] = 32,
+    seed: Annotated[int, typer.Option("--seed", metavar="K", min=0, help="Same seed, same scenes.")] = 0,
+    val_samples: Annotated[
+        int | None,
+        typer.Option("--val-samples", metavar="N", min=1, help="Held-out samples; default: by --samples."),
+    ] = None,
+    overwrite: given.Overwrite = False,
+    json: given.Json = False,
+    debug: given.Debug = False,
+) -> None:
+    """Draw scenes of coloured shapes with captions and ground truth."""
+    from ldm_cli.stages import data
+
+    reporter = make_reporter()
+    result = data.synth(out, samples, size, seed, reporter, val_samples=val_samples, overwrite=overwrite)
+    show_result(result, json)
+
+
+@commands.command()
+def pack(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of images, or a CSV file.")],
+    out: Output,
+    image_column: Annotated[
+        str | None, typer.Option("--image-column", metavar="NAME", help="CSV column of the image paths.")
+    ] = None,
+    caption_column: Annotated[
+        str | None, typer.Option("--caption-column", metavar="NAME", help="CSV column of the captions.")
+    ] = None,
+    shard_samples: Annotated[
+        int, typer.Option("--shard-samples", metavar="N", min=1, help="Samples per shard.")
+    ] = 10_000,
+    prefix: Annotated[
+        str, typer.Option("--prefix", metavar="TEXT", help="Beginning of shard names.")
+    ] = "train-",
+    json: given.Json = False,
+    debug: given.Debug = False,
+) -> None:
+    """Make shards of a folder with .txt captions, an imagefolder with metadata.jsonl, or a CSV."""
+    from ldm_cli.stages import data
+
+    result = data.pack(
+        source,
+        out,
+        make_reporter(),
+        image_column=image_column,
+        caption_column=caption_column,
+        shard_samples=shard_samples,
+        prefix=prefix,
+    )
+    show_result(result, json)
+
+
+@commands.command()
+def check(arguments: Shards, json: given.Json = False, debug: given.Debug = False) -> None:
+    """Decode every sample and report what is damaged; exit code 65 if anything is."""
+    config = _config(arguments)
+    from ldm_cli.stages import data
+
+    result = data.check(config, make_reporter())
+    show_result(result, json)
+    if not result["ok"]:
+        num_bad, num_damaged = len(result["bad_samples"]), len(result["damaged_shards"])
+        cause = f"{num_bad} bad samples, {num_damaged} damaged shards"
+        raise DataError("the data is not sound", cause, "the report names each")
+
+
+@commands.command()
+def stats(arguments: Shards, json: given.Json = False, debug: given.Debug = False) -> None:
+    """Count samples, formats, sizes, captions and labels."""
+    config = _config(arguments)
+    from ldm_cli.stages import data
+
+    show_result(data.stats(config, make_reporter()), json)
+
+
+@commands.command()
+def index(
+    arguments: Shards,
+    sizes: Annotated[
+        Path | None,
+        typer.Option("--sizes", metavar="FILE", help="Also write a sizes.json.", show_default=False),
+    ] = None,
+    json: given.Json = False,
+    debug: given.Debug = False,
+) -> None:
+    """Index shards ahead of a run."""
+    config = _config(arguments)
+    from ldm_cli.stages import data
+
+    show_result(data.index(config, make_reporter(), sizes), json)
+
+
+def _config(arguments: list[str]) -> DataConfig:
+    """Data settings from patterns and `key=value` arguments."""
+    patterns = [argument for argument in arguments if "=" not in argument or Path(argument).exists()]
+    changes = [argument for argument in arguments if argument not in patterns]
+    if not patterns:
+        raise UsageError("no shards given", remedy="name a path, a glob or a brace pattern")
+    from ldm_cli.data.config import DataConfig
+    from ldm_cli.recipe.load import load_section
+
+    return load_section(DataConfig, changes, [("SHARDS", "shards", patterns)])

@@ -1,0 +1,39 @@
+"""`ldm eval`."""
+
+from __future__ import annotations
+
+import typer
+
+from ldm_cli.cli import options as given
+from ldm_cli.cli.report import make_reporter
+from ldm_cli.cli.show import show_plan, show_result
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    app.command("eval", rich_help_panel="Models")(_eval)
+
+
+def _eval(
+    recipe: given.RecipeName,
+    overrides: given.Overrides = None,
+    out: given.Out = None,
+    device: given.Device = "auto",
+    overwrite: given.Overwrite = False,
+    dry_run: given.DryRun = False,
+    json: given.Json = False,
+    debug: given.Debug = False,
+) -> None:
+    """Measure trained models on shards: CLIP score, zero-shot, retrieval, reconstruction, ..."""
+    changes = given.check_overrides(overrides)
+    from ldm_cli.recipe.load import load_recipe
+    from ldm_cli.stages.options import RunOptions
+
+    loaded = load_recipe(recipe, changes, expected_command="eval")
+    options = RunOptions(out, device, recipe_text=loaded.text, overrides=changes, overwrite=overwrite)
+    if dry_run:
+        show_plan(loaded, json)
+        return
+    from ldm_cli.stages import evaluate
+
+    show_result(evaluate.run(loaded.recipe, options, make_reporter()), json)

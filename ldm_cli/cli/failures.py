@@ -1,0 +1,136 @@
+"""From any exception to an exit code and one line on stderr."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from ldm_cli import __version__
+from ldm_cli.cli.streams import write_line
+from ldm_cli.errors import (
+    InputNotFoundError,
+    LdmError,
+    OutOfMemoryError,
+    OutputError,
+    RecipeError,
+    StorageError,
+    UsageError,
+)
+
+INTERRUPTED, READER_GONE = 130, 141
+_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
+
+
+def exit_code_of(error: BaseException) -> int | None:
+    """The exit code of what is no failure to report: a finished `--help`, a reader of stdout that left."""
+    if isinstance(error, typer.Exit):
+        return error.exit_code
+    if isinstance(error, BrokenPipeError):
+        return READER_GONE
+    # Rich answers a broken pipe with SystemExit(1); nothing else here exits that way.
+    if isinstance(error, SystemExit):
+        return READER_GONE if error.code == 1 else int(error.code or 0)
+    return None
+
+
+def report(error: BaseException, arguments: Sequence[str], debug: bool) -> int:
+    """Say what failed, as the last line on stderr, and return the exit code."""
+    if debug:
+        for line in traceback.format_exception(error):
+            write_line_block(line)
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        write_line("ldm: error: interrupted")
+        return INTERRUPTED
+    failure = as_ldm_error(error) or _bug(error, arguments)
+    if isinstance(failure, RecipeError) and failure.problems:
+        _report_problems(failure)
+    else:
+        write_line(f"ldm: error: {failure}")
+    return failure.code
+
+
+def as_ldm_error(error: BaseException) -> LdmError | None:
+    """What a user should be told about an exception of a library; None: it is a bug of ours."""
+    if isinstance(error, LdmError):
+        return error
+    # Click's exceptions, under whatever name this version of Typer has them.
+    format_message = getattr(error, "format_message", None)
+    if callable(format_message):
+        return _usage_error(error, " ".join(str(format_message()).split()))
+    if _is_out_of_memory(error):
+        remedy = "use a smaller train.batch_size, more train.gradient_accumulation, or smaller sizes"
+        return OutOfMemoryError("out of memory", _first_line(error), remedy)
+    if isinstance(error, OSError) and error.errno is not None:
+        return _storage_error(error)
+    return None
+
+
+def write_line_block(text: str) -> None:
+    """Write several lines to stderr."""
+    for line in text.splitlines():
+        write_line(line)
+
+
+def _usage_error(error: BaseException, message: str) -> UsageError:
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "ldm"
+    message = message.rstrip(".")
+    return UsageError(message[:1].lower() + message[1:], remedy=f"see {path} --help")
+
+
+def _storage_error(error: OSError) -> LdmError:
+    name = f" '{error.filename}'" if error.filename is not None else ""
+    reason = (error.strerror or str(error)).lower()
+    if error.errno == errno.ENOENT:
+        return InputNotFoundError(f"cannot open{name}", reason)
+    if error.errno in _NOT_WRITABLE:
+        return OutputError(f"cannot open{name}", reason)
+    return StorageError(f"cannot read or write{name}", reason)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "")
+
+
+def _report_problems(error: RecipeError) -> None:
+    if len(error.problems) == 1:
+        write_line(f"ldm: error: {error.problems[0]} [{error.tag}]")
+        return
+    for problem in error.problems:
+        write_line(problem)
+    write_line(f"ldm: error: {error}")
+
+
+def _bug(error: BaseException, arguments: Sequence[str]) -> LdmError:
+    """An error of ours, its traceback in a file; the environment stays out of it, tokens live there."""
+    torch = sys.modules.get("torch")
+    lines = [
+        f"ldm {__version__}, Python {platform.python_version()}, {platform.platform()}",
+        f"torch {getattr(torch, '__version__', 'not loaded')}",
+        f"arguments: {list(arguments)!r}",
+        "",
+        *traceback.format_exception(error),
+    ]
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="ldm-crash-", suffix=".txt")
+        os.close(descriptor)
+        Path(name).write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")
+        remedy = f"this is a bug; please report it with '{name}'"
+    except OSError:
+        remedy = "this is a bug; run again with --debug for the traceback"
+    return LdmError(f"unexpected {type(error).__name__}", _first_line(error), remedy)

@@ -1,0 +1,103 @@
+"""The options that several commands share, and how their texts are read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ldm_cli.errors import UsageError
+
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A recipe file, or a shipped one such as demo/clip.", show_default=False
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe: train.lr=1e-4", show_default=False),
+]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Output folder.", show_default=False)]
+Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to compute.")]
+Resume = Annotated[
+    str,
+    typer.Option(
+        "--resume",
+        metavar="auto|never|PATH",
+        help="Continue the earlier run, refuse to, or start at a checkpoint.",
+    ),
+]
+MaxTime = Annotated[
+    str | None,
+    typer.Option(
+        "--max-time", metavar="TIME", help="Save and stop after 3h, 90m, 1:30:00, ...", show_default=False
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
+
+_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
+def seconds(text: str | None) -> float | None:
+    """A duration in seconds: `3h`, `1h30m`, `90m`, `45s`, `1:30:00`, `1-12:00:00` (Slurm), or plain seconds.
+
+    >>> seconds("1h30m"), seconds("1:30:00"), seconds("2.5"), seconds(None)
+    (5400.0, 5400.0, 2.5, None)
+
+    Raises:
+        UsageError: `text` is no positive duration.
+    """
+    if text is None:
+        return None
+    total = 0.0
+    if re.fullmatch(r"([0-9.]+[dhms])+", text):
+        parts = re.findall(r"([0-9.]+)([dhms])", text)
+        total = sum(_number(number) * _UNITS[unit] for number, unit in parts)
+    elif clock := re.fullmatch(r"(?:([0-9]+)-)?(?:([0-9]+):)?([0-9]+):([0-9]+)", text):
+        days, hours, minutes, rest = (int(group or 0) for group in clock.groups())
+        total = ((days * 24 + hours) * 60 + minutes) * 60 + rest
+    else:
+        total = _number(text)
+    if total <= 0:
+        raise UsageError(f"--max-time '{text}' is no duration", remedy="write 3h, 90m, 1:30:00 or seconds")
+    return total
+
+
+def _number(text: str) -> float:
+    return float(text) if re.fullmatch(r"[0-9]+(\.[0-9]+)?|\.[0-9]+", text) else 0.0
+
+
+def size(text: str | None) -> tuple[int, int] | None:
+    """Width and height in pixels from `640x480`, or from `512` for a square.
+
+    Raises:
+        UsageError: `text` is no such size.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9]{1,5})(?:[xX×]([0-9]{1,5}))?", text)
+    if not found:
+        raise UsageError(f"--size '{text}' is no size", remedy="write WIDTHxHEIGHT, such as 512x512")
+    width = int(found[1])
+    return width, int(found[2] or width)
+
+
+def check_overrides(overrides: Sequence[str] | None) -> tuple[str, ...]:
+    """The trailing arguments, all of the form `key=value`.
+
+    Raises:
+        UsageError: one is not.
+    """
+    for override in overrides or ():
+        if "=" not in override:
+            raise UsageError(
+                f"unexpected argument '{override}'", "it is not KEY=VALUE", "write e.g. train.lr=1e-4"
+            )
+    return tuple(overrides or ())

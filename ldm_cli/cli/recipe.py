@@ -1,0 +1,121 @@
+"""`ldm recipe list | show | check | schema`."""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ldm_cli.cli import options as given
+from ldm_cli.cli.show import show_result, show_rows
+from ldm_cli.cli.streams import write_line, write_result
+from ldm_cli.errors import InputNotFoundError, RecipeError, UsageError
+
+commands = typer.Typer(help="List, show and check recipes.", no_args_is_help=False)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the group to the program."""
+    app.add_typer(commands, name="recipe", rich_help_panel="Recipes and data")
+
+
+@commands.command("list")
+def list_recipes(json: given.Json = False, debug: given.Debug = False) -> None:
+    """List the shipped recipes."""
+    from ldm_cli.recipe.shipped import shipped_recipes
+    from ldm_cli.recipe.yaml_source import parse_yaml
+
+    rows = []
+    for name, path in shipped_recipes().items():
+        text = path.read_text(encoding="utf-8")
+        about = text.partition("\n")[0].lstrip("# ") if text.startswith("#") else ""
+        rows.append({"name": name, "command": parse_yaml(text).data["command"], "about": about})
+    if json:
+        show_result({"recipes": rows}, as_json=True)
+    else:
+        show_rows("", rows)
+
+
+@commands.command("show")
+def show_recipe(
+    recipe: given.RecipeName,
+    overrides: given.Overrides = None,
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="Every field, defaults and changes included.")
+    ] = False,
+    json: given.Json = False,
+    debug: given.Debug = False,
+) -> None:
+    """Print a recipe as written, or with every field filled in."""
+    changes = given.check_overrides(overrides)
+    if not (resolved or json or changes):
+        from ldm_cli.recipe.shipped import find_recipe
+
+        write_result(find_recipe(recipe).read_text(encoding="utf-8", errors="replace"))
+        return
+    from ldm_cli.cli.show import as_yaml
+    from ldm_cli.recipe.load import load_recipe
+
+    mapping = load_recipe(recipe, changes).mapping
+    if json:
+        show_result(mapping, as_json=True)
+    else:
+        write_result(as_yaml(mapping))
+
+
+@commands.command("check")
+def check_recipes(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE|KEY=VALUE", help="Recipes, and changes to all of them."),
+    ],
+    json: given.Json = False,
+    debug: given.Debug = False,
+) -> None:
+    """Check recipes without running them; every problem is listed with file, line and column."""
+    names = [argument for argument in arguments if "=" not in argument or Path(argument).is_file()]
+    changes = tuple(argument for argument in arguments if argument not in names)
+    if not names:
+        raise UsageError("no recipe given", remedy="see ldm recipe check --help")
+    from ldm_cli.recipe.load import load_recipe
+
+    commands_of: dict[str, str] = {}
+    errors: list[RecipeError | InputNotFoundError] = []
+    for name in names:
+        try:
+            commands_of[name] = load_recipe(name, changes).recipe.command
+        except (RecipeError, InputNotFoundError) as error:
+            errors.append(error)
+    if len(errors) == 1 and len(names) == 1:
+        raise errors[0]
+    for failure in errors:
+        for line in getattr(failure, "problems", ()) or (str(failure),):
+            write_line(line)
+    if errors:
+        raise RecipeError(f"{len(errors)} of {len(names)} recipes are invalid")
+    if json:
+        show_result({"recipes": commands_of}, as_json=True)
+    else:
+        write_result("".join(f"{name}: a valid {command} recipe\n" for name, command in commands_of.items()))
+
+
+@commands.command("schema")
+def show_schema(
+    command: Annotated[
+        str | None, typer.Argument(metavar="[COMMAND]", help="train-clip, train-vae, ...; default: all.")
+    ] = None,
+    debug: given.Debug = False,
+) -> None:
+    """Print the JSON schema of recipes, for editors and validators."""
+    from pydantic import TypeAdapter
+
+    from ldm_cli.recipe.problems import did_you_mean
+    from ldm_cli.recipe.schema import RECIPES, Recipe
+
+    if command is not None and command not in RECIPES:
+        hint = did_you_mean(command, list(RECIPES)) or f"one of {', '.join(RECIPES)}"
+        raise UsageError(f"no recipe is for the command '{command}'", hint.strip(" ()?"))
+    schema = RECIPES[command].model_json_schema() if command else TypeAdapter(Recipe).json_schema()
+    write_result(json_format.dumps(schema, indent=2) + "\n")

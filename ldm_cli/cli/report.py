@@ -1,0 +1,198 @@
+"""What a stage says while it works: bars on a terminal, otherwise a plain line every few seconds."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ldm_cli.cli.streams import write_line
+from ldm_cli.errors import printable
+from ldm_cli.reporting import Figure, Progress, Reporter
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+_SECONDS_BETWEEN_LINES = 5.0
+_RATE_WINDOW = 30.0
+
+
+def make_reporter() -> Reporter:
+    """The reporter for the stderr at hand."""
+    if sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+        return LiveReporter()
+    return PlainReporter()
+
+
+class Pace:
+    """Rate and remaining time of a counted task, over the last half minute."""
+
+    def __init__(self, total: int | None, done: int, unit: str, clock: Callable[[], float]) -> None:
+        self.total, self.done, self.unit, self._clock = total, done, unit, clock
+        self._history = deque([(clock(), done)])
+
+    def update(self, done: int) -> None:
+        """`done` units are complete now."""
+        self.done = done
+        now = self._clock()
+        self._history.append((now, done))
+        while len(self._history) > 2 and now - self._history[0][0] > _RATE_WINDOW:
+            self._history.popleft()
+
+    @property
+    def rate(self) -> float | None:
+        """Units per second; None before it is known."""
+        (start, first), (end, last) = self._history[0], self._history[-1]
+        return (last - first) / (end - start) if end > start and last > first else None
+
+    def __str__(self) -> str:
+        """`3.4 step/s, ETA 0:09:12`, or as much of it as is known."""
+        rate = self.rate
+        if rate is None:
+            return ""
+        speed = f"{rate:.3g} {self.unit}/s" if rate >= 1 else f"{1 / rate:.3g} s/{self.unit}"
+        if self.total is None or self.done >= self.total:
+            return speed
+        return f"{speed}, ETA {_clock_time((self.total - self.done) / rate)}"
+
+    def count(self) -> str:
+        """`step 120/2000 (6%)`."""
+        if not self.total:
+            return f"{self.unit} {self.done}"
+        return f"{self.unit} {self.done}/{self.total} ({100 * self.done // self.total}%)"
+
+
+def show_figures(figures: Mapping[str, Figure]) -> str:
+    """`loss 0.1234, lr 0.0001`."""
+    return ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in figures.items()
+    )
+
+
+def _clock_time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+class PlainReporter:
+    """Lines without control characters, for files, pipes and batch queues."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+
+    def info(self, message: str) -> None:
+        """One line of information."""
+        write_line(message)
+
+    def warn(self, message: str) -> None:
+        """One line that begins with `warning:`."""
+        write_line(f"warning: {message}")
+
+    @contextmanager
+    def progress(
+        self, title: str, total: int | None, done: int = 0, unit: str = "step"
+    ) -> Iterator[Progress]:
+        """A line every few seconds, and one at the end."""
+        lines = _PlainProgress(title, Pace(total, done, unit, self._clock), self._clock)
+        yield lines
+        lines.finish()
+
+
+class _PlainProgress:
+    def __init__(self, title: str, pace: Pace, clock: Callable[[], float]) -> None:
+        self._title, self._pace, self._clock = title, pace, clock
+        self._figures: Mapping[str, Figure] = {}
+        self._shown_at, self._shown_done = clock(), pace.done
+
+    def update(self, done: int, figures: Mapping[str, Figure] | None = None) -> None:
+        """Take the new state, and say it if the last line is a while ago."""
+        self._pace.update(done)
+        self._figures = figures or self._figures
+        if self._clock() - self._shown_at >= _SECONDS_BETWEEN_LINES:
+            self._show()
+
+    def finish(self) -> None:
+        """Say the last state, unless it was said."""
+        if self._pace.done != self._shown_done:
+            self._show()
+
+    def _show(self) -> None:
+        parts = [self._pace.count(), str(self._pace), show_figures(self._figures)]
+        write_line(f"{self._title}: {', '.join(part for part in parts if part)}")
+        self._shown_at, self._shown_done = self._clock(), self._pace.done
+
+
+class LiveReporter:
+    """Bars at the bottom of a terminal, messages above them."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True, highlight=False)
+        self._bars: RichProgress | None = None
+
+    def info(self, message: str) -> None:
+        """One line of information, above the bars."""
+        self._print(message)
+
+    def warn(self, message: str) -> None:
+        """One yellow line, above the bars."""
+        self._print(f"warning: {message}", style="yellow")
+
+    def _print(self, message: str, style: str | None = None) -> None:
+        try:
+            self._console.print(printable(message), style=style, markup=False, emoji=False, soft_wrap=True)
+        except (OSError, SystemExit):  # the terminal went away; the run goes on
+            self._console.quiet = True
+
+    @contextmanager
+    def progress(
+        self, title: str, total: int | None, done: int = 0, unit: str = "step"
+    ) -> Iterator[Progress]:
+        """A bar; further ones within it stand below it."""
+        bars, outermost = self._bars, self._bars is None
+        if bars is None:
+            bars = self._bars = self._new_bars()
+            bars.start()
+        task = bars.add_task(printable(title), total=total, completed=done, about="")
+        try:
+            yield _LiveProgress(bars, task, Pace(total, done, unit, time.monotonic))
+        finally:
+            if outermost:
+                bars.stop()
+                self._bars = None
+            else:
+                bars.remove_task(task)
+
+    def _new_bars(self) -> RichProgress:
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as RichProgress
+
+        return RichProgress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
+            TextColumn("{task.fields[about]}", markup=False),
+            console=self._console,
+            refresh_per_second=4,
+        )
+
+
+class _LiveProgress:
+    def __init__(self, bars: RichProgress, task: TaskID, pace: Pace) -> None:
+        self._bars, self._task, self._pace = bars, task, pace
+        self._figures: Mapping[str, Figure] = {}
+
+    def update(self, done: int, figures: Mapping[str, Figure] | None = None) -> None:
+        """Move the bar."""
+        self._pace.update(done)
+        self._figures = figures or self._figures
+        about = ", ".join(part for part in (str(self._pace), show_figures(self._figures)) if part)
+        self._bars.update(self._task, completed=done, about=printable(about))

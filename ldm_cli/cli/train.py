@@ -1,0 +1,63 @@
+"""`ldm train-clip`, `ldm train-vae`, `ldm train-unet`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from ldm_cli.cli import options as given
+from ldm_cli.cli.report import make_reporter
+from ldm_cli.cli.show import show_plan, show_result
+
+_HELP = {
+    "train-clip": "Train CLIP on image-text shards; writes a CLIPModel folder with its tokenizer.",
+    "train-vae": "Train an image autoencoder on shards; writes an AutoencoderKL folder.",
+    "train-unet": "Train a text-to-image denoiser in the space of a VAE; writes a pipeline folder.",
+}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the three commands to the program."""
+    for name, text in _HELP.items():
+        app.command(name, help=text, rich_help_panel="Models")(_train)
+
+
+def _train(
+    context: typer.Context,
+    recipe: given.RecipeName,
+    overrides: given.Overrides = None,
+    out: given.Out = None,
+    device: given.Device = "auto",
+    resume: given.Resume = "auto",
+    max_time: given.MaxTime = None,
+    dry_run: given.DryRun = False,
+    json: given.Json = False,
+    debug: given.Debug = False,
+) -> None:
+    changes, limit = given.check_overrides(overrides), given.seconds(max_time)
+    from ldm_cli.recipe.load import load_recipe
+    from ldm_cli.stages.options import RunOptions
+
+    command = str(context.info_name)
+    loaded = load_recipe(recipe, changes, expected_command=command)
+    options = RunOptions(out, device, resume, limit, loaded.text, changes)
+    if dry_run:
+        show_plan(loaded, json)
+        return
+    show_result(_run(command, loaded.recipe, options), json)
+
+
+def _run(command: str, recipe: Any, options: Any) -> dict[str, Any]:
+    """Run the stage; each is imported only when it is the one."""
+    if command == "train-clip":
+        from ldm_cli.stages import train_clip
+
+        return train_clip.run(recipe, options, make_reporter())
+    if command == "train-vae":
+        from ldm_cli.stages import train_vae
+
+        return train_vae.run(recipe, options, make_reporter())
+    from ldm_cli.stages import train_unet
+
+    return train_unet.run(recipe, options, make_reporter())
