@@ -1,0 +1,189 @@
+"""The layout of a Stable Diffusion pipeline folder: its index, its components, its scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ldm_cli.errors import CheckpointError, InputNotFoundError
+from ldm_cli.formats.model_folder import read_json, write_json
+
+INDEX_NAME = "model_index.json"
+SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
+UNET, VAE, TEXT_ENCODER, TOKENIZER = "unet", "vae", "text_encoder", "tokenizer"
+PIPELINE_CLASS = "StableDiffusionPipeline"
+
+_DIFFUSERS_VERSION = "0.42.1"
+# Schedulers of the variance-preserving family with discrete levels: one noise schedule, whatever the solver.
+_SCHEDULERS = frozenset(
+    {
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "DEISMultistepScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+        "LMSDiscreteScheduler",
+        "PNDMScheduler",
+        "UniPCMultistepScheduler",
+    }
+)
+# diffusers' defaults, for files that leave them out.
+_DIFFUSION_DEFAULTS: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+}
+
+
+@dataclass(frozen=True)
+class SchedulerSettings:
+    """What a scheduler_config.json says, beside which solver.
+
+    Attributes:
+        diffusion: the noise schedule and the prediction type, by the names of the file.
+        timestep_spacing: None: each sampler's own default.
+        steps_offset: added to the timesteps of `leading` spacing.
+        set_alpha_to_one: DDIM's last step ends at ᾱ = 1 rather than ᾱ_0; None: not said.
+    """
+
+    diffusion: dict[str, Any]
+    timestep_spacing: Literal["leading", "linspace", "trailing"] | None = None
+    steps_offset: int = 1
+    set_alpha_to_one: bool | None = None
+
+
+def our_settings(diffusion: Mapping[str, Any]) -> SchedulerSettings:
+    """The settings of a model that we train: as Stable Diffusion 1, or with zero SNR as Lin et al. 2023.
+
+    Args:
+        diffusion: a noise schedule and prediction type; other keys are left out.
+    """
+    kept = {name: diffusion.get(name, default) for name, default in _DIFFUSION_DEFAULTS.items()}
+    # Only `trailing` visits the last level, which is the point of zero SNR.
+    return SchedulerSettings(kept, "trailing" if kept["rescale_betas_zero_snr"] else "leading", 1, False)
+
+
+def write_scheduler(folder: Path, settings: SchedulerSettings) -> None:
+    """Write scheduler/scheduler_config.json as a complete DDIMScheduler's.
+
+    Raises:
+        StorageError: writing failed.
+    """
+    content = {
+        "_class_name": "DDIMScheduler",
+        "_diffusers_version": _DIFFUSERS_VERSION,
+        **settings.diffusion,
+        "trained_betas": None,
+        "clip_sample": False,
+        "clip_sample_range": 1.0,
+        "set_alpha_to_one": True if settings.set_alpha_to_one is None else settings.set_alpha_to_one,
+        "steps_offset": settings.steps_offset,
+        "thresholding": False,
+        "dynamic_thresholding_ratio": 0.995,
+        "sample_max_value": 1.0,
+        "timestep_spacing": settings.timestep_spacing or "leading",
+    }
+    (folder / SCHEDULER_FILE).parent.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SCHEDULER_FILE, content)
+
+
+def read_scheduler(folder: Path) -> SchedulerSettings:
+    """What scheduler/scheduler_config.json of a Stable Diffusion folder says, for any solver of ours.
+
+    `clip_sample` is ignored and `steps_offset` is 1 whatever the file says: so does StableDiffusionPipeline.
+
+    Raises:
+        InputNotFoundError: there is no such file.
+        CheckpointError: it is of a family that is not supported (flow matching, its own betas, thresholding).
+    """
+    file = folder / SCHEDULER_FILE
+    content = read_json(file)
+    found = content.get("_class_name")
+    if found not in _SCHEDULERS:
+        raise CheckpointError(
+            f"cannot use '{file}'", f"scheduler {found!r} is not supported", "use a DDIMScheduler's"
+        )
+    unsupported = [name for name in ("trained_betas", "thresholding", "use_flow_sigmas") if content.get(name)]
+    if unsupported:
+        raise CheckpointError(f"cannot use '{file}'", f"{', '.join(unsupported)} is not supported")
+    return SchedulerSettings(
+        diffusion={name: content.get(name, default) for name, default in _DIFFUSION_DEFAULTS.items()},
+        timestep_spacing=content.get("timestep_spacing"),
+        set_alpha_to_one=content.get("set_alpha_to_one"),
+    )
+
+
+def write_index(folder: Path) -> None:
+    """Write model_index.json for `StableDiffusionPipeline.from_pretrained`, without safety checker.
+
+    Raises:
+        StorageError: writing failed.
+    """
+    content = {
+        "_class_name": PIPELINE_CLASS,
+        "_diffusers_version": _DIFFUSERS_VERSION,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        TEXT_ENCODER: ["transformers", "CLIPTextModel"],
+        TOKENIZER: ["transformers", "CLIPTokenizer"],
+        UNET: ["diffusers", "UNet2DConditionModel"],
+        VAE: ["diffusers", "AutoencoderKL"],
+    }
+    write_json(folder / INDEX_NAME, content)
+
+
+def check_index(folder: Path) -> None:
+    """Make sure that the folder holds a Stable Diffusion pipeline.
+
+    Raises:
+        InputNotFoundError: it holds no pipeline.
+        CheckpointError: it holds another one.
+    """
+    if not (folder / INDEX_NAME).is_file():
+        raise InputNotFoundError(
+            f"no pipeline in '{folder}'",
+            f"{INDEX_NAME} is missing",
+            "give a Stable Diffusion folder, or a run of train-unet",
+        )
+    found = read_json(folder / INDEX_NAME).get("_class_name")
+    if found != PIPELINE_CLASS:
+        raise CheckpointError(f"cannot use '{folder}'", f"it holds a {found!r}, not a {PIPELINE_CLASS}")
+
+
+def fold_latent_shift(vae: Mapping[str, Tensor], shift: float) -> dict[str, Tensor] | None:
+    """Weights of an autoencoder that yields z − shift where the given one yields z: its shift factor is null.
+
+    StableDiffusionPipeline divides latents by `scaling_factor` and knows no `shift_factor`; moved into the
+    biases of the 1×1 convolutions around z, the shift is kept exactly.
+
+    Args:
+        vae: state dict of an AutoencoderKL.
+        shift: its `shift_factor`.
+
+    Returns:
+        A new state dict, or None where the convolutions are missing and the shift cannot be folded.
+    """
+    names = ("quant_conv.bias", "post_quant_conv.weight", "post_quant_conv.bias")
+    if any(name not in vae for name in names):
+        return None
+    encoder_bias, weight, decoder_bias = (vae[name].detach().double() for name in names)
+    num_channels = len(decoder_bias)
+    encoder_bias = encoder_bias.clone()
+    encoder_bias[:num_channels] -= shift  # the mean; the other half is the log-variance
+    decoder_bias = decoder_bias + shift * weight.sum(dim=(1, 2, 3))
+    like = vae[names[0]].dtype
+    return {**vae, names[0]: encoder_bias.to(like), names[2]: decoder_bias.to(like)}

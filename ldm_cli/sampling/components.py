@@ -1,0 +1,94 @@
+"""Models out of their folders: U-Net, autoencoder, text encoder; and which folder a path means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from ldm_cli.config import Config
+from ldm_cli.core.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from ldm_cli.core.models.clip import CLIPConfig, CLIPTextConfig, CLIPTextModel
+from ldm_cli.core.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from ldm_cli.errors import CheckpointError, InputNotFoundError
+from ldm_cli.formats.model_folder import CONFIG_NAME, load_weights, read_config
+from ldm_cli.formats.pipeline_folder import INDEX_NAME
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def resolve_model(path: Path) -> Path:
+    """The model folder that a path means: itself, or the model of a run or of a checkpoint.
+
+    A run's is `model/` once it is finished, before that its newest checkpoint; a checkpoint's is `ema/` where
+    weights are averaged, else `model/`.
+
+    Raises:
+        InputNotFoundError: there is no such folder, or no model in it.
+    """
+    if not path.is_dir():
+        raise InputNotFoundError(
+            f"model folder '{path}' not found", remedy="check --model, or train it first"
+        )
+    manifests = sorted((path / "checkpoints").glob("step-*/manifest.json"))
+    newest = [manifests[-1].parent / name for name in ("ema", "model")] if manifests else []
+    for folder in (path, path / "ema", path / "model", *newest):
+        if (folder / INDEX_NAME).is_file() or (folder / CONFIG_NAME).is_file():
+            return folder
+    raise InputNotFoundError(
+        f"no model in '{path}'", f"neither {INDEX_NAME} nor {CONFIG_NAME}", "give a model folder or a run"
+    )
+
+
+def load_unet(folder: Path) -> UNet2DConditionModel:
+    """A UNet2DConditionModel folder, in float32 on the CPU; errors as in `load_weights`.
+
+    Raises:
+        CheckpointError: config.json is of another model, or asks for something that is not implemented.
+    """
+    config = _parse(folder, UNet2DConditionConfig.from_hugging_face)
+    return _load(UNet2DConditionModel, config, folder)
+
+
+def load_autoencoder(folder: Path) -> AutoencoderKL:
+    """An AutoencoderKL folder, as `load_unet`."""
+    config = _parse(folder, AutoencoderKLConfig.from_hugging_face)
+    return _load(AutoencoderKL, config, folder)
+
+
+def load_text_encoder(folder: Path) -> CLIPTextModel:
+    """A CLIPTextModel folder, or the text tower of a CLIPModel folder, as `load_unet`."""
+    config = _parse(folder, _text_config)
+    return _load(CLIPTextModel, config, folder, allow_extra=True)
+
+
+def _text_config(mapping: Mapping[str, Any]) -> CLIPTextConfig:
+    if "text_config" in mapping:
+        return CLIPConfig.from_hugging_face(mapping).text_config
+    return CLIPTextConfig.from_hugging_face(mapping)
+
+
+def _parse(folder: Path, parse: Callable[[Mapping[str, Any]], ConfigT]) -> ConfigT:
+    mapping = read_config(folder)
+    try:
+        return parse(mapping)
+    except ValidationError as error:
+        causes = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5]]
+        raise CheckpointError(f"cannot use '{folder / CONFIG_NAME}'", "; ".join(causes)) from error
+    except ValueError as error:
+        raise CheckpointError(f"cannot use '{folder / CONFIG_NAME}'", str(error)) from error
+
+
+def _load(
+    model: Callable[[ConfigT], ModuleT], config: ConfigT, folder: Path, allow_extra: bool = False
+) -> ModuleT:
+    # On the meta device nothing is allocated or drawn at random only to be overwritten.
+    with torch.device("meta"):
+        module = model(config)
+    load_weights(module, folder, allow_extra=allow_extra)
+    return module

@@ -1,0 +1,365 @@
+"""From prompts to images: text encoder, U-Net, sampler and decoder as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from ldm_cli import philox
+from ldm_cli.core.diffusion.config import DiffusionConfig
+from ldm_cli.core.diffusion.guidance import guided
+from ldm_cli.core.diffusion.schedule import NoiseSchedule
+from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
+from ldm_cli.core.models.clip import CLIPTextModel
+from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
+from ldm_cli.data.tokenizer import Tokenizer
+from ldm_cli.errors import CheckpointError, UsageError
+from ldm_cli.formats import pipeline_folder as layout
+from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, save_model, weights_sha256
+from ldm_cli.formats.pipeline_folder import SchedulerSettings
+from ldm_cli.reporting import Progress, Reporter, SilentReporter
+from ldm_cli.sampling.components import load_autoencoder, load_text_encoder, load_unet, resolve_model
+from ldm_cli.sampling.config import SamplingConfig
+from ldm_cli.sampling.denoising import denoise
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# On a CPU, what a network returns for one row depends on how many rows there are (oneDNN and MKL block by
+# the whole shape), but not on which row it is or what the others hold. Measured with torch 2.13 on a 6 M
+# U-Net with 16×16 latents, 2 threads, 24 rows in groups of k: k = 1 differs from k = 2, 3, 4, 6, 8, 12,
+# 24 by 1e-6 to 3e-6, and permuting the rows permutes the results, bit for bit, at every k. So the number
+# of images per call is fixed by the image size alone, and the last group is filled up: a picture depends
+# on its prompt and seed only. One image (2 rows) per call would do too, but takes 330 ms for the 24 rows
+# where 8 rows per call take 180 ms. Large latents gain nothing from company, and filling up would cost a
+# lot: they run one by one.
+_LATENT_PIXELS_PER_CALL = 1024
+_IMAGE_PIXELS_PER_CALL = 16384
+_MOST_PER_CALL = 8
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """One picture to draw: it depends on these two and the sampling configuration, on nothing else."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """A picture.
+
+    Attributes:
+        index: which of the requests it answers.
+        request: that request.
+        pixels: uint8 [3, H, W], on the CPU.
+    """
+
+    index: int
+    request: ImageRequest
+    pixels: Tensor
+
+
+def requests_for(prompts: Sequence[str], config: SamplingConfig) -> list[ImageRequest]:
+    """`images_per_prompt` requests for each prompt in turn; image i of a prompt has the seed `seed + i`."""
+    return [ImageRequest(p, config.seed + i) for p in prompts for i in range(config.images_per_prompt)]
+
+
+@dataclass
+class Pipeline:
+    """A text-to-image latent diffusion model.
+
+    Attributes:
+        unet, vae, text_encoder: on one device; `unet` and `text_encoder` of one type.
+        tokenizer: of the text encoder.
+        settings: noise schedule, prediction type, default time spacing.
+        folder: where it was loaded from, if it was.
+    """
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: Tokenizer
+    settings: SchedulerSettings
+    folder: Path | None = None
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device | str = "cpu", precision: str = "fp32") -> Pipeline:
+        """Read a Stable Diffusion folder (from anywhere), a run of `train-unet` or one of its checkpoints.
+
+        Args:
+            path: the folder.
+            device: where to put the networks.
+            precision: `fp32`, `bf16` or `fp16`; an autoencoder with `force_upcast` is not put in fp16.
+
+        Raises:
+            InputNotFoundError: the folder or a part of it is missing.
+            CheckpointError: it is of another kind, damaged, or asks for something that is not implemented.
+        """
+        folder = resolve_model(path)
+        layout.check_index(folder)
+        settings = layout.read_scheduler(folder)
+        try:
+            DiffusionConfig.from_mapping(settings.diffusion)
+        except ValidationError as error:
+            causes = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+            raise CheckpointError(
+                f"cannot use '{folder / layout.SCHEDULER_FILE}'", "; ".join(causes)
+            ) from error
+        pipeline = cls(
+            unet=load_unet(folder / layout.UNET),
+            vae=load_autoencoder(folder / layout.VAE),
+            text_encoder=load_text_encoder(folder / layout.TEXT_ENCODER),
+            tokenizer=Tokenizer.load(folder / layout.TOKENIZER),
+            settings=settings,
+            folder=folder,
+        )
+        pipeline._check_fit()
+        dtype = _DTYPES[precision]
+        keep_fp32 = precision == "fp16" and pipeline.vae.config.force_upcast
+        modules: list[tuple[nn.Module, torch.dtype]] = [
+            (pipeline.unet, dtype),
+            (pipeline.text_encoder, dtype),
+            (pipeline.vae, torch.float32 if keep_fp32 else dtype),
+        ]
+        for module, its_dtype in modules:
+            module.requires_grad_(False).eval()
+            # NHWC: a third faster on a CPU, and what tensor cores want.
+            module.to(device=device, dtype=its_dtype)
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return pipeline
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that `StableDiffusionPipeline.from_pretrained` opens, and `load`.
+
+        The autoencoder's shift, unknown to that pipeline, is folded into the weights if they allow it.
+
+        Raises:
+            StorageError, OutputError: writing failed.
+        """
+        vae_state, vae_config = self.vae.state_dict(), self.vae.config
+        if vae_config.shift_factor:
+            folded = layout.fold_latent_shift(vae_state, vae_config.shift_factor)
+            if folded is not None:
+                vae_state, vae_config = folded, vae_config.model_copy(update={"shift_factor": None})
+        save_model(folder / layout.UNET, self.unet.state_dict(), self.unet.config.to_hugging_face())
+        save_model(folder / layout.VAE, vae_state, vae_config.to_hugging_face())
+        save_model(
+            folder / layout.TEXT_ENCODER,
+            self.text_encoder.state_dict(),
+            self.text_encoder.config.to_hugging_face(),
+            TRANSFORMERS_WEIGHTS,
+        )
+        # diffusers pads to what the tokenizer says; the text encoder takes no more than it has positions.
+        self.tokenizer.model_max_length = self.context_length
+        self.tokenizer.save(folder / layout.TOKENIZER)
+        layout.write_scheduler(folder, self.settings)
+        layout.write_index(folder)
+
+    @cached_property
+    def schedule(self) -> NoiseSchedule:
+        """The noise levels the U-Net was trained at."""
+        return NoiseSchedule.from_config(DiffusionConfig.from_mapping(self.settings.diffusion))
+
+    @cached_property
+    def weights_sha256(self) -> dict[str, str]:
+        """Hex sha256 of each component's tensors, of a pipeline that was loaded; else empty."""
+        if self.folder is None:
+            return {}
+        return {n: weights_sha256(self.folder / n) for n in (layout.UNET, layout.VAE, layout.TEXT_ENCODER)}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(self.unet.parameters()).device
+
+    @property
+    def context_length(self) -> int:
+        """Tokens per prompt, both special tokens included."""
+        return min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
+
+    def image_size(self, config: SamplingConfig) -> tuple[int, int]:
+        """Height and width of the pictures, in pixels.
+
+        Raises:
+            UsageError: not a multiple of the autoencoder's factor, or not known.
+        """
+        factor, trained = self.vae.downscale_factor, self.unet.config.sample_size
+        defaults = trained if isinstance(trained, tuple) else (trained, trained)
+        sizes = []
+        for name, asked, default in zip(
+            ("height", "width"), (config.height, config.width), defaults, strict=True
+        ):
+            if asked is None and default is None:
+                raise UsageError(f"no {name} given", "the model does not say its own", "give --size WxH")
+            size = asked if asked is not None else (default or 0) * factor
+            if size % factor:
+                nearest = max(factor, round(size / factor) * factor)
+                raise UsageError(
+                    f"{name} {size} is not possible", f"not a multiple of {factor}", f"take {nearest}"
+                )
+            sizes.append(size)
+        return sizes[0], sizes[1]
+
+    def latent_shape(self, config: SamplingConfig) -> tuple[int, int, int]:
+        """C×h×w of the latents behind one picture; errors as in `image_size`."""
+        height, width = self.image_size(config)
+        factor = self.vae.downscale_factor
+        return self.vae.config.latent_channels, height // factor, width // factor
+
+    def generate(
+        self,
+        requests: Sequence[ImageRequest],
+        config: SamplingConfig,
+        latents: Tensor | None = None,
+        reporter: Reporter | None = None,
+    ) -> Iterator[GeneratedImage]:
+        """Draw pictures, in the order of the requests.
+
+        On a CPU each picture is bit for bit the same in whatever company it is drawn; on a GPU it is so up to
+        rounding when `config.batch_size` differs.
+
+        Args:
+            requests: what to draw.
+            config: how.
+            latents: initial noise, standard normal [N, C, h, w], one per request; None: drawn from the seeds.
+            reporter: hears of progress and of prompts that are cut.
+
+        Raises:
+            UsageError: a size or a number of steps that the model cannot do.
+            ValueError: `latents` of another shape.
+        """
+        reporter = reporter or SilentReporter()
+        shape = self.latent_shape(config)
+        if latents is not None and latents.shape != (len(requests), *shape):
+            raise ValueError(f"latents of shape {tuple(latents.shape)}, expected {(len(requests), *shape)}")
+        contexts = self.encode_prompts([*(r.prompt for r in requests), config.negative], reporter)
+        size = self._images_per_call(config, shape)
+        with reporter.progress("sampling", len(requests), unit="image") as progress:
+            for start in range(0, len(requests), size):
+                group = list(requests[start : start + size])
+                count = len(group)
+                group += [group[-1]] * (size - count)
+                noise = None if latents is None else _filled(latents[start : start + count], size)
+                on_step = partial(_report_step, progress, start)
+                x0 = self._draw(group, config, contexts, noise, on_step)
+                for offset, pixels in enumerate(self.decode(x0[:count])):
+                    yield GeneratedImage(start + offset, group[offset], pixels)
+                progress.update(start + count)
+
+    @torch.inference_mode()
+    def encode_prompts(self, prompts: Sequence[str], reporter: Reporter | None = None) -> dict[str, Tensor]:
+        """Text states [1, L, D] of every prompt; one that is too long is cut, and reported."""
+        contexts = {}
+        for prompt in dict.fromkeys(prompts):
+            tokens = self.tokenizer.encode([prompt], self.context_length)
+            for _, rest in tokens.truncated:
+                if reporter is not None:
+                    limit = self.context_length - 2
+                    reporter.warn(
+                        f"prompt {prompt[:40]!r}… has more than {limit} tokens; this was cut: {rest!r}"
+                    )
+            # One by one: a prompt's states must not depend on the others (see _LATENT_PIXELS_PER_CALL).
+            contexts[prompt] = self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state
+        return contexts
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [N, C, h, w] → pictures, uint8 [N, 3, H, W] on the CPU."""
+        weight = next(self.vae.parameters())
+        pixels = latents.shape[-2] * latents.shape[-1] * self.vae.downscale_factor**2
+        size = _per_call(_IMAGE_PIXELS_PER_CALL, pixels)
+        images = []
+        for start in range(0, len(latents), size):
+            part = latents[start : start + size]
+            z = self.vae.from_latents(_filled(part, size).to(weight.device)).to(weight.dtype)
+            image = (self.vae.decode(z)[: len(part)].float() / 2 + 0.5).clamp(0, 1)
+            images.append((image * 255).round().to(torch.uint8).cpu())
+        return torch.cat(images)
+
+    @torch.inference_mode()
+    def _draw(
+        self,
+        group: Sequence[ImageRequest],
+        config: SamplingConfig,
+        contexts: dict[str, Tensor],
+        noise: Tensor | None,
+        on_step: Callable[[str], None],
+    ) -> Tensor:
+        """Latents float32 [N, C, h, w] of one group of requests."""
+        shape, device = self.latent_shape(config), self.device
+        dtype = next(self.unet.parameters()).dtype
+        step = 0
+
+        def network(x: Tensor, t: float, context: Tensor) -> Tensor:
+            nonlocal step
+            step += 1
+            on_step(f"{step}/{config.steps}")
+            # Timesteps stay float32: half precision cannot tell 998 from 999.
+            timesteps = torch.full((len(x),), t, device=device)
+            prediction: Tensor = self.unet(x.to(dtype), timesteps, context)
+            return prediction.float()
+
+        conditional = torch.cat([contexts[r.prompt] for r in group])
+        unconditional = contexts[config.negative].expand_as(conditional)
+        model = guided(network, conditional, unconditional, config.guidance)
+        if noise is None:
+            noise = _noise(group, "sampling: initial noise", 0, shape)
+        return denoise(
+            model,
+            noise.to(device=device, dtype=torch.float32),
+            self.schedule,
+            self.settings,
+            config,
+            lambda i: _noise(group, "sampling: step noise", i, shape).to(device),
+        )
+
+    def _images_per_call(self, config: SamplingConfig, latent_shape: tuple[int, int, int]) -> int:
+        if self.device.type != "cpu":
+            return config.batch_size
+        return _per_call(_LATENT_PIXELS_PER_CALL, latent_shape[1] * latent_shape[2])
+
+    def _check_fit(self) -> None:
+        """Raise a CheckpointError where the components do not belong together."""
+        vae, unet, text = self.vae.config, self.unet.config, self.text_encoder.config
+        pairs = [
+            ("unet.in_channels", unet.in_channels, "vae.latent_channels", vae.latent_channels),
+            ("unet.out_channels", unet.out_channels, "vae.latent_channels", vae.latent_channels),
+        ]
+        widths = unet.cross_attention_dim
+        if isinstance(widths, int):
+            pairs.append(("unet.cross_attention_dim", widths, "text_encoder.hidden_size", text.hidden_size))
+        for left, left_value, right, right_value in pairs:
+            if left_value != right_value:
+                cause = f"{left}={left_value}, {right}={right_value}"
+                raise CheckpointError(f"the parts of '{self.folder}' do not fit", cause)
+        if self.tokenizer.vocab_size > text.vocab_size:
+            cause = (
+                f"the tokenizer has {self.tokenizer.vocab_size} tokens, the text encoder {text.vocab_size}"
+            )
+            raise CheckpointError(f"the parts of '{self.folder}' do not fit", cause)
+
+
+def _report_step(progress: Progress, done: int, step: str) -> None:
+    progress.update(done, {"step": step})
+
+
+def _per_call(budget: int, pixels: int) -> int:
+    return max(1, min(_MOST_PER_CALL, budget // pixels))
+
+
+def _filled(rows: Tensor, size: int) -> Tensor:
+    """`rows` with the last one repeated up to `size`, in new memory: alignment may decide a BLAS path."""
+    return torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])])
+
+
+def _noise(group: Sequence[ImageRequest], purpose: str, step: int, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal [N, *shape]: a function of each request's seed and the step alone."""
+    zero, position = torch.zeros(1, dtype=torch.int64), torch.tensor([step])
+    return torch.cat([philox.normal(philox.key(r.seed, purpose), zero, position, shape) for r in group])
