@@ -1,0 +1,103 @@
+"""The Fréchet distance between two sets of features, each taken for a Gaussian.
+
+Source: Dowson & Landau 1982, doi:10.1016/0047-259X(82)90077-X; on image features: Heusel et al. 2017,
+arXiv:1706.08500, eq. 6. It depends on the feature network and on the number of samples: name and record both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean float64 [D] and unbiased covariance float64 [D, D] of `count` feature vectors."""
+
+    mean: Tensor
+    covariance: Tensor
+    count: int
+
+
+class FeatureStatistics:
+    """Mean and covariance of features that arrive in batches, in float64 and in one pass.
+
+    Batches are merged by Chan, Golub, LeVeque 1983 (doi:10.1080/00031305.1983.10483115), which loses no
+    digits to a large mean.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean: Tensor | None = None
+        self._scatter: Tensor | None = None
+
+    def update(self, features: Tensor) -> None:
+        """Take in float [B, D].
+
+        Raises:
+            ValueError: if D is not that of the batches before, or a feature is not finite.
+        """
+        batch = features.detach().to(device="cpu", dtype=torch.float64)
+        if not bool(torch.isfinite(batch).all()):
+            raise ValueError("FeatureStatistics: a feature is not finite")
+        if self._mean is not None and (batch.ndim != 2 or batch.shape[1] != len(self._mean)):
+            raise ValueError(
+                f"FeatureStatistics: features are {list(batch.shape)}, not [B, {len(self._mean)}]"
+            )
+        if len(batch) == 0:
+            return
+        mean = batch.mean(0)
+        scatter = (batch - mean).T @ (batch - mean)
+        if self._mean is None or self._scatter is None:
+            self._mean, self._scatter, self.count = mean, scatter, len(batch)
+            return
+        total = self.count + len(batch)
+        shift = mean - self._mean
+        self._scatter = (
+            self._scatter + scatter + torch.outer(shift, shift) * (self.count * len(batch) / total)
+        )
+        self._mean = self._mean + shift * (len(batch) / total)
+        self.count = total
+
+    def gaussian(self) -> Gaussian:
+        """The Gaussian of all features so far.
+
+        Raises:
+            ValueError: if there are fewer than two.
+        """
+        if self._mean is None or self._scatter is None or self.count < 2:
+            raise ValueError(f"FeatureStatistics: {self.count} features have no covariance; 2 are the least")
+        return Gaussian(self._mean, self._scatter / (self.count - 1), self.count)
+
+
+def frechet_distance(first: Gaussian, second: Gaussian) -> float:
+    """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁^½ Σ₂ Σ₁^½)^½), at least 0.
+
+    The last trace is the nuclear norm of Σ₁^½ Σ₂^½, since (Σ₁^½ Σ₂^½)(Σ₁^½ Σ₂^½)ᵀ is the product under the
+    root; singular values need no square root of a nearly singular matrix, and cannot turn complex.
+
+    Raises:
+        ValueError: if the numbers of features differ.
+    """
+    if first.mean.shape != second.mean.shape:
+        raise ValueError(f"frechet_distance: {len(first.mean)} features against {len(second.mean)}")
+    cross = torch.linalg.svdvals(_square_root(first.covariance) @ _square_root(second.covariance)).sum()
+    traces = first.covariance.trace() + second.covariance.trace()
+    return max(0.0, float((first.mean - second.mean).square().sum() + traces - 2 * cross))
+
+
+def frechet_name(weights_sha256: str) -> str:
+    """What the distance is called, after the network that made the features: `fd[1a2b3c4d]`.
+
+    Only features of one and the same Inception network make the number known as FID.
+    """
+    return f"fd[{weights_sha256[:8]}]"
+
+
+def _square_root(covariance: Tensor) -> Tensor:
+    """The symmetric root of a positive semi-definite matrix; negative eigenvalues, which rounding makes,
+    count as 0."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
