@@ -75,6 +75,51 @@ def test_the_attention_pool_equals_pytorchs_multi_head_attention() -> None:
     torch.testing.assert_close(pool(x), expected[0])
 
 
+def mean_of_squares(x: torch.Tensor) -> torch.Tensor:
+    """Average of each 2×2 pixels."""
+    return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean(dim=(3, 5))
+
+
+@torch.no_grad()
+def test_the_tower_is_the_published_sequence_of_layers() -> None:
+    model = small().eval()
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.uniform_(-0.2, 0.2)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 1.5)
+    w = model.state_dict()
+
+    def layer(x: torch.Tensor, conv: str, norm: str, **kwargs: int) -> torch.Tensor:
+        x = F.conv2d(x, w[f"{conv}.weight"], **kwargs)
+        mean, var, gain, bias = (w[f"{norm}.{n}"] for n in ("running_mean", "running_var", "weight", "bias"))
+        view = (-1, 1, 1)
+        return (x - mean.view(view)) / (var.view(view) + 1e-5).sqrt() * gain.view(view) + bias.view(view)
+
+    def block(x: torch.Tensor, name: str, halve: bool) -> torch.Tensor:
+        hidden = layer(x, f"{name}.conv1", f"{name}.bn1").relu()
+        hidden = layer(hidden, f"{name}.conv2", f"{name}.bn2", padding=1).relu()
+        if halve:
+            hidden, x = mean_of_squares(hidden), mean_of_squares(x)
+        if f"{name}.downsample.0.weight" in w:
+            x = layer(x, f"{name}.downsample.0", f"{name}.downsample.1")
+        return (layer(hidden, f"{name}.conv3", f"{name}.bn3") + x).relu()
+
+    images = torch.randn(2, 3, 64, 64)
+    x = layer(images, "conv1", "bn1", stride=2, padding=1).relu()
+    x = layer(x, "conv2", "bn2", padding=1).relu()
+    expected = [mean_of_squares(layer(x, "conv3", "bn3", padding=1).relu())]
+    for stage, num_blocks in enumerate(SMALL.layers, start=1):
+        x = expected[-1]
+        for i in range(num_blocks):
+            x = block(x, f"layer{stage}.{i}", halve=stage > 1 and i == 0)
+        expected.append(x)
+    actual = model(images, output_hidden_states=True)
+    for mine, other in zip(actual.hidden_states, expected, strict=True):
+        torch.testing.assert_close(mine, other, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(actual.pooled, model.attnpool(x), atol=2e-5, rtol=1e-5)
+
+
 def test_a_new_block_is_its_shortcut() -> None:
     block = ModifiedResNet(SMALL, output_dim=16).layer2[1]
     assert isinstance(block, Bottleneck)
