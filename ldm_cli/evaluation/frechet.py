@@ -100,4 +100,5 @@ def _square_root(covariance: Tensor) -> Tensor:
     """The symmetric root of a positive semi-definite matrix; negative eigenvalues, which rounding makes,
     count as 0."""
     values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return root

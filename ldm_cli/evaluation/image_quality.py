@@ -69,9 +69,9 @@ def _window_mean(x: Tensor) -> Tensor:
     axis = torch.arange(_WINDOW_SIZE, dtype=x.dtype, device=x.device) - _WINDOW_SIZE // 2
     weights = torch.exp(-axis.square() / (2 * _WINDOW_SIGMA**2))
     weights = weights / weights.sum()
-    planes = x.flatten(0, 1)[:, None]
+    planes = x.reshape(-1, 1, *x.shape[2:])
     planes = F.conv2d(F.conv2d(planes, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1))
-    return planes.unflatten(0, x.shape[:2])[:, :, 0]
+    return planes.reshape(*x.shape[:2], *planes.shape[2:])
 
 
 def _check(images: Tensor, originals: Tensor) -> None:

@@ -109,7 +109,8 @@ def retrieval_recall(
     """
     if not captions or not len(captions) == len(image_features) == len(text_features):
         raise ValueError(
-            f"retrieval_recall: {len(image_features)} images, {len(text_features)} texts, {len(captions)} captions"
+            f"retrieval_recall: {len(image_features)} images, {len(text_features)} texts, "
+            f"{len(captions)} captions"
         )
     first = {caption: i for i, caption in reversed(list(enumerate(captions)))}
     number = {caption: n for n, caption in enumerate(first)}
@@ -128,7 +129,8 @@ def _ranks(queries: Tensor, query_names: Tensor, gallery: Tensor, gallery_names:
     """How many entries of other names lie at least as near to each query as the nearest of its own: int64
     [Q]."""
     ranks = []
-    for part, names in zip(queries.split(_CHUNK), query_names.split(_CHUNK), strict=True):
+    for start in range(0, len(queries), _CHUNK):
+        part, names = queries[start : start + _CHUNK], query_names[start : start + _CHUNK]
         similarity = part @ gallery.T
         own = names[:, None] == gallery_names[None, :]
         nearest = similarity.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
