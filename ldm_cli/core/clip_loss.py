@@ -1,0 +1,31 @@
+"""CLIP's symmetric contrastive loss (Radford et al. 2021, arXiv:2103.00020, figure 3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def contrastive_loss(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean of the cross-entropies of choosing the text of an image and the image of a text.
+
+    Args:
+        image_features, text_features: [B, D], row i of both belonging together; any length, normalised here.
+        logit_scale: scalar factor of the cosines (the exponential of the learnt parameter).
+
+    Returns:
+        The scalar loss, and the figure `accuracy`: the share of images whose own text scores highest.
+    """
+    if image_features.shape != text_features.shape:
+        raise ValueError(
+            f"image features {tuple(image_features.shape)}, text features {tuple(text_features.shape)}"
+        )
+    image = F.normalize(image_features.float(), dim=-1)
+    text = F.normalize(text_features.float(), dim=-1)
+    logits = logit_scale * image @ text.T
+    target = torch.arange(len(logits), device=logits.device)
+    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    return loss, {"accuracy": (logits.argmax(dim=1) == target).float().mean()}

@@ -1,0 +1,147 @@
+"""The autoencoder's loss: reconstruction, KL, perceptual and adversarial terms in one scalar.
+
+The discriminator learns in the same backward pass as the autoencoder: its own loss sees the reconstruction detached, and
+the autoencoder's adversarial term sees the discriminator's weights detached, so each gradient reaches only its own side
+and one loss, one loop and one step suffice.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ldm_cli.config import Config
+from ldm_cli.core.models.autoencoder_kl import AutoencoderKL, DiagonalGaussian
+from ldm_cli.core.models.clip_vision import CLIPVisionTransformer
+from ldm_cli.core.models.clip import IMAGE_MEAN, IMAGE_STD
+from ldm_cli.core.models.patch_discriminator import PatchDiscriminator, hinge_loss
+
+Weight = Annotated[float, Field(ge=0)]
+
+
+class VAELossConfig(Config):
+    """Weights of the terms; a term of weight 0 is not computed."""
+
+    reconstruction: Literal["l1", "l2"] = "l1"
+    """Absolute or squared difference, averaged over pixels and channels."""
+    kl_weight: Weight = 1e-6
+    """Weight of the KL term, which is summed over the latent and divided by the number of image values, so that
+    published weights (Rombach et al. 2022: 1e-6) mean the same here."""
+    perceptual_weight: Weight = 0.0
+    """Weight of the distance between CLIP image-tower features."""
+    perceptual_clip: str | None = None
+    """Folder of the CLIPModel (`train-clip`) that the perceptual term uses."""
+    adversarial_weight: Weight = 0.0
+    """Weight of the patch discriminator's verdict; times the adaptive weight if that is on."""
+    adversarial_start: Annotated[int, Field(ge=0)] = 0
+    """Last step without the adversarial term; the discriminator starts to learn there, too."""
+    adversarial_adaptive: bool = True
+    """Balance the term by the ratio of gradients at the decoder's last layer (Esser et al. 2021, eq. 7)."""
+    discriminator_channels: Annotated[int, Field(ge=8, multiple_of=8)] = 64
+    """Channels of the discriminator's first layer."""
+    discriminator_layers: Annotated[int, Field(ge=1, le=5)] = 3
+    """Stride-2 layers of the discriminator after the first."""
+
+    @model_validator(mode="after")
+    def _check(self) -> VAELossConfig:
+        if self.perceptual_weight > 0 and self.perceptual_clip is None:
+            raise ValueError(
+                f"perceptual_weight={self.perceptual_weight} needs perceptual_clip, a CLIPModel folder"
+            )
+        return self
+
+
+def reconstruction_loss(kind: Literal["l1", "l2"], reconstruction: Tensor, images: Tensor) -> Tensor:
+    """Scalar mean of |x̂ − x| or (x̂ − x)² over [B, C, H, W]."""
+    return F.l1_loss(reconstruction, images) if kind == "l1" else F.mse_loss(reconstruction, images)
+
+
+def perceptual_distance(tower: CLIPVisionTransformer, reconstruction: Tensor, images: Tensor) -> Tensor:
+    """Scalar mean squared distance of unit-length features, over all layers of a CLIP image tower.
+
+    As LPIPS (Zhang et al. 2018, arXiv:1801.03924, eq. 1) without its learnt channel weights, on a Transformer's tokens.
+
+    Args:
+        reconstruction, images: [B, 3, H, W] in [−1, 1]; resized to the tower's size.
+    """
+    size = tower.config.image_size
+    mean = torch.tensor(IMAGE_MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(IMAGE_STD, device=images.device).view(3, 1, 1)
+    pair = (torch.cat((reconstruction, images)) * 0.5 + 0.5 - mean) / std
+    if pair.shape[-2:] != (size, size):
+        pair = F.interpolate(pair, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    layers = tower(pair, output_hidden_states=True).hidden_states
+    distances = []
+    for layer in layers[1:]:
+        ours, theirs = F.normalize(layer.float(), dim=-1).chunk(2)
+        distances.append((ours - theirs).square().sum(dim=-1).mean())
+    return torch.stack(distances).mean()
+
+
+class VAELoss(nn.Module):
+    """All terms of the loss of one batch; holds the discriminator, and the frozen CLIP tower if there is one."""
+
+    def __init__(self, config: VAELossConfig, perceptual_tower: CLIPVisionTransformer | None = None) -> None:
+        super().__init__()
+        if config.perceptual_weight > 0 and perceptual_tower is None:
+            raise ValueError(f"perceptual_weight={config.perceptual_weight}, but no tower was given")
+        self.config = config
+        self.perceptual_tower = perceptual_tower
+        if perceptual_tower is not None:
+            perceptual_tower.requires_grad_(False).eval()
+        self.discriminator = (
+            PatchDiscriminator(config.discriminator_channels, config.discriminator_layers)
+            if config.adversarial_weight > 0
+            else None
+        )
+
+    def forward(
+        self, vae: AutoencoderKL, images: Tensor, noise: Tensor, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its terms.
+
+        Args:
+            images: [B, 3, H, W] in [−1, 1].
+            noise: [B, C, h, w] standard normal, for sampling the posterior.
+            step: 1-based training step.
+        """
+        posterior: DiagonalGaussian = vae.encode(images)
+        reconstruction = vae.decode(posterior.sample(noise)).float()
+        config = self.config
+        terms = {
+            "reconstruction": reconstruction_loss(config.reconstruction, reconstruction, images),
+            "kl": posterior.kl().mean() / images[0].numel(),
+        }
+        loss = terms["reconstruction"] + config.kl_weight * terms["kl"]
+        if config.perceptual_weight > 0 and self.perceptual_tower is not None:
+            terms["perceptual"] = perceptual_distance(self.perceptual_tower, reconstruction, images)
+            loss = loss + config.perceptual_weight * terms["perceptual"]
+        if self.discriminator is not None and step > config.adversarial_start:
+            last_layer = vae.decoder.conv_out.weight
+            terms |= self._adversarial(loss, reconstruction, images, last_layer)
+            weight = config.adversarial_weight * terms["adaptive_weight"]
+            loss = loss + weight * terms["adversarial"] + terms["discriminator"]
+        return loss, terms
+
+    def _adversarial(
+        self, loss: Tensor, reconstruction: Tensor, images: Tensor, last_layer: Tensor
+    ) -> dict[str, Tensor]:
+        assert self.discriminator is not None
+        frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+        adversarial = -functional_call(self.discriminator, frozen, reconstruction).float().mean()
+        real, fake = self.discriminator(torch.cat((images, reconstruction.detach()))).float().chunk(2)
+        adaptive = torch.ones((), device=images.device)
+        if self.config.adversarial_adaptive:
+            (ours,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
+            (theirs,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+            adaptive = (ours.norm() / (theirs.norm() + 1e-4)).clamp(0.0, 1e4).detach()
+        return {
+            "adversarial": adversarial,
+            "discriminator": hinge_loss(real, fake),
+            "adaptive_weight": adaptive,
+        }
