@@ -30,6 +30,7 @@ _KINDS = {
 }
 _WITHOUT_DATA = frozenset((b"1", b"2", b"3", b"4", b"5", b"6"))
 _REGULAR = frozenset((b"0", b"\0", b"7"))
+_NO_TAR, _BAD_HEADER = "not a tar archive: no header", "damaged header"
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -86,6 +87,7 @@ class TarScan:
         Raises:
             TarDamage: after the last whole member, if the archive is cut or a header is damaged.
         """
+        self._refuse_compressed()
         position = 0
         overrides: dict[bytes, bytes] = {}
         while (block := self._block(position)) != _ZERO_BLOCK:
@@ -127,6 +129,12 @@ class TarScan:
                 overrides = {}
         self._check_end(position)
 
+    def _refuse_compressed(self) -> None:
+        start = os.pread(self._fd, 8, 0)
+        for magic, name in _COMPRESSED.items():
+            if start.startswith(magic):
+                raise TarDamage(0, f"compressed with {name}")
+
     def _block(self, position: int) -> bytes:
         """The 512 bytes at `position`, through a read-ahead that suits the size of the members."""
         start = position - self._buffer_start
@@ -151,7 +159,7 @@ class TarScan:
         if total != stored:
             high = sum(byte >= 128 for byte in block[:148]) + sum(byte >= 128 for byte in block[156:])
             if total - 256 * high != stored:
-                raise TarDamage(position, _no_tar(block) if position == 0 else "damaged header")
+                raise TarDamage(position, _BAD_HEADER if position else _NO_TAR)
 
     def _extended(self, block: bytes, data: int) -> tuple[bytes, int]:
         """The content of a GNU long name or PAX header, and where the next header is."""
@@ -187,13 +195,6 @@ def _shown(name: bytes) -> str:
     return repr(name.decode("utf-8", "backslashreplace"))
 
 
-def _no_tar(block: bytes) -> str:
-    for magic, name in _COMPRESSED.items():
-        if block.startswith(magic):
-            return f"compressed with {name}"
-    return "not a tar archive: no header"
-
-
 def _name(block: bytes) -> bytes:
     """The member's path: `prefix/name` in ustar; GNU headers use the prefix bytes for other things."""
     name = block[:100].split(b"\0", 1)[0]
@@ -210,9 +211,7 @@ def _number(field: bytes, position: int) -> int:
         else:
             value = int(field.split(b"\0", 1)[0].strip() or b"0", 8)
     except ValueError:
-        raise TarDamage(
-            position, "not a tar archive: no header" if position == 0 else "damaged header"
-        ) from None
+        raise TarDamage(position, _BAD_HEADER if position else _NO_TAR) from None
     if value < 0:
         raise TarDamage(position, "negative number in a header")
     return value

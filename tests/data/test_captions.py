@@ -1,0 +1,92 @@
+"""Captions and labels as people have them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ldm_cli.data.bad_samples import BadSampleError
+from ldm_cli.data.captions import (
+    MAX_CAPTION_LENGTH,
+    choose_caption,
+    clean_caption,
+    decode_text,
+    field_of,
+    parse_json,
+    parse_label,
+)
+
+
+@pytest.mark.parametrize(
+    ("data", "text", "remarks"),
+    [
+        ("café 猫".encode(), "café 猫", ()),
+        (b"\xef\xbb\xbfmarked", "marked", ()),
+        ("café".encode("latin-1"), "café", ("Latin-1 caption",)),
+    ],
+)
+def test_text_is_utf8_or_counted_as_latin1(data: bytes, text: str, remarks: tuple[str, ...]) -> None:
+    assert decode_text(data) == (text, remarks)
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("  a red circle \n", "a red circle"),
+        ("a\0b\x1b[31mc", "a b [31mc"),
+        ("two\r\nlines", "two lines"),
+        ("a\u202ebackwards\u202c", "a backwards"),
+        (
+            "family \U0001f468\u200d\U0001f469\u200d\U0001f467",
+            "family \U0001f468\u200d\U0001f469\u200d\U0001f467",
+        ),
+    ],
+)
+def test_control_characters_and_bidi_overrides_go_and_emoji_stay(text: str, cleaned: str) -> None:
+    assert clean_caption(text).text == cleaned
+
+
+def test_an_endless_caption_is_cut_and_counted() -> None:
+    assert clean_caption("x" * 10**6) == ("x" * MAX_CAPTION_LENGTH, ("long caption",))
+
+
+@pytest.mark.parametrize("data", [b"{", b"[1]", b"\xff", b"9" * 5000, b"[" * 100_000, b""])
+def test_broken_json_is_a_bad_sample(data: bytes) -> None:
+    with pytest.raises(BadSampleError, match="damaged json"):
+        parse_json(data)
+
+
+def test_fields_are_found_by_name_and_by_path() -> None:
+    metadata = {"caption": "a", "meta": {"text": {"en": "b"}}, "dotted.name": "c"}
+    assert [field_of(metadata, path) for path in ("caption", "meta.text.en", "dotted.name")] == [
+        "a",
+        "b",
+        "c",
+    ]
+    assert [field_of(metadata, path) for path in ("nothing", "caption.en", "meta.nothing.en")] == [None] * 3
+
+
+def test_one_of_several_captions_is_chosen_evenly_and_blank_ones_never() -> None:
+    texts = ["a", " ", "b", 3, "c"]
+    chosen = [choose_caption(texts, (k + 0.5) / 300) for k in range(300)]
+    assert [chosen.count(text) for text in ("a", "b", "c")] == [100] * 3
+    assert choose_caption("only", 0.9) == "only"
+    for nothing in (None, 3, [], ["", " "], {"en": "a"}):
+        assert choose_caption(nothing, 0.5) is None
+
+
+@pytest.mark.parametrize(("value", "label"), [("7", 7), (7, 7), ("0", 0), (" 3 ", 3)])
+def test_labels_are_class_indexes(value: Any, label: int) -> None:
+    assert parse_label(value) == label
+
+
+@pytest.mark.parametrize("value", ["cat", "", "-1", -1, 1.0, True, "1e3", [1], 2**63])
+def test_anything_else_is_a_bad_label(value: Any) -> None:
+    with pytest.raises(BadSampleError, match="bad label"):
+        parse_label(value)
+
+
+def test_no_label_is_a_missing_one() -> None:
+    with pytest.raises(BadSampleError, match="missing label"):
+        parse_label(None)
