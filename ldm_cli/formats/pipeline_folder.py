@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ldm_cli.errors import CheckpointError, InputNotFoundError
-from ldm_cli.formats.model_folder import read_json, write_json
+from ldm_cli.formats.json_file import read_json, write_json
 
 INDEX_NAME = "model_index.json"
 SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"

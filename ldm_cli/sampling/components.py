@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-from pydantic import ValidationError
-from torch import nn
-
-from ldm_cli.config import Config
-from ldm_cli.core.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPConfig, CLIPTextConfig, CLIPTextModel
-from ldm_cli.core.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
-from ldm_cli.errors import CheckpointError, InputNotFoundError
-from ldm_cli.formats.model_folder import CONFIG_NAME, load_weights, read_config
+from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
+from ldm_cli.errors import InputNotFoundError
+from ldm_cli.formats.model_folder import CONFIG_NAME, load_model
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
-
-ConfigT = TypeVar("ConfigT", bound=Config)
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def resolve_model(path: Path) -> Path:
@@ -46,49 +38,21 @@ def resolve_model(path: Path) -> Path:
 
 
 def load_unet(folder: Path) -> UNet2DConditionModel:
-    """A UNet2DConditionModel folder, in float32 on the CPU; errors as in `load_weights`.
-
-    Raises:
-        CheckpointError: config.json is of another model, or asks for something that is not implemented.
-    """
-    config = _parse(folder, UNet2DConditionConfig.from_hugging_face)
-    return _load(UNet2DConditionModel, config, folder)
+    """A UNet2DConditionModel folder, in float32 on the CPU; errors as in `load_model`."""
+    return load_model(UNet2DConditionModel, folder)
 
 
 def load_autoencoder(folder: Path) -> AutoencoderKL:
     """An AutoencoderKL folder, as `load_unet`."""
-    config = _parse(folder, AutoencoderKLConfig.from_hugging_face)
-    return _load(AutoencoderKL, config, folder)
+    return load_model(AutoencoderKL, folder)
 
 
 def load_text_encoder(folder: Path) -> CLIPTextModel:
     """A CLIPTextModel folder, or the text tower of a CLIPModel folder, as `load_unet`."""
-    config = _parse(folder, _text_config)
-    return _load(CLIPTextModel, config, folder, allow_extra=True)
+    return load_model(CLIPTextModel, folder, _text_config, allow_extra=True)
 
 
 def _text_config(mapping: Mapping[str, Any]) -> CLIPTextConfig:
     if "text_config" in mapping:
         return CLIPConfig.from_hugging_face(mapping).text_config
     return CLIPTextConfig.from_hugging_face(mapping)
-
-
-def _parse(folder: Path, parse: Callable[[Mapping[str, Any]], ConfigT]) -> ConfigT:
-    mapping = read_config(folder)
-    try:
-        return parse(mapping)
-    except ValidationError as error:
-        causes = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5]]
-        raise CheckpointError(f"cannot use '{folder / CONFIG_NAME}'", "; ".join(causes)) from error
-    except ValueError as error:
-        raise CheckpointError(f"cannot use '{folder / CONFIG_NAME}'", str(error)) from error
-
-
-def _load(
-    model: Callable[[ConfigT], ModuleT], config: ConfigT, folder: Path, allow_extra: bool = False
-) -> ModuleT:
-    # On the meta device nothing is allocated or drawn at random only to be overwritten.
-    with torch.device("meta"):
-        module = model(config)
-    load_weights(module, folder, allow_extra=allow_extra)
-    return module

@@ -27,20 +27,9 @@ from ldm_cli.reporting import Progress, Reporter, SilentReporter
 from ldm_cli.sampling.components import load_autoencoder, load_text_encoder, load_unet, resolve_model
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.denoising import denoise
+from ldm_cli.sampling.fixed_rows import filled, images_per_call, latents_per_call
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-# On a CPU, what a network returns for one row depends on how many rows there are (oneDNN and MKL block by
-# the whole shape), but not on which row it is or what the others hold. Measured with torch 2.13 on a 6 M
-# U-Net with 16×16 latents, 2 threads, 24 rows in groups of k: k = 1 differs from k = 2, 3, 4, 6, 8, 12,
-# 24 by 1e-6 to 3e-6, and permuting the rows permutes the results, bit for bit, at every k. So the number
-# of images per call is fixed by the image size alone, and the last group is filled up: a picture depends
-# on its prompt and seed only. One image (2 rows) per call would do too, but takes 330 ms for the 24 rows
-# where 8 rows per call take 180 ms. Large latents gain nothing from company, and filling up would cost a
-# lot: they run one by one.
-_LATENT_PIXELS_PER_CALL = 1024
-_IMAGE_PIXELS_PER_CALL = 16384
-_MOST_PER_CALL = 8
 
 
 @dataclass(frozen=True)
@@ -246,7 +235,7 @@ class Pipeline:
                 group = list(requests[start : start + size])
                 count = len(group)
                 group += [group[-1]] * (size - count)
-                noise = None if latents is None else _filled(latents[start : start + count], size)
+                noise = None if latents is None else filled(latents[start : start + count], size)
                 on_step = partial(_report_step, progress, start)
                 x0 = self._draw(group, config, contexts, noise, on_step)
                 for offset, pixels in enumerate(self.decode(x0[:count])):
@@ -265,7 +254,7 @@ class Pipeline:
                     reporter.warn(
                         f"prompt {prompt[:40]!r}… has more than {limit} tokens; this was cut: {rest!r}"
                     )
-            # One by one: a prompt's states must not depend on the others (see _LATENT_PIXELS_PER_CALL).
+            # One by one: a prompt's states must not depend on the others (see fixed_rows).
             contexts[prompt] = self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state
         return contexts
 
@@ -274,11 +263,11 @@ class Pipeline:
         """Latents [N, C, h, w] → pictures, uint8 [N, 3, H, W] on the CPU."""
         weight = next(self.vae.parameters())
         pixels = latents.shape[-2] * latents.shape[-1] * self.vae.downscale_factor**2
-        size = _per_call(_IMAGE_PIXELS_PER_CALL, pixels)
+        size = images_per_call(pixels)
         images = []
         for start in range(0, len(latents), size):
             part = latents[start : start + size]
-            z = self.vae.from_latents(_filled(part, size).to(weight.device)).to(weight.dtype)
+            z = self.vae.from_latents(filled(part, size).to(weight.device)).to(weight.dtype)
             image = (self.vae.decode(z)[: len(part)].float() / 2 + 0.5).clamp(0, 1)
             images.append((image * 255).round().to(torch.uint8).cpu())
         return torch.cat(images)
@@ -323,7 +312,7 @@ class Pipeline:
     def _images_per_call(self, config: SamplingConfig, latent_shape: tuple[int, int, int]) -> int:
         if self.device.type != "cpu":
             return config.batch_size
-        return _per_call(_LATENT_PIXELS_PER_CALL, latent_shape[1] * latent_shape[2])
+        return latents_per_call(*latent_shape[1:])
 
     def _check_fit(self) -> None:
         """Raise a CheckpointError where the components do not belong together."""
@@ -348,15 +337,6 @@ class Pipeline:
 
 def _report_step(progress: Progress, done: int, step: str) -> None:
     progress.update(done, {"step": step})
-
-
-def _per_call(budget: int, pixels: int) -> int:
-    return max(1, min(_MOST_PER_CALL, budget // pixels))
-
-
-def _filled(rows: Tensor, size: int) -> Tensor:
-    """`rows` with the last one repeated up to `size`, in new memory: alignment may decide a BLAS path."""
-    return torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])])
 
 
 def _noise(group: Sequence[ImageRequest], purpose: str, step: int, shape: tuple[int, ...]) -> Tensor:

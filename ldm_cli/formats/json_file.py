@@ -1,0 +1,52 @@
+"""JSON files that are read with good errors and written whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ldm_cli.errors import CheckpointError, InputNotFoundError, StorageError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        InputNotFoundError: there is no such file.
+        CheckpointError: it holds no JSON object.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputNotFoundError(
+            f"'{path}' not found", remedy="give a folder in the Hugging Face layout"
+        ) from error
+    except OSError as error:
+        raise StorageError(f"cannot read '{path}'", error.strerror or str(error)) from error
+    except ValueError as error:
+        raise CheckpointError(f"cannot read '{path}'", f"not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"cannot read '{path}'", f"a JSON object expected, {type(content).__name__} found"
+        )
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace `path` by a JSON file as a whole.
+
+    Raises:
+        StorageError: writing failed.
+    """
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise StorageError(f"cannot write '{path}'", error.strerror or str(error)) from error

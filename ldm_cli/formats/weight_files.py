@@ -1,0 +1,138 @@
+"""The files that hold a model's weights: safetensors, whole, sharded or in half precision.
+
+Nothing is ever unpickled: a pickle is refused by its content, whatever its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ldm_cli.errors import CheckpointError, InputNotFoundError, StorageError
+from ldm_cli.formats.json_file import read_json
+
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+TRANSFORMERS_WEIGHTS = "model.safetensors"
+
+_STEMS = ("diffusion_pytorch_model", "model")
+_VARIANTS = (None, "fp16", "bf16")
+_PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_NUM_NAMED = 5
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The safetensors files that hold the folder's weights, sorted; more than one when they are sharded.
+
+    Args:
+        folder: holds `diffusion_pytorch_model` or `model`, `.safetensors` or `.safetensors.index.json`.
+        variant: `fp16` or `bf16` for `….fp16.safetensors`; None: full precision, else what there is.
+
+    Raises:
+        InputNotFoundError: no weights, or a shard that the index names is missing.
+        CheckpointError: pickles only; an index that is none.
+    """
+    for wanted in _VARIANTS if variant is None else (variant,):
+        for stem in _STEMS:
+            suffix = "" if wanted is None else f".{wanted}"
+            whole = folder / f"{stem}{suffix}.safetensors"
+            if whole.is_file():
+                return [whole]
+            index = folder / f"{stem}.safetensors.index{suffix}.json"
+            if index.is_file():
+                return _shards(index)
+    pickles = [p.name for p in sorted(folder.glob("*")) if p.suffix in _PICKLE_SUFFIXES]
+    if pickles:
+        raise CheckpointError(
+            f"no safetensors weights in '{folder}'",
+            f"'{pickles[0]}' is a pickle, which could run any program",
+            "convert it to safetensors",
+        )
+    raise InputNotFoundError(
+        f"no weights in '{folder}'",
+        f"neither {DIFFUSERS_WEIGHTS} nor {TRANSFORMERS_WEIGHTS}, nor an index of shards",
+        "give a folder in the Hugging Face layout",
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"cannot read '{index}'", "it has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    if any(Path(name).name != name for name in names):
+        raise CheckpointError(f"cannot read '{index}'", "its weight_map leads out of the folder")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise InputNotFoundError(f"shards of '{index}' are missing", named(missing), "download them again")
+    return [index.parent / name for name in names]
+
+
+def load_tensors(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
+    """All tensors of a model folder, by name, on the CPU; errors as in `weight_files`.
+
+    Raises:
+        CheckpointError: a file is a pickle, damaged, or a pointer to content that was not downloaded.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(folder, variant):
+        refuse_foreign_content(file)
+        try:
+            tensors |= load_file(file)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"cannot read '{file}'", f"damaged safetensors: {error}", "download or save it again"
+            ) from error
+        except OSError as error:
+            raise StorageError(f"cannot read '{file}'", error.strerror or str(error)) from error
+    return tensors
+
+
+def refuse_foreign_content(file: Path) -> None:
+    """Name the usual impostors by their first bytes; safetensors begin with the size of a JSON header.
+
+    Raises:
+        CheckpointError: a pickle, or a pointer to content that was not downloaded.
+    """
+    with file.open("rb") as stream:
+        start = stream.read(64)
+    if (
+        start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"))
+        and start[8:9] != b"{"
+    ):
+        raise CheckpointError(
+            f"'{file}' is no safetensors file", "it is a pickle, which could run any program", "convert it"
+        )
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"'{file}' is no safetensors file",
+            "it is a Git LFS pointer: the content was not downloaded",
+            "git lfs pull",
+        )
+
+
+def weights_sha256(folder: Path) -> str:
+    """`tensors_sha256` of a model folder's weights; errors as in `weight_files`."""
+    return tensors_sha256(weight_files(folder))
+
+
+def tensors_sha256(files: Sequence[Path]) -> str:
+    """Hex sha256 over the tensor bytes of safetensors files, without their headers, whose order may vary."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            stream.seek(8 + int.from_bytes(stream.read(8), "little"))
+            while block := stream.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def named(names: list[str], separator: str = ", ") -> str:
+    """Up to five names, and how many more there are."""
+    more = len(names) - _NUM_NAMED
+    return separator.join(names[:_NUM_NAMED]) + (f" and {more} more" if more > 0 else "")
