@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
 def synth(
     out: Output,
     samples: Annotated[int, typer.Option("--samples", metavar="N", min=1, help="Training samples.")] = 10_000,
-    size: Annotated[int, typer.Option("--size", metavar="S", min=16, help="Image size in pixels.")] = 32,
+    size: Annotated[int, typer.Option("--size", metavar="S", min=32, help="Image size in pixels.")] = 32,
     seed: Annotated[int, typer.Option("--seed", metavar="K", min=0, help="Same seed, same scenes.")] = 0,
     val_samples: Annotated[
         int | None,
