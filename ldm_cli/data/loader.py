@@ -157,9 +157,8 @@ def sequential_batches(
     if batch_size < 1:
         raise ValueError(f"sequential_batches: batch_size={batch_size}")
     account, remarks = BadSampleAccount(config.max_bad_fraction, report_bad), Counter[str]()
-    calm = config.model_copy(update={"crop": "center" if config.crop == "random" else config.crop})
     wanted = Wanted(image=with_images, caption=with_captions, metadata=with_json)
-    with prefetched(_in_order(shards, calm, wanted, batch_size, limit), _NUM_PREFETCHED) as deliveries:
+    with prefetched(_in_order(shards, config, wanted, batch_size, limit), _NUM_PREFETCHED) as deliveries:
         for delivery in deliveries:
             batch = _accept(delivery, account, remarks)
             if len(batch):

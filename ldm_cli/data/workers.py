@@ -54,6 +54,8 @@ def made_by_workers(
         yield from iterator
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
+        if reason.startswith("Caught"):  # raised by the data set's own code: a fault in it, not of the worker
+            raise
         raise WorkerError(
             "a data worker died or hangs", reason, "run again, or set data.num_workers=0"
         ) from error

@@ -118,13 +118,16 @@ def test_a_shard_that_was_replaced_is_indexed_again_even_with_its_old_size_and_t
     assert after.fingerprint != before.fingerprint
 
 
-def test_a_shard_that_was_cut_is_noticed_despite_its_cached_index(tmp_path: Path) -> None:
+def test_a_shard_that_was_cut_or_extended_is_noticed_despite_its_cached_index(tmp_path: Path) -> None:
     folder = numbered_shards(tmp_path / "d", [3])
     opened(folder)
     path = folder / "000.tar"
-    path.write_bytes(path.read_bytes()[:-10_000])
-    with pytest.raises(DataError, match=r"000\.tar"):
-        opened(folder)
+    whole, status = path.read_bytes(), path.stat()
+    for content in (whole[:-10_000], whole + b"more"):
+        path.write_bytes(content)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        with pytest.raises(DataError, match=r"000\.tar"):
+            opened(folder)
 
 
 @pytest.mark.parametrize("damage", [b"", b"garbage" * 100])
