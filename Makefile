@@ -1,0 +1,53 @@
+# make demo   pictures drawn from text by models trained on this machine, in minutes on two CPU cores
+# make test   every test but those that need a GPU;  make check   style, types and the fast tests
+#
+# Where PyPI's torch would bring CUDA along and is not wanted:
+#   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+PYTEST_FLAGS ?= -n 2
+
+BIN := $(VENV)/bin
+LDM := $(BIN)/ldm
+INSTALLED := $(VENV)/.installed
+
+.PHONY: setup demo test check lint bench clean
+
+setup: $(INSTALLED)
+
+# The stamp comes last: an interrupted installation is done again, a finished one is not.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ldm needs Python 3.11 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) torch==2.13.0
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --editable ".[test]"
+	@touch $@
+
+demo: $(INSTALLED)
+	$(LDM) data synth data/demo --samples 20000 --size 32 --seed 0
+	$(LDM) train-clip demo/clip
+	$(LDM) train-vae demo/vae
+	$(LDM) train-unet demo/unet
+	$(LDM) sample demo/sample
+	$(LDM) eval demo/eval
+
+# One thread per process: the processes share the cores, and results do not depend on the machine.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not gpu"
+
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow and not gpu"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python scripts/benchmark.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	find ldm_cli tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
