@@ -16,20 +16,33 @@ Rates = dict[str, float | int | None]
 
 _OF_OBJECTS = ("shape", "color", "size", "place")
 RATES = (*_OF_OBJECTS, "background", "num_objects", "shape_and_color", "pair_shape_and_color", "relation")
-"""What is scored: see `attribute_accuracy`."""
+"""What is scored: see `score_scenes`."""
 
 
 def attribute_accuracy(
     images: Tensor, truths: Sequence[Truth], stated_only: bool = False, batch_size: int = 64
 ) -> dict[str, Rates]:
-    """Score pictures of drawn scenes against what they should show.
+    """Read pictures of drawn scenes and score them against what they should show.
 
     Args:
         images: uint8 [N, 3, H, H], H at least 32.
+        truths, stated_only: as in `score_scenes`.
+        batch_size: images read at once.
+    """
+    parts = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+    return score_scenes([seen for part in parts for seen in read_scenes(part)], truths, stated_only)
+
+
+def score_scenes(
+    found: Sequence[SeenScene], truths: Sequence[Truth], stated_only: bool = False
+) -> dict[str, Rates]:
+    """Score what was read off pictures of drawn scenes against what they should show.
+
+    Args:
+        found: N scenes as read.
         truths: N records as `ldm_cli.data.scenes.Scene.truth`.
         stated_only: score only attributes that the caption states: right for pictures drawn from captions,
             which are free in everything else. Shapes, colours and the number of objects are always stated.
-        batch_size: images read at once.
 
     Returns:
         For `all` scenes, and for those `seen` and `held_out` (which hold a shape-colour pair that training
@@ -38,23 +51,20 @@ def attribute_accuracy(
         - `shape`, `color`, `size`, `place`: of all objects; `background`, `num_objects`: of all images;
         - `shape_and_color`: of single-object images, the largest object's shape and colour both right;
         - `pair_shape_and_color`: of two-object images, the same for both objects;
-        - `relation`: of two-object images, the relation of the seen objects that match best in shape and
-        colour.
+        - `relation`: of two-object images, that of the objects that match best in shape and colour.
 
         None where there is nothing to score. An object that is missing is wrong in everything.
 
     Raises:
-        ValueError: if the numbers of images and truths differ.
+        ValueError: if the numbers of scenes and truths differ.
     """
-    if len(images) != len(truths):
-        raise ValueError(f"attribute_accuracy: {len(images)} images, but {len(truths)} truths")
+    if len(found) != len(truths):
+        raise ValueError(f"score_scenes: {len(found)} images, but {len(truths)} truths")
     marks: dict[str, list[dict[str, list[bool]]]] = {"all": [], "seen": [], "held_out": []}
-    for start in range(0, len(images), batch_size):
-        seen = read_scenes(images[start : start + batch_size])
-        for truth, found in zip(truths[start : start + batch_size], seen, strict=True):
-            mark = _judge(truth, found, stated_only)
-            marks["all"].append(mark)
-            marks["held_out" if truth["held_out"] else "seen"].append(mark)
+    for truth, seen in zip(truths, found, strict=True):
+        mark = _judge(truth, seen, stated_only)
+        marks["all"].append(mark)
+        marks["held_out" if truth["held_out"] else "seen"].append(mark)
     return {name: _rates(group) for name, group in marks.items()}
 
 

@@ -6,9 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SSIM_WINDOW = 11
+"""Side of SSIM's window in pixels; images must not be smaller."""
+
 _PEAK = 255.0
 _MAX_PSNR = 100.0
-_WINDOW_SIZE, _WINDOW_SIGMA = 11, 1.5
+_WINDOW_SIGMA = 1.5
 _K1, _K2 = 0.01, 0.03
 
 
@@ -48,9 +51,9 @@ def ssim(images: Tensor, originals: Tensor) -> Tensor:
         ValueError: if the shapes differ or the images are smaller than the window.
     """
     _check(images, originals)
-    if min(images.shape[2:]) < _WINDOW_SIZE:
+    if min(images.shape[2:]) < SSIM_WINDOW:
         raise ValueError(
-            f"ssim: images are {list(images.shape[2:])}, smaller than the {_WINDOW_SIZE}-pixel window"
+            f"ssim: images are {list(images.shape[2:])}, smaller than the {SSIM_WINDOW}-pixel window"
         )
     x, y = images.double(), originals.double()
     mean_x, mean_y = _window_mean(x), _window_mean(y)
@@ -66,7 +69,7 @@ def ssim(images: Tensor, originals: Tensor) -> Tensor:
 
 def _window_mean(x: Tensor) -> Tensor:
     """Gaussian-weighted means over all windows inside [B, C, H, W]: [B, C, H - 10, W - 10]."""
-    axis = torch.arange(_WINDOW_SIZE, dtype=x.dtype, device=x.device) - _WINDOW_SIZE // 2
+    axis = torch.arange(SSIM_WINDOW, dtype=x.dtype, device=x.device) - SSIM_WINDOW // 2
     weights = torch.exp(-axis.square() / (2 * _WINDOW_SIGMA**2))
     weights = weights / weights.sum()
     planes = x.reshape(-1, 1, *x.shape[2:])

@@ -14,10 +14,6 @@ _CHUNK = 1024
 def clip_score(image_features: Tensor, text_features: Tensor) -> Tensor:
     """Cosine of each image and its text, in [-1, 1].
 
-    The published scores are made of it: CLIP score as mostly reported is the mean of 100 · max(cos, 0), and
-        CLIPScore
-    (Hessel et al. 2021, arXiv:2104.08718, eq. 1) that of 2.5 · max(cos, 0).
-
     Args:
         image_features, text_features: float [N, D], of any length.
 
@@ -32,6 +28,23 @@ def clip_score(image_features: Tensor, text_features: Tensor) -> Tensor:
             f"clip_score: images {list(image_features.shape)}, texts {list(text_features.shape)}"
         )
     return (F.normalize(image_features, dim=-1) * F.normalize(text_features, dim=-1)).sum(-1)
+
+
+def summarize_clip_score(image_features: Tensor, text_features: Tensor) -> dict[str, float | int]:
+    """The mean of `clip_score` as it is published.
+
+    Returns:
+        `mean_cosine`; `clip_score`, the mean of 100 · max(cos, 0), as mostly reported; `clipscore_hessel`,
+        that of 2.5 · max(cos, 0) (Hessel et al. 2021, arXiv:2104.08718, eq. 1); `num_samples`.
+    """
+    cosine = clip_score(image_features, text_features)
+    positive = float(cosine.clamp(min=0).mean())
+    return {
+        "mean_cosine": float(cosine.mean()),
+        "clip_score": 100 * positive,
+        "clipscore_hessel": 2.5 * positive,
+        "num_samples": len(cosine),
+    }
 
 
 def class_embeddings(template_features: Tensor) -> Tensor:

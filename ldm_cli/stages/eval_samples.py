@@ -1,0 +1,142 @@
+"""What `ldm eval` measures on images: one pass over real ones, one over pictures drawn for their captions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
+from ldm_cli.core.models.clip import CLIPModel
+from ldm_cli.data.loader import Batch, sequential_batches
+from ldm_cli.data.shards import ShardSet
+from ldm_cli.data.tokenizer import Tokenizer
+from ldm_cli.errors import DataError
+from ldm_cli.evaluation.clip_features import CLIPFeatures
+from ldm_cli.evaluation.config import EvalConfig
+from ldm_cli.evaluation.image_quality import psnr, ssim
+from ldm_cli.evaluation.scene_detector import SeenScene, read_scenes
+from ldm_cli.formats.model_folder import load_model, weights_sha256
+from ldm_cli.recipe.schema import EvalRecipe
+from ldm_cli.reporting import Reporter
+from ldm_cli.sampling.components import resolve_model
+from ldm_cli.sampling.pipeline import ImageRequest, Pipeline
+
+_CLIP_METRICS = {"clip_score", "zero_shot", "retrieval", "frechet_distance"}
+_DRAWING_METRICS = {"clip_score", "frechet_distance", "attribute_accuracy"}
+_REQUESTS_PER_CALL = 256
+
+
+@dataclass(frozen=True)
+class Models:
+    """What the metrics of a recipe need, and the hash of every component's weights."""
+
+    clip: CLIPFeatures | None
+    vae: AutoencoderKL | None
+    pipeline: Pipeline | None
+    device: torch.device
+    hashes: dict[str, Any]
+
+
+@dataclass
+class Gathered:
+    """What was measured on images, real or drawn, in the order of the samples (N of them)."""
+
+    captions: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    metadata: list[dict[str, Any]] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    image_features: list[Tensor] = field(default_factory=list)
+    text_features: list[Tensor] = field(default_factory=list)
+    psnr: list[Tensor] = field(default_factory=list)
+    ssim: list[Tensor] = field(default_factory=list)
+    scenes: list[SeenScene] = field(default_factory=list)
+
+
+def load_models(config: EvalConfig, device: torch.device) -> Models:
+    """The models that the metrics need, and no others."""
+    hashes: dict[str, Any] = {}
+    clip, vae, pipeline = None, None, None
+    if config.clip is not None and _CLIP_METRICS & set(config.metrics):
+        folder = resolve_model(Path(config.clip))
+        clip = CLIPFeatures(load_model(CLIPModel, folder), Tokenizer.load(folder), device)
+        hashes["clip"] = {"folder": str(folder), "sha256": weights_sha256(folder)}
+    if config.vae is not None and "reconstruction" in config.metrics:
+        folder = resolve_model(Path(config.vae))
+        vae = load_model(AutoencoderKL, folder).to(device).eval()
+        hashes["vae"] = {"folder": str(folder), "sha256": weights_sha256(folder)}
+    if config.pipeline is not None and _DRAWING_METRICS & set(config.metrics):
+        pipeline = Pipeline.load(Path(config.pipeline), device, config.sampling.precision)
+        hashes["pipeline"] = {"folder": str(pipeline.folder), "sha256": pipeline.weights_sha256}
+    return Models(clip, vae, pipeline, device, hashes)
+
+
+def measure_real(recipe: EvalRecipe, shards: ShardSet, models: Models, reporter: Reporter) -> Gathered:
+    """The first samples of the shards: as many as the metrics or the drawing ask for."""
+    config, gathered = recipe.eval, Gathered()
+    labelled = "zero_shot" in config.metrics and any(task.label == "cls" for task in config.zero_shot)
+    data = recipe.data.model_copy(update={"label": "cls"}) if labelled else recipe.data
+    limit = max(config.num_samples, config.num_generated if models.pipeline is not None else 0)
+    with_scenes = "attribute_accuracy" in config.metrics
+    total = min(limit, shards.num_samples)
+    with reporter.progress("measuring samples", total, unit="sample") as progress:
+        for batch in sequential_batches(shards, data, config.batch_size, limit, with_json=True):
+            _add_real(gathered, batch, models, with_scenes)
+            progress.update(len(gathered.keys))
+    if not gathered.keys:
+        raise DataError(f"no usable sample in '{recipe.data.shards}'")
+    return gathered
+
+
+def _add_real(gathered: Gathered, batch: Batch, models: Models, with_scenes: bool) -> None:
+    gathered.captions += batch.captions
+    gathered.keys += batch.keys
+    gathered.metadata += batch.metadata or []
+    gathered.labels += batch.labels.tolist() if batch.labels is not None else []
+    if models.clip is not None:
+        gathered.image_features.append(models.clip.images(batch.images))
+        gathered.text_features.append(models.clip.texts(batch.captions))
+    if models.vae is not None:
+        again = _reconstructed(models.vae, batch.images.to(models.device)).cpu()
+        gathered.psnr.append(psnr(again, batch.images))
+        gathered.ssim.append(ssim(again, batch.images))
+    if with_scenes:
+        gathered.scenes += read_scenes(batch.images)
+
+
+@torch.inference_mode()
+def _reconstructed(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] through the latent's mean and back."""
+    again = vae.decode(vae.encode(images.float() / 127.5 - 1).mode())
+    return ((again + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def measure_drawn(config: EvalConfig, real: Gathered, models: Models, reporter: Reporter) -> Gathered:
+    """A picture for each of the first captions, measured and dropped."""
+    gathered = Gathered(captions=real.captions[: config.num_generated])
+    with_scenes = "attribute_accuracy" in config.metrics
+    for images in _drawn(config, gathered.captions, models, reporter):
+        if models.clip is not None:
+            gathered.image_features.append(models.clip.images(images))
+        if with_scenes:
+            gathered.scenes += read_scenes(images)
+    return gathered
+
+
+def _drawn(config: EvalConfig, captions: list[str], models: Models, reporter: Reporter) -> Iterator[Tensor]:
+    """Batches of pictures, uint8 [B, 3, H, W], one picture per caption."""
+    assert models.pipeline is not None
+    requests = [ImageRequest(caption, config.sampling.seed + i) for i, caption in enumerate(captions)]
+    # In portions, because text states of all prompts at once would not fit for tens of thousands of them.
+    for start in range(0, len(requests), _REQUESTS_PER_CALL):
+        portion = requests[start : start + _REQUESTS_PER_CALL]
+        batch: list[Tensor] = []
+        for picture in models.pipeline.generate(portion, config.sampling, reporter=reporter):
+            batch.append(picture.pixels)
+            if len(batch) == config.batch_size or picture.index == len(portion) - 1:
+                yield torch.stack(batch)
+                batch = []

@@ -1,0 +1,246 @@
+"""`ldm eval` on tiny random models and drawn scenes: every metric, its provenance, and what cannot be
+measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from ldm_cli.core.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from ldm_cli.core.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
+from ldm_cli.core.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from ldm_cli.data import scene_vocabulary as words
+from ldm_cli.data.scenes import scene, write_scenes
+from ldm_cli.data.tokenizer import Tokenizer, TokenizerConfig
+from ldm_cli.errors import DataError, OutputError, RecipeError
+from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, save_model, weights_sha256
+from ldm_cli.formats.pipeline_folder import our_settings
+from ldm_cli.recipe.schema import EvalRecipe
+from ldm_cli.reporting import SilentReporter
+from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.stages.evaluate import run
+from ldm_cli.stages.options import RunOptions
+
+ALL = ["clip_score", "zero_shot", "retrieval", "reconstruction", "frechet_distance", "attribute_accuracy"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `scenes`, `clip`, `vae` and `pipeline`."""
+    home = tmp_path_factory.mktemp("eval")
+    write_scenes(home / "scenes", 1, 32, 0, SilentReporter(), val_samples=24, shard_samples=10)
+    tokenizer = Tokenizer.train([scene(0, i, "val", 32).caption for i in range(24)], TokenizerConfig())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        text = CLIPTextConfig(
+            vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, max_position_embeddings=32, bos_token_id=tokenizer.start_id,
+            eos_token_id=tokenizer.end_id, pad_token_id=tokenizer.pad_id,
+        )  # fmt: skip
+        vision = CLIPVisionConfig(
+            image_size=16, patch_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2,
+        )  # fmt: skip
+        clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+        vae = AutoencoderKL(
+            AutoencoderKLConfig(
+                block_out_channels=(8, 8),
+                norm_num_groups=4,
+                latent_channels=3,
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("UpDecoderBlock2D",) * 2,
+            )
+        )
+        unet = UNet2DConditionModel(
+            UNet2DConditionConfig(
+                sample_size=16,
+                in_channels=3,
+                out_channels=3,
+                block_out_channels=(8,),
+                layers_per_block=1,
+                down_block_types=("CrossAttnDownBlock2D",),
+                up_block_types=("CrossAttnUpBlock2D",),
+                cross_attention_dim=16,
+                attention_head_dim=2,
+                norm_num_groups=4,
+            )
+        )
+        text_encoder = CLIPTextModel(text)
+    save_model(home / "clip", clip.state_dict(), clip.config.to_hugging_face(), TRANSFORMERS_WEIGHTS)
+    tokenizer.save(home / "clip")
+    save_model(home / "vae", vae.state_dict(), vae.config.to_hugging_face())
+    Pipeline(unet, vae, text_encoder, tokenizer, our_settings({})).save(home / "pipeline")
+    return home
+
+
+def recipe(home: Path, metrics: list[str], data: dict[str, Any] | None = None, **changes: Any) -> EvalRecipe:
+    values = {
+        "clip": str(home / "clip"),
+        "vae": str(home / "vae"),
+        "pipeline": str(home / "pipeline"),
+        "metrics": metrics,
+        "num_samples": 20,
+        "num_generated": 6,
+        "batch_size": 7,
+        "sampling": {"steps": 2, "guidance": 1.0},
+        "zero_shot": [
+            {
+                "name": "color",
+                "label": "json:color",
+                "classes": words.COLOR_NAMES,
+                "templates": ["a {} circle", "{}"],
+            },
+            {"name": "held out", "label": "json:num_objects", "classes": ["none", "one", "two"]},
+        ],
+    }
+    return EvalRecipe.from_mapping(
+        {
+            "command": "eval",
+            "data": {"shards": str(home / "scenes" / "val-*.tar"), "image_size": 32} | (data or {}),
+            "eval": values | changes,
+        }
+    )
+
+
+def evaluate(home: Path, metrics: list[str], **changes: Any) -> dict[str, Any]:
+    return run(recipe(home, metrics, **changes), RunOptions(device="cpu"), SilentReporter())
+
+
+def test_every_metric_is_measured_and_carries_its_provenance(home: Path, tmp_path: Path) -> None:
+    asked = recipe(home, ALL)
+    result = run(asked, RunOptions(device="cpu", out=tmp_path / "out"), SilentReporter())
+    metrics, provenance = result["metrics"], result["provenance"]
+    assert list(metrics) == ALL
+    for name in ("real", "generated"):
+        score = metrics["clip_score"][name]
+        assert -1 <= score["mean_cosine"] <= 1
+        assert score["clip_score"] == pytest.approx(40 * score["clipscore_hessel"])
+    assert (
+        metrics["clip_score"]["real"]["num_samples"],
+        metrics["clip_score"]["generated"]["num_samples"],
+    ) == (20, 6)
+    num_single = sum(scene(0, i, "val", 32).truth["num_objects"] == 1 for i in range(20))
+    assert metrics["zero_shot"]["color"]["num_samples"] == num_single
+    assert metrics["zero_shot"]["held out"]["num_samples"] == 20
+    assert 0 <= metrics["retrieval"]["text_to_image@1"] <= metrics["retrieval"]["text_to_image@10"] <= 1
+    assert 0 < metrics["reconstruction"]["psnr"] < 30
+    digest = weights_sha256(home / "clip")
+    assert metrics["frechet_distance"][f"fd[{digest[:8]}]"] > 0
+    assert metrics["attribute_accuracy"]["detector"]["all"]["shape"] == 1
+    assert metrics["attribute_accuracy"]["generated"]["all"]["num_images"] == 6
+    assert metrics["attribute_accuracy"]["generated"]["held_out"]["num_images"] == 3
+    assert provenance["models"]["clip"]["sha256"] == digest
+    assert set(provenance["models"]["pipeline"]["sha256"]) == {"unet", "vae", "text_encoder"}
+    assert provenance["data"]["shards"] == ["val-000000.tar", "val-000001.tar", "val-000002.tar"]
+    assert (provenance["data"]["num_samples"], provenance["data"]["num_generated"]) == (20, 6)
+    assert EvalRecipe.from_mapping(provenance["recipe"]) == asked
+    assert json.loads((tmp_path / "out" / "eval.json").read_text()) == json.loads(json.dumps(result))
+
+
+def test_numbers_depend_neither_on_the_batch_size_nor_on_the_run(home: Path) -> None:
+    first, second = (evaluate(home, ALL, batch_size=size)["metrics"] for size in (7, 20))
+
+    def numbers(value: Any) -> list[float]:
+        if isinstance(value, dict):
+            return [number for inner in value.values() for number in numbers(inner)]
+        return [] if value is None else [value]
+
+    assert numbers(first) == pytest.approx(numbers(second), rel=1e-4, abs=1e-6)
+
+
+def test_models_that_no_metric_needs_are_not_loaded(home: Path) -> None:
+    result = evaluate(home, ["reconstruction"], clip="nowhere", pipeline="nowhere")
+    assert list(result["metrics"]) == ["reconstruction"]
+    assert list(result["provenance"]["models"]) == ["vae"]
+
+
+def test_clip_score_without_a_pipeline_is_that_of_the_real_pairs(home: Path) -> None:
+    assert list(evaluate(home, ["clip_score"], pipeline=None)["metrics"]["clip_score"]) == ["real"]
+
+
+def test_an_autoencoder_that_returns_its_input_is_perfect(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ldm_cli.stages.eval_samples._reconstructed", lambda vae, images: images)
+    found = evaluate(home, ["reconstruction"])["metrics"]["reconstruction"]
+    assert found == {"psnr": 100.0, "ssim": pytest.approx(1.0), "num_samples": 20}
+
+
+def test_a_pipeline_that_draws_the_truth_is_perfect(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(config: Any, captions: list[str], models: Any, reporter: Any) -> Any:
+        pictures = [scene(0, i, "val", 32) for i in range(len(captions))]
+        assert captions == [picture.caption for picture in pictures]
+        flat = [torch.frombuffer(bytearray(p.image.tobytes()), dtype=torch.uint8) for p in pictures]
+        yield torch.stack([pixels.view(32, 32, 3).permute(2, 0, 1) for pixels in flat])
+
+    monkeypatch.setattr("ldm_cli.stages.eval_samples._drawn", draw)
+    found = evaluate(home, ["attribute_accuracy", "frechet_distance"], num_generated=20)["metrics"]
+    rates = found["attribute_accuracy"]["generated"]["all"]
+    assert {
+        name: rate for name, rate in rates.items() if not name.startswith("num_") and rate not in (1, None)
+    } == {}
+    distance = next(value for name, value in found["frechet_distance"].items() if name.startswith("fd["))
+    assert distance == pytest.approx(0, abs=1e-4)
+
+
+def test_results_are_not_overwritten_unless_told(home: Path, tmp_path: Path) -> None:
+    target = tmp_path / "mine.json"
+    target.write_text("{}")
+    with pytest.raises(OutputError, match=r"mine\.json"):
+        run(recipe(home, ["reconstruction"]), RunOptions(device="cpu", out=target), SilentReporter())
+    assert target.read_text() == "{}"
+    run(
+        recipe(home, ["reconstruction"]),
+        RunOptions(device="cpu", out=target, overwrite=True),
+        SilentReporter(),
+    )
+    assert "psnr" in target.read_text()
+
+
+@pytest.mark.parametrize(("metric", "missing"), [("clip_score", "clip"), ("zero_shot", "zero_shot"),
+                         ("reconstruction", "vae"), ("attribute_accuracy", "pipeline")])  # fmt: skip
+def test_a_metric_without_its_model_is_a_recipe_error(home: Path, metric: str, missing: str) -> None:
+    with pytest.raises(ValidationError, match=f"{metric} needs eval.{missing}"):
+        recipe(home, [metric], **{missing: [] if missing == "zero_shot" else None})
+
+
+def test_sizes_that_cannot_be_measured_are_refused(home: Path) -> None:
+    with pytest.raises(RecipeError, match="multiple of 2"):
+        evaluate(home, ["reconstruction"], data={"image_size": 33})
+    with pytest.raises(RecipeError, match=r"at eval\.sampling: 16x32"):
+        evaluate(home, ["attribute_accuracy"], sampling={"width": 16, "height": 32})
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"label": "json:nothing", "classes": ["a", "b"]}, "none of 20 samples has 'json:nothing'"),
+        ({"label": "json:background", "classes": ["white", "black"]}, "of no class"),
+        ({"label": "json:num_objects", "classes": ["none", "one"]}, "'json:num_objects' is 2"),
+    ],
+)
+def test_labels_that_do_not_fit_are_named(home: Path, task: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        evaluate(home, ["zero_shot"], zero_shot=[{"name": "task", **task}])
+
+
+def test_samples_without_ground_truth_are_named_before_anything_is_drawn(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    from PIL import Image
+    from webdataset import TarWriter
+
+    png = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(png, format="PNG")
+    with TarWriter(str(tmp_path / "plain.tar"), encoder=False) as tar:
+        tar.write({"__key__": "only", "png": png.getvalue(), "txt": b"a photo", "json": b"{}"})
+    monkeypatch.setattr("ldm_cli.stages.eval_samples._drawn", lambda *_: pytest.fail("drew pictures"))
+    with pytest.raises(DataError, match="plain/only"):
+        evaluate(home, ["attribute_accuracy"], data={"shards": str(tmp_path / "plain.tar")})
