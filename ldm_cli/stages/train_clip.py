@@ -1,0 +1,169 @@
+"""`ldm train-clip`: a contrastive image-text model from shards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_cli.core.clip_loss import contrastive_loss
+from ldm_cli.core.models.clip import IMAGE_MEAN, IMAGE_STD, CLIPConfig, CLIPModel, normalize_images
+from ldm_cli.data.loader import Batch, sequential_batches
+from ldm_cli.data.tokenizer import Tokenizer
+from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, load_weights, save_model, write_json
+from ldm_cli.recipe.schema import TrainClipRecipe
+from ldm_cli.reporting import Reporter
+from ldm_cli.sampling.images import image_grid, save_png
+from ldm_cli.stages.options import RunOptions
+from ldm_cli.stages.training_run import Workbench, run_training, split
+from ldm_cli.training.checkpoint import commit_folder
+from ldm_cli.training.loop import Losses
+
+_NUM_PICTURED = 6
+_NUM_FOUND = 8
+
+
+def run(recipe: TrainClipRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
+    """Train the CLIP of `recipe`; the result is a CLIPModel folder with its tokenizer."""
+    return run_training(recipe, options, reporter, lambda bench: CLIPTask(recipe, bench))
+
+
+class CLIPTask:
+    """Tell which caption belongs to which image of a batch."""
+
+    def __init__(self, recipe: TrainClipRecipe, bench: Workbench) -> None:
+        self.recipe, self.bench = recipe, bench
+        self.tokenizer = _tokenizer(recipe, bench)
+        self.model = CLIPModel(fit_to_tokenizer(recipe.clip, self.tokenizer))
+        if recipe.train.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        self.modules = {"clip": self.model}
+        self.auxiliary: dict[str, torch.nn.Module] = {}
+
+    def losses(self, batch: Batch, num_parts: int, step: int) -> Losses:
+        """The contrastive loss of the *whole* batch, also when it is run in parts.
+
+        With parts, features are computed without gradient first; the loss's gradient with respect to them is then
+        fed back through one part at a time (Gao et al. 2021, arXiv:2101.06983, section 3.2), which gives the big
+        batch's gradient with one part's activations.
+        """
+        if num_parts == 1:
+            images, texts = self._features(batch)
+            yield contrastive_loss(images, texts, self.model.clamped_logit_scale)
+            return
+        parts = split(batch, num_parts)
+        with torch.no_grad():
+            cached = [self._features(part) for part in parts]
+        leaves = [torch.cat(side).float().requires_grad_() for side in zip(*cached, strict=True)]
+        loss, figures = contrastive_loss(leaves[0], leaves[1], self.model.clamped_logit_scale)
+        gradients = torch.autograd.grad(loss, leaves, retain_graph=True)
+        yield loss, figures
+        sizes = [len(part.keys) for part in parts]
+        for part, image_gradient, text_gradient in zip(
+            parts, gradients[0].split(sizes), gradients[1].split(sizes), strict=True
+        ):
+            images, texts = self._features(part)
+            surrogate = (images.float() * image_gradient).sum() + (texts.float() * text_gradient).sum()
+            yield surrogate - surrogate.detach(), {}  # its gradient counts, its value does not
+
+    def _features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        pixels = normalize_images(batch.images.to(self.bench.device, non_blocking=True))
+        ids = self.tokenizer.encode(
+            batch.captions, self.model.config.text_config.max_position_embeddings
+        ).input_ids
+        return self.model.get_image_features(pixels), self.model.get_text_features(ids.to(self.bench.device))
+
+    def validate(self) -> dict[str, float]:
+        """Contrastive loss and accuracy among held-out batches of one size."""
+        size = len(self.bench.held_out[0].keys) if self.bench.held_out else 0
+        sums: dict[str, float] = {}
+        whole = [batch for batch in self.bench.held_out if len(batch.keys) == size]
+        for batch in whole:
+            loss, figures = contrastive_loss(*self._features(batch), self.model.clamped_logit_scale)
+            for name, value in {"val_loss": loss, "val_accuracy": figures["accuracy"]}.items():
+                sums[name] = sums.get(name, 0.0) + value.item() / len(whole)
+        return sums
+
+    def picture(self, folder: Path) -> None:
+        """`grid.png`: a row per held-out caption with the images that fit it best; `captions.json` names them."""
+        batches = self.bench.held_out
+        if not batches:
+            return
+        features = [self._features(batch) for batch in batches]
+        images = torch.nn.functional.normalize(torch.cat([f[0] for f in features]), dim=-1)
+        texts = torch.nn.functional.normalize(torch.cat([f[1] for f in features]), dim=-1)[:_NUM_PICTURED]
+        best = (texts @ images.T).topk(min(_NUM_FOUND, len(images)), dim=1).indices.tolist()
+        pixels = torch.cat([batch.images for batch in batches])
+        save_png(
+            folder / "grid.png", image_grid([pixels[i] for row in best for i in row], columns=len(best[0]))
+        )
+        captions = [caption for batch in batches for caption in batch.captions]
+        rows = [
+            {"caption": caption, "found": [captions[i] for i in row]}
+            for caption, row in zip(captions, best, strict=False)
+        ]
+        (folder / "captions.json").write_text(
+            json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+
+    def export(self, folder: Path) -> None:
+        """Write the CLIPModel folder with tokenizer and image processor."""
+        config = self.model.config
+        save_model(folder, self.model.state_dict(), config.to_hugging_face(), TRANSFORMERS_WEIGHTS)
+        self.tokenizer.save(folder)
+        write_json(folder / "preprocessor_config.json", image_processor(config.vision_config.image_size))
+
+    def restore(self, folder: Path) -> None:
+        """Read the weights of `export` back."""
+        load_weights(self.model, folder)
+
+    def finalize(self) -> dict[str, float]:
+        """Nothing is left to do; tells the logit scale."""
+        return {"logit_scale": self.model.clamped_logit_scale.item()}
+
+
+def _tokenizer(recipe: TrainClipRecipe, bench: Workbench) -> Tokenizer:
+    """The recipe's vocabulary, or one trained from the captions; trained once and kept in the run folder."""
+    if recipe.tokenizer.path is not None:
+        return Tokenizer.load(Path(recipe.tokenizer.path))
+    folder = bench.run.path / "tokenizer"
+    if not folder.is_dir():
+        bench.run.log("training the tokenizer from the captions")
+        stream = sequential_batches(
+            bench.shards, recipe.data, 1024, limit=recipe.tokenizer.max_captions, with_images=False
+        )
+        captions = [caption for batch in stream for caption in batch.captions]
+        commit_folder(folder, Tokenizer.train(captions, recipe.tokenizer).save)
+    return Tokenizer.load(folder)
+
+
+def fit_to_tokenizer(config: CLIPConfig, tokenizer: Tokenizer) -> CLIPConfig:
+    """`config` with the vocabulary size and special ids of the tokenizer in its text tower."""
+    ids = {
+        "vocab_size": tokenizer.vocab_size,
+        "bos_token_id": tokenizer.start_id,
+        "eos_token_id": tokenizer.end_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+    return config.model_copy(update={"text_config": config.text_config.model_copy(update=ids)})
+
+
+def image_processor(image_size: int) -> dict[str, Any]:
+    """Content of the preprocessor_config.json with which transformers prepares images as we do."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": image_size},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": image_size, "width": image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(IMAGE_MEAN),
+        "image_std": list(IMAGE_STD),
+        "do_convert_rgb": True,
+    }
