@@ -23,9 +23,9 @@ _MOST_IN_GRID = 100
 class JobFolder:
     """Where the pictures of a job go: one job to a folder; the same one completes it, another is refused.
 
-    images.json is written first. It holds `job` (everything that decides what the pictures show; two jobs are the
-    same when it is, with the same `images`), `images` (file, prompt and seed of each) and `written_by` (versions
-    and paths, for information).
+    images.json is written first. It holds `job` (everything that decides what the pictures show; jobs are
+    the same when it is, with the same `images`), `images` (file, prompt and seed of each) and `written_by`
+    (versions and paths, for information).
     """
 
     def __init__(self, path: Path, job: Mapping[str, Any], requests: Sequence[ImageRequest]) -> None:

@@ -1,0 +1,153 @@
+import json
+import stat
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from ldm_cli.errors import CheckpointError, InputNotFoundError, OutputError, UsageError
+from ldm_cli.recipe.schema import SampleRecipe
+from ldm_cli.reporting import SilentReporter
+from ldm_cli.sampling.config import SamplingConfig
+from ldm_cli.sampling.images import image_grid, read_png, save_png, slug
+from ldm_cli.stages.options import RunOptions
+from ldm_cli.stages.sample import run
+from tests.sampling.tiny import tiny_pipeline
+
+PROMPTS = ("a red circle", "../é/\x1b[31m a blue\nsquare, 猫")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_pipeline().save(folder)
+    return folder
+
+
+def recipe(model, **fields):
+    sampling = SamplingConfig(**({"steps": 2, "images_per_prompt": 2, "negative": "green"} | fields))
+    return SampleRecipe(command="sample", model=str(model), prompts=PROMPTS, sampling=sampling)
+
+
+def draw(model, out, overwrite=False, latents=None, **fields):
+    options = RunOptions(out=out, device="cpu", overwrite=overwrite)
+    return run(recipe(model, **fields), options, SilentReporter(), latents)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_files_have_safe_sortable_names_and_say_how_to_draw_them_again(model, tmp_path):
+    out = tmp_path / "deep" / "out"
+    result = draw(model, out, seed=5)
+    names = ["00000-a-red-circle-5.png", "00001-a-red-circle-6.png"]
+    names += ["00002-e-31m-a-blue-square-5.png", "00003-e-31m-a-blue-square-6.png"]
+    assert sorted(contents(out)) == [*names, "grid.png", "images.json"]
+    assert [image["file"] for image in result["images"]] == [str(out / name) for name in names]
+    assert result["drawn"] == 4
+    assert read_png(out / "grid.png").shape == (3, 34, 34)
+    record = json.loads((out / "images.json").read_text())
+    assert record["images"][3]["prompt"] == PROMPTS[1]
+    assert record["job"]["sampling"]["width"] == 16
+    assert set(record["written_by"]) == {"ldm", "torch", "model", "device"}
+    with Image.open(out / names[3]) as picture:
+        text = picture.text
+    assert json.loads(text["ldm_cli"]) == {"image": record["images"][3], "job": record["job"]}
+    first, negative, last = text["parameters"].rpartition(PROMPTS[1])[2].split("\n")
+    assert first == ""
+    assert negative == "Negative prompt: green"
+    assert last.startswith("Steps: 2, Sampler: DDIM, CFG scale: 7.5, Seed: 6, Size: 16x16, Model hash: ")
+
+
+def test_the_same_job_draws_only_what_is_missing_with_the_same_bytes(model, tmp_path):
+    draw(model, tmp_path, batch_size=8)
+    before = contents(tmp_path)
+    names = [name for name in before if name[0].isdigit()]
+    for name in names[1:3]:
+        (tmp_path / name).unlink()
+    (tmp_path / "grid.png").unlink()
+    untouched = (tmp_path / names[0]).stat().st_mtime_ns
+    assert draw(model, tmp_path, batch_size=1)["drawn"] == 2
+    assert contents(tmp_path) == before
+    assert (tmp_path / names[0]).stat().st_mtime_ns == untouched
+    assert draw(model, tmp_path)["drawn"] == 0
+    assert contents(tmp_path) == before
+
+
+def test_another_job_is_refused_with_the_difference_and_replaced_when_asked(model, tmp_path):
+    draw(model, tmp_path, images_per_prompt=2)
+    (tmp_path / "mine.txt").write_text("keep")
+    before = contents(tmp_path)
+    with pytest.raises(OutputError, match=r"differs in sampling\.steps"):
+        draw(model, tmp_path, steps=3)
+    assert contents(tmp_path) == before
+    draw(model, tmp_path, overwrite=True, images_per_prompt=1)
+    after = contents(tmp_path)
+    assert len(after) == 5
+    assert after["mine.txt"] == b"keep"
+
+
+def test_files_of_unknown_origin_are_not_overwritten(model, tmp_path):
+    (tmp_path / "grid.png").write_bytes(b"mine")
+    with pytest.raises(OutputError, match="another job"):
+        draw(model, tmp_path)
+    assert contents(tmp_path) == {"grid.png": b"mine"}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="not a folder"):
+        draw(model, tmp_path / "file")
+
+
+def test_latents_file_gives_the_initial_noise_and_is_checked(model, tmp_path):
+    noise = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    file = tmp_path / "latents.safetensors"
+    save_file({"latents": noise}, file)
+    draw(model, tmp_path / "a", latents=file)
+    pictures = contents(tmp_path / "a")
+    save_file({"latents": noise[[2, 3, 0, 1]]}, file)
+    with pytest.raises(OutputError, match="differs in latents"):
+        draw(model, tmp_path / "a", latents=file)
+    draw(model, tmp_path / "b", latents=file)
+    assert contents(tmp_path / "b").keys() == pictures.keys()
+    assert contents(tmp_path / "b") != pictures
+    with pytest.raises(UsageError, match=r"\(4, 4, 8, 8\), \(6, 4, 8, 8\) expected"):
+        draw(model, tmp_path / "c", latents=file, images_per_prompt=3)
+    save_file({"noise": noise}, file)
+    with pytest.raises(CheckpointError, match="'latents'"):
+        draw(model, tmp_path / "c", latents=file)
+    with pytest.raises(InputNotFoundError):
+        draw(model, tmp_path / "c", latents=tmp_path / "none")
+    assert not (tmp_path / "c").exists()
+
+
+def test_png_keeps_every_pixel_and_follows_the_umask(tmp_path):
+    pixels = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    save_png(tmp_path / "new" / "a.png", pixels, {"key": "é 猫"})
+    assert torch.equal(read_png(tmp_path / "new" / "a.png"), pixels)
+    (tmp_path / "plain").write_text("")
+    modes = {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "plain", tmp_path / "new" / "a.png")}
+    assert len(modes) == 1
+    with Image.open(tmp_path / "new" / "a.png") as image:
+        assert image.text["key"] == "é 猫"
+
+
+def test_grid_places_pictures_row_by_row_on_white():
+    images = [torch.full((3, 2, 3), i, dtype=torch.uint8) for i in range(3)]
+    grid = image_grid(images, columns=2, gap=1)
+    assert grid.shape == (3, 5, 7)
+    assert grid[0].tolist() == [
+        [0, 0, 0, 255, 1, 1, 1],
+        [0, 0, 0, 255, 1, 1, 1],
+        [255] * 7,
+        [2, 2, 2, 255, 255, 255, 255],
+        [2, 2, 2, 255, 255, 255, 255],
+    ]
+    with pytest.raises(ValueError, match="empty"):
+        image_grid([], 1)
+
+
+def test_slugs_hold_nothing_but_letters_digits_and_hyphens():
+    assert slug("A small RED circle / é") == "a-small-red-circle-e"
+    assert slug("猫\x1b\n../") == "image"
+    assert len(slug("word " * 1000)) <= 40
