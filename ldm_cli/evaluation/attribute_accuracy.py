@@ -51,7 +51,7 @@ def score_scenes(
         - `shape`, `color`, `size`, `place`: of all objects; `background`, `num_objects`: of all images;
         - `shape_and_color`: of single-object images, the largest object's shape and colour both right;
         - `pair_shape_and_color`: of two-object images, the same for both objects;
-        - `relation`: of two-object images, that of the objects that match best in shape and colour.
+        - `relation`: of two-object images, both objects right as above and so placed.
 
         None where there is nothing to score. An object that is missing is wrong in everything.
 
@@ -96,7 +96,7 @@ def _judge(truth: Truth, found: SeenScene, stated_only: bool) -> dict[str, list[
     both = all(_agreement(target, candidate) == 2 for target, candidate in zip(wanted, pairing, strict=True))
     mark["shape_and_color" if len(wanted) == 1 else "pair_shape_and_color"].append(both)
     if len(wanted) == 2 and "relation" in stated:
-        mark["relation"].append(relation_right)
+        mark["relation"].append(both and relation_right)
     return mark
 
 

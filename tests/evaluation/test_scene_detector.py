@@ -168,6 +168,16 @@ def test_swapped_objects_break_the_relation_and_nothing_else() -> None:
     assert scored(images[keep], [truths[i] for i in keep])["relation"] == 1
 
 
+def test_a_relation_between_wrong_objects_is_not_right() -> None:
+    images, truths = drawn(seed=2, count=60, split="val", size=32)
+    keep = [i for i, truth in enumerate(truths) if truth["num_objects"] == 2]
+    lies = [
+        truths[i] | {"objects": [thing | {"color": "nonsense"} for thing in truths[i]["objects"]]}
+        for i in keep
+    ]
+    assert scored(images[keep], lies)["relation"] == 0
+
+
 def test_a_missing_object_is_wrong_in_everything() -> None:
     _, truths = drawn(seed=2, count=10, split="val", size=32)
     rates = scored(torch.full((10, 3, 32, 32), 255, dtype=torch.uint8), truths)
