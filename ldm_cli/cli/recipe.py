@@ -10,7 +10,7 @@ import typer
 
 from ldm_cli.cli import options as given
 from ldm_cli.cli.show import show_result, show_rows
-from ldm_cli.cli.streams import write_line, write_result
+from ldm_cli.cli.streams import is_utf8, write_line, write_result
 from ldm_cli.errors import InputNotFoundError, RecipeError, UsageError
 
 commands = typer.Typer(help="List, show and check recipes.", no_args_is_help=False)
@@ -55,14 +55,14 @@ def show_recipe(
 
         write_result(find_recipe(recipe).read_text(encoding="utf-8", errors="replace"))
         return
-    from ldm_cli.cli.show import as_yaml
     from ldm_cli.recipe.load import load_recipe
+    from ldm_cli.recipe.yaml_source import to_yaml
 
     mapping = load_recipe(recipe, changes).mapping
     if json:
         show_result(mapping, as_json=True)
     else:
-        write_result(as_yaml(mapping))
+        write_result(to_yaml(mapping, ascii_only=not is_utf8()))
 
 
 @commands.command("check")

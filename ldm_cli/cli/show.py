@@ -44,23 +44,17 @@ def show_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
 def show_plan(loaded: LoadedRecipe, as_json: bool) -> None:
     """`--dry-run`: the resolved recipe and what it would take."""
     from ldm_cli.cli.report import make_reporter
+    from ldm_cli.recipe.yaml_source import to_yaml
     from ldm_cli.stages.plan import plan
 
     result = plan(loaded.recipe, make_reporter())
     if as_json:
         show_result(result, as_json=True)
         return
-    write_result(as_yaml(result.pop("recipe")) + "\n")
+    write_result(to_yaml(result.pop("recipe"), ascii_only=not is_utf8()) + "\n")
     if "bytes" in result:
         result["memory"] = {name: _amount(size) for name, size in result.pop("bytes").items()}
     show_result(result, as_json=False)
-
-
-def as_yaml(mapping: Mapping[str, Any]) -> str:
-    """Plain data as YAML that the recipe reader reads back as the same."""
-    import yaml
-
-    return yaml.safe_dump(dict(mapping), sort_keys=False, allow_unicode=is_utf8(), width=100)
 
 
 def _is_compound(value: Any) -> bool:

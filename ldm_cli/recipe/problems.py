@@ -135,13 +135,20 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models_in(part)
 
 
-def _fields_at(loc: tuple[str | int, ...], model: type[BaseModel], keys: Mapping[str, Any]) -> list[str]:
-    """Names allowed beside the key at `loc`; of a union's models, the one that knows most of `keys`."""
+def _fields_at(loc: tuple[str | int, ...], model: type[BaseModel], section: Mapping[str, Any]) -> list[str]:
+    """Names allowed beside the key at `loc`; of a union's models, the one that fits `section` best."""
     models = [model]
     for part in loc[:-1]:
         inner = [m.model_fields[part].annotation for m in models if part in m.model_fields]
         models = [found for annotation in inner for found in _models_in(annotation)] or models
-    return list(max((m.model_fields for m in models), key=lambda fields: len(keys.keys() & fields)))
+
+    def fit(candidate: type[BaseModel]) -> int:
+        fields = candidate.model_fields
+        known = [name for name in section if name in fields]
+        # A branch's tag is the default of one of its fields, such as `model_type`.
+        return len(known) + sum(section[name] == fields[name].default for name in known)
+
+    return list(max(models, key=fit).model_fields)
 
 
 def _places_of(name: str, model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -160,7 +167,7 @@ def _unknown_key(
     name = str(path[-1])
     siblings = value_at(data, path[:-1])
     known = _fields_at(loc, model, siblings)
-    suggestion = suggest(name, [field for field in known if field not in siblings])
+    suggestion = suggest(name, [field for field in known if field not in siblings]) or suggest(name, known)
     if suggestion:
         return suggestion, f"unknown key (did you mean '{suggestion}'?)"
     elsewhere = next(_places_of(name, model), None)

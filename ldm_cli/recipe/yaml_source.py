@@ -217,6 +217,25 @@ class _Builder:
             parent.key_wanted = True
 
 
+def to_yaml(data: Any, ascii_only: bool = False) -> str:
+    """Plain data as YAML that `parse_yaml` reads back as the same."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=not ascii_only, width=100)
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's, but with quotes around every text that our reader would take for something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        style = None if isinstance(resolve_scalar(text), str) else "'"
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
 def dotted(path: Path) -> str:
     """`("train", "betas", 0)` → `train.betas.0`."""
     return ".".join(str(part) for part in path)

@@ -1,0 +1,37 @@
+"""What all tests share: a private cache, and the program as a user would call it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+Ldm = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Shard indexes of tests stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def ldm(tmp_path: Path) -> Ldm:
+    """`ldm("recipe", "list", env={…})`: the program in a process of its own, in an empty folder."""
+
+    def call(
+        *arguments: str, env: dict[str, str] | None = None, **options: object
+    ) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **(env or {})}
+        command = [sys.executable, "-m", "ldm_cli", *arguments]
+        settings = {"capture_output": True, "text": True, "cwd": tmp_path, "timeout": 120, **options}
+        return subprocess.run(command, env=environment, check=False, **settings)  # type: ignore[call-overload, no-any-return]
+
+    return call
