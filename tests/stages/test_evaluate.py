@@ -163,6 +163,21 @@ def test_clip_score_without_a_pipeline_is_that_of_the_real_pairs(home: Path) -> 
     assert list(evaluate(home, ["clip_score"], pipeline=None)["metrics"]["clip_score"]) == ["real"]
 
 
+def test_the_ith_caption_is_drawn_with_the_ith_seed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int]] = []
+    generate = Pipeline.generate
+
+    def watched(self: Pipeline, requests: Any, *args: Any, **options: Any) -> Any:
+        seen.extend((request.prompt, request.seed) for request in requests)
+        return generate(self, requests, *args, **options)
+
+    monkeypatch.setattr(Pipeline, "generate", watched)
+    monkeypatch.setattr("ldm_cli.stages.eval_samples._REQUESTS_PER_CALL", 4)
+    found = evaluate(home, ["attribute_accuracy"], sampling={"steps": 1, "seed": 40})["metrics"]
+    assert seen == [(scene(0, i, "val", 32).caption, 40 + i) for i in range(6)]
+    assert found["attribute_accuracy"]["generated"]["all"]["num_images"] == 6
+
+
 def test_an_autoencoder_that_returns_its_input_is_perfect(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
