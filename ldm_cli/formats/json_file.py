@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,4 +50,11 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
             os.fsync(stream.fileno())
         temporary.replace(path)
     except OSError as error:
+        discard(temporary)
         raise StorageError(f"cannot write '{path}'", error.strerror or str(error)) from error
+
+
+def discard(file: Path) -> None:
+    """Delete a file where it can be; for clearing up after a failure, which is what should be reported."""
+    with suppress(OSError):
+        file.unlink()

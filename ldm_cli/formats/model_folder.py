@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm_cli.errors import CheckpointError, StorageError
-from ldm_cli.formats.json_file import read_json, write_json
+from ldm_cli.formats.json_file import discard, read_json, write_json
 from ldm_cli.formats.weight_files import (
     DIFFUSERS_WEIGHTS,
     TRANSFORMERS_WEIGHTS,
@@ -195,7 +195,7 @@ def save_model(
             os.fsync(stream.fileno())
         temporary.replace(target)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
         raise StorageError(
             f"cannot write '{target}'", str(error), "free some space, or choose another folder"
         ) from error

@@ -16,6 +16,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from ldm_cli.errors import StorageError
+from ldm_cli.formats.json_file import discard
 
 _SLUG_LENGTH = 40
 
@@ -80,7 +81,7 @@ def save_png(path: Path, pixels: Tensor, text: Mapping[str, str] | None = None) 
             os.fsync(stream.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
         raise StorageError(f"cannot write '{path}'", error.strerror or str(error)) from error
 
 

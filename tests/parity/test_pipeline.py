@@ -6,57 +6,24 @@ import pytest
 import torch
 
 from ldm_cli.core.diffusion.config import DiffusionConfig
-from ldm_cli.core.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from ldm_cli.core.models.clip import CLIPTextConfig, CLIPTextModel
-from ldm_cli.core.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
-from ldm_cli.data.tokenizer import Tokenizer, TokenizerConfig
-from ldm_cli.formats.pipeline_folder import our_settings
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.pipeline import ImageRequest, Pipeline
+from tests.sampling.tiny import TEXT, UNET, VAE, randomize, special_ids, tiny_pipeline, tiny_tokenizer
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
 PROMPTS = ["a small red circle at the top left", "a blue square"]
 NEGATIVE = "green"
-UNET = dict(
-    sample_size=8,
-    block_out_channels=(16, 32),
-    layers_per_block=1,
-    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    cross_attention_dim=24,
-    attention_head_dim=2,
-    norm_num_groups=8,
-)
-VAE = dict(
-    block_out_channels=(16, 32),
-    layers_per_block=1,
-    down_block_types=("DownEncoderBlock2D",) * 2,
-    up_block_types=("UpDecoderBlock2D",) * 2,
-    norm_num_groups=8,
-    sample_size=16,
-)
-TEXT = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, projection_dim=16)
-
-
-def randomize(module, seed):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            fan = parameter[0].numel() if parameter.ndim > 1 else 100
-            parameter.copy_(noise / fan**0.5 + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
-    return module.eval()
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.train([*PROMPTS, "a large green triangle left of a red circle"] * 3, TokenizerConfig(vocab_size=600))
+    return tiny_tokenizer()
 
 
 def scheduler(name, **fields):
-    stable = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+    stable = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
     extra = {"ddim": {"clip_sample": False, "set_alpha_to_one": False}, "pndm": {"skip_prk_steps": True}}
     classes = {
         "ddim": diffusers.DDIMScheduler,
@@ -69,13 +36,7 @@ def scheduler(name, **fields):
 
 def their_folder(folder, tokenizer, the_scheduler):
     tokenizer.save(folder / "own_tokenizer")
-    text = transformers.CLIPTextConfig(
-        **TEXT,
-        vocab_size=tokenizer.vocab_size,
-        bos_token_id=tokenizer.start_id,
-        eos_token_id=tokenizer.end_id,
-        pad_token_id=tokenizer.pad_id,
-    )
+    text = transformers.CLIPTextConfig(**TEXT, **special_ids(tokenizer))
     pipeline = diffusers.StableDiffusionPipeline(
         vae=randomize(diffusers.AutoencoderKL(**VAE), 1),
         text_encoder=randomize(transformers.CLIPTextModel(text), 2),
@@ -104,7 +65,7 @@ def their_images(folder, sampler=None):
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     if sampler is not None:
-        # Stable Diffusion's own file says clip_sample: false for the sake of DDIM; PNDM does not know the key.
+        # Stable Diffusion's own file says clip_sample: false for the sake of DDIM; PNDM has no such key.
         extra = {"clip_sample": False} if sampler == "ddim" else {}
         pipeline.scheduler = type(scheduler(sampler)).from_config(pipeline.scheduler.config, **extra)
     result = pipeline(
@@ -136,14 +97,17 @@ def test_folder_with_the_sampler_of_the_same_name_gives_the_same_pictures(tmp_pa
     assert_equal_pictures(our_images(Pipeline.load(folder), sampler=name), their_images(folder))
 
 
-def test_original_stable_diffusion_scheduler_file_is_read_with_each_samplers_own_spacing(tmp_path, tokenizer):
+def test_file_of_stable_diffusion_1_is_read_with_each_samplers_own_spacing(tmp_path, tokenizer):
     folder = their_folder(tmp_path, tokenizer, scheduler("pndm"))
     file = folder / "scheduler" / "scheduler_config.json"
-    absent = ("timestep_spacing", "prediction_type", "trained_betas")
     content = json.loads(file.read_text())
-    file.write_text(json.dumps({name: value for name, value in content.items() if name not in absent}))
+    for absent in ("timestep_spacing", "prediction_type", "trained_betas"):
+        del content[absent]
+    file.write_text(json.dumps(content))
     for sampler in ("ddim", "euler"):
-        assert_equal_pictures(our_images(Pipeline.load(folder), sampler=sampler), their_images(folder, sampler))
+        assert_equal_pictures(
+            our_images(Pipeline.load(folder), sampler=sampler), their_images(folder, sampler)
+        )
 
 
 @pytest.mark.parametrize(
@@ -154,23 +118,10 @@ def test_original_stable_diffusion_scheduler_file_is_read_with_each_samplers_own
     ],
     ids=["epsilon", "zero-snr"],
 )
-def test_folder_that_we_write_opens_in_diffusers_and_gives_the_same_pictures(tmp_path, tokenizer, diffusion):
-    text = CLIPTextConfig(
-        **TEXT,
-        vocab_size=tokenizer.vocab_size,
-        bos_token_id=tokenizer.start_id,
-        eos_token_id=tokenizer.end_id,
-        pad_token_id=tokenizer.pad_id,
-        max_position_embeddings=40,
-    )
-    pipeline = Pipeline(
-        unet=randomize(UNet2DConditionModel(UNet2DConditionConfig(**UNET)), 4),
-        vae=randomize(AutoencoderKL(AutoencoderKLConfig(**VAE, scaling_factor=0.7, shift_factor=0.3)), 5),
-        text_encoder=randomize(CLIPTextModel(text), 6),
-        tokenizer=tokenizer,
-        settings=our_settings(diffusion.to_mapping()),
-    )
+def test_folder_that_we_write_opens_in_diffusers_and_gives_the_same_pictures(tmp_path, diffusion):
+    pipeline = tiny_pipeline(diffusion, scaling_factor=0.7, shift_factor=0.3)
     before = our_images(pipeline)
     pipeline.save(tmp_path)
-    assert_equal_pictures(before, their_images(tmp_path))
-    assert_equal_pictures(our_images(Pipeline.load(tmp_path)), their_images(tmp_path))
+    expected = their_images(tmp_path)
+    assert_equal_pictures(before, expected)
+    assert_equal_pictures(our_images(Pipeline.load(tmp_path)), expected)
