@@ -85,7 +85,8 @@ class Tokenizer:
     """Texts to token ids.
 
     Attributes:
-        vocab_size: rows an embedding needs, the highest id + 1; the end token has the highest id in a trained vocabulary.
+        vocab_size: rows an embedding needs, the highest id + 1; the end token has the highest id in a
+            trained vocabulary.
         start_id, end_id, pad_id: ids of the special tokens; padding is the end token unless files say
             otherwise.
         model_max_length: the context length it was made for.
