@@ -146,7 +146,7 @@ def _fields_at(loc: tuple[str | int, ...], model: type[BaseModel], section: Mapp
         fields = candidate.model_fields
         known = [name for name in section if name in fields]
         # A branch's tag is the default of one of its fields, such as `model_type`.
-        return len(known) + sum(section[name] == fields[name].default for name in known)
+        return len(known) + sum(bool(section[name] == fields[name].default) for name in known)
 
     return list(max(models, key=fit).model_fields)
 

@@ -1,0 +1,86 @@
+"""Every shipped recipe is valid, explained, and of the size it claims."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ldm_cli.recipe.load import load_recipe
+from ldm_cli.recipe.schema import RECIPES, TrainUnetRecipe
+from ldm_cli.recipe.shipped import find_recipe, recipes_folder, shipped_recipes
+from ldm_cli.recipe.yaml_source import to_yaml
+from ldm_cli.reporting import SilentReporter
+from ldm_cli.stages.plan import plan
+
+NAMES = sorted(shipped_recipes())
+PUBLISHED = {
+    "clip/vit-b-32": {"clip": 151_277_313},
+    "clip/vit-l-14": {"clip": 427_616_513},
+    "clip/rn50": {"clip": 102_007_137},
+    "vae/sd-vae": {"vae": 83_653_863},
+    "unet/sd15": {"unet": 859_520_964},
+    "unet/sd21": {"unet": 865_910_724},
+}
+
+
+def test_the_shipped_recipes_are_these() -> None:
+    demo = ["demo/clip", "demo/eval", "demo/sample", "demo/unet", "demo/vae"]
+    small = [f"{room}/{data}" for room in ("clip", "vae", "unet") for data in ("cifar10", "emoji")]
+    assert sorted([*demo, *small, "eval/cifar10", *PUBLISHED]) == NAMES
+    assert len(NAMES) == len(list(recipes_folder().rglob("*.y*ml"))) == 18
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_recipe_is_valid_and_begins_with_what_it_is(name: str) -> None:
+    loaded = load_recipe(name)
+    assert loaded.recipe.command in RECIPES
+    assert re.match(r"# \S.{20,100}\.\n", loaded.text)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_resolved_recipe_is_the_same_recipe(name: str, tmp_path: Path) -> None:
+    loaded = load_recipe(name)
+    path = tmp_path / "resolved.yaml"
+    path.write_text(to_yaml(loaded.mapping), encoding="utf-8")
+    assert load_recipe(path).recipe == loaded.recipe
+
+
+@pytest.mark.parametrize("name", ["demo/unet", "unet/cifar10", "unet/emoji"])
+def test_the_parts_of_a_family_fit_together(name: str) -> None:
+    recipe = load_recipe(name).recipe
+    assert isinstance(recipe, TrainUnetRecipe)
+    others = {
+        other.recipe.name: other.recipe for other in map(load_recipe, NAMES) if hasattr(other.recipe, "name")
+    }
+    vae, clip = others[Path(recipe.vae).parts[1]], others[Path(recipe.text_encoder).parts[1]]
+    factor = 2 ** (len(vae.vae.block_out_channels) - 1)  # type: ignore[union-attr]
+    assert recipe.unet.cross_attention_dim == clip.clip.text_config.hidden_size  # type: ignore[union-attr]
+    assert recipe.unet.in_channels == recipe.unet.out_channels == vae.vae.latent_channels  # type: ignore[union-attr]
+    assert recipe.unet.sample_size == recipe.data.image_size // factor
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model_has_its_published_number_of_parameters(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loaded = load_recipe(name)
+    result = plan(loaded.recipe, SilentReporter())
+    assert PUBLISHED[name].items() <= result["parameters"].items()
+    (count,) = PUBLISHED[name].values()
+    assert f"{count:,} parameters" in loaded.text.partition("\n")[0]
+
+
+def test_a_recipe_is_found_by_path_and_by_every_form_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = recipes_folder() / "demo" / "clip.yaml"
+    for name in ("demo/clip", "demo/clip.yaml", "recipes/demo/clip.yaml", str(shipped)):
+        assert find_recipe(name) == shipped
+    own = tmp_path / "demo" / "clip"
+    own.parent.mkdir()
+    own.write_text("command: train-clip")
+    assert find_recipe("demo/clip") == Path("demo/clip")

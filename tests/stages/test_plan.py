@@ -1,0 +1,137 @@
+"""The dry run: exact counts and sizes, nothing allocated, nothing written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldm_cli.core.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from ldm_cli.core.models.clip import CLIPConfig, CLIPModel
+from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
+from ldm_cli.data.scenes import write_scenes
+from ldm_cli.errors import RecipeError
+from ldm_cli.formats.model_folder import save_model
+from ldm_cli.recipe.load import load_recipe
+from ldm_cli.recipe.schema import TrainUnetRecipe
+from ldm_cli.reporting import SilentReporter
+from ldm_cli.stages.plan import count_parameters, plan
+
+TRAIN = ["train.steps=30", "train.batch_size=8"]
+VAE = ["vae={block_out_channels: [16, 16], norm_num_groups: 8, down_block_types: [DownEncoderBlock2D,"
+       " DownEncoderBlock2D], up_block_types: [UpDecoderBlock2D, UpDecoderBlock2D]}"]  # fmt: skip
+
+
+def planned(command: str, *overrides: str) -> dict[str, Any]:
+    base = ["name=tiny", "data.shards=shards/train-*.tar"] if command.startswith("train") else []
+    loaded = load_recipe(None, [*base, *overrides], expected_command=command)
+    result = plan(loaded.recipe, SilentReporter())
+    json.dumps(result, allow_nan=False)
+    assert result["recipe"] == loaded.mapping
+    return result
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_memory_is_counted_per_weight_and_shards_per_sample(tmp_path: Path) -> None:
+    write_scenes(Path("shards"), 20, 32, 0, SilentReporter(), val_samples=3)
+    result = planned("train-vae", *VAE, *TRAIN, "data.val_shards=shards/val-*.tar", "train.ema_decay=0.9")
+    config = load_recipe(None, ["name=x", "data.shards=x", *VAE, *TRAIN], expected_command="train-vae").recipe
+    count = sum(p.numel() for p in AutoencoderKL(config.vae).parameters())  # type: ignore[union-attr]
+    assert result["parameters"] == {"vae": count}
+    assert result["bytes"] == {
+        "weights": 4 * count,
+        "gradients": 4 * count,
+        "optimizer": 8 * count,
+        "ema": 4 * count,
+    }
+    assert result["shards"] == {"num_shards": 1, "num_samples": 20, "num_val_shards": 1, "num_val_samples": 3}
+    assert (result["steps_per_epoch"], result["epochs"]) == (2.5, 12.0)
+    assert result["notes"] == []
+
+
+def test_the_discriminator_is_trained_but_not_averaged() -> None:
+    plain = planned("train-vae", *VAE, *TRAIN, "train.ema_decay=0.9")
+    adversarial = planned("train-vae", *VAE, *TRAIN, "train.ema_decay=0.9", "loss.adversarial_weight=0.5")
+    assert set(adversarial["parameters"]) == {"vae", "discriminator"}
+    added = adversarial["parameters"]["discriminator"]
+    assert adversarial["bytes"]["optimizer"] - plain["bytes"]["optimizer"] == 8 * added
+    assert adversarial["bytes"]["ema"] == plain["bytes"]["ema"]
+
+
+def test_what_is_missing_is_noted_not_raised(tmp_path: Path) -> None:
+    result = planned("train-unet", "vae=runs/v/model", "text_encoder=runs/c/model", "unet={}", *TRAIN)
+    assert set(result["parameters"]) == {"unet"}
+    assert "shards" not in result
+    assert "epochs" not in result
+    vae, text, shards = result["notes"]
+    assert "runs/v/model" in vae
+    assert "runs/c/model" in text
+    assert "shards/train-*.tar" in shards
+    assert list(tmp_path.iterdir()) == []
+
+
+UNET = (
+    "unet={block_out_channels: [16, 16], down_block_types: [DownBlock2D, CrossAttnDownBlock2D],"
+    " up_block_types: [CrossAttnUpBlock2D, UpBlock2D], layers_per_block: 1, norm_num_groups: 8, attention_head_dim: 2,"
+    " cross_attention_dim: 16, in_channels: 4, out_channels: 4}"
+)
+
+
+def _save_parts() -> tuple[AutoencoderKL, CLIPModel]:
+    """A tiny autoencoder in v/ and a tiny CLIP in c/."""
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(AutoencoderKLConfig(block_out_channels=(16, 16), norm_num_groups=8, **blocks))  # type: ignore[arg-type]
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    clip = CLIPModel(
+        CLIPConfig.from_mapping({"text_config": {**tower, "vocab_size": 520}, "vision_config": tower})
+    )
+    save_model(Path("v"), vae.state_dict(), vae.config.to_hugging_face())
+    save_model(Path("c"), clip.state_dict(), clip.config.to_hugging_face())
+    return vae, clip
+
+
+def test_frozen_models_count_as_weights_only() -> None:
+    vae, clip = _save_parts()
+    result = planned("train-unet", "vae=v", "text_encoder=c", UNET, *TRAIN)
+    recipe = load_recipe(
+        None,
+        ["name=x", "data.shards=x", "vae=v", "text_encoder=c", UNET, *TRAIN],
+        expected_command="train-unet",
+    ).recipe
+    assert isinstance(recipe, TrainUnetRecipe)
+    unet = count_parameters(UNet2DConditionModel(recipe.unet))
+    frozen = count_parameters(vae) + count_parameters(clip.text_model)
+    assert result["parameters"] == {
+        "unet": unet,
+        "vae": count_parameters(vae),
+        "text_encoder": count_parameters(clip.text_model),
+    }
+    assert result["bytes"]["weights"] == 4 * (unet + frozen)
+    assert result["bytes"]["gradients"] == 4 * unet
+
+
+def test_parts_that_do_not_fit_together_are_refused_before_training() -> None:
+    _save_parts()
+    with pytest.raises(RecipeError, match="cross_attention_dim=32"):
+        planned("train-unet", "vae=v", "text_encoder=c", UNET, "unet.cross_attention_dim=32", *TRAIN)
+
+
+def test_evaluation_and_sampling_have_plans_too() -> None:
+    _, clip = _save_parts()
+    result = planned("eval", "data.shards=x.tar", "eval={metrics: [retrieval], clip: c}")
+    assert result["parameters"] == {"clip": count_parameters(clip)}
+    result = planned("sample", "model=nowhere", "prompts=[a, b]", "sampling.images_per_prompt=3")
+    assert result["images"] == 6
+    assert result["parameters"] == {}
+    assert "nowhere" in result["notes"][0]
+
+
+def test_a_model_larger_than_memory_is_planned_without_allocating() -> None:
+    result = planned("train-vae", *VAE, "vae.block_out_channels=[8192, 8192]", *TRAIN)
+    assert result["parameters"]["vae"] > 10**10
