@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 import typer
 
 from ldm_cli.cli import options as given
 from ldm_cli.cli.report import make_reporter
 from ldm_cli.cli.show import show_plan, show_result
+
+if TYPE_CHECKING:
+    from ldm_cli.recipe.schema import EvalRecipe
 
 
 def register(app: typer.Typer) -> None:
@@ -36,4 +41,4 @@ def _eval(
         return
     from ldm_cli.stages import evaluate
 
-    show_result(evaluate.run(loaded.recipe, options, make_reporter()), json)
+    show_result(evaluate.run(cast("EvalRecipe", loaded.recipe), options, make_reporter()), json)

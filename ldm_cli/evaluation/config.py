@@ -7,7 +7,6 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from ldm_cli.config import Config
-from ldm_cli.sampling.config import SamplingConfig
 
 MetricName = Literal[
     "clip_score", "zero_shot", "retrieval", "reconstruction", "frechet_distance", "attribute_accuracy"
@@ -60,8 +59,6 @@ class EvalConfig(Config):
     `sampling.seed + i`."""
     zero_shot: tuple[ZeroShotTask, ...] = ()
     """Classifications for `zero_shot`."""
-    sampling: SamplingConfig = SamplingConfig()
-    """How pictures are drawn; `images_per_prompt` is not used."""
     batch_size: Annotated[int, Field(ge=1)] = 64
     """Samples per network call."""
 

@@ -110,6 +110,13 @@ class SampleRecipe(Config):
     """Sampler, steps, guidance, size."""
 
 
+class EvalSection(EvalConfig):
+    """Which models, which metrics of them, and how pictures are drawn for those."""
+
+    sampling: SamplingConfig = SamplingConfig()
+    """How pictures are drawn; `images_per_prompt` is not used."""
+
+
 class EvalRecipe(Config):
     """`ldm eval`: metrics of trained models on shards."""
 
@@ -119,7 +126,7 @@ class EvalRecipe(Config):
     """Seed of everything random."""
     data: DataConfig
     """Shards to measure on (`shards`; `val_shards` is not used)."""
-    eval: EvalConfig
+    eval: EvalSection
     """Models and metrics."""
 
 

@@ -17,11 +17,10 @@ from ldm_cli.data.shards import ShardSet
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import DataError
 from ldm_cli.evaluation.clip_features import CLIPFeatures
-from ldm_cli.evaluation.config import EvalConfig
 from ldm_cli.evaluation.image_quality import psnr, ssim
 from ldm_cli.evaluation.scene_detector import SeenScene, read_scenes
 from ldm_cli.formats.model_folder import load_model, weights_sha256
-from ldm_cli.recipe.schema import EvalRecipe
+from ldm_cli.recipe.schema import EvalRecipe, EvalSection
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.components import resolve_model
 from ldm_cli.sampling.pipeline import ImageRequest, Pipeline
@@ -57,7 +56,7 @@ class Gathered:
     scenes: list[SeenScene] = field(default_factory=list)
 
 
-def load_models(config: EvalConfig, device: torch.device) -> Models:
+def load_models(config: EvalSection, device: torch.device) -> Models:
     """The models that the metrics need, and no others."""
     hashes: dict[str, Any] = {}
     clip, vae, pipeline = None, None, None
@@ -115,7 +114,7 @@ def _reconstructed(vae: AutoencoderKL, images: Tensor) -> Tensor:
     return ((again + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def measure_drawn(config: EvalConfig, real: Gathered, models: Models, reporter: Reporter) -> Gathered:
+def measure_drawn(config: EvalSection, real: Gathered, models: Models, reporter: Reporter) -> Gathered:
     """A picture for each of the first captions, measured and dropped."""
     gathered = Gathered(captions=real.captions[: config.num_generated])
     with_scenes = "attribute_accuracy" in config.metrics
@@ -127,7 +126,7 @@ def measure_drawn(config: EvalConfig, real: Gathered, models: Models, reporter: 
     return gathered
 
 
-def _drawn(config: EvalConfig, captions: list[str], models: Models, reporter: Reporter) -> Iterator[Tensor]:
+def _drawn(config: EvalSection, captions: list[str], models: Models, reporter: Reporter) -> Iterator[Tensor]:
     """Batches of pictures, uint8 [B, 3, H, W], one picture per caption."""
     assert models.pipeline is not None
     requests = [ImageRequest(caption, config.sampling.seed + i) for i, caption in enumerate(captions)]

@@ -18,7 +18,7 @@ from ldm_cli.data.shards import ShardSet, open_shards
 from ldm_cli.errors import DataError, OutputError, RecipeError
 from ldm_cli.evaluation.attribute_accuracy import score_scenes
 from ldm_cli.evaluation.clip_features import CLIPFeatures
-from ldm_cli.evaluation.config import EvalConfig, ZeroShotTask
+from ldm_cli.evaluation.config import ZeroShotTask
 from ldm_cli.evaluation.frechet import FeatureStatistics, frechet_distance, frechet_name
 from ldm_cli.evaluation.image_quality import SSIM_WINDOW
 from ldm_cli.evaluation.metrics import (
@@ -29,7 +29,7 @@ from ldm_cli.evaluation.metrics import (
 )
 from ldm_cli.evaluation.scene_detector import WORKING_SIZE
 from ldm_cli.formats.model_folder import write_json
-from ldm_cli.recipe.schema import EvalRecipe
+from ldm_cli.recipe.schema import EvalRecipe, EvalSection
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.eval_samples import Gathered, Models, load_models, measure_drawn, measure_real
 from ldm_cli.stages.options import RunOptions, resolve_device
@@ -110,7 +110,7 @@ def _check_sizes(recipe: EvalRecipe, models: Models) -> None:
             )
 
 
-def _metrics_of_real(config: EvalConfig, models: Models, real: Gathered) -> dict[str, Any]:
+def _metrics_of_real(config: EvalSection, models: Models, real: Gathered) -> dict[str, Any]:
     """What the first `num_samples` samples tell by themselves."""
     count = min(config.num_samples, len(real.keys))
     result: dict[str, Any] = {}
@@ -135,7 +135,7 @@ def _metrics_of_real(config: EvalConfig, models: Models, real: Gathered) -> dict
 
 
 def _metrics_of_drawn(
-    config: EvalConfig, models: Models, real: Gathered, drawn: Gathered, reporter: Reporter
+    config: EvalSection, models: Models, real: Gathered, drawn: Gathered, reporter: Reporter
 ) -> dict[str, Any]:
     """What all the pictures tell, beside the real samples."""
     result: dict[str, Any] = {}

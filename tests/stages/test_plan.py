@@ -78,8 +78,8 @@ def test_what_is_missing_is_noted_not_raised(tmp_path: Path) -> None:
 
 UNET = (
     "unet={block_out_channels: [16, 16], down_block_types: [DownBlock2D, CrossAttnDownBlock2D],"
-    " up_block_types: [CrossAttnUpBlock2D, UpBlock2D], layers_per_block: 1, norm_num_groups: 8, attention_head_dim: 2,"
-    " cross_attention_dim: 16, in_channels: 4, out_channels: 4}"
+    " up_block_types: [CrossAttnUpBlock2D, UpBlock2D], layers_per_block: 1, norm_num_groups: 8,"
+    " attention_head_dim: 2, cross_attention_dim: 16, in_channels: 4, out_channels: 4}"
 )
 
 
