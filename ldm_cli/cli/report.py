@@ -75,6 +75,11 @@ def show_figures(figures: Mapping[str, Figure]) -> str:
     )
 
 
+def _joined(pace: Pace, figures: Mapping[str, Figure]) -> str:
+    """`step 120/2000 (6%), 3.4 step/s, ETA 0:09:12, loss 0.1234`."""
+    return ", ".join(part for part in (pace.count(), str(pace), show_figures(figures)) if part)
+
+
 def _clock_time(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -124,8 +129,7 @@ class _PlainProgress:
             self._show()
 
     def _show(self) -> None:
-        parts = [self._pace.count(), str(self._pace), show_figures(self._figures)]
-        write_line(f"{self._title}: {', '.join(part for part in parts if part)}")
+        write_line(f"{self._title}: {_joined(self._pace, self._figures)}")
         self._shown_at, self._shown_done = self._clock(), self._pace.done
 
 
@@ -161,9 +165,10 @@ class LiveReporter:
         if bars is None:
             bars = self._bars = self._new_bars()
             bars.start()
-        task = bars.add_task(printable(title), total=total, completed=done, about="")
+        pace = Pace(total, done, unit, time.monotonic)
+        task = bars.add_task(printable(title), total=total, completed=done, about=pace.count())
         try:
-            yield _LiveProgress(bars, task, Pace(total, done, unit, time.monotonic))
+            yield _LiveProgress(bars, task, pace)
         finally:
             if outermost:
                 bars.stop()
@@ -178,7 +183,6 @@ class LiveReporter:
         return RichProgress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
             TextColumn("{task.fields[about]}", markup=False),
             console=self._console,
             refresh_per_second=4,
@@ -194,5 +198,5 @@ class _LiveProgress:
         """Move the bar."""
         self._pace.update(done)
         self._figures = figures or self._figures
-        about = ", ".join(part for part in (str(self._pace), show_figures(self._figures)) if part)
+        about = _joined(self._pace, self._figures)
         self._bars.update(self._task, completed=done, about=printable(about))

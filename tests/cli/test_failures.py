@@ -1,0 +1,215 @@
+"""Every failure is the documented exit code and one line, the last on stderr."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm_cli.cli import app, failures
+from ldm_cli.errors import DataError, LdmError
+from tests.conftest import REPOSITORY, Ldm
+
+
+def last_line(stderr: str) -> str:
+    return stderr.splitlines()[-1]
+
+
+def test_a_typo_in_a_recipe_is_one_line_with_its_place_the_right_key_and_78(ldm: Ldm, tmp_path: Path) -> None:
+    text = (REPOSITORY / "recipes/demo/vae.yaml").read_text(encoding="utf-8")
+    (tmp_path / "vae.yaml").write_text(text.replace("  steps:", "  stpes:"), encoding="utf-8")
+    result = ldm("train-vae", "vae.yaml")
+    line = text[: text.index("  steps:")].count("\n") + 1
+    assert result.stderr == (
+        f"ldm: error: vae.yaml:{line}:3: train.stpes: unknown key (did you mean 'steps'?) [E-RECIPE]\n"
+    )
+    assert (result.returncode, result.stdout) == (78, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["vae.yaml"]
+
+
+def test_several_problems_are_a_line_each_and_a_line_for_all(ldm: Ldm, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "command: train-vae\nname: 3\nvae: {}\ntrain: {steps: 1, batch_size: 1}\n"
+    )
+    result = ldm("train-vae", "r.yaml", "train.lr=fast")
+    assert result.returncode == 78
+    assert result.stderr.splitlines() == [
+        "r.yaml:1:1: missing required key 'data'",
+        "r.yaml:2:7: name: expected text, found integer 3 (put it in quotes)",
+        "override 'train.lr=fast': train.lr: expected a number, found text 'fast'",
+        "ldm: error: recipe 'r.yaml' is invalid: 3 problems [E-RECIPE]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "no command given; see ldm --help"),
+        (["trian-clip"], "no such command 'trian-clip'"),
+        (["train-clip"], "missing argument 'RECIPE'; see ldm train-clip --help"),
+        (["train-clip", "demo/clip", "--ouy", "x"], "no such option: --ouy"),
+        (["train-clip", "demo/clip", "--out"], "option '--out' requires an argument"),
+        (["train-clip", "demo/clip", "lr"], "unexpected argument 'lr': it is not KEY=VALUE"),
+        (["train-clip", "demo/clip", "--max-time", "soon"], "--max-time 'soon' is no duration"),
+        (["sample", "--model", "m", "-p", "x", "--steps", "many"], "invalid value for '--steps'"),
+        (["sample", "--model", "m", "-p", "x", "--size", "big"], "--size 'big' is no size"),
+        (
+            ["sample", "--model", "m", "-p", "x", "--steps", "0"],
+            "option '--steps': sampling.steps: expected at least 1",
+        ),
+        (["sample", "--model", "m"], "no prompt given"),
+        (["sample", "-p", "x"], "no model given"),
+        (["data"], "missing command; see ldm data --help"),
+        (["data", "synth", "x", "--samples", "0"], "invalid value for '--samples'"),
+        (["recipe", "schema", "train-clop"], "no recipe is for the command 'train-clop'"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_2(
+    arguments: list[str], line: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert app.run(arguments) == 2
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("ldm: error: ")
+    assert captured.err.endswith(" [E-USAGE]\n")
+    assert captured.err.count("\n") == 1
+    assert line in captured.err
+
+
+def test_a_recipe_that_is_not_there_is_66_and_suggested(capfd: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["train-clip", "demo/clop"]) == 66
+    assert "(did you mean 'demo/clip'?)" in last_line(capfd.readouterr().err)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is not missing here")
+def test_a_missing_device_is_69(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train-vae", "demo/vae", "--device", "cuda", "--out", str(tmp_path / "out")]
+    assert app.run(arguments) == 69
+    assert "device 'cuda' is missing" in last_line(capfd.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+LDM_ERRORS = [error for error in LdmError.__subclasses__() if not error.__subclasses__()]
+
+
+def system_error(number: int, *filename: str) -> OSError:
+    return OSError(number, os.strerror(number), *filename)
+
+
+RAISED: list[tuple[BaseException, int, str]] = [
+    *(
+        (error("what", "cause", "remedy"), error.code, f"what: cause; remedy [{error.tag}]")
+        for error in LDM_ERRORS
+    ),
+    (KeyboardInterrupt(), 130, "interrupted"),
+    (MemoryError(), 81, "out of memory"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried 3 GiB\nmore"), 81, "CUDA out of memory. Tried"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 81, "can't allocate"),
+    (system_error(errno.ENOENT, "a.tar"), 66, "cannot open 'a.tar': no such file"),
+    (system_error(errno.EACCES, "out"), 73, "cannot open 'out': permission denied"),
+    (system_error(errno.ENOSPC, "a.png"), 74, "cannot read or write 'a.png': no space left"),
+    (system_error(errno.EIO), 74, "cannot read or write: input/output error"),
+    (ZeroDivisionError("by zero\nsecond line"), 70, "unexpected ZeroDivisionError: by zero; this is a bug"),
+]
+
+
+@pytest.mark.parametrize(("error", "code", "line"), RAISED)
+def test_what_a_stage_raises_becomes_its_code_and_one_line(
+    error: BaseException,
+    code: int,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    raise_in(monkeypatch, error)
+    assert app.run(["recipe", "list"]) == code
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("ldm: error: ")
+    assert captured.err.count("\n") == 1
+    assert line in captured.err
+
+
+def raise_in(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Let `ldm recipe list` fail with `error`."""
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("ldm_cli.recipe.shipped.shipped_recipes", fail)
+
+
+def test_a_bug_leaves_a_report_without_the_environment(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    raise_in(monkeypatch, ZeroDivisionError("division by zero"))
+    app.run(["recipe", "list"])
+    (path,) = tmp_path.iterdir()
+    assert f"'{path}'" in capfd.readouterr().err
+    text = path.read_text(encoding="utf-8")
+    assert "ZeroDivisionError: division by zero" in text
+    assert "in fail" in text
+    assert "['recipe', 'list']" in text
+    assert "hf_secret" not in text
+
+
+def test_debug_shows_the_traceback_before_the_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    raise_in(monkeypatch, DataError("broken"))
+    assert app.run(["recipe", "list", "--debug"]) == 65
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1] == "ldm: error: broken [E-DATA]"
+
+
+def test_control_characters_in_an_error_are_escaped(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    raise_in(monkeypatch, DataError("bad key 'a\x1b[2J\u202eb\nc'"))
+    app.run(["recipe", "list"])
+    assert capfd.readouterr().err == "ldm: error: bad key 'a\\x1b[2J\\u202eb\\nc' [E-DATA]\n"
+
+
+def test_every_error_class_keeps_its_documented_code() -> None:
+    documented = {2, 65, 66, 69, 70, 73, 74, 75, 78, 80, 81, 82, 83}
+    assert {error.code for error in [LdmError, *LdmError.__subclasses__()]} == documented
+
+
+def _interrupt_when_busy(process: subprocess.Popen[str], is_busy: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not is_busy() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+
+
+def test_control_c_is_130(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ldm_cli", "data", "synth", "scenes", "--samples", "100000"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        _interrupt_when_busy(process, lambda: (tmp_path / "scenes").exists())
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert last_line(stderr) == "ldm: error: interrupted"
+    assert not re.search("Traceback", stderr)
+
+
+def test_an_exit_that_is_no_failure_says_nothing() -> None:
+    assert failures.exit_code_of(BrokenPipeError()) == 141
+    assert failures.exit_code_of(SystemExit(1)) == 141
+    assert failures.exit_code_of(ValueError()) is None

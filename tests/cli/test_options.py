@@ -1,0 +1,128 @@
+"""How the texts of options are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldm_cli.cli import app
+from ldm_cli.cli.options import seconds, size
+from ldm_cli.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, None),
+        ("3h", 10800.0),
+        ("1h30m", 5400.0),
+        ("1.5h", 5400.0),
+        ("90m", 5400.0),
+        ("45s", 45.0),
+        ("2d", 172800.0),
+        ("30:00", 1800.0),
+        ("1:30:00", 5400.0),
+        ("1-12:00:00", 129600.0),
+        ("3600", 3600.0),
+        ("0.5", 0.5),
+    ],
+)
+def test_a_duration_has_many_spellings(text: str | None, expected: float | None) -> None:
+    assert seconds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "0", "0h", "-1h", "3x", "h", "1:2:3:4", "nan", "inf", "1..5h"])
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is no duration"):
+        seconds(text)
+
+
+def test_a_size_is_width_by_height() -> None:
+    assert (size("640x480"), size("64X32"), size("512"), size(None)) == (
+        (640, 480),
+        (64, 32),
+        (512, 512),
+        None,
+    )
+    for text in ("", "x", "64x", "6.4x5", "-1x5", "64x64x64"):
+        with pytest.raises(UsageError, match="is no size"):
+            size(text)
+
+
+@pytest.fixture
+def sampled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What `ldm sample` hands to its stage."""
+    from ldm_cli.stages import sample
+
+    seen: dict[str, Any] = {}
+
+    def run(recipe: Any, options: Any, reporter: Any, latents_file: Any = None) -> dict[str, Any]:
+        seen.update(recipe=recipe, options=options, latents=latents_file)
+        return {"images": 0}
+
+    monkeypatch.setattr(sample, "run", run)
+    return seen
+
+
+def test_options_of_sample_override_the_recipe(sampled: dict[str, Any], tmp_path: Path) -> None:
+    prompts = tmp_path / "p.txt"
+    prompts.write_bytes(b"\xef\xbb\xbffirst\r\n\n  second  \nbad \xff\n")
+    arguments = ["sample", "demo/sample", "sampling.steps=7", "--steps", "9", "-n", "2", "--seed", "5"]
+    arguments += ["--guidance", "2", "--size", "64x32", "--sampler", "euler", "--negative", "blurry"]
+    arguments += ["--batch-size", "3", "--eta", "0.5", "--prompts", str(prompts), "-p", "last", "-p", ""]
+    arguments += ["--latents", "z.safetensors", "--out", "here", "--precision", "bf16", "--overwrite"]
+    arguments += ["--device", "cpu", "prompts=[zeroth]"]
+    assert app.run(arguments) == 0
+    recipe, options = sampled["recipe"], sampled["options"]
+    assert recipe.prompts == ("zeroth", "first", "second", "bad \N{REPLACEMENT CHARACTER}", "last", "")
+    assert recipe.model == "runs/demo-unet/model"
+    assert recipe.sampling.model_dump(exclude={"timestep_spacing"}) == {
+        "sampler": "euler",
+        "steps": 9,
+        "eta": 0.5,
+        "guidance": 2.0,
+        "negative": "blurry",
+        "images_per_prompt": 2,
+        "seed": 5,
+        "width": 64,
+        "height": 32,
+        "batch_size": 3,
+        "precision": "bf16",
+    }
+    assert (options.out, options.device, options.overwrite) == (Path("here"), "cpu", True)
+    assert sampled["latents"] == Path("z.safetensors")
+
+
+def test_sample_needs_no_recipe(sampled: dict[str, Any]) -> None:
+    assert app.run(["sample", "--model", "m", "-p", "a=b"]) == 0
+    assert (sampled["recipe"].model, sampled["recipe"].prompts) == ("m", ("a=b",))
+
+
+def test_the_trainers_pass_on_what_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ldm_cli.stages import train_clip, train_unet, train_vae
+
+    for name, stage in (("clip", train_clip), ("vae", train_vae), ("unet", train_unet)):
+        seen: dict[str, Any] = {}
+
+        def run(recipe: Any, options: Any, reporter: Any, seen: dict[str, Any] = seen) -> dict[str, Any]:
+            seen.update(recipe=recipe, options=options)
+            return {"state": "finished"}
+
+        monkeypatch.setattr(stage, "run", run)
+        arguments = [
+            f"train-{name}",
+            f"demo/{name}",
+            "train.steps=300",
+            "--resume",
+            "never",
+            "--max-time",
+            "2m",
+        ]
+        assert app.run([*arguments, "--out", "o"]) == 0
+        assert (seen["recipe"].command, seen["recipe"].train.steps) == (f"train-{name}", 300)
+        options = seen["options"]
+        assert (options.out, options.resume, options.max_time) == (Path("o"), "never", 120.0)
+        assert options.overrides == ("train.steps=300",)
+        assert options.recipe_text.startswith("# The demo's")

@@ -1,0 +1,46 @@
+"""Results: tables that fit, JSON that parses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ldm_cli.cli.show import show_result, show_rows
+
+
+def test_tables_hold_every_value_in_full_when_piped(capfd: pytest.CaptureFixture[str]) -> None:
+    path = "runs/" + "x" * 300
+    show_result(
+        {
+            "run": path,
+            "step": 12345,
+            "figures": {"val_loss": 0.123456, "ok": True, "none": None},
+            "tasks": {"color": {"accuracy": 0.5, "n": 10}, "shape": {"accuracy": 0.25, "n": 10}},
+            "images": [{"file": "a.png", "seed": 0}, {"file": "[bold]b.png", "seed": 1}],
+            "prompts": ["a", "b"],
+        },
+        as_json=False,
+    )
+    out = capfd.readouterr().out
+    lines = [line.split() for line in out.splitlines()]
+    assert ["run", path] in lines
+    assert ["step", "12,345"] in lines
+    assert ["prompts", "a,", "b"] in lines
+    assert ["val", "loss", "0.1235"] in lines
+    assert ["ok", "yes"] in lines
+    assert ["color", "0.5", "10"] in lines
+    assert ["[bold]b.png", "1"] in lines
+    assert "\x1b" not in out
+
+
+def test_json_has_null_for_what_json_cannot_say(capfd: pytest.CaptureFixture[str]) -> None:
+    show_result({"a": float("nan"), "b": [float("inf"), 1.5], "c": {"d": (1, 2)}, "e": "é"}, as_json=True)
+    assert json.loads(capfd.readouterr().out) == {"a": None, "b": [None, 1.5], "c": {"d": [1, 2]}, "e": "é"}
+
+
+def test_untrusted_text_cannot_steer_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    show_rows("t\x1b[2J", [{"caption": "a\x1b]0;x\x07b\u202e"}])
+    out = capfd.readouterr().out
+    assert "\x1b" not in out
+    assert "\\x1b]0;x\\x07b\\u202e" in out
