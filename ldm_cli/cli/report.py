@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 _SECONDS_BETWEEN_LINES = 5.0
+_SECONDS_WORTH_A_LINE = 2.0
 _RATE_WINDOW = 30.0
 
 
@@ -55,7 +56,10 @@ class Pace:
         rate = self.rate
         if rate is None:
             return ""
-        speed = f"{rate:.3g} {self.unit}/s" if rate >= 1 else f"{1 / rate:.3g} s/{self.unit}"
+        if rate < 1:
+            speed = f"{1 / rate:.3g} s/{self.unit}"
+        else:
+            speed = f"{rate:.3g} {self.unit}/s" if rate < 1000 else f"{rate:.0f} {self.unit}/s"
         if self.total is None or self.done >= self.total:
             return speed
         return f"{speed}, ETA {_clock_time((self.total - self.done) / rate)}"
@@ -114,7 +118,8 @@ class _PlainProgress:
     def __init__(self, title: str, pace: Pace, clock: Callable[[], float]) -> None:
         self._title, self._pace, self._clock = title, pace, clock
         self._figures: Mapping[str, Figure] = {}
-        self._shown_at, self._shown_done = clock(), pace.done
+        self._started_at = self._shown_at = clock()
+        self._shown_done = pace.done
 
     def update(self, done: int, figures: Mapping[str, Figure] | None = None) -> None:
         """Take the new state, and say it if the last line is a while ago."""
@@ -124,8 +129,9 @@ class _PlainProgress:
             self._show()
 
     def finish(self) -> None:
-        """Say the last state, unless it was said."""
-        if self._pace.done != self._shown_done:
+        """Say the last state, unless it was said, or all was over in a moment."""
+        took = self._clock() - self._started_at
+        if self._pace.done != self._shown_done and took >= _SECONDS_WORTH_A_LINE:
             self._show()
 
     def _show(self) -> None:

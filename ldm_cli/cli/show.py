@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ldm_cli.recipe.load import LoadedRecipe
 
 _PIPE_WIDTH = 4096
+Section = tuple[str, "Table"]
+"""A title, which may be empty, and what stands under it."""
 
 
 def show_result(result: Mapping[str, Any], as_json: bool) -> None:
@@ -28,17 +30,12 @@ def show_result(result: Mapping[str, Any], as_json: bool) -> None:
         text = json.dumps(_finite(result), indent=2, ensure_ascii=not is_utf8(), allow_nan=False, default=str)
         write_result(text + "\n")
         return
-    single = {name: value for name, value in result.items() if not _is_compound(value)}
-    tables = [_pairs("", single)] if single else []
-    tables += [
-        table for name, value in result.items() if _is_compound(value) for table in _tables(name, value)
-    ]
-    write_result(_rendered(tables))
+    write_result(_rendered(_sections("", result)))
 
 
 def show_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """A table of records with the same fields."""
-    write_result(_rendered([_rows(title, rows)]))
+    write_result(_rendered([(title, _rows(rows))]))
 
 
 def show_plan(loaded: LoadedRecipe, as_json: bool) -> None:
@@ -52,65 +49,69 @@ def show_plan(loaded: LoadedRecipe, as_json: bool) -> None:
         show_result(result, as_json=True)
         return
     write_result(to_yaml(result.pop("recipe"), ascii_only=not is_utf8()) + "\n")
+    notes = result.pop("notes")
     if "bytes" in result:
         result["memory"] = {name: _amount(size) for name, size in result.pop("bytes").items()}
     show_result(result, as_json=False)
+    write_result("".join(f"note: {printable(note)}\n" for note in notes))
 
 
 def _is_compound(value: Any) -> bool:
-    return isinstance(value, Mapping) or (
-        isinstance(value, list | tuple) and any(isinstance(v, Mapping) for v in value)
-    )
+    """Worth a table of its own; what is empty is not."""
+    if isinstance(value, Mapping):
+        return len(value) > 0
+    return isinstance(value, list | tuple) and any(isinstance(entry, Mapping) for entry in value)
 
 
-def _tables(title: str, value: Any) -> list[Table]:
-    """A mapping as pairs, deeper ones after it; records as rows."""
+def _sections(title: str, value: Any) -> list[Section]:
+    """A mapping as pairs, deeper ones after it; records as rows; nothing for what is empty."""
     if not isinstance(value, Mapping):
-        return [_rows(title, value)]
+        return [(title, _rows(value))]
     children = list(value.values())
-    if len(children) > 1 and all(
-        isinstance(v, Mapping) and not any(map(_is_compound, v.values())) for v in children
-    ):
-        return [_rows(title, [{"": name, **fields} for name, fields in value.items()])]
+    is_grid = len(children) > 1 and all(isinstance(v, Mapping) and not _holds_compound(v) for v in children)
+    if title and is_grid:
+        return [(title, _rows([{"": name, **fields} for name, fields in value.items()]))]
     single = {name: v for name, v in value.items() if not _is_compound(v)}
-    tables = [_pairs(title, single)] if single else []
-    return tables + [
-        table for name, v in value.items() if _is_compound(v) for table in _tables(f"{title} / {name}", v)
-    ]
+    sections = [(title, _pairs(single))] if single else []
+    inner = [(f"{title} / {name}" if title else name, v) for name, v in value.items() if _is_compound(v)]
+    return sections + [section for name, v in inner for section in _sections(name, v)]
 
 
-def _pairs(title: str, values: Mapping[str, Any]) -> Table:
-    table = _new_table(title, show_header=False)
+def _holds_compound(values: Mapping[str, Any]) -> bool:
+    return any(_is_compound(value) for value in values.values())
+
+
+def _pairs(values: Mapping[str, Any]) -> Table:
+    table = _new_table(show_header=False)
+    is_numeric = all(_is_number(value) for value in values.values())
     table.add_column(style="bold")
-    table.add_column(
-        justify="right" if all(_is_number(v) for v in values.values()) else "left", overflow="fold"
-    )
+    table.add_column(justify="right" if is_numeric else "left", overflow="fold")
     for name, value in values.items():
-        table.add_row(_cell(name.replace("_", " ")), _cell(value))
+        table.add_row(_cell(_label(name)), _cell(value))
     return table
 
 
-def _rows(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+def _rows(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = _new_table(show_header=True)
     names = list(dict.fromkeys(name for row in rows for name in row))
-    table = _new_table(title)
     for name in names:
-        numeric = all(_is_number(row.get(name, 0)) for row in rows)
-        table.add_column(
-            _cell(name.replace("_", " ")), justify="right" if numeric else "left", overflow="fold"
-        )
+        is_numeric = all(_is_number(row.get(name, 0)) for row in rows)
+        table.add_column(_cell(_label(name)), justify="right" if is_numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(row.get(name, "")) for name in names))
     return table
 
 
-def _new_table(title: str, show_header: bool = True) -> Table:
+def _new_table(show_header: bool) -> Table:
     from rich import box
     from rich.table import Table
 
-    heading = printable(title.replace("_", " ")) or None
-    return Table(
-        title=heading, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_header=show_header
-    )
+    return Table(box=box.SIMPLE_HEAD, show_header=show_header, show_edge=False)
+
+
+def _label(name: str) -> str:
+    """A field's name in words; a path or a caption as it is."""
+    return name.replace("_", " ") if name.isidentifier() else name
 
 
 def _cell(value: Any) -> Any:
@@ -123,6 +124,8 @@ def _cell(value: Any) -> Any:
         text = f"{value:,}"
     elif isinstance(value, float):
         text = f"{value:.4g}"
+    elif isinstance(value, list | tuple | Mapping) and not value:
+        text = "-"
     elif isinstance(value, list | tuple):
         text = ", ".join(str(entry) for entry in value)
     else:
@@ -152,9 +155,10 @@ def _finite(value: Any) -> Any:
     return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def _rendered(tables: Sequence[Table]) -> str:
-    """Tables as text for the stdout at hand: in colour on a terminal, no line broken in a pipe."""
+def _rendered(sections: Sequence[Section]) -> str:
+    """Titles and tables as text for the stdout at hand: in colour on a terminal, no line broken in a pipe."""
     from rich.console import Console
+    from rich.text import Text
 
     on_terminal = sys.stdout.isatty()
     target = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding, errors="backslashreplace")
@@ -164,8 +168,12 @@ def _rendered(tables: Sequence[Table]) -> str:
         force_terminal=on_terminal and os.environ.get("TERM", "dumb") != "dumb",
         highlight=False,
     )
-    for table in tables:
+    for number, (title, table) in enumerate(sections):
+        if number > 0:
+            console.print()
+        if title:
+            console.print(Text(printable(" / ".join(map(_label, title.split(" / ")))), style="bold"))
         console.print(table)
     target.flush()
     lines = target.buffer.getvalue().decode(target.encoding).splitlines()
-    return "\n".join(line.rstrip() for line in lines if line.strip() or on_terminal) + "\n"
+    return "\n".join(line.rstrip() for line in lines) + "\n"

@@ -219,7 +219,14 @@ class _Builder:
 
 def to_yaml(data: Any, ascii_only: bool = False) -> str:
     """Plain data as YAML that `parse_yaml` reads back as the same."""
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=not ascii_only, width=100)
+    return yaml.dump(
+        data,
+        Dumper=_Dumper,
+        sort_keys=False,
+        default_flow_style=None,
+        allow_unicode=not ascii_only,
+        width=100,
+    )
 
 
 class _Dumper(yaml.SafeDumper):
@@ -227,6 +234,9 @@ class _Dumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+    def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
+        return super().represent_mapping(tag, mapping, flow_style=False)
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
         style = None if isinstance(resolve_scalar(text), str) else "'"

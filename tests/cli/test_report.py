@@ -39,9 +39,13 @@ def test_a_finished_task_is_not_said_twice(capfd: pytest.CaptureFixture[str]) ->
     assert capfd.readouterr().err == "index: shard 4, 2.5 s/shard\n"
 
 
-def test_a_task_without_news_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    with PlainReporter(Clock()).progress("demo", total=5, done=5):
-        pass
+def test_a_task_without_news_or_over_in_a_moment_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    with PlainReporter(clock).progress("demo", total=5, done=5):
+        clock.now = 10.0
+    with PlainReporter(clock).progress("indexing", total=5) as progress:
+        clock.now = 11.0
+        progress.update(5)
     assert capfd.readouterr().err == ""
 
 
@@ -64,6 +68,14 @@ def test_the_pace_follows_the_last_half_minute() -> None:
     assert pace.rate is not None
     assert math.isclose(pace.rate, 10.0, rel_tol=0.01)
     assert str(pace) == "10 step/s, ETA 0:00:50"
+
+
+def test_a_high_rate_is_a_plain_number() -> None:
+    clock = Clock()
+    pace = Pace(total=None, done=0, unit="sample", clock=clock)
+    clock.now = 2.0
+    pace.update(24690)
+    assert str(pace) == "12345 sample/s"
 
 
 def test_hours_are_shown_as_hours() -> None:
