@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -42,12 +42,13 @@ print(*sorted({{name.split(".")[0] for name in sys.modules}} & {heavy!r}), file=
 
 def test_help_is_fast(ldm: Ldm) -> None:
     def seconds() -> float:
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         ldm("--help")
-        return time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    # The best of several: other processes share the cores while tests run. Alone, the median is far below.
-    assert min(seconds() for _ in range(5)) < 0.3
+    # Processor time is what the wall clock shows on an idle machine, and here other tests share the cores.
+    assert min(seconds() for _ in range(3)) < 0.3
 
 
 def test_the_version_is_the_packages(ldm: Ldm) -> None:
