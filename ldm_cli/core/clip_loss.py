@@ -25,7 +25,8 @@ def contrastive_loss(
         )
     image = F.normalize(image_features.float(), dim=-1)
     text = F.normalize(text_features.float(), dim=-1)
-    logits = logit_scale * image @ text.T
+    with torch.autocast(image.device.type, enabled=False):  # bf16 rounds a logit of 100 to a multiple of 0.5
+        logits = logit_scale * image @ text.T
     target = torch.arange(len(logits), device=logits.device)
     loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     return loss, {"accuracy": (logits.argmax(dim=1) == target).float().mean()}

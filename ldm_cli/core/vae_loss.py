@@ -1,8 +1,8 @@
 """The autoencoder's loss: reconstruction, KL, perceptual and adversarial terms in one scalar.
 
-The discriminator learns in the same backward pass as the autoencoder: its own loss sees the reconstruction detached, and
-the autoencoder's adversarial term sees the discriminator's weights detached, so each gradient reaches only its own side
-and one loss, one loop and one step suffice.
+The discriminator learns in the same backward pass as the autoencoder: its own loss sees the reconstruction
+detached, and the autoencoder's adversarial term sees the discriminator's weights detached, so each gradient
+reaches only its own side and one loss, one loop and one step suffice.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch.func import functional_call
 
 from ldm_cli.config import Config
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL, DiagonalGaussian
-from ldm_cli.core.models.clip_vision import CLIPVisionTransformer
 from ldm_cli.core.models.clip import IMAGE_MEAN, IMAGE_STD
+from ldm_cli.core.models.clip_vision import CLIPVisionTransformer
 from ldm_cli.core.models.patch_discriminator import PatchDiscriminator, hinge_loss
 
 Weight = Annotated[float, Field(ge=0)]
@@ -30,8 +30,8 @@ class VAELossConfig(Config):
     reconstruction: Literal["l1", "l2"] = "l1"
     """Absolute or squared difference, averaged over pixels and channels."""
     kl_weight: Weight = 1e-6
-    """Weight of the KL term, which is summed over the latent and divided by the number of image values, so that
-    published weights (Rombach et al. 2022: 1e-6) mean the same here."""
+    """Weight of the KL term, which is summed over the latent and divided by the number of image values, so
+    that published weights (Rombach et al. 2022: 1e-6) mean the same here."""
     perceptual_weight: Weight = 0.0
     """Weight of the distance between CLIP image-tower features."""
     perceptual_clip: str | None = None
@@ -64,7 +64,8 @@ def reconstruction_loss(kind: Literal["l1", "l2"], reconstruction: Tensor, image
 def perceptual_distance(tower: CLIPVisionTransformer, reconstruction: Tensor, images: Tensor) -> Tensor:
     """Scalar mean squared distance of unit-length features, over all layers of a CLIP image tower.
 
-    As LPIPS (Zhang et al. 2018, arXiv:1801.03924, eq. 1) without its learnt channel weights, on a Transformer's tokens.
+    As LPIPS (Zhang et al. 2018, arXiv:1801.03924, eq. 1) without its learnt channel weights, on a
+    Transformer's tokens.
 
     Args:
         reconstruction, images: [B, 3, H, W] in [−1, 1]; resized to the tower's size.
@@ -84,7 +85,7 @@ def perceptual_distance(tower: CLIPVisionTransformer, reconstruction: Tensor, im
 
 
 class VAELoss(nn.Module):
-    """All terms of the loss of one batch; holds the discriminator, and the frozen CLIP tower if there is one."""
+    """All terms of the loss of one batch; holds the discriminator and the frozen CLIP tower, if any."""
 
     def __init__(self, config: VAELossConfig, perceptual_tower: CLIPVisionTransformer | None = None) -> None:
         super().__init__()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ldm_cli.config import Config
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKLConfig
 from ldm_cli.core.models.clip import CLIPConfig
+from ldm_cli.core.models.patch_discriminator import min_image_size
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionConfig
 from ldm_cli.core.vae_loss import VAELossConfig
 from ldm_cli.data.config import DataConfig
@@ -39,6 +40,15 @@ class TrainClipRecipe(Config):
     train: TrainConfig
     """Optimization."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        size = self.clip.vision_config.image_size
+        if size != self.data.image_size:
+            raise ValueError(
+                f"data.image_size={self.data.image_size} is not clip.vision_config.image_size={size}"
+            )
+        return self
+
 
 class TrainVaeRecipe(Config):
     """`ldm train-vae`: an image autoencoder from shards; captions are not needed."""
@@ -57,6 +67,19 @@ class TrainVaeRecipe(Config):
     """Reconstruction, KL, perceptual and adversarial terms."""
     train: TrainConfig
     """Optimization."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        size, factor = self.data.image_size, 2 ** (len(self.vae.block_out_channels) - 1)
+        if size % factor:
+            raise ValueError(f"data.image_size={size} is no multiple of the autoencoder's factor {factor}")
+        smallest = min_image_size(self.loss.discriminator_layers)
+        if self.loss.adversarial_weight > 0 and size < smallest:
+            raise ValueError(
+                f"data.image_size={size} is too small for loss.discriminator_layers="
+                f"{self.loss.discriminator_layers}, which need {smallest} px"
+            )
+        return self
 
 
 class SamplesConfig(Config):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm_cli.core.clip_loss import contrastive_loss
 from ldm_cli.core.models.clip import IMAGE_MEAN, IMAGE_STD, CLIPConfig, CLIPModel, normalize_images
+from ldm_cli.core.models.clip_resnet import StatisticsKept
 from ldm_cli.data.loader import Batch, sequential_batches
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, load_weights, save_model, write_json
@@ -20,7 +21,7 @@ from ldm_cli.sampling.images import image_grid, save_png
 from ldm_cli.stages.options import RunOptions
 from ldm_cli.stages.training_run import Workbench, run_training, split
 from ldm_cli.training.checkpoint import commit_folder
-from ldm_cli.training.loop import Losses
+from ldm_cli.training.task import Losses
 
 _NUM_PICTURED = 6
 _NUM_FOUND = 8
@@ -37,6 +38,7 @@ class CLIPTask:
     def __init__(self, recipe: TrainClipRecipe, bench: Workbench) -> None:
         self.recipe, self.bench = recipe, bench
         self.tokenizer = _tokenizer(recipe, bench)
+        self.tokenizer.model_max_length = recipe.clip.text_config.max_position_embeddings
         self.model = CLIPModel(fit_to_tokenizer(recipe.clip, self.tokenizer))
         if recipe.train.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
@@ -46,34 +48,32 @@ class CLIPTask:
     def losses(self, batch: Batch, num_parts: int, step: int) -> Losses:
         """The contrastive loss of the *whole* batch, also when it is run in parts.
 
-        With parts, features are computed without gradient first; the loss's gradient with respect to them is then
-        fed back through one part at a time (Gao et al. 2021, arXiv:2101.06983, section 3.2), which gives the big
-        batch's gradient with one part's activations.
+        With parts, features are computed without gradient first; the loss's gradient with respect to them is
+        then fed back through one part at a time (Gao et al. 2021, arXiv:2101.06983, section 3.2), which gives
+        the big batch's gradient with one part's activations.
         """
         if num_parts == 1:
             images, texts = self._features(batch)
             yield contrastive_loss(images, texts, self.model.clamped_logit_scale)
             return
         parts = split(batch, num_parts)
-        with torch.no_grad():
+        # Batch norms count the second pass, which gives the gradient, and not this one.
+        with torch.no_grad(), StatisticsKept(self.model):
             cached = [self._features(part) for part in parts]
         leaves = [torch.cat(side).float().requires_grad_() for side in zip(*cached, strict=True)]
         loss, figures = contrastive_loss(leaves[0], leaves[1], self.model.clamped_logit_scale)
         gradients = torch.autograd.grad(loss, leaves, retain_graph=True)
         yield loss, figures
         sizes = [len(part.keys) for part in parts]
-        for part, image_gradient, text_gradient in zip(
-            parts, gradients[0].split(sizes), gradients[1].split(sizes), strict=True
-        ):
+        image_gradients, text_gradients = (torch.split(gradient, sizes) for gradient in gradients)
+        for part, image_gradient, text_gradient in zip(parts, image_gradients, text_gradients, strict=True):
             images, texts = self._features(part)
             surrogate = (images.float() * image_gradient).sum() + (texts.float() * text_gradient).sum()
             yield surrogate - surrogate.detach(), {}  # its gradient counts, its value does not
 
     def _features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         pixels = normalize_images(batch.images.to(self.bench.device, non_blocking=True))
-        ids = self.tokenizer.encode(
-            batch.captions, self.model.config.text_config.max_position_embeddings
-        ).input_ids
+        ids = self.tokenizer.encode(batch.captions).input_ids
         return self.model.get_image_features(pixels), self.model.get_text_features(ids.to(self.bench.device))
 
     def validate(self) -> dict[str, float]:
@@ -88,7 +88,7 @@ class CLIPTask:
         return sums
 
     def picture(self, folder: Path) -> None:
-        """`grid.png`: a row per held-out caption with the images that fit it best; `captions.json` names them."""
+        """`grid.png`: per held-out caption a row of the images that fit best; `captions.json` names them."""
         batches = self.bench.held_out
         if not batches:
             return

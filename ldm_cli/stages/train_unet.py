@@ -16,7 +16,7 @@ from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from ldm_cli.data.loader import Batch
 from ldm_cli.data.tokenizer import Tokenizer
-from ldm_cli.errors import CheckpointError, RecipeError
+from ldm_cli.errors import RecipeError
 from ldm_cli.formats.model_folder import load_weights
 from ldm_cli.formats.pipeline_folder import our_settings
 from ldm_cli.recipe.schema import TrainUnetRecipe
@@ -27,14 +27,15 @@ from ldm_cli.sampling.pipeline import Pipeline, requests_for
 from ldm_cli.stages.options import RunOptions
 from ldm_cli.stages.train_vae import to_signed
 from ldm_cli.stages.training_run import Workbench, run_training, split
-from ldm_cli.training.loop import Losses, in_parts
+from ldm_cli.training.task import Losses, in_parts
 
 _NUM_NOISE_LEVELS = 5
 
 
 def run(recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
     """Train the denoiser of `recipe`; the result is a whole Stable Diffusion pipeline folder."""
-    return run_training(recipe, options, reporter, lambda bench: DenoiserTask(recipe, bench))
+    uses = {"vae": recipe.vae, "text_encoder": recipe.text_encoder}
+    return run_training(recipe, options, reporter, lambda bench: DenoiserTask(recipe, bench), uses=uses)
 
 
 class DenoiserTask:
@@ -62,7 +63,7 @@ class DenoiserTask:
         self._empty = self._encode([""])
 
     def losses(self, batch: Batch, num_parts: int, step: int) -> Losses:
-        """The denoising loss on equal parts of the batch, each sample with its own level, noise and dropout."""
+        """The loss on equal parts of the batch; each sample has its own level, noise and dropout."""
 
         def loss(part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             epoch, position = part.epoch, part.position
@@ -99,10 +100,11 @@ class DenoiserTask:
         """Captions → the text tower's last hidden states, [B, L, D]."""
         length = self.text_encoder.config.max_position_embeddings
         ids = self.tokenizer.encode(captions, length).input_ids.to(self.bench.device)
-        return self.text_encoder(ids).last_hidden_state
+        states: Tensor = self.text_encoder(ids).last_hidden_state
+        return states
 
     def validate(self) -> dict[str, float]:
-        """Held-out loss at fixed noise levels (the middles of equal ranges of t) with fixed noise: mean and each."""
+        """Held-out loss with fixed noise at fixed levels, the middles of equal ranges of t: mean and each."""
         sums = torch.zeros(_NUM_NOISE_LEVELS, dtype=torch.float64, device=self.bench.device)
         count = 0
         for batch in self.bench.held_out:
@@ -141,7 +143,7 @@ class DenoiserTask:
         )
 
     def export(self, folder: Path) -> None:
-        """Write the pipeline folder: this denoiser with the autoencoder and text encoder it was trained with."""
+        """Write the pipeline folder: this denoiser with its autoencoder and text encoder."""
         self._pipeline().save(folder)
 
     def restore(self, folder: Path) -> None:
@@ -154,7 +156,7 @@ class DenoiserTask:
 
 
 def fitted_config(recipe: TrainUnetRecipe, vae: AutoencoderKL, text_width: int) -> UNet2DConditionConfig:
-    """The denoiser's configuration with the latent size of this data; checked against autoencoder and text encoder.
+    """The denoiser's configuration for latents of this size, if it fits autoencoder and text encoder.
 
     Raises:
         RecipeError: channels or widths do not fit together.
@@ -164,12 +166,14 @@ def fitted_config(recipe: TrainUnetRecipe, vae: AutoencoderKL, text_width: int) 
     channels = vae.config.latent_channels
     if config.in_channels != channels or config.out_channels != channels:
         problems.append(
-            f"unet.in_channels={config.in_channels} and unet.out_channels={config.out_channels}, but the latents of "
-            f"'{recipe.vae}' have {channels} channels"
+            f"unet.in_channels={config.in_channels} and unet.out_channels={config.out_channels}, "
+            f"but the latents of '{recipe.vae}' have {channels} channels"
         )
-    if config.cross_attention_dim != text_width:
+    widths = config.cross_attention_dim
+    if any(width != text_width for width in ((widths,) if isinstance(widths, int) else widths)):
         problems.append(
-            f"unet.cross_attention_dim={config.cross_attention_dim}, but '{recipe.text_encoder}' gives {text_width}"
+            f"unet.cross_attention_dim={config.cross_attention_dim}, "
+            f"but '{recipe.text_encoder}' gives {text_width}"
         )
     if recipe.data.image_size % vae.downscale_factor:
         problems.append(f"data.image_size={recipe.data.image_size} is no multiple of {vae.downscale_factor}")

@@ -14,6 +14,7 @@ from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.core.models.clip_vision import CLIPVisionTransformer
 from ldm_cli.core.vae_loss import VAELoss
 from ldm_cli.data.loader import Batch, Loader
+from ldm_cli.errors import RecipeError
 from ldm_cli.evaluation.image_quality import psnr
 from ldm_cli.formats.model_folder import load_model, load_weights, save_model
 from ldm_cli.recipe.schema import TrainVaeRecipe
@@ -21,15 +22,19 @@ from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.images import image_grid, save_png
 from ldm_cli.stages.options import RunOptions
 from ldm_cli.stages.training_run import Workbench, run_training, split
-from ldm_cli.training.loop import Losses, in_parts
+from ldm_cli.training.task import Losses, in_parts
 
-_NUM_PICTURES = 16
+_NUM_PICTURES = 8
 _NUM_MEASURED = 1024
 
 
 def run(recipe: TrainVaeRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
-    """Train the autoencoder of `recipe`; the result is an AutoencoderKL folder with measured scale and shift."""
-    return run_training(recipe, options, reporter, lambda bench: VAETask(recipe, bench), with_captions=False)
+    """Train the autoencoder of `recipe`; the result is an AutoencoderKL folder with a measured scale."""
+    clip = recipe.loss.perceptual_clip
+    uses = {} if clip is None else {"loss.perceptual_clip": clip}
+    return run_training(
+        recipe, options, reporter, lambda bench: VAETask(recipe, bench), uses=uses, with_captions=False
+    )
 
 
 class VAETask:
@@ -83,8 +88,7 @@ class VAETask:
             return
         images = self.bench.held_out[0].images[:_NUM_PICTURES]
         again = to_bytes(self.reconstruct(to_signed(images, self.bench.device))).cpu()
-        rows = [*images[:8], *again[:8], *images[8:], *again[8:]]
-        save_png(folder / "grid.png", image_grid(rows, columns=min(8, len(images))))
+        save_png(folder / "grid.png", image_grid([*images, *again], columns=len(images)))
 
     def export(self, folder: Path) -> None:
         """Write the AutoencoderKL folder."""
@@ -97,9 +101,10 @@ class VAETask:
     def finalize(self) -> dict[str, float]:
         """Centre the latent, measure its deviation, and store both as `shift_factor` and `scaling_factor`.
 
-        Pipelines of Stable Diffusion 1 and 2 apply the scale but never the shift. So the mean of every channel goes
-        into the 1×1 convolutions around the latent where they exist, which leaves every reconstruction as it was, and
-        the stored shift is 0; without them the shift is stored, as Stable Diffusion 3 does.
+        Pipelines of Stable Diffusion 1 and 2 apply the scale but never the shift. So the mean of every
+        channel goes into the 1×1 convolutions around the latent where they exist, which leaves every
+        reconstruction as it was, and the stored shift is 0; without them the shift is stored, as Stable
+        Diffusion 3 does.
         """
         if self.vae.config.use_quant_conv and self.vae.config.use_post_quant_conv:
             mean, _ = self._latent_statistics()
@@ -131,13 +136,16 @@ class VAETask:
 def center_latent(vae: AutoencoderKL, mean: Tensor) -> None:
     """Shift the latent of `vae` by −`mean` [C] without changing any reconstruction.
 
-    With q the bias of the encoder's 1×1 convolution and W, b the decoder's: q ← q − m on the mean's channels, and
-    b ← b + W m, because W(z − m) + (b + W m) = W z + b.
+    With q the bias of the encoder's 1×1 convolution and W, b the decoder's: q ← q − m on the mean's channels,
+    and b ← b + W m, because W(z − m) + (b + W m) = W z + b.
     """
-    mean = mean.to(vae.quant_conv.weight)
+    before, after = vae.quant_conv, vae.post_quant_conv
+    if before is None or after is None or before.bias is None or after.bias is None:
+        raise ValueError("center_latent needs quant_conv and post_quant_conv")
+    mean = mean.to(before.weight)
     with torch.no_grad():
-        vae.quant_conv.bias[: len(mean)] -= mean
-        vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
+        before.bias[: len(mean)] -= mean
+        after.bias += after.weight[:, :, 0, 0] @ mean
 
 
 def to_signed(images: Tensor, device: torch.device) -> Tensor:
@@ -155,5 +163,9 @@ def _perceptual_tower(folder: str | None) -> CLIPVisionTransformer | None:
         return None
     tower = load_model(CLIPModel, Path(folder)).vision_model
     if not isinstance(tower, CLIPVisionTransformer):
-        raise ValueError("the perceptual term needs a CLIP with a ViT image tower")
+        raise RecipeError(
+            f"loss.perceptual_clip: '{folder}' cannot be used",
+            "it has a ResNet for an image tower",
+            "give a CLIP with a ViT",
+        )
     return tower

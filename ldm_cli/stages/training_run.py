@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ import torch
 from ldm_cli.data.bad_samples import BadSampleLog
 from ldm_cli.data.loader import Batch, Loader, sequential_batches
 from ldm_cli.data.shards import ShardSet, open_shards
-from ldm_cli.errors import LdmError, Preempted
+from ldm_cli.errors import LdmError, Preempted, StorageError, printable
+from ldm_cli.formats.model_folder import weights_sha256
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.options import RunOptions, resolve_device
-from ldm_cli.training.loop import Task, train
+from ldm_cli.training.interruption import StopRequest
+from ldm_cli.training.loop import train
 from ldm_cli.training.run_folder import RunFolder
+from ldm_cli.training.task import Task
 
 TrainRecipe = TrainClipRecipe | TrainVaeRecipe | TrainUnetRecipe
 
@@ -29,7 +33,7 @@ class Workbench:
     run: RunFolder
     shards: ShardSet
     held_out: tuple[Batch, ...]
-    """The first `train.validation_samples` samples of `data.val_shards`, in their order; empty without them."""
+    """The first `train.validation_samples` samples of `data.val_shards`, in order; empty without them."""
     device: torch.device
     reporter: Reporter
 
@@ -40,54 +44,84 @@ def run_training(
     reporter: Reporter,
     build: Callable[[Workbench], Task[Batch]],
     *,
+    uses: Mapping[str, str] | None = None,
     with_captions: bool = True,
 ) -> dict[str, Any]:
     """Train, continue or recognise as finished the run `recipe` describes.
 
     Args:
-        build: makes the task, with seeded initial weights (torch's generator is seeded and restored around it).
+        build: makes the task; torch's generator is seeded for the initial weights, and restored.
+        uses: recipe field → folder of a model that the task uses; its weights are part of what the run is.
         with_captions: False reads images alone, so that shards without captions serve.
 
     Returns:
         `run`, `model`, `state`, `step` and the final figures.
     """
     device = resolve_device(options.device)
-    shards = open_shards(recipe.data.shards, recipe.data, reporter)
-    with RunFolder(options.out or Path("runs") / recipe.name, reporter) as run:
-        run.claim(recipe.to_mapping(), options.recipe_text, shards.fingerprint)
-        if (status := run.finished()) is not None:
-            run.log(f"'{run.path}' is finished already: step {status['step']}")
+    with StopRequest(options.max_time) as stop:
+        shards = open_shards(recipe.data.shards, recipe.data, reporter)
+        run = RunFolder(options.out or Path("runs") / recipe.name, reporter)
+        resolved, fingerprints = recipe.to_mapping(), {"data": shards.fingerprint}
+        fingerprints |= {name: weights_sha256(Path(folder)) for name, folder in (uses or {}).items()}
+        status = run.finished()
+        if status is not None and status["steps"] == recipe.train.steps and options.resume != "never":
+            run.changes(resolved, fingerprints)
+            reporter.info(f"'{run.path}' is finished already: step {status['step']}")
             return _result(run, status["step"], status["figures"])
-        try:
-            held_out = tuple(_held_out(recipe, reporter, with_captions))
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(recipe.seed)
-                task = build(Workbench(run, shards, held_out, device, reporter))
-            loader = Loader(
-                shards,
-                recipe.data,
-                seed=recipe.seed,
-                batch_size=recipe.train.batch_size,
-                with_captions=with_captions,
-                report_bad=BadSampleLog(run.path / "bad_samples.jsonl"),
-            )
-            figures = train(
-                task,
-                loader.batches,
-                recipe.train,
-                run,
-                reporter,
-                device=device,
-                resume=options.resume,
-                max_seconds=options.max_time,
-                title=recipe.name,
-            )
-        except Preempted:
-            raise
-        except LdmError as error:
-            run.status("failed", code=error.code, error=str(error))
-            raise
-        return _result(run, recipe.train.steps, figures)
+        with run:
+            if options.resume == "never":
+                run.expect_unused()
+            run.claim(resolved, options.recipe_text, fingerprints)
+            try:
+                figures = _train(
+                    recipe, options, Workbench(run, shards, (), device, reporter), build, stop, with_captions
+                )
+            except Preempted:
+                raise
+            except BaseException as error:
+                _note_failure(run, error)
+                raise
+    return _result(run, recipe.train.steps, figures)
+
+
+def _train(
+    recipe: TrainRecipe,
+    options: RunOptions,
+    bench: Workbench,
+    build: Callable[[Workbench], Task[Batch]],
+    stop: StopRequest,
+    with_captions: bool,
+) -> dict[str, Any]:
+    bench = replace(bench, held_out=tuple(_held_out(recipe, bench.reporter, with_captions)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        task = build(bench)
+    loader = Loader(
+        bench.shards,
+        recipe.data,
+        seed=recipe.seed,
+        batch_size=recipe.train.batch_size,
+        with_captions=with_captions,
+        report_bad=BadSampleLog(bench.run.path / "bad_samples.jsonl"),
+    )
+    return train(
+        task,
+        loader.batches,
+        recipe.train,
+        bench.run,
+        bench.reporter,
+        device=bench.device,
+        stop=stop,
+        start=None if options.resume in ("auto", "never") else Path(options.resume),
+        title=recipe.name,
+    )
+
+
+def _note_failure(run: RunFolder, error: BaseException) -> None:
+    code = {"code": error.code} if isinstance(error, LdmError) else {}
+    message = str(error) if isinstance(error, LdmError) else printable(f"{type(error).__name__}: {error}")
+    with suppress(StorageError):  # a full disk has been reported by the error itself
+        run.status("failed", **code, error=message)
 
 
 def _held_out(recipe: TrainRecipe, reporter: Reporter, with_captions: bool) -> Iterator[Batch]:

@@ -1,13 +1,12 @@
 """Checkpoints that are either whole or not there.
 
-Commit: write into `.tmp-…` beside the target → fsync every file → manifest.json last (sizes and sha256) → fsync →
-rename → fsync the parent; only then are old checkpoints deleted. The latest checkpoint is the one of the highest step
-whose manifest verifies: no symlink, no time stamp.
+Commit: write into `.tmp-…` beside the target → fsync every file → manifest.json last (sizes and sha256) →
+fsync → rename → fsync the parent; only then are old checkpoints deleted. The latest checkpoint is the one of
+the highest step whose manifest verifies: no symlink, no time stamp.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -17,13 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ldm_cli import __version__
 from ldm_cli.errors import CheckpointError, StorageError
 
 MANIFEST = "manifest.json"
 _STEP_PREFIX = "step-"
 _TEMPORARY_PREFIX = ".tmp-"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def checkpoint_name(step: int) -> str:
@@ -51,19 +51,24 @@ def storage_errors(target: Path) -> Iterator[None]:
     """Turn an OSError while writing `target` into a `StorageError` that names the room left.
 
     Raises:
-        StorageError: in place of any OSError.
+        StorageError: in place of any OSError, or of what safetensors makes of one.
     """
     try:
         yield
-    except OSError as error:
-        cause = f"{os.strerror(error.errno) if error.errno else error}"
-        if error.errno in _NO_ROOM:
-            cause += f" ({shutil.disk_usage(target.parent).free / 2**20:.0f} MiB free)"
-        raise StorageError(f"cannot write '{target}'", cause, "free some space and run the same command again") from error
+    except (OSError, SafetensorError) as error:
+        number = getattr(error, "errno", None)
+        free = shutil.disk_usage(target.parent).free
+        cause = f"{os.strerror(number) if number else error} ({free / 2**20:.0f} MiB free)"
+        raise StorageError(
+            f"cannot write '{target}'", cause, "free some space and run the same command again"
+        ) from error
 
 
 def commit_folder(target: Path, write: Callable[[Path], None], replace: bool = False) -> None:
-    """Create the folder `target` as a whole: `write` fills a temporary folder, which is synced, sealed and renamed.
+    """Create the folder `target` as a whole: `write` fills a temporary folder, which is synced, sealed and
+    renamed.
+
+    What `write` leaves empty is not created.
 
     Args:
         target: final path; its parent must exist.
@@ -79,6 +84,9 @@ def commit_folder(target: Path, write: Callable[[Path], None], replace: bool = F
         try:
             temporary.mkdir()
             write(temporary)
+            if not any(temporary.iterdir()):
+                temporary.rmdir()
+                return
             _seal(temporary)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -98,7 +106,10 @@ def _seal(folder: Path) -> None:
     entries = {}
     for file in files:
         fsync_path(file)
-        entries[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        entries[file.relative_to(folder).as_posix()] = {
+            "bytes": file.stat().st_size,
+            "sha256": sha256_of(file),
+        }
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"ldm_version": __version__, "files": entries}, indent=1) + "\n")
     fsync_path(manifest)
@@ -126,7 +137,9 @@ def problem_with(folder: Path) -> str | None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Committed checkpoints under `folder`, oldest first."""
-    found = [p for p in folder.glob(f"{_STEP_PREFIX}*") if p.is_dir() and p.name[len(_STEP_PREFIX) :].isdigit()]
+    found = [
+        p for p in folder.glob(f"{_STEP_PREFIX}*") if p.is_dir() and p.name[len(_STEP_PREFIX) :].isdigit()
+    ]
     return sorted(found, key=lambda p: int(p.name[len(_STEP_PREFIX) :]))
 
 
@@ -146,17 +159,24 @@ def latest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
         raise CheckpointError(
             f"no checkpoint in '{folder}' can be used",
             f"all {len(candidates)} are damaged",
-            "restore one, or start again with --resume never",
+            "restore one, delete them to start again, or choose another --out",
         )
     return None
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what an interrupted save or deletion left behind."""
-    for stale in folder.glob(f"{_TEMPORARY_PREFIX}*"):
-        shutil.rmtree(stale, ignore_errors=True)
+    """Delete all but the newest `keep` checkpoints."""
     for old in checkpoints(folder)[:-keep]:
         # Renamed first: a kill in the middle of the deletion leaves no half checkpoint under a final name.
         doomed = folder / f"{_TEMPORARY_PREFIX}{old.name}"
         old.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what an interrupted save or deletion left behind."""
+    for stale in folder.glob(f"{_TEMPORARY_PREFIX}*"):
+        if stale.is_dir():
+            shutil.rmtree(stale, ignore_errors=True)
+        else:
+            stale.unlink(missing_ok=True)

@@ -42,7 +42,7 @@ class TrainConfig(Config):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Decay of the exponential moving average of the weights; null keeps none."""
     ema_warmup: bool = True
-    """Let the decay grow as (1 + step) / (10 + step) up to `ema_decay`, so that short runs forget their start."""
+    """The decay grows as (1 + step) / (10 + step) up to `ema_decay`: short runs forget their start."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     channels_last: bool = True
@@ -66,7 +66,8 @@ class TrainConfig(Config):
     def _check(self) -> TrainConfig:
         if self.batch_size % self.gradient_accumulation:
             raise ValueError(
-                f"gradient_accumulation={self.gradient_accumulation} does not divide batch_size={self.batch_size}"
+                f"gradient_accumulation={self.gradient_accumulation} "
+                f"does not divide batch_size={self.batch_size}"
             )
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} is more than steps={self.steps}")

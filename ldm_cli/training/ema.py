@@ -29,7 +29,7 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self, step: int, kept: Tensor) -> None:
-        """average ← average + (1 − decay)·kept·(weights − average); `kept` is 0.0 for a skipped step, else 1.0."""
+        """average ← average + (1 − decay)·kept·(weights − average); `kept` is 0 for a skipped step or 1."""
         weight = (1.0 - self.decay_at(step)) * kept
         difference = torch._foreach_sub(self.live, self.average)
         torch._foreach_mul_(difference, weight)
@@ -37,7 +37,7 @@ class ExponentialMovingAverage:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within this context the modules hold the averages; what is written into them goes to the averages."""
+        """While it is entered, the modules hold the averages, and writing to them changes the averages."""
         self._swap()
         try:
             yield

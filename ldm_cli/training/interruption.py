@@ -1,4 +1,5 @@
-"""Stop requests: signals and the time limit. The loop asks after each step; a second signal ends the process at once."""
+"""Stop requests: signals and the time limit. The loop asks after each step; a second signal ends the
+process at once."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class StopRequest:
     """Context in which SIGTERM, SIGINT and SIGUSR1 set `reason` instead of ending the process.
 
-    The first signal is answered at the end of the step; a second SIGTERM or SIGINT exits with 143 or 130 without
-    cleaning up, which the checkpoint protocol survives.
+    The first signal is answered at the end of the step; a second SIGTERM or SIGINT exits with 143 or 130
+    without cleaning up, which the checkpoint protocol survives.
     """
 
     def __init__(self, max_seconds: float | None = None) -> None:

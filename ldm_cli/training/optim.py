@@ -1,5 +1,5 @@
-"""Optimizers, the learning-rate curve, and one guarded step: clipping, loss scaling and the non-finite check without
-waiting for the device."""
+"""Optimizers, the learning-rate curve, and one guarded step: clipping, loss scaling and the non-finite check
+without waiting for the device."""
 
 from __future__ import annotations
 
@@ -44,9 +44,10 @@ def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW
 class GuardedOptimizers:
     """One AdamW per module, stepped together or, when any gradient is non-finite, not at all.
 
-    Each module's gradients are clipped by their own norm, so that a discriminator cannot throttle the generator. The
-    fused kernel divides the gradients by `grad_scale` and skips the update where `found_inf` is 1, so clipping,
-    unscaling and skipping need neither a pass over the gradients nor a look at a value on the host.
+    Each module's gradients are clipped by their own norm, so that a discriminator cannot throttle the
+    generator. The fused kernel divides the gradients by `grad_scale` and skips the update where `found_inf`
+    is 1, so clipping, unscaling and skipping need neither a pass over the gradients nor a look at a value on
+    the host.
 
     Attributes:
         loss_scale: float32 scalar tensor the loss is multiplied by; 1 unless the precision is fp16.
@@ -55,8 +56,12 @@ class GuardedOptimizers:
 
     def __init__(self, modules: Mapping[str, nn.Module], config: TrainConfig, device: torch.device) -> None:
         self.config = config
-        self.names = {name: [n for n, p in m.named_parameters() if p.requires_grad] for name, m in modules.items()}
-        self.parameters = {name: [p for p in m.parameters() if p.requires_grad] for name, m in modules.items()}
+        self.names = {
+            name: [n for n, p in m.named_parameters() if p.requires_grad] for name, m in modules.items()
+        }
+        self.parameters = {
+            name: [p for p in m.parameters() if p.requires_grad] for name, m in modules.items()
+        }
         self.optimizers = {name: build_optimizer(m, config) for name, m in modules.items()}
         scale = _FIRST_LOSS_SCALE if config.precision == "fp16" else 1.0
         self.loss_scale = torch.tensor(scale, device=device)
@@ -71,10 +76,11 @@ class GuardedOptimizers:
             loss: scalar; a non-finite value also skips the step.
 
         Returns:
-            The gradient 2-norm of each module, before clipping, and `kept`: 1.0 if the step was taken, else 0.0.
+            The gradient 2-norm of each module, before clipping, and `kept`: 1 if the step was taken, or 0.
         """
         norms = {
-            name: torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]) / self.loss_scale
+            name: torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            / self.loss_scale
             for name, parameters in self.parameters.items()
         }
         finite = torch.isfinite(torch.stack([*norms.values(), loss.detach().to(self.loss_scale)])).all()
@@ -101,7 +107,7 @@ class GuardedOptimizers:
         self.loss_scale = self.loss_scale * torch.exp2(grow - found_inf)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything needed to go on exactly: moments and step counts by parameter name, loss scale, counters."""
+        """Everything needed to go on exactly: moments and step counts by name, loss scale, counters."""
         tensors = {
             "loss_scale": self.loss_scale,
             "steps_since_overflow": self.steps_since_overflow,
@@ -130,7 +136,7 @@ class GuardedOptimizers:
                     continue  # the parameter had received no gradient yet
                 state[parameter] = {
                     "step": tensors[f"{prefix}step"].to(parameter.device),
-                    # empty_like keeps the parameter's memory order, on which the fused kernel's result depends
+                    # empty_like keeps the parameter's memory order, on which the fused kernel depends
                     "exp_avg": torch.empty_like(parameter.detach()).copy_(tensors[f"{prefix}exp_avg"]),
                     "exp_avg_sq": torch.empty_like(parameter.detach()).copy_(tensors[f"{prefix}exp_avg_sq"]),
                 }

@@ -9,6 +9,7 @@ import platform
 import socket
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -18,7 +19,7 @@ import torch
 from ldm_cli import __version__
 from ldm_cli.errors import CheckpointError, OutputError, printable
 from ldm_cli.reporting import Reporter
-from ldm_cli.training.checkpoint import storage_errors
+from ldm_cli.training.checkpoint import checkpoints, storage_errors, sweep
 
 # What may differ between the lives of one run: nothing here changes a weight.
 _HARMLESS = {
@@ -31,8 +32,11 @@ _HARMLESS = {
     "train.max_nonfinite",
     "data.num_workers",
     "data.max_bad_fraction",
-    "data.shards",  # a data folder may move; its content is compared by fingerprint
+    "data.shards",  # data and models may move; their contents are compared by fingerprint
     "data.val_shards",
+    "vae",
+    "text_encoder",
+    "loss.perceptual_clip",
 }
 
 
@@ -61,14 +65,13 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 class RunFolder:
     """`runs/NAME`, locked while the context is open.
 
-    Holds recipe.yaml (as written by the user), recipe.resolved.yaml (JSON, hence YAML: every field), env.json,
-    status.json, log.txt, metrics.jsonl, checkpoints/, samples/ and, at the end, model/.
+    Holds recipe.yaml (as written by the user), recipe.resolved.yaml (JSON, hence YAML: every field),
+    env.json, status.json, log.txt, metrics.jsonl, checkpoints/, samples/ and, at the end, model/.
     """
 
     def __init__(self, path: Path, reporter: Reporter) -> None:
         self.path, self._reporter = path, reporter
         self._lock: IO[str] | None = None
-        self._log: IO[str] | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -91,7 +94,7 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     def __enter__(self) -> Self:
-        """Create and lock the folder.
+        """Create and lock the folder, and clear away what a killed owner left half-written.
 
         Raises:
             OutputError: the folder cannot be made or is owned by a live run.
@@ -101,13 +104,17 @@ class RunFolder:
             self._lock = (self.path / ".lock").open("a+")
         except OSError as error:
             raise OutputError(
-                f"cannot use '{self.path}' for the run", str(error.strerror), "choose another place with --out"
+                f"cannot use '{self.path}' for the run",
+                str(error.strerror),
+                "choose another place with --out",
             ) from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not flock: data workers would inherit it, and hold it for seconds after a kill of their owner.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.seek(0)
             owner = printable(self._lock.read().strip()) or "another process"
+            self._lock.close()
             raise OutputError(
                 f"'{self.path}' is in use", f"by {owner}", "wait for it, stop it, or choose another --out"
             ) from error
@@ -115,61 +122,91 @@ class RunFolder:
         self._lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
         self.checkpoints.mkdir(exist_ok=True)
-        self._log = (self.path / "log.txt").open("a", encoding="utf-8")
+        for folder in (self.path, self.checkpoints, self.samples):
+            sweep(folder)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self.log(f"stopped: {error}")
-        for stream in (self._log, self._lock):
-            if stream is not None:
-                stream.close()
+            self._note(f"stopped: {error}")
+        if self._lock is not None:
+            self._lock.close()
 
     def log(self, message: str) -> None:
         """Tell the user and note it in log.txt."""
         self._reporter.info(message)
-        if self._log is not None:
-            self._log.write(printable(message) + "\n")
-            self._log.flush()
+        self._note(message)
 
     def warn(self, message: str) -> None:
         """Warn the user and note it in log.txt."""
         self._reporter.warn(message)
-        if self._log is not None:
-            self._log.write(f"warning: {printable(message)}\n")
-            self._log.flush()
+        self._note(f"warning: {message}")
 
-    def claim(self, resolved: Mapping[str, Any], source: str, fingerprint: str) -> None:
-        """Record what this run is, or check that the folder's run is the same.
+    def _note(self, message: str) -> None:
+        # A full disk is reported where it loses something.
+        with suppress(OSError), (self.path / "log.txt").open("a", encoding="utf-8") as stream:
+            stream.write(printable(message) + "\n")
+
+    @property
+    def _identity(self) -> Path:
+        return self.path / "recipe.resolved.yaml"
+
+    def expect_unused(self) -> None:
+        """Make sure that there is nothing to continue.
+
+        Raises:
+            CheckpointError: the folder holds checkpoints.
+        """
+        if checkpoints(self.checkpoints):
+            raise CheckpointError(
+                f"'{self.checkpoints}' holds checkpoints",
+                "--resume never would mix two runs",
+                f"delete '{self.path}' or choose another --out",
+            )
+
+    def changes(self, resolved: Mapping[str, Any], fingerprints: Mapping[str, str]) -> list[str]:
+        """In what the recipe differs from the one of the folder's run; nothing of it changes a weight.
 
         Args:
             resolved: the whole recipe as plain data.
-            source: the recipe's text as the user wrote it.
-            fingerprint: hash of the training data's index.
+            fingerprints: hash of the training data's index, and of the weights of each model that is used.
 
         Raises:
-            CheckpointError: the folder belongs to a run with another recipe or other data.
+            CheckpointError: the folder belongs to a run with another recipe, other data or other models.
         """
-        identity = self.path / "recipe.resolved.yaml"
-        if identity.exists():
-            before = json.loads(identity.read_text())
-            differences = _differences(before["recipe"], resolved)
-            harmful = [d for d in differences if d.split(":")[0] not in _HARMLESS]
-            if before["data_fingerprint"] != fingerprint:
-                harmful.append(f"the training data's fingerprint: {before['data_fingerprint']} → {fingerprint}")
-            if harmful:
-                raise CheckpointError(
-                    f"'{self.path}' belongs to another run",
-                    "changed " + "; ".join(harmful[:5]),
-                    "undo the change, or choose another name or --out",
-                )
-            for difference in differences:
-                self.log(f"the recipe changed: {difference}")
+        if not self._identity.exists():
+            return []
+        before = _read_object(self._identity)
+        old, new = flatten(before.get("recipe", {})), flatten(resolved)
+        differing = _differing(old, new)
+        harmful = [name for name in differing if name not in _HARMLESS and not _is_extension(name, old, new)]
+        causes = [_change(name, old, new) for name in harmful]
+        known = before.get("fingerprints", {})
+        causes += [
+            f"the fingerprint of {_change(name, known, fingerprints)}"
+            for name in _differing(known, fingerprints)
+        ]
+        if causes:
+            raise CheckpointError(
+                f"'{self.path}' belongs to another run",
+                "changed " + "; ".join(causes[:5]),
+                "undo the change, or choose another name or --out",
+            )
+        return [_change(name, old, new) for name in differing]
+
+    def claim(self, resolved: Mapping[str, Any], source: str, fingerprints: Mapping[str, str]) -> None:
+        """Record what this run is, or check that it is the folder's; arguments and errors as in `changes`.
+
+        Args:
+            source: the recipe's text as the user wrote it.
+        """
+        for change in self.changes(resolved, fingerprints):
+            self.log(f"the recipe changed: {change}")
         write_atomically(self.path / "recipe.yaml", source)
-        document = {"recipe": resolved, "data_fingerprint": fingerprint}
-        write_atomically(identity, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        document = {"recipe": resolved, "fingerprints": fingerprints}
+        write_atomically(self._identity, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
         write_atomically(self.path / "env.json", json.dumps(environment(), indent=1) + "\n")
 
     def status(self, state: str, **details: Any) -> None:
@@ -181,13 +218,20 @@ class RunFolder:
         file = self.path / "status.json"
         if not file.exists() or not self.model.is_dir():
             return None
-        status: dict[str, Any] = json.loads(file.read_text())
+        status = _read_object(file)
         return status if status.get("state") == "finished" else None
 
     def append_metrics(self, figures: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl."""
         with storage_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(figures) + "\n")
+
+    def last_metrics(self) -> dict[str, Any]:
+        """The figures of the last line of metrics.jsonl."""
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
+        figures: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+        figures.pop("step", None)
+        return figures
 
     def rewind_metrics(self, step: int) -> None:
         """Drop the lines after `step`, which an interrupted life wrote and this one writes again."""
@@ -202,13 +246,31 @@ class RunFolder:
             write_atomically(self.metrics, "".join(f"{line}\n" for line in kept))
 
 
-def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    old, new = flatten(before), flatten(after)
-    return [
-        f"{name}: {old.get(name, 'absent')!r} → {new.get(name, 'absent')!r}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name, "absent") != new.get(name, "absent")
-    ]
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    names = sorted(old.keys() | new.keys())
+    return [name for name in names if old.get(name, "absent") != new.get(name, "absent")]
+
+
+def _change(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    return f"{name}: {old.get(name, 'absent')!r} → {new.get(name, 'absent')!r}"
+
+
+def _is_extension(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """More steps at a constant rate repeat the steps that were taken; with a cosine they would differ."""
+    is_constant = new.get("train.lr_schedule") == "constant"
+    return name == "train.steps" and is_constant and new[name] > old.get(name, new[name])
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"cannot read '{file}'", f"it is no JSON ({error})", "choose another --out"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"cannot read '{file}'", "it is no JSON object", "choose another --out")
+    return content
 
 
 def environment() -> dict[str, Any]:
@@ -218,7 +280,9 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or "cpu",
         "num_threads": torch.get_num_threads(),
         "executable": Path(sys.executable).name,
     }

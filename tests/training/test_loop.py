@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ldm_cli.errors import CheckpointError, DivergedError, OutputError, Preempte
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.training.checkpoint import checkpoint_name, checkpoints
 from ldm_cli.training.config import TrainConfig
+from ldm_cli.training.interruption import StopRequest
 from ldm_cli.training.loop import train
 from ldm_cli.training.optim import learning_rate
 from ldm_cli.training.run_folder import RunFolder
@@ -25,7 +27,14 @@ from .toy import ToyTask, batches
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(
-    steps=30, batch_size=12, lr=1e-2, warmup_steps=3, ema_decay=0.9, log_every=7, save_every=5, validate_every=11
+    steps=30,
+    batch_size=12,
+    lr=1e-2,
+    warmup_steps=3,
+    ema_decay=0.9,
+    log_every=7,
+    save_every=5,
+    validate_every=11,
 )
 
 
@@ -34,15 +43,18 @@ def run(
     config: TrainConfig = CONFIG,
     task: ToyTask | None = None,
     source: Callable[[int, int], Iterator[tuple[Tensor, Tensor]]] = batches,
-    resume: str = "auto",
+    start: Path | None = None,
+    max_seconds: float | None = None,
 ) -> ToyTask:
     task = task or ToyTask()
-    with RunFolder(path, SilentReporter()) as folder:
-        train(task, source, config, folder, SilentReporter(), device=CPU, resume=resume)
+    with RunFolder(path, SilentReporter()) as folder, StopRequest(max_seconds) as stop:
+        train(task, source, config, folder, SilentReporter(), device=CPU, stop=stop, start=start)
     return task
 
 
-def killed_at(step: int, how: type[BaseException] = KeyboardInterrupt) -> Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]:
+def killed_at(
+    step: int, how: type[BaseException] = KeyboardInterrupt
+) -> Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]:
     def source(start: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
         for index, batch in enumerate(batches(start, end), start=start):
             if index == step:
@@ -58,8 +70,11 @@ def figures(path: Path) -> list[dict[str, float]]:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    for name in ("model/model.safetensors", f"checkpoints/{checkpoint_name(30)}/ema/model.safetensors",
-                 f"checkpoints/{checkpoint_name(30)}/training.safetensors"):
+    for name in (
+        "model/model.safetensors",
+        f"checkpoints/{checkpoint_name(30)}/ema/model.safetensors",
+        f"checkpoints/{checkpoint_name(30)}/training.safetensors",
+    ):
         one, two = load_file(a / name), load_file(b / name)
         assert one.keys() == two.keys()
         assert all(torch.equal(one[k], two[k]) for k in one), name
@@ -80,7 +95,17 @@ def test_the_loss_falls_and_every_figure_is_logged(tmp_path: Path) -> None:
     run(tmp_path, CONFIG.model_copy(update={"steps": 200, "log_every": 10}))
     lines = figures(tmp_path)
     assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
-    assert {"step", "loss", "lr", "grad_norm", "grad_norm/critic", "size", "skipped", "val_loss", "val_loss_ema"} <= lines[-1].keys()
+    assert {
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "grad_norm/critic",
+        "size",
+        "skipped",
+        "val_loss",
+        "val_loss_ema",
+    } <= lines[-1].keys()
     assert lines[-1]["step"] == 200
 
 
@@ -101,8 +126,12 @@ def test_the_loop_equals_plain_torch(tmp_path: Path) -> None:
     both = [[*task.model.parameters()], [*task.critic.parameters()]]
     optimizers = [
         torch.optim.AdamW(
-            [{"params": [p for p in ps if p.ndim > 1], "weight_decay": 0.01}, {"params": [p for p in ps if p.ndim < 2], "weight_decay": 0.0}],
-            lr=1.0, foreach=False,
+            [
+                {"params": [p for p in ps if p.ndim > 1], "weight_decay": 0.01},
+                {"params": [p for p in ps if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=1.0,
+            foreach=False,
         )
         for ps in both
     ]
@@ -135,7 +164,9 @@ def test_a_finished_model_holds_the_average(tmp_path: Path) -> None:
 
 
 def test_a_nonfinite_step_changes_no_weight_and_no_average(tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"steps": 5, "log_every": 1, "save_every": 1, "keep_checkpoints": 10, "warmup_steps": 0})
+    config = CONFIG.model_copy(
+        update={"steps": 5, "log_every": 1, "save_every": 1, "keep_checkpoints": 10, "warmup_steps": 0}
+    )
     run(tmp_path, config, ToyTask(poison={3}))
     before, after = (tmp_path / "checkpoints" / checkpoint_name(s) for s in (2, 3))
     for name in ("model/model.safetensors", "ema/model.safetensors"):
@@ -195,25 +226,40 @@ def test_no_usable_checkpoint_is_an_error(tmp_path: Path) -> None:
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     run(tmp_path)
-    assert [p.name for p in checkpoints(tmp_path / "checkpoints")] == [checkpoint_name(25), checkpoint_name(30)]
+    assert [p.name for p in checkpoints(tmp_path / "checkpoints")] == [
+        checkpoint_name(25),
+        checkpoint_name(30),
+    ]
     assert not list(tmp_path.rglob(".tmp-*"))
 
 
 def test_a_second_owner_is_refused_and_told_who_has_it(tmp_path: Path) -> None:
-    with RunFolder(tmp_path, SilentReporter()), pytest.raises(OutputError, match=f"pid {os.getpid()}"):
-        RunFolder(tmp_path, SilentReporter()).__enter__()
+    child = os.fork()  # a lock of the same process would not count
+    if child == 0:
+        with RunFolder(tmp_path, SilentReporter()):
+            signal.pause()
+    while not (tmp_path / "checkpoints").exists():
+        time.sleep(0.001)
+    try:
+        with pytest.raises(OutputError, match=f"pid {child} on "):
+            RunFolder(tmp_path, SilentReporter()).__enter__()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    with RunFolder(tmp_path, SilentReporter()):
+        assert (tmp_path / ".lock").read_text().startswith(f"pid {os.getpid()} on ")
 
 
 def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     recipe = {"train": {"lr": 1e-3, "log_every": 5}}
     with RunFolder(tmp_path, SilentReporter()) as folder:
-        folder.claim(recipe, "", "data")
+        folder.claim(recipe, "", {"data": "one"})
     with RunFolder(tmp_path, SilentReporter()) as folder:
-        folder.claim({"train": {"lr": 1e-3, "log_every": 9}}, "", "data")
+        folder.claim({"train": {"lr": 1e-3, "log_every": 9}}, "", {"data": "one"})
         with pytest.raises(CheckpointError, match=r"train.lr: 0.001 → 0.002"):
-            folder.claim({"train": {"lr": 2e-3, "log_every": 9}}, "", "data")
-        with pytest.raises(CheckpointError, match="fingerprint"):
-            folder.claim({"train": {"lr": 1e-3, "log_every": 9}}, "", "other data")
+            folder.claim({"train": {"lr": 2e-3, "log_every": 9}}, "", {"data": "one"})
+        with pytest.raises(CheckpointError, match="fingerprint of data: 'one' → 'two'"):
+            folder.claim({"train": {"lr": 1e-3, "log_every": 9}}, "", {"data": "two"})
 
 
 def test_the_learning_rate_warms_up_and_ends_at_its_minimum() -> None:

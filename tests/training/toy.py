@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm_cli import philox
-from ldm_cli.training.loop import Losses, in_parts
+from ldm_cli.training.task import Losses, in_parts
 
 
 class ToyTask:

@@ -105,11 +105,11 @@ class AttentionPool2d(nn.Module):
         return pooled[:, 0]
 
 
-class _StatisticsKept:
-    """While it is entered, the batch norms of a block update copies of their running statistics."""
+class StatisticsKept:
+    """Context in which the batch norms of a module update copies of their running statistics."""
 
-    def __init__(self, block: nn.Module) -> None:
-        self.norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    def __init__(self, module: nn.Module) -> None:
+        self.norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
         self.originals: list[dict[str, Tensor]] = []
 
     def __enter__(self) -> None:
@@ -178,7 +178,7 @@ class ModifiedResNet(Checkpointed):
             return layer(*inputs)
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), _StatisticsKept(layer)
+            return nullcontext(), StatisticsKept(layer)
 
         return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
 
+def min_image_size(num_layers: int) -> int:
+    """Smallest side of an image, in pixels, that a discriminator of so many layers has a verdict on."""
+    return int(3 * 2**num_layers)
+
+
 class PatchDiscriminator(nn.Sequential):
-    """Judges overlapping patches of an image as real or not (Isola et al. 2017, arXiv:1611.07004, appendix 6.1.2).
+    """Judges overlapping patches of an image as real or not (Isola et al. 2017, arXiv:1611.07004, 6.1.2).
 
     Group norm stands in for batch norm, so that the verdict on one image does not depend on its neighbours.
 
@@ -22,7 +29,7 @@ class PatchDiscriminator(nn.Sequential):
             nn.Conv2d(in_channels, widths[0], 4, stride=2, padding=1),
             nn.LeakyReLU(0.2),
         ]
-        for i, (narrow, wide) in enumerate(zip(widths[:-1], widths[1:], strict=True), start=1):
+        for i, (narrow, wide) in enumerate(pairwise(widths), start=1):
             stride = 2 if i < num_layers else 1
             layers += [
                 nn.Conv2d(narrow, wide, 4, stride, padding=1, bias=False),
@@ -30,7 +37,7 @@ class PatchDiscriminator(nn.Sequential):
                 nn.LeakyReLU(0.2),
             ]
         super().__init__(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
-        self.min_size = 3 * 2**num_layers
+        self.min_size = min_image_size(num_layers)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, 1, H', W'] of images [B, C, H, W] in [−1, 1]: positive means real.
@@ -42,7 +49,7 @@ class PatchDiscriminator(nn.Sequential):
             raise ValueError(
                 f"images of {tuple(images.shape[-2:])} px, the discriminator needs {self.min_size}"
             )
-        verdict: Tensor = super().forward(images)
+        verdict: Tensor = super().forward(images)  # type: ignore[no-untyped-call]
         return verdict
 
 
