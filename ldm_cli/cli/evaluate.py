@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
@@ -41,4 +41,11 @@ def _eval(
         return
     from ldm_cli.stages import evaluate
 
-    show_result(evaluate.run(cast("EvalRecipe", loaded.recipe), options, make_reporter()), json)
+    result = evaluate.run(cast("EvalRecipe", loaded.recipe), options, make_reporter())
+    show_result(result if json else _for_people(result), json)
+
+
+def _for_people(result: dict[str, Any]) -> dict[str, Any]:
+    """The metrics and what they were measured on; the whole provenance is in the JSON."""
+    others = {name: value for name, value in result.items() if name not in ("metrics", "provenance")}
+    return others | result["metrics"] | {"measured_on": result["provenance"]["data"]}
