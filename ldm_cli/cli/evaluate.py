@@ -48,4 +48,4 @@ def _eval(
 def _for_people(result: dict[str, Any]) -> dict[str, Any]:
     """The metrics and what they were measured on; the whole provenance is in the JSON."""
     others = {name: value for name, value in result.items() if name not in ("metrics", "provenance")}
-    return others | result["metrics"] | {"measured_on": result["provenance"]["data"]}
+    return {**others, **result["metrics"], "measured_on": result["provenance"]["data"]}
