@@ -1,0 +1,44 @@
+"""Drawn scenes and one small run of each trainer, made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ldm_cli.data.scenes import write_scenes
+from ldm_cli.reporting import SilentReporter
+
+from .tiny import clip_recipe, trained, unet_recipe, vae_recipe
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 training scenes in three shards, 24 held-out ones, 32 px."""
+    folder = tmp_path_factory.mktemp("scenes")
+    write_scenes(folder, 64, 32, 0, SilentReporter(), val_samples=24, shard_samples=25)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "clip"
+    trained(clip_recipe(scenes, steps=40, batch_size=16, lr=3e-3, log_every=10, ema_decay=0.9), out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def vae_run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "vae"
+    trained(vae_recipe(scenes, steps=40, lr=1e-2, log_every=10, ema_decay=0.9), out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def unet_run(scenes: Path, clip_run: Path, vae_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "unet"
+    recipe = unet_recipe(
+        scenes, clip_run / "model", vae_run / "model", steps=40, lr=5e-3, log_every=10, ema_decay=0.9
+    )
+    trained(recipe, out)
+    return out

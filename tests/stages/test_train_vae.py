@@ -1,0 +1,225 @@
+"""`train-vae` on drawn scenes: it learns, its latent is centred and scaled, its folder is diffusers'."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm_cli import philox
+from ldm_cli.core.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from ldm_cli.data.loader import Loader, sequential_batches
+from ldm_cli.data.scenes import write_scenes
+from ldm_cli.data.shards import open_shards
+from ldm_cli.errors import CheckpointError, RecipeError
+from ldm_cli.formats.model_folder import load_model
+from ldm_cli.recipe.load import load_recipe
+from ldm_cli.recipe.schema import TrainVaeRecipe
+from ldm_cli.reporting import SilentReporter
+from ldm_cli.stages.train_vae import VAETask, center_latent, to_signed
+from ldm_cli.stages.training_run import Workbench
+from ldm_cli.training.run_folder import RunFolder
+
+from ..faults.runs import assert_same_run, metrics, tensors
+from .tiny import RESNET, clip_recipe, lose_after, losses, trained, vae_recipe
+
+CPU = torch.device("cpu")
+ADVERSARIAL = {
+    "adversarial_weight": 0.5,
+    "adversarial_start": 2,
+    "discriminator_channels": 8,
+    "discriminator_layers": 2,
+}
+
+
+def make_task(path: Path, mapping: dict[str, Any]) -> tuple[VAETask, Loader]:
+    recipe = TrainVaeRecipe.from_mapping(mapping)
+    shards = open_shards(recipe.data.shards, recipe.data, SilentReporter())
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        task = VAETask(
+            recipe, Workbench(RunFolder(path, SilentReporter()), shards, (), CPU, SilentReporter())
+        )
+    return task, Loader(shards, recipe.data, seed=0, batch_size=8, with_captions=False)
+
+
+def training_latents(model: Path, scenes: Path) -> Tensor:
+    """Scaled latents of all training images, sampled with fresh noise: [64, C, h, w]."""
+    vae = load_model(AutoencoderKL, model).eval()
+    recipe = TrainVaeRecipe.from_mapping(vae_recipe(scenes))
+    shards = open_shards(recipe.data.shards, recipe.data, SilentReporter())
+    parts = []
+    with torch.no_grad():
+        for batch in sequential_batches(shards, recipe.data, 16, with_captions=False):
+            posterior = vae.encode(to_signed(batch.images, CPU))
+            noise = philox.normal(
+                philox.key(9, "fresh"), batch.epoch, batch.position, posterior.mean.shape[1:]
+            )
+            parts.append(vae.to_latents(posterior.sample(noise)))
+    return torch.cat(parts)
+
+
+def test_the_loss_falls_and_figures_are_logged(vae_run: Path) -> None:
+    logged = losses(vae_run)
+    assert logged[-1] < 0.8 * logged[0]
+    last = metrics(vae_run)[-1]
+    assert {"reconstruction", "kl", "grad_norm", "lr", "val_psnr", "val_l1", "val_psnr_ema"} <= last.keys()
+    assert (vae_run / "samples/step-00000040/grid.png").is_file()
+
+
+def test_diffusers_opens_the_model_and_agrees(vae_run: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.AutoencoderKL.from_pretrained(vae_run / "model").eval()
+    ours = load_model(AutoencoderKL, vae_run / "model").eval()
+    assert theirs.config.scaling_factor == ours.config.scaling_factor != 0.18215
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        z = ours.encode(images).mode()
+        torch.testing.assert_close(z, theirs.encode(images).latent_dist.mode(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours.decode(z), theirs.decode(z).sample, rtol=0, atol=1e-5)
+
+
+def test_scaled_latents_have_mean_0_and_deviation_1_per_channel_and_in_all(
+    vae_run: Path, scenes: Path
+) -> None:
+    """Measured with other posterior noise than the trainer used: hence the tolerance."""
+    latents = training_latents(vae_run / "model", scenes)
+    assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.02
+    assert latents.std().item() == pytest.approx(1, abs=0.01)
+    assert load_model(AutoencoderKL, vae_run / "model").config.shift_factor == 0
+
+
+def test_without_1x1_convolutions_the_shift_is_stored_instead(scenes: Path, tmp_path: Path) -> None:
+    plain = {"use_quant_conv": False, "use_post_quant_conv": False}
+    result = trained(vae_recipe(scenes, vae=plain, steps=3), tmp_path / "run")
+    config = load_model(AutoencoderKL, tmp_path / "run/model").config
+    assert config.shift_factor == result["figures"]["shift_factor"] != 0
+    latents = training_latents(tmp_path / "run/model", scenes)
+    assert latents.mean().abs() < 0.02
+    assert latents.std().item() == pytest.approx(1, abs=0.01)
+
+
+def test_centring_moves_the_latent_and_no_reconstruction() -> None:
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            AutoencoderKLConfig(block_out_channels=(8, 8), norm_num_groups=4, **blocks)
+        ).double()  # type: ignore[arg-type]
+        images, noise = torch.randn(2, 3, 16, 16).double(), torch.randn(2, 4, 8, 8).double()
+    shift = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    before = vae.encode(images)
+    pictures = vae.decode(before.sample(noise))
+    center_latent(vae, shift)
+    after = vae.encode(images)
+    torch.testing.assert_close(after.mean, before.mean - shift.view(4, 1, 1), rtol=0, atol=1e-12)
+    assert torch.equal(after.logvar, before.logvar)
+    torch.testing.assert_close(vae.decode(after.sample(noise)), pictures, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_parts", [2, 4])
+def test_a_batch_in_parts_has_the_gradient_of_the_whole_batch(
+    scenes: Path, tmp_path: Path, num_parts: int
+) -> None:
+    task, loader = make_task(tmp_path, vae_recipe(scenes, loss={"kl_weight": 0.1}))
+    batch = next(loader.batches(0, 1))
+    results = []
+    for parts in (1, num_parts):
+        task.vae.zero_grad()
+        for loss, _ in task.losses(batch, parts, 1):
+            loss.backward()  # type: ignore[no-untyped-call]
+        results.append(
+            {name: p.grad.clone() for name, p in task.vae.named_parameters() if p.grad is not None}
+        )
+    whole, split = results
+    assert whole.keys() == split.keys() == dict(task.vae.named_parameters()).keys()
+    for name in whole:
+        torch.testing.assert_close(split[name], whole[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_a_perceptual_adversarial_run_that_is_lost_ends_the_same(
+    scenes: Path, clip_run: Path, tmp_path: Path, precision: str
+) -> None:
+    """Killed before the discriminator has started, and once more when it has."""
+    loss = {**ADVERSARIAL, "perceptual_weight": 0.3, "perceptual_clip": str(clip_run / "model")}
+    recipe = vae_recipe(
+        scenes, loss=loss, steps=7, save_every=2, log_every=3, ema_decay=0.9, precision=precision
+    )
+    trained(recipe, tmp_path / "whole")
+    lose_after(2, recipe, tmp_path / "broken")
+    lose_after(4, recipe, tmp_path / "broken")
+    trained(recipe, tmp_path / "broken")
+    assert_same_run(tmp_path / "whole", tmp_path / "broken", 7)
+    first, second, _ = metrics(tmp_path / "whole")
+    assert {
+        "perceptual",
+        "adversarial",
+        "discriminator",
+        "adaptive_weight",
+        "grad_norm/discriminator",
+    } <= second.keys()
+    # Step 3 alone has the term; hinge losses start about 1, a mean over three steps would be a third of that.
+    assert 0.5 < first["discriminator"] < 2
+    state = tensors(tmp_path / "whole", 7)
+    steps = {n: v.item() for n, v in state.items() if n.endswith(".step")}
+    assert {v for n, v in steps.items() if "optimizer.discriminator" in n} == {5.0}
+    assert {v for n, v in steps.items() if "optimizer.vae" in n} == {7.0}
+
+
+def test_the_perceptual_tower_stays_as_it_is(scenes: Path, clip_run: Path, tmp_path: Path) -> None:
+    loss = {"perceptual_weight": 1.0, "perceptual_clip": str(clip_run / "model")}
+    task, loader = make_task(tmp_path, vae_recipe(scenes, loss=loss))
+    tower = task.loss.perceptual_tower
+    assert tower is not None
+    for value, figures in task.losses(next(loader.batches(0, 1)), 2, 1):
+        assert figures["perceptual"] > 0
+        value.backward()  # type: ignore[no-untyped-call]
+    assert all(p.grad is None for p in tower.parameters())
+    assert not tower.training
+
+
+def test_another_perceptual_clip_under_the_same_path_is_another_run(scenes: Path, tmp_path: Path) -> None:
+    for seed, name in ((0, "one"), (1, "two")):
+        trained(clip_recipe(scenes, steps=1) | {"seed": seed}, tmp_path / name)
+    clip, loss = tmp_path / "clip", {"perceptual_weight": 1.0, "perceptual_clip": str(tmp_path / "clip")}
+    clip.symlink_to(tmp_path / "one/model")
+    trained(vae_recipe(scenes, loss=loss, steps=1), tmp_path / "vae")
+    clip.unlink()
+    clip.symlink_to(tmp_path / "two/model")
+    with pytest.raises(CheckpointError, match=r"the fingerprint of loss\.perceptual_clip"):
+        trained(vae_recipe(scenes, loss=loss, steps=1), tmp_path / "vae")
+
+
+def test_a_resnet_is_refused_as_perceptual_tower(scenes: Path, tmp_path: Path) -> None:
+    trained(clip_recipe(scenes, RESNET, steps=1), tmp_path / "clip")
+    loss = {"perceptual_weight": 1.0, "perceptual_clip": str(tmp_path / "clip/model")}
+    with pytest.raises(RecipeError, match="ResNet"):
+        trained(vae_recipe(scenes, loss=loss), tmp_path / "vae")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.image_size=33"], "no multiple of the autoencoder's factor 2"),
+        (["loss.adversarial_weight=1", "loss.discriminator_layers=4"], "which need 48 px"),
+    ],
+)
+def test_sizes_that_cannot_work_are_faults_of_the_recipe(
+    scenes: Path, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(vae_recipe(scenes)))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(str(file), overrides, expected_command="train-vae")
+    assert message in "\n".join([str(caught.value), *caught.value.problems])
+
+
+def test_fewer_samples_than_a_batch_train_over_several_epochs_a_step(tmp_path: Path) -> None:
+    write_scenes(tmp_path / "few", 3, 32, 0, SilentReporter(), val_samples=2)
+    recipe = vae_recipe(tmp_path / "few", steps=2, save_every=1)
+    assert trained(recipe, tmp_path / "run")["figures"]["scaling_factor"] > 0

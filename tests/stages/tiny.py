@@ -1,0 +1,119 @@
+"""Recipes of models with a few thousand parameters, and runs of them through the stages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
+from ldm_cli.reporting import Reporter, SilentReporter
+from ldm_cli.stages import train_clip, train_unet, train_vae
+from ldm_cli.stages.options import RunOptions
+from ldm_cli.training.run_folder import RunFolder
+
+_TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+VIT = {**_TOWER, "image_size": 32, "patch_size": 8}
+RESNET = {"model_type": "modified_resnet", "layers": [1, 1, 1, 1], "width": 4, "heads": 4, "image_size": 32}
+
+_STAGES: dict[str, tuple[Any, Any]] = {
+    "train-clip": (TrainClipRecipe, train_clip.run),
+    "train-vae": (TrainVaeRecipe, train_vae.run),
+    "train-unet": (TrainUnetRecipe, train_unet.run),
+}
+
+
+def _base(command: str, scenes: Path, data: Mapping[str, Any], train: Mapping[str, Any]) -> dict[str, Any]:
+    given = {"shards": str(scenes / "train-*.tar"), "val_shards": str(scenes / "val-*.tar"), "image_size": 32}
+    steps = {"steps": 12, "batch_size": 8, "log_every": 4, "save_every": 5, "validation_samples": 12}
+    return {"command": command, "name": "tiny", "data": {**given, **data}, "train": {**steps, **train}}
+
+
+def clip_recipe(scenes: Path, vision: Mapping[str, Any] = VIT, **train: Any) -> dict[str, Any]:
+    text = {**_TOWER, "max_position_embeddings": 24}
+    return _base("train-clip", scenes, {}, train) | {
+        "clip": {"projection_dim": 16, "text_config": text, "vision_config": dict(vision)},
+        "tokenizer": {"vocab_size": 560},
+    }
+
+
+def vae_recipe(
+    scenes: Path,
+    loss: Mapping[str, Any] | None = None,
+    vae: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    **train: Any,
+) -> dict[str, Any]:
+    model = {
+        "block_out_channels": [8, 8],
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "norm_num_groups": 4,
+        "latent_channels": 3,
+        "mid_block_add_attention": False,
+    }
+    return _base("train-vae", scenes, data or {}, train) | {
+        "vae": model | dict(vae or {}),
+        "loss": dict(loss or {}),
+    }
+
+
+def unet_recipe(
+    scenes: Path, clip: Path, vae: Path, diffusion: Mapping[str, Any] | None = None, **train: Any
+) -> dict[str, Any]:
+    model = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": [8, 8],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 2,
+        "cross_attention_dim": 16,
+    }
+    samples = {"num_prompts": 2, "sampling": {"steps": 2, "images_per_prompt": 1}}
+    return _base("train-unet", scenes, {}, train) | {
+        "vae": str(vae),
+        "text_encoder": str(clip),
+        "unet": model,
+        "diffusion": dict(diffusion or {}),
+        "samples": samples,
+    }
+
+
+def trained(
+    recipe: Mapping[str, Any], out: Path, reporter: Reporter | None = None, **options: Any
+) -> dict[str, Any]:
+    """The result of the stage that the recipe is for."""
+    schema, run = _STAGES[recipe["command"]]
+    chosen = RunOptions(out=out, device="cpu", recipe_text=json.dumps(recipe), **options)
+    result: dict[str, Any] = run(schema.from_mapping(recipe), chosen, reporter or SilentReporter())
+    return result
+
+
+def losses(run: Path) -> list[float]:
+    """The logged losses."""
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+class Lost(BaseException):
+    """Stands for a kill: nothing is saved or tidied after it."""
+
+
+def lose_after(step: int, recipe: Mapping[str, Any], out: Path) -> None:
+    """A life that is lost right after the checkpoint of `step` was committed."""
+    write_status = RunFolder.status
+
+    def status(self: RunFolder, state: str, **details: Any) -> None:
+        write_status(self, state, **details)
+        if state == "running" and details["step"] == step:
+            raise Lost
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "status", status)
+        with pytest.raises(Lost):
+            trained(recipe, out)
