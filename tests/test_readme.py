@@ -150,7 +150,7 @@ def test_a_slip_in_a_command_is_noticed(line: str) -> None:
 def test_no_block_is_of_an_unknown_kind() -> None:
     kinds = {block.info for page in PAGES for block in blocks(page)}
     codes = {kind for kind in kinds if re.fullmatch(r"sh run exit=\d+", kind)}
-    assert kinds - codes == {"sh", "sh run", "text", "text exact", "json", "python", "math"}
+    assert kinds - codes == {"sh", "sh run", "text", "text exact", "python", "math"}
     assert len(codes) >= 3
 
 
