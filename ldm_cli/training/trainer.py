@@ -96,10 +96,9 @@ class Trainer:
                 for name, value in figures.items():
                     total[name] = total[name] + value if name in total else value
         norms, kept = self.optimizers.step(learning_rate(config, step), loss_sum)
+        # Batch statistics of a skipped step may not be finite either.
         for buffer, before in zip(self.buffers, buffers, strict=True):
-            buffer.copy_(
-                torch.where(kept > 0, buffer, before)
-            )  # batch statistics of a skipped step may be NaN
+            buffer.copy_(torch.where(kept > 0, buffer, before))
         if self.ema is not None:
             self.ema.update(step, kept)
         main = next(iter(self.task.modules))
