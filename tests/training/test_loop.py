@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -268,4 +269,4 @@ def test_the_learning_rate_warms_up_and_ends_at_its_minimum() -> None:
     assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert rates[54] == pytest.approx(0.55)  # half-way down the cosine
     assert rates[-1] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[9:]))
