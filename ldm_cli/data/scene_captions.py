@@ -9,9 +9,9 @@ from typing import Any
 Draw = Callable[[Sequence[Any]], Any]
 """Picks one element of a sequence at random."""
 
-FULL_FRACTION = 0.2
-"""Fraction of captions that state every attribute of the scene. Most captions say less: where every caption of a batch
-can be told apart by place, size and background, CLIP never learns the shapes."""
+FULL_FRACTION = 0.15
+"""Fraction of captions that state every attribute of the scene. Most say less: where all captions of a batch
+can be told apart by place, size and background, CLIP is slow to learn the shapes."""
 
 _OPENINGS = ("", "", "", "a picture of ", "a drawing of ", "there is ")
 
@@ -23,7 +23,7 @@ _SINGLE_FULL = (
     "{place}, {thing} on a {background} background",
 )
 _SINGLE_PARTIAL: tuple[tuple[frozenset[str], str], ...] = (
-    *(5 * ((frozenset(), "{thing}"),)),
+    *(8 * ((frozenset(), "{thing}"),)),
     (frozenset({"size"}), "{thing}"),
     (frozenset({"place"}), "{thing} {place}"),
     (frozenset({"background"}), "{thing} on a {background} background"),

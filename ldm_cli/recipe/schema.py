@@ -127,8 +127,8 @@ class SampleRecipe(Config):
     """Pipeline folder, a run folder, or a checkpoint of `train-unet`."""
     prompts: tuple[str, ...] = ()
     """Prompts, one entry each; `--prompts FILE` and `-p` come on top."""
-    out: str = "samples"
-    """Folder for the pictures."""
+    out: str | None = None
+    """Folder for the pictures; null: `samples/PROMPT-HASH`, a folder of its own for every job."""
     sampling: SamplingConfig = SamplingConfig()
     """Sampler, steps, guidance, size."""
 

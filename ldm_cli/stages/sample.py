@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,9 @@ from ldm_cli.recipe.schema import SampleRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.denoising import plan
+from ldm_cli.sampling.images import slug
 from ldm_cli.sampling.job_folder import JobFolder
-from ldm_cli.sampling.pipeline import Pipeline, requests_for
+from ldm_cli.sampling.pipeline import ImageRequest, Pipeline, requests_for
 from ldm_cli.stages.options import RunOptions, resolve_device
 
 
@@ -60,7 +64,8 @@ def run(
         "weights": pipeline.weights_sha256,
         "latents": None if latents_file is None else tensors_sha256([latents_file]),
     }
-    folder = JobFolder(options.out or Path(recipe.out), job, requests)
+    out = options.out or (Path(recipe.out) if recipe.out else default_folder(job, requests))
+    folder = JobFolder(out, job, requests)
     missing = folder.claim(options.overwrite, {"model": str(pipeline.folder), "device": str(pipeline.device)})
     started = time.monotonic()
     chosen = None if latents is None else latents[missing]
@@ -75,6 +80,12 @@ def run(
         "drawn": len(missing),
         "seconds": round(seconds, 3),
     }
+
+
+def default_folder(job: Mapping[str, Any], requests: Sequence[ImageRequest]) -> Path:
+    """`samples/PROMPT-HASH`: the same for the same job, so that repeating the command completes it, and else new."""
+    content = json.dumps([job, [vars(request) for request in requests]], sort_keys=True)
+    return Path("samples") / f"{slug(requests[0].prompt)}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
 
 def _without_batch_size(config: SamplingConfig) -> dict[str, Any]:

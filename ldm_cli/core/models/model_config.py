@@ -136,8 +136,11 @@ def without_bookkeeping(config_class: type[Config], mapping: Mapping[str, Any]) 
     """`mapping` without transformers' bookkeeping, except what `config_class` declares as a field of its own.
 
     Raises:
-        ValueError: a key that is normally without effect has one here (`pruned_heads` not empty).
+        ValueError: the file is of a diffusers model; or a key that is normally without effect has one here
+            (`pruned_heads` not empty).
     """
+    if "_class_name" in mapping:
+        raise ValueError(f"this is the config.json of {mapping['_class_name']!r}, a model of another kind")
     if mapping.get("pruned_heads"):
         raise ValueError(f"pruned_heads={mapping['pruned_heads']!r} is not supported; expected none")
     return {
