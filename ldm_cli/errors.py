@@ -93,7 +93,7 @@ class StorageError(LdmError):
     code, tag = 74, "E-IO"
 
 
-class Preempted(LdmError):  # noqa: N818 - a state, not a fault
+class Preempted(LdmError):
     """The run was asked to stop and has saved a checkpoint; the same command continues it."""
 
     code, tag = 75, "E-PREEMPTED"

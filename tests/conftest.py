@@ -26,9 +26,7 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def ldm(tmp_path: Path) -> Ldm:
     """`ldm("recipe", "list", env={…})`: the program in a process of its own, in an empty folder."""
 
-    def call(
-        *arguments: str, env: dict[str, str] | None = None, **options: object
-    ) -> subprocess.CompletedProcess[str]:
+    def call(*arguments: str, env: dict[str, str] | None = None, **options: object) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **(env or {})}
         command = [sys.executable, "-m", "ldm_cli", *arguments]
         settings = {"capture_output": True, "text": True, "cwd": tmp_path, "timeout": 120, **options}

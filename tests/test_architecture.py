@@ -83,11 +83,7 @@ def speech_violations(module: str, source: str) -> list[str]:
         return []
     found = []
     for node in ast.walk(ast.parse(source)):
-        if (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Name)
-            and node.func.id in {"print", "input"}
-        ):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in {"print", "input"}:
             found.append(f"{module}:{node.lineno}: {node.func.id}()")
         if isinstance(node, ast.Attribute) and node.attr in {"stdout", "stderr"}:
             found.append(f"{module}:{node.lineno}: .{node.attr}")

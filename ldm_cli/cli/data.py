@@ -67,9 +67,7 @@ def pack(
     shard_samples: Annotated[
         int, typer.Option("--shard-samples", metavar="N", min=1, help="Samples per shard.")
     ] = 10_000,
-    prefix: Annotated[
-        str, typer.Option("--prefix", metavar="TEXT", help="Beginning of shard names.")
-    ] = "train-",
+    prefix: Annotated[str, typer.Option("--prefix", metavar="TEXT", help="Beginning of shard names.")] = "train-",
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:

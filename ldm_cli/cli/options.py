@@ -13,9 +13,7 @@ from ldm_cli.errors import UsageError
 
 RecipeName = Annotated[
     str,
-    typer.Argument(
-        metavar="RECIPE", help="A recipe file, or a shipped one such as demo/clip.", show_default=False
-    ),
+    typer.Argument(metavar="RECIPE", help="A recipe file, or a shipped one such as demo/clip.", show_default=False),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -33,9 +31,7 @@ Resume = Annotated[
 ]
 MaxTime = Annotated[
     str | None,
-    typer.Option(
-        "--max-time", metavar="TIME", help="Save and stop after 3h, 90m, 1:30:00, ...", show_default=False
-    ),
+    typer.Option("--max-time", metavar="TIME", help="Save and stop after 3h, 90m, 1:30:00, ...", show_default=False),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
@@ -97,7 +93,5 @@ def check_overrides(overrides: Sequence[str] | None) -> tuple[str, ...]:
     """
     for override in overrides or ():
         if "=" not in override:
-            raise UsageError(
-                f"unexpected argument '{override}'", "it is not KEY=VALUE", "write e.g. train.lr=1e-4"
-            )
+            raise UsageError(f"unexpected argument '{override}'", "it is not KEY=VALUE", "write e.g. train.lr=1e-4")
     return tuple(overrides or ())

@@ -42,9 +42,7 @@ def list_recipes(json: given.Json = False, debug: given.Debug = False) -> None:
 def show_recipe(
     recipe: given.RecipeName,
     overrides: given.Overrides = None,
-    resolved: Annotated[
-        bool, typer.Option("--resolved", help="Every field, defaults and changes included.")
-    ] = False,
+    resolved: Annotated[bool, typer.Option("--resolved", help="Every field, defaults and changes included.")] = False,
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:

@@ -74,8 +74,7 @@ class Pace:
 def show_figures(figures: Mapping[str, Figure]) -> str:
     """`loss 0.1234, lr 0.0001`."""
     return ", ".join(
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in figures.items()
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in figures.items()
     )
 
 
@@ -105,9 +104,7 @@ class PlainReporter:
         write_line(f"warning: {message}")
 
     @contextmanager
-    def progress(
-        self, title: str, total: int | None, done: int = 0, unit: str = "step"
-    ) -> Iterator[Progress]:
+    def progress(self, title: str, total: int | None, done: int = 0, unit: str = "step") -> Iterator[Progress]:
         """A line every few seconds, and one at the end."""
         lines = _PlainProgress(title, Pace(total, done, unit, self._clock), self._clock)
         yield lines
@@ -163,9 +160,7 @@ class LiveReporter:
             self._console.quiet = True
 
     @contextmanager
-    def progress(
-        self, title: str, total: int | None, done: int = 0, unit: str = "step"
-    ) -> Iterator[Progress]:
+    def progress(self, title: str, total: int | None, done: int = 0, unit: str = "step") -> Iterator[Progress]:
         """A bar; further ones within it stand below it."""
         bars, outermost = self._bars, self._bars is None
         if bars is None:

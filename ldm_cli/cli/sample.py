@@ -47,15 +47,11 @@ def _sample(
         typer.Option("--prompts", metavar="FILE", help="A file with a prompt per line.", **_QUIET),
     ] = None,
     negative: Annotated[str | None, typer.Option("--negative", metavar="TEXT", help="What to avoid.")] = None,
-    number: Annotated[
-        int | None, typer.Option("-n", metavar="N", help="Images per prompt.", **_QUIET)
-    ] = None,
+    number: Annotated[int | None, typer.Option("-n", metavar="N", help="Images per prompt.", **_QUIET)] = None,
     seed: Annotated[
         int | None, typer.Option("--seed", metavar="S", help="Image i of a prompt has seed S + i.", **_QUIET)
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option("--steps", metavar="N", help="Denoising steps.", **_QUIET)
-    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="Denoising steps.", **_QUIET)] = None,
     sampler: Annotated[
         str | None, typer.Option("--sampler", metavar="NAME", help="ddpm, ddim, euler or dpmpp_2m.", **_QUIET)
     ] = None,
@@ -66,18 +62,14 @@ def _sample(
     eta: Annotated[
         float | None, typer.Option("--eta", metavar="E", help="DDIM: 0 no noise, 1 as DDPM.", **_QUIET)
     ] = None,
-    size: Annotated[
-        str | None, typer.Option("--size", metavar="WxH", help="Image size in pixels.", **_QUIET)
-    ] = None,
+    size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Image size in pixels.", **_QUIET)] = None,
     batch_size: Annotated[
         int | None,
         typer.Option("--batch-size", metavar="B", help="Images at a time; changes no image.", **_QUIET),
     ] = None,
     latents: Annotated[
         Path | None,
-        typer.Option(
-            "--latents", metavar="FILE", help="Initial noise: safetensors, key 'latents'.", **_QUIET
-        ),
+        typer.Option("--latents", metavar="FILE", help="Initial noise: safetensors, key 'latents'.", **_QUIET),
     ] = None,
     precision: Annotated[
         str | None, typer.Option("--precision", metavar="P", help="fp32, bf16 or fp16.", **_QUIET)
@@ -119,9 +111,7 @@ def _sample(
         return
     from ldm_cli.stages import sample
 
-    show_result(
-        sample.run(cast("SampleRecipe", loaded.recipe), options, reporter, latents_file=latents), json
-    )
+    show_result(sample.run(cast("SampleRecipe", loaded.recipe), options, reporter, latents_file=latents), json)
 
 
 def _split(arguments: list[str]) -> tuple[str | None, tuple[str, ...]]:

@@ -20,9 +20,7 @@ def contrastive_loss(
         The scalar loss, and the figure `accuracy`: the share of images whose own text scores highest.
     """
     if image_features.shape != text_features.shape:
-        raise ValueError(
-            f"image features {tuple(image_features.shape)}, text features {tuple(text_features.shape)}"
-        )
+        raise ValueError(f"image features {tuple(image_features.shape)}, text features {tuple(text_features.shape)}")
     image = F.normalize(image_features.float(), dim=-1)
     text = F.normalize(text_features.float(), dim=-1)
     with torch.autocast(image.device.type, enabled=False):  # bf16 rounds a logit of 100 to a multiple of 0.5

@@ -50,9 +50,7 @@ class VAELossConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> VAELossConfig:
         if self.perceptual_weight > 0 and self.perceptual_clip is None:
-            raise ValueError(
-                f"perceptual_weight={self.perceptual_weight} needs perceptual_clip, a CLIPModel folder"
-            )
+            raise ValueError(f"perceptual_weight={self.perceptual_weight} needs perceptual_clip, a CLIPModel folder")
         return self
 
 
@@ -101,9 +99,7 @@ class VAELoss(nn.Module):
             else None
         )
 
-    def forward(
-        self, vae: AutoencoderKL, images: Tensor, noise: Tensor, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, vae: AutoencoderKL, images: Tensor, noise: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its terms.
 
         Args:

@@ -63,9 +63,7 @@ class Order:
 
     def __init__(self, seed: int, shard_sizes: Sequence[int], window: int) -> None:
         if window < 1 or not any(shard_sizes):
-            raise ValueError(
-                f"Order: window={window}, {sum(shard_sizes)} samples in {len(shard_sizes)} shards"
-            )
+            raise ValueError(f"Order: window={window}, {sum(shard_sizes)} samples in {len(shard_sizes)} shards")
         self._shard_key = philox.key(seed, "order/shards")
         self._sample_key = philox.key(seed, "order/samples")
         self._sizes = tuple(shard_sizes)

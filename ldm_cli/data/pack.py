@@ -34,9 +34,7 @@ class Source:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def find_sources(
-    source: Path, image_column: str | None = None, caption_column: str | None = None
-) -> Iterator[Source]:
+def find_sources(source: Path, image_column: str | None = None, caption_column: str | None = None) -> Iterator[Source]:
     """The images that `source` names, in a fixed order.
 
     Args:
@@ -190,9 +188,7 @@ class _Packing:
             self.close()
             self._file = (self._folder / name).open("wb")
             # Fixed owner, mode and time: the same source gives the same bytes.
-            self._writer = self._make_writer(
-                self._file, encoder=False, user="ldm", group="ldm", mode=0o644, mtime=0
-            )
+            self._writer = self._make_writer(self._file, encoder=False, user="ldm", group="ldm", mode=0o644, mtime=0)
         self._shards[name] = within + 1
         return self._writer
 

@@ -40,12 +40,8 @@ def expand_braces(pattern: str) -> Iterator[str]:
             continue
         total *= count
         if total > _MAX_PATHS:
-            raise RecipeError(
-                f"shard pattern '{pattern}' is too long", f"it means more than {_MAX_PATHS:,} paths"
-            )
-        choices = (
-            [f"{n:0{width}}" for n in range(first, last + step, step)] if numbers else match[1].split(",")
-        )
+            raise RecipeError(f"shard pattern '{pattern}' is too long", f"it means more than {_MAX_PATHS:,} paths")
+        choices = [f"{n:0{width}}" for n in range(first, last + step, step)] if numbers else match[1].split(",")
         pieces += [[pattern[end : match.start()]], choices]
         end = match.end()
     pieces.append([pattern[end:]])

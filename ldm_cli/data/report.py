@@ -46,9 +46,7 @@ def check(shards: ShardSet, config: DataConfig, reporter: Reporter) -> dict[str,
                 progress.update(done)
     decoder.close()
     damaged = {
-        str(path): index.damage
-        for path, index in zip(shards.paths, shards.indexes, strict=True)
-        if index.damage
+        str(path): index.damage for path, index in zip(shards.paths, shards.indexes, strict=True) if index.damage
     }
     return {
         "ok": not bad and not damaged,

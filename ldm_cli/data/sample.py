@@ -135,9 +135,7 @@ class SampleDecoder:
 class _Members:
     """The members of one sample, each read at most once."""
 
-    def __init__(
-        self, reader: ShardReader, shards: ShardSet, shard: int, sample: int, max_bytes: int
-    ) -> None:
+    def __init__(self, reader: ShardReader, shards: ShardSet, shard: int, sample: int, max_bytes: int) -> None:
         self._reader, self._shard, self._max_bytes = reader, shard, max_bytes
         self._members = shards.indexes[shard].sample(sample)
         self._metadata: dict[str, Any] | None = None

@@ -63,11 +63,7 @@ def thing_phrase(thing: Mapping[str, Any], with_size: bool) -> str:
     >>> thing_phrase({"size": "small", "color": "orange", "shape": "ring"}, with_size=False)
     'an orange ring'
     """
-    words = (
-        f"{thing['size']} {thing['color']} {thing['shape']}"
-        if with_size
-        else f"{thing['color']} {thing['shape']}"
-    )
+    words = f"{thing['size']} {thing['color']} {thing['shape']}" if with_size else f"{thing['color']} {thing['shape']}"
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 

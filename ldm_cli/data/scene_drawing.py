@@ -11,9 +11,7 @@ from ldm_cli.data.scene_vocabulary import MAX_EXTENT, SHAPES, Color
 _SUPERSAMPLING = 8
 
 
-def coverage(
-    shape: str, center: tuple[float, float], radius: float, size: int
-) -> tuple[Image.Image, tuple[int, int]]:
+def coverage(shape: str, center: tuple[float, float], radius: float, size: int) -> tuple[Image.Image, tuple[int, int]]:
     """How much of each pixel a shape covers.
 
     Args:

@@ -1,7 +1,7 @@
 """Drawn scenes: flat shapes with captions and full ground truth, the data every command can be tried on.
 
 A scene is a pure function of (seed, split, index): the same at every image size and in every process. In
-`train` the pairs of `HELD_OUT_PAIRS` never occur; in `val` every second scene has one, and the others are
+`train` the pairs of `HELD_OUT_PAIRS` never occur; in `val` every eighth scene has one, and the others are
 fresh draws of seen pairs, so that composing can be measured apart from remembering.
 """
 
@@ -31,6 +31,8 @@ VERSION = 1
 """Rises whenever the same seed would draw other scenes."""
 TWO_OBJECT_FRACTION = 0.25
 """Fraction of scenes with two objects and a relation."""
+HELD_OUT_EVERY = 8
+"""Every so many scenes of `val`, one has a held-out pair: their share among all pairs."""
 MIN_SIZE = 32
 """Pixels below which shapes cannot be told apart."""
 
@@ -107,9 +109,7 @@ def _pair_geometry(dice: _Dice, relation: str) -> list[Truth]:
     return objects
 
 
-def scene(
-    seed: int, index: int, split: Split, size: int, two_object_fraction: float = TWO_OBJECT_FRACTION
-) -> Scene:
+def scene(seed: int, index: int, split: Split, size: int, two_object_fraction: float = TWO_OBJECT_FRACTION) -> Scene:
     """The `index`-th scene of a split.
 
     Args:
@@ -125,7 +125,7 @@ def scene(
     if size < MIN_SIZE:
         raise ValueError(f"scene: size={size} is below the least, {MIN_SIZE}")
     dice = _Dice(seed, split, index)
-    held_out = split == "val" and index % 2 == 1
+    held_out = split == "val" and index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     relation = dice.pick(words.RELATION_NAMES) if dice.chance(two_object_fraction) else None
     background = dice.pick(words.BACKGROUND_NAMES)
     geometry = _single_geometry(dice) if relation is None else _pair_geometry(dice, relation)
@@ -133,14 +133,10 @@ def scene(
     objects: list[Truth] = []
     image = Image.new("RGB", (size, size), words.BACKGROUNDS[background])
     for (shape, color), place in zip(pairs, geometry, strict=True):
-        box = paint(
-            image, shape, words.COLORS[color], (place["center"][0], place["center"][1]), place["radius"]
-        )
+        box = paint(image, shape, words.COLORS[color], (place["center"][0], place["center"][1]), place["radius"])
         objects.append({"shape": shape, "color": color, **place, "box": [round(edge, 4) for edge in box]})
     sentence, stated = caption(objects, relation, background, dice.chance(FULL_FRACTION), dice.pick)
-    labels = {
-        name: objects[0][name] if relation is None else None for name in ("shape", "color", "size", "place")
-    }
+    labels = {name: objects[0][name] if relation is None else None for name in ("shape", "color", "size", "place")}
     truth: Truth = {
         "caption": sentence,
         "stated": list(stated),
@@ -255,9 +251,7 @@ def _prepare(out: Path, record: dict[str, Any], overwrite: bool) -> bool:
     return True
 
 
-def _write_shard(
-    path: Path, seed: int, split: Split, indices: range, size: int, two_object_fraction: float
-) -> None:
+def _write_shard(path: Path, seed: int, split: Split, indices: range, size: int, two_object_fraction: float) -> None:
     from webdataset import TarWriter  # a slow import, needed here alone
 
     stream = io.BytesIO()

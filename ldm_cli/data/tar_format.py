@@ -106,11 +106,7 @@ class TarScan:
             if self._global_pax:
                 overrides = self._global_pax | overrides
             name = overrides.get(b"path") or _name(block)
-            size = (
-                _decimal(overrides[b"size"], data)
-                if b"size" in overrides
-                else _number(block[124:136], position)
-            )
+            size = _decimal(overrides[b"size"], data) if b"size" in overrides else _number(block[124:136], position)
             if kind == b"S":
                 data = self._after_sparse_map(block, data)
             stored = 0 if kind in _WITHOUT_DATA else size

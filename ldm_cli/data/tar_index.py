@@ -114,9 +114,7 @@ def index_tar(path: Path, on_damage: Literal["stop", "skip"] = "stop") -> ShardI
     try:
         file_size = os.fstat(file_descriptor).st_size
         if not file_size:
-            raise InputNotFoundError(
-                f"cannot read shard '{path}'", "the file is empty", "make or fetch it again"
-            )
+            raise InputNotFoundError(f"cannot read shard '{path}'", "the file is empty", "make or fetch it again")
         return _read(path, TarScan(file_descriptor, file_size), file_size, on_damage)
     except OSError as error:
         raise StorageError(f"cannot read shard '{path}'", os.strerror(error.errno or 0)) from error
@@ -172,9 +170,7 @@ class _Grouping:
             self.ignored["pickle or array member"] += 1
             return
         self._owner.append(self._samples.setdefault(key, len(self._samples)))
-        self._rows.extend(
-            (self._extensions.setdefault(extension, len(self._extensions)), offset, size, header_crc)
-        )
+        self._rows.extend((self._extensions.setdefault(extension, len(self._extensions)), offset, size, header_crc))
 
     def drop_incomplete(self, damage: TarDamage) -> None:
         """Forget the sample that the damage may have cut.

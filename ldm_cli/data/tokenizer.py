@@ -159,9 +159,7 @@ class Tokenizer:
                 "give a CLIP tokenizer's folder",
             ) from error
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"'{folder}' is no CLIP tokenizer", f"{type(error).__name__}: {error}"
-            ) from error
+            raise CheckpointError(f"'{folder}' is no CLIP tokenizer", f"{type(error).__name__}: {error}") from error
         pad = settings.get("pad_token") or END
         length = settings.get("model_max_length")
         # transformers writes 1e30 where nothing limits the length.

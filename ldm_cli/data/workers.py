@@ -23,9 +23,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 Item = TypeVar("Item")
 
 
-def made_by_workers(
-    dataset: Dataset[Item], numbers: range, num_workers: int, num_ahead: int
-) -> Generator[Item]:
+def made_by_workers(dataset: Dataset[Item], numbers: range, num_workers: int, num_ahead: int) -> Generator[Item]:
     """`dataset[n]` for each of `numbers`, in their order.
 
     Args:
@@ -56,9 +54,7 @@ def made_by_workers(
         reason = str(error).splitlines()[0]
         if reason.startswith("Caught"):  # raised by the data set's own code: a fault in it, not of the worker
             raise
-        raise WorkerError(
-            "a data worker died or hangs", reason, "run again, or set data.num_workers=0"
-        ) from error
+        raise WorkerError("a data worker died or hangs", reason, "run again, or set data.num_workers=0") from error
 
 
 @contextmanager

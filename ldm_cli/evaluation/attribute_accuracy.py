@@ -33,9 +33,7 @@ def attribute_accuracy(
     return score_scenes([seen for part in parts for seen in read_scenes(part)], truths, stated_only)
 
 
-def score_scenes(
-    found: Sequence[SeenScene], truths: Sequence[Truth], stated_only: bool = False
-) -> dict[str, Rates]:
+def score_scenes(found: Sequence[SeenScene], truths: Sequence[Truth], stated_only: bool = False) -> dict[str, Rates]:
     """Score what was read off pictures of drawn scenes against what they should show.
 
     Args:
@@ -118,10 +116,7 @@ def _match(
     def in_relation(order: Sequence[SeenObject | None]) -> bool:
         first, second = order[0], order[-1]
         return (
-            len(order) == 2
-            and first is not None
-            and second is not None
-            and relation(first, second) == wanted_relation
+            len(order) == 2 and first is not None and second is not None and relation(first, second) == wanted_relation
         )
 
     def merit(order: Sequence[SeenObject | None]) -> tuple[int, bool]:

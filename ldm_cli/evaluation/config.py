@@ -8,9 +8,7 @@ from pydantic import Field, model_validator
 
 from ldm_cli.config import Config
 
-MetricName = Literal[
-    "clip_score", "zero_shot", "retrieval", "reconstruction", "frechet_distance", "attribute_accuracy"
-]
+MetricName = Literal["clip_score", "zero_shot", "retrieval", "reconstruction", "frechet_distance", "attribute_accuracy"]
 
 
 _NEEDS: dict[str, tuple[str, ...]] = {
@@ -33,9 +31,7 @@ class ZeroShotTask(Config):
     where it is missing or null are left out)."""
     classes: Annotated[tuple[str, ...], Field(min_length=2)]
     """Class names, in the order of the index."""
-    templates: Annotated[tuple[Annotated[str, Field(pattern=r"\{\}")], ...], Field(min_length=1)] = (
-        "a photo of a {}",
-    )
+    templates: Annotated[tuple[Annotated[str, Field(pattern=r"\{\}")], ...], Field(min_length=1)] = ("a photo of a {}",)
     """Prompts per class; `{}` is replaced by the class name, and the embeddings of all templates are
     averaged."""
 
@@ -67,7 +63,5 @@ class EvalConfig(Config):
         for metric in self.metrics:
             missing = [name for name in _NEEDS[metric] if not getattr(self, name)]
             if missing:
-                raise ValueError(
-                    f"the metric {metric} needs {' and '.join(f'eval.{name}' for name in missing)}"
-                )
+                raise ValueError(f"the metric {metric} needs {' and '.join(f'eval.{name}' for name in missing)}")
         return self

@@ -43,9 +43,7 @@ class FeatureStatistics:
         if not bool(torch.isfinite(batch).all()):
             raise ValueError("FeatureStatistics: a feature is not finite")
         if self._mean is not None and (batch.ndim != 2 or batch.shape[1] != len(self._mean)):
-            raise ValueError(
-                f"FeatureStatistics: features are {list(batch.shape)}, not [B, {len(self._mean)}]"
-            )
+            raise ValueError(f"FeatureStatistics: features are {list(batch.shape)}, not [B, {len(self._mean)}]")
         if len(batch) == 0:
             return
         mean = batch.mean(0)
@@ -55,9 +53,7 @@ class FeatureStatistics:
             return
         total = self.count + len(batch)
         shift = mean - self._mean
-        self._scatter = (
-            self._scatter + scatter + torch.outer(shift, shift) * (self.count * len(batch) / total)
-        )
+        self._scatter = self._scatter + scatter + torch.outer(shift, shift) * (self.count * len(batch) / total)
         self._mean = self._mean + shift * (len(batch) / total)
         self.count = total
 

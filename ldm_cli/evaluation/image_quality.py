@@ -52,9 +52,7 @@ def ssim(images: Tensor, originals: Tensor) -> Tensor:
     """
     _check(images, originals)
     if min(images.shape[2:]) < SSIM_WINDOW:
-        raise ValueError(
-            f"ssim: images are {list(images.shape[2:])}, smaller than the {SSIM_WINDOW}-pixel window"
-        )
+        raise ValueError(f"ssim: images are {list(images.shape[2:])}, smaller than the {SSIM_WINDOW}-pixel window")
     x, y = images.double(), originals.double()
     mean_x, mean_y = _window_mean(x), _window_mean(y)
     var_x = _window_mean(x * x) - mean_x**2
@@ -79,6 +77,4 @@ def _window_mean(x: Tensor) -> Tensor:
 
 def _check(images: Tensor, originals: Tensor) -> None:
     if images.shape != originals.shape or images.ndim != 4:
-        raise ValueError(
-            f"images are {list(images.shape)}, originals {list(originals.shape)}, not both [B, C, H, W]"
-        )
+        raise ValueError(f"images are {list(images.shape)}, originals {list(originals.shape)}, not both [B, C, H, W]")

@@ -24,9 +24,7 @@ def clip_score(image_features: Tensor, text_features: Tensor) -> Tensor:
         ValueError: if the shapes differ.
     """
     if image_features.shape != text_features.shape:
-        raise ValueError(
-            f"clip_score: images {list(image_features.shape)}, texts {list(text_features.shape)}"
-        )
+        raise ValueError(f"clip_score: images {list(image_features.shape)}, texts {list(text_features.shape)}")
     return (F.normalize(image_features, dim=-1) * F.normalize(text_features, dim=-1)).sum(-1)
 
 
@@ -83,9 +81,7 @@ def zero_shot_accuracy(image_features: Tensor, classes: Tensor, labels: Tensor) 
     if len(labels) == 0 or len(labels) != len(image_features):
         raise ValueError(f"zero_shot_accuracy: {len(image_features)} images and {len(labels)} labels")
     if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-        raise ValueError(
-            f"zero_shot_accuracy: labels {labels.min()} to {labels.max()}, but {num_classes} classes"
-        )
+        raise ValueError(f"zero_shot_accuracy: labels {labels.min()} to {labels.max()}, but {num_classes} classes")
     similarity = F.normalize(image_features, dim=-1) @ classes.T
     own = similarity.gather(1, labels[:, None])
     rank = (similarity >= own).sum(1) - 1
@@ -122,8 +118,7 @@ def retrieval_recall(
     """
     if not captions or not len(captions) == len(image_features) == len(text_features):
         raise ValueError(
-            f"retrieval_recall: {len(image_features)} images, {len(text_features)} texts, "
-            f"{len(captions)} captions"
+            f"retrieval_recall: {len(image_features)} images, {len(text_features)} texts, {len(captions)} captions"
         )
     first = {caption: i for i, caption in reversed(list(enumerate(captions)))}
     number = {caption: n for n, caption in enumerate(first)}

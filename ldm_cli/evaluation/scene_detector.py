@@ -113,8 +113,7 @@ def read_scenes(images: Tensor) -> list[SeenScene]:
         for i, found in zip(owners, _read_objects(pixels[owner], ground[owner], masks), strict=True):
             objects[i].append(found)
     return [
-        SeenScene(name, count, tuple(seen))
-        for name, count, seen in zip(ground_names, counts, objects, strict=True)
+        SeenScene(name, count, tuple(seen)) for name, count, seen in zip(ground_names, counts, objects, strict=True)
     ]
 
 
@@ -149,9 +148,7 @@ def _largest_patches(labels: Tensor) -> tuple[list[int], Tensor, list[int]]:
     """Of each image the largest patches: the image each belongs to, masks bool [M, S, S], and all patches'
     number."""
     count, side = labels.shape[0], labels.shape[-1]
-    areas = torch.zeros(count, side * side + 1).scatter_add_(
-        1, labels.flatten(1), torch.ones(count, side * side)
-    )
+    areas = torch.zeros(count, side * side + 1).scatter_add_(1, labels.flatten(1), torch.ones(count, side * side))
     areas[:, 0] = 0
     order = areas.argsort(dim=1, descending=True, stable=True)[:, :_MAX_OBJECTS]
     kept = areas.gather(1, order) >= _MIN_AREA
@@ -171,23 +168,17 @@ def _read_objects(pixels: Tensor, ground: Tensor, masks: Tensor) -> list[SeenObj
     result = []
     for i, (color_name, shape) in enumerate(zip(colors, fit.shape.tolist(), strict=True)):
         x, y, radius = (value / WORKING_SIZE for value in fit.geometry[i, :3].tolist())
-        result.append(
-            SeenObject(words.SHAPE_NAMES[shape], color_name, _size(radius), _place(x, y), (x, y), radius)
-        )
+        result.append(SeenObject(words.SHAPE_NAMES[shape], color_name, _size(radius), _place(x, y), (x, y), radius))
     return result
 
 
 def _size(radius: float) -> str:
     """The size class: boundaries lie in the middle of the gaps between classes."""
-    return min(
-        words.SIZES, key=lambda name: max(words.SIZES[name][0] - radius, radius - words.SIZES[name][1])
-    )
+    return min(words.SIZES, key=lambda name: max(words.SIZES[name][0] - radius, radius - words.SIZES[name][1]))
 
 
 def _place(x: float, y: float) -> str:
-    return min(
-        words.PLACES, key=lambda name: (words.PLACES[name][0] - x) ** 2 + (words.PLACES[name][1] - y) ** 2
-    )
+    return min(words.PLACES, key=lambda name: (words.PLACES[name][0] - x) ** 2 + (words.PLACES[name][1] - y) ** 2)
 
 
 def _opacity(offset: Tensor, masks: Tensor) -> Tensor:
@@ -254,8 +245,7 @@ def _drawn(geometry: Tensor) -> Tensor:
     footprint = softness * _ATLAS_UNIT / radius
     level = ((footprint - _FOOTPRINTS[0]) / 2).round().long().clamp(0, len(_FOOTPRINTS) - 1)
     columns, rows = (
-        ((axis - c[..., None]) / radius[..., None] * _ATLAS_UNIT + _ATLAS_SIDE / 2).floor().long()
-        for c in (x, y)
+        ((axis - c[..., None]) / radius[..., None] * _ATLAS_UNIT + _ATLAS_SIDE / 2).floor().long() for c in (x, y)
     )
     # The atlas' rim is empty, so whatever lies outside may read it.
     columns, rows = columns.clamp(0, _ATLAS_SIDE - 1), rows.clamp(0, _ATLAS_SIDE - 1)

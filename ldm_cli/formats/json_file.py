@@ -22,17 +22,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputNotFoundError(
-            f"'{path}' not found", remedy="give a folder in the Hugging Face layout"
-        ) from error
+        raise InputNotFoundError(f"'{path}' not found", remedy="give a folder in the Hugging Face layout") from error
     except OSError as error:
         raise StorageError(f"cannot read '{path}'", error.strerror or str(error)) from error
     except ValueError as error:
         raise CheckpointError(f"cannot read '{path}'", f"not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(
-            f"cannot read '{path}'", f"a JSON object expected, {type(content).__name__} found"
-        )
+        raise CheckpointError(f"cannot read '{path}'", f"a JSON object expected, {type(content).__name__} found")
     return content
 
 

@@ -92,9 +92,7 @@ def load_model(
     return module
 
 
-def load_weights(
-    module: nn.Module, folder: Path, variant: str | None = None, allow_extra: bool = False
-) -> None:
+def load_weights(module: nn.Module, folder: Path, variant: str | None = None, allow_extra: bool = False) -> None:
     """Give a module the weights of a model folder, in the types of the module; errors as in `load_tensors`.
 
     Known other spellings of the names are understood: with or without `text_model.`, attention names of old
@@ -145,9 +143,7 @@ def _spellings(name: str) -> Iterable[str]:
 
 
 def _check(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path) -> None:
-    problems = (
-        [f"missing: {named(missing)}"] if (missing := [n for n in expected if n not in tensors]) else []
-    )
+    problems = [f"missing: {named(missing)}"] if (missing := [n for n in expected if n not in tensors]) else []
     if extra := [n for n in tensors if n not in expected]:
         problems.append(f"unexpected: {named(extra)}")
     shapes = {n: (list(t.shape), list(expected[n].shape)) for n, t in tensors.items() if n in expected}
@@ -160,9 +156,7 @@ def _check(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder
             "check that config.json belongs to them",
         )
     if bad := [n for n, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]:
-        raise CheckpointError(
-            f"the weights in '{folder}' are not finite", named(bad), "take an earlier checkpoint"
-        )
+        raise CheckpointError(f"the weights in '{folder}' are not finite", named(bad), "take an earlier checkpoint")
 
 
 def save_model(

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
 from ldm_cli.errors import CheckpointError, InputNotFoundError
 from ldm_cli.formats.json_file import read_json, write_json
 
@@ -111,9 +109,7 @@ def read_scheduler(folder: Path) -> SchedulerSettings:
     content = read_json(file)
     found = content.get("_class_name")
     if found not in _SCHEDULERS:
-        raise CheckpointError(
-            f"cannot use '{file}'", f"scheduler {found!r} is not supported", "use a DDIMScheduler's"
-        )
+        raise CheckpointError(f"cannot use '{file}'", f"scheduler {found!r} is not supported", "use a DDIMScheduler's")
     unsupported = [name for name in ("trained_betas", "thresholding", "use_flow_sigmas") if content.get(name)]
     if unsupported:
         raise CheckpointError(f"cannot use '{file}'", f"{', '.join(unsupported)} is not supported")
@@ -162,28 +158,3 @@ def check_index(folder: Path) -> None:
     found = read_json(folder / INDEX_NAME).get("_class_name")
     if found != PIPELINE_CLASS:
         raise CheckpointError(f"cannot use '{folder}'", f"it holds a {found!r}, not a {PIPELINE_CLASS}")
-
-
-def fold_latent_shift(vae: Mapping[str, Tensor], shift: float) -> dict[str, Tensor] | None:
-    """Weights of an autoencoder that yields z − shift where the given one yields z: its shift factor is null.
-
-    StableDiffusionPipeline divides latents by `scaling_factor` and knows no `shift_factor`; moved into the
-    biases of the 1×1 convolutions around z, the shift is kept exactly.
-
-    Args:
-        vae: state dict of an AutoencoderKL.
-        shift: its `shift_factor`.
-
-    Returns:
-        A new state dict, or None where the convolutions are missing and the shift cannot be folded.
-    """
-    names = ("quant_conv.bias", "post_quant_conv.weight", "post_quant_conv.bias")
-    if any(name not in vae for name in names):
-        return None
-    encoder_bias, weight, decoder_bias = (vae[name].detach().double() for name in names)
-    num_channels = len(decoder_bias)
-    encoder_bias = encoder_bias.clone()
-    encoder_bias[:num_channels] -= shift  # the mean; the other half is the log-variance
-    decoder_bias = decoder_bias + shift * weight.sum(dim=(1, 2, 3))
-    like = vae[names[0]].dtype
-    return {**vae, names[0]: encoder_bias.to(like), names[2]: decoder_bias.to(like)}

@@ -101,10 +101,7 @@ def refuse_foreign_content(file: Path) -> None:
     """
     with file.open("rb") as stream:
         start = stream.read(64)
-    if (
-        start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"))
-        and start[8:9] != b"{"
-    ):
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")) and start[8:9] != b"{":
         raise CheckpointError(
             f"'{file}' is no safetensors file", "it is a pickle, which could run any program", "convert it"
         )

@@ -66,9 +66,7 @@ def load_recipe(
     return LoadedRecipe(cast(Recipe, recipe), path, text, tuple(overrides))
 
 
-def load_section(
-    model: type[Section], overrides: Sequence[str], options: Sequence[tuple[str, str, Any]]
-) -> Section:
+def load_section(model: type[Section], overrides: Sequence[str], options: Sequence[tuple[str, str, Any]]) -> Section:
     """One section of a recipe from the command line alone, by the rules of `load_recipe`.
 
     Raises:
@@ -110,9 +108,7 @@ def _read(path: Path | None, command: str | None) -> tuple[str, Draft]:
         raise _invalid(str(path), [problem]) from None
     draft = Draft.from_source(parse_yaml(text), str(path))
     if not draft.problems and not isinstance(draft.data, dict):
-        draft.problems.append(
-            f"{path}:1:1: expected a mapping of keys to values, found {describe(draft.data)}"
-        )
+        draft.problems.append(f"{path}:1:1: expected a mapping of keys to values, found {describe(draft.data)}")
     return text, draft
 
 

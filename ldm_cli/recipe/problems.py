@@ -40,9 +40,7 @@ class Problem:
     """The key itself is wrong, not its value."""
 
 
-def find_problems(
-    error: ValidationError, model: type[BaseModel], data: Any, quoted: set[Path]
-) -> list[Problem]:
+def find_problems(error: ValidationError, model: type[BaseModel], data: Any, quoted: set[Path]) -> list[Problem]:
     """Every problem in `error`, one per place; alternatives of a union are joined, a typo is not also a gap.
 
     Args:
@@ -160,9 +158,7 @@ def _places_of(name: str, model: type[BaseModel], prefix: str = "") -> Iterator[
             yield from _places_of(name, inner, f"{prefix}{field_name}.")
 
 
-def _unknown_key(
-    path: Path, loc: tuple[str | int, ...], model: type[BaseModel], data: Any
-) -> tuple[str | None, str]:
+def _unknown_key(path: Path, loc: tuple[str | int, ...], model: type[BaseModel], data: Any) -> tuple[str | None, str]:
     """The key that was probably meant, and the message."""
     name = str(path[-1])
     siblings = value_at(data, path[:-1])
@@ -182,9 +178,7 @@ def _invalid_value(path: Path, details: list[ErrorDetails], value: Any, quoted: 
         message = str(failed_check.get("ctx", {}).get("error", failed_check["msg"]))
         return Problem(_blamed_field(path, message, value), message)
     expected = " or ".join(dict.fromkeys(_expected(detail) for detail in details))
-    return Problem(
-        path, f"expected {expected}, found {describe(value, quoted)}{_hint(details, value, quoted)}"
-    )
+    return Problem(path, f"expected {expected}, found {describe(value, quoted)}{_hint(details, value, quoted)}")
 
 
 def _blamed_field(path: Path, message: str, value: Any) -> Path:

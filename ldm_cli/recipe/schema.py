@@ -44,9 +44,7 @@ class TrainClipRecipe(Config):
     def _check(self) -> Self:
         size = self.clip.vision_config.image_size
         if size != self.data.image_size:
-            raise ValueError(
-                f"data.image_size={self.data.image_size} is not clip.vision_config.image_size={size}"
-            )
+            raise ValueError(f"data.image_size={self.data.image_size} is not clip.vision_config.image_size={size}")
         return self
 
 

@@ -19,9 +19,7 @@ def recipes_folder() -> Path:
 def shipped_recipes() -> dict[str, Path]:
     """Every shipped recipe by name (`demo/clip`), sorted."""
     folder = recipes_folder()
-    return {
-        path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))
-    }
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 
 def find_recipe(name: str) -> Path:

@@ -59,9 +59,7 @@ def parse_yaml(text: str) -> YamlSource:
     """Read one YAML document; what is wrong with it is in `problems`, never raised."""
     source = YamlSource()
     if len(text) > MAX_BYTES:
-        source.problems.append(
-            YamlProblem(Mark(1, 1), f"expected at most {MAX_BYTES} bytes, found {len(text)}")
-        )
+        source.problems.append(YamlProblem(Mark(1, 1), f"expected at most {MAX_BYTES} bytes, found {len(text)}"))
         return source
     try:
         _Builder(source).read(text)
@@ -73,9 +71,7 @@ def parse_yaml(text: str) -> YamlSource:
     except yaml.reader.ReaderError as error:
         before = text[: error.position]
         place = Mark(before.count("\n") + 1, error.position - before.rfind("\n"))
-        source.problems.append(
-            YamlProblem(place, f"not valid YAML: character U+{ord(text[error.position]):04X}")
-        )
+        source.problems.append(YamlProblem(place, f"not valid YAML: character U+{ord(text[error.position]):04X}"))
     except _UnreadableError as error:
         source.problems.append(error.problem)
     return source
@@ -146,13 +142,9 @@ class _Builder:
     def node(self, event: yaml.NodeEvent, mark: Mark) -> None:
         """A scalar, or the start of a mapping or list: put it where it belongs."""
         if isinstance(event, yaml.AliasEvent):
-            self.problem(
-                mark, f"expected a value, found the alias '*{event.anchor}' (write it out, or quote it)"
-            )
+            self.problem(mark, f"expected a value, found the alias '*{event.anchor}' (write it out, or quote it)")
         elif event.anchor is not None:
-            self.problem(
-                mark, f"expected a value, found the anchor '&{event.anchor}' (write it out, or quote it)"
-            )
+            self.problem(mark, f"expected a value, found the anchor '&{event.anchor}' (write it out, or quote it)")
         tag = getattr(event, "tag", None)
         if tag is not None:
             self.problem(mark, f"expected a plain value, found the tag '{tag}'")

@@ -24,9 +24,7 @@ def resolve_model(path: Path) -> Path:
         InputNotFoundError: there is no such folder, or no model in it.
     """
     if not path.is_dir():
-        raise InputNotFoundError(
-            f"model folder '{path}' not found", remedy="check --model, or train it first"
-        )
+        raise InputNotFoundError(f"model folder '{path}' not found", remedy="check --model, or train it first")
     manifests = sorted((path / "checkpoints").glob("step-*/manifest.json"))
     newest = [manifests[-1].parent / name for name in ("ema", "model")] if manifests else []
     for folder in (path, path / "ema", path / "model", *newest):

@@ -134,6 +134,4 @@ class JobFolder:
             for name in names:
                 (self.path / name).unlink()
         except OSError as error:
-            raise OutputError(
-                f"cannot replace files in '{self.path}'", error.strerror or str(error)
-            ) from error
+            raise OutputError(f"cannot replace files in '{self.path}'", error.strerror or str(error)) from error

@@ -17,6 +17,7 @@ from ldm_cli.core.diffusion.guidance import guided
 from ldm_cli.core.diffusion.schedule import NoiseSchedule
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPTextModel
+from ldm_cli.core.models.latent_space import standardized
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError, UsageError
@@ -98,9 +99,7 @@ class Pipeline:
             DiffusionConfig.from_mapping(settings.diffusion)
         except ValidationError as error:
             causes = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-            raise CheckpointError(
-                f"cannot use '{folder / layout.SCHEDULER_FILE}'", "; ".join(causes)
-            ) from error
+            raise CheckpointError(f"cannot use '{folder / layout.SCHEDULER_FILE}'", "; ".join(causes)) from error
         pipeline = cls(
             unet=load_unet(folder / layout.UNET),
             vae=load_autoencoder(folder / layout.VAE),
@@ -134,7 +133,8 @@ class Pipeline:
         """
         vae_state, vae_config = self.vae.state_dict(), self.vae.config
         if vae_config.shift_factor:
-            folded = layout.fold_latent_shift(vae_state, vae_config.shift_factor)
+            ones = torch.ones(vae_config.latent_channels)
+            folded = standardized(vae_state, vae_config.shift_factor * ones, ones)
             if folded is not None:
                 vae_state, vae_config = folded, vae_config.model_copy(update={"shift_factor": None})
         save_model(folder / layout.UNET, self.unet.state_dict(), self.unet.config.to_hugging_face())
@@ -182,17 +182,13 @@ class Pipeline:
         factor, trained = self.vae.downscale_factor, self.unet.config.sample_size
         defaults = trained if isinstance(trained, tuple) else (trained, trained)
         sizes = []
-        for name, asked, default in zip(
-            ("height", "width"), (config.height, config.width), defaults, strict=True
-        ):
+        for name, asked, default in zip(("height", "width"), (config.height, config.width), defaults, strict=True):
             if asked is None and default is None:
                 raise UsageError(f"no {name} given", "the model does not say its own", "give --size WxH")
             size = asked if asked is not None else (default or 0) * factor
             if size % factor:
                 nearest = max(factor, round(size / factor) * factor)
-                raise UsageError(
-                    f"{name} {size} is not possible", f"not a multiple of {factor}", f"take {nearest}"
-                )
+                raise UsageError(f"{name} {size} is not possible", f"not a multiple of {factor}", f"take {nearest}")
             sizes.append(size)
         return sizes[0], sizes[1]
 
@@ -251,9 +247,7 @@ class Pipeline:
             for _, rest in tokens.truncated:
                 if reporter is not None:
                     limit = self.context_length - 2
-                    reporter.warn(
-                        f"prompt {prompt[:40]!r}… has more than {limit} tokens; this was cut: {rest!r}"
-                    )
+                    reporter.warn(f"prompt {prompt[:40]!r}… has more than {limit} tokens; this was cut: {rest!r}")
             # One by one: a prompt's states must not depend on the others (see fixed_rows).
             contexts[prompt] = self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state
         return contexts
@@ -329,9 +323,7 @@ class Pipeline:
                 cause = f"{left}={left_value}, {right}={right_value}"
                 raise CheckpointError(f"the parts of '{self.folder}' do not fit", cause)
         if self.tokenizer.vocab_size > text.vocab_size:
-            cause = (
-                f"the tokenizer has {self.tokenizer.vocab_size} tokens, the text encoder {text.vocab_size}"
-            )
+            cause = f"the tokenizer has {self.tokenizer.vocab_size} tokens, the text encoder {text.vocab_size}"
             raise CheckpointError(f"the parts of '{self.folder}' do not fit", cause)
 
 

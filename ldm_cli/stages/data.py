@@ -26,9 +26,7 @@ def synth(
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Draw scenes with captions and ground truth into `out`: `scenes.write_scenes`."""
-    return scenes.write_scenes(
-        out, samples, size, seed, reporter, val_samples=val_samples, overwrite=overwrite
-    )
+    return scenes.write_scenes(out, samples, size, seed, reporter, val_samples=val_samples, overwrite=overwrite)
 
 
 def pack(

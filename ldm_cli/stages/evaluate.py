@@ -174,11 +174,7 @@ def _zero_shot(task: ZeroShotTask, clip: CLIPFeatures, images: Tensor, real: Gat
 
 def _label(task: ZeroShotTask, real: Gathered, i: int) -> int | None:
     """The class index of a sample, None where it has none."""
-    value = (
-        real.labels[i]
-        if task.label == "cls"
-        else field_of(real.metadata[i], task.label.removeprefix("json:"))
-    )
+    value = real.labels[i] if task.label == "cls" else field_of(real.metadata[i], task.label.removeprefix("json:"))
     if value is None:
         return None
     if isinstance(value, str) and value in task.classes:

@@ -46,10 +46,6 @@ def resolve_device(device: str) -> torch.device:
     if resolved is None or resolved.type not in ("cpu", "cuda"):
         raise UsageError(f"unknown device '{device}'", remedy="--device takes auto, cpu or cuda")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        build = (
-            "this build of torch has no CUDA" if torch.version.cuda is None else "torch sees no such device"
-        )
-        raise UnavailableError(
-            f"device '{device}' is missing", build, "use --device cpu, or install torch with CUDA"
-        )
+        build = "this build of torch has no CUDA" if torch.version.cuda is None else "torch sees no such device"
+        raise UnavailableError(f"device '{device}' is missing", build, "use --device cpu, or install torch with CUDA")
     return resolved

@@ -89,9 +89,7 @@ def _trainer_modules(
         config = fitted_config(recipe, vae, text_encoder.config.hidden_size)
     unet = _on_meta(lambda: UNet2DConditionModel(config))
     found = {"vae": vae, "text_encoder": text_encoder}
-    return {"unet": count_parameters(unet)}, {
-        n: count_parameters(m) for n, m in found.items() if m is not None
-    }
+    return {"unet": count_parameters(unet)}, {n: count_parameters(m) for n, m in found.items() if m is not None}
 
 
 def _autoencoder_modules(recipe: TrainVaeRecipe, notes: list[str]) -> tuple[dict[str, int], dict[str, int]]:
@@ -155,9 +153,7 @@ def _pipeline(field: str, folder: str, notes: list[str]) -> dict[str, int]:
         "vae": _autoencoder,
         "text_encoder": _text_encoder,
     }
-    found = {
-        name: _model_at(f"{field}.{name}", str(root / name), build, notes) for name, build in builders.items()
-    }
+    found = {name: _model_at(f"{field}.{name}", str(root / name), build, notes) for name, build in builders.items()}
     return {name: count_parameters(module) for name, module in found.items() if module is not None}
 
 

@@ -53,9 +53,7 @@ def run(
     plan(pipeline.schedule, pipeline.settings, config)
     requests = requests_for(recipe.prompts, config)
     latents = (
-        None
-        if latents_file is None
-        else _read_latents(latents_file, len(requests), pipeline.latent_shape(config))
+        None if latents_file is None else _read_latents(latents_file, len(requests), pipeline.latent_shape(config))
     )
 
     job = {

@@ -97,17 +97,13 @@ class CLIPTask:
         texts = torch.nn.functional.normalize(torch.cat([f[1] for f in features]), dim=-1)[:_NUM_PICTURED]
         best = (texts @ images.T).topk(min(_NUM_FOUND, len(images)), dim=1).indices.tolist()
         pixels = torch.cat([batch.images for batch in batches])
-        save_png(
-            folder / "grid.png", image_grid([pixels[i] for row in best for i in row], columns=len(best[0]))
-        )
+        save_png(folder / "grid.png", image_grid([pixels[i] for row in best for i in row], columns=len(best[0])))
         captions = [caption for batch in batches for caption in batch.captions]
         rows = [
             {"caption": caption, "found": [captions[i] for i in row]}
             for caption, row in zip(captions, best, strict=False)
         ]
-        (folder / "captions.json").write_text(
-            json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        (folder / "captions.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def export(self, folder: Path) -> None:
         """Write the CLIPModel folder with tokenizer and image processor."""

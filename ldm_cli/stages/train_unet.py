@@ -44,9 +44,7 @@ class DenoiserTask:
     def __init__(self, recipe: TrainUnetRecipe, bench: Workbench) -> None:
         self.recipe, self.bench = recipe, bench
         self.vae = load_autoencoder(Path(recipe.vae)).to(bench.device).requires_grad_(False).eval()
-        self.text_encoder = (
-            load_text_encoder(Path(recipe.text_encoder)).to(bench.device).requires_grad_(False).eval()
-        )
+        self.text_encoder = load_text_encoder(Path(recipe.text_encoder)).to(bench.device).requires_grad_(False).eval()
         self.tokenizer = Tokenizer.load(Path(recipe.text_encoder))
         if recipe.train.channels_last:
             self.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -76,9 +74,7 @@ class DenoiserTask:
 
         return in_parts(loss, split(batch, num_parts))
 
-    def _denoising_error(
-        self, batch: Batch, context: Tensor, t: Tensor, keys: dict[str, philox.Key]
-    ) -> Tensor:
+    def _denoising_error(self, batch: Batch, context: Tensor, t: Tensor, keys: dict[str, philox.Key]) -> Tensor:
         """Weighted squared error per sample, float32 [B]."""
         latents = self._latents(batch, keys["posterior noise"])
         noise = self._normal(keys["noise"], batch, latents)
@@ -129,9 +125,7 @@ class DenoiserTask:
         requests = requests_for(prompts, samples.sampling)
         images = [image.pixels for image in self._pipeline().generate(requests, samples.sampling)]
         save_png(folder / "grid.png", image_grid(images, columns=min(8, len(images))))
-        (folder / "prompts.json").write_text(
-            json.dumps(prompts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        (folder / "prompts.json").write_text(json.dumps(prompts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _pipeline(self) -> Pipeline:
         return Pipeline(
@@ -172,8 +166,7 @@ def fitted_config(recipe: TrainUnetRecipe, vae: AutoencoderKL, text_width: int) 
     widths = config.cross_attention_dim
     if any(width != text_width for width in ((widths,) if isinstance(widths, int) else widths)):
         problems.append(
-            f"unet.cross_attention_dim={config.cross_attention_dim}, "
-            f"but '{recipe.text_encoder}' gives {text_width}"
+            f"unet.cross_attention_dim={config.cross_attention_dim}, but '{recipe.text_encoder}' gives {text_width}"
         )
     if recipe.data.image_size % vae.downscale_factor:
         problems.append(f"data.image_size={recipe.data.image_size} is no multiple of {vae.downscale_factor}")

@@ -12,6 +12,7 @@ from ldm_cli import philox
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.core.models.clip_vision import CLIPVisionTransformer
+from ldm_cli.core.models.latent_space import standardized
 from ldm_cli.core.vae_loss import VAELoss
 from ldm_cli.data.loader import Batch, Loader
 from ldm_cli.errors import RecipeError
@@ -32,9 +33,7 @@ def run(recipe: TrainVaeRecipe, options: RunOptions, reporter: Reporter) -> dict
     """Train the autoencoder of `recipe`; the result is an AutoencoderKL folder with a measured scale."""
     clip = recipe.loss.perceptual_clip
     uses = {} if clip is None else {"loss.perceptual_clip": clip}
-    return run_training(
-        recipe, options, reporter, lambda bench: VAETask(recipe, bench), uses=uses, with_captions=False
-    )
+    return run_training(recipe, options, reporter, lambda bench: VAETask(recipe, bench), uses=uses, with_captions=False)
 
 
 class VAETask:
@@ -99,53 +98,39 @@ class VAETask:
         load_weights(self.vae, folder)
 
     def finalize(self) -> dict[str, float]:
-        """Centre the latent, measure its deviation, and store both as `shift_factor` and `scaling_factor`.
+        """Standardize the latent, channel by channel; measure its mean and deviation, and store them.
 
-        Pipelines of Stable Diffusion 1 and 2 apply the scale but never the shift. So the mean of every
-        channel goes into the 1×1 convolutions around the latent where they exist, which leaves every
-        reconstruction as it was, and the stored shift is 0; without them the shift is stored, as Stable
-        Diffusion 3 does.
+        Channels differ in deviation by an order of magnitude, and pipelines of Stable Diffusion 1 and 2 apply
+        one scale and no shift. So mean and deviation of each channel go into the 1×1 convolutions around the
+        latent, which leaves every reconstruction as it was; what is measured then and stored as
+        `scaling_factor` and `shift_factor` is 1 and 0 but for rounding. Without those convolutions the overall
+        mean and deviation are stored, as in Stable Diffusion 3.
         """
-        if self.vae.config.use_quant_conv and self.vae.config.use_post_quant_conv:
-            mean, _ = self._latent_statistics()
-            center_latent(self.vae, mean)
-            shift, deviation = 0.0, self._latent_statistics()[1]
+        mean, deviation, _ = self._latent_statistics()
+        weights = standardized(self.vae.state_dict(), mean, deviation)
+        if weights is not None:
+            self.vae.load_state_dict(weights)
+            mean, _, overall = self._latent_statistics()
+            shift = 0.0
         else:
-            mean, deviation = self._latent_statistics()
+            mean, _, overall = self._latent_statistics()
             shift = mean.mean().item()
-        scale = 1.0 / deviation
+        scale = 1.0 / overall
         self.vae.config = self.vae.config.model_copy(update={"scaling_factor": scale, "shift_factor": shift})
         return {"scaling_factor": scale, "shift_factor": shift}
 
-    def _latent_statistics(self) -> tuple[Tensor, float]:
-        """Channel means [C] and the overall deviation of sampled latents, over the first training images."""
+    def _latent_statistics(self) -> tuple[Tensor, Tensor, float]:
+        """Means [C], deviations [C] and the overall deviation of sampled latents of the first training images."""
         size = min(64, self.recipe.train.batch_size)
         loader = Loader(
             self.bench.shards, self.recipe.data, seed=self.recipe.seed, batch_size=size, with_captions=False
         )
         latents = [
-            self.vae.encode(to_signed(batch.images, self.bench.device))
-            .sample(self._posterior_noise(batch))
-            .double()
+            self.vae.encode(to_signed(batch.images, self.bench.device)).sample(self._posterior_noise(batch)).double()
             for batch in loader.batches(0, max(1, min(_NUM_MEASURED, self.bench.shards.num_samples) // size))
         ]
         stack = torch.cat(latents)
-        return stack.mean(dim=(0, 2, 3)), stack.std().item()
-
-
-def center_latent(vae: AutoencoderKL, mean: Tensor) -> None:
-    """Shift the latent of `vae` by −`mean` [C] without changing any reconstruction.
-
-    With q the bias of the encoder's 1×1 convolution and W, b the decoder's: q ← q − m on the mean's channels,
-    and b ← b + W m, because W(z − m) + (b + W m) = W z + b.
-    """
-    before, after = vae.quant_conv, vae.post_quant_conv
-    if before is None or after is None or before.bias is None or after.bias is None:
-        raise ValueError("center_latent needs quant_conv and post_quant_conv")
-    mean = mean.to(before.weight)
-    with torch.no_grad():
-        before.bias[: len(mean)] -= mean
-        after.bias += after.weight[:, :, 0, 0] @ mean
+        return stack.mean(dim=(0, 2, 3)), stack.std(dim=(0, 2, 3)), stack.std().item()
 
 
 def to_signed(images: Tensor, device: torch.device) -> Tensor:

@@ -137,9 +137,7 @@ def problem_with(folder: Path) -> str | None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Committed checkpoints under `folder`, oldest first."""
-    found = [
-        p for p in folder.glob(f"{_STEP_PREFIX}*") if p.is_dir() and p.name[len(_STEP_PREFIX) :].isdigit()
-    ]
+    found = [p for p in folder.glob(f"{_STEP_PREFIX}*") if p.is_dir() and p.name[len(_STEP_PREFIX) :].isdigit()]
     return sorted(found, key=lambda p: int(p.name[len(_STEP_PREFIX) :]))
 
 

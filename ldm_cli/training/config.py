@@ -66,8 +66,7 @@ class TrainConfig(Config):
     def _check(self) -> TrainConfig:
         if self.batch_size % self.gradient_accumulation:
             raise ValueError(
-                f"gradient_accumulation={self.gradient_accumulation} "
-                f"does not divide batch_size={self.batch_size}"
+                f"gradient_accumulation={self.gradient_accumulation} does not divide batch_size={self.batch_size}"
             )
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} is more than steps={self.steps}")

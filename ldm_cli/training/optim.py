@@ -56,12 +56,8 @@ class GuardedOptimizers:
 
     def __init__(self, modules: Mapping[str, nn.Module], config: TrainConfig, device: torch.device) -> None:
         self.config = config
-        self.names = {
-            name: [n for n, p in m.named_parameters() if p.requires_grad] for name, m in modules.items()
-        }
-        self.parameters = {
-            name: [p for p in m.parameters() if p.requires_grad] for name, m in modules.items()
-        }
+        self.names = {name: [n for n, p in m.named_parameters() if p.requires_grad] for name, m in modules.items()}
+        self.parameters = {name: [p for p in m.parameters() if p.requires_grad] for name, m in modules.items()}
         self.optimizers = {name: build_optimizer(m, config) for name, m in modules.items()}
         scale = _FIRST_LOSS_SCALE if config.precision == "fp16" else 1.0
         self.loss_scale = torch.tensor(scale, device=device)
@@ -79,8 +75,7 @@ class GuardedOptimizers:
             The gradient 2-norm of each module, before clipping, and `kept`: 1 if the step was taken, or 0.
         """
         norms = {
-            name: torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            / self.loss_scale
+            name: torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]) / self.loss_scale
             for name, parameters in self.parameters.items()
         }
         finite = torch.isfinite(torch.stack([*norms.values(), loss.detach().to(self.loss_scale)])).all()

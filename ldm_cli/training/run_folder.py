@@ -185,8 +185,7 @@ class RunFolder:
         causes = [_change(name, old, new) for name in harmful]
         known = before.get("fingerprints", {})
         causes += [
-            f"the fingerprint of {_change(name, known, fingerprints)}"
-            for name in _differing(known, fingerprints)
+            f"the fingerprint of {_change(name, known, fingerprints)}" for name in _differing(known, fingerprints)
         ]
         if causes:
             raise CheckpointError(
@@ -265,9 +264,7 @@ def _read_object(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(
-            f"cannot read '{file}'", f"it is no JSON ({error})", "choose another --out"
-        ) from error
+        raise CheckpointError(f"cannot read '{file}'", f"it is no JSON ({error})", "choose another --out") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"cannot read '{file}'", "it is no JSON object", "choose another --out")
     return content
@@ -280,9 +277,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "num_threads": torch.get_num_threads(),
         "executable": Path(sys.executable).name,
     }

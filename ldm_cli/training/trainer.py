@@ -194,9 +194,7 @@ class Trainer:
         self.step = state["step"]
         for what, now in (("num_threads", torch.get_num_threads()), ("torch", torch.__version__)):
             if state[what] != now:
-                self.run.warn(
-                    f"{what} was {state[what]} and is now {now}: results may differ in the last bits"
-                )
+                self.run.warn(f"{what} was {state[what]} and is now {now}: results may differ in the last bits")
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

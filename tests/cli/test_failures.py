@@ -36,9 +36,7 @@ def test_a_typo_in_a_recipe_is_one_line_with_its_place_the_right_key_and_78(ldm:
 
 
 def test_several_problems_are_a_line_each_and_a_line_for_all(ldm: Ldm, tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text(
-        "command: train-vae\nname: 3\nvae: {}\ntrain: {steps: 1, batch_size: 1}\n"
-    )
+    (tmp_path / "r.yaml").write_text("command: train-vae\nname: 3\nvae: {}\ntrain: {steps: 1, batch_size: 1}\n")
     result = ldm("train-vae", "r.yaml", "train.lr=fast")
     assert result.returncode == 78
     assert result.stderr.splitlines() == [
@@ -105,10 +103,7 @@ def system_error(number: int, *filename: str) -> OSError:
 
 
 RAISED: list[tuple[BaseException, int, str]] = [
-    *(
-        (error("what", "cause", "remedy"), error.code, f"what: cause; remedy [{error.tag}]")
-        for error in LDM_ERRORS
-    ),
+    *((error("what", "cause", "remedy"), error.code, f"what: cause; remedy [{error.tag}]") for error in LDM_ERRORS),
     (KeyboardInterrupt(), 130, "interrupted"),
     (MemoryError(), 81, "out of memory"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried 3 GiB\nmore"), 81, "CUDA out of memory. Tried"),
@@ -198,9 +193,7 @@ def _interrupt_when_busy(process: subprocess.Popen[str], is_busy: Callable[[], b
 def test_control_c_is_130(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ldm_cli", "data", "synth", "scenes", "--samples", "100000"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
         _interrupt_when_busy(process, lambda: (tmp_path / "scenes").exists())
         _, stderr = process.communicate(timeout=60)
     assert (process.returncode, last_line(stderr)) == (130, "ldm: error: interrupted")

@@ -21,9 +21,7 @@ def test_help_lists_every_command(ldm: Ldm) -> None:
         assert command in result.stdout
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["train-unet", "--help"], ["data", "synth", "-h"], ["--version"]]
-)
+@pytest.mark.parametrize("arguments", [["--help"], ["train-unet", "--help"], ["data", "synth", "-h"], ["--version"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     # Newer versions of Typer themselves use pydantic for the options of a command.
     heavy = HEAVY if len(arguments) == 1 else HEAVY - {"pydantic"}
@@ -33,9 +31,7 @@ from ldm_cli.cli.app import run
 assert run({arguments!r}) == 0
 print(*sorted({{name.split(".")[0] for name in sys.modules}} & {heavy!r}), file=sys.stderr)
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert result.stdout
     assert result.stderr.strip() == ""
 
@@ -67,9 +63,7 @@ def test_the_version_is_the_packages(ldm: Ldm) -> None:
         *(["recipe", command] for command in ("list", "show", "check", "schema")),
     ],
 )
-def test_every_command_explains_itself_in_a_line(
-    arguments: list[str], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_every_command_explains_itself_in_a_line(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     from ldm_cli.cli.app import run
 
     assert run([*arguments, "--help"]) == 0

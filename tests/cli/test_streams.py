@@ -22,9 +22,7 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIO
 def test_the_reader_of_stdout_may_leave(tmp_path: Path) -> None:
     script = f"{sys.executable} -m ldm_cli recipe schema 2>stderr | true; echo ${{PIPESTATUS[0]}}"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    result = subprocess.run(
-        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    result = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.stdout == "141\n"
     assert (tmp_path / "stderr").read_text() == ""
 
@@ -46,9 +44,7 @@ def test_an_ascii_terminal_gets_ascii(ldm: Ldm, arguments: list[str]) -> None:
 
 @pytest.mark.slow
 def test_any_text_can_be_printed_to_an_ascii_terminal(ldm: Ldm, tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text(
-        "command: sample\nmodel: m\nprompts: [猫 é, \U0001f600]\n", encoding="utf-8"
-    )
+    (tmp_path / "r.yaml").write_text("command: sample\nmodel: m\nprompts: [猫 é, \U0001f600]\n", encoding="utf-8")
     shown = ldm("recipe", "show", "r.yaml", env=ASCII, encoding="ascii")
     assert (shown.returncode, shown.stderr) == (0, "")
     as_json = ldm("recipe", "show", "r.yaml", "--json", env=ASCII, encoding="ascii")

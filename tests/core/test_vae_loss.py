@@ -30,9 +30,7 @@ def _seeded() -> None:
 
 
 def make_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        AutoencoderKLConfig(block_out_channels=(8,), norm_num_groups=4, mid_block_add_attention=False)
-    )
+    return AutoencoderKL(AutoencoderKLConfig(block_out_channels=(8,), norm_num_groups=4, mid_block_add_attention=False))
 
 
 def make_loss(**weights: object) -> VAELoss:

@@ -33,9 +33,7 @@ def _pixels(data: bytes) -> list[tuple[int, int, int]]:
 
 def _over(color: tuple[int, int, int], alpha: int) -> tuple[int, int, int]:
     """`color` over the background, from the definition; Pillow may round the last bit otherwise."""
-    r, g, b = (
-        round((c * alpha + back * (255 - alpha)) / 255) for c, back in zip(color, BACKGROUND, strict=True)
-    )
+    r, g, b = (round((c * alpha + back * (255 - alpha)) / 255) for c, back in zip(color, BACKGROUND, strict=True))
     return r, g, b
 
 
@@ -46,9 +44,7 @@ def _image(mode: str, values: list[Any]) -> Image.Image:
     return image
 
 
-def _close(
-    found: list[tuple[int, int, int]], expected: list[tuple[int, int, int]], tolerance: int = 0
-) -> None:
+def _close(found: list[tuple[int, int, int]], expected: list[tuple[int, int, int]], tolerance: int = 0) -> None:
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         assert max(abs(a - b) for a, b in zip(one, other, strict=True)) <= tolerance, (found, expected)

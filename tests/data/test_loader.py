@@ -29,9 +29,7 @@ RANDOM = {"crop": "random", "flip_probability": 0.5, "shuffle_window": 2, "image
 
 
 def _loader(folder: Path, batch_size: int = 4, seed: int = 0, **options: Any) -> Loader:
-    split = {
-        k: options.pop(k) for k in list(options) if k in ("rank", "world_size", "report_bad", "with_images")
-    }
+    split = {k: options.pop(k) for k in list(options) if k in ("rank", "world_size", "report_bad", "with_images")}
     shards, config = opened(folder, **options)
     return Loader(shards, config, seed=seed, batch_size=batch_size, **split)
 
@@ -119,9 +117,7 @@ def test_resuming_at_any_step_gives_the_batches_that_would_have_come(folder: Pat
 def test_ranks_together_take_the_batch_that_one_takes(folder: Path) -> None:
     for step in range(5):
         (alone,) = _loader(folder, **RANDOM).batches(step, step + 1)
-        parts = [
-            next(_loader(folder, rank=r, world_size=2, **RANDOM).batches(step, step + 1)) for r in (0, 1)
-        ]
+        parts = [next(_loader(folder, rank=r, world_size=2, **RANDOM).batches(step, step + 1)) for r in (0, 1)]
         assert torch.equal(torch.cat([part.images for part in parts]), alone.images)
         assert [key for part in parts for key in part.keys] == alone.keys
     with pytest.raises(ValueError, match="world_size=3"):

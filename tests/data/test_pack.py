@@ -24,9 +24,7 @@ CAPTIONS = {"b/two.PNG": "zwei, 二", "a.jpg": "one", "c.webp": "three"}
 
 def _image(name: str) -> bytes:
     stream = io.BytesIO()
-    Image.new("RGB", IMAGES[name], (9, 9, 9)).save(
-        stream, {"PNG": "PNG", "jpg": "JPEG"}.get(name[-3:], "WEBP")
-    )
+    Image.new("RGB", IMAGES[name], (9, 9, 9)).save(stream, {"PNG": "PNG", "jpg": "JPEG"}.get(name[-3:], "WEBP"))
     return stream.getvalue()
 
 
@@ -74,9 +72,7 @@ def test_a_folder_with_captions_beside_its_images(images: Path, tmp_path: Path) 
 
 
 def test_an_imagefolder_keeps_what_else_its_metadata_say(images: Path, tmp_path: Path) -> None:
-    lines = [
-        json.dumps({"file_name": n, "text": CAPTIONS[n], "stars": 5}, ensure_ascii=False) for n in IMAGES
-    ]
+    lines = [json.dumps({"file_name": n, "text": CAPTIONS[n], "stars": 5}, ensure_ascii=False) for n in IMAGES]
     (images / "metadata.jsonl").write_text("\n".join(lines) + "\n\n", "utf-8")
     assert _packed(images, tmp_path / "out")["samples"] == 3
     _check_content(tmp_path / "out")

@@ -66,19 +66,17 @@ def test_every_word_occurs_and_none_is_rare() -> None:
     assert Counter(truth["num_objects"] for truth in sample)[2] == pytest.approx(0.25 * 1500, rel=0.15)
 
 
-def test_held_out_pairs_never_occur_in_train_and_in_every_second_scene_of_val() -> None:
+def test_held_out_pairs_never_occur_in_train_and_in_every_eighth_scene_of_val() -> None:
     def has_held_out(truth: dict[str, Any]) -> bool:
         return any((thing["shape"], thing["color"]) in words.HELD_OUT_PAIRS for thing in truth["objects"])
 
     train, val = truths("train", 1500), truths("val", 600)
     assert not any(has_held_out(truth) or truth["held_out"] for truth in train)
-    assert (
-        [has_held_out(truth) for truth in val] == [truth["held_out"] for truth in val] == [False, True] * 300
-    )
+    assert [has_held_out(truth) for truth in val] == [truth["held_out"] for truth in val] == ([False] * 7 + [True]) * 75
     seen = {(thing["shape"], thing["color"]) for truth in train for thing in truth["objects"]}
     assert len(seen) == 42
     assert {shape for shape, _ in words.HELD_OUT_PAIRS} == set(words.SHAPES)
-    assert {color for _, color in words.HELD_OUT_PAIRS} == set(words.COLORS)
+    assert len({color for _, color in words.HELD_OUT_PAIRS}) == len(words.HELD_OUT_PAIRS)
 
 
 def test_captions_state_what_they_say_they_state() -> None:
@@ -86,9 +84,7 @@ def test_captions_state_what_they_say_they_state() -> None:
     for drawn in sample:
         truth = drawn.truth
         for name in ("size", "background"):
-            values = (
-                {thing["size"] for thing in truth["objects"]} if name == "size" else {truth["background"]}
-            )
+            values = {thing["size"] for thing in truth["objects"]} if name == "size" else {truth["background"]}
             assert all((f"{value} " in drawn.caption) == (name in truth["stated"]) for value in values)
         for thing in truth["objects"]:
             assert f"{thing['color']} {thing['shape']}" in drawn.caption
@@ -96,11 +92,7 @@ def test_captions_state_what_they_say_they_state() -> None:
                 assert (f"the {thing['place']}" in drawn.caption) == ("place" in truth["stated"])
         if truth["relation"] is not None:
             first, second = (f"{thing['color']} {thing['shape']}" for thing in truth["objects"])
-            assert (
-                drawn.caption.index(first)
-                < drawn.caption.index(truth["relation"])
-                < drawn.caption.index(second)
-            )
+            assert drawn.caption.index(first) < drawn.caption.index(truth["relation"]) < drawn.caption.index(second)
         assert " a orange" not in drawn.caption
         assert not drawn.caption.startswith(" ")
     full = sum(len(drawn.truth["stated"]) == 5 for drawn in sample)

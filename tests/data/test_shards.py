@@ -150,9 +150,7 @@ def test_moved_data_has_the_same_fingerprint_and_times_do_not_matter(tmp_path: P
     assert opened(moved)[0].fingerprint == fingerprint
 
 
-def test_a_cache_that_cannot_be_written_costs_one_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_cannot_be_written_costs_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = numbered_shards(tmp_path / "d", [1, 1, 1])
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

@@ -41,9 +41,7 @@ def test_every_format_and_name_length_gives_what_tarfile_reads(tmp_path: Path, f
     with tarfile.open(path) as tar:
         expected = sorted(tar.extractfile(m).read() for m in tar)  # type: ignore[union-attr]
     content = _content(path, index_tar(path))
-    assert (
-        sorted(data for sample in content.values() for found in sample.values() for data in found) == expected
-    )
+    assert sorted(data for sample in content.values() for found in sample.values() for data in found) == expected
     assert content["a"].keys() == {"png", "txt"}
     assert content["b/c.d/é猫"].keys() == {"jpg"}
     assert content["./x"].keys() == {"seg.png"}
@@ -131,11 +129,7 @@ def test_sparse_members_are_ignored_and_what_follows_is_found(tmp_path: Path) ->
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_a_cut_is_never_silent_wherever_it_is(tmp_path: Path, format: int) -> None:
     long = "n" * 90 if format == tarfile.USTAR_FORMAT else "n" * 200
-    members = [
-        (f"{long}{k}.{ext}", ext.encode() * size)
-        for k in range(3)
-        for ext, size in (("png", 300), ("txt", 3))
-    ]
+    members = [(f"{long}{k}.{ext}", ext.encode() * size) for k in range(3) for ext, size in (("png", 300), ("txt", 3))]
     whole = write_tar(tmp_path / "whole.tar", members, format).read_bytes()
     end = len(whole.rstrip(b"\0")) // BLOCK * BLOCK + BLOCK  # of the last member's padding
     path = tmp_path / "cut.tar"
@@ -149,9 +143,7 @@ def test_a_cut_is_never_silent_wherever_it_is(tmp_path: Path, format: int) -> No
 
 
 def test_skip_takes_exactly_the_whole_samples_before_the_cut(tmp_path: Path) -> None:
-    members = [
-        (f"{k}.{ext}", bytes([65 + k]) * size) for k in range(4) for ext, size in (("png", 700), ("txt", 5))
-    ]
+    members = [(f"{k}.{ext}", bytes([65 + k]) * size) for k in range(4) for ext, size in (("png", 700), ("txt", 5))]
     path = write_tar(tmp_path / "whole.tar", members)
     whole, complete = path.read_bytes(), index_tar(path)
     members_of = [[m for found in complete.sample(k).values() for m in found] for k in range(4)]

@@ -45,9 +45,7 @@ def test_the_vocabulary_is_in_openai_order(tokenizer: Tokenizer, tmp_path: Path)
 
 def test_training_merges_the_most_frequent_pair_first(tmp_path: Path) -> None:
     tokenizer = Tokenizer.train(["abab abab xy"], TokenizerConfig(vocab_size=MIN_VOCAB_SIZE + 1))
-    assert (
-        list(vocabulary(tokenizer, tmp_path))[512] == "ab"
-    )  # 2 inner pairs; "ab</w>" also twice, but later in order
+    assert list(vocabulary(tokenizer, tmp_path))[512] == "ab"  # 2 inner pairs; "ab</w>" also twice, but later in order
 
 
 def test_vocabulary_is_as_large_as_asked_or_as_captions_allow() -> None:

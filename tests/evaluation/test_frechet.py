@@ -44,9 +44,7 @@ def test_distance_of_diagonal_gaussians_is_known() -> None:
 def test_distance_to_itself_is_zero() -> None:
     for count in (500, 5):  # also where the covariance is singular
         gaussian = fitted(features(count, 20))
-        assert frechet_distance(gaussian, gaussian) == pytest.approx(
-            0, abs=1e-6 * float(gaussian.covariance.trace())
-        )
+        assert frechet_distance(gaussian, gaussian) == pytest.approx(0, abs=1e-6 * float(gaussian.covariance.trace()))
 
 
 def test_distance_does_not_change_under_rotation_and_exchange() -> None:

@@ -54,9 +54,7 @@ def literal_ssim(x: Tensor, y: Tensor) -> float:
                 var_b = float((weights * (b - mu_b) ** 2).sum())
                 cov = float((weights * (a - mu_a) * (b - mu_b)).sum())
                 values.append(
-                    (2 * mu_a * mu_b + c1)
-                    * (2 * cov + c2)
-                    / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2))
+                    (2 * mu_a * mu_b + c1) * (2 * cov + c2) / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2))
                 )
     return sum(values) / len(values)
 

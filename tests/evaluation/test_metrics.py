@@ -43,9 +43,7 @@ def test_zero_shot_accuracy_agrees_with_argmax_and_topk() -> None:
     similarity = images @ classes.T
     found = zero_shot_accuracy(images, classes, labels)
     assert found["top1"] == pytest.approx(float((similarity.argmax(1) == labels).double().mean()))
-    assert found["top5"] == pytest.approx(
-        float((similarity.topk(5).indices == labels[:, None]).any(1).double().mean())
-    )
+    assert found["top5"] == pytest.approx(float((similarity.topk(5).indices == labels[:, None]).any(1).double().mean()))
     assert found["per_class"] == pytest.approx(found["top1"])  # classes of one size
 
 
@@ -68,9 +66,7 @@ def test_recall_agrees_with_sorting_when_captions_differ() -> None:
     texts = texts + 0.5 * images
     captions = [f"caption {i}" for i in range(60)]
     found = retrieval_recall(images, texts, captions)
-    similarity = (
-        torch.nn.functional.normalize(texts, dim=-1) @ torch.nn.functional.normalize(images, dim=-1).T
-    )
+    similarity = torch.nn.functional.normalize(texts, dim=-1) @ torch.nn.functional.normalize(images, dim=-1).T
     for name, matrix in (("text_to_image", similarity), ("image_to_text", similarity.T)):
         place = matrix.argsort(dim=1, descending=True)
         for k in (1, 5, 10):
@@ -85,9 +81,7 @@ def test_equal_captions_are_one_caption() -> None:
     captions = ["a", "a", "b", "c"]
     found = retrieval_recall(images, texts, captions, ks=(1, 2))
     # "a" finds its first image; image 1, of caption "a" too, lies at "b" and finds "a" second at best.
-    assert found["text_to_image@1"] == pytest.approx(
-        2 / 3
-    )  # for "b", image 1 ties with image 2 and comes first
+    assert found["text_to_image@1"] == pytest.approx(2 / 3)  # for "b", image 1 ties with image 2 and comes first
     assert found["text_to_image@2"] == 1
     assert found["image_to_text@1"] == pytest.approx(3 / 4)
 

@@ -21,9 +21,7 @@ from ldm_cli.training.run_folder import RunFolder
 from ..training.toy import ToyTask, batches
 
 Source = Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]
-CONFIG = TrainConfig(
-    steps=20, batch_size=12, lr=1e-2, lr_schedule="constant", ema_decay=0.9, log_every=7, save_every=5
-)
+CONFIG = TrainConfig(steps=20, batch_size=12, lr=1e-2, lr_schedule="constant", ema_decay=0.9, log_every=7, save_every=5)
 
 
 def configured(**changes: Any) -> TrainConfig:

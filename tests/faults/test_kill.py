@@ -190,9 +190,7 @@ def test_a_signal_to_the_group_saves_and_the_same_command_ends_in_the_same_bits(
     assert_same_run(undisturbed(name), out, STEPS)
 
 
-def test_a_kill_of_the_trainer_alone_frees_the_run_at_once_and_its_workers_leave(
-    home: Path, tmp_path: Path
-) -> None:
+def test_a_kill_of_the_trainer_alone_frees_the_run_at_once_and_its_workers_leave(home: Path, tmp_path: Path) -> None:
     recipe = recipes(home)["vae"]
     killed = Program(recipe, tmp_path / "run").at(after_checkpoints).signal(signal.SIGKILL, group=False)
     killed.wait()
@@ -223,9 +221,7 @@ def test_a_second_signal_ends_it_at_once_and_the_checkpoint_holds(home: Path, tm
     assert problem_with(tmp_path / "run/checkpoints" / checkpoint_name(1)) is None
 
 
-def test_a_finished_run_ends_with_0_and_touches_nothing(
-    undisturbed: Callable[[str], Path], home: Path
-) -> None:
+def test_a_finished_run_ends_with_0_and_touches_nothing(undisturbed: Callable[[str], Path], home: Path) -> None:
     out = undisturbed("vae")
     before = {p: p.stat().st_mtime_ns for p in (out, *out.rglob("*"))}
     program = Program(recipes(home)["vae"], out)

@@ -104,9 +104,7 @@ def test_a_skipped_step_leaves_batch_statistics_alone(tmp_path: Path) -> None:
     run(tmp_path, config, NormTask(poison={3}))
     states = [tensors(tmp_path, step) for step in (2, 3)]
     name = "model/model.safetensors:0.running_mean"
-    before, after = (
-        s[f"checkpoints/{checkpoint_name(i)}/{name}"] for i, s in zip((2, 3), states, strict=True)
-    )
+    before, after = (s[f"checkpoints/{checkpoint_name(i)}/{name}"] for i, s in zip((2, 3), states, strict=True))
     assert torch.equal(before, after)
     assert torch.isfinite(tensors(tmp_path, 6)[name]).all()
 
@@ -140,9 +138,7 @@ def test_a_run_may_start_at_a_given_checkpoint_and_then_goes_on_from_its_own(tmp
     assert checkpoints(tmp_path / "second/checkpoints")[0].name == checkpoint_name(20)
     resumed = ToyTask()
     run(tmp_path / "second", configured(steps=40), resumed, start=start)
-    assert resumed.seen[0] == 26, (
-        "the run's own newest checkpoint counts, or it would never end under preemption"
-    )
+    assert resumed.seen[0] == 26, "the run's own newest checkpoint counts, or it would never end under preemption"
     run(tmp_path / "whole", configured(steps=40))
     whole, second = tensors(tmp_path / "whole", 40), tensors(tmp_path / "second", 40)
     assert all(torch.equal(whole[name], second[name]) for name in whole)

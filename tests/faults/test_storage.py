@@ -115,8 +115,7 @@ class SlowTask(ToyTask):
 def test_the_rate_counts_training_alone(tmp_path: Path) -> None:
     run(tmp_path, configured(steps=20, log_every=10, validate_every=4, save_every=3), SlowTask())
     rates = [
-        json.loads(line).get("images_per_second")
-        for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+        json.loads(line).get("images_per_second") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
     ]
     assert rates[2] is not None
     assert rates[2] > 12 * 10 / 0.2, "two validations of 0.1 s lie within the first ten steps"

@@ -27,9 +27,7 @@ def named(**layers):
 
 
 def same(a, b):
-    return all(
-        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    )
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 def test_saved_weights_come_back_bit_for_bit_and_follow_the_umask(tmp_path):
@@ -83,9 +81,7 @@ def test_every_arrangement_of_files_is_read(tmp_path, names):
         halves = [dict(list(state.items())[:3]), dict(list(state.items())[3:])]
         files = [f"{stem}{infix}-0000{i}-of-00002.safetensors" for i in (1, 2)]
         weight_map = {name: file for file, half in zip(files, halves, strict=True) for name in half}
-        (tmp_path / f"{stem}.safetensors.index{infix}.json").write_text(
-            json.dumps({"weight_map": weight_map})
-        )
+        (tmp_path / f"{stem}.safetensors.index{infix}.json").write_text(json.dumps({"weight_map": weight_map}))
         for file, half in zip(files, halves, strict=True):
             save_file(half, tmp_path / file)
     else:

@@ -1,13 +1,10 @@
 import json
 
 import pytest
-import torch
-from torch import nn
 
 from ldm_cli.errors import CheckpointError, InputNotFoundError
 from ldm_cli.formats.pipeline_folder import (
     check_index,
-    fold_latent_shift,
     our_settings,
     read_scheduler,
     write_index,
@@ -78,28 +75,3 @@ def test_folder_without_pipeline_is_not_found_and_another_pipeline_is_refused(tm
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
     with pytest.raises(CheckpointError, match="StableDiffusion3Pipeline"):
         check_index(tmp_path)
-
-
-def test_folded_shift_moves_the_mean_and_leaves_the_decoder_what_it_saw():
-    torch.manual_seed(0)
-    quant, post = nn.Conv2d(8, 8, 1), nn.Conv2d(4, 4, 1)
-    state = {f"quant_conv.{k}": v for k, v in quant.state_dict().items()}
-    state |= {f"post_quant_conv.{k}": v for k, v in post.state_dict().items()}
-    folded = fold_latent_shift(state, 0.7)
-    moments, z = torch.randn(2, 8, 3, 3), torch.randn(2, 4, 3, 3)
-    expected_mean, expected_logvar = quant(moments).chunk(2, dim=1)
-    expected = post(z)
-    quant.load_state_dict(
-        {k.removeprefix("quant_conv."): v for k, v in folded.items() if k.startswith("quant")}
-    )
-    post.load_state_dict(
-        {k.removeprefix("post_quant_conv."): v for k, v in folded.items() if k.startswith("post")}
-    )
-    mean, logvar = quant(moments).chunk(2, dim=1)
-    torch.testing.assert_close(mean, expected_mean - 0.7)
-    torch.testing.assert_close(logvar, expected_logvar)
-    torch.testing.assert_close(post(z - 0.7), expected)
-
-
-def test_shift_cannot_be_folded_without_the_convolutions_around_the_latent():
-    assert fold_latent_shift({"decoder.conv_in.weight": torch.zeros(1)}, 0.5) is None

@@ -62,9 +62,7 @@ def random_unet(choose: random.Random) -> dict[str, Any]:
         "up_block_types": tuple(up),
         "mid_block_type": choose.choice(["UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None]),
         "layers_per_block": choose.choice([1, 2, tuple(choose.choice([1, 2]) for _ in range(levels))]),
-        "transformer_layers_per_block": choose.choice(
-            [1, tuple(choose.choice([1, 2]) for _ in range(levels))]
-        ),
+        "transformer_layers_per_block": choose.choice([1, tuple(choose.choice([1, 2]) for _ in range(levels))]),
         "attention_head_dim": choose.choice([4, tuple(choose.choice([1, 2, 4]) for _ in range(levels))]),
         "cross_attention_dim": 12,
         "norm_num_groups": groups,
@@ -266,9 +264,7 @@ def test_clip_equals_transformers(seed: int) -> None:
 
 
 def test_configs_that_the_libraries_write_are_read() -> None:
-    unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(32, 64, 64, 64), cross_attention_dim=8, norm_num_groups=8
-    )
+    unet = diffusers.UNet2DConditionModel(block_out_channels=(32, 64, 64, 64), cross_attention_dim=8, norm_num_groups=8)
     config = UNet2DConditionConfig.from_hugging_face(dict(unet.config))
     assert {k: v for k, v in config.to_hugging_face().items() if k[0] != "_"} == {
         k: list(v) if isinstance(v, tuple) else v for k, v in dict(unet.config).items() if k[0] != "_"

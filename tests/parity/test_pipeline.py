@@ -105,9 +105,7 @@ def test_file_of_stable_diffusion_1_is_read_with_each_samplers_own_spacing(tmp_p
         del content[absent]
     file.write_text(json.dumps(content))
     for sampler in ("ddim", "euler"):
-        assert_equal_pictures(
-            our_images(Pipeline.load(folder), sampler=sampler), their_images(folder, sampler)
-        )
+        assert_equal_pictures(our_images(Pipeline.load(folder), sampler=sampler), their_images(folder, sampler))
 
 
 @pytest.mark.parametrize(

@@ -113,9 +113,7 @@ def test_zero_snr_trajectory_equals_that_of_diffusers(monkeypatch, name, predict
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_euler_from_zero_snr_loses_no_digits(steps):
-    process = NoiseSchedule.from_config(
-        DiffusionConfig(prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    )
+    process = NoiseSchedule.from_config(DiffusionConfig(prediction_type="v_prediction", rescale_betas_zero_snr=True))
     path = trajectory.euler_trajectory(process, steps, "trailing", 0)
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
     single = samplers.euler(ToyNetwork("v_prediction"), noise, path, "v_prediction", "trailing")
@@ -132,9 +130,7 @@ def test_ddim_with_noise_equals_that_of_diffusers(monkeypatch, spacing, eta):
 @pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("name", CLASSES)
 def test_other_schedules_and_offsets_equal_those_of_diffusers(monkeypatch, name, beta_schedule):
-    config = DiffusionConfig(
-        beta_schedule=beta_schedule, prediction_type="v_prediction", num_train_timesteps=400
-    )
+    config = DiffusionConfig(beta_schedule=beta_schedule, prediction_type="v_prediction", num_train_timesteps=400)
     compare(monkeypatch, name, config, 12, "leading", offset=0)
 
 
@@ -157,7 +153,5 @@ def test_levels_equal_those_of_diffusers_for_every_number_of_steps(spacing):
     scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing, steps_offset=0)
     for steps in range(1, 1001):
         scheduler.set_timesteps(steps)
-        expected = scheduler.timesteps.tolist()[
-            :steps
-        ]  # for 62 counts numpy's arange is one too long, and ends at -1
+        expected = scheduler.timesteps.tolist()[:steps]  # for 62 counts numpy's arange is one too long, and ends at -1
         assert [*trajectory.ddpm_trajectory(process, steps, spacing, 0).timesteps] == expected

@@ -97,8 +97,7 @@ ZOO = [
     (
         "steps: 10",
         "steps: 10\n  lr_schedule: cosin",
-        "r.yaml:8:16: train.lr_schedule: expected 'constant' or 'cosine', found text 'cosin'"
-        " (did you mean 'cosine'?)",
+        "r.yaml:8:16: train.lr_schedule: expected 'constant' or 'cosine', found text 'cosin' (did you mean 'cosine'?)",
     ),
     ("steps: 10", "steps: 10\n  betas: [0.9]", "r.yaml:8:10: train.betas: expected 2 entries, found 1"),
     (
@@ -162,13 +161,10 @@ def test_one_mistake_is_one_line(tmp_path: Path, old: str, new: str, line: str) 
 
 
 def test_all_problems_come_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
-    text = (
-        GOOD.replace("tiny", "7").replace("a.tar", "a.tar\n  crop: centre").replace("steps: 10", "stepz: 10")
-    )
+    text = GOOD.replace("tiny", "7").replace("a.tar", "a.tar\n  crop: centre").replace("steps: 10", "stepz: 10")
     assert problems(write(tmp_path, text), "train.batch_size=x") == [
         "r.yaml:2:7: name: expected text, found integer 7 (put it in quotes)",
-        "r.yaml:5:9: data.crop: expected 'center', 'random' or 'squash', found text 'centre'"
-        " (did you mean 'center'?)",
+        "r.yaml:5:9: data.crop: expected 'center', 'random' or 'squash', found text 'centre' (did you mean 'center'?)",
         "r.yaml:8:3: train.stepz: unknown key (did you mean 'steps'?)",
         "override 'train.batch_size=x': train.batch_size: expected an integer, found text 'x'",
     ]
@@ -240,9 +236,7 @@ def test_overrides_follow_the_yaml_rules_and_the_last_one_wins(tmp_path: Path) -
 
 def test_overrides_make_lists_and_mappings_that_are_not_there() -> None:
     overrides = ["data.shards=a", "eval.metrics=[zero_shot]", "eval.clip=c"]
-    overrides += [
-        f"eval.zero_shot.{i}.{key}" for i in (0, 1) for key in ("name=n", "label=cls", "classes=[a, b]")
-    ]
+    overrides += [f"eval.zero_shot.{i}.{key}" for i in (0, 1) for key in ("name=n", "label=cls", "classes=[a, b]")]
     recipe = load_recipe(None, overrides, expected_command="eval").recipe
     assert [task.name for task in recipe.eval.zero_shot] == ["n", "n"]  # type: ignore[union-attr]
 

@@ -51,9 +51,7 @@ def test_a_resolved_recipe_is_the_same_recipe(name: str, tmp_path: Path) -> None
 def test_the_parts_of_a_family_fit_together(name: str) -> None:
     recipe = load_recipe(name).recipe
     assert isinstance(recipe, TrainUnetRecipe)
-    others = {
-        other.recipe.name: other.recipe for other in map(load_recipe, NAMES) if hasattr(other.recipe, "name")
-    }
+    others = {other.recipe.name: other.recipe for other in map(load_recipe, NAMES) if hasattr(other.recipe, "name")}
     vae, clip = others[Path(recipe.vae).parts[1]], others[Path(recipe.text_encoder).parts[1]]
     factor = 2 ** (len(vae.vae.block_out_channels) - 1)  # type: ignore[union-attr]
     assert recipe.unet.cross_attention_dim == clip.clip.text_config.hidden_size  # type: ignore[union-attr]

@@ -96,9 +96,7 @@ def test_quotes_are_remembered() -> None:
         ("x" * (MAX_BYTES + 1), 1, 1, f"expected at most {MAX_BYTES} bytes"),
     ],
 )
-def test_what_a_recipe_must_not_hold_is_refused_at_its_place(
-    text: str, line: int, column: int, message: str
-) -> None:
+def test_what_a_recipe_must_not_hold_is_refused_at_its_place(text: str, line: int, column: int, message: str) -> None:
     problems = parse_yaml(text).problems
     assert problems
     assert problems[0].mark == Mark(line, column)
@@ -106,9 +104,7 @@ def test_what_a_recipe_must_not_hold_is_refused_at_its_place(
 
 
 def test_a_bomb_of_aliases_costs_nothing() -> None:
-    bomb = "a: &a [x, x]\n" + "".join(
-        f"{c}: &{c} [*{p}, *{p}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True)
-    )
+    bomb = "a: &a [x, x]\n" + "".join(f"{c}: &{c} [*{p}, *{p}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True))
     start = time.perf_counter()
     assert parse_yaml(bomb).problems
     assert parse_yaml("[" * (MAX_BYTES - 1)).problems

@@ -62,9 +62,7 @@ def test_picture_of_a_prompt_and_seed_is_the_same_bit_for_bit_in_any_company(sav
 
 def test_pictures_depend_on_seed_prompt_negative_prompt_guidance_steps_and_eta(pipeline):
     def one(prompt="a red circle", seed=0, **fields):
-        return tuple(
-            pictures(pipeline, [ImageRequest(prompt, seed)], **fields).popitem()[1].flatten().tolist()
-        )
+        return tuple(pictures(pipeline, [ImageRequest(prompt, seed)], **fields).popitem()[1].flatten().tolist())
 
     variants = [
         one(),
@@ -79,9 +77,7 @@ def test_pictures_depend_on_seed_prompt_negative_prompt_guidance_steps_and_eta(p
     ]
     assert len(set(variants)) == len(variants)
     assert one() == variants[0]
-    assert one(guidance=1.0, negative="green") == variants[5], (
-        "without guidance there is nothing to steer away from"
-    )
+    assert one(guidance=1.0, negative="green") == variants[5], "without guidance there is nothing to steer away from"
 
 
 def test_requests_go_prompt_by_prompt_with_consecutive_seeds():
@@ -101,15 +97,11 @@ def test_given_latents_take_the_place_of_the_seeds_noise_in_the_order_of_the_req
     requests = [ImageRequest("a red circle", seed) for seed in (3, 4)]
     config = SamplingConfig(**QUICK)
     zero = torch.zeros(1, dtype=torch.int64)
-    noise = torch.cat(
-        [philox.normal(philox.key(s, "sampling: initial noise"), zero, zero, (4, 8, 8)) for s in (3, 4)]
-    )
+    noise = torch.cat([philox.normal(philox.key(s, "sampling: initial noise"), zero, zero, (4, 8, 8)) for s in (3, 4)])
     given = [image.pixels for image in pipeline.generate(requests, config, noise)]
     drawn = [image.pixels for image in pipeline.generate(requests, config)]
     assert all(torch.equal(a, b) for a, b in zip(given, drawn, strict=True))
-    with pytest.raises(
-        ValueError, match=r"\(1, 4, 8, 8\).*\(2, \(4, 8, 8\)\)|\(1, 4, 8, 8\).*\(2, 4, 8, 8\)"
-    ):
+    with pytest.raises(ValueError, match=r"\(1, 4, 8, 8\).*\(2, \(4, 8, 8\)\)|\(1, 4, 8, 8\).*\(2, 4, 8, 8\)"):
         list(pipeline.generate(requests, config, noise[:1]))
 
 
@@ -170,9 +162,7 @@ def test_latent_shift_is_folded_into_the_autoencoder_without_changing_anything(t
         torch.testing.assert_close(loaded.vae.to_latents(folded.mode()), latents, rtol=0, atol=1e-5)
         torch.testing.assert_close(folded.logvar, posterior.logvar, rtol=0, atol=1e-5)
         expected = shifted.vae.decode(shifted.vae.from_latents(latents))
-        torch.testing.assert_close(
-            loaded.vae.decode(loaded.vae.from_latents(latents)), expected, rtol=0, atol=1e-5
-        )
+        torch.testing.assert_close(loaded.vae.decode(loaded.vae.from_latents(latents)), expected, rtol=0, atol=1e-5)
 
 
 def test_model_of_a_run_is_the_finished_one_else_the_average_of_its_newest_checkpoint(tmp_path):

@@ -37,8 +37,6 @@ def vae_run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def unet_run(scenes: Path, clip_run: Path, vae_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "unet"
-    recipe = unet_recipe(
-        scenes, clip_run / "model", vae_run / "model", steps=40, lr=5e-3, log_every=10, ema_decay=0.9
-    )
+    recipe = unet_recipe(scenes, clip_run / "model", vae_run / "model", steps=40, lr=5e-3, log_every=10, ema_decay=0.9)
     trained(recipe, out)
     return out

@@ -178,9 +178,7 @@ def test_the_ith_caption_is_drawn_with_the_ith_seed(home: Path, monkeypatch: pyt
     assert found["attribute_accuracy"]["generated"]["all"]["num_images"] == 6
 
 
-def test_an_autoencoder_that_returns_its_input_is_perfect(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_autoencoder_that_returns_its_input_is_perfect(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ldm_cli.stages.eval_samples._reconstructed", lambda vae, images: images)
     found = evaluate(home, ["reconstruction"])["metrics"]["reconstruction"]
     assert found == {"psnr": 100.0, "ssim": pytest.approx(1.0), "num_samples": 20}
@@ -196,9 +194,7 @@ def test_a_pipeline_that_draws_the_truth_is_perfect(home: Path, monkeypatch: pyt
     monkeypatch.setattr("ldm_cli.stages.eval_samples._drawn", draw)
     found = evaluate(home, ["attribute_accuracy", "frechet_distance"], num_generated=20)["metrics"]
     rates = found["attribute_accuracy"]["generated"]["all"]
-    assert {
-        name: rate for name, rate in rates.items() if not name.startswith("num_") and rate not in (1, None)
-    } == {}
+    assert {name: rate for name, rate in rates.items() if not name.startswith("num_") and rate not in (1, None)} == {}
     distance = next(value for name, value in found["frechet_distance"].items() if name.startswith("fd["))
     assert distance == pytest.approx(0, abs=1e-4)
 

@@ -88,9 +88,7 @@ def _save_parts() -> tuple[AutoencoderKL, CLIPModel]:
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     vae = AutoencoderKL(AutoencoderKLConfig(block_out_channels=(16, 16), norm_num_groups=8, **blocks))  # type: ignore[arg-type]
     tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    clip = CLIPModel(
-        CLIPConfig.from_mapping({"text_config": {**tower, "vocab_size": 520}, "vision_config": tower})
-    )
+    clip = CLIPModel(CLIPConfig.from_mapping({"text_config": {**tower, "vocab_size": 520}, "vision_config": tower}))
     save_model(Path("v"), vae.state_dict(), vae.config.to_hugging_face())
     save_model(Path("c"), clip.state_dict(), clip.config.to_hugging_face())
     return vae, clip

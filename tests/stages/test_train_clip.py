@@ -89,15 +89,11 @@ def test_transformers_opens_the_model_and_agrees(clip_run: Path, scenes: Path) -
     normalized = [torch.nn.functional.normalize(feature, dim=-1) for feature in (image, text)]
     torch.testing.assert_close(normalized[0], output.image_embeds, rtol=0, atol=1e-5)
     torch.testing.assert_close(normalized[1], output.text_embeds, rtol=0, atol=1e-5)
-    torch.testing.assert_close(
-        scale * normalized[1] @ normalized[0].T, output.logits_per_text, rtol=0, atol=1e-4
-    )
+    torch.testing.assert_close(scale * normalized[1] @ normalized[0].T, output.logits_per_text, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("num_parts", [2, 4])
-def test_a_batch_in_parts_has_the_gradient_of_the_whole_batch(
-    scenes: Path, tmp_path: Path, num_parts: int
-) -> None:
+def test_a_batch_in_parts_has_the_gradient_of_the_whole_batch(scenes: Path, tmp_path: Path, num_parts: int) -> None:
     task, batch = task_and_batch(scenes, tmp_path)
     loss, whole = gradients(task, batch, 1)
     same_loss, parts = gradients(task, batch, num_parts)
@@ -145,9 +141,7 @@ def test_validation_is_in_evaluation_mode_and_changes_no_statistics(scenes: Path
 
 
 @pytest.mark.parametrize("vision", [VIT, RESNET], ids=["vit", "resnet"])
-def test_a_run_that_is_lost_and_continued_ends_the_same(
-    scenes: Path, tmp_path: Path, vision: dict[str, Any]
-) -> None:
+def test_a_run_that_is_lost_and_continued_ends_the_same(scenes: Path, tmp_path: Path, vision: dict[str, Any]) -> None:
     changes = {"vision": vision, "steps": 6, "ema_decay": 0.9, "gradient_accumulation": 2, "save_every": 2}
     trained(clip_recipe(scenes, **changes), tmp_path / "whole")
     lose_after(4, clip_recipe(scenes, **changes), tmp_path / "broken")
@@ -181,9 +175,7 @@ def test_missing_held_out_shards_fail_before_the_first_step(scenes: Path, tmp_pa
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
-def test_without_held_out_shards_there_is_neither_validation_nor_picture(
-    scenes: Path, tmp_path: Path
-) -> None:
+def test_without_held_out_shards_there_is_neither_validation_nor_picture(scenes: Path, tmp_path: Path) -> None:
     recipe = clip_recipe(scenes, steps=2)
     recipe["data"]["val_shards"] = None
     figures = trained(recipe, tmp_path / "run")["figures"]

@@ -80,9 +80,7 @@ def test_diffusers_opens_the_model_and_draws_the_same_pictures(unet_run: Path) -
     latents = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(7))
     config = SamplingConfig(steps=5, guidance=4.0, negative="green")
     requests = [ImageRequest(prompt, 0) for prompt in prompts]
-    ours = torch.stack(
-        [i.pixels for i in Pipeline.load(unet_run / "model").generate(requests, config, latents)]
-    )
+    ours = torch.stack([i.pixels for i in Pipeline.load(unet_run / "model").generate(requests, config, latents)])
     images = theirs(
         prompts, negative_prompt=["green"] * 2, num_inference_steps=5, guidance_scale=4.0, latents=latents,
         output_type="np",
@@ -92,9 +90,7 @@ def test_diffusers_opens_the_model_and_draws_the_same_pictures(unet_run: Path) -
     assert (ours.float() - expected).abs().max() <= 2
 
 
-def test_autoencoder_and_text_encoder_are_passed_on_bit_for_bit(
-    unet_run: Path, parts: tuple[Path, Path, Path]
-) -> None:
+def test_autoencoder_and_text_encoder_are_passed_on_bit_for_bit(unet_run: Path, parts: tuple[Path, Path, Path]) -> None:
     _, clip, vae = parts
     for step in ("model", "checkpoints/step-00000040/ema", "checkpoints/step-00000040/model"):
         passed = load_tensors(unet_run / step / "vae")
@@ -106,9 +102,7 @@ def test_autoencoder_and_text_encoder_are_passed_on_bit_for_bit(
         assert all(torch.equal(value, tower[name]) for name, value in text.items())
 
 
-def test_frozen_parts_get_no_gradient_and_do_not_change(
-    parts: tuple[Path, Path, Path], tmp_path: Path
-) -> None:
+def test_frozen_parts_get_no_gradient_and_do_not_change(parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
     task, loader = make_task(parts, tmp_path)
     frozen = [*task.vae.parameters(), *task.text_encoder.parameters()]
     before = [p.detach().clone() for p in frozen]
@@ -199,9 +193,7 @@ def test_validation_is_the_same_in_two_calls_and_needs_no_global_generator(
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_the_loss_of_a_sample_does_not_depend_on_its_neighbours(
-    parts: tuple[Path, Path, Path], tmp_path: Path
-) -> None:
+def test_the_loss_of_a_sample_does_not_depend_on_its_neighbours(parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
     task, loader = make_task(parts, tmp_path)
     batch = next(loader.batches(0, 1))
     together = [loss.item() * 8 for loss, _ in task.losses(batch, 8, 1)]
@@ -250,9 +242,7 @@ def test_a_signal_before_the_first_step_saves_too(
     assert trained(recipe, tmp_path / "run")["step"] == 3
 
 
-def test_another_autoencoder_under_the_same_path_is_another_run(
-    scenes: Path, clip_run: Path, tmp_path: Path
-) -> None:
+def test_another_autoencoder_under_the_same_path_is_another_run(scenes: Path, clip_run: Path, tmp_path: Path) -> None:
     for seed, name in ((0, "one"), (1, "two")):
         trained(vae_recipe(scenes, steps=1) | {"seed": seed}, tmp_path / name)
     recipe = unet_recipe(scenes, clip_run / "model", tmp_path / "one/model", steps=1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm_cli import philox
-from ldm_cli.core.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.data.loader import Loader, sequential_batches
 from ldm_cli.data.scenes import write_scenes
 from ldm_cli.data.shards import open_shards
@@ -20,7 +20,7 @@ from ldm_cli.formats.model_folder import load_model
 from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import TrainVaeRecipe
 from ldm_cli.reporting import SilentReporter
-from ldm_cli.stages.train_vae import VAETask, center_latent, to_signed
+from ldm_cli.stages.train_vae import VAETask, to_signed
 from ldm_cli.stages.training_run import Workbench
 from ldm_cli.training.run_folder import RunFolder
 
@@ -41,9 +41,7 @@ def make_task(path: Path, mapping: dict[str, Any]) -> tuple[VAETask, Loader]:
     shards = open_shards(recipe.data.shards, recipe.data, SilentReporter())
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        task = VAETask(
-            recipe, Workbench(RunFolder(path, SilentReporter()), shards, (), CPU, SilentReporter())
-        )
+        task = VAETask(recipe, Workbench(RunFolder(path, SilentReporter()), shards, (), CPU, SilentReporter()))
     return task, Loader(shards, recipe.data, seed=0, batch_size=8, with_captions=False)
 
 
@@ -56,9 +54,7 @@ def training_latents(model: Path, scenes: Path) -> Tensor:
     with torch.no_grad():
         for batch in sequential_batches(shards, recipe.data, 16, with_captions=False):
             posterior = vae.encode(to_signed(batch.images, CPU))
-            noise = philox.normal(
-                philox.key(9, "fresh"), batch.epoch, batch.position, posterior.mean.shape[1:]
-            )
+            noise = philox.normal(philox.key(9, "fresh"), batch.epoch, batch.position, posterior.mean.shape[1:])
             parts.append(vae.to_latents(posterior.sample(noise)))
     return torch.cat(parts)
 
@@ -83,9 +79,7 @@ def test_diffusers_opens_the_model_and_agrees(vae_run: Path) -> None:
         torch.testing.assert_close(ours.decode(z), theirs.decode(z).sample, rtol=0, atol=1e-5)
 
 
-def test_scaled_latents_have_mean_0_and_deviation_1_per_channel_and_in_all(
-    vae_run: Path, scenes: Path
-) -> None:
+def test_scaled_latents_have_mean_0_and_deviation_1_per_channel_and_in_all(vae_run: Path, scenes: Path) -> None:
     """Measured with other posterior noise than the trainer used: hence the tolerance."""
     latents = training_latents(vae_run / "model", scenes)
     assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.02
@@ -103,28 +97,8 @@ def test_without_1x1_convolutions_the_shift_is_stored_instead(scenes: Path, tmp_
     assert latents.std().item() == pytest.approx(1, abs=0.01)
 
 
-def test_centring_moves_the_latent_and_no_reconstruction() -> None:
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        vae = AutoencoderKL(
-            AutoencoderKLConfig(block_out_channels=(8, 8), norm_num_groups=4, **blocks)
-        ).double()  # type: ignore[arg-type]
-        images, noise = torch.randn(2, 3, 16, 16).double(), torch.randn(2, 4, 8, 8).double()
-    shift = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
-    before = vae.encode(images)
-    pictures = vae.decode(before.sample(noise))
-    center_latent(vae, shift)
-    after = vae.encode(images)
-    torch.testing.assert_close(after.mean, before.mean - shift.view(4, 1, 1), rtol=0, atol=1e-12)
-    assert torch.equal(after.logvar, before.logvar)
-    torch.testing.assert_close(vae.decode(after.sample(noise)), pictures, rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize("num_parts", [2, 4])
-def test_a_batch_in_parts_has_the_gradient_of_the_whole_batch(
-    scenes: Path, tmp_path: Path, num_parts: int
-) -> None:
+def test_a_batch_in_parts_has_the_gradient_of_the_whole_batch(scenes: Path, tmp_path: Path, num_parts: int) -> None:
     task, loader = make_task(tmp_path, vae_recipe(scenes, loss={"kl_weight": 0.1}))
     batch = next(loader.batches(0, 1))
     results = []
@@ -132,9 +106,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole_batch(
         task.vae.zero_grad()
         for loss, _ in task.losses(batch, parts, 1):
             loss.backward()  # type: ignore[no-untyped-call]
-        results.append(
-            {name: p.grad.clone() for name, p in task.vae.named_parameters() if p.grad is not None}
-        )
+        results.append({name: p.grad.clone() for name, p in task.vae.named_parameters() if p.grad is not None})
     whole, split = results
     assert whole.keys() == split.keys() == dict(task.vae.named_parameters()).keys()
     for name in whole:
@@ -147,9 +119,7 @@ def test_a_perceptual_adversarial_run_that_is_lost_ends_the_same(
 ) -> None:
     """Killed before the discriminator has started, and once more when it has."""
     loss = {**ADVERSARIAL, "perceptual_weight": 0.3, "perceptual_clip": str(clip_run / "model")}
-    recipe = vae_recipe(
-        scenes, loss=loss, steps=7, save_every=2, log_every=3, ema_decay=0.9, precision=precision
-    )
+    recipe = vae_recipe(scenes, loss=loss, steps=7, save_every=2, log_every=3, ema_decay=0.9, precision=precision)
     trained(recipe, tmp_path / "whole")
     lose_after(2, recipe, tmp_path / "broken")
     lose_after(4, recipe, tmp_path / "broken")

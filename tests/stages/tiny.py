@@ -85,9 +85,7 @@ def unet_recipe(
     }
 
 
-def trained(
-    recipe: Mapping[str, Any], out: Path, reporter: Reporter | None = None, **options: Any
-) -> dict[str, Any]:
+def trained(recipe: Mapping[str, Any], out: Path, reporter: Reporter | None = None, **options: Any) -> dict[str, Any]:
     """The result of the stage that the recipe is for."""
     schema, run = _STAGES[recipe["command"]]
     chosen = RunOptions(out=out, device="cpu", recipe_text=json.dumps(recipe), **options)

@@ -59,6 +59,4 @@ def diffusion_loss(
     per_sample = error.square().flatten(1).mean(dim=1)
     if snr_gamma is None:
         return per_sample
-    return per_sample * min_snr_weight(schedule.snr(t), snr_gamma, schedule.prediction_type).to(
-        per_sample.dtype
-    )
+    return per_sample * min_snr_weight(schedule.snr(t), snr_gamma, schedule.prediction_type).to(per_sample.dtype)

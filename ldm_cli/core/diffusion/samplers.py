@@ -77,9 +77,7 @@ def ddim(
     return x
 
 
-def euler(
-    model: Denoiser, noise: Tensor, trajectory: Trajectory, prediction_type: str, spacing: Spacing
-) -> Tensor:
+def euler(model: Denoiser, noise: Tensor, trajectory: Trajectory, prediction_type: str, spacing: Spacing) -> Tensor:
     """Euler's method on the probability-flow ODE dy/dσ = (y − x_0)/σ of y = x_t / a.
 
     This is algorithm 1 of Karras et al. 2022, arXiv:2206.00364, without its second-order correction.

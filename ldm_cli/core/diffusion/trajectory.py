@@ -96,14 +96,10 @@ def dpmpp_trajectory(schedule: NoiseSchedule, num_steps: int, spacing: Spacing, 
     return _by_sigma(schedule, _spaced(count, num_steps + 1, spacing, offset, leave_out_last=True))
 
 
-def _spaced(
-    num_levels: int, num_steps: int, spacing: Spacing, offset: int, leave_out_last: bool = False
-) -> list[int]:
+def _spaced(num_levels: int, num_steps: int, spacing: Spacing, offset: int, leave_out_last: bool = False) -> list[int]:
     """`num_steps` levels in [0, num_levels), falling."""
     if not 1 <= num_steps <= num_levels:
-        raise ValueError(
-            f"num_steps={num_steps - leave_out_last} with {num_levels} levels and {spacing} spacing"
-        )
+        raise ValueError(f"num_steps={num_steps - leave_out_last} with {num_levels} levels and {spacing} spacing")
     if spacing == "linspace":
         timesteps = [round(t) for t in _evenly(num_levels - 1, num_steps)[::-1]]
     elif spacing == "trailing":

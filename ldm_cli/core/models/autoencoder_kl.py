@@ -67,9 +67,7 @@ class AutoencoderKLConfig(DiffusersConfig):
             raise ValueError("block_out_channels is empty; at least one level is needed")
         for name in ("down_block_types", "up_block_types"):
             if len(getattr(self, name)) != levels:
-                raise ValueError(
-                    f"{name} has {len(getattr(self, name))} entries, block_out_channels has {levels}"
-                )
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries, block_out_channels has {levels}")
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise ValueError(
@@ -136,9 +134,7 @@ class _MidBlock(Checkpointed):
 class _EncoderLevel(Checkpointed):
     """Residual blocks, then a stride-2 convolution."""
 
-    def __init__(
-        self, in_channels: int, channels: int, num_layers: int, groups: int, *, downsample: bool
-    ) -> None:
+    def __init__(self, in_channels: int, channels: int, num_layers: int, groups: int, *, downsample: bool) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(
             _resnet(in_channels if i == 0 else channels, channels, groups) for i in range(num_layers)
@@ -156,9 +152,7 @@ class _EncoderLevel(Checkpointed):
 class _DecoderLevel(Checkpointed):
     """Residual blocks, then an enlargement by two."""
 
-    def __init__(
-        self, in_channels: int, channels: int, num_layers: int, groups: int, *, upsample: bool
-    ) -> None:
+    def __init__(self, in_channels: int, channels: int, num_layers: int, groups: int, *, upsample: bool) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(
             _resnet(in_channels if i == 0 else channels, channels, groups) for i in range(num_layers)

@@ -58,8 +58,7 @@ def _image_tower_kind(value: Any) -> str:
 
 
 ImageTowerConfig = Annotated[
-    Annotated[CLIPVisionConfig, Tag("clip_vision_model")]
-    | Annotated[ModifiedResNetConfig, Tag("modified_resnet")],
+    Annotated[CLIPVisionConfig, Tag("clip_vision_model")] | Annotated[ModifiedResNetConfig, Tag("modified_resnet")],
     Discriminator(_image_tower_kind),
 ]
 

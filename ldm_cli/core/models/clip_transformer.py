@@ -19,9 +19,7 @@ Activation = Literal["quick_gelu", "gelu"]
 def check_heads(hidden_size: int, num_attention_heads: int) -> None:
     """Raise ValueError unless the heads share the width evenly."""
     if hidden_size % num_attention_heads:
-        raise ValueError(
-            f"num_attention_heads={num_attention_heads} does not divide hidden_size={hidden_size}"
-        )
+        raise ValueError(f"num_attention_heads={num_attention_heads} does not divide hidden_size={hidden_size}")
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -42,9 +40,7 @@ class CLIPAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, D] → [B, L, D]."""
-        hidden = attend(
-            self.q_proj(x), self.k_proj(x), self.v_proj(x), self.num_heads, is_causal=self.is_causal
-        )
+        hidden = attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.num_heads, is_causal=self.is_causal)
         projected: Tensor = self.out_proj(hidden)
         return projected
 
@@ -103,8 +99,7 @@ class CLIPEncoder(Checkpointed):
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            CLIPEncoderLayer(dim, num_heads, inner_dim, activation, eps, is_causal=is_causal)
-            for _ in range(num_layers)
+            CLIPEncoderLayer(dim, num_heads, inner_dim, activation, eps, is_causal=is_causal) for _ in range(num_layers)
         )
         for layer in self.layers:
             assert isinstance(layer, CLIPEncoderLayer)

@@ -79,9 +79,7 @@ class _VisionEmbeddings(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[B, 3, H, W] → [B, 1 + patches, D], the class token first."""
         if pixel_values.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(
-                f"image of {tuple(pixel_values.shape[-2:])} px, expected image_size={self.image_size}"
-            )
+            raise ValueError(f"image of {tuple(pixel_values.shape[-2:])} px, expected image_size={self.image_size}")
         patches = tokens_of(self.patch_embedding(pixel_values))
         token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         hidden: Tensor = torch.cat((token, patches), dim=1) + self.position_embedding.weight

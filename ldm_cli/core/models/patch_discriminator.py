@@ -46,9 +46,7 @@ class PatchDiscriminator(nn.Sequential):
             ValueError: the image is too small for `num_layers`.
         """
         if min(images.shape[-2:]) < self.min_size:
-            raise ValueError(
-                f"images of {tuple(images.shape[-2:])} px, the discriminator needs {self.min_size}"
-            )
+            raise ValueError(f"images of {tuple(images.shape[-2:])} px, the discriminator needs {self.min_size}")
         verdict: Tensor = super().forward(images)  # type: ignore[no-untyped-call]
         return verdict
 

@@ -209,9 +209,7 @@ class UNet2DConditionModel(Checkpointable):
         self.class_embedding = self._class_embedding()
         if config.addition_embed_type == "text_time":
             assert config.projection_class_embeddings_input_dim is not None  # the Config's own check
-            self.add_embedding = TimestepEmbedding(
-                config.projection_class_embeddings_input_dim, self.embedding_dim
-            )
+            self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, self.embedding_dim)
         specs = [self._spec(level) for level in range(len(channels))]
         self.down_blocks, skip_channels = self._down_blocks(specs)
         self.mid_block: MidBlock | None = None
@@ -255,9 +253,7 @@ class UNet2DConditionModel(Checkpointable):
         for level, (spec, kind) in enumerate(zip(specs, self.config.down_block_types, strict=True)):
             downsample = level < len(specs) - 1
             attention = kind == "CrossAttnDownBlock2D"
-            blocks.append(
-                DownBlock(spec, channels, num_layers[level], attention=attention, downsample=downsample)
-            )
+            blocks.append(DownBlock(spec, channels, num_layers[level], attention=attention, downsample=downsample))
             channels = spec.channels
             skip_channels += [channels] * (num_layers[level] + downsample)
         return blocks, skip_channels

@@ -56,12 +56,8 @@ class DownBlock(Checkpointed):
         if attention:
             self.attentions = nn.ModuleList(spec.attention() for _ in range(num_layers))
         self.has_attention = attention
-        self.resnets = nn.ModuleList(
-            spec.resnet(in_channels if i == 0 else spec.channels) for i in range(num_layers)
-        )
-        self.downsamplers = nn.ModuleList(
-            [Downsample2D(spec.channels, asymmetric=False)] if downsample else []
-        )
+        self.resnets = nn.ModuleList(spec.resnet(in_channels if i == 0 else spec.channels) for i in range(num_layers))
+        self.downsamplers = nn.ModuleList([Downsample2D(spec.channels, asymmetric=False)] if downsample else [])
 
     def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None) -> list[Tensor]:
         """[B, C, H, W], activated embedding [B, E], text [B, M, D] → every result; the last is the output."""
@@ -113,8 +109,7 @@ class UpBlock(Checkpointed):
             self.attentions = nn.ModuleList(spec.attention() for _ in skip_channels)
         self.has_attention = attention
         self.resnets = nn.ModuleList(
-            spec.resnet((in_channels if i == 0 else spec.channels) + skip)
-            for i, skip in enumerate(skip_channels)
+            spec.resnet((in_channels if i == 0 else spec.channels) + skip) for i, skip in enumerate(skip_channels)
         )
         self.upsamplers = nn.ModuleList([Upsample2D(spec.channels)] if upsample else [])
 

@@ -32,9 +32,7 @@ def test_min_snr_loss_is_the_same_function_of_the_x0_error_for_every_prediction_
     schedule, x0, noise, t = draw(prediction_type)
     gamma = 5.0
     target = schedule.target(x0, noise, t)
-    output = target + 0.1 * torch.randn(
-        target.shape, generator=torch.Generator().manual_seed(2), dtype=target.dtype
-    )
+    output = target + 0.1 * torch.randn(target.shape, generator=torch.Generator().manual_seed(2), dtype=target.dtype)
     x_t = schedule.add_noise(x0, noise, t)
     x0_hat = to_x0(output, x_t, *schedule.signal_and_noise(t, x0), prediction_type)
     x0_error = (x0_hat - x0).square().flatten(1).mean(1)

@@ -48,9 +48,7 @@ def sample(name, model, noise, steps, spacing="leading", step_noise=None):
 @pytest.mark.parametrize("name", NAMES)
 def test_gaussian_data_is_drawn_with_its_mean_and_deviation(name, spacing):
     noise = torch.randn(40_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x = sample(
-        name, exact_epsilon, noise, 249, spacing
-    )  # 1000 // (249 + 1) lets `leading` start near the top
+    x = sample(name, exact_epsilon, noise, 249, spacing)  # 1000 // (249 + 1) lets `leading` start near the top
     assert x.shape == noise.shape
     assert x.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert x.std().item() == pytest.approx(DEVIATION, abs=0.02)

@@ -180,12 +180,8 @@ def test_samples_of_a_batch_do_not_see_one_another_and_channels_last_changes_not
     ids, images = torch.arange(15).view(3, 5), torch.randn(3, 3, 32, 32)
     text, image, _ = model(ids, images)
     for i in range(3):
-        torch.testing.assert_close(
-            model.get_text_features(ids[i : i + 1]), text[i : i + 1], atol=1e-5, rtol=0
-        )
-        torch.testing.assert_close(
-            model.get_image_features(images[i : i + 1]), image[i : i + 1], atol=1e-5, rtol=0
-        )
+        torch.testing.assert_close(model.get_text_features(ids[i : i + 1]), text[i : i + 1], atol=1e-5, rtol=0)
+        torch.testing.assert_close(model.get_image_features(images[i : i + 1]), image[i : i + 1], atol=1e-5, rtol=0)
     model.to(memory_format=torch.channels_last)
     actual = model.get_image_features(images.to(memory_format=torch.channels_last))
     torch.testing.assert_close(actual, image, atol=1e-5, rtol=0)

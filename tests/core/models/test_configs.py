@@ -93,9 +93,7 @@ def test_both_generations_of_clip_config_are_read() -> None:
     assert config.text_config.vocab_size == 600
     assert config.vision_config == CLIPVisionConfig(patch_size=16)
     assert CLIPConfig.from_hugging_face(config.to_hugging_face()) == config
-    with pytest.raises(
-        ValueError, match=r"text_config_dict.hidden_size=64 contradicts text_config.hidden_size=32"
-    ):
+    with pytest.raises(ValueError, match=r"text_config_dict.hidden_size=64 contradicts text_config.hidden_size=32"):
         CLIPConfig.from_hugging_face({"text_config": text, "text_config_dict": {"hidden_size": 64}})
 
 
@@ -172,9 +170,7 @@ def test_a_config_of_another_class_is_refused() -> None:
         (ModifiedResNetConfig, {"image_size": 48}, "image_size=48 is not a multiple of the total stride 32"),
     ],
 )
-def test_sizes_that_do_not_fit_are_named(
-    config_class: type[Config], change: dict[str, Any], message: str
-) -> None:
+def test_sizes_that_do_not_fit_are_named(config_class: type[Config], change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         config_class.from_mapping(change)
 
@@ -185,7 +181,5 @@ def test_heads_are_checked_only_where_there_is_attention() -> None:
         "up_block_types": ["UpBlock2D"],
         "mid_block_type": "UNetMidBlock2D",
     }
-    config = UNet2DConditionConfig.from_mapping(
-        {**plain, "block_out_channels": [32], "attention_head_dim": 7}
-    )
+    config = UNet2DConditionConfig.from_mapping({**plain, "block_out_channels": [32], "attention_head_dim": 7})
     assert config.levels_with_attention() == []

@@ -68,9 +68,7 @@ def test_parameter_names_and_shapes_are_the_published_ones() -> None:
     ],
     ids=["stable diffusion 1", "stable diffusion 2", "stable diffusion xl"],
 )
-def test_published_sizes_have_the_published_number_of_parameters(
-    changes: dict[str, Any], expected: int
-) -> None:
+def test_published_sizes_have_the_published_number_of_parameters(changes: dict[str, Any], expected: int) -> None:
     with torch.device("meta"):
         model = UNet2DConditionModel(UNet2DConditionConfig(**changes))
     assert num_parameters(model) == expected
