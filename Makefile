@@ -13,7 +13,9 @@ BIN := $(VENV)/bin
 LDM := $(BIN)/ldm
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test check lint bench clean
+SHELL := /bin/bash -o pipefail
+
+.PHONY: setup demo demo-clip demo-vae test check lint bench clean
 
 setup: $(INSTALLED)
 
@@ -25,13 +27,17 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --editable ".[test]"
 	@touch $@
 
+# CLIP and the autoencoder do not need each other: each trains on one core, and the lines of both are shown.
 demo: $(INSTALLED)
-	$(LDM) data synth data/demo --samples 20000 --size 32 --seed 0
-	$(LDM) train-clip demo/clip
-	$(LDM) train-vae demo/vae
+	$(LDM) data synth data/demo --samples 20000 --size 32 --seed 0 --two-object-fraction 0.1
+	$(MAKE) --no-print-directory -j 2 demo-clip demo-vae
 	$(LDM) train-unet demo/unet
 	$(LDM) sample demo/sample
-	$(LDM) eval demo/eval
+	$(LDM) eval demo/eval --out runs/demo-eval
+	@echo "Look at runs/demo-samples/grid.png; runs/demo-eval/eval.json has the numbers."
+
+demo-clip demo-vae: demo-%:
+	OMP_NUM_THREADS=1 $(LDM) train-$* demo/$* 2>&1 >/dev/null | cat
 
 # One thread per process: the processes share the cores, and results do not depend on the machine.
 test: $(INSTALLED)

@@ -42,6 +42,10 @@ def synth(
         int | None,
         typer.Option("--val-samples", metavar="N", min=1, help="Held-out samples; default: by --samples."),
     ] = None,
+    two_object_fraction: Annotated[
+        float,
+        typer.Option("--two-object-fraction", metavar="F", min=0, max=1, help="Share of scenes with a relation."),
+    ] = 0.25,
     overwrite: given.Overwrite = False,
     json: given.Json = False,
     debug: given.Debug = False,
@@ -50,7 +54,16 @@ def synth(
     from ldm_cli.stages import data
 
     reporter = make_reporter()
-    result = data.synth(out, samples, size, seed, reporter, val_samples=val_samples, overwrite=overwrite)
+    result = data.synth(
+        out,
+        samples,
+        size,
+        seed,
+        reporter,
+        val_samples=val_samples,
+        two_object_fraction=two_object_fraction,
+        overwrite=overwrite,
+    )
     show_result(result, json)
 
 

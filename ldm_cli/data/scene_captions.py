@@ -9,7 +9,7 @@ from typing import Any
 Draw = Callable[[Sequence[Any]], Any]
 """Picks one element of a sequence at random."""
 
-FULL_FRACTION = 0.15
+FULL_FRACTION = 0.1
 """Fraction of captions that state every attribute of the scene. Most say less: where all captions of a batch
 can be told apart by place, size and background, CLIP is slow to learn the shapes."""
 
@@ -23,7 +23,7 @@ _SINGLE_FULL = (
     "{place}, {thing} on a {background} background",
 )
 _SINGLE_PARTIAL: tuple[tuple[frozenset[str], str], ...] = (
-    *(8 * ((frozenset(), "{thing}"),)),
+    *(24 * ((frozenset(), "{thing}"),)),
     (frozenset({"size"}), "{thing}"),
     (frozenset({"place"}), "{thing} {place}"),
     (frozenset({"background"}), "{thing} on a {background} background"),

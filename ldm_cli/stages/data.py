@@ -23,10 +23,20 @@ def synth(
     reporter: Reporter,
     *,
     val_samples: int | None = None,
+    two_object_fraction: float = scenes.TWO_OBJECT_FRACTION,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Draw scenes with captions and ground truth into `out`: `scenes.write_scenes`."""
-    return scenes.write_scenes(out, samples, size, seed, reporter, val_samples=val_samples, overwrite=overwrite)
+    return scenes.write_scenes(
+        out,
+        samples,
+        size,
+        seed,
+        reporter,
+        val_samples=val_samples,
+        two_object_fraction=two_object_fraction,
+        overwrite=overwrite,
+    )
 
 
 def pack(
