@@ -18,6 +18,7 @@ from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, load_weights, sav
 from ldm_cli.recipe.schema import TrainClipRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.images import image_grid, save_png
+from ldm_cli.stages.caption_tokens import CaptionTokens
 from ldm_cli.stages.options import RunOptions
 from ldm_cli.stages.training_run import Workbench, run_training, split
 from ldm_cli.training.checkpoint import commit_folder
@@ -42,6 +43,8 @@ class CLIPTask:
         self.model = CLIPModel(fit_to_tokenizer(recipe.clip, self.tokenizer))
         if recipe.train.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
+        length = self.model.config.text_config.max_position_embeddings
+        self._tokens = CaptionTokens(self.tokenizer, length, bench.run.warn)
         self.modules = {"clip": self.model}
         self.auxiliary: dict[str, torch.nn.Module] = {}
 
@@ -73,8 +76,8 @@ class CLIPTask:
 
     def _features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         pixels = normalize_images(batch.images.to(self.bench.device, non_blocking=True))
-        ids = self.tokenizer.encode(batch.captions).input_ids
-        return self.model.get_image_features(pixels), self.model.get_text_features(ids.to(self.bench.device))
+        ids = self._tokens(batch.captions).to(self.bench.device)
+        return self.model.get_image_features(pixels), self.model.get_text_features(ids)
 
     def validate(self) -> dict[str, float]:
         """Contrastive loss and accuracy among held-out batches of one size."""

@@ -24,6 +24,7 @@ from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.components import load_autoencoder, load_text_encoder
 from ldm_cli.sampling.images import image_grid, save_png
 from ldm_cli.sampling.pipeline import Pipeline, requests_for
+from ldm_cli.stages.caption_tokens import CaptionTokens
 from ldm_cli.stages.options import RunOptions
 from ldm_cli.stages.train_vae import to_signed
 from ldm_cli.stages.training_run import Workbench, run_training, split
@@ -58,6 +59,8 @@ class DenoiserTask:
         keys = ("posterior noise", "noise", "timestep", "caption dropout")
         self._keys = {purpose: philox.key(recipe.seed, purpose) for purpose in keys}
         self._fixed_keys = {purpose: philox.key(recipe.seed, f"validation {purpose}") for purpose in keys}
+        length = self.text_encoder.config.max_position_embeddings
+        self._tokens = CaptionTokens(self.tokenizer, length, bench.run.warn)
         self._empty = self._encode([""])
 
     def losses(self, batch: Batch, num_parts: int, step: int) -> Losses:
@@ -94,8 +97,7 @@ class DenoiserTask:
     @torch.no_grad()
     def _encode(self, captions: list[str]) -> Tensor:
         """Captions → the text tower's last hidden states, [B, L, D]."""
-        length = self.text_encoder.config.max_position_embeddings
-        ids = self.tokenizer.encode(captions, length).input_ids.to(self.bench.device)
+        ids = self._tokens(captions).to(self.bench.device)
         states: Tensor = self.text_encoder(ids).last_hidden_state
         return states
 
