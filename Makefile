@@ -27,11 +27,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --editable ".[test]"
 	@touch $@
 
-# CLIP and the autoencoder do not need each other: each trains on one core, and the lines of both are shown.
+# CLIP and the autoencoder do not need each other: each trains on one core, and the lines of both are shown. The
+# denoiser has both cores; threads that spin between its many small operations make its step 1.2 to 1.4 times as fast.
 demo: $(INSTALLED)
 	$(LDM) data synth data/demo --samples 20000 --size 32 --seed 0 --two-object-fraction 0.1
 	$(MAKE) --no-print-directory -j 2 demo-clip demo-vae
-	$(LDM) train-unet demo/unet
+	OMP_WAIT_POLICY=active $(LDM) train-unet demo/unet
 	$(LDM) sample demo/sample
 	$(LDM) eval demo/eval --out runs/demo-eval
 	@echo "Look at runs/demo-samples/grid.png; runs/demo-eval/eval.json has the numbers."
