@@ -83,7 +83,7 @@ def clip_losses() -> tuple[nn.Module, Loss, nn.Module, Loss, int]:
     import transformers
 
     tower = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
-    text = CLIPTextConfig(**tower, vocab_size=1000, max_position_embeddings=32, eos_token_id=999)  # type: ignore[arg-type]
+    text = CLIPTextConfig(**tower, vocab_size=1000, max_position_embeddings=32, bos_token_id=998, eos_token_id=999)  # type: ignore[arg-type]
     vision = CLIPVisionConfig(**tower, image_size=64, patch_size=8)  # type: ignore[arg-type]
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=128)
     ours = CLIPModel(config)
