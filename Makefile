@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 # CLIP and the autoencoder do not need each other: each trains on one core, and the lines of both are shown. The
-# denoiser has both cores; threads that spin between its many small operations make its step 1.2 to 1.4 times as fast.
+# denoiser has both cores; threads that spin between its many small operations make its step 1.1 to 1.4 times as fast.
 demo: $(INSTALLED)
 	$(LDM) data synth data/demo --samples 20000 --size 32 --seed 0 --two-object-fraction 0.1
 	$(MAKE) --no-print-directory -j 2 demo-clip demo-vae
