@@ -91,7 +91,7 @@ def _sample(
         ("--seed", "sampling.seed", seed),
         ("--steps", "sampling.steps", steps),
         ("--sampler", "sampling.sampler", sampler),
-        ("--guidance", "sampling.guidance", guidance),
+        ("--guidance", "sampling.guidance.scale", guidance),
         ("--eta", "sampling.eta", eta),
         ("--size", "sampling.width", pixels and pixels[0]),
         ("--size", "sampling.height", pixels and pixels[1]),

@@ -2,31 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from ldm_cli.config import Config
+from ldm_cli.core.diffusion.config import GuidanceConfig
 
-SamplerName = Literal["ddpm", "ddim", "euler", "dpmpp_2m"]
+SamplerName = Literal[
+    "ddpm",
+    "ddim",
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "dpm2",
+    "lms",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_2s_ancestral",
+    "dpmpp_sde",
+    "dpmpp_3m_sde",
+    "unipc",
+    "pndm",
+    "flow_euler",
+    "flow_heun",
+    "lcm",
+]
 
 
 class SamplingConfig(Config):
     """Sampler, steps, guidance and size of the pictures; every field is also an option of `ldm sample`."""
 
     sampler: SamplerName = "ddim"
-    """`ddpm` (Ho et al. 2020), `ddim` (Song et al. 2021), `euler` (Karras et al. 2022) or `dpmpp_2m` (Lu et
-    al. 2022)."""
+    """How x_0 is found; docs/samplers.md says what each is, and what it costs."""
     steps: Annotated[int, Field(ge=1, le=1000)] = 50
-    """Number of network evaluations per image (each counts conditional and unconditional once)."""
-    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """DDIM's η: 0 is deterministic, 1 has DDPM's noise."""
-    guidance: Annotated[float, Field(ge=0)] = 7.5
-    """Classifier-free guidance scale (Ho & Salimans 2022); 1 is the plain conditional model."""
+    """Number of steps; `heun`, `dpm2`, `dpmpp_2s_ancestral`, `dpmpp_sde` and `flow_heun` take two predictions in each."""
+    eta: Annotated[float, Field(ge=0, le=1)] | None = None
+    """How much fresh noise: 0 none, 1 as much as the reverse process has. null: 0 for `ddim`, 1 for the ancestral and
+    SDE samplers, whose deterministic siblings 0 gives; the others have no choice."""
+    guidance: GuidanceConfig = GuidanceConfig()
+    """How the prompt steers; a plain number is its `scale`."""
     negative: str = ""
     """Prompt that guidance steers away from; empty: the unconditional model."""
-    timestep_spacing: Literal["leading", "linspace", "trailing"] | None = None
-    """Which timesteps are visited (Lin et al. 2023, table 2); null: as the model's scheduler says."""
+    timestep_spacing: Literal["leading", "linspace", "trailing", "karras", "exponential"] | None = None
+    """Which timesteps are visited (Lin et al. 2023, table 2), or σ with equal steps in σ^(1/7) (Karras et al. 2022, eq.
+    5) or in log σ over all of the model's range; null: as the model's scheduler says."""
+    timesteps: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] | None = None
+    """A table of timesteps to visit, falling, in place of a spacing, such as those of Align Your Steps (Sabour et al.
+    2024, arXiv:2404.14507); with another number of `steps` it is resampled, linearly in log σ, as they do."""
     images_per_prompt: Annotated[int, Field(ge=1)] = 4
     """Image i of a prompt has the seed `seed + i`."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -39,3 +62,16 @@ class SamplingConfig(Config):
     """Images denoised together on a GPU; on a CPU the image size decides. Never changes what is drawn."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of weights and activations."""
+
+    @field_validator("guidance", mode="before")
+    @classmethod
+    def _scale_alone(cls, value: Any) -> Any:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return {"scale": value}
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> SamplingConfig:
+        if self.timesteps is not None and any(a <= b for a, b in zip(self.timesteps, self.timesteps[1:], strict=False)):
+            raise ValueError("timesteps must fall from each to the next")
+        return self

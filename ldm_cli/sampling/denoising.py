@@ -73,7 +73,7 @@ def denoise(
     if config.sampler == "ddpm":
         return samplers.ddpm(model, noise, path, kind, step_noise)
     if config.sampler == "ddim":
-        return samplers.ddim(model, noise, path, kind, config.eta, step_noise)
+        return samplers.ddim(model, noise, path, kind, config.eta or 0.0, step_noise)
     if config.sampler == "euler":
         return samplers.euler(model, noise, path, kind, spacing_of(settings, config))
     return samplers.dpmpp_2m(model, noise, path, kind)

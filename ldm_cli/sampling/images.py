@@ -103,6 +103,27 @@ def _to_pillow(pixels: Tensor) -> Image.Image:
     return Image.frombytes("RGB", (width, height), data)
 
 
+_A1111_SAMPLERS = {
+    "ddpm": "DDPM",
+    "ddim": "DDIM",
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "heun": "Heun",
+    "dpm2": "DPM2",
+    "lms": "LMS",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_2s_ancestral": "DPM++ 2S a",
+    "dpmpp_sde": "DPM++ SDE",
+    "dpmpp_3m_sde": "DPM++ 3M SDE",
+    "unipc": "UniPC",
+    "pndm": "PLMS",
+    "flow_euler": "Euler",
+    "flow_heun": "Heun",
+    "lcm": "LCM",
+}
+
+
 def automatic1111_parameters(image: Mapping[str, Any], job: Mapping[str, Any], size: tuple[int, int]) -> str:
     """The text that AUTOMATIC1111's web UI, and all that read its pictures, keep under `parameters`.
 
@@ -112,11 +133,10 @@ def automatic1111_parameters(image: Mapping[str, Any], job: Mapping[str, Any], s
         size: width and height in pixels.
     """
     sampling = job["sampling"]
-    names = {"ddpm": "DDPM", "ddim": "DDIM", "euler": "Euler", "dpmpp_2m": "DPM++ 2M"}
     fields = {
         "Steps": sampling["steps"],
-        "Sampler": names[sampling["sampler"]],
-        "CFG scale": sampling["guidance"],
+        "Sampler": _A1111_SAMPLERS[sampling["sampler"]],
+        "CFG scale": sampling["guidance"]["scale"],
         "Seed": image["seed"],
         "Size": f"{size[0]}x{size[1]}",
         "Model hash": job["weights"].get("unet", "")[:10] or None,

@@ -291,7 +291,7 @@ class Pipeline:
 
         conditional = torch.cat([contexts[r.prompt] for r in group])
         unconditional = contexts[config.negative].expand_as(conditional)
-        model = guided(network, conditional, unconditional, config.guidance)
+        model = guided(network, conditional, unconditional, config.guidance.scale)
         if noise is None:
             noise = _noise(group, "sampling: initial noise", 0, shape)
         return denoise(

@@ -78,11 +78,11 @@ def test_options_of_sample_override_the_recipe(sampled: dict[str, Any], tmp_path
     recipe, options = sampled["recipe"], sampled["options"]
     assert recipe.prompts == ("zeroth", "first", "second", "bad \N{REPLACEMENT CHARACTER}", "last", "")
     assert recipe.model == "runs/demo-unet/model"
-    assert recipe.sampling.model_dump(exclude={"timestep_spacing"}) == {
+    assert recipe.sampling.guidance.scale == 2.0
+    assert recipe.sampling.model_dump(exclude={"timestep_spacing", "timesteps", "guidance"}) == {
         "sampler": "euler",
         "steps": 9,
         "eta": 0.5,
-        "guidance": 2.0,
         "negative": "blurry",
         "images_per_prompt": 2,
         "seed": 5,

@@ -1,5 +1,5 @@
-"""What a recipe says about the diffusion process and its loss; the first fields are those of a diffusers
-scheduler_config.json."""
+"""What a recipe says about the diffusion process, its loss and its guidance; the first fields of the process are
+those of a diffusers scheduler_config.json."""
 
 from __future__ import annotations
 
@@ -38,4 +38,76 @@ class DiffusionConfig(Config):
                 "rescale_betas_zero_snr needs prediction_type v_prediction or sample: "
                 "at zero signal, ε says nothing about x_0"
             )
+        return self
+
+
+class ThresholdConfig(Config):
+    """Dynamic thresholding (Saharia et al. 2022, section 2.3, arXiv:2205.11487)."""
+
+    percentile: Annotated[float, Field(gt=0, le=1)] = 0.995
+    """Share of an image's |x_0| that is left as it is; what is larger is clipped."""
+    limit: Annotated[float, Field(gt=0)] = 1.0
+    """Largest |x_0| that an image may keep: 1 for pixels, 3 to 5 for latents of standard deviation 1."""
+
+
+class ProjectionConfig(Config):
+    """Adaptive projected guidance, APG (Sadat et al. 2024, arXiv:2410.02416)."""
+
+    parallel: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """η: share that is kept of the part parallel to the prediction, which saturates; 1 keeps all."""
+    norm: Annotated[float, Field(gt=0)] | None = 15.0
+    """r: longest step that guidance may take, a Euclidean norm over one image; null: any."""
+    momentum: Annotated[float, Field(gt=-1, lt=1)] = -0.5
+    """β: share of the previous step's guidance that is added; below 0 pushes away from it."""
+
+
+class PerturbationConfig(Config):
+    """Guidance away from the same network with some of its layers spoilt."""
+
+    kind: Literal["attention", "layer"] = "attention"
+    """`attention`: self-attention looks at nothing but itself (PAG, Ahn et al. 2024, arXiv:2403.17377); `layer`: the
+    transformer block is left out (skip-layer guidance, as of Stable Diffusion 3.5)."""
+    scale: Annotated[float, Field(ge=0)] = 3.0
+    """How far; 0 is off."""
+    layers: Annotated[tuple[str, ...], Field(min_length=1)] = ("mid_block",)
+    """Which: beginnings of the names of the U-Net's modules, such as `mid_block` or `down_blocks.1.attentions.0`."""
+
+
+class CLIPGuidanceConfig(Config):
+    """Steering by the gradient of a CLIP score (Dhariwal & Nichol 2021, algorithm 1, with CLIP as the classifier)."""
+
+    model: str
+    """Folder of a CLIP model, such as `train-clip` writes."""
+    scale: Annotated[float, Field(ge=0)] = 100.0
+    """Multiplies the gradient of the cosine similarity of image and prompt; 0 is off."""
+
+
+class GuidanceConfig(Config):
+    """How the conditional prediction is pushed; a plain number in its place means `scale`."""
+
+    scale: Annotated[float, Field(ge=0)] = 7.5
+    """Classifier-free guidance scale (Ho & Salimans 2022): 1 is the conditional model, 0 the unconditional one; both
+    take one network call per step where other scales take two."""
+    rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """φ: how far the guided prediction's deviation is brought back to the conditional one's (Lin et al. 2023, eq. 15
+    and 16, arXiv:2305.08891)."""
+    interval: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] | None = None
+    """Noise levels σ = √(1−ᾱ)/√ᾱ, low and high, within which guidance acts (Kynkäänniemi et al. 2024,
+    arXiv:2404.07724); outside the conditional model runs alone. null: everywhere."""
+    threshold: ThresholdConfig | None = None
+    """Dynamic thresholding of x_0; null: off."""
+    apg: ProjectionConfig | None = None
+    """Adaptive projected guidance in place of the plain difference; null: off."""
+    perturb: PerturbationConfig | None = None
+    """Perturbed-attention or skip-layer guidance, in addition; null: off."""
+    model: str | None = None
+    """Autoguidance (Karras et al. 2024, arXiv:2406.02507): folder of a weaker denoiser, a U-Net or a pipeline, which
+    is given the prompt and takes the place of the unconditional prediction; null: off."""
+    clip: CLIPGuidanceConfig | None = None
+    """Guidance by a CLIP score; null: off."""
+
+    @model_validator(mode="after")
+    def _check(self) -> GuidanceConfig:
+        if self.interval is not None and self.interval[0] > self.interval[1]:
+            raise ValueError(f"interval: low {self.interval[0]} is above high {self.interval[1]}")
         return self
