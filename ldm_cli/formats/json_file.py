@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ldm_cli.errors import CheckpointError, InputNotFoundError, StorageError
+from ldm_cli.storage import write_whole
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -18,6 +18,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         InputNotFoundError: there is no such file.
         CheckpointError: it holds no JSON object.
+        StorageError: it cannot be read.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -25,7 +26,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputNotFoundError(f"'{path}' not found", remedy="give a folder in the Hugging Face layout") from error
     except OSError as error:
         raise StorageError(f"cannot read '{path}'", error.strerror or str(error)) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read '{path}'", f"not JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"cannot read '{path}'", f"a JSON object expected, {type(content).__name__} found")
@@ -33,21 +34,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace `path` by a JSON file as a whole.
-
-    Raises:
-        StorageError: writing failed.
-    """
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        discard(temporary)
-        raise StorageError(f"cannot write '{path}'", error.strerror or str(error)) from error
+    """Replace `path` by a JSON file as a whole; errors as in `whole_file`."""
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def discard(file: Path) -> None:

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ldm_cli.errors import CheckpointError, StorageError
-from ldm_cli.formats.json_file import discard, read_json, write_json
+from ldm_cli.errors import CheckpointError
+from ldm_cli.formats.json_file import read_json, write_json
 from ldm_cli.formats.weight_files import (
     DIFFUSERS_WEIGHTS,
     TRANSFORMERS_WEIGHTS,
     load_tensors,
     named,
     weights_sha256,
+    write_tensors,
 )
+from ldm_cli.storage import storage_errors
 
 __all__ = [
     "CONFIG_NAME",
@@ -111,7 +109,7 @@ def load_weights(module: nn.Module, folder: Path, variant: str | None = None, al
     tensors = _in_names_of(expected, load_tensors(folder, variant))
     if allow_extra:
         tensors = {name: tensor for name, tensor in tensors.items() if name in expected}
-    _check(expected, tensors, folder)
+    check_tensors(expected, tensors, folder)
     # A copy: a tensor that lies in the mapped file at any offset may take another path through a BLAS than an
     # aligned one, and results would hang on the layout of the file.
     on_meta = {name for name, value in expected.items() if value.is_meta}
@@ -142,7 +140,12 @@ def _spellings(name: str) -> Iterable[str]:
         yield f"{head}.{_OLD_ATTENTION[layer]}.{last}"
 
 
-def _check(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path) -> None:
+def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Make sure that `tensors`, read from `source`, are those that `expected` wants, with its shapes, and finite.
+
+    Raises:
+        CheckpointError: tensors are missing, left over, of another shape or not finite; up to five are named.
+    """
     problems = [f"missing: {named(missing)}"] if (missing := [n for n in expected if n not in tensors]) else []
     if extra := [n for n in tensors if n not in expected]:
         problems.append(f"unexpected: {named(extra)}")
@@ -150,13 +153,10 @@ def _check(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder
     if wrong := [f"{n} is {found}, not {wanted}" for n, (found, wanted) in shapes.items() if found != wanted]:
         problems.append(f"of another shape: {named(wrong)}")
     if problems:
-        raise CheckpointError(
-            f"the weights in '{folder}' do not fit",
-            "; ".join(problems),
-            "check that config.json belongs to them",
-        )
+        remedy = "check that the configuration belongs to them"
+        raise CheckpointError(f"the tensors in '{source}' do not fit", "; ".join(problems), remedy)
     if bad := [n for n, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]:
-        raise CheckpointError(f"the weights in '{folder}' are not finite", named(bad), "take an earlier checkpoint")
+        raise CheckpointError(f"the tensors in '{source}' are not finite", named(bad), "take an earlier checkpoint")
 
 
 def save_model(
@@ -174,25 +174,12 @@ def save_model(
         weights_name: `DIFFUSERS_WEIGHTS` or `TRANSFORMERS_WEIGHTS`.
 
     Raises:
-        StorageError: writing failed.
+        OutputError, StorageError: writing failed.
     """
-    tensors = {_unwrapped(name): _for_file(tensor) for name, tensor in state_dict.items()}
-    target = folder / weights_name
-    temporary = folder / f".tmp-{weights_name}"
-    try:
+    with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / CONFIG_NAME, config)
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        # safetensors writes mode 0600; the file just written next to it has what the umask allows.
-        shutil.copymode(folder / CONFIG_NAME, temporary)
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(target)
-    except (OSError, SafetensorError) as error:
-        discard(temporary)
-        raise StorageError(
-            f"cannot write '{target}'", str(error), "free some space, or choose another folder"
-        ) from error
+    write_json(folder / CONFIG_NAME, config)
+    write_tensors(folder / weights_name, {_unwrapped(name): _for_file(tensor) for name, tensor in state_dict.items()})
 
 
 def _unwrapped(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The files that hold a model's weights: safetensors, whole, sharded or in half precision.
+"""Files of tensors: safetensors, and how a model's weights lie in them, whole, sharded or in half precision.
 
 Nothing is ever unpickled: a pickle is refused by its content, whatever its name.
 """
@@ -6,15 +6,16 @@ Nothing is ever unpickled: a pickle is refused by its content, whatever its name
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm_cli.errors import CheckpointError, InputNotFoundError, StorageError
 from ldm_cli.formats.json_file import read_json
+from ldm_cli.storage import whole_file
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRANSFORMERS_WEIGHTS = "model.safetensors"
@@ -81,16 +82,35 @@ def load_tensors(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for file in weight_files(folder, variant):
-        refuse_foreign_content(file)
-        try:
-            tensors |= load_file(file)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"cannot read '{file}'", f"damaged safetensors: {error}", "download or save it again"
-            ) from error
-        except OSError as error:
-            raise StorageError(f"cannot read '{file}'", error.strerror or str(error)) from error
+        tensors |= read_tensors(file)
     return tensors
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, by name, on the CPU.
+
+    Raises:
+        CheckpointError: it is a pickle, damaged, or a pointer to content that was not downloaded.
+        StorageError: it cannot be read.
+    """
+    try:
+        refuse_foreign_content(file)
+        return load_file(file)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"cannot read '{file}'", f"damaged safetensors: {error}", "download or save it again"
+        ) from error
+    except OSError as error:
+        raise StorageError(f"cannot read '{file}'", error.strerror or str(error)) from error
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file as a whole, with the mode that the umask says; errors as in `whole_file`."""
+    with whole_file(file) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"})
+        temporary.chmod(mode)  # safetensors puts a file of mode 0600 in its place
 
 
 def refuse_foreign_content(file: Path) -> None:
@@ -98,10 +118,11 @@ def refuse_foreign_content(file: Path) -> None:
 
     Raises:
         CheckpointError: a pickle, or a pointer to content that was not downloaded.
+        OSError: it cannot be read.
     """
     with file.open("rb") as stream:
         start = stream.read(64)
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")) and start[8:9] != b"{":
+    if start.startswith(_PICKLE_STARTS) and start[8:9] != b"{":
         raise CheckpointError(
             f"'{file}' is no safetensors file", "it is a pickle, which could run any program", "convert it"
         )
