@@ -36,6 +36,8 @@ class DataConfig(Config):
     """Samples are shuffled within windows of this many (shuffled) shards."""
     num_workers: Annotated[int, Field(ge=0, le=256)] = 0
     """Processes that decode; the order and content of batches do not depend on it."""
+    worker_timeout: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds without any news after which a worker that is waited for is taken to hang, and the run stops."""
     max_pixels: Annotated[int, Field(ge=1)] = 64_000_000
     """An image whose header claims more pixels is refused before it is decoded."""
     max_member_bytes: Annotated[int, Field(ge=1)] = 256 * 2**20

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ldm_cli import philox
 from ldm_cli.data.bad_samples import BadSample, BadSampleAccount, BadSampleError
@@ -22,7 +21,7 @@ from ldm_cli.data.shards import ShardSet
 from ldm_cli.data.workers import made_by_workers
 from ldm_cli.errors import DataError, LdmError
 
-_NUM_PREFETCHED = 3
+_NUM_AHEAD = 2
 _MAX_REPLACEMENTS = 64
 
 ReportBad = Callable[[BadSample], None]
@@ -119,9 +118,17 @@ class Loader:
             return
         source: AbstractContextManager[Iterator[_Delivery]]
         if self._config.num_workers:
-            source = closing(made_by_workers(self._steps, steps, self._config.num_workers, _NUM_PREFETCHED))
+            source = closing(
+                made_by_workers(
+                    self._steps,
+                    steps,
+                    num_workers=self._config.num_workers,
+                    num_ahead=_NUM_AHEAD,
+                    timeout=self._config.worker_timeout,
+                )
+            )
         else:
-            source = prefetched((self._steps[step] for step in steps), _NUM_PREFETCHED)
+            source = prefetched((self._steps(step) for step in steps), _NUM_AHEAD)
         with source as deliveries:
             for delivery in deliveries:
                 yield _accept(delivery, self.account, self.remarks)
@@ -158,14 +165,14 @@ def sequential_batches(
         raise ValueError(f"sequential_batches: batch_size={batch_size}")
     account, remarks = BadSampleAccount(config.max_bad_fraction, report_bad), Counter[str]()
     wanted = Wanted(image=with_images, caption=with_captions, metadata=with_json)
-    with prefetched(_in_order(shards, config, wanted, batch_size, limit), _NUM_PREFETCHED) as deliveries:
+    with prefetched(_in_order(shards, config, wanted, batch_size, limit), _NUM_AHEAD) as deliveries:
         for delivery in deliveries:
             batch = _accept(delivery, account, remarks)
             if len(batch):
                 yield batch
 
 
-class _Steps(Dataset[_Delivery]):
+class _Steps:
     """The delivery of each step; what the workers run."""
 
     def __init__(
@@ -185,7 +192,7 @@ class _Steps(Dataset[_Delivery]):
         self._replacement_key = philox.key(seed, "data/replacement")
         self._decoder = SampleDecoder(shards, config, wanted)
 
-    def __getitem__(self, step: int) -> _Delivery:
+    def __call__(self, step: int) -> _Delivery:
         """The part of `step`'s batch that belongs to this rank."""
         epoch, position = global_positions(step, self._batch_size, self._shards.num_samples)
         epoch, position = epoch[self._part], position[self._part]

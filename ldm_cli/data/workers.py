@@ -2,59 +2,174 @@
 
 A batch queue signals every process of a job. The trainer then finishes its step and saves, for which it needs
 its workers: so they ignore these signals and end when the trainer closes them, or is gone.
+
+Item n is made by worker n mod N, so that nothing has to be put in order. Each worker has a socket of its own
+and, for tensors, an anonymous file in memory: no lock, no name in /dev/shm and no helper process that a killed
+worker could leave behind, and a worker may be killed whenever it is no longer needed.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import math
+import os
 import signal
+import socket
 import sys
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
-from typing import TypeVar
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Generic, NoReturn, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
+from ldm_cli.data.parcel import pack, unpack
 from ldm_cli.errors import WorkerError
 
-_TIMEOUT = 600  # seconds; a worker that delivers nothing for as long hangs
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+_LENGTH_BYTES = 8
+_PR_SET_PDEATHSIG = 1
+_REMEDY = "run the same command again; if it recurs, lower data.num_workers"
 
 Item = TypeVar("Item")
 
 
-def made_by_workers(dataset: Dataset[Item], numbers: range, num_workers: int, num_ahead: int) -> Generator[Item]:
-    """`dataset[n]` for each of `numbers`, in their order.
+def made_by_workers(
+    make: Callable[[int], Item], numbers: Sequence[int], *, num_workers: int, num_ahead: int, timeout: float
+) -> Generator[Item]:
+    """`make(n)` for each n of `numbers`, in their order.
 
     Args:
-        dataset: made anew in each worker by a fork, where the system has one.
+        make: runs in forked processes; what it returns may hold tensors anywhere, which are copied once on
+            each side.
         numbers: which items.
-        num_workers: processes.
+        num_workers: processes (N).
         num_ahead: items that each worker may be ahead.
+        timeout: seconds without any news after which a worker that is waited for is taken to hang.
 
     Raises:
-        WorkerError: a worker died, or delivers nothing for ten minutes.
+        WorkerError: a worker died or hangs, or none could be started.
+        Exception: whatever `make` raised, at the place of its item.
     """
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=numbers,
-        num_workers=min(num_workers, len(numbers)),
-        prefetch_factor=num_ahead,
-        multiprocessing_context="fork" if sys.platform == "linux" else "spawn",
-        worker_init_fn=_prepare_worker,
-        timeout=_TIMEOUT,
-        generator=torch.Generator(),  # the default would advance the global generator
-    )
-    with _signals_blocked():  # workers inherit the block, so that no signal finds them unprepared
-        iterator = iter(loader)
+    num_workers = min(num_workers, len(numbers))
+    workers: list[_Worker[Item]] = []
     try:
-        yield from iterator
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        if reason.startswith("Caught"):  # raised by the data set's own code: a fault in it, not of the worker
-            raise
-        raise WorkerError("a data worker died or hangs", reason, "run again, or set data.num_workers=0") from error
+        for number in range(num_workers):
+            workers.append(_Worker(number, make, numbers[number::num_workers], num_ahead, workers))
+        for count in range(len(numbers)):
+            yield workers[count % num_workers].receive(timeout)
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+class _Worker(Generic[Item]):
+    """One process, seen from its parent."""
+
+    def __init__(
+        self,
+        number: int,
+        make: Callable[[int], Item],
+        numbers: Sequence[int],
+        num_ahead: int,
+        others: Sequence[_Worker[Item]],
+    ) -> None:
+        self._number = number
+        self._exit_code: int | None = None
+        self._memory = _anonymous_file()
+        self._socket, theirs = socket.socketpair()
+        parent, in_main_thread = os.getpid(), threading.current_thread() is threading.main_thread()
+        with theirs, _signals_blocked():  # the worker inherits the block, so that no signal finds it unprepared
+            try:
+                self._pid = os.fork()
+            except OSError as error:
+                self._socket.close()
+                os.close(self._memory)
+                raise WorkerError("cannot start a data worker", os.strerror(error.errno or 0), _REMEDY) from error
+            if self._pid == 0:
+                for other in (*others, self):
+                    other._socket.close()
+                _work(lambda: _make_all(make, numbers, num_ahead, self._memory, theirs), parent, in_main_thread)
+
+    def receive(self, timeout: float) -> Item:
+        """The next item."""
+        length = int.from_bytes(self._read(_LENGTH_BYTES, timeout), "little")
+        answer = unpack(self._read(length, timeout))
+        if isinstance(answer, BaseException):
+            raise answer
+        with suppress(OSError):  # a worker that is gone is noticed when it is waited for
+            self._socket.send(b"\0")  # the place of this item's tensors is free again
+        item: Item = answer
+        return item
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        self._socket.close()
+        os.close(self._memory)
+        if self._exit_code is None:
+            with suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
+            self._wait(0)
+
+    def _read(self, length: int, timeout: float) -> bytearray:
+        # Time is counted in slices, so that a job which was stopped for an hour and goes on has not timed out.
+        patience = max(1, math.ceil(timeout))
+        self._socket.settimeout(timeout / patience)
+        data, left = bytearray(), patience
+        while len(data) < length:
+            try:
+                part = self._socket.recv(length - len(data))
+            except TimeoutError:
+                left -= 1
+                if self._wait(os.WNOHANG):
+                    raise self._death() from None
+                if not left:
+                    raise WorkerError(
+                        f"data worker {self._number} (pid {self._pid}) hangs",
+                        f"no news of it for {timeout:g} seconds",
+                        "see whether the storage answers; data.worker_timeout is how long to wait",
+                    ) from None
+                continue
+            except ConnectionResetError:
+                part = b""
+            if not part:
+                raise self._death()
+            data, left = data + part, patience
+        return data
+
+    def _wait(self, options: int) -> bool:
+        """Collect the process; whether it has ended."""
+        try:
+            pid, status = os.waitpid(self._pid, options)
+        except ChildProcessError:  # somebody else collected it
+            pid, status = self._pid, 0
+        if pid:
+            self._exit_code = os.waitstatus_to_exitcode(status)
+        return bool(pid)
+
+    def _death(self) -> WorkerError:
+        deadline = time.monotonic() + 1  # its files are closed a moment before it can be collected
+        while self._exit_code is None and not self._wait(os.WNOHANG) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        code = self._exit_code
+        if code is None:
+            how = "it closed its connection"
+        else:
+            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        remedy = _REMEDY if code != -signal.SIGKILL else f"is memory short? {_REMEDY}"
+        return WorkerError(f"data worker {self._number} (pid {self._pid}) died", how, remedy)
+
+
+def _anonymous_file() -> int:
+    """Descriptor of a file in memory, or on disk where the system has none; the same number after a fork."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("ldm-worker")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
 
 
 @contextmanager
@@ -66,8 +181,50 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
-def _prepare_worker(worker: int) -> None:
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-    torch.set_num_threads(1)
+def _work(make_all: Callable[[], None], parent: int, in_main_thread: bool) -> NoReturn:
+    """The life of a worker; it never returns into the code that forked it."""
+    code = 1
+    try:
+        gc.freeze()  # what the parent left to be collected is not ours to finalise
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        # A parent that is killed closes its socket, which ends us at the next item; this ends us at once. It
+        # is bound to the thread that forked, so only the main thread's death means the parent's.
+        if in_main_thread and sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        torch.set_num_threads(1)
+        if os.getppid() == parent:
+            make_all()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _make_all(
+    make: Callable[[int], object], numbers: Sequence[int], num_ahead: int, memory: int, parent: socket.socket
+) -> None:
+    for count, number in enumerate(numbers):
+        if count >= num_ahead and not parent.recv(1):  # waits until an item was taken
+            return
+        place = count % num_ahead
+        try:
+            data = pack(make(number), memory, place)
+        except Exception as error:
+            data = _portable(error, memory, place)
+        try:
+            parent.sendall(len(data).to_bytes(_LENGTH_BYTES, "little"))
+            parent.sendall(data)
+        except OSError:  # the parent closed us, or is gone
+            return
+
+
+def _portable(error: Exception, memory: int, place: int) -> bytes:
+    """The exception with its traceback as a note, or where it cannot travel, one that says the same."""
+    error.add_note("in a data worker:\n" + "".join(traceback.format_exception(error)))
+    try:
+        data = pack(error, memory, place)
+        unpack(data)
+    except Exception:
+        data = pack(RuntimeError("\n".join((repr(error), *error.__notes__))), memory, place)
+    return data

@@ -263,7 +263,6 @@ def test_sequential_batches_are_in_order_centred_and_limited(folder: Path) -> No
 
 
 def test_closing_early_leaves_no_thread_no_process_and_no_open_file(folder: Path) -> None:
-    list(_loader(folder, num_workers=1).batches(0, 1))  # what multiprocessing opens once and for all
     gc.collect()
     before = _open_files(), threading.active_count(), _children()
     for num_workers in (0, 1):
@@ -297,9 +296,9 @@ def test_a_worker_that_is_killed_is_an_error_and_no_hang(folder: Path) -> None:
     for child in _children() - before:
         os.kill(child, signal.SIGKILL)
     start = time.monotonic()
-    with pytest.raises(WorkerError, match="worker"):
+    with pytest.raises(WorkerError, match="killed by SIGKILL"):
         list(batches)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 5
 
 
 def test_the_log_names_each_bad_sample_once_over_several_lives(tmp_path: Path) -> None:
