@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -36,7 +37,7 @@ class SamplingConfig(Config):
     sampler: SamplerName = "ddim"
     """How x_0 is found; docs/samplers.md says what each is, and what it costs."""
     steps: Annotated[int, Field(ge=1, le=1000)] = 50
-    """Number of steps; `heun`, `dpm2`, `dpmpp_2s_ancestral`, `dpmpp_sde` and `flow_heun` take two predictions in each."""
+    """Number of steps; `heun`, `dpm2`, `dpmpp_2s_ancestral`, `dpmpp_sde` and `flow_heun` predict twice in each."""
     eta: Annotated[float, Field(ge=0, le=1)] | None = None
     """How much fresh noise: 0 none, 1 as much as the reverse process has. null: 0 for `ddim`, 1 for the ancestral and
     SDE samplers, whose deterministic siblings 0 gives; the others have no choice."""
@@ -72,6 +73,6 @@ class SamplingConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> SamplingConfig:
-        if self.timesteps is not None and any(a <= b for a, b in zip(self.timesteps, self.timesteps[1:], strict=False)):
+        if self.timesteps is not None and any(a <= b for a, b in pairwise(self.timesteps)):
             raise ValueError("timesteps must fall from each to the next")
         return self

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ldm_cli.core.diffusion import samplers
+from ldm_cli.core.diffusion import exponential_samplers, samplers
 from ldm_cli.core.diffusion.samplers import Denoiser, NoiseSource
 from ldm_cli.core.diffusion.schedule import NoiseSchedule
 from ldm_cli.core.diffusion.trajectory import (
@@ -17,10 +17,38 @@ from ldm_cli.core.diffusion.trajectory import (
     ddpm_trajectory,
     dpmpp_trajectory,
     euler_trajectory,
+    lcm_trajectory,
 )
 from ldm_cli.errors import UsageError
 from ldm_cli.formats.pipeline_folder import SchedulerSettings
-from ldm_cli.sampling.config import SamplingConfig
+from ldm_cli.sampling.config import SamplerName, SamplingConfig
+
+_WITH_ETA: dict[SamplerName, tuple[Callable[[Denoiser, Tensor, Trajectory, NoiseSource, float], Tensor], float]] = {
+    "ddim": (samplers.euler, 0.0),
+    "euler_ancestral": (samplers.euler, 1.0),
+    "dpmpp_2m_sde": (exponential_samplers.dpmpp_2m, 1.0),
+    "dpmpp_2s_ancestral": (exponential_samplers.dpmpp_2s, 1.0),
+    "dpmpp_sde": (exponential_samplers.dpmpp_sde, 1.0),
+    "dpmpp_3m_sde": (exponential_samplers.dpmpp_3m, 1.0),
+}
+"""Samplers whose noise can be chosen, and how much they add if it is not."""
+_WITH_NOISE: dict[SamplerName, Callable[[Denoiser, Tensor, Trajectory, NoiseSource], Tensor]] = {
+    "ddpm": lambda denoise, x, path, noise: samplers.euler(denoise, x, path, noise, 1.0),
+    "euler": samplers.euler,
+    "flow_euler": samplers.euler,
+    "dpmpp_2m": exponential_samplers.dpmpp_2m,
+    "lcm": samplers.lcm,
+}
+_DETERMINISTIC: dict[SamplerName, Callable[[Denoiser, Tensor, Trajectory], Tensor]] = {
+    "heun": samplers.heun,
+    "flow_heun": samplers.heun,
+    "dpm2": samplers.dpm2,
+    "lms": samplers.lms,
+    "unipc": exponential_samplers.unipc,
+    "pndm": samplers.pndm,
+}
+_DPMPP_GRID = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "unipc")
+_DISCRETE_GRID = ("ddpm", "ddim", "pndm", "lcm")
 
 
 @dataclass(frozen=True)
@@ -49,7 +77,7 @@ def denoise(
     """Draw x_0 for standard normal noise [B, …], of its shape and type.
 
     Args:
-        model: the network, guided.
+        model: gives x_0, guided.
         noise: initial noise, standard normal.
         schedule: the levels the network was trained at.
         settings: what the model's scheduler file says beside that.
@@ -60,44 +88,39 @@ def denoise(
     Raises:
         UsageError: more steps than the network has levels.
     """
-    path, kind = plan(schedule, settings, config), schedule.prediction_type
+    path = plan(schedule, settings, config)
+    x = path.start_scale * noise
     if start is not None and start.strength < 1.0:
-        path = _last_steps(path, int(start.strength * config.steps))
+        path = path.last(int(start.strength * config.steps))
         if len(path) == 0:
             return start.latents
-        signal, sigma = math.sqrt(path.alpha_bars[0]), math.sqrt(1.0 - path.alpha_bars[0])
-        noise = signal * start.latents + sigma * noise
-        if config.sampler == "euler":
-            # Euler scales what it is given by 1/√ᾱ with `leading` spacing, else by σ = √(1/ᾱ − 1).
-            noise = noise if spacing_of(settings, config) == "leading" else noise / sigma
-    if config.sampler == "ddpm":
-        return samplers.ddpm(model, noise, path, kind, step_noise)
-    if config.sampler == "ddim":
-        return samplers.ddim(model, noise, path, kind, config.eta or 0.0, step_noise)
-    if config.sampler == "euler":
-        return samplers.euler(model, noise, path, kind, spacing_of(settings, config))
-    return samplers.dpmpp_2m(model, noise, path, kind)
+        first = path.steps[0][0]
+        x = first.signal * start.latents + first.noise * noise
+    name = config.sampler
+    if name in _WITH_ETA:
+        sampler, eta = _WITH_ETA[name]
+        return sampler(model, x, path, step_noise, eta if config.eta is None else config.eta)
+    if name in _WITH_NOISE:
+        return _WITH_NOISE[name](model, x, path, step_noise)
+    return _DETERMINISTIC[name](model, x, path)
 
 
-def spacing_of(settings: SchedulerSettings, config: SamplingConfig) -> Spacing:
-    """The time spacing: the configuration's, else the model's, else the diffusers default of the sampler."""
-    default: Spacing = "leading" if config.sampler in ("ddpm", "ddim") else "linspace"
+def spacing_of(settings: SchedulerSettings, config: SamplingConfig) -> Spacing | Sequence[float]:
+    """The configuration's table or spacing, else the model's spacing, else the sampler's default in diffusers."""
+    if config.timesteps is not None:
+        return config.timesteps
+    default: Spacing = "leading" if config.sampler in _DISCRETE_GRID else "linspace"
     return config.timestep_spacing or settings.timestep_spacing or default
 
 
 def plan(schedule: NoiseSchedule, settings: SchedulerSettings, config: SamplingConfig) -> Trajectory:
     """The levels that will be visited; arguments and errors as in `denoise`."""
-    spacing, offset = spacing_of(settings, config), settings.steps_offset
     try:
-        if config.sampler == "ddpm":
-            return ddpm_trajectory(schedule, config.steps, spacing, offset)
-        if config.sampler == "ddim":
-            last_is_clean = settings.set_alpha_to_one is not False
-            return ddim_trajectory(schedule, config.steps, spacing, offset, last_is_clean)
-        if config.sampler == "euler":
-            return euler_trajectory(schedule, config.steps, spacing, offset)
-        return dpmpp_trajectory(schedule, config.steps, spacing, offset)
+        return _plan(schedule, settings, config)
     except ValueError as error:
+        spacing = spacing_of(settings, config)
+        if not isinstance(spacing, str):
+            raise UsageError("cannot use these timesteps", str(error), "leave out what is above") from error
         raise UsageError(
             f"{config.sampler} cannot take {config.steps} steps with {spacing} spacing",
             f"the model has {schedule.num_timesteps} noise levels",
@@ -105,7 +128,21 @@ def plan(schedule: NoiseSchedule, settings: SchedulerSettings, config: SamplingC
         ) from error
 
 
-def _last_steps(path: Trajectory, count: int) -> Trajectory:
-    """The last `count` steps."""
-    first = len(path) - count
-    return Trajectory(path.timesteps[first:], path.alpha_bars[first:], path.next_alpha_bars[first:])
+def _plan(schedule: NoiseSchedule, settings: SchedulerSettings, config: SamplingConfig) -> Trajectory:
+    name, steps, offset = config.sampler, config.steps, settings.steps_offset
+    spacing = spacing_of(settings, config)
+    if name == "lcm" and config.timesteps is None and config.timestep_spacing is None:
+        return lcm_trajectory(schedule, steps)
+    if name in ("ddpm", "lcm"):
+        return ddpm_trajectory(schedule, steps, spacing, offset)
+    if name in ("ddim", "pndm"):
+        # What a file does not say is what the scheduler of that name takes it to be.
+        last_is_clean = settings.set_alpha_to_one is not False if name == "ddim" else settings.set_alpha_to_one is True
+        path = ddim_trajectory(schedule, steps, spacing, offset, last_is_clean)
+        return path if name == "ddim" else path.finite()
+    if name in _DPMPP_GRID:
+        return dpmpp_trajectory(schedule, steps, spacing, offset)
+    straight = name.startswith("flow_") or schedule.flow_shift is not None
+    path = replace(euler_trajectory(schedule, steps, spacing, offset), straight=straight)
+    # Stages between two levels are placed by σ, which must be finite.
+    return path.finite() if name in ("dpmpp_2s_ancestral", "dpmpp_sde") else path

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ldm_cli import philox
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.diffusion.guidance import guided
+from ldm_cli.core.diffusion.level import Level
 from ldm_cli.core.diffusion.schedule import NoiseSchedule
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPTextModel
@@ -280,18 +281,18 @@ class Pipeline:
         dtype = next(self.unet.parameters()).dtype
         step = 0
 
-        def network(x: Tensor, t: float, context: Tensor) -> Tensor:
+        def network(x: Tensor, level: Level, context: Tensor) -> Tensor:
             nonlocal step
             step += 1
             on_step(f"{step}/{config.steps}")
             # Timesteps stay float32: half precision cannot tell 998 from 999.
-            timesteps = torch.full((len(x),), t, device=device)
+            timesteps = torch.full((len(x),), level.t, device=device)
             prediction: Tensor = self.unet(x.to(dtype), timesteps, context)
             return prediction.float()
 
         conditional = torch.cat([contexts[r.prompt] for r in group])
         unconditional = contexts[config.negative].expand_as(conditional)
-        model = guided(network, conditional, unconditional, config.guidance.scale)
+        model = guided(network, conditional, unconditional, config.guidance, self.schedule.prediction_type)
         if noise is None:
             noise = _noise(group, "sampling: initial noise", 0, shape)
         return denoise(

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ldm_cli.core.diffusion import samplers, trajectory
+from ldm_cli.core.diffusion import exponential_samplers, samplers, trajectory
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.diffusion.schedule import NoiseSchedule
 
@@ -45,22 +45,22 @@ def step_noise(i):
 
 
 def ours(name, network, noise, process, steps, spacing, offset, eta, alpha_to_one):
-    kind = network.prediction_type
+    denoise = samplers.denoiser(network, network.prediction_type)
     if name == "ddpm":
         path = trajectory.ddpm_trajectory(process, steps, spacing, offset)
-        return samplers.ddpm(network, noise, path, kind, step_noise)
+        return samplers.euler(denoise, noise, path, step_noise, 1.0)
     if name == "ddim":
         path = trajectory.ddim_trajectory(process, steps, spacing, offset, alpha_to_one)
-        return samplers.ddim(network, noise, path, kind, eta, step_noise)
+        return samplers.euler(denoise, noise, path, step_noise, eta)
     if name == "euler":
         path = trajectory.euler_trajectory(process, steps, spacing, offset)
-        return samplers.euler(network, noise, path, kind, spacing)
+        return samplers.euler(denoise, path.start_scale * noise, path, step_noise)
     path = trajectory.dpmpp_trajectory(process, steps, spacing, offset)
-    return samplers.dpmpp_2m(network, noise, path, kind)
+    return exponential_samplers.dpmpp_2m(denoise, noise, path, step_noise)
 
 
 def theirs(monkeypatch, name, network, noise, config, steps, spacing, offset, eta, alpha_to_one):
-    fields = {k: v for k, v in config.to_mapping().items() if k not in ("snr_gamma", "caption_dropout")}
+    fields = {k: v for k, v in config.to_mapping().items() if k not in ("snr_gamma", "caption_dropout", "flow_shift")}
     if name in ("ddpm", "ddim"):
         fields["clip_sample"] = False
     if name == "ddim":
@@ -116,8 +116,9 @@ def test_euler_from_zero_snr_loses_no_digits(steps):
     process = NoiseSchedule.from_config(DiffusionConfig(prediction_type="v_prediction", rescale_betas_zero_snr=True))
     path = trajectory.euler_trajectory(process, steps, "trailing", 0)
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
-    single = samplers.euler(ToyNetwork("v_prediction"), noise, path, "v_prediction", "trailing")
-    double = samplers.euler(ToyNetwork("v_prediction"), noise.double(), path, "v_prediction", "trailing")
+    denoise = samplers.denoiser(ToyNetwork("v_prediction"), "v_prediction")
+    single = samplers.euler(denoise, path.start_scale * noise, path, step_noise)
+    double = samplers.euler(denoise, path.start_scale * noise.double(), path, step_noise)
     torch.testing.assert_close(single.double(), double, rtol=0, atol=1e-5)
 
 

@@ -22,8 +22,12 @@ class DiffusionConfig(Config):
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
     """β linear in t (Ho et al. 2020), √β linear in t (Rombach et al. 2022), or ᾱ a squared cosine (Nichol
     & Dhariwal 2021)."""
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
-    """The network predicts the noise ε, v = √ᾱ ε − √(1−ᾱ) x_0 (Salimans & Ho 2022), or x_0."""
+    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] = "epsilon"
+    """The network predicts the noise ε, v = √ᾱ ε − √(1−ᾱ) x_0 (Salimans & Ho 2022), x_0, or the velocity ε − x_0 of
+    flow matching (Lipman et al. 2023), whose levels are straight lines: the β above then mean nothing."""
+    flow_shift: Annotated[float, Field(gt=0)] = 1.0
+    """Flow matching: above 1 moves the levels towards noise, as large images need (Esser et al. 2024, eq. 23); 3 in
+    Stable Diffusion 3."""
     rescale_betas_zero_snr: bool = False
     """Shift the schedule so that the last level is pure noise (Lin et al. 2023, arXiv:2305.08891)."""
     snr_gamma: Annotated[float, Field(gt=0)] | None = None
@@ -33,6 +37,10 @@ class DiffusionConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> DiffusionConfig:
+        if self.flow_shift != 1.0 and self.prediction_type != "flow_prediction":
+            raise ValueError(f"flow_shift={self.flow_shift} needs prediction_type flow_prediction")
+        if self.rescale_betas_zero_snr and self.prediction_type == "flow_prediction":
+            raise ValueError("rescale_betas_zero_snr means nothing to flow_prediction, which has no betas")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError(
                 "rescale_betas_zero_snr needs prediction_type v_prediction or sample: "
@@ -74,7 +82,7 @@ class PerturbationConfig(Config):
 
 
 class CLIPGuidanceConfig(Config):
-    """Steering by the gradient of a CLIP score (Dhariwal & Nichol 2021, algorithm 1, with CLIP as the classifier)."""
+    """Steering by the gradient of a CLIP score (Dhariwal & Nichol 2021, algorithm 2, with CLIP as the classifier)."""
 
     model: str
     """Folder of a CLIP model, such as `train-clip` writes."""
@@ -110,4 +118,6 @@ class GuidanceConfig(Config):
     def _check(self) -> GuidanceConfig:
         if self.interval is not None and self.interval[0] > self.interval[1]:
             raise ValueError(f"interval: low {self.interval[0]} is above high {self.interval[1]}")
+        if self.apg is not None and self.rescale > 0.0:
+            raise ValueError(f"rescale={self.rescale} and apg both correct the same oversaturation; choose one")
         return self

@@ -1,4 +1,11 @@
-"""Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598)."""
+"""Guidance: pushing what the network predicts further than it would go by itself.
+
+Classifier-free (Ho & Salimans 2022, arXiv:2207.12598), with rescaling (Lin et al. 2023), within an interval of noise
+levels (Kynkäänniemi et al. 2024), projected (APG, Sadat et al. 2024), thresholded (Saharia et al. 2022), away from a
+weaker network (Karras et al. 2024) or a spoilt one (Ahn et al. 2024), and along the gradient of a score (Dhariwal &
+Nichol 2021). Predictions of ε, v, x_0 and u are affine in x_0, so that differences of any of them mean the same;
+rescaling works on what the network predicts, projecting and thresholding on x_0, as their authors do.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +14,71 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ldm_cli.core.diffusion.config import GuidanceConfig, ProjectionConfig, ThresholdConfig
+from ldm_cli.core.diffusion.level import Level
+from ldm_cli.core.diffusion.prediction import to_x0
 from ldm_cli.core.diffusion.samplers import Denoiser
 
-Network = Callable[[Tensor, float, Tensor], Tensor]
-"""(x_t [B, …], t, context [B, L, D]) → what the network predicts, [B, …]."""
+Network = Callable[[Tensor, Level, Tensor], Tensor]
+"""(x_t [B, …], its level, context [B, L, D]) → what the network predicts, [B, …]."""
+
+
+def guided(
+    network: Network,
+    conditional: Tensor,
+    unconditional: Tensor,
+    config: GuidanceConfig,
+    prediction_type: str,
+    weaker: Network | None = None,
+    spoilt: Network | None = None,
+) -> Denoiser:
+    """The network with its contexts fixed, as a denoiser that is pushed as `config` says.
+
+    Conditional and unconditional half go through the network as one batch; at scale 1 and 0, and outside of the
+    interval, only the one that counts does. The denoiser is for one run: APG's momentum remembers the last call.
+
+    Args:
+        network: takes a context.
+        conditional, unconditional: contexts [B, L, D], row by row; a negative prompt takes the place of the empty one.
+        config: scale and the rest; `model`, `clip` and the layers of `perturb` are the caller's business.
+        prediction_type: what the networks predict.
+        weaker: network that, with the conditional context, takes the unconditional one's place (autoguidance).
+        spoilt: network with `config.perturb` applied.
+    """
+    project = None if config.apg is None else _Projection(config.apg)
+    both = torch.cat([unconditional, conditional])
+
+    def predict(x: Tensor, level: Level, scale: float) -> tuple[Tensor, Tensor | None]:
+        """The prediction that counts, and the one to move away from."""
+        if scale == 1.0:
+            return network(x, level, conditional), None
+        if weaker is not None:
+            away = weaker(x, level, conditional)
+            return (away, None) if scale == 0.0 else (network(x, level, conditional), away)
+        if scale == 0.0:
+            return network(x, level, unconditional), None
+        away, toward = network(torch.cat([x, x]), level, both).chunk(2)
+        return toward, away
+
+    def denoise(x: Tensor, level: Level) -> Tensor:
+        def x0_of(output: Tensor) -> Tensor:
+            return to_x0(output, x, level.signal, level.noise, prediction_type)
+
+        active = config.interval is None or config.interval[0] <= level.sigma <= config.interval[1]
+        scale = config.scale if active else 1.0
+        output, away = predict(x, level, scale)
+        if away is None:
+            x0 = x0_of(output)
+        elif project is not None:
+            x0 = project(x0_of(output), x0_of(away), scale)
+        else:
+            x0 = x0_of(rescaled(guide(away, output, scale), output, config.rescale))
+        if active and spoilt is not None and config.perturb is not None and config.perturb.scale > 0.0:
+            context = unconditional if scale == 0.0 else conditional
+            x0 = x0 + config.perturb.scale * (x0_of(output) - x0_of(spoilt(x, level, context)))
+        return x0 if config.threshold is None else thresholded(x0, config.threshold)
+
+    return denoise
 
 
 def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
@@ -18,22 +86,71 @@ def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
     return unconditional + scale * (conditional - unconditional)
 
 
-def guided(network: Network, conditional: Tensor, unconditional: Tensor, scale: float) -> Denoiser:
-    """The network with its context fixed, pushed from `unconditional` towards `conditional`.
+def rescaled(output: Tensor, conditional: Tensor, share: float) -> Tensor:
+    """The guided prediction, its deviation over each image brought to that of the conditional one, by `share`.
 
-    Both halves go through the network as one batch; at scale 1 only the conditional half is computed.
+    Lin et al. 2023, eq. 15 and 16, arXiv:2305.08891, against overexposed pictures. Both [B, …], as is the result.
+    """
+    if share == 0.0:
+        return output
+    dimensions = tuple(range(1, output.ndim))
+    ratio = conditional.std(dim=dimensions, keepdim=True) / output.std(dim=dimensions, keepdim=True)
+    return share * (output * ratio) + (1.0 - share) * output
+
+
+def thresholded(x0: Tensor, config: ThresholdConfig) -> Tensor:
+    """x_0 clipped to its own percentile and scaled back to the limit (Saharia et al. 2022, section 2.3); [B, …]."""
+    size = x0.flatten(1).abs().float().quantile(config.percentile, dim=1)
+    bound = size.clamp(min=config.limit).to(x0.dtype).reshape(-1, *[1] * (x0.ndim - 1))
+    return torch.clamp(x0, -bound, bound) * (config.limit / bound)
+
+
+def along_score(denoise: Denoiser, score: Callable[[Tensor], Tensor], scale: float) -> Denoiser:
+    """The denoiser, moved along the gradient of a score of what it shows.
+
+    x_0 + scale · (b²/a) ∇_x score(x_0(x)): ε − b · scale · ∇ of Dhariwal & Nichol 2021, algorithm 2, arXiv:2105.05233,
+    in terms of x_0. By Tweedie's formula the factor is the covariance of x_0 given x: it fades with the noise.
 
     Args:
-        network: takes a context.
-        conditional, unconditional: contexts [B, L, D]; a negative prompt takes the place of the empty one.
-        scale: 1 is the conditional network, more exaggerates the difference.
+        denoise: through which the gradient flows.
+        score: x_0 [B, …] → [B], of each its own.
+        scale: multiplies the gradient.
     """
-    if scale == 1.0:
-        return lambda x, t: network(x, t, conditional)
-    context = torch.cat([unconditional, conditional])
 
-    def denoise(x: Tensor, t: float) -> Tensor:
-        half_without, half_with = network(torch.cat([x, x]), t, context).chunk(2)
-        return guide(half_without, half_with, scale)
+    def steered(x: Tensor, level: Level) -> Tensor:
+        if level.signal == 0.0:
+            return denoise(x, level)
+        # Tensors made in inference mode cannot take part in autograd: a copy made outside of it can.
+        with torch.inference_mode(False), torch.enable_grad():
+            seen = x.clone().requires_grad_()
+            x0 = denoise(seen, level)
+            (gradient,) = torch.autograd.grad(score(x0).sum(), seen)
+        return x0.detach() + scale * level.noise**2 / level.signal * gradient
 
-    return denoise
+    return steered
+
+
+class _Projection:
+    """APG, algorithm 1 of Sadat et al. 2024, arXiv:2410.02416."""
+
+    def __init__(self, config: ProjectionConfig) -> None:
+        self.config = config
+        self._running: Tensor | None = None
+
+    def __call__(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+        """Both x_0 [B, …] → x_0."""
+        step = conditional - unconditional
+        if self._running is not None:
+            step = step + self.config.momentum * self._running
+        self._running = step
+        if self.config.norm is not None:
+            step = step * (self.config.norm / _norm(step)).clamp(max=1.0)
+        direction = conditional / _norm(conditional)
+        parallel = (step * direction).sum(dim=tuple(range(1, step.ndim)), keepdim=True) * direction
+        return conditional + (scale - 1.0) * (step - (1.0 - self.config.parallel) * parallel)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Euclidean norm of each row, [B, 1, …], never 0."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
+    return norm.clamp(min=1e-12)

@@ -3,14 +3,15 @@
 The unweighted loss is the mean squared error to the target (Ho et al. 2020, eq. 14). An error in ε, v and x_0
 differs by a factor that depends on the level only,
 
-    |ε − ε̂|² = SNR |x_0 − x̂_0|²,   |v − v̂|² = (SNR + 1) |x_0 − x̂_0|²,
+    |ε − ε̂|² = SNR |x_0 − x̂_0|²,   |v − v̂|² = (SNR + 1) |x_0 − x̂_0|²,   |u − û|² = (√SNR + 1)² |x_0 − x̂_0|²,
 
 so that the one weight min(SNR, γ) on |x_0 − x̂_0|² (Hang et al. 2023, eq. 6, arXiv:2303.09556) becomes
 
-    epsilon: min(SNR, γ) / SNR      v_prediction: min(SNR, γ) / (SNR + 1)      sample: min(SNR, γ).
+    epsilon: min(SNR, γ) / SNR      v_prediction: min(SNR, γ) / (SNR + 1)
+    sample: min(SNR, γ)             flow_prediction: min(SNR, γ) / (√SNR + 1)².
 
-At the last level of a zero-SNR schedule the weights of v and x_0 are 0: with min-SNR-γ that level is not
-trained.
+At the last level of a zero-SNR or flow schedule the weights of v, x_0 and u are 0: with min-SNR-γ that level is
+not trained.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
         return capped / (snr + 1.0)
     if prediction_type == "sample":
         return capped
-    raise ValueError(f"prediction_type={prediction_type!r} is not 'epsilon', 'v_prediction' or 'sample'")
+    if prediction_type == "flow_prediction":
+        return capped / (snr.sqrt() + 1.0) ** 2
+    raise ValueError(
+        f"prediction_type={prediction_type!r} is not 'epsilon', 'v_prediction', 'sample' or 'flow_prediction'"
+    )
 
 
 def diffusion_loss(

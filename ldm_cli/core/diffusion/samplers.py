@@ -1,127 +1,203 @@
-"""From noise to a sample: DDPM, DDIM, Euler and DPM-Solver++(2M), each over any network and any noise source.
+"""From noise to a sample: one short function per method, each over any denoiser, any levels and any noise.
 
-All start from standard normal noise and return x_0. `a` is √ᾱ and `b` is √(1 − ᾱ), so that x_t = a x_0 + b ε;
-σ = b / a. Coefficients are Python floats; they are applied in the type of the sample.
+A denoiser gives x_0 for x = a x_0 + b ε; all methods use nothing else of the network. They start from x, noise at the
+first level, and return x_0 where the last step ends. Most of what they do is one move, `toward`: with x_0 held fixed,
+the probability-flow ODE is solved exactly by
+
+    x' = (b'/b) x + (a' − a b'/b) x_0,
+
+whatever a and b. DDIM, Euler's method on σ, Euler's method on a flow and the first order of DPM-Solver++ all are this
+move; they differ in the levels they visit. The stiff solvers built of exponential integrators are in
+`exponential_samplers`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from ldm_cli.core.diffusion.prediction import to_epsilon, to_x0
-from ldm_cli.core.diffusion.trajectory import Spacing, Trajectory
+from ldm_cli.core.diffusion.level import Level
+from ldm_cli.core.diffusion.prediction import to_x0
+from ldm_cli.core.diffusion.trajectory import Trajectory
 
-Denoiser = Callable[[Tensor, float], Tensor]
+Network = Callable[[Tensor, float], Tensor]
 """(x_t [B, …], t) → what the network predicts, [B, …]."""
+Denoiser = Callable[[Tensor, Level], Tensor]
+"""(x [B, …], its level) → x_0, [B, …]."""
 NoiseSource = Callable[[int], Tensor]
-"""Number of the step → standard normal noise [B, …], fresh for every step."""
+"""Number of the draw → standard normal noise [B, …]. Sampler step i draws i; `dpmpp_sde`, with two, 2 i and 2 i + 1."""
+
+_LMS_ORDER = 4
 
 
-def ddpm(
-    model: Denoiser, noise: Tensor, trajectory: Trajectory, prediction_type: str, step_noise: NoiseSource
-) -> Tensor:
-    """Ancestral sampling (Ho et al. 2020, algorithm 2 and eq. 6-7, arXiv:2006.11239), of any number of steps.
-
-    The noise added is the posterior's, given x_0 (`fixed_small` in diffusers); the last step adds none.
+def denoiser(network: Network, prediction_type: str) -> Denoiser:
+    """The network as a function that gives x_0.
 
     Args:
-        model: the network.
-        noise: standard normal [B, …].
-        trajectory: from `ddpm_trajectory`.
-        prediction_type: what `model` predicts.
-        step_noise: fresh noise of every step.
+        network: takes what it is told of a level, `Level.t`.
+        prediction_type: what it predicts, as in `to_x0`.
     """
-    x = noise
-    for i, (t, alpha, alpha_next) in enumerate(_steps(trajectory)):
-        a, b = math.sqrt(alpha), math.sqrt(1.0 - alpha)
-        x0 = to_x0(model(x, t), x, a, b, prediction_type)
-        beta = 1.0 - alpha / alpha_next
-        x0_share = math.sqrt(alpha_next) * beta / (1.0 - alpha)
-        x_share = math.sqrt(alpha / alpha_next) * (1.0 - alpha_next) / (1.0 - alpha)
-        deviation = math.sqrt(beta * (1.0 - alpha_next) / (1.0 - alpha))
-        x = x0_share * x0 + x_share * x
-        if deviation > 0.0:
-            x = x + deviation * step_noise(i)
+    return lambda x, level: to_x0(network(x, level.t), x, level.signal, level.noise, prediction_type)
+
+
+def toward(x: Tensor, x0: Tensor, start: Level, end: Level) -> Tensor:
+    """x at `end` if x_0 stays what it is at `start`; of x's shape."""
+    kept = end.noise / start.noise
+    return kept * x + (end.signal - start.signal * kept) * x0
+
+
+def split(start: Level, end: Level, eta: float) -> tuple[Level, float]:
+    """The level to step down to, and the deviation of fresh noise that leads up again to `end`.
+
+    η = 1 adds as much as the reverse process has, that of DDPM's posterior given x_0 (Song et al. 2021, eq. 16,
+    arXiv:2010.02502; k-diffusion's ancestral step is the same in σ); 0 adds none.
+    """
+    ratio = end.noise * start.signal / (end.signal * start.noise)
+    up = min(end.noise, eta * end.noise * math.sqrt(max(0.0, 1.0 - ratio**2)))
+    return Level(end.t, end.signal, math.sqrt(max(0.0, end.noise**2 - up**2))), up
+
+
+def euler(denoise: Denoiser, x: Tensor, path: Trajectory, step_noise: NoiseSource, eta: float = 0.0) -> Tensor:
+    """Five published samplers in one, by η and by levels.
+
+    DDIM (Song et al. 2021, eq. 12, arXiv:2010.02502); DDPM, algorithm 2 of Ho et al. 2020, arXiv:2006.11239, with the
+    variance of the posterior (`fixed_small` in diffusers), is η = 1; Euler's method, algorithm 1 of Karras et al. 2022,
+    arXiv:2206.00364, without its correction, is η = 0, on diffusion and flow alike, and k-diffusion's Euler ancestral
+    η = 1.
+
+    Args:
+        denoise: gives x_0.
+        x: noise at the first level, [B, …].
+        path: the levels.
+        step_noise: fresh noise of every step; not asked for where none is added.
+        eta: η in [0, 1].
+    """
+    for i, (start, end) in enumerate(path.steps):
+        down, up = split(start, end, eta)
+        x = toward(x, denoise(x, start), start, down)
+        if up > 0.0:
+            x = x + up * step_noise(i)
     return x
 
 
-def ddim(
-    model: Denoiser,
-    noise: Tensor,
-    trajectory: Trajectory,
-    prediction_type: str,
-    eta: float,
-    step_noise: NoiseSource,
-) -> Tensor:
-    """DDIM (Song et al. 2021, eq. 12 and 16, arXiv:2010.02502).
+def heun(denoise: Denoiser, x: Tensor, path: Trajectory) -> Tensor:
+    """Heun's method on dz/ds = (z − x_0) / s (Karras et al. 2022, algorithm 1, arXiv:2206.00364).
 
-    Arguments as in `ddpm`, with `trajectory` from `ddim_trajectory`.
-
-    Args:
-        eta: η: 0 is deterministic and asks for no noise, 1 adds as much as DDPM.
+    A step to s = 0 is Euler's. Arguments as in `euler`.
     """
-    x = noise
-    for i, (t, alpha, alpha_next) in enumerate(_steps(trajectory)):
-        a, b = math.sqrt(alpha), math.sqrt(1.0 - alpha)
-        output = model(x, t)
-        x0 = to_x0(output, x, a, b, prediction_type)
-        epsilon = to_epsilon(output, x, a, b, prediction_type)
-        variance = (1.0 - alpha_next) / (1.0 - alpha) * max(0.0, 1.0 - alpha / alpha_next)
-        deviation = eta * math.sqrt(variance)
-        x = math.sqrt(alpha_next) * x0 + math.sqrt(max(0.0, 1.0 - alpha_next - deviation**2)) * epsilon
-        if deviation > 0.0:
-            x = x + deviation * step_noise(i)
+    for start, end in path.steps:
+        x0 = denoise(x, start)
+        if end.noise > 0.0:
+            ahead = toward(x, x0, start, end)
+            slope, other = _slope(x, x0, path, start), _slope(ahead, denoise(ahead, end), path, end)
+            x0 = _along(x0, slope, 0.5 * (slope + other), path, start)
+        x = toward(x, x0, start, end)
     return x
 
 
-def euler(model: Denoiser, noise: Tensor, trajectory: Trajectory, prediction_type: str, spacing: Spacing) -> Tensor:
-    """Euler's method on the probability-flow ODE dy/dσ = (y − x_0)/σ of y = x_t / a.
+def dpm2(denoise: Denoiser, x: Tensor, path: Trajectory) -> Tensor:
+    """The midpoint method, midway in log s (DPM-Solver-2 of Karras et al. 2022, as in k-diffusion).
 
-    This is algorithm 1 of Karras et al. 2022, arXiv:2206.00364, without its second-order correction.
-
-    Arguments as in `ddpm`, with `trajectory` from `euler_trajectory`.
-
-    Args:
-        spacing: that of `trajectory`. `leading` starts from x = noise; the others reach the last level and
-            start from y = σ · noise. So it is in diffusers.
+    A step to s = 0 is Euler's. Arguments as in `euler`.
     """
-    alpha = trajectory.alpha_bars[0]
-    y = noise * (math.sqrt(1.0 / alpha) if spacing == "leading" else math.sqrt(1.0 / alpha - 1.0))
-    for t, alpha, alpha_next in _steps(trajectory):
-        a, b = math.sqrt(alpha), math.sqrt(1.0 - alpha)
-        x = a * y
-        x0 = to_x0(model(x, t), x, a, b, prediction_type)
-        # y + (σ' − σ) (y − x_0) / σ, written as the mean of y and x_0 that it is: no cancellation at large σ.
-        kept = math.sqrt(1.0 / alpha_next - 1.0) / (b / a)
-        y = kept * y + (1.0 - kept) * x0
-    return y
-
-
-def dpmpp_2m(model: Denoiser, noise: Tensor, trajectory: Trajectory, prediction_type: str) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2, arXiv:2211.01095).
-
-    The first and the last step are first order.
-
-    Arguments as in `ddpm`, with `trajectory` from `dpmpp_trajectory`.
-    """
-    x, x0_before, h_before = noise, noise, 0.0
-    for i, (t, alpha, alpha_next) in enumerate(_steps(trajectory)):
-        a, b = math.sqrt(alpha), math.sqrt(1.0 - alpha)
-        a_next, b_next = math.sqrt(alpha_next), math.sqrt(1.0 - alpha_next)
-        x0 = to_x0(model(x, t), x, a, b, prediction_type)
-        # h is the step in λ = log(a / b); the last step ends at λ = ∞ and is plain x_0.
-        h = math.log(a_next / b_next) - math.log(a / b) if b_next > 0.0 else math.inf
-        direction = x0
-        if 0 < i < len(trajectory) - 1:
-            direction = x0 + (h / (2.0 * h_before)) * (x0 - x0_before)
-        x = (b_next / b) * x - (a_next * math.expm1(-h)) * direction
-        x0_before, h_before = x0, h
+    for start, end in path.steps:
+        x0 = denoise(x, start)
+        if end.noise > 0.0:
+            middle = path.between(start, end)
+            halfway = toward(x, x0, start, middle)
+            slope, other = _slope(x, x0, path, start), _slope(halfway, denoise(halfway, middle), path, middle)
+            x0 = _along(x0, slope, other, path, start)
+        x = toward(x, x0, start, end)
     return x
 
 
-def _steps(trajectory: Trajectory) -> list[tuple[float, float, float]]:
-    """(t, ᾱ, ᾱ') of every step."""
-    return list(zip(trajectory.timesteps, trajectory.alpha_bars, trajectory.next_alpha_bars, strict=True))
+def lms(denoise: Denoiser, x: Tensor, path: Trajectory) -> Tensor:
+    """Linear multistep: the polynomial through the last four slopes dz/ds, integrated (Adams & Bashforth; k-diffusion).
+
+    Arguments as in `euler`.
+    """
+    slopes: list[Tensor] = []
+    nodes: list[float] = []
+    for start, end in path.steps:
+        x0 = denoise(x, start)
+        s, s_end = path.coordinates(start)[0], path.coordinates(end)[0]
+        slope = _slope(x, x0, path, start)
+        slopes, nodes = [slope, *slopes][:_LMS_ORDER], [s, *nodes][:_LMS_ORDER]
+        mean = _combined(_mean_lagrange(nodes, s, s_end), slopes)
+        x = toward(x, _along(x0, slope, mean, path, start), start, end)
+    return x
+
+
+def pndm(denoise: Denoiser, x: Tensor, path: Trajectory) -> Tensor:
+    """Pseudo linear multistep, as Stable Diffusion's PLMS (Liu et al. 2022, eq. 11-13, arXiv:2202.09778).
+
+    ε is extrapolated from the last four in t; the first step takes the mean of ε at both its ends, and so one more
+    prediction. Steps should be equally long in t, and the first level must hold signal. Arguments as in `euler`.
+    """
+    epsilons: list[Tensor] = []
+    for i, (start, end) in enumerate(path.steps):
+        x0 = denoise(x, start)
+        epsilons = [(x - start.signal * x0) / start.noise, *epsilons][:4]
+        if i == 0 and len(path) > 1:
+            following = path.steps[1][0]
+            ahead = toward(x, x0, start, end)
+            other = (ahead - following.signal * denoise(ahead, following)) / following.noise
+            mean = 0.5 * (epsilons[0] + other)
+        else:
+            mean = _combined(_ADAMS_BASHFORTH[len(epsilons)], epsilons)
+        x = toward(x, (x - start.noise * mean) / start.signal, start, end)
+    return x
+
+
+def lcm(denoise: Denoiser, x: Tensor, path: Trajectory, step_noise: NoiseSource) -> Tensor:
+    """Multistep sampling of a latent consistency model (Luo et al. 2023, algorithm 3, arXiv:2310.04378).
+
+    Each step goes to x_0 and up again with fresh noise. Arguments as in `euler`.
+    """
+    for i, (start, end) in enumerate(path.steps):
+        # The boundary condition that makes t = 0 the identity, with the constants of the distillation.
+        scaled, data = 10.0 * start.t, 0.5
+        skip, out = data**2 / (scaled**2 + data**2), scaled / math.sqrt(scaled**2 + data**2)
+        x = out * denoise(x, start) + skip * x
+        if end.noise > 0.0:
+            x = end.signal * x + end.noise * step_noise(i)
+    return x
+
+
+_ADAMS_BASHFORTH = {
+    1: (1.0,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
+
+
+def _slope(x: Tensor, x0: Tensor, path: Trajectory, level: Level) -> Tensor:
+    """dz/ds = (z − x_0) / s."""
+    s, scale = path.coordinates(level)
+    return (x / scale - x0) / s
+
+
+def _along(x0: Tensor, slope: Tensor, mean: Tensor, path: Trajectory, start: Level) -> Tensor:
+    """The x_0 for which `toward` moves along `mean`: z − s · mean, without the difference of large numbers."""
+    return x0 + path.coordinates(start)[0] * (slope - mean)
+
+
+def _combined(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    """Σ weights · tensors."""
+    total = weights[0] * tensors[0]
+    for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
+        total = total + weight * tensor
+    return total
+
+
+def _mean_lagrange(nodes: Sequence[float], start: float, end: float) -> list[float]:
+    """Mean over [start, end] of the Lagrange polynomials on at most four nodes; two-point Gauss is exact for cubics."""
+    middle, half = 0.5 * (start + end), 0.5 * (end - start) / math.sqrt(3.0)
+
+    def basis(k: int, s: float) -> float:
+        return math.prod((s - node) / (nodes[k] - node) for j, node in enumerate(nodes) if j != k)
+
+    return [0.5 * (basis(k, middle - half) + basis(k, middle + half)) for k in range(len(nodes))]

@@ -6,7 +6,7 @@ from ldm_cli.core.diffusion.loss import diffusion_loss, min_snr_weight
 from ldm_cli.core.diffusion.prediction import to_epsilon, to_x0
 from ldm_cli.core.diffusion.schedule import NoiseSchedule
 
-TYPES = ("epsilon", "v_prediction", "sample")
+TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 
 def draw(prediction_type):
@@ -51,16 +51,16 @@ def test_plain_loss_is_the_mean_squared_error_per_sample():
 
 def test_min_snr_weights_are_finite_at_zero_snr():
     zero = torch.zeros(1, dtype=torch.float64)
-    assert [min_snr_weight(zero, 5.0, kind).item() for kind in TYPES] == [1.0, 0.0, 0.0]
+    assert [min_snr_weight(zero, 5.0, kind).item() for kind in TYPES] == [1.0, 0.0, 0.0, 0.0]
 
 
 def test_epsilon_at_zero_signal_and_unknown_predictions_are_refused():
     x = torch.zeros(1, 2)
     with pytest.raises(ValueError, match="undetermined"):
         to_x0(x, x, 0.0, 1.0, "epsilon")
-    with pytest.raises(ValueError, match="flow"):
-        to_x0(x, x, 1.0, 1.0, "flow")
-    with pytest.raises(ValueError, match="flow"):
-        to_epsilon(x, x, 1.0, 1.0, "flow")
-    with pytest.raises(ValueError, match="flow"):
-        min_snr_weight(x, 5.0, "flow")
+    with pytest.raises(ValueError, match="x_2"):
+        to_x0(x, x, 1.0, 1.0, "x_2")
+    with pytest.raises(ValueError, match="x_2"):
+        to_epsilon(x, x, 1.0, 1.0, "x_2")
+    with pytest.raises(ValueError, match="x_2"):
+        min_snr_weight(x, 5.0, "x_2")

@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from ldm_cli.core.diffusion import samplers, trajectory
+from ldm_cli.core.diffusion import exponential_samplers, samplers, trajectory
 from ldm_cli.core.diffusion.config import DiffusionConfig
-from ldm_cli.core.diffusion.guidance import guide, guided
 from ldm_cli.core.diffusion.schedule import NoiseSchedule
 
 MEAN, DEVIATION = 1.5, 0.5
@@ -31,17 +30,18 @@ def sample(name, model, noise, steps, spacing="leading", step_noise=None):
         def step_noise(i):
             return torch.randn(noise.shape, generator=generator, dtype=noise.dtype)
 
+    denoise = samplers.denoiser(model, "epsilon")
     if name == "ddpm":
         path = trajectory.ddpm_trajectory(PROCESS, steps, spacing, 0)
-        return samplers.ddpm(model, noise, path, "epsilon", step_noise)
+        return samplers.euler(denoise, noise, path, step_noise, 1.0)
     if name.startswith("ddim"):
         path = trajectory.ddim_trajectory(PROCESS, steps, spacing, 0, True)
-        return samplers.ddim(model, noise, path, "epsilon", 1.0 if name.endswith("eta") else 0.0, step_noise)
+        return samplers.euler(denoise, noise, path, step_noise, 1.0 if name.endswith("eta") else 0.0)
     if name == "euler":
         path = trajectory.euler_trajectory(PROCESS, steps, spacing, 0)
-        return samplers.euler(model, noise, path, "epsilon", spacing)
+        return samplers.euler(denoise, path.start_scale * noise, path, step_noise)
     path = trajectory.dpmpp_trajectory(PROCESS, steps, spacing, 0)
-    return samplers.dpmpp_2m(model, noise, path, "epsilon")
+    return exponential_samplers.dpmpp_2m(denoise, noise, path, step_noise)
 
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
@@ -105,24 +105,3 @@ def test_more_steps_than_levels_are_refused_with_both_numbers():
 def test_leading_offset_never_leads_past_the_last_level():
     assert trajectory.ddpm_trajectory(PROCESS, 1000, "leading", 1).timesteps == tuple(range(999, -1, -1))
     assert trajectory.ddpm_trajectory(PROCESS, 500, "leading", 1).timesteps == tuple(range(999, 0, -2))
-
-
-def test_guidance_extrapolates_from_the_unconditional_prediction():
-    without, having = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 0.0])
-    assert guide(without, having, 0.0).tolist() == without.tolist()
-    assert guide(without, having, 1.0).tolist() == having.tolist()
-    assert guide(without, having, 3.0).tolist() == [4.0, -4.0]
-
-
-def test_guided_network_runs_once_and_at_scale_one_on_the_conditional_half_only():
-    rows = []
-
-    def network(x, t, context):
-        rows.append(len(x))
-        return x * t + context.mean(dim=(1, 2), keepdim=False)[:, None]
-
-    x = torch.tensor([[1.0], [2.0]])
-    conditional, unconditional = torch.full((2, 3, 4), 10.0), torch.zeros(2, 3, 4)
-    assert guided(network, conditional, unconditional, 2.0)(x, 3.0).flatten().tolist() == [23.0, 26.0]
-    assert guided(network, conditional, unconditional, 1.0)(x, 3.0).flatten().tolist() == [13.0, 16.0]
-    assert rows == [4, 2]
