@@ -10,7 +10,7 @@ import typer
 from typer.main import get_command
 
 from ldm_cli import __version__
-from ldm_cli.cli import data, evaluate, recipe, sample, streams, train
+from ldm_cli.cli import data, evaluate, precompute, recipe, sample, streams, train
 from ldm_cli.cli.failures import exit_code_of, report
 from ldm_cli.errors import UsageError
 
@@ -24,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 train.register(app)
+precompute.register(app)
 sample.register(app)
 evaluate.register(app)
 data.register(app)

@@ -73,6 +73,12 @@ def field_of(metadata: dict[str, Any], path: str) -> Any:
     return value
 
 
+def caption_candidates(value: Any) -> list[str]:
+    """The captions in a JSON value that are not blank: text itself, or each of a list of texts."""
+    texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    return [text for text in texts if isinstance(text, str) and text.strip()]
+
+
 def choose_caption(value: Any, choice: float) -> str | None:
     """The caption in a JSON value: text itself, or one of a list of texts.
 
@@ -83,8 +89,7 @@ def choose_caption(value: Any, choice: float) -> str | None:
     Returns:
         None if there is no text that is not blank.
     """
-    texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-    candidates = [text for text in texts if isinstance(text, str) and text.strip()]
+    candidates = caption_candidates(value)
     return candidates[int(choice * len(candidates))] if candidates else None
 
 

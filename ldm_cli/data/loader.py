@@ -14,9 +14,10 @@ from torch import Tensor
 from ldm_cli import philox
 from ldm_cli.data.bad_samples import BadSample, BadSampleAccount, BadSampleError
 from ldm_cli.data.config import DataConfig
+from ldm_cli.data.latent_cache import CachedDecoder, LatentCache
 from ldm_cli.data.order import Order, global_positions, rank_slice
 from ldm_cli.data.prefetch import prefetched
-from ldm_cli.data.sample import Draw, Sample, SampleDecoder, Wanted
+from ldm_cli.data.sample import Draw, Encoding, Sample, SampleDecoder, Wanted
 from ldm_cli.data.shards import ShardSet
 from ldm_cli.data.workers import made_by_workers
 from ldm_cli.errors import DataError, LdmError
@@ -39,6 +40,7 @@ class Batch:
         epoch: int64 [B].
         position: int64 [B], within the epoch; with `epoch` the counter of all random numbers of a sample.
         metadata: B parsed JSON members, if asked for; {} where a sample has none.
+        encoding: what the frozen encoders make of them, if it comes out of a cache; there are no images then.
     """
 
     images: Tensor
@@ -48,6 +50,7 @@ class Batch:
     epoch: Tensor
     position: Tensor
     metadata: list[dict[str, Any]] | None = None
+    encoding: Encoding | None = None
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -75,6 +78,7 @@ class Loader:
         rank, world_size: this process takes the `rank`-th of `world_size` equal parts of every batch.
         with_captions, with_images: parts not wanted are neither read nor checked.
         report_bad: called with every bad sample, e.g. a `BadSampleLog`.
+        cache: gives encodings in place of images.
 
     Attributes:
         account: bad samples met so far.
@@ -96,6 +100,7 @@ class Loader:
         with_captions: bool = True,
         with_images: bool = True,
         report_bad: ReportBad | None = None,
+        cache: LatentCache | None = None,
     ) -> None:
         rank_slice(batch_size, rank, world_size)
         self.account = BadSampleAccount(config.max_bad_fraction, report_bad)
@@ -103,7 +108,9 @@ class Loader:
         self.num_samples = shards.num_samples
         self._config = config
         wanted = Wanted(image=with_images, caption=with_captions)
-        self._steps = _Steps(shards, config, wanted, seed, batch_size, rank, world_size)
+        self._is_cached = cache is not None  # nothing is decoded then: a thread is ahead of any trainer
+        decoder = cache.decoder(config, wanted) if cache else SampleDecoder(shards, config, wanted)
+        self._steps = _Steps(shards, config, decoder, seed, batch_size, rank, world_size)
 
     def batches(self, start_step: int, end_step: int) -> Generator[Batch]:
         """The batches of the steps start_step … end_step - 1; close the generator to stop early.
@@ -117,7 +124,7 @@ class Loader:
         if not steps:
             return
         source: AbstractContextManager[Iterator[_Delivery]]
-        if self._config.num_workers:
+        if self._config.num_workers and not self._is_cached:
             source = closing(
                 made_by_workers(
                     self._steps,
@@ -179,7 +186,7 @@ class _Steps:
         self,
         shards: ShardSet,
         config: DataConfig,
-        wanted: Wanted,
+        decoder: SampleDecoder | CachedDecoder,
         seed: int,
         batch_size: int,
         rank: int,
@@ -190,7 +197,7 @@ class _Steps:
         self._order = Order(seed, shards.sizes, config.shuffle_window)
         self._draw_key = philox.key(seed, "data/draw")
         self._replacement_key = philox.key(seed, "data/replacement")
-        self._decoder = SampleDecoder(shards, config, wanted)
+        self._decoder = decoder
 
     def __call__(self, step: int) -> _Delivery:
         """The part of `step`'s batch that belongs to this rank."""
@@ -276,7 +283,15 @@ def _collate(samples: list[Sample], keys: list[str], epoch: Tensor, position: Te
         epoch=epoch,
         position=position,
         metadata=[sample.metadata or {} for sample in samples] if has_metadata else None,
+        encoding=_stacked([sample.encoding for sample in samples if sample.encoding is not None]),
     )
+
+
+def _stacked(encodings: list[Encoding]) -> Encoding | None:
+    if not encodings:
+        return None
+    fields = zip(*((one.mean, one.logvar, one.states) for one in encodings), strict=True)
+    return Encoding(*(torch.stack(tensors) for tensors in fields))
 
 
 def _accept(delivery: _Delivery, account: BadSampleAccount, remarks: Counter[str]) -> Batch:

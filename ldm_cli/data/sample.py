@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.captions import (
+    caption_candidates,
     choose_caption,
     clean_caption,
     decode_text,
@@ -44,14 +47,40 @@ class Wanted:
 
 
 @dataclass(frozen=True)
+class Encoding:
+    """What frozen encoders make of a sample; of a batch with B in front.
+
+    Attributes:
+        mean, logvar: the posterior over the autoencoder's z, [C, h, w].
+        states: the text tower's last hidden states of the caption, [L, D].
+    """
+
+    mean: Tensor
+    logvar: Tensor
+    states: Tensor
+
+    def __getitem__(self, part: slice) -> Encoding:
+        """Some samples of a batch."""
+        return Encoding(self.mean[part], self.logvar[part], self.states[part])
+
+    def to(self, device: torch.device) -> Encoding:
+        """On the device, as float32."""
+        fields = (self.mean, self.logvar, self.states)
+        return Encoding(*(tensor.to(device, torch.float32, non_blocking=True) for tensor in fields))
+
+
+@dataclass(frozen=True)
 class Sample:
-    """A decoded sample: image uint8 [3, S, S], caption, class index, JSON member, remarks on its text."""
+    """A decoded sample: image uint8 [3, S, S], caption, class index, JSON member, remarks on its text; out of a
+    cache: encoding in place of the image.
+    """
 
     image: Tensor | None
     caption: str
     label: int | None
     metadata: dict[str, Any] | None
     remarks: tuple[str, ...]
+    encoding: Encoding | None = None
 
 
 class SampleDecoder:
@@ -89,6 +118,16 @@ class SampleDecoder:
             image = to_square(self._image(members, size), size, self._config.crop, draw.place, mirror)
         return Sample(image, caption, label, metadata, remarks)
 
+    def captions(self, shard: int, sample: int) -> list[str]:
+        """Every caption that `decode` may choose for a sample; none if it cannot be used; else raises as `decode`."""
+        found: list[str] = []
+        with suppress(BadSampleError):
+            members = _Members(self._reader, self._shards, shard, sample, self._config.max_member_bytes)
+            for choice in self._caption_choices(members):
+                with suppress(BadSampleError):
+                    found.append(self._caption(members, Draw(caption=choice))[0])
+        return found
+
     def full_image(self, shard: int, sample: int) -> Image.Image:
         """The sample's picture in RGB at its own size; raises as `decode`."""
         members = _Members(self._reader, self._shards, shard, sample, self._config.max_member_bytes)
@@ -100,6 +139,15 @@ class SampleDecoder:
 
     def _image(self, members: _Members, min_side: int | None) -> Image.Image:
         return decode_rgb(members.image(), self._config.background, self._config.max_pixels, min_side)
+
+    def _caption_choices(self, members: _Members) -> list[float]:
+        """A number in [0, 1) for each caption of a sample."""
+        number = 1
+        if self._config.caption.startswith(_JSON):
+            with suppress(BadSampleError):  # `_caption` decides what that means
+                value = field_of(members.metadata() or {}, self._config.caption.removeprefix(_JSON))
+                number = max(1, len(caption_candidates(value)))
+        return [(i + 0.5) / number for i in range(number)]
 
     def _caption(self, members: _Members, draw: Draw) -> tuple[str, tuple[str, ...]]:
         """The caption by the recipe's rule, and remarks about it."""

@@ -10,6 +10,7 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.index_cache import cache_folder, load_index, save_index
@@ -72,14 +73,27 @@ def open_shards(shards: str | tuple[str, ...], config: DataConfig, reporter: Rep
         UnavailableError: a remote source is named.
         StorageError: reading failed.
     """
-    paths = find_shards(shards)
+    result = index_shards(find_shards(shards), config.on_bad_shard, reporter)
+    if not result.num_samples:
+        raise InputNotFoundError(
+            f"there are no samples in {len(result.paths)} shards", f"first one: '{result.paths[0]}'"
+        )
+    ignored = sum((Counter(index.ignored) for index in result.indexes), Counter())
+    if ignored:
+        counts = ", ".join(f"{count} × {reason}" for reason, count in sorted(ignored.items()))
+        reporter.info(f"ignored members of shards: {counts}")
+    return result
+
+
+def index_shards(paths: tuple[Path, ...], on_bad_shard: Literal["stop", "skip"], reporter: Reporter) -> ShardSet:
+    """These files as a set of shards, which may hold no samples; arguments and errors otherwise as `open_shards`."""
     folder: Path | None = cache_folder()
     indexes: list[ShardIndex] = []
     with reporter.progress("indexing shards", total=len(paths), unit="shard") as progress:
         for number, path in enumerate(paths, start=1):
             index = load_index(path, folder) if folder else None
             if index is None:
-                index = index_tar(path, config.on_bad_shard)
+                index = index_tar(path, on_bad_shard)
                 if index.damage:
                     reporter.warn(
                         f"shard '{path}' is damaged ({index.damage}): using {index.num_samples} whole samples"
@@ -88,14 +102,7 @@ def open_shards(shards: str | tuple[str, ...], config: DataConfig, reporter: Rep
                     folder = _keep(path, index, folder, reporter)
             indexes.append(index)
             progress.update(number)
-    result = ShardSet(paths, tuple(indexes))
-    if not result.num_samples:
-        raise InputNotFoundError(f"there are no samples in {len(paths)} shards", f"first one: '{paths[0]}'")
-    ignored = sum((Counter(index.ignored) for index in indexes), Counter())
-    if ignored:
-        counts = ", ".join(f"{count} × {reason}" for reason, count in sorted(ignored.items()))
-        reporter.info(f"ignored members of shards: {counts}")
-    return result
+    return ShardSet(paths, tuple(indexes))
 
 
 def _keep(path: Path, index: ShardIndex, folder: Path, reporter: Reporter) -> Path | None:

@@ -7,6 +7,7 @@ merges in order, start, end."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -168,6 +169,12 @@ class Tokenizer:
             return cls(vocab, merges, pad["content"] if isinstance(pad, dict) else pad, length)
         except Exception as error:  # `tokenizers` reports every fault of its input as a plain Exception
             raise CheckpointError(f"'{folder}' is no CLIP tokenizer", str(error)) from error
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides which ids a text gets."""
+        parts = [sorted(self._vocab.items()), self._merges, self._pad_token]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
         """Write `vocab.json`, `merges.txt`, `tokenizer.json`, `tokenizer_config.json` and

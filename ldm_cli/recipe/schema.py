@@ -106,6 +106,8 @@ class TrainUnetRecipe(Config):
     """Folder of the trained AutoencoderKL (`runs/…/model`)."""
     text_encoder: str
     """Folder of the trained CLIPModel or CLIPTextModel, with its tokenizer (`runs/…/model`)."""
+    cache: str | None = None
+    """Folder that `ldm precompute` wrote for this recipe, to read latents and text states from; null computes them."""
     unet: UNet2DConditionConfig
     """The model; fields as in its Hugging Face config.json."""
     diffusion: DiffusionConfig = DiffusionConfig()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +14,21 @@ from torch import Tensor
 from ldm_cli import philox
 from ldm_cli.core.diffusion.loss import diffusion_loss
 from ldm_cli.core.diffusion.schedule import NoiseSchedule
-from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
+from ldm_cli.core.models.autoencoder_kl import AutoencoderKL, DiagonalGaussian
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from ldm_cli.data.latent_cache import LatentCache, Manifest
 from ldm_cli.data.loader import Batch
-from ldm_cli.data.tokenizer import Tokenizer
+from ldm_cli.data.sample import Encoding
 from ldm_cli.errors import RecipeError
 from ldm_cli.formats.model_folder import load_weights
 from ldm_cli.formats.pipeline_folder import our_settings
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import Reporter
-from ldm_cli.sampling.components import load_autoencoder, load_text_encoder
 from ldm_cli.sampling.images import image_grid, save_png
 from ldm_cli.sampling.pipeline import Pipeline, requests_for
-from ldm_cli.stages.caption_tokens import CaptionTokens
+from ldm_cli.stages.frozen_encoders import FrozenEncoders
 from ldm_cli.stages.options import RunOptions
-from ldm_cli.stages.train_vae import to_signed
+from ldm_cli.stages.precompute import cache_key
 from ldm_cli.stages.training_run import Workbench, run_training, split
 from ldm_cli.training.task import Losses, in_parts
 
@@ -36,7 +38,15 @@ _NUM_NOISE_LEVELS = 5
 def run(recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
     """Train the denoiser of `recipe`; the result is a whole Stable Diffusion pipeline folder."""
     uses = {"vae": recipe.vae, "text_encoder": recipe.text_encoder}
-    return run_training(recipe, options, reporter, lambda bench: DenoiserTask(recipe, bench), uses=uses)
+    build = lambda bench: DenoiserTask(recipe, bench)  # noqa: E731
+    if recipe.cache is None:
+        return run_training(recipe, options, reporter, build, uses=uses)
+    folder = Path(recipe.cache)
+    open_cache = lambda shards: LatentCache(folder, shards, cache_key(recipe), reporter)  # noqa: E731
+    manifest = Manifest.read(folder)
+    # In fp32 a cache changes nothing; rounded, it makes another run.
+    rounded = {"cache": manifest.key.dtype} if manifest and manifest.key.dtype != "fp32" else {}
+    return run_training(recipe, options, reporter, build, uses=uses, facts=rounded, open_cache=open_cache)
 
 
 class DenoiserTask:
@@ -44,12 +54,9 @@ class DenoiserTask:
 
     def __init__(self, recipe: TrainUnetRecipe, bench: Workbench) -> None:
         self.recipe, self.bench = recipe, bench
-        self.vae = load_autoencoder(Path(recipe.vae)).to(bench.device).requires_grad_(False).eval()
-        self.text_encoder = load_text_encoder(Path(recipe.text_encoder)).to(bench.device).requires_grad_(False).eval()
-        self.tokenizer = Tokenizer.load(Path(recipe.text_encoder))
-        if recipe.train.channels_last:
-            self.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        config = fitted_config(recipe, self.vae, self.text_encoder.config.hidden_size)
+        self.encoders = FrozenEncoders(recipe, bench.device, bench.run.warn)
+        self.vae = self.encoders.vae
+        config = fitted_config(recipe, self.vae, self.encoders.text_encoder.config.hidden_size)
         self.unet = UNet2DConditionModel(config)
         if recipe.train.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
@@ -59,9 +66,8 @@ class DenoiserTask:
         keys = ("posterior noise", "noise", "timestep", "caption dropout")
         self._keys = {purpose: philox.key(recipe.seed, purpose) for purpose in keys}
         self._fixed_keys = {purpose: philox.key(recipe.seed, f"validation {purpose}") for purpose in keys}
-        length = self.text_encoder.config.max_position_embeddings
-        self._tokens = CaptionTokens(self.tokenizer, length, bench.run.warn)
-        self._empty = self._encode([""])
+        empty = bench.cache.states("")[None] if bench.cache else self.encoders.states([""])
+        self._empty = empty.to(bench.device, torch.float32)
 
     def losses(self, batch: Batch, num_parts: int, step: int) -> Losses:
         """The loss on equal parts of the batch; each sample has its own level, noise and dropout."""
@@ -70,47 +76,45 @@ class DenoiserTask:
             epoch, position = part.epoch, part.position
             t = philox.integers(self._keys["timestep"], epoch, position, 1, self.schedule.num_timesteps)[:, 0]
             dropped = philox.uniform(self._keys["caption dropout"], epoch, position, 1)[:, 0]
-            context = self._encode(part.captions)
+            encoding = self._encoding(part)
             is_dropped = (dropped < self.recipe.diffusion.caption_dropout).to(self.bench.device)
-            context = torch.where(is_dropped[:, None, None], self._empty, context)
-            return self._denoising_error(part, context, t, self._keys).mean(), {}
+            context = torch.where(is_dropped[:, None, None], self._empty, encoding.states)
+            return self._denoising_error(part, replace(encoding, states=context), t, self._keys).mean(), {}
 
         return in_parts(loss, split(batch, num_parts))
 
-    def _denoising_error(self, batch: Batch, context: Tensor, t: Tensor, keys: dict[str, philox.Key]) -> Tensor:
+    def _denoising_error(self, batch: Batch, encoding: Encoding, t: Tensor, keys: dict[str, philox.Key]) -> Tensor:
         """Weighted squared error per sample, float32 [B]."""
-        latents = self._latents(batch, keys["posterior noise"])
+        posterior = DiagonalGaussian(encoding.mean, encoding.logvar)
+        z = posterior.sample(self._normal(keys["posterior noise"], batch, posterior.mean))
+        latents = self.vae.to_latents(z)
         noise = self._normal(keys["noise"], batch, latents)
         t = t.to(self.bench.device)
         noised = self.schedule.add_noise(latents, noise, t)
-        output = self.unet(noised, t, context)
+        output = self.unet(noised, t, encoding.states)
         return diffusion_loss(self.schedule, output, latents, noise, t, self.recipe.diffusion.snr_gamma)
 
-    @torch.no_grad()
-    def _latents(self, batch: Batch, key: philox.Key) -> Tensor:
-        posterior = self.vae.encode(to_signed(batch.images, self.bench.device))
-        return self.vae.to_latents(posterior.sample(self._normal(key, batch, posterior.mean))).float()
+    def _encoding(self, batch: Batch) -> Encoding:
+        """Out of the cache, or of the encoders."""
+        return self.encoders(batch) if batch.encoding is None else batch.encoding.to(self.bench.device)
 
     def _normal(self, key: philox.Key, batch: Batch, like: Tensor) -> Tensor:
         return philox.normal(key, batch.epoch, batch.position, tuple(like.shape[1:])).to(like.device)
 
-    @torch.no_grad()
-    def _encode(self, captions: list[str]) -> Tensor:
-        """Captions → the text tower's last hidden states, [B, L, D]."""
-        ids = self._tokens(captions).to(self.bench.device)
-        states: Tensor = self.text_encoder(ids).last_hidden_state
-        return states
+    @cached_property
+    def _held_out(self) -> list[tuple[Batch, Encoding]]:
+        """The held-out batches; encoded once, for the encoders do not change."""
+        return [(batch, self.encoders(batch)) for batch in self.bench.held_out]
 
     def validate(self) -> dict[str, float]:
         """Held-out loss with fixed noise at fixed levels, the middles of equal ranges of t: mean and each."""
         sums = torch.zeros(_NUM_NOISE_LEVELS, dtype=torch.float64, device=self.bench.device)
         count = 0
-        for batch in self.bench.held_out:
-            context = self._encode(batch.captions)
+        for batch, encoding in self._held_out:
             for level in range(_NUM_NOISE_LEVELS):
                 middle = int((level + 0.5) / _NUM_NOISE_LEVELS * self.schedule.num_timesteps)
                 t = torch.full((len(batch),), middle)
-                sums[level] += self._denoising_error(batch, context, t, self._fixed_keys).double().sum()
+                sums[level] += self._denoising_error(batch, encoding, t, self._fixed_keys).double().sum()
             count += len(batch)
         if count == 0:
             return {}
@@ -133,8 +137,8 @@ class DenoiserTask:
         return Pipeline(
             unet=self.unet,
             vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
+            text_encoder=self.encoders.text_encoder,
+            tokenizer=self.encoders.tokenizer,
             settings=our_settings(self.recipe.diffusion.to_mapping()),
         )
 

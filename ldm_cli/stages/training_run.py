@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ldm_cli.data.bad_samples import BadSampleLog
+from ldm_cli.data.latent_cache import LatentCache
 from ldm_cli.data.loader import Batch, Loader, sequential_batches
 from ldm_cli.data.shards import ShardSet, open_shards
 from ldm_cli.errors import LdmError, Preempted, StorageError, printable
@@ -36,6 +37,8 @@ class Workbench:
     """The first `train.validation_samples` samples of `data.val_shards`, in order; empty without them."""
     device: torch.device
     reporter: Reporter
+    cache: LatentCache | None = None
+    """Encodings of the training data, which the batches then hold in place of images."""
 
 
 def run_training(
@@ -45,6 +48,8 @@ def run_training(
     build: Callable[[Workbench], Task[Batch]],
     *,
     uses: Mapping[str, str] | None = None,
+    facts: Mapping[str, str] | None = None,
+    open_cache: Callable[[ShardSet], LatentCache] | None = None,
     with_captions: bool = True,
 ) -> dict[str, Any]:
     """Train, continue or recognise as finished the run `recipe` describes.
@@ -52,6 +57,8 @@ def run_training(
     Args:
         build: makes the task; torch's generator is seeded for the initial weights, and restored.
         uses: recipe field → folder of a model that the task uses; its weights are part of what the run is.
+        facts: whatever else is part of what the run is, by name.
+        open_cache: opens the encodings of the training data, in a run that is not finished.
         with_captions: False reads images alone, so that shards without captions serve.
 
     Returns:
@@ -63,19 +70,20 @@ def run_training(
         run = RunFolder(options.out or Path("runs") / recipe.name, reporter)
         resolved, fingerprints = recipe.to_mapping(), {"data": shards.fingerprint}
         fingerprints |= {name: weights_sha256(Path(folder)) for name, folder in (uses or {}).items()}
+        fingerprints |= facts or {}
         status = run.finished()
         if status is not None and status["steps"] == recipe.train.steps and options.resume != "never":
             run.changes(resolved, fingerprints)
             reporter.info(f"'{run.path}' is finished already: step {status['step']}")
             return _result(run, status["step"], status["figures"])
+        cache = open_cache(shards) if open_cache else None
         with run:
             if options.resume == "never":
                 run.expect_unused()
             run.claim(resolved, options.recipe_text, fingerprints)
             try:
-                figures = _train(
-                    recipe, options, Workbench(run, shards, (), device, reporter), build, stop, with_captions
-                )
+                bench = Workbench(run, shards, (), device, reporter, cache)
+                figures = _train(recipe, options, bench, build, stop, with_captions)
             except Preempted:
                 raise
             except BaseException as error:
@@ -103,6 +111,7 @@ def _train(
         batch_size=recipe.train.batch_size,
         with_captions=with_captions,
         report_bad=BadSampleLog(bench.run.path / "bad_samples.jsonl"),
+        cache=bench.cache,
     )
     return train(
         task,
@@ -156,6 +165,7 @@ def split(batch: Batch, num_parts: int) -> list[Batch]:
             position=batch.position[i : i + size],
             labels=None if batch.labels is None else batch.labels[i : i + size],
             metadata=None if batch.metadata is None else batch.metadata[i : i + size],
+            encoding=None if batch.encoding is None else batch.encoding[i : i + size],
         )
         for i in range(0, len(batch.keys), size)
     ]

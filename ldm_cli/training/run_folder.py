@@ -36,6 +36,7 @@ _HARMLESS = {
     "data.val_shards",
     "vae",
     "text_encoder",
+    "cache",
     "loss.perceptual_clip",
 }
 

@@ -104,14 +104,14 @@ def test_autoencoder_and_text_encoder_are_passed_on_bit_for_bit(unet_run: Path, 
 
 def test_frozen_parts_get_no_gradient_and_do_not_change(parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
     task, loader = make_task(parts, tmp_path)
-    frozen = [*task.vae.parameters(), *task.text_encoder.parameters()]
+    frozen = [*task.vae.parameters(), *task.encoders.text_encoder.parameters()]
     before = [p.detach().clone() for p in frozen]
     _, gradients = backward(task, next(loader.batches(0, 1)), 2)
     assert gradients.keys() == dict(task.unet.named_parameters()).keys()
     assert all(p.grad is None and not p.requires_grad for p in frozen)
     assert all(torch.equal(p, q) for p, q in zip(frozen, before, strict=True))
     assert not task.vae.training
-    assert not task.text_encoder.training
+    assert not task.encoders.text_encoder.training
 
 
 @pytest.mark.parametrize("num_parts", [2, 4])
@@ -154,7 +154,7 @@ def test_caption_dropout_drops_its_fraction_and_leaves_the_rest_alone(
     dropped = (given == task._empty).flatten(1).all(dim=1)
     sigma = math.sqrt(fraction * (1 - fraction) / (8 * num_steps))
     assert abs(dropped.float().mean() - fraction) <= 4 * sigma
-    assert torch.equal(given[~dropped], task._encode(captions)[~dropped])
+    assert torch.equal(given[~dropped], task.encoders.states(captions)[~dropped])
     levels = torch.cat([t for t, _ in spy.seen])
     assert 0 <= levels.min() < 250
     assert 750 <= levels.max() < 1000

@@ -1,0 +1,97 @@
+"""Writing the files of a latent cache: each whole or not at all, one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from ldm_cli.data.bad_samples import BadSampleError
+from ldm_cli.data.latent_cache import BAD, MANIFEST, MOMENTS, STATES, Manifest, caption_digest
+from ldm_cli.errors import OutputError, StorageError
+from ldm_cli.storage import TEMPORARY_PREFIX, megabytes, whole_file, write_whole
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Own the folder of a cache, which is made where needed and rid of what a killed owner left half-written.
+
+    Raises:
+        OutputError: it cannot be made, or another process is writing there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise OutputError(f"cannot write a cache into '{folder}'", error.strerror or str(error)) from error
+    with lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OutputError(f"'{folder}' is in use", "by another `ldm precompute`", "wait for it") from error
+        for partial in folder.glob(f"{TEMPORARY_PREFIX}*"):
+            partial.unlink(missing_ok=True)
+        yield
+
+
+def moments_members(key: str, moments: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A sample of a latents file: `mean` and `logvar`, and where wanted `mean_mirrored` and `logvar_mirrored`."""
+    return {"__key__": key, MOMENTS: save(dict(moments))}
+
+
+def bad_members(key: str, bad: BadSampleError) -> dict[str, Any]:
+    """A sample whose picture cannot be used."""
+    return {"__key__": key, BAD: json.dumps({"reason": bad.reason, "detail": bad.detail}).encode()}
+
+
+def caption_members(caption: str, states: Tensor) -> dict[str, Any]:
+    """A sample of a text file."""
+    text = caption.encode("utf-8", "backslashreplace")
+    return {"__key__": caption_digest(caption), STATES: save({"states": states.contiguous()}), "txt": text}
+
+
+def write_shard(path: Path, samples: Iterable[Mapping[str, Any]]) -> None:
+    """A WebDataset shard of these samples, whole or not at all; errors as in `whole_file`, and of `samples`."""
+    from webdataset import TarWriter  # a slow import, needed here alone
+
+    # Fixed owner, mode and time: the same content is the same bytes.
+    owner = {"user": "ldm", "group": "ldm", "mode": 0o644, "mtime": 0}
+    with whole_file(path) as partial, partial.open("wb") as stream, TarWriter(stream, encoder=False, **owner) as tar:
+        for sample in samples:
+            tar.write(sample)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Replace cache.json as a whole; errors as in `whole_file`."""
+    write_whole(folder / MANIFEST, manifest.to_json())
+
+
+def remove_orphans(folder: Path, manifest: Manifest) -> int:
+    """Delete the files of a cache that its manifest no longer names; how many there were."""
+    named = {shard.file for shard in manifest.shards} | set(manifest.text_files)
+    orphans = [p for kind in ("latents", "text") for p in folder.glob(f"{kind}-*.tar") if p.name not in named]
+    for orphan in orphans:
+        orphan.unlink(missing_ok=True)
+    return len(orphans)
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Make sure that `needed` more bytes find room.
+
+    Raises:
+        StorageError: they do not.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise StorageError(
+            f"no room for the cache in '{folder}'",
+            f"it takes {megabytes(needed)}, and {megabytes(free)} are free",
+            "free some space, choose another folder, or --dtype fp16",
+        )

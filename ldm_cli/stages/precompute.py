@@ -1,0 +1,333 @@
+"""`ldm precompute`: what the frozen encoders of a denoiser's recipe make of its data, written down once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_cli.data.bad_samples import BadSampleError
+from ldm_cli.data.cache_writer import (
+    bad_members,
+    caption_members,
+    check_room,
+    locked,
+    moments_members,
+    remove_orphans,
+    write_manifest,
+    write_shard,
+)
+from ldm_cli.data.config import DataConfig
+from ldm_cli.data.latent_cache import (
+    DTYPES,
+    CachedShard,
+    CacheKey,
+    Dtype,
+    Manifest,
+    caption_digest,
+    differences,
+    file_sha256,
+    known_captions,
+)
+from ldm_cli.data.prefetch import prefetched
+from ldm_cli.data.sample import Draw, SampleDecoder, Wanted
+from ldm_cli.data.shards import ShardSet, open_shards
+from ldm_cli.data.tokenizer import Tokenizer
+from ldm_cli.errors import DivergedError, OutputError, Preempted, RecipeError
+from ldm_cli.formats.model_folder import read_config, weights_sha256
+from ldm_cli.recipe.schema import TrainUnetRecipe
+from ldm_cli.reporting import Progress, Reporter
+from ldm_cli.stages.frozen_encoders import FrozenEncoders
+from ldm_cli.stages.options import RunOptions, resolve_device
+from ldm_cli.training.interruption import StopRequest
+
+_NEVER = 2.0  # a draw of chance that no probability reaches
+_CAPTIONS_PER_FILE = 10_000
+_NUM_PREFETCHED = 3
+_TAR_OVERHEAD = 1536  # of a sample: headers of tar and safetensors, padding
+# What config.json of an autoencoder says and the moments do not depend on.
+_IRRELEVANT = {"sample_size", "scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast"}
+
+
+def run(
+    recipe: TrainUnetRecipe,
+    options: RunOptions,
+    reporter: Reporter,
+    dtype: Dtype | None = None,
+) -> dict[str, Any]:
+    """Write the cache of `recipe`, go on with one that was interrupted, or bring one up to date with the shards.
+
+    Args:
+        dtype: type of the numbers kept; None: that of the cache that is there, else fp32.
+
+    Returns:
+        `cache`, `state`, `samples`, `bad`, `captions`, `bytes`, `seconds`.
+
+    Raises:
+        RecipeError: the recipe crops at random.
+        OutputError: the folder holds a cache made with other models or settings.
+        Preempted: a signal or the time limit; what is written stays.
+        StorageError: the disk is full.
+    """
+    if recipe.data.crop == "random":
+        raise RecipeError(
+            "data.crop=random cannot be cached",
+            "every epoch sees another part of each image",
+            "set data.crop=center, or train without a cache",
+        )
+    started = time.perf_counter()
+    with StopRequest(options.max_time) as stop:
+        shards = open_shards(recipe.data.shards, recipe.data, reporter)
+        folder = options.out or Path(recipe.cache or shards.paths[0].parent / "cache")
+        with locked(folder):
+            before = Manifest.read(folder)
+            key = _key_to_use(folder, before, cache_key(recipe), dtype, options.overwrite)
+            encoders = FrozenEncoders(recipe, resolve_device(options.device), reporter.warn)
+            counts = _Precomputation(recipe, folder, shards, key, encoders, stop, reporter).run(before)
+    size = sum(path.stat().st_size for path in folder.glob("*.tar"))
+    seconds = round(time.perf_counter() - started, 1)
+    return {"cache": str(folder), "dtype": key.dtype, **counts, "bytes": size, "seconds": seconds}
+
+
+def cache_key(recipe: TrainUnetRecipe) -> CacheKey:
+    """What decides the cache of a recipe: the weights and configurations of its models, its preprocessing.
+
+    Raises:
+        InputNotFoundError, CheckpointError: a model cannot be read.
+    """
+    data, vae, text = recipe.data, Path(recipe.vae), Path(recipe.text_encoder)
+    names = ("image_size", "crop", "background", "max_pixels", "max_member_bytes")
+    preparation = {f"data.{name}": value for name, value in data.to_mapping().items() if name in names}
+    precision = {"train.precision": recipe.train.precision}
+    probability = data.flip_probability
+    return CacheKey(
+        latents={"vae": _model_sha256(vae), **preparation, **precision},
+        text={"text_encoder": _model_sha256(text), "tokenizer": Tokenizer.load(text).fingerprint, **precision},
+        flips=tuple(flip for flip in (False, True) if probability != (0.0 if flip else 1.0)),
+    )
+
+
+def _model_sha256(folder: Path) -> str:
+    config = {k: v for k, v in read_config(folder).items() if not k.startswith("_") and k not in _IRRELEVANT}
+    return hashlib.sha256((weights_sha256(folder) + json.dumps(config, sort_keys=True)).encode()).hexdigest()
+
+
+def _key_to_use(
+    folder: Path, before: Manifest | None, wanted: CacheKey, dtype: Dtype | None, overwrite: bool
+) -> CacheKey:
+    """The key to write with: what an earlier cache of the same recipe has besides is kept."""
+    if before is None or overwrite:
+        return replace(wanted, dtype=dtype or "fp32")
+    causes = differences(before.key, wanted)
+    if dtype not in (None, before.key.dtype):
+        causes.append(f"--dtype was {before.key.dtype} and is {dtype}")
+    if causes:
+        raise OutputError(
+            f"'{folder}' holds another cache",
+            "; ".join(causes),
+            "choose another folder, or replace it with --overwrite",
+        )
+    return before.key
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """Consecutive samples of a shard: images uint8 [n, 3, S, S] of those that can be used, and why others cannot."""
+
+    images: Tensor
+    bad: dict[int, BadSampleError]
+
+    def __len__(self) -> int:
+        """Samples, good or not."""
+        return len(self.images) + len(self.bad)
+
+
+def _pictures(shards: ShardSet, config: DataConfig, chunks: list[tuple[int, range]]) -> Generator[_Pictures]:
+    """The pictures of each chunk, (shard, its samples), as training sees them where nothing is left to chance."""
+    decoder = SampleDecoder(shards, config, Wanted(caption=False, label=False))
+    for shard, samples in chunks:
+        images: list[Tensor] = []
+        bad: dict[int, BadSampleError] = {}
+        for sample in samples:
+            try:
+                image = decoder.decode(shard, sample, Draw(flip=_NEVER)).image
+            except BadSampleError as error:
+                bad[sample] = error
+            else:
+                assert image is not None
+                images.append(image)
+        yield _Pictures(torch.stack(images) if images else torch.empty(0), bad)
+    decoder.close()
+
+
+class _Precomputation:
+    """One life of `ldm precompute` on a locked folder."""
+
+    def __init__(
+        self,
+        recipe: TrainUnetRecipe,
+        folder: Path,
+        shards: ShardSet,
+        key: CacheKey,
+        encoders: FrozenEncoders,
+        stop: StopRequest,
+        reporter: Reporter,
+    ) -> None:
+        self._data, self._folder, self._shards, self._key = recipe.data, folder, shards, key
+        self._encoders, self._stop, self._reporter = encoders, stop, reporter
+        # The batches of training: kernels of another shape would round otherwise.
+        self._size = recipe.train.batch_size // recipe.train.gradient_accumulation
+        self._dtype = DTYPES[key.dtype]
+
+    def run(self, before: Manifest | None) -> dict[str, int]:
+        """Write what is missing; `cache.json` names a file only when it is there."""
+        known = before.shards if before else ()
+        shards = tuple(self._identified(number, known) for number in range(len(self._shards.paths)))
+        if before is None or before.key != self._key:
+            write_manifest(self._folder, Manifest(self._key, shards))
+        num_encoded = self._write_latents([shard.file for shard in shards])
+        text_files, num_captions = self._write_text()
+        manifest = Manifest(self._key, shards, tuple(text_files), complete=True)
+        write_manifest(self._folder, manifest)
+        removed = remove_orphans(self._folder, manifest)
+        samples = self._shards.num_samples
+        return {"samples": samples, "encoded": num_encoded, "captions": num_captions, "removed_files": removed}
+
+    def _identified(self, number: int, known: Sequence[CachedShard]) -> CachedShard:
+        """A shard as the manifest will name it; its content is read unless an earlier life has done so."""
+        path, fingerprint = self._shards.paths[number], self._shards.indexes[number].fingerprint()
+        status = path.stat()
+        same = (path.name, fingerprint, status.st_size, status.st_mtime_ns)
+        for entry in known:
+            if (entry.name, entry.fingerprint, entry.file_size, entry.mtime_ns) == same:
+                return replace(entry, file=self._key.latents_file(entry.sha256))
+        sha256 = file_sha256(path)
+        file = self._key.latents_file(sha256)
+        return CachedShard(path.name, sha256, fingerprint, status.st_size, status.st_mtime_ns, file)
+
+    def _write_latents(self, files: list[str]) -> int:
+        """Encode the pictures of the shards whose file is not there; how many samples those have."""
+        missing = {file: number for number, file in enumerate(files) if not (self._folder / file).exists()}
+        chunks = [
+            (number, range(first, min(first + self._size, self._shards.sizes[number])))
+            for number in missing.values()
+            for first in range(0, self._shards.sizes[number], self._size)
+        ]
+        total = sum(self._shards.sizes[number] for number in missing.values())
+        check_room(self._folder, total * self._bytes_per_sample())
+        with (
+            self._reporter.progress("encoding images", total, unit="image") as progress,
+            prefetched(_pictures(self._shards, self._data, chunks), _NUM_PREFETCHED) as pictures,
+        ):
+            done = count()
+            for file, number in missing.items():
+                write_shard(
+                    self._folder / file, self._encoded(number, pictures, lambda: progress.update(next(done) + 1))
+                )
+        return total
+
+    def _bytes_per_sample(self) -> int:
+        vae = self._encoders.vae
+        places = (self._data.image_size // vae.downscale_factor) ** 2
+        numbers = 2 * vae.config.latent_channels * places * len(self._key.flips)
+        return numbers * self._dtype.itemsize + _TAR_OVERHEAD
+
+    def _encoded(
+        self, shard: int, pictures: Iterator[_Pictures], report: Callable[[], None]
+    ) -> Iterator[dict[str, Any]]:
+        """The samples of a latents file."""
+        index = self._shards.indexes[shard]
+        sample = 0
+        while sample < index.num_samples:
+            self._check_stop()
+            chunk = next(pictures)
+            moments = self._moments(chunk.images)
+            row = count()
+            for number in range(sample, sample + len(chunk)):
+                key = index.key(number)
+                if number in chunk.bad:
+                    yield bad_members(key, chunk.bad[number])
+                else:
+                    i = next(row)
+                    yield moments_members(key, {name: tensor[i] for name, tensor in moments.items()})
+                report()
+            sample += len(chunk)
+
+    def _moments(self, images: Tensor) -> dict[str, Tensor]:
+        """Moments of images [n, 3, S, S], as they are and mirrored, as the recipe asks; each [n, C, h, w]."""
+        if not len(images):
+            return {}
+        number = len(images)
+        # A batch that is not full is filled up, so that every batch has the kernels of training.
+        images = torch.cat([images, images[-1:].expand(self._size - number, -1, -1, -1)])
+        moments: dict[str, Tensor] = {}
+        for mirrored in self._key.flips:
+            posterior = self._encoders.posterior(images.flip(-1) if mirrored else images)
+            suffix = "_mirrored" if mirrored else ""
+            moments |= {"mean" + suffix: posterior.mean, "logvar" + suffix: posterior.logvar}
+        return {name: self._kept(tensor[:number]) for name, tensor in moments.items()}
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        """The numbers to write.
+
+        Raises:
+            DivergedError: some are not finite.
+        """
+        tensor = tensor.to("cpu", self._dtype).contiguous()
+        if not bool(tensor.isfinite().all()):
+            raise DivergedError(
+                "an encoder gives numbers that are not finite",
+                f"in {self._key.latents['train.precision']}, kept as {self._key.dtype}",
+                "set train.precision=fp32 or bf16, or --dtype fp32",
+            )
+        return tensor
+
+    def _write_text(self) -> tuple[list[str], int]:
+        """Encode the captions that no file has yet; the files in order, and how many captions they hold."""
+        prefix = self._key.text_prefix()
+        files = sorted(path.name for path in self._folder.glob(f"{prefix}*.tar"))
+        known = known_captions([self._folder / name for name in files], self._reporter)
+        with self._reporter.progress("encoding captions", self._shards.num_samples, unit="sample") as progress:
+            fresh = self._fresh_captions(known, progress)
+            while captions := list(islice(fresh, _CAPTIONS_PER_FILE)):
+                files.append(f"{prefix}{len(files):06d}.tar")
+                write_shard(self._folder / files[-1], self._with_states(captions))
+        return files, len(known)
+
+    def _fresh_captions(self, known: set[str], progress: Progress) -> Iterator[str]:
+        """The empty caption and every caption of the shards, each if it is not in `known`, where it is put."""
+        decoder = SampleDecoder(self._shards, self._data, Wanted(image=False, label=False))
+        places = [(shard, sample) for shard, size in enumerate(self._shards.sizes) for sample in range(size)]
+        for number in range(len(places) + 1):
+            for caption in decoder.captions(*places[number - 1]) if number else [""]:
+                digest = caption_digest(caption)
+                if digest not in known:
+                    known.add(digest)
+                    yield caption
+            progress.update(number)
+        decoder.close()
+
+    def _with_states(self, captions: list[str]) -> Iterator[dict[str, Any]]:
+        """The samples of a text file."""
+        for first in range(0, len(captions), self._size):
+            self._check_stop()
+            part = captions[first : first + self._size]
+            states = self._kept(self._encoders.states(part + [""] * (self._size - len(part))))
+            for caption, state in zip(part, states, strict=False):
+                yield caption_members(caption, state)
+
+    def _check_stop(self) -> None:
+        if self._stop.reason is not None:
+            raise Preempted(
+                f"stopped while writing the cache in '{self._folder}'",
+                self._stop.reason,
+                "what is written stays: run the same command again to go on",
+            )
