@@ -10,6 +10,7 @@
     ├── Preempted               75  checkpoint saved: run the same command again
     ├── RecipeError             78  recipe invalid
     ├── DivergedError           80  non-finite loss, gradient or weights
+    ├── StuckError              80  fails at the same step life after life: do not requeue
     ├── OutOfMemoryError        81  the device's memory does not suffice
     ├── WorkerError             82  a rank or worker died
     └── CheckpointError         83  checkpoint or model corrupt, untrusted or of another kind
@@ -19,6 +20,7 @@ Misuse of a function by a programmer is a `ValueError` that names both values; t
 
 from __future__ import annotations
 
+import errno
 import unicodedata
 from typing import ClassVar
 
@@ -115,6 +117,12 @@ class DivergedError(LdmError):
     code, tag = 80, "E-DIVERGED"
 
 
+class StuckError(LdmError):
+    """A run fails at the same step life after life; repeating the command is no use."""
+
+    code, tag = 80, "E-STUCK"
+
+
 class OutOfMemoryError(LdmError):
     """The memory of the device does not suffice."""
 
@@ -131,3 +139,43 @@ class CheckpointError(LdmError):
     """A checkpoint or model file is corrupt, untrusted, or of another kind or shape."""
 
     code, tag = 83, "E-CHECKPOINT"
+
+
+NOT_WRITABLE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
+)
+"""The errno of a place that cannot be written to, whatever is written."""
+
+
+def as_ldm_error(error: BaseException) -> LdmError | None:
+    """What a user should be told about an exception of Python or torch; None: it is a bug of ours."""
+    if isinstance(error, LdmError):
+        return error
+    if _is_out_of_memory(error):
+        remedy = "use a smaller train.batch_size, more train.gradient_accumulation, or smaller sizes"
+        return OutOfMemoryError("out of memory", first_line(error), remedy)
+    if isinstance(error, OSError) and error.errno is not None:
+        return _storage_error(error)
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text."""
+    return next(iter(str(error).splitlines()), "")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+
+
+def _storage_error(error: OSError) -> LdmError:
+    name = f" '{error.filename}'" if error.filename is not None else ""
+    reason = (error.strerror or str(error)).lower()
+    if error.errno == errno.ENOENT:
+        return InputNotFoundError(f"cannot open{name}", reason)
+    if error.errno in NOT_WRITABLE:
+        return OutputError(f"cannot open{name}", reason)
+    return StorageError(f"cannot read or write{name}", reason)

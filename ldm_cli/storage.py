@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ldm_cli.errors import LdmError, OutputError, StorageError
+from ldm_cli.errors import NOT_WRITABLE, LdmError, OutputError, StorageError
 
 TEMPORARY_PREFIX = ".tmp-"
 """What begins like this is unfinished, and may be deleted by whoever owns the folder."""
 
-_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 # What file systems answer that cannot sync a folder.
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
@@ -99,7 +98,7 @@ def error_number(error: BaseException) -> int | None:
 
 def _as_ldm_error(number: int, target: Path, num_bytes: int | None) -> LdmError:
     reason = os.strerror(number)
-    if number in _NOT_WRITABLE:
+    if number in NOT_WRITABLE:
         return OutputError(f"cannot write '{target}'", reason, "make the place writable, or choose another")
     if number not in _FULL:
         return StorageError(f"cannot write '{target}'", reason, "look after the disk and run the same command again")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import platform
 import sys
@@ -15,18 +14,9 @@ import typer
 
 from ldm_cli import __version__
 from ldm_cli.cli.streams import write_line
-from ldm_cli.errors import (
-    InputNotFoundError,
-    LdmError,
-    OutOfMemoryError,
-    OutputError,
-    RecipeError,
-    StorageError,
-    UsageError,
-)
+from ldm_cli.errors import LdmError, RecipeError, UsageError, as_ldm_error, first_line
 
 INTERRUPTED, READER_GONE = 130, 141
-_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 
 
 def exit_code_of(error: BaseException) -> int | None:
@@ -49,7 +39,7 @@ def report(error: BaseException, arguments: Sequence[str], debug: bool) -> int:
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         write_line("ldm: error: interrupted")
         return INTERRUPTED
-    failure = as_ldm_error(error) or _bug(error, arguments)
+    failure = user_error(error) or _bug(error, arguments)
     if isinstance(failure, RecipeError) and failure.problems:
         _report_problems(failure)
     else:
@@ -57,20 +47,13 @@ def report(error: BaseException, arguments: Sequence[str], debug: bool) -> int:
     return failure.code
 
 
-def as_ldm_error(error: BaseException) -> LdmError | None:
-    """What a user should be told about an exception of a library; None: it is a bug of ours."""
-    if isinstance(error, LdmError):
-        return error
+def user_error(error: BaseException) -> LdmError | None:
+    """What a user should be told about any exception; None: it is a bug of ours."""
     # Click's exceptions, under whatever name this version of Typer has them.
     format_message = getattr(error, "format_message", None)
     if callable(format_message):
         return _usage_error(error, " ".join(str(format_message()).split()))
-    if _is_out_of_memory(error):
-        remedy = "use a smaller train.batch_size, more train.gradient_accumulation, or smaller sizes"
-        return OutOfMemoryError("out of memory", _first_line(error), remedy)
-    if isinstance(error, OSError) and error.errno is not None:
-        return _storage_error(error)
-    return None
+    return as_ldm_error(error)
 
 
 def write_line_block(text: str) -> None:
@@ -84,27 +67,6 @@ def _usage_error(error: BaseException, message: str) -> UsageError:
     path = context.command_path if context is not None else "ldm"
     message = message.rstrip(".")
     return UsageError(message[:1].lower() + message[1:], remedy=f"see {path} --help")
-
-
-def _storage_error(error: OSError) -> LdmError:
-    name = f" '{error.filename}'" if error.filename is not None else ""
-    reason = (error.strerror or str(error)).lower()
-    if error.errno == errno.ENOENT:
-        return InputNotFoundError(f"cannot open{name}", reason)
-    if error.errno in _NOT_WRITABLE:
-        return OutputError(f"cannot open{name}", reason)
-    return StorageError(f"cannot read or write{name}", reason)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "")
 
 
 def _report_problems(error: RecipeError) -> None:
@@ -133,4 +95,4 @@ def _bug(error: BaseException, arguments: Sequence[str]) -> LdmError:
         remedy = f"this is a bug; please report it with '{name}'"
     except OSError:
         remedy = "this is a bug; run again with --debug for the traceback"
-    return LdmError(f"unexpected {type(error).__name__}", _first_line(error), remedy)
+    return LdmError(f"unexpected {type(error).__name__}", first_line(error), remedy)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from ldm_cli.data.bad_samples import BadSampleLog
 from ldm_cli.data.latent_cache import LatentCache
 from ldm_cli.data.loader import Batch, Loader, sequential_batches
 from ldm_cli.data.shards import ShardSet, open_shards
-from ldm_cli.errors import LdmError, Preempted, StorageError, printable
 from ldm_cli.formats.model_folder import weights_sha256
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.reporting import Reporter
@@ -81,14 +79,8 @@ def run_training(
             if options.resume == "never":
                 run.expect_unused()
             run.claim(resolved, options.recipe_text, fingerprints)
-            try:
-                bench = Workbench(run, shards, (), device, reporter, cache)
-                figures = _train(recipe, options, bench, build, stop, with_captions)
-            except Preempted:
-                raise
-            except BaseException as error:
-                _note_failure(run, error)
-                raise
+            bench = Workbench(run, shards, (), device, reporter, cache)
+            figures = _train(recipe, options, bench, build, stop, with_captions)
     return _result(run, recipe.train.steps, figures)
 
 
@@ -124,13 +116,6 @@ def _train(
         start=None if options.resume in ("auto", "never") else Path(options.resume),
         title=recipe.name,
     )
-
-
-def _note_failure(run: RunFolder, error: BaseException) -> None:
-    code = {"code": error.code} if isinstance(error, LdmError) else {}
-    message = str(error) if isinstance(error, LdmError) else printable(f"{type(error).__name__}: {error}")
-    with suppress(StorageError):  # a full disk has been reported by the error itself
-        run.status("failed", **code, error=message)
 
 
 def _held_out(recipe: TrainRecipe, reporter: Reporter, with_captions: bool) -> Iterator[Batch]:

@@ -1,6 +1,6 @@
 """Checkpoints that are either whole or not there.
 
-Commit: write into `.tmp-…` beside the target → fsync every file → manifest.json last (sizes and sha256) →
+Commit: write into `.tmp-…` beside the target → fsync every file → manifest.json last (sizes, sha256, versions) →
 fsync → rename → fsync the parent; only then are old checkpoints deleted. The latest checkpoint is the one of
 the highest step whose manifest verifies: no symlink, no time stamp.
 """
@@ -9,21 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import platform
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-from safetensors import SafetensorError
+import torch
 
 from ldm_cli import __version__
-from ldm_cli.errors import CheckpointError, StorageError
+from ldm_cli.errors import CheckpointError
+from ldm_cli.storage import TEMPORARY_PREFIX, fsync_path, storage_errors, write_whole
 
 MANIFEST = "manifest.json"
 _STEP_PREFIX = "step-"
-_TEMPORARY_PREFIX = ".tmp-"
+
+
+class _Entry(TypedDict):
+    """What a manifest says of a file."""
+
+    bytes: int
+    sha256: str
 
 
 def checkpoint_name(step: int) -> str:
@@ -31,40 +38,19 @@ def checkpoint_name(step: int) -> str:
     return f"{_STEP_PREFIX}{step:08d}"
 
 
-def sha256_of(file: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def step_of(checkpoint: Path) -> int:
+    """Inverse of `checkpoint_name`."""
+    return int(checkpoint.name.removeprefix(_STEP_PREFIX))
 
 
-def fsync_path(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def storage_errors(target: Path) -> Iterator[None]:
-    """Turn an OSError while writing `target` into a `StorageError` that names the room left.
-
-    Raises:
-        StorageError: in place of any OSError, or of what safetensors makes of one.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        number = getattr(error, "errno", None)
-        free = shutil.disk_usage(target.parent).free
-        cause = f"{os.strerror(number) if number else error} ({free / 2**20:.0f} MiB free)"
-        raise StorageError(
-            f"cannot write '{target}'", cause, "free some space and run the same command again"
-        ) from error
-
-
-def commit_folder(target: Path, write: Callable[[Path], None], replace: bool = False) -> None:
+def commit_folder(
+    target: Path,
+    write: Callable[[Path], None],
+    *,
+    replace: bool = False,
+    linked: Path | None = None,
+    num_bytes: int | None = None,
+) -> None:
     """Create the folder `target` as a whole: `write` fills a temporary folder, which is synced, sealed and
     renamed.
 
@@ -74,75 +60,146 @@ def commit_folder(target: Path, write: Callable[[Path], None], replace: bool = F
         target: final path; its parent must exist.
         write: fills the folder that it is given.
         replace: an existing `target` is moved aside and deleted after the commit.
+        linked: a committed folder whose files `write` may link to; they are not read again.
+        num_bytes: how much is written, for the error on a full disk.
 
     Raises:
-        StorageError: writing failed; nothing is left under the final name, nothing temporary stays.
+        OutputError, StorageError: writing failed; nothing is left under the final name, nothing temporary stays.
     """
-    temporary = target.parent / f"{_TEMPORARY_PREFIX}{target.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    with storage_errors(target):
+    temporary = target.parent / f"{TEMPORARY_PREFIX}{target.name}"
+    old = target.parent / f"{TEMPORARY_PREFIX}old-{target.name}"
+    for stale in (temporary, old):
+        shutil.rmtree(stale, ignore_errors=True)
+    with storage_errors(target, num_bytes):
         try:
             temporary.mkdir()
             write(temporary)
             if not any(temporary.iterdir()):
                 temporary.rmdir()
                 return
-            _seal(temporary)
+            _seal(temporary, {} if linked is None else _known(linked))
+            if replace and target.exists():
+                target.rename(old)
+            temporary.rename(target)
+            fsync_path(target.parent)
         except BaseException:
+            if old.exists() and not target.exists():
+                with suppress(OSError):
+                    old.rename(target)
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        old = target.parent / f"{_TEMPORARY_PREFIX}old-{target.name}"
-        shutil.rmtree(old, ignore_errors=True)
-        if replace and target.exists():
-            target.rename(old)
-        temporary.rename(target)
-        fsync_path(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _seal(folder: Path) -> None:
-    """Sync every file and folder below `folder` and write its manifest last."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    entries = {}
-    for file in files:
-        fsync_path(file)
-        entries[file.relative_to(folder).as_posix()] = {
-            "bytes": file.stat().st_size,
-            "sha256": sha256_of(file),
-        }
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"ldm_version": __version__, "files": entries}, indent=1) + "\n")
-    fsync_path(manifest)
+def _seal(folder: Path, known: dict[tuple[int, int], _Entry]) -> None:
+    """Sync every file and folder below `folder` and write its manifest last.
+
+    Args:
+        known: (device, inode) → entry, of files that were sealed before and are linked to.
+    """
+    entries: dict[str, _Entry] = {}
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        facts = file.stat()
+        inode = (facts.st_dev, facts.st_ino)
+        if inode not in known:
+            fsync_path(file)
+            known[inode] = {"bytes": facts.st_size, "sha256": _sha256_of(file)}
+        entries[file.relative_to(folder).as_posix()] = known[inode]
+    versions = {"ldm": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    write_whole(folder / MANIFEST, json.dumps({"versions": versions, "files": entries}, indent=1) + "\n")
     for directory in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
         fsync_path(directory)
     fsync_path(folder)
 
 
+def _sha256_of(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _known(folder: Path) -> dict[tuple[int, int], _Entry]:
+    """The entries of a committed folder's manifest by device and inode; nothing if there is no such folder."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        stats = {name: ((folder / name).stat(), entry) for name, entry in _entries(folder).items()}
+        return {(facts.st_dev, facts.st_ino): entry for facts, entry in stats.values()}
+    return {}
+
+
+def _entries(folder: Path) -> dict[str, _Entry]:
+    files: dict[str, _Entry] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    if not files:
+        raise ValueError("it lists no files")
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
+        raise ValueError("it names files outside of the folder")
+    return files
+
+
+def link_folder(source: Path, target: Path) -> None:
+    """Put the files of a committed folder into `target`, as links where the file system has them, else as copies.
+
+    Raises:
+        OSError: copying failed.
+    """
+    for name in _entries(source):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        _link(source / name, target / name)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except OSError:  # no links here, or too many of this file
+        shutil.copyfile(source, target)
+
+
 def problem_with(folder: Path) -> str | None:
     """None if every file listed in the manifest has its recorded size and sha256, else what is wrong."""
     try:
-        files: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_text())["files"]
-        for name, entry in files.items():
-            file = folder / name
-            if not file.is_file():
-                return f"'{name}' is missing"
-            if file.stat().st_size != entry["bytes"]:
-                return f"'{name}' has {file.stat().st_size} bytes, not {entry['bytes']}"
-            if sha256_of(file) != entry["sha256"]:
-                return f"the content of '{name}' does not match its sha256"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for name, entry in _entries(folder).items():
+            if (problem := _problem(folder / name, entry)) is not None:
+                return f"'{name}' {problem}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"'{MANIFEST}' cannot be read ({error})"
     return None
 
 
+def _problem(file: Path, entry: _Entry) -> str | None:
+    if not file.is_file():
+        return "is missing"
+    if file.stat().st_size != entry["bytes"]:
+        return f"has {file.stat().st_size} bytes, not {entry['bytes']}"
+    return None if _sha256_of(file) == entry["sha256"] else "does not have the content of its sha256"
+
+
+def _mend(folder: Path, spare: Path) -> list[str]:
+    """Put sound files of the committed folder `spare` in place of damaged ones with the same sha256; their names."""
+    mended = []
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        sound = {entry["sha256"]: spare / name for name, entry in _entries(spare).items()}
+        for name, entry in _entries(folder).items():
+            file, source = folder / name, sound.get(entry["sha256"])
+            if source is not None and _problem(file, entry) is not None and _problem(source, entry) is None:
+                temporary = file.with_name(f"{TEMPORARY_PREFIX}{file.name}")
+                temporary.unlink(missing_ok=True)
+                _link(source, temporary)
+                temporary.replace(file)
+                mended.append(name)
+    return mended
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Committed checkpoints under `folder`, oldest first."""
-    found = [p for p in folder.glob(f"{_STEP_PREFIX}*") if p.is_dir() and p.name[len(_STEP_PREFIX) :].isdigit()]
-    return sorted(found, key=lambda p: int(p.name[len(_STEP_PREFIX) :]))
+    found = [p for p in folder.glob(f"{_STEP_PREFIX}*") if p.is_dir() and p.name.removeprefix(_STEP_PREFIX).isdecimal()]
+    return sorted(found, key=step_of)
 
 
-def latest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
+def latest_checkpoint(folder: Path, warn: Callable[[str], None], spare: Path) -> Path | None:
     """The newest checkpoint that verifies; damaged ones are passed over with a warning.
+
+    Args:
+        folder: holds the checkpoints.
+        warn: is told what was found.
+        spare: a committed folder that checkpoints link to; what is damaged of it in a checkpoint is replaced.
 
     Raises:
         CheckpointError: there are checkpoints, but none verifies.
@@ -150,6 +207,9 @@ def latest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
     candidates = checkpoints(folder)
     for candidate in reversed(candidates):
         problem = problem_with(candidate)
+        if problem is not None and (mended := _mend(candidate, spare)):
+            warn(f"checkpoint '{candidate.name}' was damaged: {problem}; mended {len(mended)} files")
+            problem = problem_with(candidate)
         if problem is None:
             return candidate
         warn(f"checkpoint '{candidate.name}' is damaged: {problem}; falling back to the one before")
@@ -163,18 +223,20 @@ def latest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
+    """Delete all but the newest `keep` checkpoints, and what cannot be deleted now, later."""
     for old in checkpoints(folder)[:-keep]:
         # Renamed first: a kill in the middle of the deletion leaves no half checkpoint under a final name.
-        doomed = folder / f"{_TEMPORARY_PREFIX}{old.name}"
-        old.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        doomed = folder / f"{TEMPORARY_PREFIX}{old.name}"
+        with suppress(OSError):
+            old.rename(doomed)
+            shutil.rmtree(doomed)
 
 
 def sweep(folder: Path) -> None:
     """Delete what an interrupted save or deletion left behind."""
-    for stale in folder.glob(f"{_TEMPORARY_PREFIX}*"):
-        if stale.is_dir():
-            shutil.rmtree(stale, ignore_errors=True)
-        else:
-            stale.unlink(missing_ok=True)
+    for stale in folder.glob(f"{TEMPORARY_PREFIX}*"):
+        with suppress(OSError):
+            if stale.is_dir() and not stale.is_symlink():
+                shutil.rmtree(stale)
+            else:
+                stale.unlink()

@@ -7,45 +7,133 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from ldm_cli.errors import LdmError, Preempted
+
+_ANSWERED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_FATAL_TWICE = (signal.SIGTERM, signal.SIGINT)
+_TIME_IS_UP = 1  # the number of SIGHUP, which is never a reason
+_SECONDS_APART = 0.1
+"""timeout(1) and batch queues signal the process and then its group: that is one request, not two."""
+
+
+def hold_signals() -> None:
+    """Keep signals waiting until `release_signals` or a `StopRequest`: imports take seconds, in which a batch
+    queue may already want its node back."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ANSWERED)
+
+
+def release_signals() -> None:
+    """Let signals come, those that waited at once."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ANSWERED)
+
+
+def stop_reason(code: int) -> str | None:
+    """A `StopRequest.code` in words; None to go on."""
+    if code == 0:
+        return None
+    return "reached --max-time" if code == _TIME_IS_UP else f"received {signal.Signals(code).name}"
 
 
 class StopRequest:
-    """Context in which SIGTERM, SIGINT and SIGUSR1 set `reason` instead of ending the process.
+    """Context in which SIGTERM, SIGINT and SIGUSR1 set `code` instead of ending the process.
 
     The first signal is answered at the end of the step; a second SIGTERM or SIGINT exits with 143 or 130
-    without cleaning up, which the checkpoint protocol survives.
+    without cleaning up, which the checkpoint protocol survives. SIGHUP is ignored: a run outlives its terminal.
+    Signals that were held back until now (`hold_signals`, or a launcher's block) are answered too.
     """
 
     def __init__(self, max_seconds: float | None = None) -> None:
         self.deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self._signal: signal.Signals | None = None
+        self._at_once = False
         self._previous: dict[signal.Signals, object] = {}
+
+    @property
+    def code(self) -> int:
+        """Why to stop, as a number that ranks can compare: that of a signal, 1 for the time limit, or 0 to go on."""
+        if self._signal is not None:
+            return int(self._signal)
+        return _TIME_IS_UP if self.deadline is not None and time.monotonic() >= self.deadline else 0
 
     @property
     def reason(self) -> str | None:
         """Why to stop, or None to go on."""
-        if self._signal is not None:
-            return f"received {self._signal.name}"
-        if self.deadline is not None and time.monotonic() >= self.deadline:
-            return "reached --max-time"
-        return None
+        return stop_reason(self.code)
+
+    @contextmanager
+    def answered_at_once(self) -> Iterator[None]:
+        """While it is entered, a signal ends what runs at once: for preparations, which have no step to finish.
+
+        Raises:
+            Preempted: a signal came, or the time is up.
+        """
+        self._raise_if_requested()
+        try:
+            self._at_once = True
+            yield
+        except LdmError:
+            raise
+        except BaseException:
+            if self._signal is not None:  # whatever a library made of the interruption
+                self._raise_if_requested()
+            raise
+        finally:
+            self._at_once = False
+        self._raise_if_requested()
+
+    def _raise_if_requested(self) -> None:
+        if (reason := self.reason) is not None:
+            raise Preempted("stopped before the first step", reason, "run the same command again to go on") from None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None and number != signal.SIGUSR1:
-            os._exit(128 + number)
-        self._signal = signal.Signals(number)
+        self._signal = self._signal or signal.Signals(number)
+        if self._at_once:
+            raise KeyboardInterrupt
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._handle) for s in _SIGNALS}
+            self._watch()
+            self._previous = {s: signal.signal(s, self._handle) for s in _ANSWERED}
+            self._previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            release_signals()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self._previous:
+            return
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        self._previous = {}
+        os.write(signal.set_wakeup_fd(self._previous_fd), b"\0")
+        self._watcher.join()
+
+    def _watch(self) -> None:
+        """Let a thread see every signal as it arrives: Python's handlers wait until the main thread comes back
+        from a kernel, a write or a sync, which may take long."""
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        self._previous_fd = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        self._watcher = threading.Thread(
+            target=_end_on_second, args=(reading, writing), name="ldm-signals", daemon=True
+        )
+        self._watcher.start()
+
+
+def _end_on_second(reading: int, writing: int) -> None:
+    """Read signal numbers, one byte each; 0 is the end."""
+    first: float | None = None
+    while number := os.read(reading, 1)[0]:
+        now = time.monotonic()
+        if first is not None and number in _FATAL_TWICE and now - first > _SECONDS_APART:
+            os._exit(128 + number)
+        if number in _ANSWERED and first is None:
+            first = now
+    os.close(reading)
+    os.close(writing)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ldm_cli.errors import CheckpointError, InputNotFoundError, Preempted
+from ldm_cli.formats.weight_files import refuse_foreign_content
 from ldm_cli.reporting import Progress, Reporter
 from ldm_cli.training.checkpoint import checkpoint_name, commit_folder, latest_checkpoint, problem_with
 from ldm_cli.training.config import TrainConfig
@@ -98,11 +99,13 @@ def train(
             if stop.reason is not None:
                 _preempt(trainer, stop.reason)
             _set_training(task, True)
+            run.begin_step(trainer.step + 1)
             trainer.advance(next(stream))
             throughput.num_images += config.batch_size
             due = _Due.after(trainer.step, config)
             if device.type == "cpu" or any(due):
                 trainer.check_finite()  # waits for the device
+                run.begin_step(None)
             figures: dict[str, float] = {}
             if due.log:
                 figures |= trainer.meter.means()
@@ -135,13 +138,16 @@ def _resume(trainer: Trainer, start: Path | None) -> None:
         InputNotFoundError: the one given does not exist.
     """
     run = trainer.run
-    own = latest_checkpoint(run.checkpoints, run.warn)
+    own = latest_checkpoint(run.checkpoints, run.warn, run.frozen)
     source = own or start
     if source is None:
         return
     if own is None:
+        if source.is_file():
+            refuse_foreign_content(source)
         if not source.is_dir():
-            raise InputNotFoundError(f"no checkpoint '{source}'", remedy="give a folder like …/step-00000500")
+            cause = "it is a file" if source.exists() else "no such folder"
+            raise InputNotFoundError(f"no checkpoint '{source}'", cause, "give a folder like …/step-00000500")
         if (problem := problem_with(source)) is not None:
             raise CheckpointError(f"cannot continue from '{source}'", problem, "give another checkpoint")
     trainer.restore(source)
@@ -158,7 +164,7 @@ def _resume(trainer: Trainer, start: Path | None) -> None:
 
 def _preempt(trainer: Trainer, reason: str) -> None:
     trainer.save()
-    trainer.run.status("preempted", step=trainer.step, steps=trainer.config.steps, reason=reason)
+    trainer.run.status("running", step=trainer.step, steps=trainer.config.steps)
     raise Preempted(
         f"stopped at step {trainer.step} of {trainer.config.steps}",
         reason,
@@ -196,8 +202,8 @@ def _finish(trainer: Trainer) -> dict[str, float]:
         if trainer.ema is not None:
             stack.enter_context(trainer.ema.averaged())
         figures |= trainer.task.finalize()
-        commit_folder(trainer.run.model, trainer.task.export, replace=True)
-    trainer.run.status("finished", step=trainer.step, steps=trainer.config.steps, figures=figures)
+        commit_folder(trainer.run.model, trainer.task.export, replace=True, linked=trainer.run.frozen)
+    trainer.run.status("finished", step=trainer.step, steps=trainer.config.steps, code=0, figures=figures)
     return figures
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -12,14 +11,26 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import torch
 
 from ldm_cli import __version__
-from ldm_cli.errors import CheckpointError, OutputError, printable
+from ldm_cli.errors import (
+    CheckpointError,
+    LdmError,
+    OutputError,
+    Preempted,
+    StorageError,
+    StuckError,
+    as_ldm_error,
+    printable,
+)
 from ldm_cli.reporting import Reporter
-from ldm_cli.training.checkpoint import checkpoints, storage_errors, sweep
+from ldm_cli.storage import fsync_path, storage_errors, write_whole
+from ldm_cli.training.checkpoint import checkpoints, step_of, sweep
+from ldm_cli.training.failures import FailureJournal
+from ldm_cli.training.run_lock import RunLock
 
 # What may differ between the lives of one run: nothing here changes a weight.
 _HARMLESS = {
@@ -41,17 +52,6 @@ _HARMLESS = {
 }
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by a file holding `text`; a reader sees the old or the new content, nothing between."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    with storage_errors(path):
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-
-
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as dotted keys: `{"a": {"b": 1}}` → `{"a.b": 1}`."""
     flat: dict[str, Any] = {}
@@ -67,12 +67,17 @@ class RunFolder:
     """`runs/NAME`, locked while the context is open.
 
     Holds recipe.yaml (as written by the user), recipe.resolved.yaml (JSON, hence YAML: every field),
-    env.json, status.json, log.txt, metrics.jsonl, checkpoints/, samples/ and, at the end, model/.
+    env.json, status.json, failures.jsonl, log.txt, metrics.jsonl, checkpoints/, samples/, frozen/ (parts of the
+    model that are not trained, to which checkpoints link) and, at the end, model/.
     """
 
     def __init__(self, path: Path, reporter: Reporter) -> None:
         self.path, self._reporter = path, reporter
-        self._lock: IO[str] | None = None
+        self._lock = RunLock(path / ".lock")
+        self._failures = FailureJournal(path / "failures.jsonl")
+        self._progress: dict[str, int] = {}
+        self._has_begun = False  # a command that is refused is no life of the run, and leaves its status alone
+        self._step_under_way: int | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -83,6 +88,11 @@ class RunFolder:
     def samples(self) -> Path:
         """Folder of the pictures drawn on the way."""
         return self.path / "samples"
+
+    @property
+    def frozen(self) -> Path:
+        """What checkpoints have in common, written once."""
+        return self.path / "frozen"
 
     @property
     def model(self) -> Path:
@@ -99,41 +109,57 @@ class RunFolder:
 
         Raises:
             OutputError: the folder cannot be made or is owned by a live run.
+            StuckError: the run ended in the same step too often.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("a+")
+            died_in = self._lock.acquire(self._reporter.warn)
         except OSError as error:
-            raise OutputError(
-                f"cannot use '{self.path}' for the run",
-                str(error.strerror),
-                "choose another place with --out",
-            ) from error
+            remedy = "choose another place with --out"
+            raise OutputError(f"cannot use '{self.path}' for the run", str(error.strerror), remedy) from error
         try:
-            # Not flock: data workers would inherit it, and hold it for seconds after a kill of their owner.
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.seek(0)
-            owner = printable(self._lock.read().strip()) or "another process"
-            self._lock.close()
-            raise OutputError(
-                f"'{self.path}' is in use", f"by {owner}", "wait for it, stop it, or choose another --out"
-            ) from error
-        self._lock.truncate(0)
-        self._lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        self._lock.flush()
-        self.checkpoints.mkdir(exist_ok=True)
-        for folder in (self.path, self.checkpoints, self.samples):
-            sweep(folder)
+            if died_in is not None:
+                self._failures.add(died_in, "killed")
+            self._failures.check()
+            with storage_errors(self.checkpoints):
+                self.checkpoints.mkdir(exist_ok=True)
+            for folder in (self.path, self.checkpoints, self.samples):
+                sweep(folder)
+        except LdmError as error:
+            self._note_end(error)
+            self._lock.release()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self._note(f"stopped: {error}")
-        if self._lock is not None:
-            self._lock.close()
+            self._note_end(error)
+        self._lock.release()
+
+    def _note_end(self, error: BaseException) -> None:
+        """Leave in log.txt, status.json and failures.jsonl why this life ended."""
+        known = as_ldm_error(error)
+        message = str(known) if known is not None else printable(f"{type(error).__name__}: {error}")
+        code = known.code if known is not None else 130 if isinstance(error, KeyboardInterrupt) else LdmError.code
+        self._note(f"stopped: {message}")
+        if not self._has_begun and not isinstance(error, StuckError):
+            return
+        with suppress(LdmError):  # a full disk has been reported by the error itself
+            if isinstance(error, Preempted):
+                self.status("preempted", code=code, reason=error.cause)
+            else:
+                self.status("failed", code=code, error=message)
+            may_pass = isinstance(known, Preempted | StorageError | OutputError | StuckError) or code == 130
+            if self._step_under_way is not None and not may_pass:
+                self._failures.add(self._step_under_way, message)
+        self.begin_step(None)
+
+    def begin_step(self, step: int | None) -> None:
+        """Note which step is being computed, so that a next life knows in which one this life ended; None: none."""
+        self._step_under_way = step
+        self._lock.note(step)
 
     def log(self, message: str) -> None:
         """Tell the user and note it in log.txt."""
@@ -204,27 +230,51 @@ class RunFolder:
         """
         for change in self.changes(resolved, fingerprints):
             self.log(f"the recipe changed: {change}")
-        write_atomically(self.path / "recipe.yaml", source)
+        self._has_begun = True
+        write_whole(self.path / "recipe.yaml", source)
         document = {"recipe": resolved, "fingerprints": fingerprints}
-        write_atomically(self._identity, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-        write_atomically(self.path / "env.json", json.dumps(environment(), indent=1) + "\n")
+        write_whole(self._identity, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        write_whole(self.path / "env.json", json.dumps(environment(), indent=1) + "\n")
 
-    def status(self, state: str, **details: Any) -> None:
-        """Write status.json: `running`, `preempted`, `failed` or `finished`, with details."""
-        write_atomically(self.path / "status.json", json.dumps({"state": state, **details}, indent=1) + "\n")
+    def status(self, state: str, *, step: int | None = None, steps: int | None = None, **details: Any) -> None:
+        """Write status.json.
+
+        Args:
+            state: `running`, `preempted`, `failed` or `finished`.
+            step: the last one that is done; None: as before.
+            steps: of the whole run; None: as before.
+            details: further entries; `code` is the exit code of a run that is over.
+        """
+        if step is not None and steps is not None:
+            self._progress = {"step": step, "steps": steps}
+        elif not self._progress and (saved := checkpoints(self.checkpoints)):
+            self._progress = {"step": step_of(saved[-1])}
+        self._has_begun = True
+        owner = {"pid": os.getpid(), "host": socket.gethostname()}
+        content = {"state": state, **self._progress, **owner, "code": None, **details}
+        write_whole(self.path / "status.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     def finished(self) -> dict[str, Any] | None:
         """status.json's content if the run is finished, else None."""
         file = self.path / "status.json"
         if not file.exists() or not self.model.is_dir():
             return None
-        status = _read_object(file)
-        return status if status.get("state") == "finished" else None
+        try:
+            status = _read_object(file)
+        except CheckpointError:
+            return None
+        return status if status.get("state") == "finished" and {"step", "steps", "figures"} <= status.keys() else None
 
     def append_metrics(self, figures: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl."""
         with storage_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(figures) + "\n")
+
+    def sync_metrics(self) -> None:
+        """Bring metrics.jsonl to the disk: a checkpoint on it must find the lines before it."""
+        if self.metrics.exists():
+            with storage_errors(self.metrics):
+                fsync_path(self.metrics)
 
     def last_metrics(self) -> dict[str, Any]:
         """The figures of the last line of metrics.jsonl."""
@@ -243,7 +293,7 @@ class RunFolder:
                         kept.append(line)
                 except (ValueError, KeyError, TypeError):
                     continue  # the last line of a killed life may be cut short
-            write_atomically(self.metrics, "".join(f"{line}\n" for line in kept))
+            write_whole(self.metrics, "".join(f"{line}\n" for line in kept))
 
 
 def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping
@@ -10,17 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldm_cli.errors import CheckpointError, DivergedError, StorageError
-from ldm_cli.training.checkpoint import checkpoint_name, commit_folder, prune
+from ldm_cli.errors import CheckpointError, DivergedError, InputNotFoundError, LdmError, StorageError, first_line
+from ldm_cli.formats.json_file import read_json, write_json
+from ldm_cli.formats.model_folder import check_tensors
+from ldm_cli.formats.weight_files import read_tensors, write_tensors
+from ldm_cli.storage import megabytes
+from ldm_cli.training.checkpoint import checkpoint_name, checkpoints, commit_folder, prune
 from ldm_cli.training.config import TrainConfig
 from ldm_cli.training.ema import ExponentialMovingAverage
 from ldm_cli.training.optim import GuardedOptimizers, learning_rate
 from ldm_cli.training.run_folder import RunFolder
 from ldm_cli.training.task import Task
 
+_TENSORS, _STATE = "training.safetensors", "state.json"
+_HEADER_BYTES = 2**20
+"""More than the headers of the files and the small files take."""
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -122,28 +127,47 @@ class Trainer:
             )
 
     def save(self) -> None:
-        """Commit a checkpoint of this step, over a damaged one if there is any, and delete the oldest."""
+        """Commit a checkpoint of this step, over a damaged one if there is any, and delete the oldest.
+
+        Raises:
+            OutputError, StorageError: it cannot be written; the older ones are as they were.
+        """
         if self.step == self.saved_step:
             return
-        self.check_room()
-        commit_folder(self.run.checkpoints / checkpoint_name(self.step), self._write, replace=True)
+        num_bytes = self.num_checkpoint_bytes()
+        target = self.run.checkpoints / checkpoint_name(self.step)
+        self._expect_room(num_bytes, "a checkpoint")
+        self.run.sync_metrics()
+        commit_folder(target, self._write, replace=True, linked=self.run.frozen, num_bytes=num_bytes)
         self.saved_step = self.step
         prune(self.run.checkpoints, self.config.keep_checkpoints)
 
+    def num_checkpoint_bytes(self) -> int:
+        """Size of the next checkpoint, but for what it links to: weights, two moments each, averages, and headers."""
+        trained = {**self.task.modules, **self.task.auxiliary}
+        parameters = [p for module in trained.values() for p in module.parameters() if p.requires_grad]
+        exported = [*trained.values(), *(self.task.modules.values() if self.ema is not None else ())]
+        weights: int = sum(value.nbytes for module in exported for value in module.state_dict().values())
+        return weights + sum(8 * p.numel() for p in parameters) + _HEADER_BYTES
+
     def check_room(self) -> None:
-        """Make sure that the next checkpoint finds room.
+        """Make sure that the checkpoints to come find room: those that are kept, and one that is being written.
 
         Raises:
-            StorageError: the disk has less room than the trained modules and their optimizer state take.
+            StorageError: the disk has less room.
         """
-        modules = [*self.task.modules.values(), *self.task.auxiliary.values()]
-        needed = 3 * sum(p.nbytes for module in modules for p in module.parameters())  # and two moments each
-        needed += 0 if self.ema is None else sum(average.nbytes for average in self.ema.average)
+        period, left = self.config.save_every, self.config.steps - self.step
+        there = len(checkpoints(self.run.checkpoints))
+        most = min(there + -(-left // period), self.config.keep_checkpoints + 1)
+        if (count := most - there) > 0:
+            self._expect_room(count * self.num_checkpoint_bytes(), f"{count} checkpoint{'s' if count > 1 else ''}")
+
+    def _expect_room(self, num_bytes: int, what: str) -> None:
         free = shutil.disk_usage(self.run.path).free
-        if free < needed:
+        if free < num_bytes:
             raise StorageError(
-                f"no room for a checkpoint in '{self.run.checkpoints}'",
-                f"it takes {needed / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free",
+                f"no room for {what} in '{self.run.checkpoints}'",
+                f"it takes {megabytes(num_bytes)}, and {megabytes(free)} are free",
                 "free some space and run the same command again",
             )
 
@@ -157,15 +181,9 @@ class Trainer:
         tensors |= {f"meter.count.{name}": value for name, value in self.meter.counts.items()}
         for name, module in self.task.auxiliary.items():
             tensors |= {f"auxiliary.{name}.{key}": value for key, value in module.state_dict().items()}
-        training, state = folder / "training.safetensors", folder / "state.json"
-        save_file({name: value.contiguous() for name, value in tensors.items()}, training)
-        facts = {
-            "step": self.step,
-            "num_threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        }
-        state.write_text(json.dumps(facts, indent=1) + "\n")
-        shutil.copymode(state, training)  # safetensors writes 0600, whatever the umask
+        write_tensors(folder / _TENSORS, tensors)
+        facts = {"step": self.step, "num_threads": torch.get_num_threads(), "torch": torch.__version__}
+        write_json(folder / _STATE, facts)
 
     def restore(self, folder: Path) -> None:
         """Continue from a verified checkpoint.
@@ -178,23 +196,26 @@ class Trainer:
             if self.ema is not None:
                 with self.ema.averaged():
                     self.task.restore(folder / "ema")
-            tensors = load_file(folder / "training.safetensors")
+            tensors, state = read_tensors(folder / _TENSORS), read_json(folder / _STATE)
             self.optimizers.load_state(_below("optimizer.", tensors))
             for name, module in self.task.auxiliary.items():
-                module.load_state_dict(_below(f"auxiliary.{name}.", tensors))
-            state = json.loads((folder / "state.json").read_text())
-        except (KeyError, RuntimeError, ValueError, OSError) as error:
-            raise CheckpointError(
-                f"cannot continue from '{folder}'",
-                str(error).splitlines()[0],
-                "delete it, or choose another --out",
-            ) from error
+                found = _below(f"auxiliary.{name}.", tensors)
+                check_tensors(module.state_dict(), found, folder / _TENSORS)
+                module.load_state_dict(found)
+            step, threads, version = int(state["step"]), state["num_threads"], state["torch"]
+        except (InputNotFoundError, CheckpointError, KeyError, RuntimeError, ValueError, TypeError) as error:
+            cause = f"{error.what}: {error.cause}" if isinstance(error, LdmError) else first_line(error)
+            remedy = "it belongs to another model or recipe: choose another --out or --resume"
+            raise CheckpointError(f"cannot continue from '{folder}'", cause, remedy) from error
         for kind, values in (("sum", self.meter.sums), ("count", self.meter.counts)):
             values |= {n: v.to(self.device) for n, v in _below(f"meter.{kind}.", tensors).items()}
-        self.step = state["step"]
-        for what, now in (("num_threads", torch.get_num_threads()), ("torch", torch.__version__)):
-            if state[what] != now:
-                self.run.warn(f"{what} was {state[what]} and is now {now}: results may differ in the last bits")
+        self.step = step
+        for what, then, now in (
+            ("the number of threads", threads, torch.get_num_threads()),
+            ("the version of torch", version, torch.__version__),
+        ):
+            if then != now:
+                self.run.warn(f"{what} was {then} and is now {now}: results may differ in the last bits")
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import pytest
 from safetensors import SafetensorError
 
 from ldm_cli.errors import StorageError
-from ldm_cli.training import trainer
+from ldm_cli.formats import weight_files
 from ldm_cli.training.checkpoint import checkpoint_name, checkpoints, problem_with
 
 from ..training.toy import ToyTask
@@ -26,20 +26,23 @@ _Usage = namedtuple("_Usage", "total used free")
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), SafetensorError("I/O error: No space left on device")],
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
 )
 def test_a_save_that_fails_leaves_the_older_checkpoint_and_no_rubbish(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def full(values: Any, file: Path) -> None:
+    def full(values: Any, file: Path, metadata: Any) -> None:
         file.write_bytes(b"half")
         raise error
 
     with (
         monkeypatch.context() as patch,
-        pytest.raises(StorageError, match=r"No space left .*MiB free") as caught,
+        pytest.raises(StorageError, match=r"No space left .*MiB are free") as caught,
     ):
-        run(tmp_path / "broken", source=until(7, lambda: patch.setattr(trainer, "save_file", full)))
+        run(tmp_path / "broken", source=until(7, lambda: patch.setattr(weight_files, "save_file", full)))
     assert caught.value.code == 74
     assert [p.name for p in checkpoints(tmp_path / "broken/checkpoints")] == [checkpoint_name(5)]
     assert problem_with(tmp_path / "broken/checkpoints" / checkpoint_name(5)) is None
@@ -54,7 +57,7 @@ def test_a_run_without_room_for_a_checkpoint_is_refused_before_its_first_step(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(1000, 999, 1))
     task = ToyTask()
-    with pytest.raises(StorageError, match=r"takes \d+ MiB, and 0 MiB are free"):
+    with pytest.raises(StorageError, match=r"no room for 3 checkpoints .* takes \d+\.\d MiB, and 0\.0 MiB are free"):
         run(tmp_path, task=task)
     assert task.seen == []
 

@@ -194,4 +194,4 @@ def test_a_bug_in_the_task_leaves_a_truthful_status(
     with pytest.raises(ZeroDivisionError):
         trained(clip_recipe(scenes), tmp_path / "run")
     status = json.loads((tmp_path / "run/status.json").read_text())
-    assert status == {"state": "failed", "error": "ZeroDivisionError: a bug"}
+    assert (status["state"], status["code"], status["error"]) == ("failed", 70, "ZeroDivisionError: a bug")

@@ -1,0 +1,61 @@
+"""In which steps the lives of a run ended, and when to give up: a queue that repeats whatever fails would for ever."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from ldm_cli.errors import StuckError, printable
+from ldm_cli.storage import storage_errors
+
+MAX_LIVES = 5
+"""Lives that may end in the same step, one after the other."""
+
+
+class FailureJournal:
+    """failures.jsonl: a line for each life that died while it computed a step.
+
+    Lives that ended elsewhere (killed while saving or starting, preempted, disk full) say nothing about the step.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def add(self, step: int, cause: str) -> None:
+        """Note that a life ended in `step`.
+
+        Raises:
+            StorageError: writing failed.
+        """
+        entry = {"step": step, "cause": printable(cause), "host": socket.gethostname(), "noted_by_pid": os.getpid()}
+        with storage_errors(self.file), self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+    def check(self) -> None:
+        """Make sure that the last lives did not all end in the same step.
+
+        Raises:
+            StuckError: they did.
+        """
+        last = self._entries()[-MAX_LIVES:]
+        if len(last) == MAX_LIVES and len({entry["step"] for entry in last}) == 1:
+            raise StuckError(
+                f"'{self.file.parent}' ended {MAX_LIVES} times in step {last[0]['step']}",
+                f"the last time: {last[-1]['cause']}",
+                f"do not requeue; remove the cause, then delete '{self.file}' and run the same command again",
+            )
+
+    def _entries(self) -> list[dict[str, Any]]:
+        lines = self.file.read_text(encoding="utf-8", errors="replace").splitlines() if self.file.exists() else []
+        entries = []
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue  # cut short by a kill
+            if isinstance(entry, dict) and entry.keys() >= {"step", "cause"}:
+                entries.append(entry)
+        return entries
