@@ -13,6 +13,9 @@ from ldm_cli import __version__
 from ldm_cli.cli import data, evaluate, precompute, recipe, sample, streams, train
 from ldm_cli.cli.failures import exit_code_of, report
 from ldm_cli.errors import UsageError
+from ldm_cli.training.interruption import release_signals
+
+_SAVE_WHEN_STOPPED = ("train-clip", "train-vae", "train-unet", "precompute")
 
 app = typer.Typer(
     name="ldm",
@@ -45,6 +48,8 @@ def _root(
         typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True),
     ] = False,
 ) -> None:
+    if context.invoked_subcommand not in _SAVE_WHEN_STOPPED:
+        release_signals()
     if context.invoked_subcommand is None:
         raise UsageError("no command given", remedy="see ldm --help")
 
@@ -71,5 +76,5 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def main() -> NoReturn:
-    """The console script."""
+    """The rest of the console script."""
     sys.exit(run(sys.argv[1:]))

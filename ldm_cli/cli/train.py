@@ -9,6 +9,7 @@ import typer
 from ldm_cli.cli import options as given
 from ldm_cli.cli.report import make_reporter
 from ldm_cli.cli.show import show_plan, show_result
+from ldm_cli.training.interruption import release_signals
 
 _HELP = {
     "train-clip": "Train CLIP on image-text shards; writes a CLIPModel folder with its tokenizer.",
@@ -43,6 +44,7 @@ def _train(
     loaded = load_recipe(recipe, changes, expected_command=command)
     options = RunOptions(out, device, resume, limit, loaded.text, changes)
     if dry_run:
+        release_signals()
         show_plan(loaded, json)
         return
     show_result(_run(command, loaded.recipe, options), json)

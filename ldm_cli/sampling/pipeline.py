@@ -132,13 +132,21 @@ class Pipeline:
         Raises:
             StorageError, OutputError: writing failed.
         """
+        self.save_denoiser(folder)
+        self.save_companions(folder)
+
+    def save_denoiser(self, folder: Path) -> None:
+        """Write the U-Net's part of the folder; errors as in `save`."""
+        save_model(folder / layout.UNET, self.unet.state_dict(), self.unet.config.to_hugging_face())
+
+    def save_companions(self, folder: Path) -> None:
+        """Write all but the U-Net's part of the folder; errors as in `save`."""
         vae_state, vae_config = self.vae.state_dict(), self.vae.config
         if vae_config.shift_factor:
             ones = torch.ones(vae_config.latent_channels)
             folded = standardized(vae_state, vae_config.shift_factor * ones, ones)
             if folded is not None:
                 vae_state, vae_config = folded, vae_config.model_copy(update={"shift_factor": None})
-        save_model(folder / layout.UNET, self.unet.state_dict(), self.unet.config.to_hugging_face())
         save_model(folder / layout.VAE, vae_state, vae_config.to_hugging_face())
         save_model(
             folder / layout.TEXT_ENCODER,

@@ -30,6 +30,7 @@ from ldm_cli.stages.frozen_encoders import FrozenEncoders
 from ldm_cli.stages.options import RunOptions
 from ldm_cli.stages.precompute import cache_key
 from ldm_cli.stages.training_run import Workbench, run_training, split
+from ldm_cli.training.checkpoint import link_folder
 from ldm_cli.training.task import Losses, in_parts
 
 _NUM_NOISE_LEVELS = 5
@@ -68,6 +69,7 @@ class DenoiserTask:
         self._fixed_keys = {purpose: philox.key(recipe.seed, f"validation {purpose}") for purpose in keys}
         empty = bench.cache.states("")[None] if bench.cache else self.encoders.states([""])
         self._empty = empty.to(bench.device, torch.float32)
+        bench.run.share(self._pipeline().save_companions)
 
     def losses(self, batch: Batch, num_parts: int, step: int) -> Losses:
         """The loss on equal parts of the batch; each sample has its own level, noise and dropout."""
@@ -143,8 +145,9 @@ class DenoiserTask:
         )
 
     def export(self, folder: Path) -> None:
-        """Write the pipeline folder: this denoiser with its autoencoder and text encoder."""
-        self._pipeline().save(folder)
+        """Write the pipeline folder: this denoiser, and links to its autoencoder and text encoder."""
+        link_folder(self.bench.run.frozen, folder)
+        self._pipeline().save_denoiser(folder)
 
     def restore(self, folder: Path) -> None:
         """Read the denoiser's weights of `export` back."""

@@ -7,7 +7,7 @@ import os
 import platform
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +28,7 @@ from ldm_cli.errors import (
 )
 from ldm_cli.reporting import Reporter
 from ldm_cli.storage import fsync_path, storage_errors, write_whole
-from ldm_cli.training.checkpoint import checkpoints, step_of, sweep
+from ldm_cli.training.checkpoint import checkpoints, commit_folder, problem_with, step_of, sweep
 from ldm_cli.training.failures import FailureJournal
 from ldm_cli.training.run_lock import RunLock
 
@@ -253,6 +253,11 @@ class RunFolder:
         owner = {"pid": os.getpid(), "host": socket.gethostname()}
         content = {"state": state, **self._progress, **owner, "code": None, **details}
         write_whole(self.path / "status.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+    def share(self, write: Callable[[Path], None]) -> None:
+        """Let the owner of the folder fill `frozen` as `commit_folder` does, unless it is there and sound."""
+        if self._lock.is_held and problem_with(self.frozen) is not None:
+            commit_folder(self.frozen, write, replace=True)
 
     def finished(self) -> dict[str, Any] | None:
         """status.json's content if the run is finished, else None."""

@@ -55,6 +55,11 @@ class RunLock:
         self.note(None)
         return int(died_in[1]) if died_in else None
 
+    @property
+    def is_held(self) -> bool:
+        """Whether this process owns the folder."""
+        return self._descriptor is not None
+
     def note(self, step: int | None) -> None:
         """Tell which step is being computed; None: none is."""
         if self._descriptor is not None:
