@@ -1,4 +1,4 @@
-"""From a member's bytes to a defined RGB picture, and from that to the square uint8 tensor a model is shown.
+"""From a member's bytes to a defined RGB picture, and from that to the uint8 tensor a model is shown.
 
 Whatever the file holds, the result is 8-bit RGB: 16-bit values are scaled, palettes and CMYK converted,
 transparency laid over the background colour, the EXIF orientation applied, the first frame taken of an
@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from ldm_cli.data.bad_samples import BadSampleError
 
@@ -33,11 +34,13 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112
+_MUCH_LARGER = 6  # times the side of the result
 
 # The limit is data.max_pixels, checked for every image; Pillow's own would warn or raise at another one.
 Image.MAX_IMAGE_PIXELS = None
 
 Color = tuple[int, int, int]
+Crop = Literal["center", "random", "squash"]
 
 
 def decode_rgb(data: bytes, background: Color, max_pixels: int, min_side: int | None = None) -> Image.Image:
@@ -72,38 +75,62 @@ def image_header(data: bytes, max_pixels: int) -> tuple[str, int, int]:
 
 
 def to_square(
+    image: Image.Image, size: int, crop: Crop, place: float = 0.5, mirror: bool = False, out: Tensor | None = None
+) -> Tensor:
+    """`to_rectangle` with equal sides; uint8 [3, S, S]."""
+    return to_rectangle(image, (size, size), crop, place, mirror, out)
+
+
+def to_rectangle(
     image: Image.Image,
-    size: int,
-    crop: Literal["center", "random", "squash"],
+    size: tuple[int, int],
+    crop: Crop,
     place: float = 0.5,
     mirror: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Resize the short side to `size` and cut a square, in one antialiased bicubic resize.
+    """Cut the largest part that has the shape of the result, and resize it: bicubic, antialiased, once.
 
     Args:
         image: RGB.
-        size: height and width of the result, in pixels (S).
-        crop: `squash` takes the whole picture whatever its shape, the others a square of it.
-        place: where the square lies along the longer side, from 0 (left or top) to 1; 0.5 is the centre.
+        size: height and width of the result, in pixels (H, W).
+        crop: `squash` takes the whole picture whatever its shape.
+        place: where the part lies along the side that is too long, from 0 (left or top) to 1; 0.5 is the
+            centre.
         mirror: flip left to right.
+        out: where to write the result, uint8 [3, H, W].
 
     Returns:
-        uint8 [3, S, S].
+        uint8 [3, H, W].
     """
-    width, height = image.size
-    if crop == "squash":
-        box = (0, 0, width, height)
-    else:
-        side = min(width, height)
-        # Whole source pixels, so that a picture that needs no resizing is cut, not blurred by half a pixel.
-        left, top = int(place * (width - side + 1)), int(place * (height - side + 1))
-        left, top = min(left, width - side), min(top, height - side)
-        box = (left, top, left + side, top + side)
-    square = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+    height, width = size
+    box = (0, 0, *image.size) if crop == "squash" else _part(image.size, width, height, place)
+    if (box[2] - box[0]) * (box[3] - box[1]) > _MUCH_LARGER**2 * width * height:
+        # Pillow averages blocks first: less to hold in memory, and quicker here.
+        image = image.resize((width, height), Image.Resampling.BICUBIC, box, reducing_gap=3.0)
+    elif box != (0, 0, *image.size):
+        image = image.crop(box)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    result = pixels.view(1, image.height, image.width, 3).permute(0, 3, 1, 2)
+    if result.shape[2:] != size:
+        # In bytes and channels last, torch's resize is several times as fast as Pillow's, from which it differs
+        # by the rounding of the last bit.
+        result = interpolate(result, size, mode="bicubic", antialias=True)
     if mirror:
-        square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
-    return pixels.view(size, size, 3).permute(2, 0, 1).contiguous()
+        result = result.flip(-1)
+    return result[0].contiguous() if out is None else out.copy_(result[0])
+
+
+def _part(size: tuple[int, int], width: int, height: int, place: float) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the largest part of a picture that has the shape width × height.
+
+    Whole source pixels, so that a picture that needs no resizing is cut, not blurred by half a pixel.
+    """
+    part_width = max(1, min(size[0], round(size[1] * width / height)))
+    part_height = max(1, min(size[1], round(size[0] * height / width)))
+    left = min(int(place * (size[0] - part_width + 1)), size[0] - part_width)
+    top = min(int(place * (size[1] - part_height + 1)), size[1] - part_height)
+    return left, top, left + part_width, top + part_height
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ldm_cli.data.bad_samples import BadSampleError
-from ldm_cli.data.decode import decode_rgb, image_header, to_square
+from ldm_cli.data.decode import decode_rgb, image_header, to_rectangle, to_square
 
 BACKGROUND = (10, 200, 100)
 MAX_PIXELS = 10_000
@@ -258,3 +258,57 @@ def test_a_jpeg_decoded_at_reduced_size_is_the_same_picture() -> None:
     assert reduced.size == (20, 20)
     difference = to_square(whole, 8, "center").int() - to_square(reduced, 8, "center").int()
     assert difference.abs().max() <= 4
+
+
+def _photo(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    """Structure of every scale, as in photographs, where the power falls with the square of the frequency."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.full((1, 3, size[1], size[0]), 128.0)
+    for side, amplitude in ((3, 60.0), (9, 30.0), (27, 15.0), (81, 7.0)):
+        coarse = torch.randn(1, 3, side, side, generator=generator)
+        pixels += amplitude * torch.nn.functional.interpolate(coarse, (size[1], size[0]), mode="bicubic")
+    raw = pixels[0].clamp(0, 255).to(torch.uint8).permute(1, 2, 0).flatten()
+    return Image.frombytes("RGB", size, bytes(raw.tolist()))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (40, 100), (90, 60), (300, 70), (960, 720)])
+@pytest.mark.parametrize("side", [24, 64])
+def test_resizing_is_that_of_pillow_up_to_rounding(size: tuple[int, int], side: int) -> None:
+    image = _photo(size)
+    width, height = size
+    short, left, top = min(size), (width - min(size)) // 2, (height - min(size)) // 2
+    for crop, box in (("center", (left, top, left + short, top + short)), ("squash", (0, 0, width, height))):
+        found = to_square(image, side, crop)  # type: ignore[arg-type]
+        pillow = image.resize((side, side), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+        expected = torch.frombuffer(bytearray(pillow.tobytes()), dtype=torch.uint8).view(side, side, 3).permute(2, 0, 1)
+        difference = (found.int() - expected.int()).abs()
+        assert difference.max() <= 4, crop
+        assert difference.float().mean() < 0.7, crop
+
+
+@pytest.mark.parametrize("quality", [75, 95])
+def test_a_reduced_decode_of_a_photograph_keeps_its_quality(quality: int) -> None:
+    data = _encoded(_photo((512, 384)), "JPEG", quality=quality)
+    for side, reduced_height in ((32, 96), (64, 192), (90, 192), (97, 384)):
+        whole, reduced = (decode_rgb(data, BACKGROUND, 10**6, min_side) for min_side in (None, side))
+        assert reduced.height == reduced_height
+        assert reduced.height >= 2 * side
+        difference = to_square(whole, side, "center").float() - to_square(reduced, side, "center").float()
+        psnr = 20 * torch.log10(255 / difference.square().mean().sqrt().clamp(min=0.01))
+        assert psnr > 42, (side, float(psnr))
+
+
+def test_a_rectangle_is_the_largest_part_of_its_shape() -> None:
+    image = _ramp(40, 30)
+    assert to_rectangle(image, (30, 40), "center")[0, 0].tolist() == list(range(40))
+    wide = to_rectangle(image, (10, 40), "random", 0.5)  # all columns, a third of the rows
+    assert wide.shape == (3, 10, 40)
+    assert wide[0, 0].tolist() == list(range(40))
+    assert wide[1, :, 0].tolist() == list(range(10, 20))
+    tall = to_rectangle(image, (30, 10), "random", 0.0, mirror=True)
+    assert tall[0, 0].tolist() == list(range(9, -1, -1))
+    assert tall[1, :, 0].tolist() == list(range(30))
+    out = torch.zeros(3, 30, 10, dtype=torch.uint8)
+    assert to_rectangle(image, (30, 10), "random", 0.0, mirror=True, out=out) is out
+    assert torch.equal(out, tall)
+    assert to_rectangle(_ramp(1, 30), (8, 64), "center").shape == (3, 8, 64)

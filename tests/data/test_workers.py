@@ -104,7 +104,7 @@ def test_a_worker_is_ahead_by_no_more_than_it_may(tmp_path: Path) -> None:
         assert sorted(int(path.name) for path in tmp_path.iterdir()) == [0, 1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR2])
 def test_a_killed_worker_is_named_at_once(number: signal.Signals) -> None:
     items = _made(_item, 10_000)
     with _first_worker(items) as pid:
