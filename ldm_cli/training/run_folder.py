@@ -42,6 +42,7 @@ _HARMLESS = {
     "train.sample_every",
     "train.max_nonfinite",
     "data.num_workers",
+    "data.worker_timeout",
     "data.max_bad_fraction",
     "data.shards",  # data and models may move; their contents are compared by fingerprint
     "data.val_shards",
