@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 GROUPS = (
     {"errors", "config", "reporting", "philox", "storage"},
     {"core", "data", "formats"},
-    {"training", "sampling", "evaluation"},
+    {"training", "sampling", "evaluation", "lesson"},
     {"recipe"},
     {"stages"},
     {"cli"},

@@ -1,0 +1,81 @@
+"""`ldm spiral`: train on two numbers instead of a picture, and draw everything that happens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm_cli.errors import DivergedError, OutputError
+from ldm_cli.lesson.drawing import save_png
+from ldm_cli.lesson.experiment import experiment, facts
+from ldm_cli.lesson.figures import plates
+from ldm_cli.lesson.network import Trained, train
+from ldm_cli.lesson.page import page
+from ldm_cli.lesson.spiral import Points, data_set
+from ldm_cli.reporting import Reporter
+from ldm_cli.storage import whole_file, write_whole
+
+PAGE_NAME = "index.html"
+FACTS_NAME = "spiral.json"
+_NUM_POINTS = 2000
+
+
+def run(
+    out: Path, seed: int, num_steps: int, guidance: float, reporter: Reporter, *, overwrite: bool = False
+) -> dict[str, Any]:
+    """Train, draw samples in every way of the lesson, and write its figures and its page.
+
+    Args:
+        out: folder for index.html, the figures as PNG, and spiral.json.
+        seed: of the data, the weights and all noise.
+        num_steps: optimizer steps, at least 1.
+        guidance: guidance scale that is shown beside none.
+        reporter: is told how far it is.
+        overwrite: replace an earlier lesson in `out`.
+
+    Returns:
+        Settings, the last loss, what was measured, and the paths of the files; the same is in spiral.json but for
+        the paths.
+
+    Raises:
+        OutputError: `out` holds a lesson already, or cannot be written.
+        StorageError: writing failed.
+        DivergedError: the loss is not finite.
+    """
+    if (out / PAGE_NAME).exists() and not overwrite:
+        raise OutputError(f"'{out / PAGE_NAME}' exists already", remedy="choose another --out, or pass --overwrite")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot create '{out}'", error.strerror or str(error)) from error
+    data = data_set(_NUM_POINTS, seed)
+    trained = _train(data, num_steps, seed, reporter)
+    reporter.info("drawing samples and figures")
+    with torch.inference_mode():
+        lesson = experiment(trained, data, guidance, seed)
+        measured = facts(lesson)
+        shown = plates(lesson)
+        html = page(lesson, shown, measured)
+    files = {plate.figure.name: out / f"{plate.figure.name}.png" for plate in shown}
+    for plate in shown:
+        with whole_file(files[plate.figure.name]) as temporary:
+            save_png(plate.figure, temporary)
+    settings = {"seed": seed, "steps": num_steps, "guidance": guidance}
+    result = {"settings": settings, "loss": trained.losses[-1], **measured}
+    write_whole(out / FACTS_NAME, json.dumps(result, indent=2) + "\n")
+    write_whole(out / PAGE_NAME, html)
+    reporter.info(f"the lesson is in {out / PAGE_NAME}")
+    return {**result, "files": {"page": str(out / PAGE_NAME), **{name: str(path) for name, path in files.items()}}}
+
+
+def _train(data: Points, num_steps: int, seed: int, reporter: Reporter) -> Trained:
+    with reporter.progress("spiral", num_steps) as progress:
+        report: Callable[[int, float], None] = lambda done, loss: progress.update(done, {"loss": loss})  # noqa: E731
+        trained = train(data, num_steps, seed, report)
+    if not all(bool(weights.isfinite().all()) for weights in trained.network.state_dict().values()):
+        raise DivergedError("the spiral's network diverged", f"weights are not finite after {num_steps} steps")
+    return trained
