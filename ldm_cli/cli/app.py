@@ -10,7 +10,7 @@ import typer
 from typer.main import get_command
 
 from ldm_cli import __version__
-from ldm_cli.cli import data, evaluate, precompute, recipe, sample, streams, train
+from ldm_cli.cli import data, evaluate, precompute, recipe, sample, spiral, streams, train
 from ldm_cli.cli.failures import exit_code_of, report
 from ldm_cli.errors import UsageError
 from ldm_cli.training.interruption import release_signals
@@ -30,6 +30,7 @@ train.register(app)
 precompute.register(app)
 sample.register(app)
 evaluate.register(app)
+spiral.register(app)
 data.register(app)
 recipe.register(app)
 
