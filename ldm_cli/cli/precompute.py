@@ -8,7 +8,7 @@ import typer
 
 from ldm_cli.cli import options as given
 from ldm_cli.cli.report import make_reporter
-from ldm_cli.cli.show import show_plan, show_result
+from ldm_cli.cli.show import show_result
 from ldm_cli.errors import UsageError
 
 _DTYPES = ("fp32", "fp16", "bf16")
@@ -20,7 +20,6 @@ def register(app: typer.Typer) -> None:
 
 
 def _precompute(
-    context: typer.Context,
     recipe: given.RecipeName,
     overrides: given.Overrides = None,
     dtype: Annotated[
@@ -48,10 +47,7 @@ def _precompute(
     from ldm_cli.stages import precompute
     from ldm_cli.stages.options import RunOptions
 
-    loaded = load_recipe(recipe, changes, expected_command="train-unet")
-    if dry_run:
-        show_plan(loaded, json)
-        return
+    loaded: Any = load_recipe(recipe, changes, expected_command="train-unet")
     options = RunOptions(out, device, max_time=limit, recipe_text=loaded.text, overwrite=overwrite)
-    stage: Any = precompute
-    show_result(stage.run(loaded.recipe, options, make_reporter(), dtype), json)
+    do: Any = precompute.plan if dry_run else precompute.run
+    show_result(do(loaded.recipe, options, make_reporter(), dtype), json)

@@ -13,7 +13,6 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.latent_cache import BAD, MANIFEST, MOMENTS, STATES, Manifest, caption_digest
 from ldm_cli.errors import OutputError, StorageError
 from ldm_cli.storage import TEMPORARY_PREFIX, megabytes, whole_file, write_whole
@@ -46,9 +45,9 @@ def moments_members(key: str, moments: Mapping[str, Tensor]) -> dict[str, Any]:
     return {"__key__": key, MOMENTS: save(dict(moments))}
 
 
-def bad_members(key: str, bad: BadSampleError) -> dict[str, Any]:
-    """A sample whose picture cannot be used."""
-    return {"__key__": key, BAD: json.dumps({"reason": bad.reason, "detail": bad.detail}).encode()}
+def bad_members(key: str, reason: str, detail: str) -> dict[str, Any]:
+    """A sample whose picture cannot be used, and why: the attributes of `BadSampleError`."""
+    return {"__key__": key, BAD: json.dumps({"reason": reason, "detail": detail}).encode()}
 
 
 def caption_members(caption: str, states: Tensor) -> dict[str, Any]:

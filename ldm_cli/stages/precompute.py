@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm_cli.core.models.autoencoder_kl import AutoencoderKLConfig
 from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.cache_writer import (
     bad_members,
@@ -39,22 +39,20 @@ from ldm_cli.data.latent_cache import (
 )
 from ldm_cli.data.prefetch import prefetched
 from ldm_cli.data.sample import Draw, SampleDecoder, Wanted
-from ldm_cli.data.shards import ShardSet, open_shards
-from ldm_cli.data.tokenizer import Tokenizer
-from ldm_cli.errors import DivergedError, OutputError, Preempted, RecipeError
-from ldm_cli.formats.model_folder import read_config, weights_sha256
+from ldm_cli.data.shards import ShardSet, index_shards, open_shards
+from ldm_cli.data.workers import made_by_workers
+from ldm_cli.errors import DataError, DivergedError, InputNotFoundError, OutputError, Preempted
+from ldm_cli.formats.model_folder import read_config
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import Progress, Reporter
-from ldm_cli.stages.frozen_encoders import FrozenEncoders
+from ldm_cli.stages.frozen_encoders import FrozenEncoders, cache_key
 from ldm_cli.stages.options import RunOptions, resolve_device
 from ldm_cli.training.interruption import StopRequest
 
 _NEVER = 2.0  # a draw of chance that no probability reaches
 _CAPTIONS_PER_FILE = 10_000
-_NUM_PREFETCHED = 3
+_NUM_AHEAD = 2
 _TAR_OVERHEAD = 1536  # of a sample: headers of tar and safetensors, padding
-# What config.json of an autoencoder says and the moments do not depend on.
-_IRRELEVANT = {"sample_size", "scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast"}
 
 
 def run(
@@ -69,7 +67,8 @@ def run(
         dtype: type of the numbers kept; None: that of the cache that is there, else fp32.
 
     Returns:
-        `cache`, `state`, `samples`, `bad`, `captions`, `bytes`, `seconds`.
+        `cache` (its folder), `dtype`, `samples`, `encoded` (of them, now), `captions` (distinct ones),
+        `removed_files`, `bytes`, `seconds`.
 
     Raises:
         RecipeError: the recipe crops at random.
@@ -77,19 +76,14 @@ def run(
         Preempted: a signal or the time limit; what is written stays.
         StorageError: the disk is full.
     """
-    if recipe.data.crop == "random":
-        raise RecipeError(
-            "data.crop=random cannot be cached",
-            "every epoch sees another part of each image",
-            "set data.crop=center, or train without a cache",
-        )
     started = time.perf_counter()
     with StopRequest(options.max_time) as stop:
+        wanted = cache_key(recipe)
         shards = open_shards(recipe.data.shards, recipe.data, reporter)
-        folder = options.out or Path(recipe.cache or shards.paths[0].parent / "cache")
+        folder = _folder(recipe, options, shards)
         with locked(folder):
             before = Manifest.read(folder)
-            key = _key_to_use(folder, before, cache_key(recipe), dtype, options.overwrite)
+            key = _key_to_use(folder, before, wanted, dtype, options.overwrite)
             encoders = FrozenEncoders(recipe, resolve_device(options.device), reporter.warn)
             counts = _Precomputation(recipe, folder, shards, key, encoders, stop, reporter).run(before)
     size = sum(path.stat().st_size for path in folder.glob("*.tar"))
@@ -97,27 +91,34 @@ def run(
     return {"cache": str(folder), "dtype": key.dtype, **counts, "bytes": size, "seconds": seconds}
 
 
-def cache_key(recipe: TrainUnetRecipe) -> CacheKey:
-    """What decides the cache of a recipe: the weights and configurations of its models, its preprocessing.
+def plan(
+    recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter, dtype: Dtype | None = None
+) -> dict[str, Any]:
+    """What `run` would write: samples, and bytes for each; errors as in `run`."""
+    shards = open_shards(recipe.data.shards, recipe.data, reporter)
+    folder = _folder(recipe, options, shards)
+    key = _key_to_use(folder, Manifest.read(folder), cache_key(recipe), dtype, options.overwrite)
+    vae = AutoencoderKLConfig.from_hugging_face(read_config(Path(recipe.vae)))
+    size = _sample_bytes(vae, recipe.data, key)
+    return {
+        "cache": str(folder),
+        "dtype": key.dtype,
+        "samples": shards.num_samples,
+        "mirrored_too": len(key.flips) > 1,
+        "bytes_per_sample": size,
+        "bytes_of_latents": size * shards.num_samples,
+    }
 
-    Raises:
-        InputNotFoundError, CheckpointError: a model cannot be read.
-    """
-    data, vae, text = recipe.data, Path(recipe.vae), Path(recipe.text_encoder)
-    names = ("image_size", "crop", "background", "max_pixels", "max_member_bytes")
-    preparation = {f"data.{name}": value for name, value in data.to_mapping().items() if name in names}
-    precision = {"train.precision": recipe.train.precision}
-    probability = data.flip_probability
-    return CacheKey(
-        latents={"vae": _model_sha256(vae), **preparation, **precision},
-        text={"text_encoder": _model_sha256(text), "tokenizer": Tokenizer.load(text).fingerprint, **precision},
-        flips=tuple(flip for flip in (False, True) if probability != (0.0 if flip else 1.0)),
-    )
+
+def _folder(recipe: TrainUnetRecipe, options: RunOptions, shards: ShardSet) -> Path:
+    """Where the recipe says, else beside the shards."""
+    return options.out or Path(recipe.cache or shards.paths[0].parent / "cache")
 
 
-def _model_sha256(folder: Path) -> str:
-    config = {k: v for k, v in read_config(folder).items() if not k.startswith("_") and k not in _IRRELEVANT}
-    return hashlib.sha256((weights_sha256(folder) + json.dumps(config, sort_keys=True)).encode()).hexdigest()
+def _sample_bytes(vae: AutoencoderKLConfig, data: DataConfig, key: CacheKey) -> int:
+    """What a sample takes in a latents file, about."""
+    places = (data.image_size >> (len(vae.block_out_channels) - 1)) ** 2
+    return 2 * vae.latent_channels * places * len(key.flips) * DTYPES[key.dtype].itemsize + _TAR_OVERHEAD
 
 
 def _key_to_use(
@@ -140,32 +141,52 @@ def _key_to_use(
 
 @dataclass(frozen=True)
 class _Pictures:
-    """Consecutive samples of a shard: images uint8 [n, 3, S, S] of those that can be used, and why others cannot."""
+    """Consecutive samples of a shard: images uint8 [n, 3, S, S] of those that can be used, why others cannot."""
 
     images: Tensor
-    bad: dict[int, BadSampleError]
+    bad: dict[int, tuple[str, str]]
 
     def __len__(self) -> int:
         """Samples, good or not."""
         return len(self.images) + len(self.bad)
 
 
-def _pictures(shards: ShardSet, config: DataConfig, chunks: list[tuple[int, range]]) -> Generator[_Pictures]:
-    """The pictures of each chunk, (shard, its samples), as training sees them where nothing is left to chance."""
-    decoder = SampleDecoder(shards, config, Wanted(caption=False, label=False))
-    for shard, samples in chunks:
+class _Chunks:
+    """The pictures of chunk n, (shard, its samples), as training sees them where nothing is left to chance."""
+
+    def __init__(self, shards: ShardSet, config: DataConfig, chunks: list[tuple[int, range]]) -> None:
+        self._chunks, self._config = chunks, config
+        self._decoder = SampleDecoder(shards, config, Wanted(caption=False, label=False))
+
+    def __call__(self, number: int) -> _Pictures:
+        """Read and decode chunk `number`."""
+        shard, samples = self._chunks[number]
         images: list[Tensor] = []
-        bad: dict[int, BadSampleError] = {}
+        bad: dict[int, tuple[str, str]] = {}
         for sample in samples:
             try:
-                image = decoder.decode(shard, sample, Draw(flip=_NEVER)).image
+                image = self._decoder.decode(shard, sample, Draw(flip=_NEVER)).image
             except BadSampleError as error:
-                bad[sample] = error
+                bad[sample] = error.reason, error.detail
             else:
                 assert image is not None
                 images.append(image)
-        yield _Pictures(torch.stack(images) if images else torch.empty(0), bad)
-    decoder.close()
+        return _Pictures(torch.stack(images) if images else torch.empty(0), bad)
+
+    def ahead(self) -> AbstractContextManager[Iterator[_Pictures]]:
+        """All of them in order, made by a thread or by `data.num_workers` processes."""
+        numbers = range(len(self._chunks))
+        if not self._config.num_workers:
+            return prefetched((self(number) for number in numbers), _NUM_AHEAD)
+        return closing(
+            made_by_workers(
+                self,
+                numbers,
+                num_workers=self._config.num_workers,
+                num_ahead=_NUM_AHEAD,
+                timeout=self._config.worker_timeout,
+            )
+        )
 
 
 class _Precomputation:
@@ -215,17 +236,17 @@ class _Precomputation:
 
     def _write_latents(self, files: list[str]) -> int:
         """Encode the pictures of the shards whose file is not there; how many samples those have."""
-        missing = {file: number for number, file in enumerate(files) if not (self._folder / file).exists()}
+        missing = {file: number for number, file in enumerate(files) if not self._is_there(file)}
         chunks = [
             (number, range(first, min(first + self._size, self._shards.sizes[number])))
             for number in missing.values()
             for first in range(0, self._shards.sizes[number], self._size)
         ]
         total = sum(self._shards.sizes[number] for number in missing.values())
-        check_room(self._folder, total * self._bytes_per_sample())
+        check_room(self._folder, total * _sample_bytes(self._encoders.vae.config, self._data, self._key))
         with (
             self._reporter.progress("encoding images", total, unit="image") as progress,
-            prefetched(_pictures(self._shards, self._data, chunks), _NUM_PREFETCHED) as pictures,
+            _Chunks(self._shards, self._data, chunks).ahead() as pictures,
         ):
             done = count()
             for file, number in missing.items():
@@ -234,11 +255,16 @@ class _Precomputation:
                 )
         return total
 
-    def _bytes_per_sample(self) -> int:
-        vae = self._encoders.vae
-        places = (self._data.image_size // vae.downscale_factor) ** 2
-        numbers = 2 * vae.config.latent_channels * places * len(self._key.flips)
-        return numbers * self._dtype.itemsize + _TAR_OVERHEAD
+    def _is_there(self, file: str) -> bool:
+        """A file of the cache is there and whole; a damaged one is made anew."""
+        try:
+            index_shards((self._folder / file,), "stop", self._reporter)
+        except InputNotFoundError:
+            return False
+        except DataError as error:
+            self._reporter.warn(f"{error.what}: {error.cause}; it is made anew")
+            return False
+        return True
 
     def _encoded(
         self, shard: int, pictures: Iterator[_Pictures], report: Callable[[], None]
@@ -254,7 +280,7 @@ class _Precomputation:
             for number in range(sample, sample + len(chunk)):
                 key = index.key(number)
                 if number in chunk.bad:
-                    yield bad_members(key, chunk.bad[number])
+                    yield bad_members(key, *chunk.bad[number])
                 else:
                     i = next(row)
                     yield moments_members(key, {name: tensor[i] for name, tensor in moments.items()})
@@ -293,12 +319,12 @@ class _Precomputation:
     def _write_text(self) -> tuple[list[str], int]:
         """Encode the captions that no file has yet; the files in order, and how many captions they hold."""
         prefix = self._key.text_prefix()
-        files = sorted(path.name for path in self._folder.glob(f"{prefix}*.tar"))
+        files = [path.name for path in sorted(self._folder.glob(f"{prefix}*.tar")) if self._is_there(path.name)]
         known = known_captions([self._folder / name for name in files], self._reporter)
         with self._reporter.progress("encoding captions", self._shards.num_samples, unit="sample") as progress:
             fresh = self._fresh_captions(known, progress)
             while captions := list(islice(fresh, _CAPTIONS_PER_FILE)):
-                files.append(f"{prefix}{len(files):06d}.tar")
+                files.append(next(name for i in count() if (name := f"{prefix}{i:06d}.tar") not in files))
                 write_shard(self._folder / files[-1], self._with_states(captions))
         return files, len(known)
 

@@ -26,9 +26,8 @@ from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.images import image_grid, save_png
 from ldm_cli.sampling.pipeline import Pipeline, requests_for
-from ldm_cli.stages.frozen_encoders import FrozenEncoders
+from ldm_cli.stages.frozen_encoders import FrozenEncoders, cache_key
 from ldm_cli.stages.options import RunOptions
-from ldm_cli.stages.precompute import cache_key
 from ldm_cli.stages.training_run import Workbench, run_training, split
 from ldm_cli.training.checkpoint import link_folder
 from ldm_cli.training.task import Losses, in_parts

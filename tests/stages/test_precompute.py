@@ -1,0 +1,362 @@
+"""`ldm precompute`: training from the cache is training, and a cache that does not fit is named."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
+from ldm_cli.core.models.clip_text import CLIPTextModel
+from ldm_cli.data import cache_writer
+from ldm_cli.data.latent_cache import MANIFEST, LatentCache
+from ldm_cli.data.loader import Batch, Loader
+from ldm_cli.data.scenes import write_scenes
+from ldm_cli.data.shards import open_shards
+from ldm_cli.errors import DataError, InputNotFoundError, LdmError, OutputError, Preempted, RecipeError
+from ldm_cli.recipe.schema import TrainUnetRecipe
+from ldm_cli.reporting import SilentReporter
+from ldm_cli.stages import precompute
+from ldm_cli.stages.frozen_encoders import FrozenEncoders, cache_key
+from ldm_cli.stages.options import RunOptions
+from tests.data.tars import png, write_tar
+
+from ..faults.runs import assert_same_run, metrics
+from .tiny import clip_recipe, lose_after, trained, unet_recipe, vae_recipe
+
+Parts = tuple[Path, Path, Path]
+
+
+@pytest.fixture
+def parts(scenes: Path, clip_run: Path, vae_run: Path) -> Parts:
+    return scenes, clip_run / "model", vae_run / "model"
+
+
+def cached(
+    recipe: Mapping[str, Any], folder: Path, dtype: Any = None, reporter: SilentReporter | None = None, **options: Any
+) -> dict[str, Any]:
+    """The recipe with a cache, which is made."""
+    wanted = {**recipe, "cache": str(folder)}
+    chosen = RunOptions(device="cpu", **options)
+    precompute.run(TrainUnetRecipe.from_mapping(wanted), chosen, reporter or SilentReporter(), dtype)
+    return wanted
+
+
+def result_of(recipe: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+    chosen = RunOptions(device="cpu", **options)
+    return precompute.run(TrainUnetRecipe.from_mapping(recipe), chosen, SilentReporter())
+
+
+def files(folder: Path) -> dict[str, int]:
+    """Name → inode and time of every file with samples."""
+    return {path.name: hash((path.stat().st_ino, path.stat().st_mtime_ns)) for path in folder.glob("*.tar")}
+
+
+def without_encoders(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Counts what the encoders are asked for."""
+    calls: list[str] = []
+    for kind, name in ((AutoencoderKL, "encode"), (CLIPTextModel, "forward")):
+        original = getattr(kind, name)
+
+        def counted(self: Any, *args: Any, original: Any = original, name: str = name, **kwargs: Any) -> Any:
+            calls.append(name)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "flip", [pytest.param(0.0, marks=pytest.mark.slow), 0.5, pytest.param(1.0, marks=pytest.mark.slow)]
+)
+def test_training_from_a_cache_gives_the_same_weights_and_losses(parts: Parts, tmp_path: Path, flip: float) -> None:
+    recipe = unet_recipe(*parts, steps=9, ema_decay=0.9, log_every=1, save_every=9, gradient_accumulation=2)
+    recipe["data"]["flip_probability"] = flip
+    trained(recipe, tmp_path / "plain")
+    trained(cached(recipe, tmp_path / "cache"), tmp_path / "cached")
+    plain, from_cache = metrics(tmp_path / "plain"), metrics(tmp_path / "cached")
+    assert len(plain) == 9
+    for one, other in zip(plain, from_cache, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    assert_same_run(tmp_path / "plain", tmp_path / "cached", 9)
+
+
+def test_no_encoder_runs_in_a_step_from_a_cache(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = unet_recipe(*parts, steps=6)
+    recipe["data"]["val_shards"] = None
+    recipe = cached(recipe, tmp_path / "cache")
+    calls = without_encoders(monkeypatch)
+    trained(recipe, tmp_path / "cached")
+    assert calls == []
+    trained({**recipe, "cache": None}, tmp_path / "plain")
+    assert {"encode", "forward"} == set(calls)
+
+
+def test_a_run_may_be_continued_with_a_cache_and_without(parts: Parts, tmp_path: Path) -> None:
+    recipe = unet_recipe(*parts, steps=7, save_every=3)
+    trained(recipe, tmp_path / "whole")
+    lose_after(3, recipe, tmp_path / "broken")
+    with_cache = cached(recipe, tmp_path / "cache")
+    lose_after(6, with_cache, tmp_path / "broken")
+    trained(recipe, tmp_path / "broken")
+    assert_same_run(tmp_path / "whole", tmp_path / "broken", 7)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_half_precision_takes_less_room_and_rounds_the_loss(parts: Parts, tmp_path: Path, dtype: str) -> None:
+    recipe = unet_recipe(*parts, steps=4, log_every=1)
+    trained(recipe, tmp_path / "plain")
+    half = cached(recipe, tmp_path / "half", dtype)
+    full = cached(recipe, tmp_path / "full")
+    sizes = [sum(path.stat().st_size for path in (tmp_path / name).glob("*.tar")) for name in ("half", "full")]
+    assert sizes[0] < 0.75 * sizes[1]
+    trained(half, tmp_path / "run")
+    losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("plain", "run")]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+    with pytest.raises(LdmError, match="the fingerprint of cache"):
+        trained(full, tmp_path / "run", resume="auto")
+
+
+def test_a_second_life_does_nothing_and_an_interrupted_one_is_finished(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = {**unet_recipe(*parts), "cache": str(tmp_path / "cache")}
+    write = cache_writer.write_shard
+    num_written = 0
+
+    def interrupted(path: Path, samples: Any) -> None:
+        nonlocal num_written
+        if num_written == 2:
+            next(iter(samples))
+            raise KeyboardInterrupt
+        num_written += 1
+        write(path, samples)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(precompute, "write_shard", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            result_of(recipe)
+    with pytest.raises(DataError, match="not complete"):
+        trained(recipe, tmp_path / "run")
+    first = files(tmp_path / "cache")
+    assert len(first) == 2
+    assert result_of(recipe)["encoded"] == 14  # of 64 in shards of 25, 25 and 14
+    finished = files(tmp_path / "cache")
+    assert first.items() <= finished.items()
+    assert len(finished) == 4
+    again = result_of(recipe)
+    assert (again["encoded"], again["removed_files"]) == (0, 0)
+    assert files(tmp_path / "cache") == finished
+    assert not list((tmp_path / "cache").glob(".tmp-*"))
+
+
+def test_the_time_limit_stops_with_what_is_written(parts: Parts, tmp_path: Path) -> None:
+    recipe = {**unet_recipe(*parts), "cache": str(tmp_path / "cache")}
+    with pytest.raises(Preempted):
+        result_of(recipe, max_time=1e-9)
+    assert files(tmp_path / "cache") == {}
+    assert result_of(recipe)["encoded"] == 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_size": 48}, r"data\.image_size was 32 and is 48"),
+        ({"crop": "squash"}, r'data\.crop was "center" and is "squash"'),
+        ({"flip_probability": 0.5}, r"data\.flip_probability"),
+        ({"background": [0, 0, 0]}, r"data\.background"),
+    ],
+)
+def test_another_preprocessing_is_named(parts: Parts, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    recipe = cached(unet_recipe(*parts, steps=1), tmp_path / "cache")
+    recipe["data"] = {**recipe["data"], **change}
+    with pytest.raises(DataError, match=message):
+        trained(recipe, tmp_path / "run")
+    with pytest.raises(OutputError, match=message):
+        result_of(recipe)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_models_are_named_and_replaced_only_on_demand(parts: Parts, tmp_path: Path) -> None:
+    scenes, _, _ = parts
+    trained(vae_recipe(scenes, steps=1) | {"seed": 5}, tmp_path / "vae")
+    trained(clip_recipe(scenes, steps=1) | {"seed": 5}, tmp_path / "clip")
+    recipe = cached(unet_recipe(*parts, steps=1), tmp_path / "cache")
+    before = files(tmp_path / "cache")
+    for field, folder in (("vae", tmp_path / "vae/model"), ("text_encoder", tmp_path / "clip/model")):
+        other = {**recipe, field: str(folder)}
+        with pytest.raises(DataError, match=f"stale: {field} was"):
+            trained(other, tmp_path / "run")
+        with pytest.raises(OutputError, match=f"{field} was .*--overwrite"):
+            result_of(other)
+    assert files(tmp_path / "cache") == before
+    other = {**recipe, "vae": str(tmp_path / "vae/model")}
+    assert result_of(other, overwrite=True)["removed_files"] == 3
+    after = files(tmp_path / "cache")
+    assert {name for name in before if name in after} == {name for name in before if name.startswith("text-")}
+    trained(other, tmp_path / "run")
+
+
+def test_a_measured_scale_leaves_the_cache_as_it_is(parts: Parts, tmp_path: Path) -> None:
+    """The scale is applied to what the cache holds."""
+    _, _, vae = parts
+    recipe = cached(unet_recipe(*parts, steps=1), tmp_path / "cache")
+    copy = tmp_path / "vae"
+    copy.mkdir()
+    for file in vae.glob("*.safetensors"):
+        (copy / file.name).write_bytes(file.read_bytes())
+    config = json.loads((vae / "config.json").read_text()) | {"scaling_factor": 3.0}
+    (copy / "config.json").write_text(json.dumps(config))
+    trained({**recipe, "vae": str(copy)}, tmp_path / "run")
+    (copy / "config.json").write_text(json.dumps(config | {"norm_num_groups": 2}))
+    with pytest.raises(DataError, match="vae was"):
+        trained({**recipe, "vae": str(copy)}, tmp_path / "other")
+
+
+def test_changed_shards_are_named_and_only_they_are_made_anew(parts: Parts, tmp_path: Path) -> None:
+    _, clip, vae = parts
+    data = tmp_path / "data"
+    write_scenes(data, 24, 32, 0, SilentReporter(), val_samples=4, shard_samples=8)
+    recipe = cached(unet_recipe(data, clip, vae, steps=1, batch_size=4), tmp_path / "cache")
+    before = files(tmp_path / "cache")
+    shard = data / "train-000001.tar"
+    content = bytearray(shard.read_bytes())
+    place = content.index(b"IDAT") + 8
+    content[place] ^= 1  # the same size, the same headers
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=r"stale: shards are new or have changed: '.*train-000001\.tar';"):
+        trained(recipe, tmp_path / "run")
+    assert result_of(recipe)["encoded"] == 8
+    after = files(tmp_path / "cache")
+    assert len(before.items() & after.items()) == len(before) - 1
+    assert len(after) == len(before)
+
+
+def test_shards_may_be_touched_and_moved(parts: Parts, tmp_path: Path) -> None:
+    _, clip, vae = parts
+    data = tmp_path / "data"
+    write_scenes(data, 16, 32, 0, SilentReporter(), val_samples=4, shard_samples=8)
+    recipe = cached(unet_recipe(data, clip, vae, steps=1, batch_size=4), tmp_path / "cache")
+    (data / "train-000000.tar").touch()
+    data.rename(tmp_path / "moved")
+    recipe["data"] |= {"shards": str(tmp_path / "moved/train-*.tar"), "val_shards": None}
+    trained(recipe, tmp_path / "run")
+
+
+def test_a_damaged_file_of_the_cache_is_made_anew(parts: Parts, tmp_path: Path) -> None:
+    recipe = cached(unet_recipe(*parts, steps=1), tmp_path / "cache")
+    for kind in ("latents", "text"):
+        damaged = next((tmp_path / "cache").glob(f"{kind}-*.tar"))
+        damaged.write_bytes(damaged.read_bytes()[:3000])
+    with pytest.raises(DataError, match="damaged"):
+        trained(recipe, tmp_path / "run")
+    assert result_of(recipe)["encoded"] in (14, 25)
+    trained(recipe, tmp_path / "run")
+
+
+def test_bad_pictures_and_captions_are_replaced_as_without_a_cache(parts: Parts, tmp_path: Path) -> None:
+    _, clip, vae = parts
+    members = []
+    for number in range(24):
+        picture = b"broken" if number % 6 == 1 else png((number * 9, 3, 200), (40, 33))
+        members += [(f"{number:03d}.png", picture), (f"{number:03d}.json", _captions(number))]
+    (tmp_path / "data").mkdir()
+    write_tar(tmp_path / "data/train-0.tar", members[:30])
+    write_tar(tmp_path / "data/train-1.tar", members[30:])
+    recipe = unet_recipe(tmp_path / "data", clip, vae, steps=8, batch_size=4, log_every=1, save_every=8)
+    recipe["data"] |= {"val_shards": None, "caption": "json:caption", "max_bad_fraction": 1.0, "flip_probability": 0.5}
+    trained(recipe, tmp_path / "plain")
+    trained(cached(recipe, tmp_path / "cache"), tmp_path / "cached")
+    assert_same_run(tmp_path / "plain", tmp_path / "cached", 8)
+    bad = [(tmp_path / name / "bad_samples.jsonl").read_text() for name in ("plain", "cached")]
+    assert bad[0] == bad[1]
+    assert "not an image" in bad[0]
+    assert "missing caption" in bad[0]
+
+
+def _captions(number: int) -> bytes:
+    texts = [] if number % 8 == 2 else [f"a {word} thing {number % 4}" for word in ("red", "round", "small")]
+    return json.dumps({"caption": texts}).encode()
+
+
+def test_random_crops_are_refused_before_anything_is_written(parts: Parts, tmp_path: Path) -> None:
+    recipe = unet_recipe(*parts) | {"cache": str(tmp_path / "cache")}
+    recipe["data"]["crop"] = "random"
+    for act in (lambda: result_of(recipe), lambda: trained(recipe, tmp_path / "run")):
+        with pytest.raises(RecipeError, match=r"data\.crop=random"):
+            act()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_that_is_not_there_is_named(parts: Parts, tmp_path: Path) -> None:
+    with pytest.raises(InputNotFoundError, match=r"no cache in '.*'.*ldm precompute"):
+        trained(unet_recipe(*parts) | {"cache": str(tmp_path / "cache")}, tmp_path / "run")
+
+
+def test_two_at_a_time_are_refused(parts: Parts, tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib; from ldm_cli.data.cache_writer import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])): print()"
+    )
+    with cache_writer.locked(tmp_path):
+        result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert "is in use" in result.stderr
+
+
+def test_webdataset_and_safetensors_read_the_files(parts: Parts, tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    cached(unet_recipe(*parts), tmp_path / "cache", "bf16")
+    manifest = json.loads((tmp_path / "cache" / MANIFEST).read_text())
+    latents = [str(tmp_path / "cache" / shard["file"]) for shard in manifest["shards"]]
+    samples = list(webdataset.WebDataset(latents, shardshuffle=False))
+    assert len(samples) == 64
+    tensors = load(samples[0]["moments.safetensors"])
+    assert {name: tuple(value.shape) for name, value in tensors.items()} == {"mean": (3, 16, 16), "logvar": (3, 16, 16)}
+    assert tensors["mean"].dtype == torch.bfloat16
+    (text,) = [str(tmp_path / "cache" / name) for name in manifest["text_files"]]
+    captions = [sample["txt"].decode() for sample in webdataset.WebDataset(text, shardshuffle=False)]
+    assert len(set(captions)) == len(captions) > 10
+    assert captions[0] == ""
+
+
+def test_workers_and_ranks_change_nothing(parts: Parts, tmp_path: Path) -> None:
+    recipe = unet_recipe(*parts)
+    recipe["data"] |= {"num_workers": 2, "flip_probability": 0.5}
+    cached(recipe, tmp_path / "two")
+    recipe["data"]["num_workers"] = 0
+    wanted = TrainUnetRecipe.from_mapping(cached(recipe, tmp_path / "none"))
+    for path in (tmp_path / "two").glob("*.tar"):
+        assert path.read_bytes() == (tmp_path / "none" / path.name).read_bytes()
+    shards = open_shards(wanted.data.shards, wanted.data, SilentReporter())
+    cache = LatentCache(tmp_path / "none", shards, cache_key(wanted), SilentReporter())
+
+    def batch(**options: Any) -> Batch:
+        (only,) = Loader(shards, wanted.data, seed=0, batch_size=8, **options).batches(9, 10)
+        return only
+
+    whole, plain = batch(cache=cache), batch()
+    halves = [batch(cache=cache, rank=rank, world_size=2) for rank in (0, 1)]
+    assert (whole.keys, whole.captions, len(whole.images[0].flatten())) == (plain.keys, plain.captions, 0)
+    assert torch.equal(whole.position, plain.position)
+    assert whole.encoding is not None
+    for name in ("mean", "logvar", "states"):
+        assert torch.equal(torch.cat([getattr(half.encoding, name) for half in halves]), getattr(whole.encoding, name))
+    posterior = FrozenEncoders(wanted, torch.device("cpu"), list).posterior(plain.images)
+    torch.testing.assert_close(whole.encoding.mean, posterior.mean)
+    torch.testing.assert_close(whole.encoding.logvar, posterior.logvar)
+
+
+def test_the_plan_names_the_room_that_the_files_take(parts: Parts, tmp_path: Path) -> None:
+    recipe = TrainUnetRecipe.from_mapping(unet_recipe(*parts) | {"cache": str(tmp_path / "cache")})
+    planned = precompute.plan(recipe, RunOptions(), SilentReporter())
+    assert not (tmp_path / "cache").exists()
+    precompute.run(recipe, RunOptions(device="cpu"), SilentReporter())
+    written = sum(path.stat().st_size for path in (tmp_path / "cache").glob("latents-*.tar"))
+    assert planned["bytes_of_latents"] == pytest.approx(written, rel=0.2)
