@@ -29,6 +29,7 @@ _KINDS = {
     b"S": "sparse file",
 }
 _WITHOUT_DATA = frozenset((b"1", b"2", b"3", b"4", b"5", b"6"))
+_EXTENDED = frozenset((b"L", b"K", b"x", b"g", b"X"))
 _REGULAR = frozenset((b"0", b"\0", b"7"))
 _NO_TAR, _BAD_HEADER = "not a tar archive: no header", "damaged header"
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -94,7 +95,7 @@ class TarScan:
             self._verify(block, position)
             kind = block[156:157]
             data = position + BLOCK
-            if kind in (b"L", b"K", b"x", b"g", b"X"):
+            if kind in _EXTENDED:
                 content, position = self._extended(block, data)
                 if kind == b"L":
                     overrides[b"path"] = content.split(b"\0", 1)[0]
@@ -114,7 +115,7 @@ class TarScan:
                 raise TarDamage(self._file_size, f"the file ends inside the member {_shown(name)}", name)
             if kind not in _REGULAR:
                 self.ignored[_KINDS.get(kind, "special member")] += 1
-            elif any(key.startswith(b"GNU.sparse") for key in overrides):
+            elif overrides and any(key.startswith(b"GNU.sparse") for key in overrides):
                 self.ignored["sparse file"] += 1
             elif name.endswith(b"/"):
                 self.ignored["directory"] += 1
@@ -151,7 +152,7 @@ class TarScan:
     def _verify(self, block: bytes, position: int) -> None:
         """Compare the header's checksum (unsigned as POSIX says, or signed as some old tars wrote)."""
         stored = _number(block[148:156], position)
-        total = sum(block) - sum(block[148:156]) + 8 * 0x20
+        total = _byte_sum(block) - sum(block[148:156]) + 8 * 0x20
         if total != stored:
             high = sum(byte >= 128 for byte in block[:148]) + sum(byte >= 128 for byte in block[156:])
             if total - 256 * high != stored:
@@ -187,13 +188,18 @@ class TarScan:
             raise TarDamage(byte, "data behind the end of the archive (concatenated tars?)", at_end=True)
 
 
+def _byte_sum(block: bytes) -> int:
+    """Sum of a block's bytes: the low half of Adler-32 is 1 + sum mod 65,521, which 256 bytes cannot reach."""
+    return (zlib.adler32(block[:256]) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 2
+
+
 def _shown(name: bytes) -> str:
     return repr(name.decode("utf-8", "backslashreplace"))
 
 
 def _name(block: bytes) -> bytes:
     """The member's path: `prefix/name` in ustar; GNU headers use the prefix bytes for other things."""
-    name = block[:100].split(b"\0", 1)[0]
+    name = block[:100].partition(b"\0")[0]
     if block[257:263] == b"ustar\0" and block[345]:
         return block[345:500].split(b"\0", 1)[0] + b"/" + name
     return name
@@ -205,7 +211,7 @@ def _number(field: bytes, position: int) -> int:
         if field[0] & 0x80:
             value = -1 if field[0] & 0x40 else int.from_bytes(bytes((field[0] & 0x3F,)) + field[1:], "big")
         else:
-            value = int(field.split(b"\0", 1)[0].strip() or b"0", 8)
+            value = int(field.partition(b"\0")[0].strip() or b"0", 8)
     except ValueError:
         raise TarDamage(position, _BAD_HEADER if position else _NO_TAR) from None
     if value < 0:

@@ -15,6 +15,7 @@ import re
 from array import array
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -41,6 +42,18 @@ class Member(NamedTuple):
     offset: int
     size: int
     header_crc: int
+
+
+class _Views(NamedTuple):
+    key_bytes: bytes
+    key_ends: memoryview
+    sample_starts: memoryview
+    members: memoryview
+
+
+def _view(tensor: Tensor) -> memoryview:
+    """The numbers of a contiguous int64 tensor, which must outlive the view, in its memory."""
+    return memoryview((ctypes.c_int64 * tensor.numel()).from_address(tensor.data_ptr())).cast("B").cast("q")
 
 
 @dataclass(frozen=True)
@@ -76,16 +89,27 @@ class ShardIndex:
 
     def key(self, sample: int) -> str:
         """The key of a sample."""
-        start = int(self.key_ends[sample - 1]) if sample else 0
-        return bytes(self.key_bytes[start : int(self.key_ends[sample])].tolist()).decode()
+        key_ends = self._views.key_ends
+        return self._views.key_bytes[key_ends[sample - 1] if sample else 0 : key_ends[sample]].decode()
 
     def sample(self, sample: int) -> dict[str, list[Member]]:
         """The members of a sample by extension; a list of two is a duplicate that makes it unusable."""
-        first, last = self.sample_starts[sample : sample + 2].tolist()
+        _, _, starts, members = self._views
         found: dict[str, list[Member]] = {}
-        for extension, offset, size, header_crc in self.members[first:last].tolist():
+        for first in range(4 * starts[sample], 4 * starts[sample + 1], 4):
+            extension, offset, size, header_crc = members[first : first + 4]
             found.setdefault(self.extensions[extension], []).append(Member(offset, size, header_crc))
         return found
+
+    @cached_property
+    def _views(self) -> _Views:
+        """The tensors as Python reads them fastest."""
+        return _Views(
+            ctypes.string_at(self.key_bytes.data_ptr(), self.key_bytes.nbytes),
+            _view(self.key_ends),
+            _view(self.sample_starts),
+            _view(self.members),
+        )
 
     def fingerprint(self) -> str:
         """SHA-256 of keys, places, sizes and headers; the same wherever the shard lies."""
@@ -150,6 +174,7 @@ class _Grouping:
         self.ignored: Counter[str] = Counter()
         self._samples: dict[bytes, int] = {}  # key to number, in order of first appearance
         self._extensions: dict[str, int] = {}
+        self._suffixes: dict[bytes, int] = {}  # as written, to the number of the extension
         self._owner = array("q")  # number of each member's sample
         self._rows = array("q")  # four numbers per member, as in ShardIndex.members
 
@@ -159,18 +184,28 @@ class _Grouping:
         if match is None:
             self.ignored["name without extension"] += 1
             return
-        if _META.match(name):
+        if name.startswith(b"__") and _META.match(name):
             self.ignored["webdataset meta member"] += 1
             return
-        if name.startswith(b"/") or b".." in name.split(b"/"):
+        if name.startswith(b"/") or (b".." in name and b".." in name.split(b"/")):
             self.ignored["absolute or '..' name"] += 1
             return
-        key, extension = match.group(1), match.group(2).lower().decode("utf-8", "backslashreplace")
-        if extension.rpartition(".")[2] in _NEVER_READ:
+        key, suffix = match.groups()
+        extension = self._suffixes.get(suffix)
+        if extension is None:
+            extension = self._suffixes[suffix] = self._number_of(suffix)
+        if extension < 0:
             self.ignored["pickle or array member"] += 1
             return
         self._owner.append(self._samples.setdefault(key, len(self._samples)))
-        self._rows.extend((self._extensions.setdefault(extension, len(self._extensions)), offset, size, header_crc))
+        self._rows.extend((extension, offset, size, header_crc))
+
+    def _number_of(self, suffix: bytes) -> int:
+        """The number of the extension that a name ends with; -1 if it is never read."""
+        extension = suffix.lower().decode("utf-8", "backslashreplace")
+        if extension.rpartition(".")[2] in _NEVER_READ:
+            return -1
+        return self._extensions.setdefault(extension, len(self._extensions))
 
     def drop_incomplete(self, damage: TarDamage) -> None:
         """Forget the sample that the damage may have cut.
