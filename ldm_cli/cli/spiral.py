@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
 def _spiral(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Output folder.")] = Path("spiral"),
     seed: Annotated[int, typer.Option("--seed", metavar="K", min=0, help="Same seed, same lesson.")] = 0,
-    steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Training steps.")] = 2000,
+    steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Training steps.")] = 1500,
     guidance: Annotated[
         float, typer.Option("--guidance", metavar="SCALE", min=1.01, max=20, help="Guidance shown beside none.")
     ] = 3.0,

@@ -81,9 +81,9 @@ def plates(lesson: Lesson) -> list[Plate]:
             _walks("ddpm-without-noise", lesson, lesson.backward["quiet"], lesson.backward["quiet"].end, _STOPS[::-1]),
             ("DDPM without its noise: everything collapses", "去掉噪声的 DDPM：全部塌缩"),
             (
-                "The same steps without the added noise overshoot the shrinking cloud: all points fall into the middle "
-                "and stop there or at the inner edge of the spiral, the mean instead of a sample.",
-                "同样的步子，只是不再加噪声：所有点都塌缩到中间，停在那里或螺旋的内缘，得到的是均值，而不是样本。",
+                "The same steps without the noise that belongs to them go too far: all points fall into the middle, "
+                "and as noise fades they creep on together to the inner edge of the spiral.",
+                "同样的步子，却少了本该加回的噪声，就走过了头：所有点都落到中间，随着噪声减弱，又一起挪到螺旋的内缘。",
             ),
         ),
         Plate(

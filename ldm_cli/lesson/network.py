@@ -132,6 +132,7 @@ def _batch(data: Points, schedule: NoiseSchedule, seed: int, step: int) -> tuple
     chance = philox.uniform(philox.key(seed, "spiral batch"), epoch, place, 3).double()
     noise = philox.normal(philox.key(seed, "spiral training noise"), epoch, place, (2,))
     index = (chance[:, 0] * len(data.xy)).long()
-    t = (chance[:, 1] * schedule.num_timesteps).long()
+    # Small t more often: there the field is fine, while at large t it is almost −x, and soon learnt.
+    t = (chance[:, 1].square() * schedule.num_timesteps).long()
     label = torch.where(chance[:, 2] < _CLASS_DROPOUT, NO_CLASS, data.labels[index])
     return data.xy[index], label, noise, t
