@@ -77,7 +77,7 @@ class PerturbationConfig(Config):
     transformer block is left out (skip-layer guidance, as of Stable Diffusion 3.5)."""
     scale: Annotated[float, Field(ge=0)] = 3.0
     """How far; 0 is off."""
-    layers: Annotated[tuple[str, ...], Field(min_length=1)] = ("mid_block",)
+    layers: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = ("mid_block",)
     """Which: beginnings of the names of the U-Net's modules, such as `mid_block` or `down_blocks.1.attentions.0`."""
 
 
@@ -90,6 +90,9 @@ class CLIPGuidanceConfig(Config):
     """Multiplies the gradient of the cosine similarity of image and prompt; 0 is off."""
 
 
+NoiseLevel = Annotated[float, Field(ge=0)]
+
+
 class GuidanceConfig(Config):
     """How the conditional prediction is pushed; a plain number in its place means `scale`."""
 
@@ -99,7 +102,8 @@ class GuidanceConfig(Config):
     rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
     """φ: how far the guided prediction's deviation is brought back to the conditional one's (Lin et al. 2023, eq. 15
     and 16, arXiv:2305.08891)."""
-    interval: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] | None = None
+    # Not strict: where a number may stand for the section, pydantic sees a recipe's lists as lists, not as tuples.
+    interval: Annotated[tuple[NoiseLevel, NoiseLevel], Field(strict=False)] | None = None
     """Noise levels σ = √(1−ᾱ)/√ᾱ, low and high, within which guidance acts (Kynkäänniemi et al. 2024,
     arXiv:2404.07724); outside the conditional model runs alone. null: everywhere."""
     threshold: ThresholdConfig | None = None
