@@ -17,6 +17,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.sample import Draw, Encoding, Sample, SampleDecoder, Wanted
 from ldm_cli.data.shards import ShardReader, ShardSet, index_shards
+from ldm_cli.data.tar_index import Member
 from ldm_cli.errors import DataError, InputNotFoundError, StorageError
 from ldm_cli.reporting import Reporter
 
@@ -38,6 +40,7 @@ MOMENTS, BAD, STATES = "moments.safetensors", "bad.json", "states.safetensors"
 Dtype = Literal["fp32", "fp16", "bf16"]
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Facts = dict[str, Any]
+_KNOWN_BYTES = 256 * 2**20  # text states kept in memory
 _HASH_LENGTH = 16
 _DIGEST_LENGTH = 32
 _REMEDY = "run `ldm precompute` with this recipe"
@@ -173,12 +176,15 @@ class LatentCache:
         self._moments = _open(files, reporter)
         self._text = _open([folder / name for name in manifest.text_files], reporter)
         for path, ours, theirs in zip(files, self._moments.indexes, shards.indexes, strict=True):
-            if not (torch.equal(ours.key_bytes, theirs.key_bytes) and torch.equal(ours.key_ends, theirs.key_ends)):
+            same = torch.equal(ours.key_bytes, theirs.key_bytes) and torch.equal(ours.key_ends, theirs.key_ends)
+            if not same or len(ours.members) != ours.num_samples:
                 raise DataError(
                     f"'{path}' is damaged", "it holds other samples than its shard", "delete it; " + _REMEDY
                 )
         self._digests, self._places = _directory(self._text)
         self._moments_reader, self._text_reader = ShardReader(self._moments), ShardReader(self._text)
+        # A caption comes back in other samples and other epochs; moments only in other epochs: pages of the file do.
+        self._known = lru_cache(maxsize=_KNOWN_BYTES // max(1, self._read_states("").nbytes))(self._read_states)
 
     def decoder(self, config: DataConfig, wanted: Wanted) -> CachedDecoder:
         """In place of the `SampleDecoder` of the shards."""
@@ -191,16 +197,20 @@ class LatentCache:
             BadSampleError: the picture could not be used.
             DataError, StorageError: the cache has changed, is damaged or cannot be read.
         """
-        members = self._moments.indexes[shard].sample(sample)
-        if BAD in members:
-            raise BadSampleError(**json.loads(self._moments_reader.read(shard, members[BAD][0])))
-        path = self._moments.paths[shard]
-        tensors = _tensors(path, self._moments_reader.read(shard, members[MOMENTS][0]))
+        index = self._moments.indexes[shard]
+        extension, *place = index.members[sample].tolist()  # a sample is one member
+        data = self._moments_reader.read(shard, Member(*place))
+        if index.extensions[extension] == BAD:
+            raise BadSampleError(**json.loads(data))
+        tensors = _tensors(self._moments.paths[shard], data)
         suffix = "_mirrored" if mirrored else ""
         return tensors["mean" + suffix], tensors["logvar" + suffix]
 
     def states(self, caption: str) -> Tensor:
-        """The text tower's last hidden states of a caption, [L, D]; errors as in `moments`."""
+        """The text tower's last hidden states of a caption, [L, D], not to be written to; errors as in `moments`."""
+        return self._known(caption)
+
+    def _read_states(self, caption: str) -> Tensor:
         key = caption_digest(caption)
         row = int(torch.searchsorted(self._digests, _number(key)))
         if row < len(self._digests):
