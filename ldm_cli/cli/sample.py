@@ -11,12 +11,13 @@ import typer
 from ldm_cli.cli import options as given
 from ldm_cli.cli.report import make_reporter
 from ldm_cli.cli.show import show_plan, show_result
-from ldm_cli.errors import InputNotFoundError, RecipeError, UsageError
+from ldm_cli.errors import RecipeError, UsageError
 from ldm_cli.reporting import Reporter
 
 if TYPE_CHECKING:
     from ldm_cli.recipe.load import LoadedRecipe
     from ldm_cli.recipe.schema import SampleRecipe
+    from ldm_cli.sampling.job import PromptEntry
 
 Arguments = Annotated[
     list[str] | None,
@@ -27,6 +28,8 @@ Arguments = Annotated[
     ),
 ]
 _QUIET: dict[str, Any] = {"show_default": False}
+_EDITING: dict[str, Any] = {**_QUIET, "rich_help_panel": "Working on a picture"}
+_SHOWING: dict[str, Any] = {**_QUIET, "rich_help_panel": "How results are shown"}
 
 
 def register(app: typer.Typer) -> None:
@@ -44,7 +47,7 @@ def _sample(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option("--prompts", metavar="FILE", help="A file with a prompt per line.", **_QUIET),
+        typer.Option("--prompts", metavar="FILE", help="A file of prompts: .txt, .jsonl or .csv.", **_QUIET),
     ] = None,
     negative: Annotated[str | None, typer.Option("--negative", metavar="TEXT", help="What to avoid.")] = None,
     number: Annotated[int | None, typer.Option("-n", metavar="N", help="Images per prompt.", **_QUIET)] = None,
@@ -53,7 +56,7 @@ def _sample(
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="Denoising steps.", **_QUIET)] = None,
     sampler: Annotated[
-        str | None, typer.Option("--sampler", metavar="NAME", help="ddpm, ddim, euler or dpmpp_2m.", **_QUIET)
+        str | None, typer.Option("--sampler", metavar="NAME", help="ddim, euler, dpmpp_2m, unipc, …", **_QUIET)
     ] = None,
     guidance: Annotated[
         float | None,
@@ -74,6 +77,52 @@ def _sample(
     precision: Annotated[
         str | None, typer.Option("--precision", metavar="P", help="fp32, bf16 or fp16.", **_QUIET)
     ] = None,
+    init: Annotated[str | None, typer.Option("--init", metavar="IMAGE", help="Picture to work on.", **_EDITING)] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option("--strength", metavar="S", help="0 keeps the picture, 1 forgets what is drawn anew.", **_EDITING),
+    ] = None,
+    mask: Annotated[
+        str | None, typer.Option("--mask", metavar="IMAGE", help="White is drawn anew, black stays.", **_EDITING)
+    ] = None,
+    extend: Annotated[
+        str | None,
+        typer.Option("--extend", metavar="L,T,R,B", help="Pixels to draw beyond each edge; or one number.", **_EDITING),
+    ] = None,
+    style: Annotated[
+        str | None, typer.Option("--style", metavar="IMAGE", help="Picture that lends its style.", **_EDITING)
+    ] = None,
+    variation: Annotated[
+        float | None,
+        typer.Option("--variation", metavar="V", help="0 to 1: images stay this close to the first.", **_EDITING),
+    ] = None,
+    tile: Annotated[
+        int | None, typer.Option("--tile", metavar="PX", help="Draw larger pictures in windows of PX.", **_EDITING)
+    ] = None,
+    interpolate: Annotated[
+        int | None, typer.Option("--interpolate", metavar="N", help="N pictures from prompt to prompt.", **_SHOWING)
+    ] = None,
+    xy: Annotated[
+        list[str] | None,
+        typer.Option("--xy", metavar="FIELD=A,B,…", help="Grid over a field; twice for two.", **_SHOWING),
+    ] = None,
+    preview_every: Annotated[
+        int | None, typer.Option("--preview-every", metavar="N", help="Look at every N-th step.", **_SHOWING)
+    ] = None,
+    image_format: Annotated[
+        str | None, typer.Option("--format", metavar="F", help="png, jpg or webp.", **_SHOWING)
+    ] = None,
+    metadata: Annotated[
+        bool | None,
+        typer.Option("--metadata/--no-metadata", help="Whether pictures say how they were drawn.", **_SHOWING),
+    ] = None,
+    wildcards: Annotated[
+        str | None, typer.Option("--wildcards", metavar="DIR", help="Word lists for __name__ in prompts.", **_QUIET)
+    ] = None,
+    repeat: Annotated[
+        Path | None,
+        typer.Option("--repeat", metavar="IMAGE", help="Draw a picture again; options change it.", **_QUIET),
+    ] = None,
     out: given.Out = None,
     device: given.Device = "auto",
     overwrite: given.Overwrite = False,
@@ -81,9 +130,9 @@ def _sample(
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:
-    """Draw pictures from prompts with a pipeline folder, ours or one of diffusers."""
+    """Draw pictures from prompts, and from other pictures, with a pipeline folder, ours or one of diffusers."""
     recipe, changes = _split(arguments or [])
-    pixels = given.size(size)
+    pixels, edges = given.size(size), _edges(extend)
     fields = (
         ("--model", "model", None if model is None else str(model)),
         ("--negative", "sampling.negative", None if negative is None else _clean(negative)),
@@ -97,12 +146,28 @@ def _sample(
         ("--size", "sampling.height", pixels and pixels[1]),
         ("--batch-size", "sampling.batch_size", batch_size),
         ("--precision", "sampling.precision", precision),
+        ("--init", "edit.image", init),
+        ("--strength", "edit.strength", strength),
+        ("--mask", "edit.mask", mask),
+        ("--extend", "edit.extend", edges),
+        ("--style", "edit.style", style),
+        ("--variation", "variation", variation),
+        ("--tile", "tile", tile),
+        ("--interpolate", "interpolate", interpolate),
+        ("--xy", "xy", xy or None),
+        ("--preview-every", "preview_every", preview_every),
+        ("--format", "format", image_format),
+        ("--metadata", "metadata", metadata),
+        ("--wildcards", "wildcards", wildcards),
     )
-    if recipe is None and model is None and not any(change.startswith("model=") for change in changes):
+    options_given = [field for field in fields if field[2] is not None]
+    record = None if repeat is None else _record(repeat, recipe)
+    has_model = recipe is not None or record is not None or any(key == "model" for _, key, _ in options_given)
+    if not has_model and not any(change.startswith("model=") for change in changes):
         raise UsageError("no model given", remedy="add --model DIR, or a recipe")
-    loaded = _load(recipe, changes, [field for field in fields if field[2] is not None])
+    loaded = _load(recipe, changes, options_given, record)
     reporter = make_reporter()
-    loaded = _with_prompts(loaded, _read_prompts(prompts, reporter) + [_clean(text) for text in prompt or ()])
+    loaded = _with_prompts(loaded, _read_prompts(prompts, reporter) + [_clean(text) for text in prompt or ()], record)
     from ldm_cli.stages.options import RunOptions
 
     options = RunOptions(out, device, recipe_text=loaded.text, overrides=changes, overwrite=overwrite)
@@ -111,7 +176,11 @@ def _sample(
         return
     from ldm_cli.stages import sample
 
-    show_result(sample.run(cast("SampleRecipe", loaded.recipe), options, reporter, latents_file=latents), json)
+    noise = None if latents is None else sample.Latents(latents)
+    if record is not None and noise is None and "latents" in record.get("sources", {}):
+        noise = sample.Latents(Path(record["sources"]["latents"]), record.get("latents_row"))
+    result = sample.run(cast("SampleRecipe", loaded.recipe), options, reporter, noise, record)
+    show_result(result, json)
 
 
 def _split(arguments: list[str]) -> tuple[str | None, tuple[str, ...]]:
@@ -121,22 +190,47 @@ def _split(arguments: list[str]) -> tuple[str | None, tuple[str, ...]]:
     return None, given.check_overrides(arguments)
 
 
-def _load(recipe: str | None, changes: tuple[str, ...], fields: list[tuple[str, str, Any]]) -> LoadedRecipe:
+def _edges(text: str | None) -> list[int] | None:
+    """`--extend 32` or `--extend 0,0,32,0` as pixels beyond the left, top, right and bottom edge."""
+    if text is None:
+        return None
+    parts = text.split(",")
+    if len(parts) not in (1, 4) or not all(part.strip().isdecimal() for part in parts):
+        raise UsageError(f"--extend '{text}' is not understood", remedy="write LEFT,TOP,RIGHT,BOTTOM or one number")
+    return [int(part) for part in parts] * (4 // len(parts))
+
+
+def _record(picture: Path, recipe: str | None) -> dict[str, Any]:
+    """How the picture of `--repeat` was drawn."""
+    if recipe is not None:
+        raise UsageError(f"--repeat and the recipe '{recipe}'", "a picture brings its own", "leave one of them out")
+    from ldm_cli.formats.png_metadata import read_record
+
+    return read_record(picture)
+
+
+def _load(
+    recipe: str | None, changes: tuple[str, ...], fields: list[tuple[str, str, Any]], record: dict[str, Any] | None
+) -> LoadedRecipe:
     """The recipe with options applied; if only options are wrong, it is the command line that is wrong."""
     from ldm_cli.recipe.load import load_recipe
+    from ldm_cli.sampling.record import recipe_of
 
+    base = None if record is None else recipe_of(record)
     try:
-        return load_recipe(recipe, changes, expected_command="sample", options=fields)
+        return load_recipe(recipe, changes, expected_command="sample", options=fields, base=base)
     except RecipeError as error:
         if error.problems and all(problem.startswith("option ") for problem in error.problems):
             raise UsageError("; ".join(error.problems), remedy="see ldm sample --help") from None
         raise
 
 
-def _with_prompts(loaded: LoadedRecipe, prompts: list[str]) -> LoadedRecipe:
-    """The recipe's own prompts, then `prompts`."""
+def _with_prompts(
+    loaded: LoadedRecipe, prompts: list[str | PromptEntry], record: dict[str, Any] | None
+) -> LoadedRecipe:
+    """The recipe's own prompts, then `prompts`; instead of the prompt of a picture that is repeated."""
     recipe = cast("SampleRecipe", loaded.recipe)
-    together = (*recipe.prompts, *prompts)
+    together = (*recipe.prompts, *prompts) if record is None or not prompts else tuple(prompts)
     if not together:
         raise UsageError("no prompt given", remedy="add -p TEXT, --prompts FILE, or prompts to the recipe")
     return dataclasses.replace(loaded, recipe=recipe.model_copy(update={"prompts": together}))
@@ -147,23 +241,10 @@ def _clean(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _read_prompts(path: Path | None, reporter: Reporter) -> list[str]:
-    """The lines of a prompts file that are not blank.
-
-    Raises:
-        InputNotFoundError: the file cannot be read.
-    """
+def _read_prompts(path: Path | None, reporter: Reporter) -> list[str | PromptEntry]:
+    """The prompts of a file."""
     if path is None:
         return []
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise InputNotFoundError(f"cannot read prompts '{path}'", (error.strerror or "").lower()) from None
-    prompts = []
-    for number, raw in enumerate(lines, start=1):
-        text = raw.decode("utf-8-sig" if number == 1 else "utf-8", "replace").strip()
-        if "\N{REPLACEMENT CHARACTER}" in text:
-            reporter.warn(f"'{path}' line {number} is not UTF-8: what cannot be read becomes U+FFFD")
-        if text:
-            prompts.append(text)
-    return prompts
+    from ldm_cli.sampling.prompt_files import read_prompt_file
+
+    return list(read_prompt_file(path, reporter.warn))

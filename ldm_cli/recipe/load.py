@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -43,6 +43,7 @@ def load_recipe(
     overrides: Sequence[str] = (),
     expected_command: str | None = None,
     options: Sequence[tuple[str, str, Any]] = (),
+    base: Mapping[str, Any] | None = None,
 ) -> LoadedRecipe:
     """Read, change and validate a recipe; nothing is created, nothing but the recipe is opened.
 
@@ -51,13 +52,14 @@ def load_recipe(
         overrides: `key=value` arguments, applied in order.
         expected_command: the command being run; the recipe must be for it.
         options: options that stand for fields, applied last: `("--steps", "sampling.steps", 20)`.
+        base: what a recipe without a file begins with, as plain data.
 
     Raises:
         InputNotFoundError: there is no such recipe, or it cannot be read.
         RecipeError: with every problem as one line `file:line:col: path: …` in `problems`.
     """
     path = None if name is None else find_recipe(str(name))
-    text, draft = _read(path, expected_command)
+    text, draft = _read(path, expected_command, base or {})
     _apply(draft, overrides, options)
     shown = str(path) if path else "the command line"
     if draft.problems:
@@ -93,9 +95,9 @@ def _validated(model: type[Section], draft: Draft, shown: str) -> Section:
         raise _invalid(shown, _located(error, model, draft)) from None
 
 
-def _read(path: Path | None, command: str | None) -> tuple[str, Draft]:
+def _read(path: Path | None, command: str | None, base: Mapping[str, Any]) -> tuple[str, Draft]:
     if path is None:
-        return "", Draft({"command": command}, values={(): "the command line"})
+        return "", Draft({"command": command, **base}, values={(): "the command line"})
     try:
         raw = path.read_bytes()
     except OSError as error:

@@ -17,6 +17,8 @@ from ldm_cli.data.config import DataConfig
 from ldm_cli.data.tokenizer import TokenizerConfig
 from ldm_cli.evaluation.config import EvalConfig
 from ldm_cli.sampling.config import SamplingConfig
+from ldm_cli.sampling.edit_config import EditConfig
+from ldm_cli.sampling.job import PromptEntry
 from ldm_cli.training.config import TrainConfig
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
@@ -125,12 +127,32 @@ class SampleRecipe(Config):
     """Which command this recipe is for."""
     model: str
     """Pipeline folder, a run folder, or a checkpoint of `train-unet`."""
-    prompts: tuple[str, ...] = ()
-    """Prompts, one entry each; `--prompts FILE` and `-p` come on top."""
+    prompts: tuple[str | PromptEntry, ...] = ()
+    """Prompts, one entry each, as text or with settings of its own; `--prompts FILE` and `-p` come on top."""
+    weighted_words: bool = True
+    """Whether `(word:1.3)` in a prompt is a weight, or text like all else."""
+    wildcards: str | None = None
+    """Folder of word lists: `__color__` in a prompt becomes a line of `color.txt`, by the seed; null: it is text."""
     out: str | None = None
     """Folder for the pictures; null: `samples/PROMPT-HASH`, a folder of its own for every job."""
     sampling: SamplingConfig = SamplingConfig()
     """Sampler, steps, guidance, size."""
+    edit: EditConfig = EditConfig()
+    """A picture to work on."""
+    variation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Above 0, all images of a prompt resemble the first: this is how far each leans towards its own seed."""
+    interpolate: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """Pictures from each prompt to the next, as a strip and an animation; 0: none."""
+    xy: Annotated[tuple[str, ...], Field(max_length=2)] = ()
+    """One or two of `field=a,b,c`: a labelled grid with a picture for each value, or pair of values."""
+    tile: Annotated[int, Field(ge=16)] | None = None
+    """Side in pixels of the windows in which larger pictures are drawn, decoded and encoded; null: all at once."""
+    format: Literal["png", "jpg", "webp"] = "png"
+    """Of the pictures; only PNG keeps every pixel as it was drawn."""
+    metadata: bool = True
+    """Whether pictures say how they were drawn: for web UIs, and for `ldm sample --repeat`."""
+    preview_every: Annotated[int, Field(ge=0)] = 0
+    """Steps after which `preview.png` shows what is being drawn; 0: never."""
 
 
 class EvalSection(EvalConfig):

@@ -7,51 +7,70 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from ldm_cli import __version__
 from ldm_cli.errors import OutputError
 from ldm_cli.formats.json_file import write_json
-from ldm_cli.sampling.images import image_grid, read_png, save_png, slug, text_chunks
-from ldm_cli.sampling.pipeline import GeneratedImage, ImageRequest
+from ldm_cli.sampling.images import save_image, slug
+from ldm_cli.sampling.record import VERSIONS, full_record, texts_of
+from ldm_cli.storage import TEMPORARY_PREFIX, storage_errors
 
 RECORD = "images.json"
 GRID = "grid.png"
-_MOST_IN_GRID = 100
+PREVIEW = "preview.png"
+_LEAST_DIGITS = 5
 
 
 class JobFolder:
     """Where the pictures of a job go: one job to a folder; the same one completes it, another is refused.
 
-    images.json is written first. It holds `job` (everything that decides what the pictures show; jobs are
-    the same when it is, with the same `images`), `images` (file, prompt and seed of each) and `written_by`
-    (versions and paths, for information).
+    images.json is written first. It holds `job` (what decides all the pictures; jobs are the same when it is, with the
+    same `images`), `images` (file, prompt, seed and what else differs), `sources` (paths) and `versions`.
     """
 
-    def __init__(self, path: Path, job: Mapping[str, Any], requests: Sequence[ImageRequest]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        job: Mapping[str, Any],
+        images: Sequence[Mapping[str, Any]],
+        sources: Mapping[str, str],
+        suffix: str = ".png",
+        metadata: bool = True,
+    ) -> None:
         """Plan a job.
 
         Args:
             path: the folder.
-            job: JSON data.
-            requests: the pictures, in order.
+            job: JSON data: what all pictures share.
+            images: JSON data: `prompt`, `seed` and what differs, of each picture in order.
+            sources: where models and pictures came from; changes nothing.
+            suffix: of the files, which decides their format.
+            metadata: whether pictures say how they were drawn.
         """
-        self.path, self.job = path, dict(job)
+        self.path, self.job, self.sources = path, {**job, "format": suffix[1:], "metadata": metadata}, dict(sources)
+        digits = max(_LEAST_DIGITS, len(str(len(images) - 1)))
         self.images = [
-            {
-                "file": f"{i:05d}-{slug(request.prompt)}-{request.seed}.png",
-                "prompt": request.prompt,
-                "seed": request.seed,
-            }
-            for i, request in enumerate(requests)
+            {"file": f"{i:0{digits}d}-{slug(image['prompt'])}-{image['seed']}{suffix}", **image}
+            for i, image in enumerate(images)
         ]
+        self._record, self._has_metadata = dict(job), metadata
 
-    def claim(self, overwrite: bool, written_by: Mapping[str, Any]) -> list[int]:
+    def make(self) -> None:
+        """Create the folder where it is missing.
+
+        Raises:
+            OutputError, StorageError: it cannot be made.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputError(f"'{self.path}' is not a folder", remedy="choose another --out")
+        with storage_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    def claim(self, overwrite: bool) -> list[int]:
         """Take the folder for this job; returns the indices of the pictures that are still to be drawn.
 
         Args:
             overwrite: delete what another job left here, and draw everything again.
-            written_by: further entries of `written_by`.
 
         Raises:
             OutputError: the folder holds another job, or files of these names, or cannot be written.
@@ -72,40 +91,34 @@ class JobFolder:
             self._delete(present)
         elif overwrite:
             self._delete([name for name in [*files, GRID] if (self.path / name).exists()])
-        versions = {"ldm": __version__, "torch": torch.__version__}
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot create '{self.path}'", error.strerror or str(error)) from error
-        write_json(
-            self.path / RECORD,
-            {"job": self.job, "images": self.images, "written_by": {**versions, **written_by}},
-        )
-        return [i for i, name in enumerate(files) if not (self.path / name).is_file()]
+        self._delete([path.name for path in self.path.glob(f"{TEMPORARY_PREFIX}*") if path.is_file()])
+        content = {"job": self.job, "images": self.images, "sources": self.sources, "versions": VERSIONS}
+        write_json(self.path / RECORD, content)
+        return self.missing()
 
-    def add(self, image: GeneratedImage, index: int) -> None:
-        """Write one picture, its text chunks included.
+    def missing(self) -> list[int]:
+        """Indices of the pictures that are not there."""
+        return [i for i, image in enumerate(self.images) if not self.file(i).is_file()]
+
+    def file(self, index: int) -> Path:
+        """Where a picture of the job is, or will be."""
+        return self.path / str(self.images[index]["file"])
+
+    def add(self, pixels: Tensor, index: int) -> None:
+        """Write one picture, with what it says of itself.
 
         Args:
-            image: the picture.
+            pixels: uint8 [3, H, W].
             index: its place in the job.
 
         Raises:
-            StorageError: writing failed.
+            OutputError, StorageError: writing failed.
         """
-        entry = self.images[index]
-        size = (image.pixels.shape[2], image.pixels.shape[1])
-        save_png(self.path / str(entry["file"]), image.pixels, text_chunks(entry, self.job, size))
-
-    def write_grid(self, columns: int) -> Path:
-        """grid.png of the job's first hundred pictures; returns its path.
-
-        Raises:
-            StorageError: writing failed.
-        """
-        files = [self.path / str(image["file"]) for image in self.images[:_MOST_IN_GRID]]
-        save_png(self.path / GRID, image_grid([read_png(file) for file in files], columns))
-        return self.path / GRID
+        texts = None
+        if self._has_metadata:
+            record = full_record(self._record, self.images[index], self.sources)
+            texts = texts_of(record, (pixels.shape[1], pixels.shape[2]))
+        save_image(self.file(index), pixels, texts)
 
     def _read_record(self) -> dict[str, Any] | None:
         """images.json, None where there is none; an unreadable one is of another job."""
@@ -113,9 +126,7 @@ class JobFolder:
             content = json.loads((self.path / RECORD).read_bytes())
         except FileNotFoundError:
             return None
-        except NotADirectoryError as error:
-            raise OutputError(f"'{self.path}' is not a folder", remedy="choose another --out") from error
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return content if isinstance(content, dict) else {}
 
@@ -124,14 +135,14 @@ class JobFolder:
         job = (before or {}).get("job")
         if not isinstance(job, dict):
             return "no images.json of ours is there"
-        names = [name for name in self.job if job.get(name) != self.job[name]]
-        if names == ["sampling"] and isinstance(job["sampling"], dict):
-            names = [f"sampling.{n}" for n, v in self.job["sampling"].items() if job["sampling"].get(n) != v]
+        names = [name for name in {**self.job, **job} if job.get(name) != self.job.get(name)]
+        for section in ("sampling", "edit"):
+            ours, theirs = self.job.get(section), job.get(section)
+            if names == [section] and isinstance(ours, dict) and isinstance(theirs, dict):
+                names = [f"{section}.{n}" for n, v in ours.items() if theirs.get(n) != v]
         return f"it differs in {', '.join(names) or 'its prompts or seeds'}"
 
     def _delete(self, names: Sequence[str]) -> None:
-        try:
+        with storage_errors(self.path):
             for name in names:
                 (self.path / name).unlink()
-        except OSError as error:
-            raise OutputError(f"cannot replace files in '{self.path}'", error.strerror or str(error)) from error

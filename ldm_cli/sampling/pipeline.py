@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,9 +11,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from ldm_cli import philox
 from ldm_cli.core.diffusion.config import DiffusionConfig
-from ldm_cli.core.diffusion.guidance import guided
+from ldm_cli.core.diffusion.guidance import Network, guided
 from ldm_cli.core.diffusion.level import Level
 from ldm_cli.core.diffusion.schedule import NoiseSchedule
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
@@ -25,41 +24,20 @@ from ldm_cli.errors import CheckpointError, UsageError
 from ldm_cli.formats import pipeline_folder as layout
 from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, save_model, weights_sha256
 from ldm_cli.formats.pipeline_folder import SchedulerSettings
-from ldm_cli.reporting import Progress, Reporter, SilentReporter
+from ldm_cli.reporting import Reporter, SilentReporter
+from ldm_cli.sampling.canvas import GREY, Canvas, LatentCanvas, adain, latent_mask
 from ldm_cli.sampling.components import load_autoencoder, load_text_encoder, load_unet, resolve_model
 from ldm_cli.sampling.config import SamplingConfig
-from ldm_cli.sampling.denoising import denoise
+from ldm_cli.sampling.denoising import Start, denoise
+from ldm_cli.sampling.extras import PLAIN, Extras, Look
 from ldm_cli.sampling.fixed_rows import filled, images_per_call, latents_per_call
+from ldm_cli.sampling.network import in_windows, keep_known_region, with_inpainting_channels
+from ldm_cli.sampling.noise import initial_noise, step_noise
+from ldm_cli.sampling.request import GeneratedImage, ImageRequest
+from ldm_cli.sampling.text_states import TextStates
+from ldm_cli.sampling.tiling import in_parts
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class ImageRequest:
-    """One picture to draw: it depends on these two and the sampling configuration, on nothing else."""
-
-    prompt: str
-    seed: int
-
-
-@dataclass(frozen=True)
-class GeneratedImage:
-    """A picture.
-
-    Attributes:
-        index: which of the requests it answers.
-        request: that request.
-        pixels: uint8 [3, H, W], on the CPU.
-    """
-
-    index: int
-    request: ImageRequest
-    pixels: Tensor
-
-
-def requests_for(prompts: Sequence[str], config: SamplingConfig) -> list[ImageRequest]:
-    """`images_per_prompt` requests for each prompt in turn; image i of a prompt has the seed `seed + i`."""
-    return [ImageRequest(p, config.seed + i) for p in prompts for i in range(config.images_per_prompt)]
 
 
 @dataclass
@@ -213,6 +191,7 @@ class Pipeline:
         config: SamplingConfig,
         latents: Tensor | None = None,
         reporter: Reporter | None = None,
+        extras: Extras = PLAIN,
     ) -> Iterator[GeneratedImage]:
         """Draw pictures, in the order of the requests.
 
@@ -224,6 +203,7 @@ class Pipeline:
             config: how.
             latents: initial noise, standard normal [N, C, h, w], one per request; None: drawn from the seeds.
             reporter: hears of progress and of prompts that are cut.
+            extras: what beside: a picture to work on, windows, weighted words, looks on the way.
 
         Raises:
             UsageError: a size or a number of steps that the model cannot do.
@@ -233,47 +213,61 @@ class Pipeline:
         shape = self.latent_shape(config)
         if latents is not None and latents.shape != (len(requests), *shape):
             raise ValueError(f"latents of shape {tuple(latents.shape)}, expected {(len(requests), *shape)}")
-        contexts = self.encode_prompts([*(r.prompt for r in requests), config.negative], reporter)
-        size = self._images_per_call(config, shape)
+        self._check_task(extras)
+        canvas = None if extras.canvas is None else self.prepare(extras.canvas, extras.window)
+        texts = [*(r.prompt for r in requests), *(r.blend.prompt for r in requests if r.blend), config.negative]
+        contexts = self.text_states(extras.weighted).encode(texts, reporter)
+        size = self._images_per_call(config, shape, extras.window)
         with reporter.progress("sampling", len(requests), unit="image") as progress:
             for start in range(0, len(requests), size):
                 group = list(requests[start : start + size])
                 count = len(group)
                 group += [group[-1]] * (size - count)
-                noise = None if latents is None else filled(latents[start : start + count], size)
-                on_step = partial(_report_step, progress, start)
-                x0 = self._draw(group, config, contexts, noise, on_step)
-                for offset, pixels in enumerate(self.decode(x0[:count])):
-                    yield GeneratedImage(start + offset, group[offset], pixels)
+                noise = initial_noise(group, shape) if latents is None else filled(latents[start : start + count], size)
+                look = Look(progress, start, config.steps, extras, partial(self._preview, count, extras))
+                x0 = self._draw(group, config, contexts, noise, canvas, extras, look)
+                for offset, pixels in enumerate(self.decode(x0[:count], extras.window)):
+                    shown = pixels if extras.canvas is None else extras.canvas.pasted(pixels)
+                    yield GeneratedImage(start + offset, group[offset], shown)
                 progress.update(start + count)
 
-    @torch.inference_mode()
-    def encode_prompts(self, prompts: Sequence[str], reporter: Reporter | None = None) -> dict[str, Tensor]:
-        """Text states [1, L, D] of every prompt; one that is too long is cut, and reported."""
-        contexts = {}
-        for prompt in dict.fromkeys(prompts):
-            tokens = self.tokenizer.encode([prompt], self.context_length)
-            for _, rest in tokens.truncated:
-                if reporter is not None:
-                    limit = self.context_length - 2
-                    reporter.warn(f"prompt {prompt[:40]!r}… has more than {limit} tokens; this was cut: {rest!r}")
-            # One by one: a prompt's states must not depend on the others (see fixed_rows).
-            contexts[prompt] = self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state
-        return contexts
+    def text_states(self, weighted: bool = False) -> TextStates:
+        """What encodes prompts, with or without weighted words."""
+        return TextStates(self.text_encoder, self.tokenizer, self.context_length, weighted)
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [N, C, h, w] → pictures, uint8 [N, 3, H, W] on the CPU."""
-        weight = next(self.vae.parameters())
-        pixels = latents.shape[-2] * latents.shape[-1] * self.vae.downscale_factor**2
-        size = images_per_call(pixels)
+    def decode(self, latents: Tensor, window: int | None = None) -> Tensor:
+        """Latents [N, C, h, w] → pictures, uint8 [N, 3, H, W] on the CPU; in windows of so many latents, if given."""
+        weight, factor = next(self.vae.parameters()), self.vae.downscale_factor
+        height, width = (s if window is None else min(s, window) for s in latents.shape[-2:])
+        size = images_per_call(height * width * factor**2)
         images = []
         for start in range(0, len(latents), size):
             part = latents[start : start + size]
             z = self.vae.from_latents(filled(part, size).to(weight.device)).to(weight.dtype)
-            image = (self.vae.decode(z)[: len(part)].float() / 2 + 0.5).clamp(0, 1)
+            image = in_parts(self.vae.decode, z, window, 1, factor)
+            image = (image[: len(part)].float() / 2 + 0.5).clamp(0, 1)
             images.append((image * 255).round().to(torch.uint8).cpu())
         return torch.cat(images)
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor, window: int | None = None) -> Tensor:
+        """A picture uint8 [3, H, W] → the mean of its latents, float32 [1, C, h, w]; in windows as `decode`."""
+        weight = next(self.vae.parameters())
+        image = (pixels[None].to(weight.device).float() / 127.5 - 1.0).to(weight.dtype)
+        mean = in_parts(lambda x: self.vae.encode(x).mode(), image, window, self.vae.downscale_factor, 1)
+        return self.vae.to_latents(mean.float())
+
+    def prepare(self, canvas: Canvas, window: int | None = None) -> LatentCanvas:
+        """A canvas in latents, in its style."""
+        latents = self.encode(canvas.pixels, window)
+        if canvas.style is not None:
+            latents = adain(latents, self.encode(canvas.style, window), canvas.style_strength)
+        mask = masked = None
+        if canvas.mask is not None:
+            mask = latent_mask(canvas.mask, self.vae.downscale_factor).to(latents)
+            masked = self.encode(torch.where(canvas.mask, torch.full_like(canvas.pixels, GREY), canvas.pixels), window)
+        return LatentCanvas(latents, mask, masked, canvas.strength)
 
     @torch.inference_mode()
     def _draw(
@@ -281,47 +275,72 @@ class Pipeline:
         group: Sequence[ImageRequest],
         config: SamplingConfig,
         contexts: dict[str, Tensor],
-        noise: Tensor | None,
-        on_step: Callable[[str], None],
+        noise: Tensor,
+        canvas: LatentCanvas | None,
+        extras: Extras,
+        look: Look,
     ) -> Tensor:
         """Latents float32 [N, C, h, w] of one group of requests."""
-        shape, device = self.latent_shape(config), self.device
-        dtype = next(self.unet.parameters()).dtype
-        step = 0
-
-        def network(x: Tensor, level: Level, context: Tensor) -> Tensor:
-            nonlocal step
-            step += 1
-            on_step(f"{step}/{config.steps}")
-            # Timesteps stay float32: half precision cannot tell 998 from 999.
-            timesteps = torch.full((len(x),), level.t, device=device)
-            prediction: Tensor = self.unet(x.to(dtype), timesteps, context)
-            return prediction.float()
-
-        conditional = torch.cat([contexts[r.prompt] for r in group])
+        device, noise = self.device, noise.to(device=self.device, dtype=torch.float32)
+        conditional = torch.cat([_context(r, contexts) for r in group])
         unconditional = contexts[config.negative].expand_as(conditional)
-        model = guided(network, conditional, unconditional, config.guidance, self.schedule.prediction_type)
-        if noise is None:
-            noise = _noise(group, "sampling: initial noise", 0, shape)
-        return denoise(
+        network = self._network(canvas, extras)
+        kind = self.schedule.prediction_type
+        model = look.at(guided(network, conditional, unconditional, config.guidance, kind))
+        blends = canvas is not None and canvas.mask is not None and not self.takes_mask
+        if canvas is not None and blends:
+            model = keep_known_region(model, canvas, noise)
+        x0 = denoise(
             model,
-            noise.to(device=device, dtype=torch.float32),
+            noise,
             self.schedule,
             self.settings,
             config,
-            lambda i: _noise(group, "sampling: step noise", i, shape).to(device),
+            lambda i: step_noise(group, i, tuple(noise.shape[1:])).to(device),
+            None if canvas is None else Start(canvas.latents.expand_as(noise), canvas.strength),
         )
+        if canvas is not None and canvas.mask is not None and blends:
+            x0 = torch.where(canvas.mask > 0, x0, canvas.latents)
+        return x0
 
-    def _images_per_call(self, config: SamplingConfig, latent_shape: tuple[int, int, int]) -> int:
+    def _network(self, canvas: LatentCanvas | None, extras: Extras) -> Network:
+        """The U-Net, in windows, shown the mask if it takes one."""
+        dtype = next(self.unet.parameters()).dtype
+
+        def network(x: Tensor, level: Level, context: Tensor) -> Tensor:
+            # Timesteps stay float32: half precision cannot tell 998 from 999.
+            timesteps = torch.full((len(x),), level.t, device=x.device)
+            prediction: Tensor = self.unet(x.to(dtype), timesteps, context)
+            return prediction.float()
+
+        shown: Network = network if extras.window is None else in_windows(network, extras.window)
+        return with_inpainting_channels(shown, canvas) if canvas is not None and self.takes_mask else shown
+
+    @property
+    def takes_mask(self) -> bool:
+        """Whether the U-Net is one for inpainting, which takes a mask and the masked latents as further channels."""
+        return self.unet.config.in_channels == 2 * self.vae.config.latent_channels + 1
+
+    def _preview(self, count: int, extras: Extras, x0: Tensor) -> None:
+        if extras.on_preview is not None:
+            extras.on_preview(self.decode(x0[:count], extras.window))
+
+    def _check_task(self, extras: Extras) -> None:
+        """Raise a UsageError where an inpainting model has no mask to fill."""
+        if self.takes_mask and (extras.canvas is None or extras.canvas.mask is None):
+            raise UsageError("this model fills masks", "no mask is given", "add --init and --mask, or --extend")
+
+    def _images_per_call(self, config: SamplingConfig, latent_shape: tuple[int, int, int], window: int | None) -> int:
         if self.device.type != "cpu":
             return config.batch_size
-        return latents_per_call(*latent_shape[1:])
+        return latents_per_call(*(size if window is None else min(size, window) for size in latent_shape[1:]))
 
     def _check_fit(self) -> None:
         """Raise a CheckpointError where the components do not belong together."""
         vae, unet, text = self.vae.config, self.unet.config, self.text_encoder.config
+        latent_inputs = vae.latent_channels if self.takes_mask else unet.in_channels
         pairs = [
-            ("unet.in_channels", unet.in_channels, "vae.latent_channels", vae.latent_channels),
+            ("unet.in_channels", latent_inputs, "vae.latent_channels", vae.latent_channels),
             ("unet.out_channels", unet.out_channels, "vae.latent_channels", vae.latent_channels),
         ]
         widths = unet.cross_attention_dim
@@ -336,11 +355,7 @@ class Pipeline:
             raise CheckpointError(f"the parts of '{self.folder}' do not fit", cause)
 
 
-def _report_step(progress: Progress, done: int, step: str) -> None:
-    progress.update(done, {"step": step})
-
-
-def _noise(group: Sequence[ImageRequest], purpose: str, step: int, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal [N, *shape]: a function of each request's seed and the step alone."""
-    zero, position = torch.zeros(1, dtype=torch.int64), torch.tensor([step])
-    return torch.cat([philox.normal(philox.key(r.seed, purpose), zero, position, shape) for r in group])
+def _context(request: ImageRequest, contexts: dict[str, Tensor]) -> Tensor:
+    """The text states of a request [1, L, D], on the line between its two prompts if it has two."""
+    context, blend = contexts[request.prompt], request.blend
+    return context if blend is None else torch.lerp(context, contexts[blend.prompt], blend.weight)

@@ -23,7 +23,8 @@ from ldm_cli.formats.model_folder import load_model, weights_sha256
 from ldm_cli.recipe.schema import EvalRecipe, EvalSection
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.components import resolve_model
-from ldm_cli.sampling.pipeline import ImageRequest, Pipeline
+from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.sampling.request import ImageRequest
 
 _CLIP_METRICS = {"clip_score", "zero_shot", "retrieval", "frechet_distance"}
 _DRAWING_METRICS = {"clip_score", "frechet_distance", "attribute_accuracy"}

@@ -17,7 +17,8 @@ from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, load_weights, save_model, write_json
 from ldm_cli.recipe.schema import TrainClipRecipe
 from ldm_cli.reporting import Reporter
-from ldm_cli.sampling.images import image_grid, save_png
+from ldm_cli.sampling.grid import image_grid
+from ldm_cli.sampling.images import save_image
 from ldm_cli.stages.caption_tokens import CaptionTokens
 from ldm_cli.stages.options import RunOptions
 from ldm_cli.stages.training_run import Workbench, run_training, split
@@ -100,7 +101,7 @@ class CLIPTask:
         texts = torch.nn.functional.normalize(torch.cat([f[1] for f in features]), dim=-1)[:_NUM_PICTURED]
         best = (texts @ images.T).topk(min(_NUM_FOUND, len(images)), dim=1).indices.tolist()
         pixels = torch.cat([batch.images for batch in batches])
-        save_png(folder / "grid.png", image_grid([pixels[i] for row in best for i in row], columns=len(best[0])))
+        save_image(folder / "grid.png", image_grid([pixels[i] for row in best for i in row], columns=len(best[0])))
         captions = [caption for batch in batches for caption in batch.captions]
         rows = [
             {"caption": caption, "found": [captions[i] for i in row]}

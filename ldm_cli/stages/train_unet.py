@@ -24,8 +24,10 @@ from ldm_cli.formats.model_folder import load_weights
 from ldm_cli.formats.pipeline_folder import our_settings
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import Reporter
-from ldm_cli.sampling.images import image_grid, save_png
-from ldm_cli.sampling.pipeline import Pipeline, requests_for
+from ldm_cli.sampling.grid import image_grid
+from ldm_cli.sampling.images import save_image
+from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.sampling.request import requests_for
 from ldm_cli.stages.frozen_encoders import FrozenEncoders, cache_key
 from ldm_cli.stages.options import RunOptions
 from ldm_cli.stages.training_run import Workbench, run_training, split
@@ -131,7 +133,7 @@ class DenoiserTask:
             return
         requests = requests_for(prompts, samples.sampling)
         images = [image.pixels for image in self._pipeline().generate(requests, samples.sampling)]
-        save_png(folder / "grid.png", image_grid(images, columns=min(8, len(images))))
+        save_image(folder / "grid.png", image_grid(images, columns=min(8, len(images))))
         (folder / "prompts.json").write_text(json.dumps(prompts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _pipeline(self) -> Pipeline:

@@ -20,7 +20,8 @@ from ldm_cli.evaluation.image_quality import psnr
 from ldm_cli.formats.model_folder import load_model, load_weights, save_model
 from ldm_cli.recipe.schema import TrainVaeRecipe
 from ldm_cli.reporting import Reporter
-from ldm_cli.sampling.images import image_grid, save_png
+from ldm_cli.sampling.grid import image_grid
+from ldm_cli.sampling.images import save_image
 from ldm_cli.stages.options import RunOptions
 from ldm_cli.stages.training_run import Workbench, run_training, split
 from ldm_cli.training.task import Losses, in_parts
@@ -87,7 +88,7 @@ class VAETask:
             return
         images = self.bench.held_out[0].images[:_NUM_PICTURES]
         again = to_bytes(self.reconstruct(to_signed(images, self.bench.device))).cpu()
-        save_png(folder / "grid.png", image_grid([*images, *again], columns=len(images)))
+        save_image(folder / "grid.png", image_grid([*images, *again], columns=len(images)))
 
     def export(self, folder: Path) -> None:
         """Write the AutoencoderKL folder."""

@@ -7,7 +7,8 @@ import torch
 
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.sampling.config import SamplingConfig
-from ldm_cli.sampling.pipeline import ImageRequest, Pipeline
+from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.sampling.request import ImageRequest
 from tests.sampling.tiny import TEXT, UNET, VAE, randomize, special_ids, tiny_pipeline, tiny_tokenizer
 
 diffusers = pytest.importorskip("diffusers")

@@ -1,5 +1,4 @@
 import json
-import stat
 
 import pytest
 import torch
@@ -10,9 +9,9 @@ from ldm_cli.errors import CheckpointError, InputNotFoundError, OutputError, Usa
 from ldm_cli.recipe.schema import SampleRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplingConfig
-from ldm_cli.sampling.images import image_grid, read_png, save_png, slug
+from ldm_cli.sampling.images import read_image
 from ldm_cli.stages.options import RunOptions
-from ldm_cli.stages.sample import run
+from ldm_cli.stages.sample import Latents, run
 from tests.sampling.tiny import tiny_pipeline
 
 PROMPTS = ("a red circle", "../é/\x1b[31m a blue\nsquare, 猫")
@@ -32,11 +31,11 @@ def recipe(model, **fields):
 
 def draw(model, out, overwrite=False, latents=None, **fields):
     options = RunOptions(out=out, device="cpu", overwrite=overwrite)
-    return run(recipe(model, **fields), options, SilentReporter(), latents)
+    return run(recipe(model, **fields), options, SilentReporter(), latents and Latents(latents))
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"}
 
 
 def test_files_have_safe_sortable_names_and_say_how_to_draw_them_again(model, tmp_path):
@@ -47,14 +46,18 @@ def test_files_have_safe_sortable_names_and_say_how_to_draw_them_again(model, tm
     assert sorted(contents(out)) == [*names, "grid.png", "images.json"]
     assert [image["file"] for image in result["images"]] == [str(out / name) for name in names]
     assert result["drawn"] == 4
-    assert read_png(out / "grid.png").shape == (3, 34, 34)
+    assert read_image(out / "grid.png").shape == (3, 34, 34)
     record = json.loads((out / "images.json").read_text())
     assert record["images"][3]["prompt"] == PROMPTS[1]
     assert record["job"]["sampling"]["width"] == 16
-    assert set(record["written_by"]) == {"ldm", "torch", "model", "device"}
+    assert record["sources"] == {"model": str(model)}
     with Image.open(out / names[3]) as picture:
         text = picture.text
-    assert json.loads(text["ldm_cli"]) == {"image": record["images"][3], "job": record["job"]}
+    own = json.loads(text["ldm_cli"])
+    assert own["prompt"] == PROMPTS[1]
+    assert own["seed"] == 6
+    assert own["sampling"] == record["job"]["sampling"]
+    assert own["weights"] == record["job"]["weights"]
     first, negative, last = text["parameters"].rpartition(PROMPTS[1])[2].split("\n")
     assert first == ""
     assert negative == "Negative prompt: green"
@@ -119,35 +122,3 @@ def test_latents_file_gives_the_initial_noise_and_is_checked(model, tmp_path):
     with pytest.raises(InputNotFoundError):
         draw(model, tmp_path / "c", latents=tmp_path / "none")
     assert not (tmp_path / "c").exists()
-
-
-def test_png_keeps_every_pixel_and_follows_the_umask(tmp_path):
-    pixels = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    save_png(tmp_path / "new" / "a.png", pixels, {"key": "é 猫"})
-    assert torch.equal(read_png(tmp_path / "new" / "a.png"), pixels)
-    (tmp_path / "plain").write_text("")
-    modes = {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "plain", tmp_path / "new" / "a.png")}
-    assert len(modes) == 1
-    with Image.open(tmp_path / "new" / "a.png") as image:
-        assert image.text["key"] == "é 猫"
-
-
-def test_grid_places_pictures_row_by_row_on_white():
-    images = [torch.full((3, 2, 3), i, dtype=torch.uint8) for i in range(3)]
-    grid = image_grid(images, columns=2, gap=1)
-    assert grid.shape == (3, 5, 7)
-    assert grid[0].tolist() == [
-        [0, 0, 0, 255, 1, 1, 1],
-        [0, 0, 0, 255, 1, 1, 1],
-        [255] * 7,
-        [2, 2, 2, 255, 255, 255, 255],
-        [2, 2, 2, 255, 255, 255, 255],
-    ]
-    with pytest.raises(ValueError, match="empty"):
-        image_grid([], 1)
-
-
-def test_slugs_hold_nothing_but_letters_digits_and_hyphens():
-    assert slug("A small RED circle / é") == "a-small-red-circle-e"
-    assert slug("猫\x1b\n../") == "image"
-    assert len(slug("word " * 1000)) <= 40

@@ -10,7 +10,8 @@ from ldm_cli.formats.json_file import read_json, write_json
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.components import load_text_encoder, resolve_model
 from ldm_cli.sampling.config import SamplingConfig
-from ldm_cli.sampling.pipeline import ImageRequest, Pipeline, requests_for
+from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.sampling.request import ImageRequest, requests_for
 from tests.sampling.tiny import tiny_pipeline
 
 QUICK = {"steps": 3, "images_per_prompt": 1}
@@ -101,7 +102,7 @@ def test_given_latents_take_the_place_of_the_seeds_noise_in_the_order_of_the_req
     given = [image.pixels for image in pipeline.generate(requests, config, noise)]
     drawn = [image.pixels for image in pipeline.generate(requests, config)]
     assert all(torch.equal(a, b) for a, b in zip(given, drawn, strict=True))
-    with pytest.raises(ValueError, match=r"\(1, 4, 8, 8\).*\(2, \(4, 8, 8\)\)|\(1, 4, 8, 8\).*\(2, 4, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"\(1, 4, 8, 8\).*\(2, 4, 8, 8\)"):
         list(pipeline.generate(requests, config, noise[:1]))
 
 

@@ -22,7 +22,8 @@ from ldm_cli.formats.weight_files import load_tensors
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplingConfig
-from ldm_cli.sampling.pipeline import ImageRequest, Pipeline
+from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.sampling.request import ImageRequest
 from ldm_cli.stages.train_unet import DenoiserTask
 from ldm_cli.stages.training_run import Workbench
 from ldm_cli.training.checkpoint import checkpoint_name

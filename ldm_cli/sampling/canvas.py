@@ -1,0 +1,152 @@
+"""The picture that editing begins with: read, extended, padded to what the autoencoder takes, and in latents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+from ldm_cli.data.bad_samples import BadSampleError
+from ldm_cli.data.decode import decode_rgb
+from ldm_cli.errors import DataError, InputNotFoundError, UsageError
+from ldm_cli.sampling.edit_config import EditConfig
+
+GREY = 128
+_MOST_PIXELS = 2**27
+_BLACK = (0, 0, 0)
+_WHITE = (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A picture to work on.
+
+    Attributes:
+        pixels: uint8 [3, H, W]; H and W are multiples of the autoencoder's factor.
+        mask: bool [H, W], true where it is drawn anew; None: everywhere.
+        size: height and width that are shown; the rest is padding to the right and below.
+        style: uint8 [3, H', W'], a picture that lends its style.
+        style_strength: 0 … 1.
+        strength: share of the steps that are taken.
+    """
+
+    pixels: Tensor
+    mask: Tensor | None
+    size: tuple[int, int]
+    strength: float
+    style: Tensor | None = None
+    style_strength: float = 1.0
+
+    def pasted(self, drawn: Tensor) -> Tensor:
+        """`drawn` uint8 [3, H, W] where the mask says so, the picture itself elsewhere; padding cut off."""
+        if self.mask is not None:
+            drawn = torch.where(self.mask, drawn, self.pixels)
+        return drawn[:, : self.size[0], : self.size[1]]
+
+
+@dataclass(frozen=True)
+class LatentCanvas:
+    """A canvas as the denoiser sees it.
+
+    Attributes:
+        latents: float32 [1, C, h, w], of the picture, in its style.
+        mask: float32 [1, 1, h, w], 1 where a pixel is drawn anew, else 0; None: everywhere.
+        masked_latents: of the picture with grey under the mask, [1, C, h, w]; None without a mask.
+        strength: share of the steps that are taken.
+    """
+
+    latents: Tensor
+    mask: Tensor | None
+    masked_latents: Tensor | None
+    strength: float
+
+
+def open_canvas(edit: EditConfig, factor: int, size: tuple[int, int] | None) -> Canvas:
+    """Read the pictures that a configuration names.
+
+    Args:
+        edit: names at least an image.
+        factor: of the autoencoder.
+        size: height and width to fit the picture and its mask into (covering it, centred), before it is extended;
+            None: as they are.
+
+    Raises:
+        InputNotFoundError, DataError: a picture cannot be read.
+        UsageError: picture and mask differ in size, or nothing is left to draw.
+    """
+    assert edit.image is not None
+    image = _open(edit.image, "--init", size)
+    mask = torch.zeros(image.shape[1:], dtype=torch.bool)
+    if edit.mask is not None:
+        given = _open(edit.mask, "--mask", size)
+        if given.shape != image.shape:
+            raise UsageError(
+                f"mask '{edit.mask}' is {given.shape[2]}x{given.shape[1]} px",
+                f"its picture is {image.shape[2]}x{image.shape[1]}",
+                "make them the same size",
+            )
+        # ITU-R 601 luma, as Pillow's mode L; the middle and above is white.
+        mask = (given.float() * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0) >= 127.5
+    left, top, right, bottom = edit.extend
+    image, mask = _extended(image, (left, right, top, bottom)), F.pad(mask, (left, right, top, bottom), value=True)
+    if edit.is_masked and not bool(mask.any()):
+        raise UsageError(f"mask '{edit.mask}' is all black", "nothing would be drawn", "paint white what should change")
+    shown = image.shape[1], image.shape[2]
+    padding = (0, -shown[1] % factor, 0, -shown[0] % factor)
+    return Canvas(
+        pixels=_extended(image, padding),
+        mask=F.pad(mask, padding, value=False) if edit.is_masked else None,
+        size=shown,
+        strength=edit.resolved_strength,
+        style=None if edit.style is None else _with_factor(_open(edit.style, "--style", None), factor),
+        style_strength=edit.style_strength,
+    )
+
+
+def latent_mask(mask: Tensor, factor: int) -> Tensor:
+    """Pixels bool [H, W] → latents float32 [1, 1, h, w]: one that any pixel of is drawn anew is so, too."""
+    return F.max_pool2d(mask[None, None].float(), factor)
+
+
+def adain(content: Tensor, style: Tensor, amount: float) -> Tensor:
+    """Content with the mean and deviation, channel by channel, of a style (Huang & Belongie 2017, eq. 8,
+    arXiv:1703.06868).
+
+    Args:
+        content, style: [1, C, h, w]; heights and widths may differ.
+        amount: 0 … 1, from the content's own statistics to the style's.
+    """
+    mean, deviation = content.mean((2, 3), keepdim=True), content.std((2, 3), keepdim=True)
+    style_mean, style_deviation = style.mean((2, 3), keepdim=True), style.std((2, 3), keepdim=True)
+    styled = (content - mean) / (deviation + 1e-5) * style_deviation + style_mean
+    return torch.lerp(content, styled, amount)
+
+
+def _open(name: str, option: str, size: tuple[int, int] | None) -> Tensor:
+    """A picture, uint8 [3, H, W]."""
+    try:
+        image = decode_rgb(Path(name).expanduser().read_bytes(), _BLACK if option == "--mask" else _WHITE, _MOST_PIXELS)
+    except FileNotFoundError as error:
+        raise InputNotFoundError(f"picture '{name}' not found", remedy=f"check {option}") from error
+    except OSError as error:
+        raise InputNotFoundError(f"cannot read '{name}'", error.strerror or str(error), f"check {option}") from error
+    except BadSampleError as error:
+        raise DataError(f"cannot read '{name}'", str(error), f"check {option}") from error
+    if size is not None and image.size != (size[1], size[0]):
+        resampling = Image.Resampling.NEAREST if option == "--mask" else Image.Resampling.BICUBIC
+        image = ImageOps.fit(image, (size[1], size[0]), resampling)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.reshape(image.height, image.width, 3).permute(2, 0, 1).contiguous()
+
+
+def _extended(image: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
+    """The edge pixels repeated outwards: left, right, top, bottom."""
+    return F.pad(image[None].float(), padding, mode="replicate")[0].to(torch.uint8)
+
+
+def _with_factor(image: Tensor, factor: int) -> Tensor:
+    return _extended(image, (0, -image.shape[2] % factor, 0, -image.shape[1] % factor))

@@ -1,0 +1,51 @@
+"""What a recipe says about working on a given picture."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from ldm_cli.config import Config
+
+Pixels = Annotated[int, Field(ge=0)]
+
+
+class EditConfig(Config):
+    """A picture to begin with, where to change it and by how much; every field is also an option of `ldm sample`."""
+
+    image: str | None = None
+    """The picture to work on: its content (img2img), its surroundings (`extend`), or a part of it (`mask`)."""
+    strength: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of the steps that are taken on it (Meng et al. 2022): 0 gives it back as the autoencoder sees it, 1
+    forgets it where there is no mask; null: 1 with a mask or `extend`, else 0.8."""
+    mask: str | None = None
+    """Picture of the same size: where it is lighter than middle grey is drawn anew, all else stays to the last bit."""
+    extend: tuple[Pixels, Pixels, Pixels, Pixels] = (0, 0, 0, 0)
+    """Pixels to draw beyond the left, top, right and bottom edge."""
+    style: str | None = None
+    """A picture whose colours and textures the content takes over, as statistics of its latents (Huang &
+    Belongie 2017)."""
+    style_strength: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """How much of the style: 0 none, 1 all of its statistics."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.image is None:
+            given = [name for name in ("strength", "mask", "style") if getattr(self, name) is not None]
+            given += ["extend"] if any(self.extend) else []
+            if given:
+                raise ValueError(f"{', '.join(given)} without an image to work on")
+        return self
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether a part of the picture stays."""
+        return self.mask is not None or any(self.extend)
+
+    @property
+    def resolved_strength(self) -> float:
+        """The strength, by default that of the kind of work."""
+        if self.strength is not None:
+            return self.strength
+        return 1.0 if self.is_masked else 0.8

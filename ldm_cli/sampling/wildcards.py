@@ -1,0 +1,69 @@
+"""Words drawn from files: `a __color__ circle` with `color.txt`, a word per line."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from ldm_cli import philox
+from ldm_cli.errors import InputNotFoundError
+from ldm_cli.sampling.job import Item, Job
+
+# No separators and no dots: a prompt cannot name a file elsewhere.
+_WILDCARD = re.compile(r"__([A-Za-z0-9](?:[A-Za-z0-9-]|_(?!_))*)__")
+
+
+class Wildcards:
+    """A folder of word lists."""
+
+    def __init__(self, folder: Path) -> None:
+        """The lists `NAME.txt` in a folder.
+
+        Raises:
+            InputNotFoundError: there is no such folder.
+        """
+        self._folder = folder.expanduser()
+        if not self._folder.is_dir():
+            raise InputNotFoundError(f"wildcards '{folder}' not found", "no such folder", "check --wildcards")
+        self._words = cache(self._read)
+
+    def filled_in(self, job: Job) -> Job:
+        """The job with every wildcard of its prompts replaced; the seed of a picture decides by what."""
+        return replace(job, items=tuple(self._with_words(item) for item in job.items))
+
+    def fill_in(self, text: str, seed: int) -> str:
+        """Text with its wildcards replaced; the same for the same seed, independent from place to place.
+
+        Raises:
+            InputNotFoundError: a list is missing or empty.
+        """
+        places = iter(range(len(text)))
+
+        def word(found: re.Match[str]) -> str:
+            words, zero = self._words(found[1]), torch.zeros(1, dtype=torch.int64)
+            key = philox.key(seed, f"sampling: wildcard {next(places)}")
+            return words[int(philox.integers(key, zero, zero, 1, len(words)))]
+
+        return _WILDCARD.sub(word, text)
+
+    def _with_words(self, item: Item) -> Item:
+        request = item.request
+        if request.blend is not None:
+            other = self.fill_in(request.blend.prompt, request.blend.seed)
+            request = replace(request, blend=request.blend.model_copy(update={"prompt": other}))
+        return replace(item, request=replace(request, prompt=self.fill_in(request.prompt, request.seed)))
+
+    def _read(self, name: str) -> list[str]:
+        file = self._folder / f"{name}.txt"
+        try:
+            lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        except OSError as error:
+            raise InputNotFoundError(f"no words for '__{name}__'", f"'{file}': {error.strerror}", "add it") from error
+        words = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not words:
+            raise InputNotFoundError(f"no words for '__{name}__'", f"'{file}' is empty", "write a word per line")
+        return words
