@@ -64,7 +64,7 @@ def run(arguments: Sequence[str]) -> int:
     command = get_command(app)
     try:
         # Not command.main(): that turns a broken pipe into exit code 1.
-        with command.make_context("ldm", list(arguments)) as context:
+        with command.make_context("ldm", list(arguments), obj=tuple(arguments)) as context:
             command.invoke(context)
         sys.stdout.flush()
     except BaseException as error:

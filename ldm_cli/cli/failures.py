@@ -13,6 +13,7 @@ from pathlib import Path
 import typer
 
 from ldm_cli import __version__
+from ldm_cli.cli.launch import leave_last_words
 from ldm_cli.cli.streams import write_line
 from ldm_cli.errors import LdmError, RecipeError, UsageError, as_ldm_error, first_line
 
@@ -40,10 +41,10 @@ def report(error: BaseException, arguments: Sequence[str], debug: bool) -> int:
         write_line("ldm: error: interrupted")
         return INTERRUPTED
     failure = user_error(error) or _bug(error, arguments)
-    if isinstance(failure, RecipeError) and failure.problems:
-        _report_problems(failure)
-    else:
-        write_line(f"ldm: error: {failure}")
+    lines = _problems(failure) if isinstance(failure, RecipeError) and failure.problems else [f"ldm: error: {failure}"]
+    if not leave_last_words(lines):
+        for line in lines:
+            write_line(line)
     return failure.code
 
 
@@ -69,13 +70,10 @@ def _usage_error(error: BaseException, message: str) -> UsageError:
     return UsageError(message[:1].lower() + message[1:], remedy=f"see {path} --help")
 
 
-def _report_problems(error: RecipeError) -> None:
+def _problems(error: RecipeError) -> list[str]:
     if len(error.problems) == 1:
-        write_line(f"ldm: error: {error.problems[0]} [{error.tag}]")
-        return
-    for problem in error.problems:
-        write_line(problem)
-    write_line(f"ldm: error: {error}")
+        return [f"ldm: error: {error.problems[0]} [{error.tag}]"]
+    return [*error.problems, f"ldm: error: {error}"]
 
 
 def _bug(error: BaseException, arguments: Sequence[str]) -> LdmError:

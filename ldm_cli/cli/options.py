@@ -33,6 +33,16 @@ MaxTime = Annotated[
     str | None,
     typer.Option("--max-time", metavar="TIME", help="Save and stop after 3h, 90m, 1:30:00, ...", show_default=False),
 ]
+NumRanks = Annotated[
+    int | None,
+    typer.Option(
+        "--nproc",
+        min=1,
+        metavar="N",
+        help="Train with N processes on this machine, one per device.",
+        show_default=False,
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")]

@@ -7,8 +7,10 @@ from typing import Any
 import typer
 
 from ldm_cli.cli import options as given
+from ldm_cli.cli.launch import bind_to_launcher, expect_as_many, is_first_rank, is_rank, launch
 from ldm_cli.cli.report import make_reporter
 from ldm_cli.cli.show import show_plan, show_result
+from ldm_cli.reporting import SilentReporter
 from ldm_cli.training.interruption import release_signals
 
 _HELP = {
@@ -32,11 +34,17 @@ def _train(
     device: given.Device = "auto",
     resume: given.Resume = "auto",
     max_time: given.MaxTime = None,
+    nproc: given.NumRanks = None,
     dry_run: given.DryRun = False,
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:
     changes, limit = given.check_overrides(overrides), given.seconds(max_time)
+    if is_rank():
+        expect_as_many(nproc)
+        bind_to_launcher()
+    elif nproc is not None and nproc > 1 and not dry_run:
+        raise typer.Exit(launch(context.obj, nproc))
     from ldm_cli.recipe.load import load_recipe
     from ldm_cli.stages.options import RunOptions
 
@@ -47,19 +55,22 @@ def _train(
         release_signals()
         show_plan(loaded, json)
         return
-    show_result(_run(command, loaded.recipe, options), json)
+    result = _run(command, loaded.recipe, options)
+    if is_first_rank():
+        show_result(result, json)
 
 
 def _run(command: str, recipe: Any, options: Any) -> dict[str, Any]:
     """Run the stage; each is imported only when it is the one."""
+    reporter = make_reporter() if is_first_rank() else SilentReporter()
     if command == "train-clip":
         from ldm_cli.stages import train_clip
 
-        return train_clip.run(recipe, options, make_reporter())
+        return train_clip.run(recipe, options, reporter)
     if command == "train-vae":
         from ldm_cli.stages import train_vae
 
-        return train_vae.run(recipe, options, make_reporter())
+        return train_vae.run(recipe, options, reporter)
     from ldm_cli.stages import train_unet
 
-    return train_unet.run(recipe, options, make_reporter())
+    return train_unet.run(recipe, options, reporter)

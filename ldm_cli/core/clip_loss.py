@@ -8,13 +8,15 @@ from torch import Tensor
 
 
 def contrastive_loss(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, rows: slice | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean of the cross-entropies of choosing the text of an image and the image of a text.
 
     Args:
         image_features, text_features: [B, D], row i of both belonging together; any length, normalised here.
         logit_scale: scalar factor of the cosines (the exponential of the learnt parameter).
+        rows: which images and texts choose, among all; None: all. The loss of the batch is the mean over equal
+            parts of its rows.
 
     Returns:
         The scalar loss, and the figure `accuracy`: the share of images whose own text scores highest.
@@ -23,8 +25,10 @@ def contrastive_loss(
         raise ValueError(f"image features {tuple(image_features.shape)}, text features {tuple(text_features.shape)}")
     image = F.normalize(image_features.float(), dim=-1)
     text = F.normalize(text_features.float(), dim=-1)
+    chosen = slice(0, len(image)) if rows is None else rows
     with torch.autocast(image.device.type, enabled=False):  # bf16 rounds a logit of 100 to a multiple of 0.5
-        logits = logit_scale * image @ text.T
-    target = torch.arange(len(logits), device=logits.device)
-    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    return loss, {"accuracy": (logits.argmax(dim=1) == target).float().mean()}
+        of_images = logit_scale * image[chosen] @ text.T
+        of_texts = logit_scale * text[chosen] @ image.T
+    target = torch.arange(len(image), device=image.device)[chosen]
+    loss = (F.cross_entropy(of_images, target) + F.cross_entropy(of_texts, target)) / 2
+    return loss, {"accuracy": (of_images.argmax(dim=1) == target).float().mean()}

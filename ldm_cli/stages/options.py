@@ -30,22 +30,28 @@ class RunOptions:
     """Replace existing output files."""
 
 
-def resolve_device(device: str) -> torch.device:
+def resolve_device(device: str, local_rank: int = 0) -> torch.device:
     """The device that `--device` names; `auto` is CUDA where there is one.
+
+    Args:
+        device: what the user wrote.
+        local_rank: number of this process among those on this machine; each takes its own CUDA device.
 
     Raises:
         UsageError: `device` is no name of a device.
         UnavailableError: the device is missing on this machine.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
     except RuntimeError:
         resolved = None
     if resolved is None or resolved.type not in ("cpu", "cuda"):
         raise UsageError(f"unknown device '{device}'", remedy="--device takes auto, cpu or cuda")
+    if resolved.type == "cuda" and resolved.index is None and local_rank:
+        resolved = torch.device("cuda", local_rank)
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         build = "this build of torch has no CUDA" if torch.version.cuda is None else "torch sees no such device"
-        raise UnavailableError(f"device '{device}' is missing", build, "use --device cpu, or install torch with CUDA")
+        raise UnavailableError(f"device '{resolved}' is missing", build, "use --device cpu, or install torch with CUDA")
     return resolved

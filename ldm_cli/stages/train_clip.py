@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ldm_cli.stages.caption_tokens import CaptionTokens
 from ldm_cli.stages.options import RunOptions
 from ldm_cli.stages.training_run import Workbench, run_training, split
 from ldm_cli.training.checkpoint import commit_folder
+from ldm_cli.training.part_sum import PartSum
 from ldm_cli.training.task import Losses
 
 _NUM_PICTURED = 6
@@ -50,30 +52,56 @@ class CLIPTask:
         self.auxiliary: dict[str, torch.nn.Module] = {}
 
     def losses(self, batch: Batch, num_parts: int, step: int) -> Losses:
-        """The contrastive loss of the *whole* batch, also when it is run in parts.
+        """The contrastive loss of the *global* batch, also where it is run in parts, on one rank or on several.
 
-        With parts, features are computed without gradient first; the loss's gradient with respect to them is
-        then fed back through one part at a time (Gao et al. 2021, arXiv:2101.06983, section 3.2), which gives
-        the big batch's gradient with one part's activations.
+        Features of all parts come first; then the gradient of the loss with respect to them, to which every part of
+        every rank contributes the rows of its own samples; and then each part is given its features' gradient (Gao
+        et al. 2021, arXiv:2101.06983, section 3.2). So a part's activations are alive only while it is its turn, and
+        no rank holds more than its own rows of the logits.
         """
-        if num_parts == 1:
-            images, texts = self._features(batch)
-            yield contrastive_loss(images, texts, self.model.clamped_logit_scale)
-            return
         parts = split(batch, num_parts)
-        # Batch norms count the second pass, which gives the gradient, and not this one.
-        with torch.no_grad(), StatisticsKept(self.model):
-            cached = [self._features(part) for part in parts]
-        leaves = [torch.cat(side).float().requires_grad_() for side in zip(*cached, strict=True)]
-        loss, figures = contrastive_loss(leaves[0], leaves[1], self.model.clamped_logit_scale)
-        gradients = torch.autograd.grad(loss, leaves, retain_graph=True)
-        yield loss, figures
-        sizes = [len(part.keys) for part in parts]
-        image_gradients, text_gradients = (torch.split(gradient, sizes) for gradient in gradients)
-        for part, image_gradient, text_gradient in zip(parts, image_gradients, text_gradients, strict=True):
-            images, texts = self._features(part)
-            surrogate = (images.float() * image_gradient).sum() + (texts.float() * text_gradient).sum()
-            yield surrogate - surrogate.detach(), {}  # its gradient counts, its value does not
+        if num_parts == 1:
+            cached = [self._features(batch)]
+        else:
+            # Batch norms count the second pass, which gives the gradient, and not this one.
+            with torch.no_grad(), StatisticsKept(self.model):
+                cached = [self._features(part) for part in parts]
+            torch.clear_autocast_cache()  # it holds weights that were cast without gradient
+        own = torch.cat([torch.cat(sides, dim=1).detach().float() for sides in cached])
+        values, gradient, scale_gradient = self._feature_gradient(own, num_parts)
+        for part, sides, rows, (loss, figures) in zip(parts, cached, gradient.chunk(num_parts), values, strict=True):
+            features = torch.cat(sides if num_parts == 1 else self._features(part), dim=1)
+            # Its gradient counts, its value does not.
+            surrogate = (features.float() * rows).sum() + self.model.clamped_logit_scale * scale_gradient
+            yield loss + surrogate - surrogate.detach(), figures
+
+    def _feature_gradient(
+        self, own: Tensor, num_parts: int
+    ) -> tuple[list[tuple[Tensor, dict[str, Tensor]]], Tensor, Tensor]:
+        """Loss and figures of each of this rank's parts, and the gradients of all parts' loss.
+
+        Args:
+            own: image and text features side by side, float32 [B / ranks, 2·D].
+
+        Returns:
+            Per part the loss of its rows and figures; the gradient with respect to `own`, summed over all parts of
+            all ranks; the mean gradient with respect to the logit scale.
+        """
+        add = PartSum(self.bench.ranks, num_parts, self.recipe.train.deterministic == "elastic")
+        features = self.bench.ranks.gathered(own).requires_grad_()
+        scale = self.model.clamped_logit_scale.detach().requires_grad_()
+        size, start = len(own) // num_parts, self.bench.ranks.rank * len(own)
+        values: list[tuple[Tensor, dict[str, Tensor]]] = []
+
+        def contributions() -> Iterator[Tensor]:
+            for first in range(start, start + len(own), size):
+                loss, figures = contrastive_loss(*features.chunk(2, dim=1), scale, slice(first, first + size))
+                values.append((loss.detach(), figures))
+                yield torch.cat([gradient.reshape(-1) for gradient in torch.autograd.grad(loss, [features, scale])])
+
+        total = add(contributions())
+        gradient = total[:-1].view(features.shape)[start : start + len(own)]
+        return values, gradient, total[-1] / add.num_parts
 
     def _features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         pixels = normalize_images(batch.images.to(self.bench.device, non_blocking=True))

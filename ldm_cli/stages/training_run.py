@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ldm_cli import __version__
 from ldm_cli.data.bad_samples import BadSampleLog
 from ldm_cli.data.latent_cache import LatentCache
 from ldm_cli.data.loader import Batch, Loader, sequential_batches
@@ -17,9 +20,10 @@ from ldm_cli.formats.model_folder import weights_sha256
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.options import RunOptions, resolve_device
+from ldm_cli.training.distributed import Ranks, joined, local_rank
 from ldm_cli.training.interruption import StopRequest
 from ldm_cli.training.loop import train
-from ldm_cli.training.run_folder import RunFolder
+from ldm_cli.training.run_folder import RunFolder, flatten
 from ldm_cli.training.task import Task
 
 TrainRecipe = TrainClipRecipe | TrainVaeRecipe | TrainUnetRecipe
@@ -32,11 +36,15 @@ class Workbench:
     run: RunFolder
     shards: ShardSet
     held_out: tuple[Batch, ...]
-    """The first `train.validation_samples` samples of `data.val_shards`, in order; empty without them."""
+    """The first `train.validation_samples` samples of `data.val_shards`, in order; empty without them, and on all
+    ranks but the first.
+    """
     device: torch.device
     reporter: Reporter
     cache: LatentCache | None = None
     """Encodings of the training data, which the batches then hold in place of images."""
+    ranks: Ranks = field(default_factory=Ranks)
+    """Who trains together."""
 
 
 def run_training(
@@ -62,24 +70,31 @@ def run_training(
     Returns:
         `run`, `model`, `state`, `step` and the final figures.
     """
-    device = resolve_device(options.device)
-    with StopRequest(options.max_time) as stop:
-        shards = open_shards(recipe.data.shards, recipe.data, reporter)
+    device = resolve_device(options.device, local_rank())
+    with StopRequest(options.max_time) as stop, joined(device, recipe.train.rank_timeout) as ranks:
+        recipe.train.parts_per_rank(ranks.world_size)
+        if recipe.train.deterministic == "elastic" and device.type == "cpu":
+            torch.set_num_threads(1)  # sums depend on the number of threads, and ranks share the cores
+        with ranks.first_then_others():
+            shards = open_shards(recipe.data.shards, recipe.data, reporter)
         run = RunFolder(options.out or Path("runs") / recipe.name, reporter)
         resolved, fingerprints = recipe.to_mapping(), {"data": shards.fingerprint}
         fingerprints |= {name: weights_sha256(Path(folder)) for name, folder in (uses or {}).items()}
         fingerprints |= facts or {}
-        status = run.finished()
+        ranks.expect_equal(_facts(resolved, fingerprints))
+        status = json.loads(ranks.from_first(json.dumps(run.finished() if ranks.is_first else None)))
         if status is not None and status["steps"] == recipe.train.steps and options.resume != "never":
             run.changes(resolved, fingerprints)
             reporter.info(f"'{run.path}' is finished already: step {status['step']}")
             return _result(run, status["step"], status["figures"])
         cache = open_cache(shards) if open_cache else None
-        with run:
-            if options.resume == "never":
+        with run if ranks.is_first else nullcontext():
+            if ranks.is_first and options.resume == "never":
                 run.expect_unused()
-            run.claim(resolved, options.recipe_text, fingerprints)
-            bench = Workbench(run, shards, (), device, reporter, cache)
+            if ranks.is_first:
+                run.claim(resolved, options.recipe_text, fingerprints)
+            ranks.wait()
+            bench = Workbench(run, shards, (), device, reporter, cache, ranks)
             figures = _train(recipe, options, bench, build, stop, with_captions)
     return _result(run, recipe.train.steps, figures)
 
@@ -92,8 +107,10 @@ def _train(
     stop: StopRequest,
     with_captions: bool,
 ) -> dict[str, Any]:
-    bench = replace(bench, held_out=tuple(_held_out(recipe, bench.reporter, with_captions)))
-    with torch.random.fork_rng(devices=[]):
+    ranks = bench.ranks
+    if ranks.is_first:
+        bench = replace(bench, held_out=tuple(_held_out(recipe, bench.reporter, with_captions)))
+    with ranks.first_then_others(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         task = build(bench)
     loader = Loader(
@@ -101,6 +118,8 @@ def _train(
         recipe.data,
         seed=recipe.seed,
         batch_size=recipe.train.batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
         with_captions=with_captions,
         report_bad=BadSampleLog(bench.run.path / "bad_samples.jsonl"),
         cache=bench.cache,
@@ -113,9 +132,17 @@ def _train(
         bench.reporter,
         device=bench.device,
         stop=stop,
+        ranks=ranks,
         start=None if options.resume in ("auto", "never") else Path(options.resume),
         title=recipe.name,
     )
+
+
+def _facts(resolved: Mapping[str, Any], fingerprints: Mapping[str, str]) -> dict[str, str]:
+    """What all ranks must have in common."""
+    facts = {f"recipe: {name}": repr(value) for name, value in flatten(resolved).items()}
+    facts |= {f"fingerprint of {name}": value for name, value in fingerprints.items()}
+    return facts | {"version of ldm": __version__, "version of torch": torch.__version__}
 
 
 def _held_out(recipe: TrainRecipe, reporter: Reporter, with_captions: bool) -> Iterator[Batch]:
@@ -123,6 +150,8 @@ def _held_out(recipe: TrainRecipe, reporter: Reporter, with_captions: bool) -> I
         return
     shards = open_shards(recipe.data.val_shards, recipe.data, reporter)
     part = recipe.train.batch_size // recipe.train.gradient_accumulation
+    if recipe.train.deterministic == "elastic":
+        part = recipe.train.chunk()
     limit = recipe.train.validation_samples
     yield from sequential_batches(shards, recipe.data, part, limit=limit, with_captions=with_captions)
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ldm_cli.config import Config
+from ldm_cli.errors import RecipeError
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -20,7 +21,15 @@ class TrainConfig(Config):
     batch_size: Positive
     """Samples per optimizer step, over all ranks and accumulation parts: the global batch."""
     gradient_accumulation: Positive = 1
-    """The batch is run in this many equal parts, to save memory; must divide `batch_size`."""
+    """Each rank runs its part of the batch in this many equal parts, to save memory; must divide `batch_size`."""
+    deterministic: Literal["run", "elastic"] = "run"
+    """run: the same bits every time with the same number of ranks, parts and threads. elastic: the same bits for every
+    number of ranks and parts; the batch is run in chunks of `chunk_size`, with one thread per rank on the CPU."""
+    chunk_size: Positive | None = None
+    """Samples whose gradient is computed at once where `deterministic` is elastic; must divide `batch_size`. null: an
+    eighth of it, or the next smaller part that divides it."""
+    rank_timeout: Annotated[float, Field(ge=1)] = 120.0
+    """Seconds after which a rank that gives no sign of life counts as lost."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate."""
     lr_schedule: Literal["constant", "cosine"] = "cosine"
@@ -68,6 +77,36 @@ class TrainConfig(Config):
             raise ValueError(
                 f"gradient_accumulation={self.gradient_accumulation} does not divide batch_size={self.batch_size}"
             )
+        if self.chunk_size is not None and self.batch_size % self.chunk_size:
+            raise ValueError(f"chunk_size={self.chunk_size} does not divide batch_size={self.batch_size}")
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} is more than steps={self.steps}")
         return self
+
+    def chunk(self) -> int:
+        """Samples per chunk of the canonical sum: `chunk_size`, or what stands in its place."""
+        if self.chunk_size is not None:
+            return self.chunk_size
+        return max(d for d in range(1, max(1, self.batch_size // 8) + 1) if self.batch_size % d == 0)
+
+    def parts_per_rank(self, world_size: int) -> int:
+        """In how many parts each of `world_size` ranks runs its share of the batch.
+
+        Raises:
+            RecipeError: the batch cannot be divided so.
+        """
+        if self.deterministic == "elastic":
+            num_parts, unit = self.batch_size // self.chunk(), f"chunks of {self.chunk()} samples"
+            if num_parts % world_size == 0:
+                return num_parts // world_size
+            cause = f"train.batch_size={self.batch_size} makes {num_parts} {unit}"
+        else:
+            if self.batch_size % (world_size * self.gradient_accumulation) == 0:
+                return self.gradient_accumulation
+            cause = (
+                f"train.batch_size={self.batch_size} is no multiple of {world_size} ranks × "
+                f"train.gradient_accumulation={self.gradient_accumulation}"
+            )
+        raise RecipeError(
+            f"cannot divide the batch among {world_size} ranks", cause, "change train.batch_size or the number of ranks"
+        )

@@ -16,7 +16,8 @@ from ldm_cli.formats.weight_files import refuse_foreign_content
 from ldm_cli.reporting import Progress, Reporter
 from ldm_cli.training.checkpoint import checkpoint_name, commit_folder, latest_checkpoint, problem_with
 from ldm_cli.training.config import TrainConfig
-from ldm_cli.training.interruption import StopRequest
+from ldm_cli.training.distributed import Ranks
+from ldm_cli.training.interruption import StopRequest, stop_reason
 from ldm_cli.training.optim import learning_rate
 from ldm_cli.training.run_folder import RunFolder
 from ldm_cli.training.task import BatchT, Task
@@ -67,15 +68,17 @@ def train(
     *,
     device: torch.device,
     stop: StopRequest,
+    ranks: Ranks | None = None,
     start: Path | None = None,
     title: str = "training",
 ) -> dict[str, Any]:
     """Train to `config.steps`, or continue a run that was interrupted, and write the finished model folder.
 
     Args:
-        batches: (first step, end step) → one batch per step; steps count from 0.
-        run: the locked run folder, claimed already.
+        batches: (first step, end step) → one batch per step, of this rank's samples; steps count from 0.
+        run: the run folder, locked and claimed already by rank 0, which alone writes to it.
         stop: entered already, so that a signal during the preparations is not lost.
+        ranks: who trains together; None: this process alone.
         start: checkpoint where a run without checkpoints of its own begins; None: at step 0.
 
     Returns:
@@ -85,19 +88,23 @@ def train(
         Preempted: a signal or the time limit; the checkpoint is saved.
         DivergedError: too many non-finite steps in a row.
         StorageError: a checkpoint finds no room.
+        WorkerError: another rank failed or is gone.
     """
-    trainer = Trainer(task, config, run, device)
+    ranks = ranks or Ranks()
+    trainer = Trainer(task, config, run, device, ranks)
     _resume(trainer, start)
-    run.rewind_metrics(trainer.step)
-    trainer.check_room()
-    run.status("running", step=trainer.step, steps=config.steps)
+    trainer.expect_same_weights()
+    if ranks.is_first:
+        run.rewind_metrics(trainer.step)
+        trainer.check_room()
+        run.status("running", step=trainer.step, steps=config.steps)
     with ExitStack() as stack:
         progress = stack.enter_context(reporter.progress(title, config.steps, trainer.step))
         stream = stack.enter_context(closing(batches(trainer.step, config.steps)))  # type: ignore[type-var]
         throughput = _Throughput()
         while trainer.step < config.steps:
-            if stop.reason is not None:
-                _preempt(trainer, stop.reason)
+            if reason := stop_reason(ranks.largest(stop.code)):
+                _preempt(trainer, reason)
             _set_training(task, True)
             run.begin_step(trainer.step + 1)
             trainer.advance(next(stream))
@@ -110,9 +117,12 @@ def train(
             if due.log:
                 figures |= trainer.meter.means()
                 figures |= {"lr": learning_rate(config, trainer.step), "images_per_second": throughput.rate()}
-            with throughput.paused():
-                _follow_up(trainer, due, figures, progress)
-    return _finish(trainer)
+            if due.save:
+                trainer.expect_same_weights()
+            if ranks.is_first:
+                with throughput.paused():
+                    _follow_up(trainer, due, figures, progress)
+    return _finish(trainer) if ranks.is_first else {}
 
 
 def _follow_up(trainer: Trainer, due: _Due, figures: dict[str, float], progress: Progress) -> None:
@@ -137,12 +147,10 @@ def _resume(trainer: Trainer, start: Path | None) -> None:
         CheckpointError: none can be used, or the one given lies beyond the end of the run.
         InputNotFoundError: the one given does not exist.
     """
-    run = trainer.run
-    own = latest_checkpoint(run.checkpoints, run.warn, run.frozen)
+    run, ranks = trainer.run, trainer.part_sum.ranks
+    own = latest_checkpoint(run.checkpoints, run.warn, run.frozen) if ranks.is_first else None
     source = own or start
-    if source is None:
-        return
-    if own is None:
+    if ranks.is_first and own is None and source is not None:
         if source.is_file():
             refuse_foreign_content(source)
         if not source.is_dir():
@@ -150,6 +158,10 @@ def _resume(trainer: Trainer, start: Path | None) -> None:
             raise InputNotFoundError(f"no checkpoint '{source}'", cause, "give a folder like …/step-00000500")
         if (problem := problem_with(source)) is not None:
             raise CheckpointError(f"cannot continue from '{source}'", problem, "give another checkpoint")
+    # Rank 0 has verified it and looked for a better one; the others take what it found.
+    source = Path(found) if (found := ranks.from_first(str(source or ""))) else None
+    if source is None:
+        return
     trainer.restore(source)
     if trainer.step > trainer.config.steps:
         raise CheckpointError(
@@ -159,12 +171,16 @@ def _resume(trainer: Trainer, start: Path | None) -> None:
         )
     if own is not None:
         trainer.saved_step = trainer.step
-    run.log(f"continuing '{source}' at step {trainer.step} of {trainer.config.steps}")
+    if ranks.is_first:
+        run.log(f"continuing '{source}' at step {trainer.step} of {trainer.config.steps}")
 
 
 def _preempt(trainer: Trainer, reason: str) -> None:
-    trainer.save()
-    trainer.run.status("running", step=trainer.step, steps=trainer.config.steps)
+    ranks = trainer.part_sum.ranks
+    if ranks.is_first:
+        trainer.save()
+        trainer.run.status("running", step=trainer.step, steps=trainer.config.steps)
+    ranks.wait()
     raise Preempted(
         f"stopped at step {trainer.step} of {trainer.config.steps}",
         reason,

@@ -64,18 +64,20 @@ class GuardedOptimizers:
         self.steps_since_overflow = torch.tensor(0.0, device=device)
         self.nonfinite_run = torch.tensor(0.0, device=device)
 
-    def step(self, lr: float, loss: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def step(self, lr: float, loss: Tensor, num_parts: int = 1) -> tuple[dict[str, Tensor], Tensor]:
         """Update all parameters from their gradients, then drop the gradients.
 
         Args:
             lr: learning rate of this step.
             loss: scalar; a non-finite value also skips the step.
+            num_parts: the gradients are sums over so many parts; their mean counts.
 
         Returns:
-            The gradient 2-norm of each module, before clipping, and `kept`: 1 if the step was taken, or 0.
+            The 2-norm of each module's mean gradient, before clipping, and `kept`: 1 if the step was taken, or 0.
         """
+        scale = self.loss_scale * num_parts
         norms = {
-            name: torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]) / self.loss_scale
+            name: torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]) / scale
             for name, parameters in self.parameters.items()
         }
         finite = torch.isfinite(torch.stack([*norms.values(), loss.detach().to(self.loss_scale)])).all()
@@ -86,7 +88,7 @@ class GuardedOptimizers:
                 clip = (norms[name] / self.config.max_grad_norm).clamp(min=1.0)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            optimizer.grad_scale, optimizer.found_inf = self.loss_scale * clip, found_inf  # type: ignore[attr-defined]
+            optimizer.grad_scale, optimizer.found_inf = scale * clip, found_inf  # type: ignore[attr-defined]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.nonfinite_run = (self.nonfinite_run + 1.0) * found_inf

@@ -41,6 +41,8 @@ _HARMLESS = {
     "train.validation_samples",
     "train.sample_every",
     "train.max_nonfinite",
+    "train.gradient_accumulation",  # as other ranks: the last bits, unless train.deterministic is elastic
+    "train.rank_timeout",
     "data.num_workers",
     "data.worker_timeout",
     "data.max_bad_fraction",
@@ -173,6 +175,8 @@ class RunFolder:
         self._note(f"warning: {message}")
 
     def _note(self, message: str) -> None:
+        if not self._lock.is_held:  # the owner notes, and not each of the ranks
+            return
         # A full disk is reported where it loses something.
         with suppress(OSError), (self.path / "log.txt").open("a", encoding="utf-8") as stream:
             stream.write(printable(message) + "\n")

@@ -25,11 +25,12 @@ class Task(Protocol[BatchT_contra]):
         """Name → module that is trained only (a discriminator)."""
 
     def losses(self, batch: BatchT_contra, num_parts: int, step: int) -> Losses:
-        """Yield scalars whose gradients add up to the gradient of the batch's loss, each with figures to log.
+        """Yield a scalar for each of `num_parts` equal parts of the batch, with figures to log.
 
-        The caller runs `backward()` on each before asking for the next, so that only one part's activations
-        are alive at a time. The first element of each pair also adds up to the loss that is logged unless a
-        figure named `loss` takes its place.
+        The mean of the scalars has the gradient of the loss of the *global* batch when it is taken over the parts of
+        all ranks, of which `batch` holds this one's samples. So have the figures, and the scalars unless a figure
+        named `loss` takes their place. The caller runs `backward()` on each before asking for the next, so that only
+        one part's activations are alive at a time.
         """
 
     def validate(self) -> dict[str, float]:
@@ -49,7 +50,6 @@ class Task(Protocol[BatchT_contra]):
 
 
 def in_parts(loss: Callable[[BatchT], tuple[Tensor, dict[str, Tensor]]], parts: list[BatchT]) -> Losses:
-    """`Task.losses` of a loss that is a mean over independent samples: the mean over equal parts."""
+    """`Task.losses` of a loss that is a mean over independent samples."""
     for part in parts:
-        value, figures = loss(part)
-        yield value / len(parts), {name: figure.detach() / len(parts) for name, figure in figures.items()}
+        yield loss(part)

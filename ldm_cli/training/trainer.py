@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ldm_cli.errors import CheckpointError, DivergedError, InputNotFoundError, LdmError, StorageError, first_line
+from ldm_cli.errors import (
+    CheckpointError,
+    DivergedError,
+    InputNotFoundError,
+    LdmError,
+    StorageError,
+    WorkerError,
+    first_line,
+)
 from ldm_cli.formats.json_file import read_json, write_json
 from ldm_cli.formats.model_folder import check_tensors
 from ldm_cli.formats.weight_files import read_tensors, write_tensors
 from ldm_cli.storage import megabytes
 from ldm_cli.training.checkpoint import checkpoint_name, checkpoints, commit_folder, prune
 from ldm_cli.training.config import TrainConfig
+from ldm_cli.training.distributed import Ranks
 from ldm_cli.training.ema import ExponentialMovingAverage
 from ldm_cli.training.optim import GuardedOptimizers, learning_rate
+from ldm_cli.training.part_sum import part_sum
 from ldm_cli.training.run_folder import RunFolder
 from ldm_cli.training.task import Task
 
@@ -63,7 +73,9 @@ class Trainer:
         config: TrainConfig,
         run: RunFolder,
         device: torch.device,
+        ranks: Ranks,
     ) -> None:
+        self.part_sum = part_sum(config, ranks)
         self.task, self.config, self.run, self.device = task, config, run, device
         trained = {**task.modules, **task.auxiliary}
         for module in trained.values():
@@ -82,35 +94,95 @@ class Trainer:
         self.saved_step: int | None = None
 
     def advance(self, batch: Any) -> None:
-        """One optimizer step on the global batch."""
-        step, config = self.step + 1, self.config
-        buffers = [buffer.clone() for buffer in self.buffers]
-        dtype = _AUTOCAST.get(config.precision)
-        total: dict[str, Tensor] = {}
-        loss_sum = torch.zeros((), device=self.device)
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            losses = self.task.losses(batch, config.gradient_accumulation, step)
-            while True:
-                try:
-                    loss, figures = next(losses)
-                except StopIteration:
-                    break
-                with torch.autocast(self.device.type, enabled=False):
-                    (loss.float() * self.optimizers.loss_scale).backward()  # type: ignore[no-untyped-call]
-                loss_sum = loss_sum + loss.detach().float()
-                for name, value in figures.items():
-                    total[name] = total[name] + value if name in total else value
-        norms, kept = self.optimizers.step(learning_rate(config, step), loss_sum)
+        """One optimizer step on this rank's part of the global batch."""
+        step, num_parts = self.step + 1, self.part_sum.num_parts
+        before = [buffer.clone() for buffer in self.buffers]
+        figures = self._sum_over_parts(batch, step, before)
+        norms, kept = self.optimizers.step(learning_rate(self.config, step), figures["loss"], num_parts)
         # Batch statistics of a skipped step may not be finite either.
-        for buffer, before in zip(self.buffers, buffers, strict=True):
-            buffer.copy_(torch.where(kept > 0, buffer, before))
+        for buffer, old in zip(self.buffers, before, strict=True):
+            buffer.copy_(torch.where(kept > 0, buffer, old))
         if self.ema is not None:
             self.ema.update(step, kept)
         main = next(iter(self.task.modules))
         grad_norms = {("grad_norm" if name == main else f"grad_norm/{name}"): n for name, n in norms.items()}
-        self.meter.add({"loss": loss_sum, **total, **grad_norms}, kept)
+        self.meter.add({name: value / num_parts for name, value in figures.items()} | grad_norms, kept)
         self.meter.add({"skipped": 1.0 - kept}, torch.ones_like(kept))
         self.step = step
+
+    def _sum_over_parts(self, batch: Any, step: int, before: list[Tensor]) -> dict[str, Tensor]:
+        """Leave the gradients of all parts and ranks, added up, in the parameters, and the mean of what each part
+        makes of the buffers in the buffers.
+
+        Returns:
+            The figures, added up over all parts and ranks; `loss` is one of them.
+        """
+        names: list[str] = []
+        taken: list[nn.Parameter] = []
+        total = self.part_sum(self._contributions(batch, step, before, names, taken))
+        sizes = [parameter.numel() for parameter in taken]
+        *gradients, rest = total.split([*sizes, len(total) - sum(sizes)])
+        for parameter, gradient in zip(taken, gradients, strict=True):
+            # empty_like keeps the parameter's memory order, on which the fused kernel depends
+            parameter.grad = torch.empty_like(parameter).copy_(gradient.view(parameter.shape))
+        if not self.part_sum.is_canonical:
+            parameters = (p for module in self.optimizers.parameters.values() for p in module)
+            self.part_sum.ranks.sum_in_place([p.grad for p in parameters if p.grad is not None])
+        values, *changes = rest.split([len(names), *(buffer.numel() for buffer in before)])
+        for buffer, old, change in zip(self.buffers, before, changes, strict=True):
+            buffer.copy_(old + (change / self.part_sum.num_parts).view(old.shape))
+        return dict(zip(names, values.unbind(), strict=True))
+
+    def _contributions(
+        self, batch: Any, step: int, before: list[Tensor], names: list[str], taken: list[nn.Parameter]
+    ) -> Iterator[Tensor]:
+        """Run part after part, and yield of each one, in a row: the gradients, if their sum is to be canonical (else
+        they add up in the parameters), the figures, and what changed in the buffers.
+
+        Args:
+            names: is filled with the names of the figures.
+            taken: is filled with the parameters whose gradients are in the row.
+        """
+        dtype = _AUTOCAST.get(self.config.precision)
+        losses = self.task.losses(batch, self.part_sum.parts_per_rank, step)
+        while True:
+            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+                part = next(losses, None)
+            if part is None:
+                return
+            loss, figures = part
+            (loss.float() * self.optimizers.loss_scale).backward()  # type: ignore[no-untyped-call]
+            values = {"loss": loss, **figures}
+            row = [torch.stack([value.detach().float() for value in values.values()])]
+            row += [(buffer - old).float().reshape(-1) for buffer, old in zip(self.buffers, before, strict=True)]
+            for buffer, old in zip(self.buffers, before, strict=True):
+                buffer.copy_(old)
+            names[:] = values
+            if self.part_sum.is_canonical:
+                taken[:] = [p for module in self.optimizers.parameters.values() for p in module if p.grad is not None]
+                row = [*(p.grad.reshape(-1) for p in taken if p.grad is not None), *row]
+                for parameter in taken:
+                    parameter.grad = None
+            yield torch.cat(row)
+
+    def expect_same_weights(self) -> None:
+        """Make sure that all ranks hold the same weights, by a sum over each parameter.
+
+        Raises:
+            WorkerError: they do not.
+        """
+        ranks = self.part_sum.ranks
+        if ranks.world_size == 1:
+            return
+        parameters = [p.detach() for module in self.optimizers.parameters.values() for p in module]
+        sums = torch.stack([p.double().sum() for p in parameters])
+        rows = ranks.gathered(sums[None].cpu())
+        if not torch.equal(rows, rows[:1].expand_as(rows)):
+            raise WorkerError(
+                f"the weights of the ranks differ at step {self.step}",
+                "their machines do not compute alike",
+                "continue from the last checkpoint on machines of one kind",
+            )
 
     def check_finite(self) -> None:
         """Stop when too many steps in a row were skipped.

@@ -44,8 +44,8 @@ def gradients(task: CLIPTask, batch: Batch, num_parts: int) -> tuple[float, dict
     task.model.train().zero_grad()
     total = 0.0
     for loss, _ in task.losses(batch, num_parts, 1):
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.item()
+        (loss / num_parts).backward()
+        total += loss.item() / num_parts
     return total, {n: p.grad.clone() for n, p in task.model.named_parameters() if p.grad is not None}
 
 

@@ -1,0 +1,214 @@
+"""`--nproc N`: N ranks of the same command on this machine, and what becomes of them.
+
+The launcher hands signals on, ends the others soon after one has failed, and tells in one line what the first one
+died of; its exit code is that rank's. It imports no torch. A rank dies with its launcher, whatever ends it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import FrameType
+
+from ldm_cli.cli.streams import write_line
+from ldm_cli.errors import Preempted, UsageError, WorkerError
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_GRACE = 10.0
+"""Seconds that the others have to end on their own once a rank has failed."""
+_POLL = 0.05
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class _Rank:
+    number: int
+    process: subprocess.Popen[bytes]
+    words: int
+    """Descriptor from which the rank's last line can be read."""
+
+
+def is_rank() -> bool:
+    """Whether a launcher, ours or torchrun, started this process."""
+    return "RANK" in os.environ
+
+
+def is_first_rank() -> bool:
+    """Whether this process may speak: it is rank 0, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def expect_as_many(num_ranks: int | None) -> None:
+    """Make sure that `--nproc` does not contradict the launcher that started this process.
+
+    Raises:
+        UsageError: it does.
+    """
+    started = os.environ.get("LOCAL_WORLD_SIZE", str(num_ranks))
+    if num_ranks is not None and started != str(num_ranks):
+        raise UsageError(f"--nproc {num_ranks} among {started} ranks", "one launcher is enough", "leave --nproc out")
+
+
+def bind_to_launcher() -> None:
+    """Die with our own launcher, if it started this process."""
+    launcher = os.environ.get("LDM_LAUNCHER_PID")
+    if launcher is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != int(launcher):  # it was gone before
+        os._exit(WorkerError.code)
+
+
+def leave_last_words(lines: Sequence[str]) -> bool:
+    """Give the launcher the lines that tell of this rank's failure; False: there is none, say them yourself."""
+    descriptor = os.environ.get("LDM_LAST_WORDS_FD")
+    if descriptor is None:
+        return False
+    os.set_blocking(int(descriptor), False)
+    try:
+        os.write(int(descriptor), "\n".join(lines).encode(errors="backslashreplace")[:32768])
+    except OSError:
+        return False
+    return True
+
+
+def launch(arguments: Sequence[str], num_ranks: int) -> int:
+    """Run `ldm ARGUMENTS` as `num_ranks` ranks and return the exit code of the job.
+
+    Raises:
+        UsageError: fewer than one rank.
+    """
+    if num_ranks < 1:
+        raise UsageError(f"--nproc {num_ranks} is less than 1")
+    with _Forwarding() as forwarding:
+        forwarding.ranks = _start(arguments, num_ranks)
+        try:
+            return _outcome(forwarding.ranks, forwarding)
+        finally:
+            _end(forwarding.ranks)
+
+
+class _Forwarding:
+    """Context in which signals go to all ranks; the second SIGTERM or SIGINT ends them at once."""
+
+    def __init__(self) -> None:
+        self.ranks: list[_Rank] = []
+        self.second: int | None = None
+        self._has_asked = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._has_asked and number != signal.SIGUSR1:
+            self.second = number
+        self._has_asked = True
+        for rank in self.ranks:
+            if rank.process.poll() is None:
+                rank.process.send_signal(signal.SIGKILL if self.second else number)
+
+    def __enter__(self) -> _Forwarding:
+        # Ranks inherit the block and lift it when they can answer: no signal finds them unprepared.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+def _start(arguments: Sequence[str], num_ranks: int) -> list[_Rank]:
+    """All ranks, started; the signals that came meanwhile reach them afterwards."""
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    listening.listen(num_ranks)
+    shared = {
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(listening.getsockname()[1]),
+        "LDM_LAUNCHER_PID": str(os.getpid()),
+        "LDM_STORE_FD": str(listening.fileno()),
+    }
+    threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
+    defaults = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    ranks = []
+    for number in range(num_ranks):
+        words, told = os.pipe()
+        own = {"RANK": str(number), "LOCAL_RANK": str(number), "LDM_LAST_WORDS_FD": str(told)}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ldm_cli", *arguments],
+            env={**defaults, **os.environ, **shared, **own},
+            stdin=subprocess.DEVNULL,
+            pass_fds=(told, listening.fileno()) if number == 0 else (told,),
+        )
+        os.close(told)
+        os.set_blocking(words, False)
+        ranks.append(_Rank(number, process, words))
+    listening.close()
+    return ranks
+
+
+def _outcome(ranks: list[_Rank], forwarding: _Forwarding) -> int:
+    """Wait for the ranks, tell of the failure if there is one, and return the job's exit code."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    failed: list[_Rank] = []
+    running, deadline = list(ranks), None
+    while running and (deadline is None or time.monotonic() < deadline):
+        for rank in [rank for rank in running if rank.process.poll() is not None]:
+            running.remove(rank)
+            if rank.process.returncode != 0:
+                failed.append(rank)
+        # Ranks stop together, but rank 0 may still be saving when the others have left.
+        if deadline is None and any(rank.process.returncode != Preempted.code for rank in failed):
+            deadline = time.monotonic() + _GRACE
+        time.sleep(_POLL if running else 0.0)
+    if forwarding.second is not None:
+        return 128 + forwarding.second
+    if not failed:
+        return 0
+    return _tell(_first_to_fail(failed), len(ranks))
+
+
+def _first_to_fail(failed: list[_Rank]) -> _Rank:
+    """A rank that only lost another one is not to blame; else they are in the order in which they ended."""
+    return min(failed, key=lambda rank: _blame(rank.process.returncode))
+
+
+def _blame(code: int) -> int:
+    return 0 if code < 0 else 2 if code == WorkerError.code else 3 if code == Preempted.code else 1
+
+
+def _tell(rank: _Rank, num_ranks: int) -> int:
+    """Say what a rank died of; a signal or a bug of ours is no code for the job."""
+    code = rank.process.returncode
+    name = f"rank {rank.number} of {num_ranks}"
+    if code < 0:
+        error = WorkerError(f"{name} was killed by {signal.Signals(-code).name}", remedy="run the same command again")
+        write_line(f"ldm: error: {error}")
+        return error.code
+    words = _read(rank.words).splitlines()
+    for line in words or [f"ldm: error: {name} ended with code {code} [{WorkerError.tag}]"]:
+        write_line(line)
+    return code
+
+
+def _read(descriptor: int) -> str:
+    try:
+        return os.read(descriptor, 65536).decode(errors="backslashreplace")
+    except OSError:
+        return ""
+
+
+def _end(ranks: list[_Rank]) -> None:
+    for rank in ranks:
+        if rank.process.poll() is None:
+            rank.process.kill()
+        rank.process.wait()
+        os.close(rank.words)

@@ -1,0 +1,386 @@
+"""The ranks of one job: who takes part, how they exchange, and how each of them notices that another is gone.
+
+Rank, world size and address come from the environment, in the words of torchrun (`RANK`, `LOCAL_RANK`, `WORLD_SIZE`,
+`MASTER_ADDR`, `MASTER_PORT`). What is decided on the host goes through gloo on the CPU, gradients go through NCCL
+where the device is CUDA. Nobody waits blindly: a rank that died closes its connections, and a rank that was stopped
+no longer gives the sign of life that each one leaves in the store every second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ldm_cli.errors import LdmError, Preempted, UsageError, WorkerError
+
+_PATIENCE = timedelta(hours=12)
+"""The others wait as long for rank 0 while it validates, draws or saves: its signs of life tell that it is well."""
+_JOINING = timedelta(minutes=5)
+_POLL = timedelta(milliseconds=500)
+_STORE_TIMEOUT = timedelta(seconds=5)
+_BUCKET_SIZE = 2**24
+"""Numbers per all-reduce: 64 MiB in float32."""
+_RUN_AGAIN = "run the same command again"
+
+
+class Ranks:
+    """The processes that train together; this class itself is one process on its own.
+
+    Attributes:
+        rank: number of this process, in [0, world_size).
+        world_size: number of processes.
+        local_rank: number of this process on its machine; its CUDA device.
+    """
+
+    def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank} is not in [0, world_size={world_size})")
+        self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which alone speaks, writes, validates and draws."""
+        return self.rank == 0
+
+    def sum_in_place(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over the ranks; all of one dtype and device."""
+
+    def copy_from(self, rank: int, tensor: Tensor) -> None:
+        """Replace `tensor` by that of `rank`, bit for bit."""
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """[B, …] of each rank, all of one shape → [world_size × B, …] in the order of the ranks; no gradient."""
+        return tensor
+
+    def texts(self, text: str) -> list[str]:
+        """The texts that the ranks give here, in their order."""
+        return [text]
+
+    def largest(self, number: int) -> int:
+        """The largest of the integers that the ranks give here."""
+        return number
+
+    def from_first(self, text: str) -> str:
+        """The text that rank 0 gives here."""
+        return self.texts(text)[0]
+
+    def wait(self) -> None:
+        """Wait until every rank has come here."""
+        self.largest(0)
+
+    @contextmanager
+    def first_then_others(self) -> Iterator[None]:
+        """Rank 0 goes through the block before the others enter it: what it caches, they find."""
+        if not self.is_first:
+            self.wait()
+        yield
+        if self.is_first:
+            self.wait()
+
+    def expect_equal(self, facts: dict[str, str]) -> None:
+        """Make sure that the ranks agree.
+
+        Args:
+            facts: what is compared → what it is on this rank.
+
+        Raises:
+            UsageError: two ranks differ; both values are named.
+        """
+        given = [json.loads(text) for text in self.texts(json.dumps(facts))]
+        for rank, others in enumerate(given):
+            for name, value in given[0].items():
+                if others.get(name) != value:
+                    raise UsageError(
+                        f"rank {rank} of {self.world_size} has another {name} than rank 0",
+                        f"'{others.get(name)}' instead of '{value}'",
+                        "start all ranks with the same command, files and versions",
+                    )
+
+
+class _ConnectedRanks(Ranks):
+    """Several processes, connected through torch.distributed."""
+
+    def __init__(self, rank: int, world_size: int, local_rank: int, store: dist.Store, device: torch.device) -> None:
+        super().__init__(rank, world_size, local_rank)
+        self._store = store
+        self._device_group = dist.new_group(backend="nccl") if device.type == "cuda" else None
+        self._watch: _Watch | None = None
+
+    def watch(self, timeout: float) -> None:
+        """Begin to give and expect signs of life."""
+        self._watch = _Watch(self._store.clone(), self.rank, self.world_size, timeout)
+        self.wait()  # every rank has given its first sign
+        self._watch.start()
+
+    def sum_in_place(self, tensors: Sequence[Tensor]) -> None:
+        """In few large messages, all under way at once."""
+        pending = []
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            with self._others_expected():
+                work = dist.all_reduce(flat, group=self._group(flat), async_op=True)
+            pending.append((bucket, flat, work))
+        for bucket, flat, work in pending:
+            self._complete(work, flat)
+            for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
+    def copy_from(self, rank: int, tensor: Tensor) -> None:
+        """A broadcast."""
+        with self._others_expected():
+            work = dist.broadcast(tensor, src=rank, group=self._group(tensor), async_op=True)
+        self._complete(work, tensor)
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """An all-gather."""
+        pieces = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.world_size)]
+        with self._others_expected():
+            work = dist.all_gather(pieces, tensor.contiguous(), group=self._group(tensor), async_op=True)
+        self._complete(work, tensor)
+        return torch.cat(pieces)
+
+    def texts(self, text: str) -> list[str]:
+        """As bytes: lengths first, then texts padded to the longest."""
+        content = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        lengths = self.gathered(torch.tensor([len(content)])).tolist()
+        padded = torch.zeros(1, max(lengths), dtype=torch.uint8)
+        padded[0, : len(content)] = content
+        rows = self.gathered(padded)
+        return [bytes(row[:length].tolist()).decode() for row, length in zip(rows, lengths, strict=True)]
+
+    def largest(self, number: int) -> int:
+        """An all-reduce on the host."""
+        value = torch.tensor(number)
+        with self._others_expected():
+            work = dist.all_reduce(value, op=dist.ReduceOp.MAX, async_op=True)
+        self._complete(work, value)
+        return int(value)
+
+    def announce(self, error: BaseException) -> None:
+        """Leave the reason why this rank ends where the others find it, unless another has failed before."""
+        if isinstance(error, LdmError):
+            reason = error.what + (f": {error.cause}" if error.cause else "")
+        else:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if not isinstance(error, Preempted):
+            _announce(self._store, f"rank {self.rank} of {self.world_size} failed", reason)
+
+    def leave(self) -> None:
+        """Give no further sign of life, and close all connections."""
+        if self._watch is not None:
+            self._watch.end()
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
+
+    def _group(self, tensor: Tensor) -> dist.ProcessGroup | None:
+        return self._device_group if tensor.is_cuda else None
+
+    def _complete(self, work: dist.Work | None, tensor: Tensor) -> None:
+        """Wait for the other ranks as long as they are well; for a tensor on CUDA the device waits, not the host.
+
+        Raises:
+            WorkerError: one of them failed or is gone.
+        """
+        assert work is not None
+        if tensor.is_cuda:
+            work.wait()
+            return
+        while True:
+            try:
+                work.wait(_POLL)
+                return
+            except RuntimeError as error:
+                if work.is_completed():  # not a time-out: the connection broke
+                    raise self._loss(error) from error
+            if self._watch is not None and self._watch.verdict is not None:
+                raise self._loss(None)
+
+    @contextmanager
+    def _others_expected(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._loss(error) from error
+
+    def _loss(self, error: RuntimeError | None) -> WorkerError:
+        """Who failed first, if it can be known."""
+        deadline = time.monotonic() + 2.0
+        while time.monotonic() < deadline:
+            verdict = _announced(self._store) or (self._watch.verdict if self._watch else None)
+            if verdict is not None:
+                return WorkerError(*verdict, _RUN_AGAIN)
+            time.sleep(0.1)
+        reason = "" if error is None else str(error).splitlines()[0]
+        return WorkerError("lost another rank", reason.rsplit("] ", 1)[-1].split(". ")[0], _RUN_AGAIN)
+
+
+class _Watch(threading.Thread):
+    """Gives a sign of life every second; rank 0 looks for those of all others, and each of them for rank 0's.
+
+    Silence is counted in signs of one's own, not in time: a job that was stopped and continued as a whole finds
+    nobody silent.
+
+    Attributes:
+        verdict: what failed, and why; None while all are well.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: float) -> None:
+        super().__init__(name="rank watch", daemon=True)
+        store.set_timeout(_STORE_TIMEOUT)
+        self._store, self._rank, self._world_size, self._timeout = store, rank, world_size, timeout
+        self._interval = min(1.0, timeout / 5)
+        self._watched = range(1, world_size) if rank == 0 else range(1)
+        self._last_seen: dict[int, tuple[bytes, int]] = {}
+        self._ended = threading.Event()
+        self._beats = 0
+        self.verdict: tuple[str, str] | None = None
+        self._beat()
+
+    def run(self) -> None:
+        """Until the job ends or a rank is found lost."""
+        while not self._ended.wait(self._interval) and self.verdict is None:
+            self._beats += 1
+            try:
+                self._beat()
+                self.verdict = _announced(self._store)
+                signs = self._store.multi_get([f"life/{rank}" for rank in self._watched])
+            except RuntimeError:  # the store is silent or gone, and rank 0 with it
+                signs = [self._last_seen.get(rank, (b"", 0))[0] for rank in self._watched]
+            for rank, sign in zip(self._watched, signs, strict=True):
+                self._judge(rank, sign)
+
+    def end(self) -> None:
+        """Stop and wait for it."""
+        self._ended.set()
+        if self.is_alive():
+            self.join(timeout=2 * _STORE_TIMEOUT.total_seconds())
+
+    def _beat(self) -> None:
+        self._store.set(f"life/{self._rank}", str(self._beats))
+
+    def _judge(self, rank: int, sign: bytes) -> None:
+        before, beat = self._last_seen.get(rank, (None, self._beats))
+        if sign != before:
+            self._last_seen[rank] = (sign, self._beats)
+        elif (self._beats - beat) * self._interval > self._timeout and self.verdict is None:
+            what = f"rank {rank} of {self._world_size} is lost"
+            reason = f"it gave no sign of life for {self._timeout:g} s"
+            self.verdict = (what, reason)
+            with suppress(RuntimeError):
+                _announce(self._store, what, reason)
+
+
+def local_rank() -> int:
+    """Number of this process among the ranks on its machine."""
+    return _environment()[2]
+
+
+def _environment() -> tuple[int, int, int]:
+    """Rank, world size and local rank as the launcher set them; (0, 1, 0) without one.
+
+    Raises:
+        UsageError: the variables contradict one another or are no numbers.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return 0, 1, 0
+    try:
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local = int(os.environ.get("LOCAL_RANK", rank))
+    except (KeyError, ValueError):
+        given = ", ".join(f"{name}={os.environ.get(name, '')}" for name in names)
+        raise UsageError("cannot tell this process's rank", given, "set all three, as torchrun does") from None
+    if not 0 <= rank < world_size or local < 0:
+        raise UsageError("this process's rank is impossible", f"RANK={rank}, WORLD_SIZE={world_size}")
+    return rank, world_size, local
+
+
+@contextmanager
+def joined(device: torch.device, timeout: float) -> Iterator[Ranks]:
+    """Take part in the job that the environment tells of; without one, be a job of one.
+
+    Args:
+        device: where gradients lie.
+        timeout: seconds after which a rank without a sign of life counts as lost.
+
+    Raises:
+        WorkerError: the others do not come.
+    """
+    rank, world_size, local = _environment()
+    if world_size == 1:
+        yield Ranks()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        store = _rendezvous(rank, world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_PATIENCE)
+        ranks = _ConnectedRanks(rank, world_size, local, store, device)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise WorkerError(f"rank {rank} of {world_size} cannot join the others", reason, _RUN_AGAIN) from error
+    try:
+        ranks.watch(timeout)
+        yield ranks
+        ranks.wait()  # rank 0 holds the store: nobody leaves before all are done
+    except BaseException as error:
+        ranks.announce(error)
+        raise
+    finally:
+        ranks.leave()
+
+
+def _rendezvous(rank: int, world_size: int) -> dist.Store:
+    """The store at MASTER_ADDR:MASTER_PORT, served by rank 0 unless torchrun's agent or a launcher's socket does."""
+    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
+    listening = os.environ.get("LDM_STORE_FD")
+    served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        address,
+        port,
+        world_size,
+        is_master=rank == 0 and not served_by_agent,
+        timeout=_JOINING,
+        wait_for_workers=False,
+        master_listen_fd=int(listening) if rank == 0 and listening else None,
+    )
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # an agent's store outlives its workers
+    return dist.PrefixStore(f"ldm/{life}", store)
+
+
+def _announce(store: dist.Store, what: str, reason: str) -> None:
+    with suppress(RuntimeError):
+        store.compare_set("failure", "", json.dumps([what, reason]))
+
+
+def _announced(store: dist.Store) -> tuple[str, str] | None:
+    """What the first rank to fail left."""
+    try:
+        if not store.check(["failure"]):
+            return None
+        what, reason = json.loads(store.get("failure"))
+    except RuntimeError:
+        return None
+    return what, reason
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and size + tensor.numel() > _BUCKET_SIZE:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.numel()
+    if bucket:
+        yield bucket
