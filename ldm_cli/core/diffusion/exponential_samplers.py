@@ -83,13 +83,15 @@ def dpmpp_sde(denoise: Denoiser, x: Tensor, path: Trajectory, step_noise: NoiseS
             x = toward(x, x0, start, end)
             continue
         middle = path.levels.at(math.sqrt(start.sigma * end.sigma))
-        first = step_noise(2 * i)
-        share = (start.sigma - middle.sigma) / (start.sigma - end.sigma)
-        whole = math.sqrt(share) * first + math.sqrt(1.0 - share) * step_noise(2 * i + 1)
-        down, up = split(start, middle, eta)
-        halfway = toward(x, x0, start, down) + up * first
-        down, up = split(start, end, eta)
-        x = toward(x, denoise(halfway, middle), start, down) + up * whole
+        (down, up), (down_end, up_end) = split(start, middle, eta), split(start, end, eta)
+        halfway = toward(x, x0, start, down)
+        first = step_noise(2 * i) if eta > 0.0 else None
+        if first is not None:
+            halfway = halfway + up * first
+        x = toward(x, denoise(halfway, middle), start, down_end)
+        if first is not None:
+            share = (start.sigma - middle.sigma) / (start.sigma - end.sigma)
+            x = x + up_end * (math.sqrt(share) * first + math.sqrt(1.0 - share) * step_noise(2 * i + 1))
     return x
 
 

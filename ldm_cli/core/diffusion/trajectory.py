@@ -129,7 +129,7 @@ def dpmpp_trajectory(
 ) -> Trajectory:
     """As DDPM's, but `linspace` and `leading` are cut into one part more and the last is left out.
 
-    `karras` and `exponential` tell the network whole numbers, rounded and cut: so it is in diffusers. Arguments and
+    `karras` and `exponential` tell the network whole numbers, as in diffusers. Arguments and
     errors as in `ddpm_trajectory`; with the first two at most T − 1 steps fit.
     """
     levels = Levels(schedule)
@@ -138,8 +138,7 @@ def dpmpp_trajectory(
         return _chain(levels, [levels.at_time(t) for t in timesteps])
     visited = _visited(levels, num_steps, spacing, offset)
     if schedule.flow_shift is None and spacing in ("karras", "exponential"):
-        whole = round if spacing == "karras" else math.floor
-        visited = [replace(level, t=float(whole(level.t))) for level in visited]
+        visited = [replace(level, t=float(round(level.t))) for level in visited]
     return _chain(levels, visited).finite()
 
 
