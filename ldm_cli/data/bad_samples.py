@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ldm_cli.errors import DataError, StorageError
+from ldm_cli.errors import DataError, InputNotFoundError, StorageError
 
 _MIN_BAD = 10
 
@@ -28,12 +29,14 @@ class BadSampleError(Exception):
 
 @dataclass(frozen=True)
 class BadSample:
-    """Which sample could not be used, and why."""
+    """Which sample could not be used, and why; in training, at which step and for which place of its batch."""
 
     shard: str
     key: str
     reason: str
     detail: str
+    step: int | None = None
+    place: int | None = None
 
 
 class BadSampleAccount:
@@ -48,6 +51,11 @@ class BadSampleAccount:
         self.reasons: Counter[str] = Counter()
         self.num_read = 0
         self._max_fraction, self._report = max_fraction, report
+
+    def restore(self, num_good: int, reasons: Counter[str]) -> None:
+        """Count on from what an earlier life had read."""
+        self.reasons = Counter(reasons)
+        self.num_read = num_good + reasons.total()
 
     def add(self, num_good: int, bad: list[BadSample]) -> None:
         """Account for what was read.
@@ -72,7 +80,9 @@ class BadSampleAccount:
 
 
 class BadSampleLog:
-    """A `bad_samples.jsonl`: one line `{shard, key, reason, detail}` per bad sample, however often it is met.
+    """A `bad_samples.jsonl`: one line per bad sample and time it was met, the same whatever the interruptions.
+
+    Several ranks may write to one file, each in its own `BadSampleLog`.
 
     Raises:
         StorageError: the file cannot be read or written.
@@ -80,29 +90,45 @@ class BadSampleLog:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._known: set[tuple[str, str]] = set()
-        try:
-            if path.exists():
-                for line in path.read_text(encoding="utf-8").splitlines():
-                    self._remember(line)
-        except OSError as error:
-            raise StorageError(f"cannot read '{path}'", str(error.strerror)) from error
+        self._known: dict[BadSample, None] = dict.fromkeys(read_bad_samples(path) if path.exists() else ())
 
     def __call__(self, sample: BadSample) -> None:
-        """Write the sample down if it is new."""
-        if (sample.shard, sample.key) in self._known:
+        """Write the sample down, unless an earlier life did."""
+        if sample in self._known:
             return
-        self._known.add((sample.shard, sample.key))
+        self._known[sample] = None
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(sample)) + "\n")
+            with self._path.open("ab", buffering=0) as file:
+                file.write((json.dumps(asdict(sample)) + "\n").encode())
         except OSError as error:
             raise StorageError(f"cannot write '{self._path}'", str(error.strerror)) from error
 
-    def _remember(self, line: str) -> None:
-        """Take up a line of an earlier life; one cut by a kill is passed over."""
-        try:
-            entry = json.loads(line)
-            self._known.add((entry["shard"], entry["key"]))
-        except (ValueError, KeyError, TypeError):
-            return
+    def reasons_before(self, step: int, places: slice) -> Counter[str]:
+        """How many bad samples, by reason, were met before a step in these places of its batches."""
+        return Counter(
+            sample.reason
+            for sample in self._known
+            if sample.step is not None
+            and sample.place is not None
+            and sample.step < step
+            and places.start <= sample.place < places.stop
+        )
+
+
+def read_bad_samples(path: Path) -> list[BadSample]:
+    """The entries of a `bad_samples.jsonl`; lines that are none, as a kill may leave them, are passed over.
+
+    Raises:
+        InputNotFoundError, StorageError: the file is missing, or cannot be read.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError as error:
+        raise InputNotFoundError(f"there is no '{path}'") from error
+    except OSError as error:
+        raise StorageError(f"cannot read '{path}'", str(error.strerror)) from error
+    found = []
+    for line in lines:
+        with suppress(ValueError, TypeError):
+            found.append(BadSample(**json.loads(line)))
+    return found

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm_cli import philox
-from ldm_cli.data.bad_samples import BadSample, BadSampleAccount, BadSampleError
+from ldm_cli.data.bad_samples import BadSample, BadSampleAccount, BadSampleError, BadSampleLog
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.latent_cache import CachedDecoder, LatentCache
 from ldm_cli.data.order import Order, global_positions, rank_slice
@@ -20,7 +20,7 @@ from ldm_cli.data.prefetch import prefetched
 from ldm_cli.data.sample import Draw, Encoding, Sample, SampleDecoder, Wanted
 from ldm_cli.data.shards import ShardSet
 from ldm_cli.data.workers import made_by_workers
-from ldm_cli.errors import DataError, LdmError
+from ldm_cli.errors import DataError, LdmError, printable
 
 _NUM_AHEAD = 2
 _MAX_REPLACEMENTS = 64
@@ -55,6 +55,12 @@ class Batch:
     def __len__(self) -> int:
         """Number of samples."""
         return len(self.keys)
+
+    def trace(self, step: int) -> Iterator[str]:
+        """A line `step shard key` for each sample, by which two runs are compared."""
+        for name in self.keys:
+            shard, _, key = name.partition("/")
+            yield f"{step} {printable(shard)} {printable(key)}"
 
 
 @dataclass(frozen=True)
@@ -102,11 +108,11 @@ class Loader:
         report_bad: ReportBad | None = None,
         cache: LatentCache | None = None,
     ) -> None:
-        rank_slice(batch_size, rank, world_size)
         self.account = BadSampleAccount(config.max_bad_fraction, report_bad)
         self.remarks: Counter[str] = Counter()
         self.num_samples = shards.num_samples
-        self._config = config
+        self._config, self._log = config, report_bad
+        self._places = rank_slice(batch_size, rank, world_size)
         wanted = Wanted(image=with_images, caption=with_captions)
         self._is_cached = cache is not None  # nothing is decoded then: a thread is ahead of any trainer
         decoder = cache.decoder(config, wanted) if cache else SampleDecoder(shards, config, wanted)
@@ -123,6 +129,9 @@ class Loader:
         steps = range(start_step, end_step)
         if not steps:
             return
+        if isinstance(self._log, BadSampleLog):
+            num_good = start_step * (self._places.stop - self._places.start)
+            self.account.restore(num_good, self._log.reasons_before(start_step, self._places))
         source: AbstractContextManager[Iterator[_Delivery]]
         if self._config.num_workers and not self._is_cached:
             source = closing(
@@ -209,8 +218,14 @@ class _Steps:
         bad: list[BadSample] = []
         remarks: Counter[str] = Counter()
         try:
-            for e, p, draw in zip(epoch.tolist(), position.tolist(), draws, strict=True):
-                sample, key = self._good_sample(e, p, Draw(*draw), bad)
+            for place, e, p, draw in zip(
+                range(self._part.start, self._part.stop), epoch.tolist(), position.tolist(), draws, strict=True
+            ):
+                found: list[BadSample] = []
+                try:
+                    sample, key = self._good_sample(e, p, Draw(*draw), found)
+                finally:
+                    bad += [replace(one, step=step, place=place) for one in found]
                 samples.append(sample)
                 keys.append(key)
                 remarks.update(sample.remarks)
@@ -223,23 +238,30 @@ class _Steps:
         position.
         """
         shard, number = self._order(epoch, position)
-        replacements: list[int] | None = None
+        places = {(shard, number): None}
         for attempt in range(_MAX_REPLACEMENTS + 1):
             try:
                 return self._decoder.decode(shard, number, draw), self._shards.name(shard, number)
             except BadSampleError as error:
                 bad.append(_bad_sample(self._shards, shard, number, error))
-            if replacements is None:
-                counter = torch.tensor([epoch]), torch.tensor([position])
-                count, high = _MAX_REPLACEMENTS + 1, self._shards.num_samples
-                replacements = philox.integers(self._replacement_key, *counter, count, high)[0].tolist()
-            shard, number = self._order.locate(replacements[attempt])
+            if attempt == 0:
+                places |= dict.fromkeys(self._replacements(epoch, position))
+            if attempt + 1 == len(places):
+                break
+            shard, number = list(places)[attempt + 1]
         last = bad[-1]
         raise DataError(
-            f"cannot use any of {_MAX_REPLACEMENTS + 1} samples, the last one '{last.key}' in '{last.shard}'",
+            f"cannot use any of {len(places)} samples, the last one '{last.key}' in '{last.shard}'",
             f"{last.reason} {last.detail}".strip(),
             "run `ldm data check` on the shards",
         )
+
+    def _replacements(self, epoch: int, position: int) -> list[tuple[int, int]]:
+        """The samples that are tried in place of a bad one, in this order."""
+        counter = torch.tensor([epoch]), torch.tensor([position])
+        high = self._shards.num_samples
+        numbers = philox.integers(self._replacement_key, *counter, _MAX_REPLACEMENTS, high)[0].tolist()
+        return [self._order.locate(number) for number in numbers]
 
 
 def _in_order(

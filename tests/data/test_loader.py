@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_cli.data.bad_samples import BadSample, BadSampleLog
+from ldm_cli.data.bad_samples import BadSample, BadSampleLog, read_bad_samples
 from ldm_cli.data.loader import Batch, Loader, sequential_batches
 from ldm_cli.data.prefetch import prefetched
 from ldm_cli.errors import DataError, WorkerError
@@ -301,18 +301,43 @@ def test_a_worker_that_is_killed_is_an_error_and_no_hang(folder: Path) -> None:
     assert time.monotonic() - start < 5
 
 
-def test_the_log_names_each_bad_sample_once_over_several_lives(tmp_path: Path) -> None:
-    path = tmp_path / "bad_samples.jsonl"
-    one, two = (BadSample("a.tar", key, "damaged image", "cut") for key in ("x", "y"))
-    for life in ([one, one], [one, two]):
-        log = BadSampleLog(path)
-        for bad in life:
-            log(bad)
-    entries = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(entry["shard"], entry["key"], entry["reason"]) for entry in entries] == [
-        ("a.tar", "x", "damaged image"),
-        ("a.tar", "y", "damaged image"),
-    ]
+def test_the_log_and_the_counts_are_those_of_an_uninterrupted_run(folder: Path, tmp_path: Path) -> None:
+    whole = _loader(folder, report_bad=BadSampleLog(tmp_path / "whole.jsonl"))
+    list(whole.batches(0, 12))
+    assert whole.account.reasons["not an image"] >= 3
+    assert whole.account.num_read == 48 + whole.account.reasons.total()
+    path = tmp_path / "lives.jsonl"
+    for start, end in ((0, 5), (3, 9), (9, 9), (8, 12)):  # a life went on beyond its last checkpoint
+        life = _loader(folder, num_workers=start % 2, report_bad=BadSampleLog(path))
+        list(life.batches(start, end))
+        with path.open("ab") as file:
+            file.write(b'{"shard": "cut by a ki')
+            file.write(b"\n")
+    assert (life.account.num_read, life.account.reasons) == (whole.account.num_read, whole.account.reasons)
+    ours, theirs = read_bad_samples(path), read_bad_samples(tmp_path / "whole.jsonl")
+    assert ours == theirs
+    assert {(bad.shard, bad.key) for bad in ours} == {(str(folder / "000.tar"), "0005")}
+
+
+def test_ranks_write_one_log_and_each_counts_its_own_part(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    for steps in ((0, 4), (4, 12)):
+        ranks = [_loader(folder, rank=r, world_size=2, report_bad=BadSampleLog(path)) for r in (0, 1)]
+        for rank in ranks:
+            list(rank.batches(*steps))
+    alone = _loader(folder, report_bad=BadSampleLog(path))
+    list(alone.batches(0, 12))
+    assert sum((rank.account.reasons for rank in ranks), Counter()) == alone.account.reasons
+    assert len(read_bad_samples(path)) == alone.account.reasons.total()
+    later = _loader(folder, report_bad=BadSampleLog(path))  # two ranks before, one now
+    list(later.batches(11, 12))
+    assert later.account.reasons == alone.account.reasons
+
+
+def test_the_trace_has_step_shard_and_key_of_each_sample(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("d/x y.png", png()), ("d/x y.txt", b"t")])
+    (batch,) = _loader(tmp_path, batch_size=2, label=None).batches(7, 8)
+    assert list(batch.trace(7)) == ["7 a d/x y"] * 2
 
 
 def test_prefetching_keeps_order_stays_bounded_and_passes_errors_on() -> None:
