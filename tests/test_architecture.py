@@ -19,6 +19,7 @@ GROUPS = (
     {"training", "sampling", "evaluation", "lesson"},
     {"recipe"},
     {"stages"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 )

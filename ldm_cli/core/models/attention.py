@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm_cli.core.models.checkpointing import Checkpointed
+from ldm_cli.core.models.recompute import geglu_linear
 
 
 def tokens_of(x: Tensor) -> Tensor:
@@ -63,32 +64,20 @@ class Attention(nn.Module):
         return projected
 
 
-class GEGLU(nn.Module):
-    """value · gelu(gate), both linear in the input (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
-
-    def __init__(self, dim: int, inner_dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(dim, 2 * inner_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, dim] → [B, L, inner_dim]."""
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        result: Tensor = value * F.gelu(gate)
-        return result
-
-
 class FeedForward(nn.Module):
-    """GEGLU of four times the width, then back."""
+    """W (value · gelu(gate)), value and gate linear in the input and four times as wide: GEGLU (Shazeer 2020,
+    arXiv:2002.05202, eq. 6) and the way back."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        # The names in the files are net.0 and net.2: between them diffusers has a dropout.
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+        # The names in the files are net.0.proj and net.2: between them diffusers has a dropout.
+        both_halves = nn.ModuleDict({"proj": nn.Linear(dim, 8 * dim)})
+        self.net = nn.ModuleList([both_halves, nn.Identity(), nn.Linear(4 * dim, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, D] → [B, L, D]."""
-        hidden: Tensor = self.net(x)
-        return hidden
+        proj, out = self.net[0]["proj"], self.net[2]  # type: ignore[index]
+        return geglu_linear(x, proj, out)  # type: ignore[arg-type]
 
 
 class BasicTransformerBlock(nn.Module):
@@ -141,13 +130,15 @@ class Transformer2DModel(Checkpointed):
         """[B, C, H, W] and [B, M, context_dim] → [B, C, H, W]."""
         height, width = x.shape[-2:]
         hidden = self.norm(x)
-        tokens = self.proj_in(tokens_of(hidden)) if self.linear else tokens_of(self.proj_in(hidden))
+        tokens = self._project(self.proj_in, tokens_of(hidden))
         for block in self.transformer_blocks:
             tokens = self.run(block, tokens, context)
-        if self.linear:
-            return x + image_of(self.proj_out(tokens), height, width)
-        projected: Tensor = self.proj_out(image_of(tokens, height, width))
-        return x + projected
+        return x + image_of(self._project(self.proj_out, tokens), height, width)
+
+    def _project(self, layer: nn.Module, tokens: Tensor) -> Tensor:
+        """A linear layer, or a 1×1 convolution as one: on a CPU its own kernel has a third of the speed."""
+        weight = layer.weight if self.linear else layer.weight.flatten(1)  # type: ignore[operator]
+        return F.linear(tokens, weight, layer.bias)  # type: ignore[arg-type]
 
 
 class AttentionBlock2D(Attention):

@@ -8,12 +8,12 @@ from typing import Annotated, ClassVar, Literal, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ldm_cli.core.models.attention import AttentionBlock2D
 from ldm_cli.core.models.checkpointing import Checkpointable, Checkpointed
 from ldm_cli.core.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
 from ldm_cli.core.models.model_config import DiffusersConfig, Size
+from ldm_cli.core.models.recompute import norm_silu_conv
 
 _EPS = 1e-6
 
@@ -191,7 +191,7 @@ class _Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down_blocks:
             x = level(x)
-        moments: Tensor = self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        moments: Tensor = norm_silu_conv(self.mid_block(x), self.conv_norm_out, self.conv_out)
         return moments
 
 
@@ -219,7 +219,7 @@ class _Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for level in self.up_blocks:
             x = level(x)
-        image: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        image: Tensor = norm_silu_conv(x, self.conv_norm_out, self.conv_out)
         return image
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm_cli.core.models.recompute import norm_silu_conv, upsample_conv
+
 
 def timestep_embedding(timesteps: Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shift: int) -> Tensor:
     """Sinusoids of the timestep, wavelengths from 2π to 10000·2π (Vaswani et al. 2017, section 3.5).
@@ -49,6 +51,15 @@ class TimestepEmbedding(nn.Module):
         return hidden
 
 
+def pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A 1×1 convolution of [B, C, H, W] as the matrix product that it is, in channels-last order a view on both sides.
+
+    A convolution of that size runs at a third of a matrix product's speed on a CPU.
+    """
+    tokens = F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias)
+    return tokens.permute(0, 3, 1, 2)
+
+
 class ResnetBlock2D(nn.Module):
     """Two 3×3 convolutions, each after group norm and SiLU, around which the input is added.
 
@@ -74,12 +85,12 @@ class ResnetBlock2D(nn.Module):
 
         The activation is the same for every block of a network, so the network applies it once.
         """
-        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden = norm_silu_conv(x, self.norm1, self.conv1)
         if self.time_emb_proj is not None:
             hidden = hidden + self.time_emb_proj(embedding)[:, :, None, None]
-        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        hidden = norm_silu_conv(hidden, self.norm2, self.conv2)
         if self.conv_shortcut is not None:
-            x = self.conv_shortcut(x)
+            x = pointwise(self.conv_shortcut, x)
         result: Tensor = x + hidden
         return result
 
@@ -114,5 +125,4 @@ class Upsample2D(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """[B, C, H, W] → [B, C, *size]."""
-        hidden: Tensor = self.conv(F.interpolate(x, size=size, mode="nearest"))
-        return hidden
+        return upsample_conv(x, size, self.conv)

@@ -13,6 +13,7 @@ from ldm_cli.core.models.attention import Transformer2DModel
 from ldm_cli.core.models.checkpointing import Checkpointable
 from ldm_cli.core.models.layers import ResnetBlock2D, TimestepEmbedding, timestep_embedding
 from ldm_cli.core.models.model_config import DiffusersConfig, One, Size, Zero
+from ldm_cli.core.models.recompute import norm_silu_conv
 from ldm_cli.core.models.unet_blocks import DownBlock, LevelSpec, MidBlock, UpBlock
 
 DownBlockType = Literal["DownBlock2D", "CrossAttnDownBlock2D"]
@@ -316,7 +317,7 @@ class UNet2DConditionModel(Checkpointable):
             hidden = self.mid_block(hidden, embedding, encoder_hidden_states)
         for block in self.up_blocks:
             hidden = block(hidden, embedding, encoder_hidden_states, skips)
-        prediction: Tensor = self.conv_out(F.silu(self.conv_norm_out(hidden)))
+        prediction: Tensor = norm_silu_conv(hidden, self.conv_norm_out, self.conv_out)
         return prediction
 
     def _embedding(

@@ -1,0 +1,129 @@
+"""The same work done by diffusers, transformers and webdataset: the only place that imports them, and only if asked.
+
+Each peer runs as its own documentation would have it; where a setting of it is faster (memory order), that is a
+contender of its own, and the fastest counts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm_cli.bench.workload import EncodingStep, Workload, autocast, build_model, random_batch
+from ldm_cli.core.diffusion.schedule import NoiseSchedule
+from ldm_cli.errors import UnavailableError
+from ldm_cli.recipe.schema import TrainClipRecipe, TrainVaeRecipe
+from ldm_cli.training.config import TrainConfig
+
+
+def require(package: str) -> None:
+    """Make sure that a peer is installed.
+
+    Raises:
+        UnavailableError: it is not.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise UnavailableError(
+            f"cannot run against '{package}'", "it is not installed", f"pip install {package}, or leave out --against"
+        )
+
+
+class PeerStep:
+    """Forward, backward, gradient clipping and fused AdamW, as the peers' training scripts do them."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[], Tensor], train: TrainConfig, num_units: int) -> None:
+        self.model, self.loss, self.train, self.num_units = model, loss, train, num_units
+        self.device = next(model.parameters()).device
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=train.lr,
+            betas=train.betas,
+            eps=train.eps,
+            weight_decay=train.weight_decay,
+            fused=True,
+        )
+        with torch.no_grad(), autocast(self.device, train.precision):
+            self.first_loss = loss().item()
+
+    def step(self) -> None:
+        """One optimizer step."""
+        with autocast(self.device, self.train.precision):
+            loss = self.loss()
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.train.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.train.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def facts(self) -> dict[str, Any]:
+        """Units a step and the first loss."""
+        return {"units": self.num_units, "first_loss": self.first_loss}
+
+
+def their_step(work: Workload, channels_last: bool = False) -> PeerStep:
+    """A peer's training step on the workload's weights and batch."""
+    recipe, device = work.recipe, torch.device(work.device)
+    model = _their_model(work).to(device)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if recipe.train.gradient_checkpointing:
+        enable = getattr(model, "gradient_checkpointing_enable", None) or model.enable_gradient_checkpointing
+        enable()  # type: ignore[operator]
+    batch = {name: value.to(device) for name, value in random_batch(work).items()}
+    loss: Callable[[], Tensor]
+    if isinstance(recipe, TrainClipRecipe):
+        loss = lambda: model(batch["ids"], batch["pixels"], return_loss=True).loss  # noqa: E731
+    elif isinstance(recipe, TrainVaeRecipe):
+        weight = recipe.loss.kl_weight
+        loss = lambda: _autoencoder_loss(model, batch["images"], batch["noise"], weight)  # noqa: E731
+    else:
+        schedule = NoiseSchedule.from_config(recipe.diffusion)
+        x0, noise, t = batch["latents"], batch["noise"], batch["t"]
+
+        def loss() -> Tensor:
+            output = model(schedule.add_noise(x0, noise, t), t, batch["context"]).sample
+            return F.mse_loss(output.float(), schedule.target(x0, noise, t))
+
+    return PeerStep(model, loss, recipe.train, recipe.train.batch_size)
+
+
+def their_encoding(work: Workload, channels_last: bool = False) -> EncodingStep:
+    """diffusers' encoder on the workload's images."""
+    device = torch.device(work.device)
+    model = _their_model(work).to(device)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = random_batch(work)["images"].to(device)
+    encode = lambda: model.encode(images).latent_dist.mean  # type: ignore[operator]  # noqa: E731
+    return EncodingStep(encode, device, work.recipe.train.precision, len(images))
+
+
+def _autoencoder_loss(model: Any, images: Tensor, noise: Tensor, kl_weight: float) -> Tensor:
+    posterior = model.encode(images).latent_dist
+    reconstruction = model.decode(posterior.mean + posterior.std * noise).sample
+    kl: Tensor = posterior.kl().mean() / images[0].numel()
+    return F.l1_loss(reconstruction.float(), images) + kl_weight * kl
+
+
+def _their_model(work: Workload) -> nn.Module:
+    """The peer's class of the recipe's model, with our weights."""
+    recipe, ours = work.recipe, build_model(work.recipe)
+    their: nn.Module
+    if isinstance(recipe, TrainClipRecipe):
+        transformers = importlib.import_module("transformers")
+        their = transformers.CLIPModel(transformers.CLIPConfig(**recipe.clip.to_hugging_face()))
+    elif isinstance(recipe, TrainVaeRecipe):
+        their = importlib.import_module("diffusers").AutoencoderKL(**recipe.vae.to_mapping())
+    else:
+        their = importlib.import_module("diffusers").UNet2DConditionModel(**recipe.unet.to_mapping())
+    missing, unexpected = their.load_state_dict(ours.state_dict(), strict=False)
+    lost = [name for name in missing if not name.endswith("position_ids")] + list(unexpected)
+    if lost:
+        raise ValueError(f"weights that {type(their).__name__} has no like of: {lost[:3]}")
+    return their.train()
