@@ -1,5 +1,6 @@
 # make demo   pictures drawn from text by models trained on this machine, in minutes on two CPU cores
 # make test   every test but those that need a GPU;  make check   style, types and the fast tests
+# make faults kills, signals, full disks, damaged files: everything a run must survive, in a table
 #
 # Where PyPI's torch would bring CUDA along and is not wanted:
 #   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -8,6 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n 2
+FAULTS_FLAGS ?=
 
 BIN := $(VENV)/bin
 LDM := $(BIN)/ldm
@@ -15,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 
 SHELL := /bin/bash -o pipefail
 
-.PHONY: setup demo demo-clip demo-vae test check lint bench clean
+.PHONY: faults setup demo demo-clip demo-vae test check lint bench clean
 
 setup: $(INSTALLED)
 
@@ -51,6 +53,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# Every fault that a run may meet, injected for real, in a table: make faults FAULTS_FLAGS="--trials 5 --only full-disk"
+faults: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.matrix $(FAULTS_FLAGS)
 
 bench: $(INSTALLED)
 	$(BIN)/python scripts/benchmark.py

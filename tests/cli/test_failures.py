@@ -193,7 +193,13 @@ def _interrupt_when_busy(process: subprocess.Popen[str], is_busy: Callable[[], b
 def test_control_c_is_130(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ldm_cli", "data", "synth", "scenes", "--samples", "100000"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    # A shell that runs the tests in the background has SIGINT ignored, and Python would leave it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
         _interrupt_when_busy(process, lambda: (tmp_path / "scenes").exists())
         _, stderr = process.communicate(timeout=60)
     assert (process.returncode, last_line(stderr)) == (130, "ldm: error: interrupted")

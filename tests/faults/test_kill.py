@@ -32,6 +32,9 @@ STEPS = 24
 Moment = Callable[[Path], bool]
 
 
+started_programs: list[Program] = []
+
+
 class Program:
     """`python -m ldm_cli COMMAND recipe.json` in a process group of its own, on one thread."""
 
@@ -40,6 +43,7 @@ class Program:
         file.write_text(json.dumps(recipe))
         arguments = [recipe["command"], str(file), "--out", str(out), "--device", "cpu"]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        started_programs.append(self)
         self.out = out
         self.errors = out.with_suffix(".log").open("w+")
         self.process = subprocess.Popen(
@@ -49,6 +53,13 @@ class Program:
             stderr=self.errors,
             start_new_session=True,
         )
+
+    def clear_away(self) -> None:
+        """End what is left, stopped or not."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.errors.close()
 
     def wait(self) -> int:
         code = self.process.wait(timeout=120)
@@ -134,6 +145,14 @@ def undisturbed(home: Path) -> Callable[[str], Path]:
         return made[name]
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def _no_process_stays() -> Iterator[None]:
+    """Not even when a test fails or is interrupted while all processes of a run are stopped."""
+    yield
+    while started_programs:
+        started_programs.pop().clear_away()
 
 
 @pytest.fixture(autouse=True)

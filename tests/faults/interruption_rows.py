@@ -1,0 +1,182 @@
+"""Rows of the fault matrix: kills, signals, time limits, and runs that cannot get on."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+from ..conftest import REPOSITORY
+from .lives import STEPS, Strace
+from .matrix import Bench, Row
+
+NAMES = ("vae", "clip", "unet")
+
+
+def _duration(bench: Bench, name: str) -> float:
+    """Seconds of an undisturbed life on this machine, now."""
+    life = bench.home.life(name, bench.fresh(), "data.num_workers=2")
+    started = time.monotonic()
+    assert life.end() == 0, life.errors
+    return time.monotonic() - started
+
+
+def kill_at_random(bench: Bench) -> None:
+    """SIGKILL to the group at random moments, with two workers, until the run is done; then the next trainer."""
+    durations = {name: _duration(bench, name) for name in NAMES}
+    turn = 0
+    while bench.tally.trials < bench.trials:
+        name, out, kills = NAMES[turn % len(NAMES)], bench.fresh(), 0
+        turn += 1
+        while bench.tally.trials < bench.trials:
+            life = bench.home.life(name, out, "data.num_workers=2")
+            # Shorter and shorter lives would never get there: every other one may get through.
+            if not life.lasts(bench.random.uniform(0.0, durations[name])):
+                bench.tally.judge(life, {0}, f"{name}, life after {kills} kills")
+                break
+            life.send(signal.SIGKILL)
+            bench.tally.judge(life, {-signal.SIGKILL}, f"{name}, kill {kills}")
+            bench.tally.trials += 1
+            kills += 1
+        bench.finish(name, out, f"{name} after {kills} kills")
+
+
+def kill_at_system_call(bench: Bench) -> None:
+    """SIGKILL at the n-th system call that touches the run folder: restoring, steps, one save, pruning, finishing."""
+    numbers = calls_of_last_save(bench, "vae")
+    chosen = numbers if bench.trials == 0 else bench.random.sample(numbers, min(bench.trials, len(numbers)))
+    for number in sorted(chosen):
+        out = bench.copy_of(bench.home.half_done("vae"))
+        life = bench.home.life("vae", out, held=True)
+        tracer = Strace(life, Path(os.devnull), "-e", f"inject=all:signal=KILL:when={number}")
+        life.go()
+        bench.tally.judge(life, {-signal.SIGKILL, 0}, f"system call {number}")
+        tracer.wait()
+        bench.tally.trials += 1
+        bench.finish("vae", out, f"killed at system call {number} of {numbers[-1]}")
+
+
+def calls_of_last_save(bench: Bench, name: str) -> list[int]:
+    """Numbers of the system calls of a life with one save that touch its run folder."""
+    out = bench.copy_of(bench.home.half_done(name))
+    life = bench.home.life(name, out, held=True)
+    log = out.parent / "calls"
+    tracer = Strace(life, log)
+    life.go()
+    assert life.end() == 0, life.errors
+    tracer.wait()
+    lines = log.read_text(errors="replace").splitlines()
+    return [number for number, line in enumerate(lines, start=1) if str(out) in line]
+
+
+def stopped(bench: Bench, *, group: bool, repeat: int = 1, apart: float = 0.0) -> None:
+    """SIGTERM, SIGINT or SIGUSR1 at a random moment; the run is saved, and ends the same afterwards."""
+    durations = {name: _duration(bench, name) for name in NAMES}
+    while bench.tally.trials < bench.trials:
+        name = NAMES[bench.tally.trials % len(NAMES)]
+        number = bench.random.choice(
+            (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) if repeat == 1 else (signal.SIGTERM, signal.SIGINT)
+        )
+        out = bench.fresh()
+        life = bench.home.life(name, out, "data.num_workers=2")
+        moment = bench.random.uniform(0.0, durations[name])
+        life.lasts(moment)
+        for _ in range(repeat):
+            life.send(number, group)
+            time.sleep(apart)
+        at_once = {128 + number} if apart else set()
+        bench.tally.judge(life, {0, 75, *at_once}, f"{name}: {number.name} after {moment:.2f} s")
+        bench.tally.trials += 1
+        bench.finish(name, out, f"{name}: {number.name} after {moment:.2f} s")
+
+
+def unharmed(bench: Bench) -> None:
+    """SIGHUP, and SIGSTOP with SIGCONT: the run goes on."""
+    duration = _duration(bench, "vae")
+    while bench.tally.trials < bench.trials:
+        out = bench.fresh()
+        life = bench.home.life("vae", out, "data.num_workers=2")
+        # Before the signals are held or ignored there is a process, but no run yet.
+        life.lasts(bench.random.uniform(0.3 * duration, duration))
+        if bench.tally.trials % 2:
+            life.send(signal.SIGHUP)
+        else:
+            life.send(signal.SIGSTOP)
+            time.sleep(bench.random.uniform(0, 2))
+            life.send(signal.SIGCONT)
+        bench.tally.judge(life, {0}, "SIGHUP" if bench.tally.trials % 2 else "SIGSTOP, SIGCONT")
+        bench.tally.trials += 1
+        bench.finish("vae", out, "unharmed")
+
+
+def max_time(bench: Bench) -> None:
+    """--max-time again and again, until the run is done."""
+    duration = _duration(bench, "unet")
+    while bench.tally.trials < bench.trials:
+        out, code = bench.fresh(), 75
+        while code == 75 and bench.tally.trials < bench.trials:
+            limit = f"{bench.random.uniform(0.3, 1.0) * duration:.2f}"
+            code = bench.tally.judge(bench.home.life("unet", out, "--max-time", limit), {0, 75}, f"limit {limit}")
+            bench.tally.trials += 1
+        bench.finish("unet", out, "after --max-time")
+
+
+def stopped_while_importing(bench: Bench) -> None:
+    """A real start, imports and all, stopped in its first two seconds: nothing is there to save, and the code is 75."""
+    while bench.tally.trials < bench.trials:
+        number = bench.random.choice((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+        out, moment = bench.fresh(), bench.random.uniform(0.3, 2.0)
+        command = [sys.executable, "-m", "ldm_cli", *bench.home.arguments("vae", out)]
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+            time.sleep(moment)
+            process.send_signal(number)
+            errors = process.communicate(timeout=120)[1]
+        bench.tally.judge_words(process.returncode, errors, {75}, f"{number.name} after {moment:.2f} s")
+        bench.tally.trials += 1
+        bench.finish("vae", out, "stopped while importing")
+
+
+def crash_loop(bench: Bench) -> None:
+    """A run that dies in the same step, life after life: 80 at last, and never before there is a reason."""
+    from ldm_cli.training.failures import MAX_LIVES
+
+    while bench.tally.trials < bench.trials:
+        out, step = bench.fresh(), bench.random.randint(2, STEPS - 1)
+        more = ("train.save_every=1000", "train.batch_size=64")
+        for _ in range(MAX_LIVES):
+            life = bench.home.life("vae", out, *more)
+            while not re.search(f"in step {step}$", _read(out / ".lock").strip()) and life.lasts(0.0002):
+                pass
+            life.send(signal.SIGKILL)
+            bench.tally.judge(life, {-signal.SIGKILL}, f"killed in step {step}")
+        bench.tally.judge(bench.home.life("vae", out, *more), {80, 0}, f"after {MAX_LIVES} lives")
+        (out / "failures.jsonl").unlink(missing_ok=True)
+        bench.tally.judge(bench.home.life("vae", out, *more), {0}, "after the cause is gone")
+        bench.tally.trials += 1
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
+
+
+ROWS: dict[str, tuple[Row, int]] = {
+    "kill-at-random": (kill_at_random, 200),
+    "kill-at-system-call": (kill_at_system_call, 0),
+    "signal-to-process": (partial(stopped, group=False), 12),
+    "signal-to-group": (partial(stopped, group=True), 12),
+    "signal-doubled-by-wrapper": (partial(stopped, group=True, repeat=2), 6),
+    "signal-twice": (partial(stopped, group=True, repeat=2, apart=0.2), 12),
+    "signal-while-importing": (stopped_while_importing, 6),
+    "hangup-stop-continue": (unharmed, 6),
+    "max-time": (max_time, 6),
+    "crash-loop": (crash_loop, 2),
+}

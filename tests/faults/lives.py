@@ -1,0 +1,203 @@
+"""Lives of real runs, cheap enough for hundreds: processes forked from one that has imported everything.
+
+A life is `ldm ARGUMENTS` in a session of its own, with its own signals, workers and files; only the imports, two
+seconds of every start, are shared. What they cost and how they can be interrupted is tested apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+STEPS, SAVE_EVERY = 12, 3
+TIMEOUT = 120.0
+"""Seconds that a life may take on a busy machine; whatever takes longer hangs."""
+SYSTEM_CALLS = (
+    "openat,write,pwrite64,fsync,rename,unlink,unlinkat,mkdir,rmdir,link,linkat,ftruncate,chmod,fchmod,copy_file_range"
+)
+
+
+class Life:
+    """`ldm ARGUMENTS` from its start to its end.
+
+    Args:
+        arguments: of the command line.
+        log: stderr goes there, stdout too.
+        held: stop before the first instruction, until `go`.
+        max_file_bytes: RLIMIT_FSIZE.
+    """
+
+    def __init__(self, arguments: Sequence[str], log: Path, held: bool = False, max_file_bytes: int | None = None):
+        self.log = log
+        self.pid = os.fork()
+        if self.pid == 0:
+            _live(arguments, log, held, max_file_bytes)
+        self._pidfd = os.pidfd_open(self.pid)
+        self._poll = select.poll()
+        self._poll.register(self._pidfd, select.POLLIN)
+        self.code: int | None = None
+        self.hung = False
+        if held:
+            os.waitpid(self.pid, os.WUNTRACED)
+
+    def lasts(self, seconds: float) -> bool:
+        """Wait so long; whether it lives then."""
+        return not self._poll.poll(1000 * seconds)
+
+    def send(self, number: int, group: bool = True) -> None:
+        """A signal to all its processes, or to the first one; it may be gone already."""
+        with suppress(ProcessLookupError):
+            (os.killpg if group else os.kill)(self.pid, number)
+
+    def go(self) -> None:
+        """Let a held life begin."""
+        os.kill(self.pid, signal.SIGCONT)
+
+    def end(self) -> int:
+        """Wait for its end; its exit code, or -N if signal N ended it. What hangs is killed."""
+        if self.lasts(TIMEOUT):
+            self.hung = True
+            self.send(signal.SIGKILL)
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self._pidfd)
+        self.code = os.waitstatus_to_exitcode(status)
+        return self.code
+
+    def survivors(self, patience: float = 15.0) -> list[int]:
+        """Processes of its session that are still there after a while; they are killed."""
+        deadline = time.monotonic() + patience
+        while (left := _session(self.pid)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        return left
+
+    @property
+    def errors(self) -> str:
+        """What it said."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+def _live(arguments: Sequence[str], log: Path, held: bool, max_file_bytes: int | None) -> None:
+    code = 70
+    try:
+        os.setsid()
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+        for number in (1, 2):
+            os.dup2(descriptor, number)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if max_file_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
+        from ldm_cli.cli.app import run
+        from ldm_cli.training.interruption import hold_signals
+
+        hold_signals()
+        if held:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        code = run(list(arguments))
+        sys.stdout.flush()
+    finally:
+        os._exit(code)
+
+
+def _session(leader: int) -> list[int]:
+    """Processes of a session that are no zombies."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == leader and fields[0] not in "ZX":
+                found.append(int(entry.name))
+    return found
+
+
+class Home:
+    """Scenes, tiny models and recipes of the three trainers, in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        from ldm_cli.data.scenes import write_scenes
+        from ldm_cli.reporting import SilentReporter
+
+        from ..stages.tiny import RESNET, clip_recipe, unet_recipe, vae_recipe
+
+        self.folder = folder
+        scenes = folder / "scenes"
+        write_scenes(scenes, 40, 32, 0, SilentReporter(), val_samples=6, shard_samples=16)
+        train = {"steps": STEPS, "save_every": SAVE_EVERY, "log_every": 4, "validate_every": 5, "ema_decay": 0.9}
+        adversarial = {"adversarial_weight": 0.5, "discriminator_channels": 8, "discriminator_layers": 2}
+        flips = {"flip_probability": 0.5}
+        self._write("clip", clip_recipe(scenes, RESNET, gradient_accumulation=2, **train))
+        self._write("vae", vae_recipe(scenes, loss=adversarial, data=flips, **train))
+        for name in ("clip", "vae"):
+            self.finished(name)
+        models = folder / "whole-clip/model", folder / "whole-vae/model"
+        self._write("unet", unet_recipe(scenes, *models, **train))
+
+    def _write(self, name: str, recipe: Mapping[str, Any]) -> None:
+        (self.folder / f"{name}.json").write_text(json.dumps(recipe))
+
+    def arguments(self, name: str, out: Path, *more: str) -> list[str]:
+        """The command line that trains `name` in `out`."""
+        return [f"train-{name}", str(self.folder / f"{name}.json"), "--out", str(out), "--device", "cpu", *more]
+
+    def life(self, name: str, out: Path, *more: str, **options: Any) -> Life:
+        """A life of the run in `out`."""
+        return Life(self.arguments(name, out, *more), out.parent / f"{out.name}.log", **options)
+
+    def finished(self, name: str) -> Path:
+        """The run of `name` that nothing disturbed; made once."""
+        out = self.folder / f"whole-{name}"
+        if not (out / "model").is_dir():
+            life = self.life(name, out)
+            assert life.end() == 0, life.errors
+        return out
+
+    def half_done(self, name: str) -> Path:
+        """A run that was stopped before its last checkpoint, to be copied; made once."""
+        out = self.folder / f"half-{name}"
+        if not out.is_dir():
+            life = self.life(name, out)
+            last = out / "checkpoints" / f"step-{STEPS - SAVE_EVERY:08d}"
+            while not last.is_dir():
+                assert life.lasts(0.001), life.errors
+            life.send(signal.SIGKILL)
+            life.end()
+            for newer in (out / "checkpoints").glob(f"step-{STEPS:08d}"):
+                shutil.rmtree(newer)
+        return out
+
+
+class Strace:
+    """strace on a held life; its end is the life's."""
+
+    def __init__(self, life: Life, output: Path, *options: str) -> None:
+        command = ["strace", "-qq", "-y", "-o", str(output), "-e", f"trace={SYSTEM_CALLS}", "-e", "signal=none"]
+        self._process = subprocess.Popen(
+            [*command, *options, "-p", str(life.pid)], stderr=subprocess.PIPE, start_new_session=True
+        )
+        deadline = time.monotonic() + 30
+        while "TracerPid:\t0" in Path(f"/proc/{life.pid}/status").read_text():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"strace cannot attach: {self._process.communicate()[1].decode()}")
+            time.sleep(0.002)
+
+    def wait(self) -> None:
+        """After the end of the life."""
+        self._process.wait(timeout=30)
+        if self._process.stderr is not None:
+            self._process.stderr.close()
