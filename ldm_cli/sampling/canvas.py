@@ -15,7 +15,6 @@ from ldm_cli.data.decode import decode_rgb
 from ldm_cli.errors import DataError, InputNotFoundError, UsageError
 from ldm_cli.sampling.edit_config import EditConfig
 
-GREY = 128
 _MOST_PIXELS = 2**27
 _BLACK = (0, 0, 0)
 _WHITE = (255, 255, 255)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ldm_cli.core.diffusion.config import DiffusionConfig
-from ldm_cli.core.diffusion.guidance import Network, guided
+from ldm_cli.core.diffusion.guidance import Network, along_score, guided
 from ldm_cli.core.diffusion.level import Level
 from ldm_cli.core.diffusion.schedule import NoiseSchedule
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
@@ -25,12 +25,13 @@ from ldm_cli.formats import pipeline_folder as layout
 from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, save_model, weights_sha256
 from ldm_cli.formats.pipeline_folder import SchedulerSettings
 from ldm_cli.reporting import Reporter, SilentReporter
-from ldm_cli.sampling.canvas import GREY, Canvas, LatentCanvas, adain, latent_mask
+from ldm_cli.sampling.canvas import Canvas, LatentCanvas, adain, latent_mask
 from ldm_cli.sampling.components import load_autoencoder, load_text_encoder, load_unet, resolve_model
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.denoising import Start, denoise
 from ldm_cli.sampling.extras import PLAIN, Extras, Look
 from ldm_cli.sampling.fixed_rows import filled, images_per_call, latents_per_call
+from ldm_cli.sampling.guides import Guides, spoilt_network
 from ldm_cli.sampling.network import in_windows, keep_known_region, with_inpainting_channels
 from ldm_cli.sampling.noise import initial_noise, step_noise
 from ldm_cli.sampling.request import GeneratedImage, ImageRequest
@@ -215,6 +216,7 @@ class Pipeline:
             raise ValueError(f"latents of shape {tuple(latents.shape)}, expected {(len(requests), *shape)}")
         self._check_task(extras)
         canvas = None if extras.canvas is None else self.prepare(extras.canvas, extras.window)
+        guides = Guides.load(config.guidance, self.unet)
         texts = [*(r.prompt for r in requests), *(r.blend.prompt for r in requests if r.blend), config.negative]
         contexts = self.text_states(extras.weighted).encode(texts, reporter)
         size = self._images_per_call(config, shape, extras.window)
@@ -225,7 +227,7 @@ class Pipeline:
                 group += [group[-1]] * (size - count)
                 noise = initial_noise(group, shape) if latents is None else filled(latents[start : start + count], size)
                 look = Look(progress, start, config.steps, extras, partial(self._preview, count, extras))
-                x0 = self._draw(group, config, contexts, noise, canvas, extras, look)
+                x0 = self._draw(group, config, contexts, noise, canvas, extras, guides, look)
                 for offset, pixels in enumerate(self.decode(x0[:count], extras.window)):
                     shown = pixels if extras.canvas is None else extras.canvas.pasted(pixels)
                     yield GeneratedImage(start + offset, group[offset], shown)
@@ -251,10 +253,17 @@ class Pipeline:
         return torch.cat(images)
 
     @torch.inference_mode()
-    def encode(self, pixels: Tensor, window: int | None = None) -> Tensor:
-        """A picture uint8 [3, H, W] → the mean of its latents, float32 [1, C, h, w]; in windows as `decode`."""
+    def encode(self, pixels: Tensor, window: int | None = None, hidden: Tensor | None = None) -> Tensor:
+        """A picture → the mean of its latents, float32 [1, C, h, w].
+
+        Args:
+            pixels: uint8 [3, H, W].
+            window: side, in latents, of the windows that the encoder sees; None: it sees all.
+            hidden: bool [H, W], true where grey takes the picture's place.
+        """
         weight = next(self.vae.parameters())
-        image = (pixels[None].to(weight.device).float() / 127.5 - 1.0).to(weight.dtype)
+        image = pixels[None].float() / 127.5 - 1.0
+        image = (image if hidden is None else image.masked_fill(hidden, 0.0)).to(weight.device, weight.dtype)
         mean = in_parts(lambda x: self.vae.encode(x).mode(), image, window, self.vae.downscale_factor, 1)
         return self.vae.to_latents(mean.float())
 
@@ -266,7 +275,7 @@ class Pipeline:
         mask = masked = None
         if canvas.mask is not None:
             mask = latent_mask(canvas.mask, self.vae.downscale_factor).to(latents)
-            masked = self.encode(torch.where(canvas.mask, torch.full_like(canvas.pixels, GREY), canvas.pixels), window)
+            masked = self.encode(canvas.pixels, window, canvas.mask)
         return LatentCanvas(latents, mask, masked, canvas.strength)
 
     @torch.inference_mode()
@@ -278,15 +287,22 @@ class Pipeline:
         noise: Tensor,
         canvas: LatentCanvas | None,
         extras: Extras,
+        guides: Guides,
         look: Look,
     ) -> Tensor:
         """Latents float32 [N, C, h, w] of one group of requests."""
         device, noise = self.device, noise.to(device=self.device, dtype=torch.float32)
         conditional = torch.cat([_context(r, contexts) for r in group])
         unconditional = contexts[config.negative].expand_as(conditional)
-        network = self._network(canvas, extras)
-        kind = self.schedule.prediction_type
-        model = look.at(guided(network, conditional, unconditional, config.guidance, kind))
+        guidance, kind = config.guidance, self.schedule.prediction_type
+        network = self._network(self.unet, canvas, extras)
+        weaker = None if guides.weaker is None else self._network(guides.weaker, canvas, extras)
+        spoilt = None if guidance.perturb is None else spoilt_network(network, self.unet, guidance.perturb)
+        model = guided(network, conditional, unconditional, guidance, kind, weaker, spoilt)
+        if guidance.clip is not None and guides.clip is not None:
+            score = guides.clip.of([r.prompt for r in group], partial(self._decoded, window=extras.window))
+            model = along_score(model, score, guidance.clip.scale)
+        model = look.at(model)
         blends = canvas is not None and canvas.mask is not None and not self.takes_mask
         if canvas is not None and blends:
             model = keep_known_region(model, canvas, noise)
@@ -303,14 +319,19 @@ class Pipeline:
             x0 = torch.where(canvas.mask > 0, x0, canvas.latents)
         return x0
 
-    def _network(self, canvas: LatentCanvas | None, extras: Extras) -> Network:
-        """The U-Net, in windows, shown the mask if it takes one."""
-        dtype = next(self.unet.parameters()).dtype
+    def _decoded(self, latents: Tensor, window: int | None) -> Tensor:
+        """Latents [N, C, h, w] → images in [−1, 1], of the autoencoder's type, all at once."""
+        z = self.vae.from_latents(latents).to(next(self.vae.parameters()).dtype)
+        return in_parts(self.vae.decode, z, window, 1, self.vae.downscale_factor)
+
+    def _network(self, unet: UNet2DConditionModel, canvas: LatentCanvas | None, extras: Extras) -> Network:
+        """A U-Net, in windows, shown the mask if it takes one."""
+        dtype = next(unet.parameters()).dtype
 
         def network(x: Tensor, level: Level, context: Tensor) -> Tensor:
             # Timesteps stay float32: half precision cannot tell 998 from 999.
             timesteps = torch.full((len(x),), level.t, device=x.device)
-            prediction: Tensor = self.unet(x.to(dtype), timesteps, context)
+            prediction: Tensor = unet(x.to(dtype), timesteps, context)
             return prediction.float()
 
         shown: Network = network if extras.window is None else in_windows(network, extras.window)
