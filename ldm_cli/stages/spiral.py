@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,22 @@ def run(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot create '{out}'", error.strerror or str(error)) from error
+    with _one_thread():
+        return _lesson(out, seed, num_steps, guidance, reporter)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Threads cost so small a network more than they save, most on a busy machine, and their sums differ in bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _lesson(out: Path, seed: int, num_steps: int, guidance: float, reporter: Reporter) -> dict[str, Any]:
     data = data_set(_NUM_POINTS, seed)
     trained = _train(data, num_steps, seed, reporter)
     reporter.info("drawing samples and figures")
