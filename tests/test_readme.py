@@ -34,7 +34,7 @@ from ldm_cli.recipe.schema import RECIPES
 from ldm_cli.recipe.shipped import shipped_recipes
 from tests.conftest import REPOSITORY
 
-NAMES = ("train-clip", "train-vae", "train-unet", "sample", "eval", "data", "recipe", "architecture")
+NAMES = ("train-clip", "train-vae", "train-unet", "precompute", "sample", "eval", "data", "recipe", "architecture")
 PAGES = (REPOSITORY / "README.md", *(REPOSITORY / "docs" / f"{name}.md" for name in NAMES))
 WRITTEN_BY_THE_TOUR = (
     "data/demo/train-000000.tar",
@@ -103,7 +103,7 @@ def check_command(words: list[str], valid_recipe: bool = True) -> None:
         return
     for name in names:
         if valid_recipe and not (name.endswith(".yaml") and path[0] == "recipe"):  # made by the block itself
-            load_recipe(name, changes, None if path[0] == "recipe" else path[0])
+            load_recipe(name, changes, {"recipe": None, "precompute": "train-unet"}.get(path[0], path[0]))
 
 
 def complaint_about(words: list[str]) -> LdmError | None:

@@ -44,6 +44,7 @@ _KNOWN_BYTES = 256 * 2**20  # text states kept in memory
 _HASH_LENGTH = 16
 _DIGEST_LENGTH = 32
 _REMEDY = "run `ldm precompute` with this recipe"
+_REPLACE = "undo the change, or run `ldm precompute --overwrite` with this recipe"
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class LatentCache:
         if not manifest.complete:
             raise DataError(f"the cache in '{folder}' is not complete", "`ldm precompute` was stopped", "run it again")
         if stale := differences(manifest.key, key):
-            raise DataError(f"the cache in '{folder}' is stale", "; ".join(stale), _REMEDY + ", or undo the change")
+            raise DataError(f"the cache in '{folder}' is stale", "; ".join(stale), _REPLACE)
         self.dtype = manifest.key.dtype
         self._folder, self._source = folder, shards
         files = [folder / shard.file for shard in _matched(folder, manifest, shards, reporter)]

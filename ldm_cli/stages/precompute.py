@@ -205,7 +205,9 @@ class _Precomputation:
         self._data, self._folder, self._shards, self._key = recipe.data, folder, shards, key
         self._encoders, self._stop, self._reporter = encoders, stop, reporter
         # The batches of training: kernels of another shape would round otherwise.
-        self._size = recipe.train.batch_size // recipe.train.gradient_accumulation
+        train = recipe.train
+        elastic = train.deterministic == "elastic"
+        self._size = train.chunk() if elastic else train.batch_size // train.gradient_accumulation
         self._dtype = DTYPES[key.dtype]
 
     def run(self, before: Manifest | None) -> dict[str, int]:
