@@ -1,0 +1,105 @@
+import pytest
+import torch
+
+from ldm_cli.core.diffusion.config import CLIPGuidanceConfig, GuidanceConfig, PerturbationConfig
+from ldm_cli.core.models.attention import BasicTransformerBlock
+from ldm_cli.core.models.clip import CLIPConfig, CLIPModel
+from ldm_cli.errors import CheckpointError, UsageError
+from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, save_model
+from ldm_cli.sampling.guides import Guides, spoilt_layers
+from tests.sampling.tiny import TEXT, randomize, special_ids, tiny_pipeline, tiny_tokenizer
+
+VISION = {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return tiny_pipeline()
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 4, 8, 8, generator=generator), torch.full((2,), 500.0), torch.randn(2, 5, 24)
+
+
+def test_a_block_attends_to_itself_alone_only_within(pipeline):
+    x, t, context = inputs()
+    block = next(m for m in pipeline.unet.modules() if isinstance(m, BasicTransformerBlock))
+    name = next(n for n, m in pipeline.unet.named_modules() if m is block)
+    with torch.inference_mode():
+        before = pipeline.unet(x, t, context)
+        tokens = torch.randn(1, 6, block.norm1.normalized_shape[0])
+        with spoilt_layers(pipeline.unet, PerturbationConfig(layers=(name,))):
+            spoilt = block.attn1(tokens)
+            alone = torch.cat([block.attn1(tokens[:, i : i + 1]) for i in range(6)], dim=1)
+            whole = pipeline.unet(x, t, context)
+        # A token that sees only itself gives what it gives alone, where the map of attention is 1.
+        torch.testing.assert_close(spoilt, torch.cat([block.attn1(tokens[:, i : i + 1]) for i in range(6)], dim=1))
+        torch.testing.assert_close(spoilt, alone)
+        assert not torch.allclose(spoilt, block.attn1(tokens))
+        assert not torch.allclose(whole, before)
+        assert torch.equal(pipeline.unet(x, t, context), before)
+
+
+def test_a_layer_that_is_left_out_passes_its_input_on(pipeline):
+    block = next(m for m in pipeline.unet.modules() if isinstance(m, BasicTransformerBlock))
+    name = next(n for n, m in pipeline.unet.named_modules() if m is block)
+    tokens, context = torch.randn(1, 6, block.norm1.normalized_shape[0]), torch.randn(1, 5, 24)
+    with torch.inference_mode(), spoilt_layers(pipeline.unet, PerturbationConfig(kind="layer", layers=(name,))):
+        assert torch.equal(block(tokens, context), tokens)
+    assert not torch.equal(block(tokens, context), tokens)
+
+
+def test_layers_are_named_by_whole_beginnings_and_a_name_of_none_is_refused(pipeline):
+    with (
+        pytest.raises(UsageError, match=r"down_blocks\.0\.attentions\.0"),
+        spoilt_layers(pipeline.unet, PerturbationConfig(layers=("down_block",))),
+    ):
+        pass
+    with spoilt_layers(pipeline.unet, PerturbationConfig(layers=("down_blocks",))):
+        pass
+
+
+def test_a_weaker_network_is_read_from_a_pipeline_folder_and_must_fit(pipeline, tmp_path):
+    pipeline.save(tmp_path / "good")
+    guides = Guides.load(GuidanceConfig(model=str(tmp_path / "good")), pipeline.unet)
+    assert guides.weaker is not None
+    assert torch.equal(guides.weaker.conv_in.weight, pipeline.unet.conv_in.weight)
+    assert guides.clip is None
+    other = pipeline.unet.config.model_copy(update={"cross_attention_dim": 32})
+    config, pipeline.unet.config = pipeline.unet.config, other
+    try:
+        with pytest.raises(CheckpointError, match=r"its cross_attention_dim is 24, the guided model's 32"):
+            Guides.load(GuidanceConfig(model=str(tmp_path / "good" / "unet")), pipeline.unet)
+    finally:
+        pipeline.unet.config = config
+
+
+def test_clip_score_is_the_cosine_of_the_embeddings_and_its_gradient_raises_it(pipeline, tmp_path):
+    tokenizer = tiny_tokenizer()
+    text = {**TEXT, **special_ids(tokenizer), "max_position_embeddings": 40}
+    config = CLIPConfig.from_hugging_face({"text_config": text, "vision_config": VISION, "projection_dim": 16})
+    clip = randomize(CLIPModel(config), 9)
+    save_model(tmp_path, clip.state_dict(), config.to_hugging_face(), TRANSFORMERS_WEIGHTS)
+    tokenizer.save(tmp_path)
+    guides = Guides.load(GuidanceConfig(clip=CLIPGuidanceConfig(model=str(tmp_path))), pipeline.unet)
+    assert guides.clip is not None
+
+    score = guides.clip.of(["a red circle", "a blue square"], lambda z: torch.tanh(z[:, :3]))
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    before = score(latents)
+    assert before.shape == (2,)
+    assert bool((before.abs() <= 1).all())
+    (gradient,) = torch.autograd.grad(before.sum(), latents)
+    assert bool((score(latents + 0.5 * gradient / gradient.norm()) > before).all())
+    swapped = guides.clip.of(["a blue square", "a red circle"], lambda z: torch.tanh(z[:, :3]))(latents)
+    assert not torch.allclose(swapped, before)
+    off = GuidanceConfig(clip=CLIPGuidanceConfig(model="nowhere", scale=0.0))
+    assert Guides.load(off, pipeline.unet) == Guides()
