@@ -30,8 +30,10 @@ class TrainConfig(Config):
     eighth of it, or the next smaller part that divides it."""
     rank_timeout: Annotated[float, Field(ge=1)] = 120.0
     """Seconds after which a rank that gives no sign of life counts as lost."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for all; or Muon for hidden matrices and kernels, with AdamW for the rest: often fewer steps to a loss."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
-    """Peak learning rate."""
+    """Peak learning rate, of both optimizers."""
     lr_schedule: Literal["constant", "cosine"] = "cosine"
     """After warm-up: constant, or half a cosine down to `lr × min_lr_fraction`."""
     min_lr_fraction: Fraction = 0.0
@@ -43,7 +45,7 @@ class TrainConfig(Config):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """AdamW's ε."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """AdamW's decoupled weight decay; applied to matrices and kernels, not to biases, norms and gains."""
+    """Decoupled weight decay; applied to matrices and kernels, not to biases, norms and gains."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradients are scaled down to this total 2-norm; null leaves them alone."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

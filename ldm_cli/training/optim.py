@@ -4,12 +4,14 @@ without waiting for the device."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ldm_cli.training.config import TrainConfig
+from ldm_cli.training.distributed import Ranks
+from ldm_cli.training.muon import Muon, is_hidden_matrix
 
 _FIRST_LOSS_SCALE = 2.0**16
 _STEPS_TO_GROW = 2000
@@ -29,23 +31,34 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * (config.min_lr_fraction + (1.0 - config.min_lr_fraction) * cosine)
 
 
-def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the trainable parameters; weight decay on matrices and kernels alone (ndim ≥ 2)."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
+def build_optimizers(module: nn.Module, config: TrainConfig, ranks: Ranks) -> list[torch.optim.AdamW | Muon]:
+    """The optimizers of a module's trainable parameters, each parameter in one of them.
+
+    Fused AdamW with weight decay on matrices and kernels alone (ndim ≥ 2); with `optimizer: muon`, Muon instead for
+    hidden matrices and kernels.
+    """
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    hidden = [p for name, p in named if config.optimizer == "muon" and is_hidden_matrix(name, p)]
+    taken = {id(p) for p in hidden}
+    others = [p for _, p in named if id(p) not in taken]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-    )
+    optimizers: list[torch.optim.AdamW | Muon] = []
+    if others:
+        filled = [group for group in groups if group["params"]]
+        optimizers.append(torch.optim.AdamW(filled, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
+    if hidden:
+        optimizers.append(Muon(hidden, config.lr, config.weight_decay, ranks=ranks))
+    return optimizers
 
 
 class GuardedOptimizers:
-    """One AdamW per module, stepped together or, when any gradient is non-finite, not at all.
+    """The optimizers of all modules, stepped together or, when any gradient is non-finite, not at all.
 
     Each module's gradients are clipped by their own norm, so that a discriminator cannot throttle the
-    generator. The fused kernel divides the gradients by `grad_scale` and skips the update where `found_inf`
+    generator. Each optimizer divides the gradients by `grad_scale` and skips the update where `found_inf`
     is 1, so clipping, unscaling and skipping need neither a pass over the gradients nor a look at a value on
     the host.
 
@@ -54,11 +67,13 @@ class GuardedOptimizers:
         nonfinite_run: float32 scalar tensor, consecutive skipped steps.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], config: TrainConfig, device: torch.device) -> None:
+    def __init__(
+        self, modules: Mapping[str, nn.Module], config: TrainConfig, device: torch.device, ranks: Ranks | None = None
+    ) -> None:
         self.config = config
         self.names = {name: [n for n, p in m.named_parameters() if p.requires_grad] for name, m in modules.items()}
         self.parameters = {name: [p for p in m.parameters() if p.requires_grad] for name, m in modules.items()}
-        self.optimizers = {name: build_optimizer(m, config) for name, m in modules.items()}
+        self.optimizers = {name: build_optimizers(m, config, ranks or Ranks()) for name, m in modules.items()}
         scale = _FIRST_LOSS_SCALE if config.precision == "fp16" else 1.0
         self.loss_scale = torch.tensor(scale, device=device)
         self.steps_since_overflow = torch.tensor(0.0, device=device)
@@ -82,15 +97,16 @@ class GuardedOptimizers:
         }
         finite = torch.isfinite(torch.stack([*norms.values(), loss.detach().to(self.loss_scale)])).all()
         found_inf = 1.0 - finite.to(torch.float32)
-        for name, optimizer in self.optimizers.items():
+        for name, optimizers in self.optimizers.items():
             clip = torch.ones_like(self.loss_scale)
             if self.config.max_grad_norm is not None:
                 clip = (norms[name] / self.config.max_grad_norm).clamp(min=1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.grad_scale, optimizer.found_inf = scale * clip, found_inf  # type: ignore[attr-defined]
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.grad_scale, optimizer.found_inf = scale * clip, found_inf  # type: ignore[union-attr]
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
         self.nonfinite_run = (self.nonfinite_run + 1.0) * found_inf
         if self.config.precision == "fp16":
             self._adapt_loss_scale(found_inf)
@@ -110,11 +126,8 @@ class GuardedOptimizers:
             "steps_since_overflow": self.steps_since_overflow,
             "nonfinite_run": self.nonfinite_run,
         }
-        for module, names in self.names.items():
-            state = self.optimizers[module].state
-            for name, parameter in zip(names, self.parameters[module], strict=True):
-                for field, value in state.get(parameter, {}).items():
-                    tensors[f"{module}.{name}.{field}"] = value
+        for prefix, parameter, optimizer in self._placed():
+            tensors |= {f"{prefix}{field}": value for field, value in optimizer.state.get(parameter, {}).items()}
         return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -125,15 +138,19 @@ class GuardedOptimizers:
         """
         for field in ("loss_scale", "steps_since_overflow", "nonfinite_run"):
             setattr(self, field, tensors[field].to(self.loss_scale.device))
+        for prefix, parameter, optimizer in self._placed():
+            fields = ("momentum",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
+            if f"{prefix}{fields[0]}" not in tensors:
+                continue  # the parameter had received no gradient yet
+            for field in fields:
+                value = tensors[f"{prefix}{field}"]
+                # empty_like keeps the parameter's memory order, on which the fused kernel depends
+                place = torch.empty_like(parameter.detach() if field != "step" else value, device=parameter.device)
+                optimizer.state[parameter][field] = place.copy_(value)
+
+    def _placed(self) -> Iterator[tuple[str, nn.Parameter, torch.optim.AdamW | Muon]]:
+        """(prefix of its names in a checkpoint, parameter, the optimizer it is in) of every trained parameter."""
         for module, names in self.names.items():
-            state = self.optimizers[module].state
+            home = {id(p): o for o in self.optimizers[module] for group in o.param_groups for p in group["params"]}
             for name, parameter in zip(names, self.parameters[module], strict=True):
-                prefix = f"{module}.{name}."
-                if f"{prefix}step" not in tensors:
-                    continue  # the parameter had received no gradient yet
-                state[parameter] = {
-                    "step": tensors[f"{prefix}step"].to(parameter.device),
-                    # empty_like keeps the parameter's memory order, on which the fused kernel depends
-                    "exp_avg": torch.empty_like(parameter.detach()).copy_(tensors[f"{prefix}exp_avg"]),
-                    "exp_avg_sq": torch.empty_like(parameter.detach()).copy_(tensors[f"{prefix}exp_avg_sq"]),
-                }
+                yield f"{module}.{name}.", parameter, home[id(parameter)]

@@ -82,7 +82,7 @@ class Trainer:
             module.to(device)
             if config.channels_last:
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizers = GuardedOptimizers(trained, config, device)
+        self.optimizers = GuardedOptimizers(trained, config, device, ranks)
         self.ema = (
             ExponentialMovingAverage(task.modules, config.ema_decay, config.ema_warmup)
             if config.ema_decay is not None
