@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
@@ -10,8 +11,9 @@ import typer
 from typer.main import get_command
 
 from ldm_cli import __version__
-from ldm_cli.cli import data, evaluate, precompute, recipe, sample, spiral, streams, train
+from ldm_cli.cli import bench, data, evaluate, precompute, recipe, sample, spiral, streams, train
 from ldm_cli.cli.failures import exit_code_of, report
+from ldm_cli.cli.launch import is_rank
 from ldm_cli.errors import UsageError
 from ldm_cli.training.interruption import release_signals
 
@@ -32,6 +34,7 @@ sample.register(app)
 evaluate.register(app)
 spiral.register(app)
 data.register(app)
+bench.register(app)
 recipe.register(app)
 
 
@@ -78,4 +81,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> NoReturn:
     """The rest of the console script."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if code and is_rank():  # an orderly end would wait for ranks that may be gone
+        os._exit(code)
+    sys.exit(code)

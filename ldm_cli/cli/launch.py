@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from types import FrameType
 
 from ldm_cli.cli.streams import write_line
-from ldm_cli.errors import Preempted, UsageError, WorkerError
+from ldm_cli.errors import LdmError, Preempted, UsageError, WorkerError
 
+_PROGRAM = (sys.executable, "-m", "ldm_cli")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _GRACE = 10.0
 """Seconds that the others have to end on their own once a rank has failed."""
@@ -79,8 +80,13 @@ def leave_last_words(lines: Sequence[str]) -> bool:
     return True
 
 
-def launch(arguments: Sequence[str], num_ranks: int) -> int:
+def launch(arguments: Sequence[str], num_ranks: int, program: Sequence[str] = _PROGRAM) -> int:
     """Run `ldm ARGUMENTS` as `num_ranks` ranks and return the exit code of the job.
+
+    Args:
+        arguments: of each rank's command line.
+        num_ranks: how many.
+        program: what is run with these arguments.
 
     Raises:
         UsageError: fewer than one rank.
@@ -88,7 +94,7 @@ def launch(arguments: Sequence[str], num_ranks: int) -> int:
     if num_ranks < 1:
         raise UsageError(f"--nproc {num_ranks} is less than 1")
     with _Forwarding() as forwarding:
-        forwarding.ranks = _start(arguments, num_ranks)
+        forwarding.ranks = _start([*program, *arguments], num_ranks)
         try:
             return _outcome(forwarding.ranks, forwarding)
         finally:
@@ -123,7 +129,7 @@ class _Forwarding:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
-def _start(arguments: Sequence[str], num_ranks: int) -> list[_Rank]:
+def _start(command: Sequence[str], num_ranks: int) -> list[_Rank]:
     """All ranks, started; the signals that came meanwhile reach them afterwards."""
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
@@ -143,7 +149,7 @@ def _start(arguments: Sequence[str], num_ranks: int) -> list[_Rank]:
         words, told = os.pipe()
         own = {"RANK": str(number), "LOCAL_RANK": str(number), "LDM_LAST_WORDS_FD": str(told)}
         process = subprocess.Popen(
-            [sys.executable, "-m", "ldm_cli", *arguments],
+            command,
             env={**defaults, **os.environ, **shared, **own},
             stdin=subprocess.DEVNULL,
             pass_fds=(told, listening.fileno()) if number == 0 else (told,),
@@ -194,9 +200,13 @@ def _tell(rank: _Rank, num_ranks: int) -> int:
         write_line(f"ldm: error: {error}")
         return error.code
     words = _read(rank.words).splitlines()
-    for line in words or [f"ldm: error: {name} ended with code {code} [{WorkerError.tag}]"]:
-        write_line(line)
-    return code
+    if words and code != LdmError.code:
+        for line in words:
+            write_line(line)
+        return code
+    reason = words[-1].removeprefix("ldm: error: ").removesuffix(f" [{LdmError.tag}]") if words else f"code {code}"
+    write_line(f"ldm: error: {name} failed: {reason} [{WorkerError.tag}]")
+    return WorkerError.code
 
 
 def _read(descriptor: int) -> str:

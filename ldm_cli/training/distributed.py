@@ -175,11 +175,11 @@ class _ConnectedRanks(Ranks):
             _announce(self._store, f"rank {self.rank} of {self.world_size} failed", reason)
 
     def leave(self) -> None:
-        """Give no further sign of life, and close all connections."""
+        """Close all connections, once every rank is done."""
+        self.wait()  # rank 0 may hold the store
         if self._watch is not None:
             self._watch.end()
-        with suppress(RuntimeError):
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
     def _group(self, tensor: Tensor) -> dist.ProcessGroup | None:
         return self._device_group if tensor.is_cuda else None
@@ -261,8 +261,7 @@ class _Watch(threading.Thread):
     def end(self) -> None:
         """Stop and wait for it."""
         self._ended.set()
-        if self.is_alive():
-            self.join(timeout=2 * _STORE_TIMEOUT.total_seconds())
+        self.join()
 
     def _beat(self) -> None:
         self._store.set(f"life/{self._rank}", str(self._beats))
@@ -331,12 +330,11 @@ def joined(device: torch.device, timeout: float) -> Iterator[Ranks]:
     try:
         ranks.watch(timeout)
         yield ranks
-        ranks.wait()  # rank 0 holds the store: nobody leaves before all are done
+        ranks.leave()
     except BaseException as error:
+        # The connections stay open: to close them waits for a rank that may never answer. The process is to end.
         ranks.announce(error)
         raise
-    finally:
-        ranks.leave()
 
 
 def _rendezvous(rank: int, world_size: int) -> dist.Store:

@@ -51,6 +51,7 @@ class StopRequest:
         self.deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self._signal: signal.Signals | None = None
         self._at_once = False
+        self._watcher: threading.Thread | None = None
         self._previous: dict[signal.Signals, object] = {}
 
     @property
@@ -97,7 +98,8 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._watch()
+            if "LDM_LAUNCHER_PID" not in os.environ:  # a launcher answers the second one itself
+                self._watch()
             self._previous = {s: signal.signal(s, self._handle) for s in _ANSWERED}
             self._previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
             release_signals()
@@ -111,8 +113,9 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous = {}
-        os.write(signal.set_wakeup_fd(self._previous_fd), b"\0")
-        self._watcher.join()
+        if self._watcher is not None:
+            os.write(signal.set_wakeup_fd(self._previous_fd), b"\0")
+            self._watcher.join()
 
     def _watch(self) -> None:
         """Let a thread see every signal as it arrives: Python's handlers wait until the main thread comes back
