@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def run_training(
         recipe.train.parts_per_rank(ranks.world_size)
         if recipe.train.deterministic == "elastic" and device.type == "cpu":
             torch.set_num_threads(1)  # sums depend on the number of threads, and ranks share the cores
-        with ranks.first_then_others():
+        with _nothing_to_save(stop, ranks), ranks.first_then_others():
             shards = open_shards(recipe.data.shards, recipe.data, reporter)
         run = RunFolder(options.out or Path("runs") / recipe.name, reporter)
         resolved, fingerprints = recipe.to_mapping(), {"data": shards.fingerprint}
@@ -108,11 +108,12 @@ def _train(
     with_captions: bool,
 ) -> dict[str, Any]:
     ranks = bench.ranks
-    if ranks.is_first:
-        bench = replace(bench, held_out=tuple(_held_out(recipe, bench.reporter, with_captions)))
-    with ranks.first_then_others(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        task = build(bench)
+    with _nothing_to_save(stop, ranks):
+        if ranks.is_first:
+            bench = replace(bench, held_out=tuple(_held_out(recipe, bench.reporter, with_captions)))
+        with ranks.first_then_others(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            task = build(bench)
     loader = Loader(
         bench.shards,
         recipe.data,
@@ -136,6 +137,11 @@ def _train(
         start=None if options.resume in ("auto", "never") else Path(options.resume),
         title=recipe.name,
     )
+
+
+def _nothing_to_save(stop: StopRequest, ranks: Ranks) -> AbstractContextManager[None]:
+    """Answer signals at once while the run is prepared; several ranks stop together, before their first step."""
+    return stop.answered_at_once() if ranks.world_size == 1 else nullcontext()
 
 
 def _facts(resolved: Mapping[str, Any], fingerprints: Mapping[str, str]) -> dict[str, str]:

@@ -6,6 +6,7 @@ seconds of every start, are shared. What they cost and how they can be interrupt
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import resource
@@ -20,8 +21,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ldm_cli.training.interruption import hold_signals, release_signals
+
 STEPS, SAVE_EVERY = 12, 3
-TIMEOUT = 120.0
+TIMEOUT = 300.0
 """Seconds that a life may take on a busy machine; whatever takes longer hangs."""
 SYSTEM_CALLS = (
     "openat,write,pwrite64,fsync,rename,unlink,unlinkat,mkdir,rmdir,link,linkat,ftruncate,chmod,fchmod,copy_file_range"
@@ -40,9 +43,11 @@ class Life:
 
     def __init__(self, arguments: Sequence[str], log: Path, held: bool = False, max_file_bytes: int | None = None):
         self.log = log
+        hold_signals()  # as the program does first of all
         self.pid = os.fork()
         if self.pid == 0:
             _live(arguments, log, held, max_file_bytes)
+        release_signals()
         self._pidfd = os.pidfd_open(self.pid)
         self._poll = select.poll()
         self._poll.register(self._pidfd, select.POLLIN)
@@ -68,6 +73,8 @@ class Life:
         """Wait for its end; its exit code, or -N if signal N ended it. What hangs is killed."""
         if self.lasts(TIMEOUT):
             self.hung = True
+            self.send(signal.SIGABRT, group=False)  # tells in the log where it hangs
+            time.sleep(1)
             self.send(signal.SIGKILL)
         _, status = os.waitpid(self.pid, 0)
         os.close(self._pidfd)
@@ -100,10 +107,9 @@ def _live(arguments: Sequence[str], log: Path, held: bool, max_file_bytes: int |
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         if max_file_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
+        faulthandler.enable(sys.__stderr__)
         from ldm_cli.cli.app import run
-        from ldm_cli.training.interruption import hold_signals
 
-        hold_signals()
         if held:
             os.kill(os.getpid(), signal.SIGSTOP)
         code = run(list(arguments))
