@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,3 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replace `path` by a JSON file as a whole; errors as in `whole_file`."""
     write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def discard(file: Path) -> None:
-    """Delete a file where it can be; for clearing up after a failure, which is what should be reported."""
-    with suppress(OSError):
-        file.unlink()
