@@ -23,11 +23,14 @@ _SCHEDULERS = frozenset(
         "DDPMScheduler",
         "DEISMultistepScheduler",
         "DPMSolverMultistepScheduler",
+        "DPMSolverSDEScheduler",
         "DPMSolverSinglestepScheduler",
         "EulerAncestralDiscreteScheduler",
         "EulerDiscreteScheduler",
         "HeunDiscreteScheduler",
+        "KDPM2AncestralDiscreteScheduler",
         "KDPM2DiscreteScheduler",
+        "LCMScheduler",
         "LMSDiscreteScheduler",
         "PNDMScheduler",
         "UniPCMultistepScheduler",
@@ -53,12 +56,24 @@ class SchedulerSettings:
         timestep_spacing: None: each sampler's own default.
         steps_offset: added to the timesteps of `leading` spacing.
         set_alpha_to_one: DDIM's last step ends at ᾱ = 1 rather than ᾱ_0; None: not said.
+        sigmas: levels with equal steps in σ^(1/7) or log σ, for samplers that step in σ; None: as `timestep_spacing`.
     """
 
     diffusion: dict[str, Any]
     timestep_spacing: Literal["leading", "linspace", "trailing"] | None = None
     steps_offset: int = 1
     set_alpha_to_one: bool | None = None
+    sigmas: Literal["karras", "exponential"] | None = None
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether the levels are those of flow matching."""
+        return bool(self.diffusion.get("prediction_type") == "flow_prediction")
+
+    @property
+    def scheduler_class(self) -> str:
+        """The class of diffusers that we write: the first is the plainest, the second one that knows flows."""
+        return "UniPCMultistepScheduler" if self.is_flow else "DDIMScheduler"
 
 
 def our_settings(diffusion: Mapping[str, Any]) -> SchedulerSettings:
@@ -67,31 +82,35 @@ def our_settings(diffusion: Mapping[str, Any]) -> SchedulerSettings:
     Args:
         diffusion: a noise schedule and prediction type; other keys are left out.
     """
-    kept = {name: diffusion.get(name, default) for name, default in _DIFFUSION_DEFAULTS.items()}
+    kept = _diffusion(diffusion)
     # Only `trailing` visits the last level, which is the point of zero SNR.
-    return SchedulerSettings(kept, "trailing" if kept["rescale_betas_zero_snr"] else "leading", 1, False)
+    # A flow has no first level to end at, and its scheduler's file no word for it.
+    to_one = None if kept["prediction_type"] == "flow_prediction" else False
+    return SchedulerSettings(kept, "trailing" if kept["rescale_betas_zero_snr"] else "leading", 1, to_one)
 
 
 def write_scheduler(folder: Path, settings: SchedulerSettings) -> None:
-    """Write scheduler/scheduler_config.json as a complete DDIMScheduler's.
+    """Write scheduler/scheduler_config.json as a complete DDIMScheduler's, or of a flow as a UniPCMultistepScheduler's.
 
     Raises:
         StorageError: writing failed.
     """
     content = {
-        "_class_name": "DDIMScheduler",
+        "_class_name": settings.scheduler_class,
         "_diffusers_version": _DIFFUSERS_VERSION,
         **settings.diffusion,
         "trained_betas": None,
-        "clip_sample": False,
-        "clip_sample_range": 1.0,
-        "set_alpha_to_one": True if settings.set_alpha_to_one is None else settings.set_alpha_to_one,
         "steps_offset": settings.steps_offset,
         "thresholding": False,
         "dynamic_thresholding_ratio": 0.995,
         "sample_max_value": 1.0,
         "timestep_spacing": settings.timestep_spacing or "leading",
     }
+    if settings.is_flow:
+        content["use_flow_sigmas"] = True
+    else:
+        set_alpha_to_one = True if settings.set_alpha_to_one is None else settings.set_alpha_to_one
+        content |= {"clip_sample": False, "clip_sample_range": 1.0, "set_alpha_to_one": set_alpha_to_one}
     (folder / SCHEDULER_FILE).parent.mkdir(parents=True, exist_ok=True)
     write_json(folder / SCHEDULER_FILE, content)
 
@@ -110,17 +129,35 @@ def read_scheduler(folder: Path) -> SchedulerSettings:
     found = content.get("_class_name")
     if found not in _SCHEDULERS:
         raise CheckpointError(f"cannot use '{file}'", f"scheduler {found!r} is not supported", "use a DDIMScheduler's")
-    unsupported = [name for name in ("trained_betas", "thresholding", "use_flow_sigmas") if content.get(name)]
+    refused = ["trained_betas", "thresholding", "use_dynamic_shifting"]
+    if content.get("prediction_type") != "flow_prediction":
+        refused.append("use_flow_sigmas")
+    unsupported = [name for name in refused if content.get(name)]
     if unsupported:
         raise CheckpointError(f"cannot use '{file}'", f"{', '.join(unsupported)} is not supported")
     return SchedulerSettings(
-        diffusion={name: content.get(name, default) for name, default in _DIFFUSION_DEFAULTS.items()},
+        diffusion=_diffusion(content),
         timestep_spacing=content.get("timestep_spacing"),
         set_alpha_to_one=content.get("set_alpha_to_one"),
+        sigmas=_sigmas(content),
     )
 
 
-def write_index(folder: Path) -> None:
+def _diffusion(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The noise schedule and prediction type, and for a flow its shift."""
+    found = {name: content.get(name, default) for name, default in _DIFFUSION_DEFAULTS.items()}
+    if found["prediction_type"] == "flow_prediction":
+        found["flow_shift"] = content.get("flow_shift", 1.0)
+    return found
+
+
+def _sigmas(content: Mapping[str, Any]) -> Literal["karras", "exponential"] | None:
+    if content.get("use_karras_sigmas"):
+        return "karras"
+    return "exponential" if content.get("use_exponential_sigmas") else None
+
+
+def write_index(folder: Path, settings: SchedulerSettings) -> None:
     """Write model_index.json for `StableDiffusionPipeline.from_pretrained`, without safety checker.
 
     Raises:
@@ -133,7 +170,7 @@ def write_index(folder: Path) -> None:
         "image_encoder": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "scheduler": ["diffusers", settings.scheduler_class],
         TEXT_ENCODER: ["transformers", "CLIPTextModel"],
         TOKENIZER: ["transformers", "CLIPTokenizer"],
         UNET: ["diffusers", "UNet2DConditionModel"],

@@ -110,6 +110,8 @@ def spacing_of(settings: SchedulerSettings, config: SamplingConfig) -> Spacing |
     if config.timesteps is not None:
         return config.timesteps
     default: Spacing = "leading" if config.sampler in _DISCRETE_GRID else "linspace"
+    if config.timestep_spacing is None and settings.sigmas is not None and config.sampler not in _DISCRETE_GRID:
+        return settings.sigmas
     return config.timestep_spacing or settings.timestep_spacing or default
 
 

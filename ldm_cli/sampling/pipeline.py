@@ -137,7 +137,7 @@ class Pipeline:
         self.tokenizer.model_max_length = self.context_length
         self.tokenizer.save(folder / layout.TOKENIZER)
         layout.write_scheduler(folder, self.settings)
-        layout.write_index(folder)
+        layout.write_index(folder, self.settings)
 
     @cached_property
     def schedule(self) -> NoiseSchedule:

@@ -94,7 +94,7 @@ class DenoiserTask:
         noise = self._normal(keys["noise"], batch, latents)
         t = t.to(self.bench.device)
         noised = self.schedule.add_noise(latents, noise, t)
-        output = self.unet(noised, t, encoding.states)
+        output = self.unet(noised, self.schedule.told(t), encoding.states)
         return diffusion_loss(self.schedule, output, latents, noise, t, self.recipe.diffusion.snr_gamma)
 
     def _encoding(self, batch: Batch) -> Encoding:

@@ -51,6 +51,27 @@ def test_stable_diffusion_settings_are_read_from_every_solvers_file(tmp_path, na
     assert (settings.timestep_spacing, settings.set_alpha_to_one, settings.steps_offset) == (None, None, 1)
 
 
+def test_flow_settings_survive_a_round_trip_as_a_solver_that_knows_flows(tmp_path):
+    settings = our_settings({"prediction_type": "flow_prediction", "flow_shift": 3.0})
+    write_scheduler(tmp_path, settings)
+    write_index(tmp_path, settings)
+    assert read_scheduler(tmp_path) == settings
+    assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"][1] == "UniPCMultistepScheduler"
+    content = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
+    assert (content["use_flow_sigmas"], content["flow_shift"]) == (True, 3.0)
+    with pytest.raises(CheckpointError, match="use_flow_sigmas"):
+        read_scheduler(put_scheduler(tmp_path, **{**content, "prediction_type": "epsilon"}))
+    with pytest.raises(CheckpointError, match="use_dynamic_shifting"):
+        read_scheduler(put_scheduler(tmp_path, **{**content, "use_dynamic_shifting": True}))
+
+
+@pytest.mark.parametrize("grid", ["karras", "exponential"])
+def test_levels_by_sigma_are_read_from_a_scheduler_file(tmp_path, grid):
+    content = {"_class_name": "DPMSolverMultistepScheduler", f"use_{grid}_sigmas": True}
+    assert read_scheduler(put_scheduler(tmp_path, **content)).sigmas == grid
+    assert read_scheduler(put_scheduler(tmp_path, _class_name="LCMScheduler")).sigmas is None
+
+
 def test_values_that_a_scheduler_file_leaves_out_are_those_of_diffusers(tmp_path):
     settings = read_scheduler(put_scheduler(tmp_path, _class_name="DDIMScheduler"))
     assert settings.diffusion["beta_schedule"] == "linear"
@@ -70,7 +91,7 @@ def test_schedulers_of_another_family_are_refused_by_name(tmp_path):
 def test_folder_without_pipeline_is_not_found_and_another_pipeline_is_refused(tmp_path):
     with pytest.raises(InputNotFoundError, match=r"model_index\.json"):
         check_index(tmp_path)
-    write_index(tmp_path)
+    write_index(tmp_path, our_settings({}))
     check_index(tmp_path)
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
     with pytest.raises(CheckpointError, match="StableDiffusion3Pipeline"):

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from ldm_cli.core.diffusion.level import Level
-from ldm_cli.core.diffusion.prediction import to_x0
+from ldm_cli.core.diffusion.prediction import to_epsilon, to_x0
 from ldm_cli.core.diffusion.trajectory import Trajectory
 
 Network = Callable[[Tensor, float], Tensor]
@@ -139,12 +139,12 @@ def pndm(denoise: Denoiser, x: Tensor, path: Trajectory) -> Tensor:
     epsilons: list[Tensor] = []
     for i, (start, end) in enumerate(path.steps):
         x0 = denoise(x, start)
-        epsilons = [(x - start.signal * x0) / start.noise, *epsilons][:4]
+        epsilons = [to_epsilon(x0, x, start.signal, start.noise, "sample"), *epsilons][:4]
         if i == 0 and len(path) > 1:
             following = path.steps[1][0]
             ahead = toward(x, x0, start, end)
-            other = (ahead - following.signal * denoise(ahead, following)) / following.noise
-            mean = 0.5 * (epsilons[0] + other)
+            x0 = denoise(ahead, following)
+            mean = 0.5 * (epsilons[0] + to_epsilon(x0, ahead, following.signal, following.noise, "sample"))
         else:
             mean = _combined(_ADAMS_BASHFORTH[len(epsilons)], epsilons)
         x = toward(x, (x - start.noise * mean) / start.signal, start, end)

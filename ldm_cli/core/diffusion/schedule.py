@@ -102,6 +102,10 @@ class NoiseSchedule:
             return self.velocity(x0, noise, t)
         return noise - x0 if self.prediction_type == "flow_prediction" else x0
 
+    def told(self, t: Tensor) -> Tensor:
+        """What the network is told of levels t, float32 of t's shape: t itself, or with flow T · b_t."""
+        return self.times.to(t.device)[t].float()
+
     def snr(self, t: Tensor) -> Tensor:
         """Signal-to-noise ratio a_t² / b_t², float64 of t's shape; 0 at the last zero-SNR level."""
         return (self.signals.to(t.device)[t] / self.noises.to(t.device)[t]) ** 2

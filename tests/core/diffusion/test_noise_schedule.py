@@ -69,3 +69,27 @@ def test_noised_unit_data_keeps_unit_variance():
 def test_timesteps_of_another_batch_size_are_refused_with_both_shapes():
     with pytest.raises(ValueError, match=r"\(2,\).*\(3, 4\)"):
         schedule().add_noise(torch.zeros(3, 4), torch.zeros(3, 4), torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_levels_lie_on_the_straight_line_from_data_to_noise(shift):
+    flow = schedule(prediction_type="flow_prediction", flow_shift=shift)
+    torch.testing.assert_close(flow.signals + flow.noises, torch.ones(1000, dtype=torch.float64))
+    assert (flow.signals[-1], flow.noises[-1]) == (0, 1)
+    assert flow.noises[499].item() == pytest.approx(shift * 0.5 / (1 + (shift - 1) * 0.5))
+    assert flow.told(torch.tensor([499])).item() == pytest.approx(1000 * flow.noises[499].item())
+    x0, noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.tensor([0, 400, 999])
+    b = flow.noises[t][:, None]
+    torch.testing.assert_close(flow.add_noise(x0, noise, t) - b * flow.target(x0, noise, t), x0)
+
+
+def test_the_network_is_told_t_itself_where_variance_is_preserved():
+    assert schedule().told(torch.tensor([0, 7, 999])).tolist() == [0.0, 7.0, 999.0]
+
+
+def test_settings_that_contradict_a_flow_are_refused():
+    with pytest.raises(ValueError, match=r"flow_shift=3.0 needs prediction_type flow_prediction"):
+        DiffusionConfig(flow_shift=3.0)
+    with pytest.raises(ValueError, match="no betas"):
+        DiffusionConfig(prediction_type="flow_prediction", rescale_betas_zero_snr=True)
