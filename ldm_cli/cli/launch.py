@@ -19,6 +19,7 @@ from types import FrameType
 
 from ldm_cli.cli.streams import write_line
 from ldm_cli.errors import LdmError, Preempted, UsageError, WorkerError
+from ldm_cli.training.interruption import SECONDS_APART
 
 _PROGRAM = (sys.executable, "-m", "ldm_cli")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -107,12 +108,13 @@ class _Forwarding:
     def __init__(self) -> None:
         self.ranks: list[_Rank] = []
         self.second: int | None = None
-        self._has_asked = False
+        self._asked_at: float | None = None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._has_asked and number != signal.SIGUSR1:
+        now = time.monotonic()
+        if self._asked_at is not None and number != signal.SIGUSR1 and now - self._asked_at > SECONDS_APART:
             self.second = number
-        self._has_asked = True
+        self._asked_at = self._asked_at or now
         for rank in self.ranks:
             if rank.process.poll() is None:
                 rank.process.send_signal(signal.SIGKILL if self.second else number)

@@ -6,6 +6,7 @@ Nothing is ever unpickled: a pickle is refused by its content, whatever its name
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ldm_cli.errors import CheckpointError, InputNotFoundError, StorageError
 from ldm_cli.formats.json_file import read_json
-from ldm_cli.storage import whole_file
+from ldm_cli.storage import error_number, whole_file
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRANSFORMERS_WEIGHTS = "model.safetensors"
@@ -97,6 +98,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         refuse_foreign_content(file)
         return load_file(file)
     except SafetensorError as error:
+        if (number := error_number(error)) is not None:
+            raise StorageError(f"cannot read '{file}'", os.strerror(number)) from error
         raise CheckpointError(
             f"cannot read '{file}'", f"damaged safetensors: {error}", "download or save it again"
         ) from error

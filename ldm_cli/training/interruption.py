@@ -17,7 +17,7 @@ from ldm_cli.errors import LdmError, Preempted
 _ANSWERED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _FATAL_TWICE = (signal.SIGTERM, signal.SIGINT)
 _TIME_IS_UP = 1  # the number of SIGHUP, which is never a reason
-_SECONDS_APART = 0.1
+SECONDS_APART = 0.1
 """timeout(1) and batch queues signal the process and then its group: that is one request, not two."""
 
 
@@ -134,7 +134,7 @@ def _end_on_second(reading: int, writing: int) -> None:
     first: float | None = None
     while number := os.read(reading, 1)[0]:
         now = time.monotonic()
-        if first is not None and number in _FATAL_TWICE and now - first > _SECONDS_APART:
+        if first is not None and number in _FATAL_TWICE and now - first > SECONDS_APART:
             os._exit(128 + number)
         if number in _ANSWERED and first is None:
             first = now

@@ -161,9 +161,9 @@ class Home:
         """The command line that trains `name` in `out`."""
         return [f"train-{name}", str(self.folder / f"{name}.json"), "--out", str(out), "--device", "cpu", *more]
 
-    def life(self, name: str, out: Path, *more: str, **options: Any) -> Life:
-        """A life of the run in `out`."""
-        return Life(self.arguments(name, out, *more), out.parent / f"{out.name}.log", **options)
+    def life(self, name: str, out: Path, *more: str, log: Path | None = None, **options: Any) -> Life:
+        """A life of the run in `out`; what it says is beside it, or in `log`."""
+        return Life(self.arguments(name, out, *more), log or out.parent / f"{out.name}.log", **options)
 
     def finished(self, name: str) -> Path:
         """The run of `name` that nothing disturbed; made once."""

@@ -88,16 +88,16 @@ class Bench:
         subprocess.run(["cp", "-a", str(source), str(out)], check=True)
         return out
 
-    def finish(self, name: str, out: Path, what: str, allowed: frozenset[int] = frozenset({0})) -> None:
+    def finish(self, name: str, out: Path, what: str, is_clean: bool = True) -> None:
         """Run the same command to the end, and compare with the run that nothing disturbed."""
-        code = self.tally.judge(self.home.life(name, out), set(allowed), f"{what}, afterwards")
-        if code == 0 and (difference := different(self.home.finished(name), out)):
+        code = self.tally.judge(self.home.life(name, out), {0}, f"{what}, afterwards")
+        if code == 0 and (difference := different(self.home.finished(name), out, is_clean)):
             self.tally.silent.append(f"{what}: {difference} ({out})")
         elif not self.tally.problems:
-            shutil.rmtree(out.parent)
+            shutil.rmtree(out.parent, ignore_errors=True)
 
 
-def different(one: Path, two: Path) -> str | None:
+def different(one: Path, two: Path, is_clean: bool = True) -> str | None:
     """How two finished runs differ in weights, averages, optimizer state or metrics; None: not in a bit."""
     files = [sorted(f.relative_to(run) for f in run.rglob("*.safetensors")) for run in (one, two)]
     newest = max((one / "checkpoints").iterdir()).name
@@ -110,7 +110,7 @@ def different(one: Path, two: Path) -> str | None:
     if metrics(one) != metrics(two):
         return "metrics.jsonl differs"
     left = [str(f.relative_to(two)) for f in two.rglob(".tmp*")]
-    return f"left behind: {left}" if left else None
+    return f"left behind: {left}" if left and is_clean else None
 
 
 Row = Callable[[Bench], None]
