@@ -43,6 +43,10 @@ NumRanks = Annotated[
         show_default=False,
     ),
 ]
+DataTrace = Annotated[
+    Path | None,
+    typer.Option("--data-trace", metavar="FILE", help="Write a line `step shard key` per sample.", show_default=False),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")]

@@ -35,6 +35,7 @@ def _train(
     resume: given.Resume = "auto",
     max_time: given.MaxTime = None,
     nproc: given.NumRanks = None,
+    data_trace: given.DataTrace = None,
     dry_run: given.DryRun = False,
     json: given.Json = False,
     debug: given.Debug = False,
@@ -50,7 +51,7 @@ def _train(
 
     command = str(context.info_name)
     loaded = load_recipe(recipe, changes, expected_command=command)
-    options = RunOptions(out, device, resume, limit, loaded.text, changes)
+    options = RunOptions(out, device, resume, limit, data_trace=data_trace, recipe_text=loaded.text, overrides=changes)
     if dry_run:
         release_signals()
         show_plan(loaded, json)

@@ -22,6 +22,8 @@ class RunOptions:
     """`auto` continues the run found in `out`, `never` refuses to, all else is a checkpoint to start at."""
     max_time: float | None = None
     """Seconds after which the run saves and stops; None: no limit."""
+    data_trace: Path | None = None
+    """File that tells which samples each step took; None: none."""
     recipe_text: str = ""
     """The recipe as written, kept beside the results."""
     overrides: tuple[str, ...] = ()

@@ -19,6 +19,7 @@ from ldm_cli.data.shards import ShardSet, open_shards
 from ldm_cli.formats.model_folder import weights_sha256
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.reporting import Reporter
+from ldm_cli.stages.data_trace import traced
 from ldm_cli.stages.options import RunOptions, resolve_device
 from ldm_cli.training.distributed import Ranks, joined, local_rank
 from ldm_cli.training.interruption import StopRequest
@@ -127,7 +128,7 @@ def _train(
     )
     return train(
         task,
-        loader.batches,
+        loader.batches if options.data_trace is None else traced(loader.batches, options.data_trace, ranks),
         recipe.train,
         bench.run,
         bench.reporter,

@@ -1,0 +1,42 @@
+"""`--data-trace FILE`: which samples each step took, in the order of the global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ldm_cli.data.loader import Batch
+from ldm_cli.storage import storage_errors, write_whole
+from ldm_cli.training.distributed import Ranks
+
+
+def traced(
+    batches: Callable[[int, int], Iterator[Batch]], file: Path, ranks: Ranks
+) -> Callable[[int, int], Iterator[Batch]]:
+    """`batches` (first step, end step), and a line `step shard key` in `file` for each sample they give.
+
+    Steps count from 1, as in metrics.jsonl. Lines of an earlier life after the first step are dropped. Rank 0 writes
+    the samples of all ranks, so the file is the same for any number of them.
+
+    Raises:
+        OutputError, StorageError: the file cannot be written.
+    """
+
+    def stream(start: int, end: int) -> Iterator[Batch]:
+        if ranks.is_first:
+            _rewind(file, start)
+        for step, batch in enumerate(batches(start, end), start=start + 1):
+            names = "\n".join(ranks.texts("\n".join(batch.keys))).splitlines()
+            if ranks.is_first:
+                with storage_errors(file), file.open("a", encoding="utf-8") as out:
+                    out.writelines(f"{step} {name.replace('/', ' ', 1)}\n" for name in names)
+            yield batch
+
+    return stream
+
+
+def _rewind(file: Path, step: int) -> None:
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    # A line cut short by a kill belongs to a step that is taken again.
+    kept = [line for line in lines if line.endswith("\n") and int(line.split(" ", 1)[0]) <= step]
+    write_whole(file, "".join(kept))
