@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from ldm_cli.cli import options as given
+from ldm_cli.cli.launch import bind_to_launcher, expect_as_many, is_first_rank, is_rank, launch
 from ldm_cli.cli.report import make_reporter
 from ldm_cli.cli.show import show_plan, show_result
 from ldm_cli.errors import RecipeError, UsageError
-from ldm_cli.reporting import Reporter
+from ldm_cli.reporting import Reporter, SilentReporter
 
 if TYPE_CHECKING:
     from ldm_cli.recipe.load import LoadedRecipe
@@ -38,6 +39,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _sample(
+    context: typer.Context,
     arguments: Arguments = None,
     model: Annotated[
         Path | None, typer.Option("--model", metavar="DIR", help="Pipeline or run folder.", **_QUIET)
@@ -126,11 +128,20 @@ def _sample(
     out: given.Out = None,
     device: given.Device = "auto",
     overwrite: given.Overwrite = False,
+    nproc: Annotated[
+        int | None,
+        typer.Option("--nproc", min=1, metavar="N", help="Draw with N processes, one per device.", **_QUIET),
+    ] = None,
     dry_run: given.DryRun = False,
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:
     """Draw pictures from prompts, and from other pictures, with a pipeline folder, ours or one of diffusers."""
+    if is_rank():
+        expect_as_many(nproc)
+        bind_to_launcher()
+    elif nproc is not None and nproc > 1 and not dry_run:
+        raise typer.Exit(launch(context.obj, nproc))
     recipe, changes = _split(arguments or [])
     pixels, edges = given.size(size), _edges(extend)
     fields = (
@@ -166,7 +177,7 @@ def _sample(
     if not has_model and not any(change.startswith("model=") for change in changes):
         raise UsageError("no model given", remedy="add --model DIR, or a recipe")
     loaded = _load(recipe, changes, options_given, record)
-    reporter = make_reporter()
+    reporter = make_reporter() if is_first_rank() else SilentReporter()
     loaded = _with_prompts(loaded, _read_prompts(prompts, reporter) + [_clean(text) for text in prompt or ()], record)
     from ldm_cli.stages.options import RunOptions
 
@@ -180,7 +191,8 @@ def _sample(
     if record is not None and noise is None and "latents" in record.get("sources", {}):
         noise = sample.Latents(Path(record["sources"]["latents"]), record.get("latents_row"))
     result = sample.run(cast("SampleRecipe", loaded.recipe), options, reporter, noise, record)
-    show_result(result, json)
+    if is_first_rank():
+        show_result(result, json)
 
 
 def _split(arguments: list[str]) -> tuple[str | None, tuple[str, ...]]:

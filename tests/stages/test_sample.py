@@ -1,0 +1,377 @@
+"""`ldm sample` from its recipe to files: what repeats, what completes, what is refused."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from ldm_cli.errors import CheckpointError, DataError, OutputError, UsageError
+from ldm_cli.formats.png_metadata import parse_parameters, read_record
+from ldm_cli.recipe.load import load_recipe
+from ldm_cli.recipe.schema import SampleRecipe
+from ldm_cli.reporting import SilentReporter
+from ldm_cli.sampling.images import read_image, save_image
+from ldm_cli.sampling.record import recipe_of
+from ldm_cli.stages.options import RunOptions
+from ldm_cli.stages.sample import Latents, run
+from tests.conftest import REPOSITORY
+from tests.sampling.tiny import tiny_pipeline
+
+SAMPLERS = (
+    *("ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpm2", "lms", "dpmpp_2m", "dpmpp_2m_sde"),
+    *("dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_3m_sde", "unipc", "pndm", "lcm"),
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_pipeline().save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Paths of a picture, a mask and a style."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = torch.Generator().manual_seed(0)
+    for name in ("image", "style"):
+        save_image(folder / f"{name}.png", torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=generator))
+    mask = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    mask[:, 2:9, 4:12] = 255
+    save_image(folder / "mask.png", mask)
+    return {name: str(folder / f"{name}.png") for name in ("image", "mask", "style")}
+
+
+def draw(model, out, latents=None, record=None, overwrite=False, **fields):
+    """Run the stage on a recipe of these fields, `sampling` given on top of quick ones."""
+    sampling = {"steps": 3, "images_per_prompt": 1, "guidance": 3.0} | fields.pop("sampling", {})
+    content = {"command": "sample", "model": str(model), "prompts": ["a red circle"], "sampling": sampling, **fields}
+    reporter = SilentReporter()
+    result = run(SampleRecipe.from_mapping(content), RunOptions(out, "cpu", overwrite=overwrite), reporter, latents)
+    return result | {"messages": reporter.messages}
+
+
+def repeat(picture, out, **changes):
+    """As `ldm sample --repeat picture`."""
+    record = read_record(picture)
+    loaded = load_recipe(None, (), "sample", [(k, k, v) for k, v in changes.items()], base=recipe_of(record))
+    latents = None
+    if "latents" in record["sources"]:
+        latents = Latents(record["sources"]["latents"], record["latents_row"])
+    reporter = SilentReporter()
+    result = run(loaded.recipe, RunOptions(out, "cpu"), reporter, latents, record)
+    return result["images"][0]["file"], reporter.messages
+
+
+def pictures_in(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name[0].isdigit()}
+
+
+def everything_in(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != ".lock"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_files_of_every_sampler_are_the_same_for_any_batch_order_and_subset(model, tmp_path, sampler):
+    prompts = ["a red circle", "a blue square", ""]
+    together = draw(model, tmp_path / "a", prompts=prompts, sampling={"sampler": sampler, "images_per_prompt": 3})
+    expected = {(i["prompt"], i["seed"]): Path(i["file"]).read_bytes() for i in together["images"]}
+    assert len(set(expected.values())) == 9
+    for number, (chosen, batch_size) in enumerate([(prompts[::-1], 1), (prompts[1:], 3), (prompts[:1], 8)]):
+        fields = {"sampler": sampler, "images_per_prompt": 3 - number, "batch_size": batch_size}
+        for image in draw(model, tmp_path / f"{number}", prompts=chosen, sampling=fields)["images"]:
+            assert Path(image["file"]).read_bytes() == expected[image["prompt"], image["seed"]]
+
+
+def various(pictures, tmp_path):
+    """Twenty jobs that have little in common; the third picture of each is repeated."""
+    image, mask, style = (pictures[name] for name in ("image", "mask", "style"))
+    noise = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    save_file({"latents": noise}, tmp_path / "latents.safetensors")
+    guided = {"scale": 4.0, "rescale": 0.7, "interval": [0.1, 5.0]}
+    return [
+        *({"sampling": {"sampler": s, "seed": 40}} for s in ("ddpm", "euler_ancestral", "heun", "dpmpp_sde", "unipc")),
+        {"sampling": {"sampler": "ddim", "eta": 0.7, "negative": "green, é"}},
+        {"sampling": {"guidance": guided, "timestep_spacing": "karras", "sampler": "euler"}},
+        {"sampling": {"guidance": {"scale": 5.0, "apg": {}, "threshold": {"limit": 2.0}}}},
+        {"sampling": {"guidance": 1.0, "precision": "bf16", "width": 24, "height": 16}},
+        {"edit": {"image": image, "strength": 0.5}},
+        {"edit": {"image": image, "mask": mask}, "sampling": {"sampler": "dpmpp_2m_sde"}},
+        {"edit": {"image": image, "mask": mask, "strength": 0.7, "extend": [3, 0, 5, 1]}},
+        {"edit": {"image": image, "style": style, "style_strength": 0.6, "strength": 0.6}},
+        {"edit": {"image": image}, "sampling": {"width": 24, "height": 24}},
+        {"variation": 0.3, "sampling": {"sampler": "euler_ancestral"}},
+        {"interpolate": 3, "prompts": ["a red circle", "a blue square"]},
+        {"xy": ["steps=2,3", "guidance.scale=1,5"]},
+        {"prompts": ["a (red:1.4) circle", {"prompt": "x", "sampling": {"steps": 2, "seed": 9}}]},
+        {"tile": 16, "sampling": {"width": 32, "height": 24, "images_per_prompt": 3}},
+        {"latents": Latents(tmp_path / "latents.safetensors")},
+    ]
+
+
+@pytest.mark.slow
+def test_a_picture_of_any_kind_is_repeated_from_itself_alone(model, pictures, tmp_path, monkeypatch):
+    jobs = various(pictures, tmp_path)
+    assert len(jobs) == 20
+    for number, job in enumerate(jobs):
+        own = {"images_per_prompt": 4} | job.get("sampling", {})
+        drawn = draw(model, tmp_path / f"{number}", **(job | {"sampling": own}))["images"]
+        chosen = drawn[2]["file"]
+        again, messages = repeat(chosen, tmp_path / f"again-{number}")
+        assert messages == [], job
+        assert Path(again).read_bytes() == Path(chosen).read_bytes(), job
+
+
+def test_a_repeated_picture_needs_what_it_was_drawn_with(model, pictures, tmp_path):
+    source = tmp_path / "image.png"
+    source.write_bytes(Path(pictures["image"]).read_bytes())
+    drawn = draw(model, tmp_path / "a", edit={"image": str(source), "strength": 0.4})["images"][0]["file"]
+    assert torch.equal(read_image(repeat(drawn, tmp_path / "b")[0]), read_image(drawn))
+    changed, _ = repeat(drawn, tmp_path / "c", **{"sampling.steps": 6})
+    assert not torch.equal(read_image(changed), read_image(drawn)), "options change what is repeated"
+    source.write_bytes(Path(pictures["style"]).read_bytes())
+    with pytest.raises(DataError, match="the image it was made of has changed"):
+        repeat(drawn, tmp_path / "d")
+    other = tmp_path / "other"
+    pipeline = tiny_pipeline()
+    torch.nn.init.ones_(pipeline.unet.conv_out.bias)
+    pipeline.save(other)
+    with pytest.raises(CheckpointError, match="the model's weights have changed"):
+        repeat(draw(model, tmp_path / "e")["images"][0]["file"], tmp_path / "f", model=str(other))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_every_format_can_be_repeated_and_be_without_metadata(model, tmp_path, suffix):
+    drawn = draw(model, tmp_path / "a", format=suffix)["images"][0]["file"]
+    assert drawn.endswith(suffix)
+    again, _ = repeat(drawn, tmp_path / "b", format=suffix)
+    assert Path(again).read_bytes() == Path(drawn).read_bytes()
+    bare = draw(model, tmp_path / "c", format=suffix, metadata=False)["images"][0]["file"]
+    assert torch.equal(read_image(bare), read_image(drawn))
+    with pytest.raises(DataError, match="does not say"):
+        read_record(bare)
+    with Image.open(bare) as image:
+        assert not image.getexif()
+        assert not getattr(image, "text", {})
+
+
+def test_the_text_for_web_uis_names_what_they_know(model, pictures, tmp_path):
+    fields = {"sampling": {"sampler": "dpmpp_2m", "timestep_spacing": "karras", "negative": "a, b", "seed": 7}}
+    drawn = draw(model, tmp_path, edit={"image": pictures["image"], "strength": 0.5}, **fields)["images"][0]["file"]
+    with Image.open(drawn) as image:
+        found = parse_parameters(image.text["parameters"])
+    assert found.pop("Model hash") == read_record(drawn)["weights"]["unet"][:10]
+    assert found.pop("Version").startswith("ldm_cli ")
+    assert found.pop("Model") == model.name
+    assert found == {
+        "Prompt": "a red circle",
+        "Negative prompt": "a, b",
+        "Steps": "3",
+        "Sampler": "DPM++ 2M",
+        "Schedule type": "Karras",
+        "CFG scale": "3.0",
+        "Seed": "7",
+        "Size": "16x16",
+        "Denoising strength": "0.5",
+    }
+
+
+def test_hostile_prompts_are_kept_verbatim_under_safe_names(model, tmp_path):
+    prompts = ["../../etc/passwd", "\x1b[31m\x00\n", "x" * 10_000, "\u202eevil", "a/b\\c:*?", "😀" * 50, "-rf"]
+    result = draw(model, tmp_path, prompts=prompts)
+    for image, prompt in zip(result["images"], prompts, strict=True):
+        name = image["file"].rsplit("/", 1)[1]
+        assert name.isascii()
+        assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-.")
+        assert len(name) <= 64
+        assert read_record(tmp_path / name)["prompt"] == prompt
+    assert any("'xxxx" in message and "was cut" in message for message in result["messages"])
+    assert all(len(message) < 600 for message in result["messages"])
+    names = [image["file"] for image in result["images"]]
+    assert names == sorted(names)
+
+
+def test_grids_have_a_picture_for_each_pair_of_values(model, tmp_path):
+    result = draw(model, tmp_path, xy=["steps=1,2,3", "guidance.scale=1,5"], prompts=["a red circle"])
+    assert len(result["images"]) == 6
+    steps = [
+        (s["steps"], s["guidance"]["scale"]) for s in (read_record(i["file"])["sampling"] for i in result["images"])
+    ]
+    assert steps == [(1, 1.0), (2, 1.0), (3, 1.0), (1, 5.0), (2, 5.0), (3, 5.0)]
+    grid = read_image(tmp_path / "grid.png")
+    for i, image in enumerate(result["images"]):
+        pixels = read_image(image["file"])
+        places = grid.unfold(1, 16, 1).unfold(2, 16, 1).permute(1, 2, 0, 3, 4)
+        assert bool((places == pixels).flatten(2).all(-1).any()), i
+    alone = draw(model, tmp_path / "one", sampling={"steps": 2, "guidance": 5.0})["images"][0]["file"]
+    assert Path(result["images"][4]["file"]).read_bytes() == Path(alone).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        (["stpes=1,2"], "no field 'stpes'"),
+        (["steps"], "not understood"),
+        (["steps=1,,2"], "not understood"),
+        (["steps=0"], "steps: input should be greater"),
+        (["steps=1,2", "steps=3"], "two different fields"),
+        (["sampler=ddim,magic"], "sampler"),
+        (["edit.strength=0,1"], "without an image"),
+    ],
+)
+def test_grids_that_cannot_be_are_refused_before_anything_is_written(model, tmp_path, axes, message):
+    with pytest.raises(UsageError, match=message):
+        draw(model, tmp_path / "out", xy=axes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_walk_gives_a_strip_and_an_animation(model, tmp_path):
+    fields = {"interpolate": 4, "prompts": ["a red circle", "a blue square"], "sampling": {"images_per_prompt": 2}}
+    result = draw(model, tmp_path, **fields)
+    assert len(result["images"]) == 10
+    assert read_image(tmp_path / "grid.png").shape == (3, 2 * 16 + 2, 5 * 16 + 4 * 2)
+    for path, first in zip(result["animations"], (0, 5), strict=True):
+        with Image.open(path) as animation:
+            assert animation.n_frames == 5
+            animation.seek(4)
+            last = animation.convert("RGB").tobytes()
+        assert last == Image.open(result["images"][first + 4]["file"]).tobytes()
+    ends = draw(model, tmp_path / "ends", prompts=["a blue square"], sampling={"seed": 2, "images_per_prompt": 2})
+    for walk, image in zip((4, 9), ends["images"], strict=True):
+        assert torch.equal(read_image(result["images"][walk]["file"]), read_image(image["file"]))
+    with pytest.raises(UsageError, match="one prompt is no walk"):
+        draw(model, tmp_path / "x", interpolate=3)
+
+
+def test_a_prompt_has_settings_of_its_own(model, tmp_path):
+    entry = {"prompt": "a blue square", "sampling": {"steps": 2, "negative": "red", "seed": 11, "guidance.scale": 2}}
+    result = draw(model, tmp_path / "a", prompts=["a red circle", entry])
+    own = {"steps": 2, "negative": "red", "seed": 11, "guidance": 2.0}
+    alone = draw(model, tmp_path / "b", prompts=["a blue square"], sampling=own)
+    assert Path(result["images"][1]["file"]).read_bytes() == Path(alone["images"][0]["file"]).read_bytes()
+    with pytest.raises(UsageError, match="'a blue square': there is no field 'stps'"):
+        draw(model, tmp_path / "c", prompts=[{"prompt": "a blue square", "sampling": {"stps": 2}}])
+
+
+def test_a_folder_in_use_is_left_alone(model, tmp_path):
+    draw(model, tmp_path)
+    before = everything_in(tmp_path)
+    script = (
+        "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
+        owner.stdout.readline()
+        try:
+            with pytest.raises(OutputError, match="is in use"):
+                draw(model, tmp_path, overwrite=True)
+        finally:
+            owner.communicate(b"\n")
+    assert everything_in(tmp_path) == before
+    assert draw(model, tmp_path)["drawn"] == 0
+
+
+def test_what_a_killed_process_left_half_written_is_cleared_away(model, tmp_path):
+    drawn = draw(model, tmp_path)
+    before = everything_in(tmp_path)
+    (tmp_path / ".tmp-00000-a-red-circle-0.png").write_bytes(b"half")
+    Path(drawn["images"][0]["file"]).unlink()
+    draw(model, tmp_path)
+    assert everything_in(tmp_path) == before
+
+
+INTERRUPTER = """
+    import json, os, signal, sys, time
+    import torch
+    from ldm_cli.cli.app import run
+    from ldm_cli.stages import sample
+
+    arguments, times = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+
+    def start(out):
+        child = os.fork()
+        if child == 0:
+            code = 99
+            try:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                code = run([*arguments, "--out", out])
+            finally:
+                os._exit(code)
+        return child
+
+    begun = time.monotonic()
+    assert os.waitstatus_to_exitcode(os.waitpid(start("whole"), 0)[1]) == 0
+    duration = time.monotonic() - begun
+    for number, share in enumerate(times):
+        child = start(f"cut-{number}")
+        time.sleep(share * duration)
+        os.kill(child, signal.SIGINT)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        left = sorted(os.listdir(f"cut-{number}")) if os.path.isdir(f"cut-{number}") else []
+        os.rename(f"cut-{number}", f"left-{number}") if left else None
+        os.system(f"cp -r left-{number} cut-{number}") if left else None
+        again = os.waitstatus_to_exitcode(os.waitpid(start(f"cut-{number}"), 0)[1])
+        print(json.dumps({"code": code, "left": left, "again": again}), flush=True)
+"""
+
+
+def interrupted(model, folder, times):
+    """Ctrl-C at shares of the time that a job of thirty prompts takes; then the same command again."""
+    (folder / "prompts.txt").write_text("\n".join(f"a red circle {i}" for i in range(30)))
+    arguments = ["sample", "--model", str(model), "--prompts", "prompts.txt", "-n", "1", "--steps", "3"]
+    arguments += ["--sampler", "euler_ancestral", "--device", "cpu"]
+    command = [sys.executable, "-c", textwrap.dedent(INTERRUPTER), json.dumps(arguments), json.dumps(times)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def check_interruptions(model, folder, times):
+    outcomes = interrupted(model, folder, times)
+    whole = everything_in(folder / "whole")
+    assert len(pictures_in(folder / "whole")) == 30
+    partial = 0
+    for number, outcome in enumerate(outcomes):
+        assert outcome["code"] in (0, 130), outcome
+        assert outcome["again"] == 0
+        if outcome["left"]:
+            left = pictures_in(folder / f"left-{number}")
+            partial += 0 < len(left) < 30
+            assert left.items() <= whole.items(), "only whole pictures, and those of the whole job"
+        assert everything_in(folder / f"cut-{number}") == whole
+    return partial
+
+
+def test_ctrl_c_leaves_whole_pictures_and_the_same_command_completes_them(model, tmp_path):
+    times = [random.Random(3).random() for _ in range(4)] + [0.6]
+    assert check_interruptions(model, tmp_path, times) >= 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_twenty_random_times_always_completes_to_the_same_bytes(model, tmp_path):
+    generator = random.Random()
+    assert check_interruptions(model, tmp_path, [generator.random() for _ in range(20)]) >= 5
+
+
+@pytest.mark.slow
+def test_two_processes_draw_the_same_files_as_one(model, tmp_path):
+    one = draw(model, tmp_path / "one", prompts=["a", "b", "c"], sampling={"images_per_prompt": 3, "sampler": "ddpm"})
+    arguments = ["sample", "--model", str(model), "-p", "a", "-p", "b", "-p", "c", "-n", "3", "--steps", "3"]
+    arguments += ["--guidance", "3", "--sampler", "ddpm", "--out", str(tmp_path / "two"), "--device", "cpu", "--json"]
+    command = [sys.executable, "-m", "ldm_cli", *arguments, "--nproc", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["drawn"] == one["drawn"] == 9
+    assert everything_in(tmp_path / "two") == everything_in(tmp_path / "one")
