@@ -47,10 +47,11 @@ def _train(
     elif nproc is not None and nproc > 1 and not dry_run:
         raise typer.Exit(launch(context.obj, nproc))
     from ldm_cli.recipe.load import load_recipe
-    from ldm_cli.stages.options import RunOptions
 
     command = str(context.info_name)
     loaded = load_recipe(recipe, changes, expected_command=command)
+    from ldm_cli.stages.options import RunOptions  # imports torch: a faulty recipe is refused before
+
     options = RunOptions(out, device, resume, limit, data_trace=data_trace, recipe_text=loaded.text, overrides=changes)
     if dry_run:
         release_signals()
