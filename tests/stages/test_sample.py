@@ -239,7 +239,7 @@ def test_a_walk_gives_a_strip_and_an_animation(model, tmp_path):
     fields = {"interpolate": 4, "prompts": ["a red circle", "a blue square"], "sampling": {"images_per_prompt": 2}}
     result = draw(model, tmp_path, **fields)
     assert len(result["images"]) == 10
-    assert read_image(tmp_path / "grid.png").shape == (3, 2 * 16 + 2, 5 * 16 + 4 * 2)
+    assert read_image(tmp_path / "grid.png").shape == (3, 2 * 16 + 6, 5 * 16 + 4 * 2)
     for path, first in zip(result["animations"], (0, 5), strict=True):
         with Image.open(path) as animation:
             assert animation.n_frames == 5
@@ -328,7 +328,7 @@ INTERRUPTER = """
 def interrupted(model, folder, times):
     """Ctrl-C at shares of the time that a job of thirty prompts takes; then the same command again."""
     (folder / "prompts.txt").write_text("\n".join(f"a red circle {i}" for i in range(30)))
-    arguments = ["sample", "--model", str(model), "--prompts", "prompts.txt", "-n", "1", "--steps", "3"]
+    arguments = ["sample", "--model", str(model), "--prompts", "prompts.txt", "-n", "1", "--steps", "10"]
     arguments += ["--sampler", "euler_ancestral", "--device", "cpu"]
     command = [sys.executable, "-c", textwrap.dedent(INTERRUPTER), json.dumps(arguments), json.dumps(times)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
@@ -354,7 +354,8 @@ def check_interruptions(model, folder, times):
 
 
 def test_ctrl_c_leaves_whole_pictures_and_the_same_command_completes_them(model, tmp_path):
-    times = [random.Random(3).random() for _ in range(4)] + [0.6]
+    generator = random.Random(3)
+    times = [0.2, *(generator.uniform(0.5, 1.0) for _ in range(4))]
     assert check_interruptions(model, tmp_path, times) >= 1
 
 
