@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ldm_cli.config import Config
 
 ColorByte = Annotated[int, Field(ge=0, le=255)]
+
+
+class AspectBuckets(Config):
+    """Shapes of about `image_size`² pixels, and the samples that go into each."""
+
+    step: Annotated[int, Field(ge=8)] = 64
+    """Heights and widths are multiples of this many pixels."""
+    max_aspect: Annotated[float, Field(ge=1)] = 2.0
+    """Longest shape, longer side by shorter."""
+
+
+class FieldRule(Config):
+    """What a field of the JSON member must be; a sample without the field does not pass."""
+
+    min: float | None = None
+    """A number of at least this."""
+    max: float | None = None
+    """A number of at most this."""
+    any_of: tuple[str | int | bool, ...] | None = None
+    """One of these values."""
+
+
+class SampleFilter(Config):
+    """Conditions on samples. What cannot be read is not sorted out here but counted as bad when it is met."""
+
+    min_side: Annotated[int, Field(ge=1)] | None = None
+    """Shorter side of the picture, in pixels, at least."""
+    max_aspect: Annotated[float, Field(ge=1)] | None = None
+    """Longer side by shorter side, at most."""
+    min_caption_length: Annotated[int, Field(ge=0)] | None = None
+    """Characters of the caption, at least."""
+    max_caption_length: Annotated[int, Field(ge=1)] | None = None
+    """Characters of the caption, at most."""
+    fields: dict[str, FieldRule] = Field(default_factory=dict)
+    """Rules for fields of the JSON member, by name or dotted path, such as `similarity: {min: 0.3}`."""
 
 
 class DataConfig(Config):
@@ -16,12 +51,26 @@ class DataConfig(Config):
 
     shards: str | tuple[str, ...]
     """Training shards: a path, glob, folder, or pattern such as `data/train-{000..127}.tar`; or several."""
+    remote_schemes: tuple[str, ...] = ()
+    """Kinds of addresses that shards may be fetched from, such as `[https, s3]`; all others are refused. Each needs the
+    fsspec back end of that name."""
+    max_fetched_bytes: Annotated[int, Field(ge=1)] = 100 * 2**30
+    """Room in the cache folder for remote shards; those not used for longest are removed."""
+    weights: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    """With several `shards`, one weight for each: a step takes samples of them in these proportions, and the smaller
+    ones come round more often. By default all are one data set, every sample of it once an epoch."""
     val_shards: str | tuple[str, ...] | None = None
     """Held-out shards, for validation during training and for evaluation."""
     image_size: Annotated[int, Field(ge=8, le=4096)] = 256
     """Height and width of the square training image, in pixels."""
     crop: Literal["center", "random", "squash"] = "center"
     """Central or random square, resized to `image_size`; `squash` takes all and loses the aspect ratio."""
+    aspect_buckets: AspectBuckets | None = None
+    """Batches of one shape each, near the pictures' own, in place of squares of `image_size`."""
+    filter: SampleFilter | None = None
+    """Only samples of which all of this is true are used, found out once and kept with the index."""
+    quarantine: str | None = None
+    """A `bad_samples.jsonl` of an earlier run: the samples in it are left out from the start."""
     flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Chance that a training image is mirrored left to right."""
     background: tuple[ColorByte, ColorByte, ColorByte] = (255, 255, 255)
@@ -46,3 +95,10 @@ class DataConfig(Config):
     """The run stops when more than this fraction of the samples read (and more than 10) was bad."""
     on_bad_shard: Literal["stop", "skip"] = "stop"
     """A damaged shard stops the run, or contributes the whole samples before the damage."""
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> Self:
+        count = 1 if isinstance(self.shards, str) else len(self.shards)
+        if self.weights is not None and len(self.weights) != count:
+            raise ValueError(f"weights has {len(self.weights)} numbers, shards has {count}")
+        return self

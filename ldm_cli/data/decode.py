@@ -74,6 +74,13 @@ def image_header(data: bytes, max_pixels: int) -> tuple[str, int, int]:
     return image.format or "", image.width, image.height
 
 
+def upright_size(data: bytes, max_pixels: int) -> tuple[int, int]:
+    """Width and height as `decode_rgb` gives them, from the header alone; raises as that."""
+    image = _open(data, max_pixels)
+    width, height = image.size
+    return (height, width) if _orientation(image) >= 5 and image.format != "TIFF" else (width, height)
+
+
 def to_square(
     image: Image.Image, size: int, crop: Crop, place: float = 0.5, mirror: bool = False, out: Tensor | None = None
 ) -> Tensor:
@@ -165,17 +172,21 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation, none if the data are unreadable; Pillow has already applied it to TIFFs."""
-    try:
-        orientation = image.getexif().get(_ORIENTATION)
-    except Exception:
-        return image
-    transpose = _TRANSPOSE.get(orientation or 1)
+    """Apply the EXIF orientation; Pillow has already applied it to TIFFs."""
+    transpose = _TRANSPOSE.get(_orientation(image))
     if transpose is None:
         return image
     upright = image.transpose(transpose)
     upright.info = image.info
     return upright
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) if there is none or it cannot be read."""
+    try:
+        return int(image.getexif().get(_ORIENTATION) or 1)
+    except Exception:
+        return 1
 
 
 def _to_rgb(image: Image.Image, background: Color) -> Image.Image:

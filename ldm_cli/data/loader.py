@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from ldm_cli import philox
 from ldm_cli.data.bad_samples import BadSample, BadSampleAccount, BadSampleError, BadSampleLog
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.latent_cache import CachedDecoder, LatentCache
-from ldm_cli.data.order import Order, global_positions, rank_slice
+from ldm_cli.data.order import global_positions, rank_slice
+from ldm_cli.data.plan import Place, Plan
 from ldm_cli.data.prefetch import prefetched
 from ldm_cli.data.sample import Draw, Encoding, Sample, SampleDecoder, Wanted
 from ldm_cli.data.shards import ShardSet
@@ -33,7 +35,7 @@ class Batch:
     """Samples of one step (B of them).
 
     Attributes:
-        images: uint8 [B, 3, S, S]; B × 0 × 0 × 0 if no images were asked for.
+        images: uint8 [B, 3, H, W], H = W = S without aspect buckets; B × 0 × 0 × 0 if no images were asked for.
         captions: B texts, empty if no captions were asked for.
         labels: class indexes int64 [B], if the recipe says where they are.
         keys: B names `shard/key`.
@@ -92,6 +94,8 @@ class Loader:
 
     Raises:
         ValueError: `world_size` does not divide `batch_size`.
+        RecipeError: there are both a cache and aspect buckets.
+        InputNotFoundError: a source that has a weight has no samples.
     """
 
     def __init__(
@@ -201,31 +205,31 @@ class _Steps:
         rank: int,
         world_size: int,
     ) -> None:
-        self._shards, self._config, self._batch_size = shards, config, batch_size
-        self._part = rank_slice(batch_size, rank, world_size)
-        self._order = Order(seed, shards.sizes, config.shuffle_window)
+        self._shards, self._batch_size = shards, batch_size
+        self._places = rank_slice(batch_size, rank, world_size)
+        self._plan = Plan(seed, shards, config, batch_size)
         self._draw_key = philox.key(seed, "data/draw")
-        self._replacement_key = philox.key(seed, "data/replacement")
         self._decoder = decoder
 
     def __call__(self, step: int) -> _Delivery:
         """The part of `step`'s batch that belongs to this rank."""
         epoch, position = global_positions(step, self._batch_size, self._shards.num_samples)
-        epoch, position = epoch[self._part], position[self._part]
+        epoch, position = epoch[self._places], position[self._places]
         draws = philox.uniform(self._draw_key, epoch, position, 3).tolist()
+        shape, turns = self._plan.step(step, self._places)
         samples: list[Sample] = []
         keys: list[str] = []
         bad: list[BadSample] = []
         remarks: Counter[str] = Counter()
         try:
-            for place, e, p, draw in zip(
-                range(self._part.start, self._part.stop), epoch.tolist(), position.tolist(), draws, strict=True
-            ):
+            for number, (turn, draw) in enumerate(zip(turns, draws, strict=True)):
                 found: list[BadSample] = []
+                drawn = Draw(draw[0], draw[1], draw[2], shape)
+                replacements = partial(self._plan.replacements, turn, int(epoch[number]), int(position[number]))
                 try:
-                    sample, key = self._good_sample(e, p, Draw(*draw), found)
+                    sample, key = self._good_sample(turn.place, replacements, drawn, found)
                 finally:
-                    bad += [replace(one, step=step, place=place) for one in found]
+                    bad += [replace(one, step=step, place=self._places.start + number) for one in found]
                 samples.append(sample)
                 keys.append(key)
                 remarks.update(sample.remarks)
@@ -233,35 +237,27 @@ class _Steps:
             return _Delivery(None, bad, remarks, (type(error), error.what, error.cause, error.remedy))
         return _Delivery(_collate(samples, keys, epoch, position), bad, remarks)
 
-    def _good_sample(self, epoch: int, position: int, draw: Draw, bad: list[BadSample]) -> tuple[Sample, str]:
-        """The sample of a position; in place of a bad one, the first good one of a sequence drawn for that
-        position.
-        """
-        shard, number = self._order(epoch, position)
-        places = {(shard, number): None}
+    def _good_sample(
+        self, place: Place, replacements: Callable[[int], list[Place]], draw: Draw, bad: list[BadSample]
+    ) -> tuple[Sample, str]:
+        """The sample at a place; in place of a bad one, the first good one of its replacements."""
+        tried = {place: None}
         for attempt in range(_MAX_REPLACEMENTS + 1):
             try:
-                return self._decoder.decode(shard, number, draw), self._shards.name(shard, number)
+                return self._decoder.decode(*place, draw), self._shards.name(*place)
             except BadSampleError as error:
-                bad.append(_bad_sample(self._shards, shard, number, error))
+                bad.append(_bad_sample(self._shards, *place, error))
             if attempt == 0:
-                places |= dict.fromkeys(self._replacements(epoch, position))
-            if attempt + 1 == len(places):
+                tried |= dict.fromkeys(replacements(_MAX_REPLACEMENTS))
+            if attempt + 1 == len(tried):
                 break
-            shard, number = list(places)[attempt + 1]
+            place = list(tried)[attempt + 1]
         last = bad[-1]
         raise DataError(
-            f"cannot use any of {len(places)} samples, the last one '{last.key}' in '{last.shard}'",
+            f"cannot use any of {len(tried)} samples, the last one '{last.key}' in '{last.shard}'",
             f"{last.reason} {last.detail}".strip(),
             "run `ldm data check` on the shards",
         )
-
-    def _replacements(self, epoch: int, position: int) -> list[tuple[int, int]]:
-        """The samples that are tried in place of a bad one, in this order."""
-        counter = torch.tensor([epoch]), torch.tensor([position])
-        high = self._shards.num_samples
-        numbers = philox.integers(self._replacement_key, *counter, _MAX_REPLACEMENTS, high)[0].tolist()
-        return [self._order.locate(number) for number in numbers]
 
 
 def _in_order(

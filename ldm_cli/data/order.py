@@ -59,13 +59,15 @@ class Order:
         seed: of the run.
         shard_sizes: samples per shard, some of which may be 0.
         window: shards per window (W).
+        stream: number of the order among those of one run, which are independent.
     """
 
-    def __init__(self, seed: int, shard_sizes: Sequence[int], window: int) -> None:
+    def __init__(self, seed: int, shard_sizes: Sequence[int], window: int, stream: int = 0) -> None:
         if window < 1 or not any(shard_sizes):
             raise ValueError(f"Order: window={window}, {sum(shard_sizes)} samples in {len(shard_sizes)} shards")
-        self._shard_key = philox.key(seed, "order/shards")
-        self._sample_key = philox.key(seed, "order/samples")
+        suffix = f"/{stream}" if stream else ""
+        self._shard_key = philox.key(seed, "order/shards" + suffix)
+        self._sample_key = philox.key(seed, "order/samples" + suffix)
         self._sizes = tuple(shard_sizes)
         self._starts = (0, *itertools.accumulate(self._sizes))
         self._window = window

@@ -6,9 +6,10 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ldm_cli.data.remote import without_credentials
 from ldm_cli.errors import InputNotFoundError, RecipeError, UnavailableError
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -49,27 +50,44 @@ def expand_braces(pattern: str) -> Iterator[str]:
 
 
 def find_shards(patterns: str | tuple[str, ...]) -> tuple[Path, ...]:
-    """The shard files that `patterns` mean, in the order given; globs and folders in sorted order, each file
-    once.
+    """The shard files that `patterns` mean, in the order given; see `find_sources`."""
+    return tuple(itertools.chain.from_iterable(find_sources(patterns)))
+
+
+def find_sources(
+    patterns: str | tuple[str, ...], schemes: tuple[str, ...] = (), fetch: Callable[[str], Path] | None = None
+) -> tuple[tuple[Path, ...], ...]:
+    """The shard files of each of `patterns`; globs and folders in sorted order, each file once.
+
+    Args:
+        patterns: what the recipe says.
+        schemes: of the addresses that may be fetched.
+        fetch: gives the local copy of a remote shard.
 
     Raises:
         InputNotFoundError: a pattern matches nothing, or files are missing, empty or unreadable; all are
             listed.
-        UnavailableError: a pattern names a remote or piped source.
+        UnavailableError: a pattern names a remote or piped source that is not allowed.
+        LdmError: as `fetch`.
     """
-    paths: dict[str, Path] = {}
+    seen: set[str] = set()
+    sources: list[tuple[Path, ...]] = []
     problems: list[str] = []
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-        _refuse_remote(pattern)
+        remote = _is_remote(pattern, schemes)
+        source: list[Path] = []
         for path in expand_braces(pattern):
-            found = _local_files(path)
+            found = [fetch(path)] if remote and fetch else _local_files(path)
             if not found:
                 problems.append(f"'{path}' ({_absence(path)})")
             for file in found:
                 reason = _unreadable(file)
                 if reason:
                     problems.append(f"'{file}' ({reason})")
-                paths.setdefault(os.path.realpath(file), file)
+                if (real := os.path.realpath(file)) not in seen:
+                    seen.add(real)
+                    source.append(file)
+        sources.append(tuple(source))
     if problems:
         listed = ", ".join(problems[:_MAX_LISTED])
         more = f" and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
@@ -77,19 +95,24 @@ def find_shards(patterns: str | tuple[str, ...]) -> tuple[Path, ...]:
         raise InputNotFoundError(
             f"cannot read {noun}", listed + more, "correct data.shards, or make or fetch the files"
         )
-    if not paths:
+    if not seen:
         raise InputNotFoundError("there are no shards", "data.shards is empty", "name at least one tar file")
-    return tuple(paths.values())
+    return tuple(sources)
 
 
-def _refuse_remote(pattern: str) -> None:
-    scheme = _SCHEME.match(pattern)
-    if scheme:
-        raise UnavailableError(
-            f"cannot read shards '{pattern}'",
-            f"sources of the kind '{scheme[1] or scheme[2]}:' are not supported",
-            "copy the shards to a local folder and name that",
-        )
+def _is_remote(pattern: str, schemes: tuple[str, ...]) -> bool:
+    """Whether a pattern is an address, and then an allowed one."""
+    match = _SCHEME.match(pattern)
+    if match is None:
+        return False
+    scheme = (match[1] or match[2]).lower()
+    if scheme == "pipe" or scheme not in schemes:
+        shown = pattern if scheme == "pipe" else without_credentials(pattern)
+        remedy = "copy the shards to a local folder and name that"
+        if scheme != "pipe":
+            remedy += f", or allow it by data.remote_schemes=[{scheme}]"
+        raise UnavailableError(f"cannot read shards '{shown}'", f"'{scheme}:' is not allowed", remedy)
+    return True
 
 
 def _local_files(path: str) -> list[Path]:

@@ -21,7 +21,7 @@ from ldm_cli.data.captions import (
     parse_label,
 )
 from ldm_cli.data.config import DataConfig
-from ldm_cli.data.decode import IMAGE_EXTENSIONS, decode_rgb, to_square
+from ldm_cli.data.decode import IMAGE_EXTENSIONS, decode_rgb, to_rectangle
 from ldm_cli.data.shards import ShardReader, ShardSet
 
 _JSON = "json:"
@@ -29,11 +29,14 @@ _JSON = "json:"
 
 @dataclass(frozen=True)
 class Draw:
-    """The random numbers of one sample, each in [0, 1); the defaults are what evaluation uses."""
+    """The random numbers of one sample, each in [0, 1), and the height and width of its image (None: the square of
+    the recipe); the defaults are what evaluation uses.
+    """
 
     place: float = 0.5
     flip: float = 1.0
     caption: float = 0.0
+    shape: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,8 @@ class SampleDecoder:
         image = None
         if self._wanted.image:
             mirror = draw.flip < self._config.flip_probability
-            size = self._config.image_size
-            image = to_square(self._image(members, size), size, self._config.crop, draw.place, mirror)
+            shape = draw.shape or (self._config.image_size, self._config.image_size)
+            image = to_rectangle(self._image(members, max(shape)), shape, self._config.crop, draw.place, mirror)
         return Sample(image, caption, label, metadata, remarks)
 
     def captions(self, shard: int, sample: int) -> list[str]:

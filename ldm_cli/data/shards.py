@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import threading
 import zlib
 from collections import Counter, OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.index_cache import cache_folder, load_index, save_index
-from ldm_cli.data.patterns import find_shards
+from ldm_cli.data.patterns import find_sources
+from ldm_cli.data.remote import StagingArea
 from ldm_cli.data.tar_format import BLOCK
 from ldm_cli.data.tar_index import Member, ShardIndex, index_tar
 from ldm_cli.errors import DataError, InputNotFoundError, StorageError
@@ -30,10 +34,14 @@ class ShardSet:
     Attributes:
         paths: the files.
         indexes: what each one holds.
+        sources: the shards of each pattern that was given.
+        image_sizes: for each shard int32 [N, 2], width and height of its samples' images, if they were needed.
     """
 
     paths: tuple[Path, ...]
     indexes: tuple[ShardIndex, ...]
+    sources: tuple[range, ...] = ()
+    image_sizes: tuple[Tensor, ...] | None = None
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -58,26 +66,36 @@ class ShardSet:
 
 
 def open_shards(shards: str | tuple[str, ...], config: DataConfig, reporter: Reporter) -> ShardSet:
-    """Find and index shards; nothing is read but headers.
+    """Find and index shards, and choose samples by `config.filter` and `config.quarantine`; without these, nothing is
+    read but headers.
 
     Args:
         shards: a path, glob, folder or brace pattern, or several; usually `config.shards` or
             `config.val_shards`.
-        config: for `on_bad_shard`.
+        config: how to treat damage, and which samples to choose.
         reporter: told about damaged shards that are used in part, and about a cache that cannot be written.
 
     Raises:
         InputNotFoundError: shards are missing, empty or unreadable (all of them are listed), or hold no
-            samples.
+            samples; or none are chosen.
         DataError: a shard is damaged and `on_bad_shard` is `stop`.
-        UnavailableError: a remote source is named.
+        UnavailableError: a remote source is named that is not allowed, or whose back end is missing.
         StorageError: reading failed.
     """
-    result = index_shards(find_shards(shards), config.on_bad_shard, reporter)
+    found = find_sources(shards, config.remote_schemes, StagingArea(config.max_fetched_bytes, reporter).fetch)
+    ends = (0, *itertools.accumulate(map(len, found)))
+    result = replace(
+        index_shards(tuple(itertools.chain.from_iterable(found)), config.on_bad_shard, reporter),
+        sources=tuple(itertools.starmap(range, itertools.pairwise(ends))),
+    )
     if not result.num_samples:
         raise InputNotFoundError(
             f"there are no samples in {len(result.paths)} shards", f"first one: '{result.paths[0]}'"
         )
+    if config.filter or config.aspect_buckets or config.quarantine:
+        from ldm_cli.data.survey import choose_samples  # it reads samples, and so builds on this module
+
+        result = choose_samples(result, config, reporter)
     ignored = sum((Counter(index.ignored) for index in result.indexes), Counter())
     if ignored:
         counts = ", ".join(f"{count} × {reason}" for reason, count in sorted(ignored.items()))

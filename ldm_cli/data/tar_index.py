@@ -14,7 +14,8 @@ import os
 import re
 from array import array
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -100,6 +101,22 @@ class ShardIndex:
             extension, offset, size, header_crc = members[first : first + 4]
             found.setdefault(self.extensions[extension], []).append(Member(offset, size, header_crc))
         return found
+
+    def select(self, samples: Sequence[int]) -> ShardIndex:
+        """The index of these samples alone."""
+        keys = [self.key(sample).encode() for sample in samples]
+        chosen = torch.tensor(samples, dtype=torch.int64)
+        counts = (self.sample_starts[1:] - self.sample_starts[:-1])[chosen]
+        owner = torch.repeat_interleave(torch.arange(len(chosen)), counts)
+        starts = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0)))
+        rows = self.sample_starts[chosen][owner] + torch.arange(len(owner)) - starts[owner]
+        return replace(
+            self,
+            key_bytes=torch.frombuffer(bytearray(b"".join(keys) or b"\0"), dtype=torch.uint8),
+            key_ends=torch.tensor([len(key) for key in keys], dtype=torch.int64).cumsum(0),
+            sample_starts=starts,
+            members=self.members[rows],
+        )
 
     @cached_property
     def _views(self) -> _Views:

@@ -55,5 +55,5 @@ def numbered_shards(folder: Path, sizes: Sequence[int]) -> Path:
 
 
 def opened(shards: Path | str, **config: Any) -> tuple[ShardSet, DataConfig]:
-    settings = DataConfig(shards=str(shards), **{"image_size": 8, "label": "cls", **config})
+    settings = DataConfig.from_mapping({"shards": str(shards), "image_size": 8, "label": "cls", **config})
     return open_shards(settings.shards, settings, SilentReporter()), settings

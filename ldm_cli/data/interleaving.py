@@ -1,0 +1,67 @@
+"""Several streams woven into one by their shares: exact in the long run, and addressable at any place.
+
+The woven stream is cut into blocks of about L items. Up to the end of block b, stream i has given
+floor(b·L·share_i) items, so no remainder is ever lost; within a block the streams come in an order drawn by
+counter. Which item of which stream stands at place t is therefore found from t alone.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+
+from ldm_cli import philox
+
+_NUM_CACHED_BLOCKS = 2
+
+
+class Interleaving:
+    """`interleaving(t)` is (stream, number within that stream).
+
+    Args:
+        key: of the random order within blocks.
+        weights: of the streams, positive; their shares are in proportion.
+        block: items per block (L).
+    """
+
+    def __init__(self, key: philox.Key, weights: Sequence[float], block: int) -> None:
+        if not weights or min(weights) <= 0 or block < 1:
+            raise ValueError(f"Interleaving: weights={weights}, block={block}")
+        total = sum(map(Fraction, weights), Fraction())
+        self._rates = [block * Fraction(weight) / total for weight in weights]
+        self._key, self._block = key, block
+        self._blocks: OrderedDict[int, list[tuple[int, int]]] = OrderedDict()
+
+    def __call__(self, place: int) -> tuple[int, int]:
+        """Stream, and number within it, at a place of the woven stream."""
+        block = place // self._block
+        while self._start(block + 1) <= place:
+            block += 1
+        return self._items(block)[place - self._start(block)]
+
+    def _given(self, block: int) -> list[int]:
+        """Items of each stream before a block."""
+        return [int(block * rate) for rate in self._rates]
+
+    def _start(self, block: int) -> int:
+        return sum(self._given(block))
+
+    def _items(self, block: int) -> list[tuple[int, int]]:
+        """The items of a block in their order."""
+        if block not in self._blocks:
+            before, after = self._given(block), self._given(block + 1)
+            counts = [end - first for first, end in zip(before, after, strict=True)]
+            streams = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+            words = philox.bits(self._key, torch.full_like(streams, block), torch.arange(len(streams)), 2)
+            order = torch.argsort((words[:, 0] << 30) | (words[:, 1] >> 2), stable=True)
+            woven = []
+            for stream in streams[order].tolist():
+                woven.append((stream, before[stream]))
+                before[stream] += 1
+            self._blocks[block] = woven
+            while len(self._blocks) > _NUM_CACHED_BLOCKS:
+                self._blocks.popitem(last=False)
+        return self._blocks[block]
