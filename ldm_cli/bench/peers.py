@@ -127,3 +127,81 @@ def _their_model(work: Workload) -> nn.Module:
     if lost:
         raise ValueError(f"weights that {type(their).__name__} has no like of: {lost[:3]}")
     return their.train()
+
+
+class TheirPictures:
+    """diffusers' pipeline, loaded, with DDIM; a step draws all pictures."""
+
+    def __init__(self, folder: str, images: int, steps: int, device: str, prompt: str, guidance: float) -> None:
+        diffusers = importlib.import_module("diffusers")
+        dtype = torch.float32 if device == "cpu" else torch.float16
+        pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, torch_dtype=dtype)
+        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+        pipeline.set_progress_bar_config(disable=True)
+        self.pipeline = pipeline.to(device)
+        self.images = images
+        self.settings = {"num_inference_steps": steps, "guidance_scale": guidance, "num_images_per_prompt": images}
+        self.prompt = prompt
+
+    def step(self) -> None:
+        """Draw."""
+        self.pipeline(self.prompt, **self.settings)
+
+    def facts(self) -> dict[str, Any]:
+        """Pictures a step."""
+        return {"units": self.images}
+
+
+def script(folder: str, prompt: str, steps: int, guidance: float, target: str) -> str:
+    """The shortest diffusers program that draws one picture."""
+    return (
+        "from diffusers import DDIMScheduler, StableDiffusionPipeline\n"
+        f"p = StableDiffusionPipeline.from_pretrained({folder!r}, safety_checker=None)\n"
+        "p.scheduler = DDIMScheduler.from_config(p.scheduler.config)\n"
+        f"p({prompt!r}, num_inference_steps={steps}, guidance_scale={guidance}).images[0].save({target!r})\n"
+    )
+
+
+class TheirLoader:
+    """webdataset's pipeline with PIL: decode, central square, bicubic resize, uint8 batches; 2 workers."""
+
+    def __init__(self, shards: str, size: int, batch_size: int, images: int, workers: int) -> None:
+        webdataset = importlib.import_module("webdataset")
+        self.images = images
+
+        def to_tensor(image: Any) -> Tensor:
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            square = image.crop((left, top, left + side, top + side)).resize((size, size), 3)
+            raw = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
+            return raw.view(size, size, 3).permute(2, 0, 1)
+
+        data = webdataset.WebDataset(shards, shardshuffle=False).decode("pil").to_tuple("jpg", "txt")
+        data = data.map_tuple(to_tensor, lambda text: text).batched(batch_size)
+        self.loader = webdataset.WebLoader(data, batch_size=None, num_workers=workers)
+
+    def step(self) -> None:
+        """One epoch."""
+        for _ in self.loader:
+            pass
+
+    def facts(self) -> dict[str, Any]:
+        """Images an epoch."""
+        return {"units": self.images}
+
+
+class TheirReader:
+    """webdataset walking tars, nothing decoded."""
+
+    def __init__(self, shards: str, images: int) -> None:
+        self.data = importlib.import_module("webdataset").WebDataset(shards, shardshuffle=False)
+        self.images = images
+
+    def step(self) -> None:
+        """One epoch."""
+        for _ in self.data:
+            pass
+
+    def facts(self) -> dict[str, Any]:
+        """Samples an epoch."""
+        return {"units": self.images}

@@ -112,17 +112,6 @@ def speedup(ours: Lap, theirs: Lap) -> float:
     return statistics.median(b / a for a, b in zip(ours.seconds, theirs.seconds, strict=True))
 
 
-def run_here(contender: Contender, steps: int, device: str = "cpu") -> Lap:
-    """Build and run a contender in this very process; for work too short to be worth a process (and for tests)."""
-    runner = contender.build(*contender.arguments)
-    lap = Lap(base_bytes=_memory(device))
-    for wall, cpu in _timed(runner, steps, device):
-        lap.seconds.append(wall)
-        lap.cpu_seconds.append(cpu)
-    lap.peak_bytes, lap.facts = _memory(device), runner.facts()
-    return lap
-
-
 class _Worker:
     """A contender's process, and questions to it."""
 
@@ -131,7 +120,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self._here, there = context.Pipe()
         arguments = (there, contender.build, contender.arguments, device, torch.get_num_threads())
-        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        self._process = context.Process(target=_serve, args=arguments)
         self._process.start()
         there.close()
 

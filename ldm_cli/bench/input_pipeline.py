@@ -1,0 +1,105 @@
+"""From shards on disk to batches in memory: 256 px JPEGs to 64 and 224 px, and reading alone."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from io import BytesIO
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from PIL import Image
+
+from ldm_cli.bench import peers
+from ldm_cli.bench.race import Contender, race, speedup
+from ldm_cli.data.config import DataConfig
+from ldm_cli.data.loader import Loader
+from ldm_cli.data.pack import pack
+from ldm_cli.data.shards import ShardReader, open_shards
+from ldm_cli.reporting import SilentReporter
+
+_BATCH_SIZE, _WORKERS = 64, 2
+
+
+class OurLoader:
+    """Our loader with two workers; a step is an epoch."""
+
+    def __init__(self, folder: str, size: int, images: int) -> None:
+        config = DataConfig(shards=folder, image_size=size, num_workers=_WORKERS)
+        self.loader = Loader(open_shards(folder, config, SilentReporter()), config, seed=0, batch_size=_BATCH_SIZE)
+        self.images = images
+
+    def step(self) -> None:
+        """One epoch."""
+        for _ in self.loader.batches(0, self.images // _BATCH_SIZE):
+            pass
+
+    def facts(self) -> dict[str, Any]:
+        """Images an epoch."""
+        return {"units": self.images // _BATCH_SIZE * _BATCH_SIZE}
+
+
+class OurReader:
+    """Every member of every sample through the index; a step is an epoch, the index made anew."""
+
+    def __init__(self, folder: str, images: int) -> None:
+        self.config = DataConfig(shards=folder)
+        self.images = images
+
+    def step(self) -> None:
+        """One epoch."""
+        shards = open_shards(self.config.shards, self.config, SilentReporter())
+        reader = ShardReader(shards)
+        for number, index in enumerate(shards.indexes):
+            for sample in range(index.num_samples):
+                for members in index.sample(sample).values():
+                    for member in members:
+                        reader.read(number, member)
+        reader.close()
+
+    def facts(self) -> dict[str, Any]:
+        """Samples an epoch."""
+        return {"units": self.images}
+
+
+def measure(images: int, rounds: int, compared: bool) -> list[dict[str, Any]]:
+    """One row per work and contender; `cpu_ms` of the loaders leaves their workers out."""
+    images = max(_BATCH_SIZE, images // _BATCH_SIZE * _BATCH_SIZE)
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = str(_write(Path(scratch), images))
+        shards = [str(path) for path in sorted(Path(folder).glob("*.tar"))]
+        works: dict[str, list[Contender]] = {}
+        for size in (64, 224):
+            works[f"256 px JPEG to {size} px, {_WORKERS} workers"] = [
+                Contender("ldm", OurLoader, (folder, size, images)),
+                Contender("webdataset", peers.TheirLoader, (shards, size, _BATCH_SIZE, images, _WORKERS)),
+            ]
+        works["reading alone"] = [
+            Contender("ldm", OurReader, (folder, images)),
+            Contender("webdataset", peers.TheirReader, (shards, images)),
+        ]
+        for work, field in works.items():
+            laps = race(field if compared else field[:1], rounds=rounds, warmup=1)
+            for name, lap in laps.items():
+                rate = lap.facts["units"] / median(lap.seconds)
+                rows.append({"work": work, "contender": name, "per_second": rate, "speedup": speedup(laps["ldm"], lap)})
+    return rows
+
+
+def _write(scratch: Path, images: int) -> Path:
+    """Shards of 256 px JPEGs of about 27 KB with captions."""
+    source, out, dice = scratch / "source", scratch / "shards", random.Random(0)
+    source.mkdir()
+    for number in range(images):
+        coarse = Image.frombytes("RGB", (24, 24), dice.randbytes(24 * 24 * 3)).resize(
+            (256, 256), Image.Resampling.BICUBIC
+        )
+        grain = Image.frombytes("RGB", (256, 256), dice.randbytes(256 * 256 * 3))
+        buffer = BytesIO()
+        Image.blend(coarse, grain, 0.08).save(buffer, "JPEG", quality=90)
+        (source / f"{number:06}.jpg").write_bytes(buffer.getvalue())
+        (source / f"{number:06}.txt").write_text(f"picture {number}\n", encoding="utf-8")
+    pack(source, out, SilentReporter(), shard_samples=max(1, -(-images // 4)))
+    return out

@@ -1,0 +1,157 @@
+"""From prompts to pictures: denoising and decoding in a running process, and one picture from process start to PNG."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from ldm_cli.bench import peers
+from ldm_cli.bench.race import Contender, race, speedup
+from ldm_cli.bench.workload import build_model
+from ldm_cli.core.allocator import keep_freed_memory
+from ldm_cli.core.diffusion.config import DiffusionConfig
+from ldm_cli.core.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from ldm_cli.core.models.clip import CLIPTextConfig, CLIPTextModel
+from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
+from ldm_cli.data.tokenizer import Tokenizer, TokenizerConfig
+from ldm_cli.errors import WorkerError
+from ldm_cli.formats.pipeline_folder import our_settings
+from ldm_cli.recipe.load import load_recipe
+from ldm_cli.recipe.schema import TrainUnetRecipe
+from ldm_cli.sampling.config import SamplingConfig
+from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.sampling.request import requests_for
+
+PROMPT = "a red circle"
+_GUIDANCE = 7.5
+
+
+def sample(
+    model: str | None, images: int, steps: int, rounds: int, compared: bool, device: str
+) -> list[dict[str, Any]]:
+    """`images` pictures of one prompt, DDIM, guidance 7.5, in a process that has its model: one row per contender."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = model or random_pipeline(Path(scratch) / "model")
+        arguments = (folder, images, steps, device)
+        field = [Contender("ldm", OurPictures, arguments)]
+        if compared:
+            field.append(Contender("diffusers", peers.TheirPictures, (*arguments, PROMPT, _GUIDANCE)))
+        laps = race(field, rounds=rounds, warmup=1, device=device)
+    return [
+        {
+            "contender": name,
+            "images_per_second": images / lap.median,
+            "seconds": lap.median,
+            "peak_mib": lap.peak_bytes / 2**20,
+            "speedup": speedup(laps["ldm"], lap),
+        }
+        for name, lap in laps.items()
+    ]
+
+
+class OurPictures:
+    """Our pipeline, loaded; a step draws all pictures."""
+
+    def __init__(self, folder: str, images: int, steps: int, device: str) -> None:
+        if device == "cpu":
+            keep_freed_memory()
+        precision = "fp32" if device == "cpu" else "fp16"
+        self.pipeline = Pipeline.load(Path(folder), device, precision)
+        self.config = SamplingConfig.from_mapping(
+            {"sampler": "ddim", "steps": steps, "images_per_prompt": images, "batch_size": min(images, 16)}
+        )
+
+    def step(self) -> None:
+        """Draw."""
+        for _ in self.pipeline.generate(requests_for([PROMPT], self.config), self.config):
+            pass
+
+    def facts(self) -> dict[str, Any]:
+        """Pictures a step."""
+        return {"units": self.config.images_per_prompt}
+
+
+def start(model: str | None, steps: int, rounds: int, compared: bool) -> list[dict[str, Any]]:
+    """One picture from process start to PNG on disk, by `ldm sample` and by the shortest diffusers script."""
+    with tempfile.TemporaryDirectory() as scratch:
+        here = Path(scratch)
+        folder = model or random_pipeline(here / "model")
+        words = ["sample", "--model", folder, "-p", PROMPT, "-n", "1", "--steps", str(steps), "--sampler", "ddim"]
+        commands = {"ldm": [sys.executable, "-m", "ldm_cli", *words, "--guidance", str(_GUIDANCE)]}
+        if compared:
+            script = peers.script(folder, PROMPT, steps, _GUIDANCE, str(here / "theirs.png"))
+            commands["diffusers"] = [sys.executable, "-c", script]
+        seconds: dict[str, list[float]] = {name: [] for name in commands}
+        for number in range(rounds + 1):
+            for name, command in commands.items():
+                out = ["--out", str(here / f"out-{number}")] if name == "ldm" else []
+                took = _run([*command, *out], here)
+                if number:  # the first one warms the disk cache
+                    seconds[name].append(took)
+    ours = seconds["ldm"]
+    return [
+        {
+            "contender": name,
+            "seconds": median(taken),
+            "time_ratio": median(a / b for a, b in zip(ours, taken, strict=True)),
+        }
+        for name, taken in seconds.items()
+    ]
+
+
+def _run(command: list[str], folder: Path) -> float:
+    """Wall seconds of a process."""
+    package = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    begin = time.perf_counter()
+    result = subprocess.run(
+        command, cwd=folder, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    if result.returncode:
+        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise WorkerError(f"'{' '.join(command[:4])} …' failed", last)
+    return time.perf_counter() - begin
+
+
+def random_pipeline(folder: Path, recipe_name: str = "bench/unet") -> str:
+    """Write a pipeline folder of random weights around a recipe's U-Net, with an autoencoder of factor 4."""
+    recipe = load_recipe(recipe_name).recipe
+    assert isinstance(recipe, TrainUnetRecipe)
+    unet = build_model(recipe)
+    assert isinstance(unet, UNet2DConditionModel)
+    tokenizer = Tokenizer.train([PROMPT] * 4, TokenizerConfig(vocab_size=600))
+    width = max(unet.config.per_level(unet.config.cross_attention_dim))
+    text = CLIPTextConfig(
+        vocab_size=tokenizer.vocab_size,
+        bos_token_id=tokenizer.start_id,
+        eos_token_id=tokenizer.end_id,
+        pad_token_id=tokenizer.pad_id,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+    )
+    vae = AutoencoderKLConfig(
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=unet.config.in_channels,
+    )
+    torch.manual_seed(0)
+    pipeline = Pipeline(
+        unet=unet,
+        vae=AutoencoderKL(vae),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        settings=our_settings(DiffusionConfig().to_mapping()),
+    )
+    pipeline.save(folder)
+    return str(folder)

@@ -1,0 +1,157 @@
+"""What `ldm bench SUBJECT` does: measure, count, compare, and say on which machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ldm_cli.bench import growth, input_pipeline, peers, picture
+from ldm_cli.bench.machine import ceiling, describe
+from ldm_cli.bench.race import Contender, Lap, race, speedup
+from ldm_cli.bench.workload import TrainRecipe, Workload, our_encoding, our_step
+from ldm_cli.errors import UsageError
+from ldm_cli.reporting import Reporter
+
+PEERS = {
+    "train-clip": "transformers",
+    "train-vae": "diffusers",
+    "encode-vae": "diffusers",
+    "train-unet": "diffusers",
+    "sample": "diffusers",
+    "data": "webdataset",
+    "start": "diffusers",
+}
+"""Subject → the peer that does the same work."""
+SUBJECTS = (*PEERS, "growth", "memory", "all")
+RECIPES = {"train-clip": "bench/clip", "train-vae": "bench/vae", "encode-vae": "bench/vae", "train-unet": "bench/unet"}
+"""Subject → the recipe whose model is measured unless another one is given."""
+COMMANDS = {"train-clip": "train-clip", "train-vae": "train-vae", "encode-vae": "train-vae", "train-unet": "train-unet"}
+"""Subject → the command of the recipes it takes."""
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """How to measure.
+
+    Attributes:
+        against: peers to run beside us.
+        rounds: turns of each contender.
+        device: `cpu` or `cuda`.
+        context_length: text tokens per picture of a U-Net's work.
+        model: pipeline folder that `sample` and `start` draw with; None: one of random weights.
+        images: pictures of `sample`, or samples of `data`.
+        steps: denoising steps of `sample`, or training steps of `memory`.
+    """
+
+    against: frozenset[str] = frozenset()
+    rounds: int = 5
+    device: str = "cpu"
+    context_length: int = 77
+    model: str | None = None
+    images: int | None = None
+    steps: int | None = None
+
+
+def check_peers(subject: str, against: Sequence[str]) -> frozenset[str]:
+    """The peers that were asked for, if they exist, do this work and are installed.
+
+    Raises:
+        UsageError: no such peer, or it does not do this work.
+        UnavailableError: it is not installed.
+    """
+    known = set(PEERS.values())
+    wanted = known if "all" in against else set(against)
+    if unknown := wanted - known:
+        raise UsageError(f"unknown peer '{min(unknown)}'", remedy=f"--against takes {', '.join(sorted(known))} or all")
+    if subject in PEERS and "all" not in against and wanted - {PEERS[subject]}:
+        other = min(wanted - {PEERS[subject]})
+        raise UsageError(f"'{other}' does not do the work of {subject}", remedy=f"use --against {PEERS[subject]}")
+    mine = {PEERS[subject]} & wanted if subject in PEERS else wanted
+    for package in sorted(mine):
+        peers.require(package)
+    return frozenset(mine)
+
+
+def run(subject: str, recipes: Mapping[str, TrainRecipe], options: BenchOptions, reporter: Reporter) -> dict[str, Any]:
+    """Measure one subject, or all.
+
+    Args:
+        subject: one of `SUBJECTS`.
+        recipes: subject → recipe of a training subject.
+        options: how.
+        reporter: hears which subject is under way.
+
+    Returns:
+        `machine`, `ceiling`, and under each subject's name its figures.
+
+    Raises:
+        LdmError: a peer is missing, a process died, a recipe cannot be used.
+    """
+    device = torch.device(options.device)
+    precision = next(iter(recipes.values())).train.precision if recipes else "fp32"
+    result: dict[str, Any] = {"machine": describe(device), "ceiling": ceiling(device, precision)}
+    subjects = list(PEERS) if subject == "all" else [subject]
+    for name in subjects:
+        reporter.info(f"measuring {name}")
+        result[name] = _measure(name, recipes, options, result["ceiling"]["matmul"])
+    return result
+
+
+def _measure(
+    subject: str, recipes: Mapping[str, TrainRecipe], options: BenchOptions, gflops: float
+) -> dict[str, Any] | list[dict[str, Any]]:
+    compared = subject in PEERS and PEERS[subject] in options.against
+    if subject in RECIPES:
+        return compare(subject, recipes[subject], options, gflops, compared)
+    others: dict[str, Callable[[], Any]] = {
+        "sample": lambda: picture.sample(
+            options.model, options.images or 8, options.steps or 50, options.rounds, compared, options.device
+        ),
+        "start": lambda: picture.start(options.model, options.steps or 50, options.rounds, compared),
+        "data": lambda: input_pipeline.measure(options.images or 1024, options.rounds, compared),
+        "growth": lambda: growth.growth(options.rounds, options.device),
+        "memory": lambda: growth.memory(options.steps or 2000, options.device),
+    }
+    return others[subject]()  # type: ignore[no-any-return]
+
+
+def compare(
+    subject: str, recipe: TrainRecipe, options: BenchOptions, gflops: float, compared: bool
+) -> list[dict[str, Any]]:
+    """One row per contender: ours, and with `compared` the peer as it comes and in channels-last order.
+
+    Args:
+        gflops: what a matrix product reaches on this machine.
+    """
+    work = Workload(recipe, options.device, options.context_length)
+    ours, theirs = (our_encoding, peers.their_encoding) if subject == "encode-vae" else (our_step, peers.their_step)
+    field = [Contender("ldm", ours, (work,))]
+    if compared:
+        field.append(Contender(PEERS[subject], theirs, (work,)))
+        if subject != "train-clip":  # a CLIP has next to no convolutions
+            field.append(Contender(f"{PEERS[subject]} channels_last", theirs, (work, True)))
+    laps = race(field, rounds=options.rounds, device=options.device)
+    return [row(name, lap, laps["ldm"], gflops) for name, lap in laps.items()]
+
+
+def row(name: str, lap: Lap, ours: Lap, gflops: float) -> dict[str, Any]:
+    """The figures of one contender; `speedup` and `memory_ratio` are ours against it."""
+    units, flops = lap.facts["units"], ours.facts.get("flops")
+    figures: dict[str, Any] = {
+        "contender": name,
+        "per_second": units / lap.median,
+        "step_ms": 1e3 * lap.median,
+        "cpu_ms": 1e3 * sorted(lap.cpu_seconds)[len(lap.cpu_seconds) // 2],
+        "peak_mib": lap.peak_bytes / 2**20,
+    }
+    if flops:
+        figures["gflop_per_unit"] = flops / units / 1e9
+        figures["fraction_of_matmul"] = flops / lap.median / 1e9 / gflops
+    if "first_loss" in lap.facts:
+        figures["first_loss"] = lap.facts["first_loss"]
+    figures["speedup"] = speedup(ours, lap)
+    figures["memory_ratio"] = ours.peak_bytes / lap.peak_bytes
+    return figures

@@ -1,0 +1,83 @@
+"""`ldm bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from ldm_cli.cli import options as given
+from ldm_cli.cli.report import make_reporter
+from ldm_cli.cli.show import show_result
+from ldm_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from ldm_cli.bench.workload import TrainRecipe
+
+_QUIET: dict[str, Any] = {"show_default": False}
+_SUBJECTS = "train-clip|train-vae|train-unet|encode-vae|sample|data|start|growth|memory|all"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    app.command("bench", rich_help_panel="Models")(_bench)
+
+
+def _bench(
+    subject: Annotated[str, typer.Argument(metavar="SUBJECT", help=_SUBJECTS.replace("|", ", "), **_QUIET)],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RECIPE|KEY=VALUE", help="Another model, and changes to it.", **_QUIET),
+    ] = None,
+    against: Annotated[
+        str, typer.Option("--against", metavar="PEER,…", help="diffusers, transformers, webdataset or all.", **_QUIET)
+    ] = "",
+    rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Turns of each after warm-up.")] = 5,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="DIR", help="What sample and start draw with.")
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option("-n", metavar="N", min=1, help="Images of sample and data.", **_QUIET)
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", metavar="N", min=1, help="Steps of sample, start and memory.", **_QUIET)
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="Text tokens of train-unet.")] = 77,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Also write the JSON here.", **_QUIET)
+    ] = None,
+    device: given.Device = "auto",
+    json: given.Json = False,
+    debug: given.Debug = False,
+) -> None:
+    """Measure speed and memory, beside the machine's limits and beside what others use."""
+    if subject not in _SUBJECTS.split("|"):
+        raise UsageError(f"unknown subject '{subject}'", remedy=f"one of {_SUBJECTS.replace('|', ', ')}")
+    recipe, changes = _split(arguments)
+    from ldm_cli.bench import run as bench
+    from ldm_cli.formats.json_file import write_json
+    from ldm_cli.recipe.load import load_recipe
+    from ldm_cli.stages.options import resolve_device
+
+    peers = bench.check_peers(subject, [name for name in against.split(",") if name])
+    if (recipe or changes) and subject not in bench.RECIPES:
+        raise UsageError(f"bench {subject} takes no recipe", remedy="see ldm bench --help")
+    where = resolve_device(device)
+    recipes: dict[str, TrainRecipe] = {}
+    for name in bench.RECIPES if subject == "all" else {subject} & set(bench.RECIPES):
+        loaded = load_recipe(recipe or bench.RECIPES[name], changes, expected_command=bench.COMMANDS[name])
+        recipes[name] = cast("TrainRecipe", loaded.recipe)
+    options = bench.BenchOptions(peers, rounds, where.type, tokens, model, images, steps)
+    result = bench.run(subject, recipes, options, make_reporter())
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, result)
+    show_result(result, json)
+
+
+def _split(arguments: list[str] | None) -> tuple[str | None, tuple[str, ...]]:
+    """The recipe's name, if the first argument is one, and the changes."""
+    words = list(arguments or ())
+    recipe = words.pop(0) if words and "=" not in words[0] else None
+    return recipe, given.check_overrides(words)
