@@ -95,7 +95,8 @@ class CLIPTask:
 
         def contributions() -> Iterator[Tensor]:
             for first in range(start, start + len(own), size):
-                loss, figures = contrastive_loss(*features.chunk(2, dim=1), scale, slice(first, first + size))
+                images, texts = features.chunk(2, dim=1)
+                loss, figures = contrastive_loss(images, texts, scale, slice(first, first + size))
                 values.append((loss.detach(), figures))
                 yield torch.cat([gradient.reshape(-1) for gradient in torch.autograd.grad(loss, [features, scale])])
 

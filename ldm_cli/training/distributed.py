@@ -19,6 +19,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed re-exports them untyped
 
 from ldm_cli.errors import LdmError, Preempted, UsageError, WorkerError
 
@@ -109,7 +110,7 @@ class Ranks:
 class _ConnectedRanks(Ranks):
     """Several processes, connected through torch.distributed."""
 
-    def __init__(self, rank: int, world_size: int, local_rank: int, store: dist.Store, device: torch.device) -> None:
+    def __init__(self, rank: int, world_size: int, local_rank: int, store: Store, device: torch.device) -> None:
         super().__init__(rank, world_size, local_rank)
         self._store = store
         self._device_group = dist.new_group(backend="nccl") if device.type == "cuda" else None
@@ -117,7 +118,7 @@ class _ConnectedRanks(Ranks):
 
     def watch(self, timeout: float) -> None:
         """Begin to give and expect signs of life."""
-        self._watch = _Watch(self._store.clone(), self.rank, self.world_size, timeout)
+        self._watch = _Watch(_own_connection(self._store), self.rank, self.world_size, timeout)
         self.wait()  # every rank has given its first sign
         self._watch.start()
 
@@ -131,7 +132,7 @@ class _ConnectedRanks(Ranks):
             pending.append((bucket, flat, work))
         for bucket, flat, work in pending:
             self._complete(work, flat)
-            for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(part.view(tensor.shape))
 
     def copy_from(self, rank: int, tensor: Tensor) -> None:
@@ -233,7 +234,7 @@ class _Watch(threading.Thread):
         verdict: what failed, and why; None while all are well.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: float) -> None:
+    def __init__(self, store: Store, rank: int, world_size: int, timeout: float) -> None:
         super().__init__(name="rank watch", daemon=True)
         store.set_timeout(_STORE_TIMEOUT)
         self._store, self._rank, self._world_size, self._timeout = store, rank, world_size, timeout
@@ -337,12 +338,12 @@ def joined(device: torch.device, timeout: float) -> Iterator[Ranks]:
         raise
 
 
-def _rendezvous(rank: int, world_size: int) -> dist.Store:
+def _rendezvous(rank: int, world_size: int) -> Store:
     """The store at MASTER_ADDR:MASTER_PORT, served by rank 0 unless torchrun's agent or a launcher's socket does."""
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
     listening = os.environ.get("LDM_STORE_FD")
     served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
+    store = TCPStore(
         address,
         port,
         world_size,
@@ -352,15 +353,21 @@ def _rendezvous(rank: int, world_size: int) -> dist.Store:
         master_listen_fd=int(listening) if rank == 0 and listening else None,
     )
     life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # an agent's store outlives its workers
-    return dist.PrefixStore(f"ldm/{life}", store)
+    return PrefixStore(f"ldm/{life}", store)
 
 
-def _announce(store: dist.Store, what: str, reason: str) -> None:
+def _own_connection(store: Store) -> Store:
+    """A second client of the store: requests of one client wait for one another."""
+    clone: Store = store.clone()  # type: ignore[attr-defined]
+    return clone
+
+
+def _announce(store: Store, what: str, reason: str) -> None:
     with suppress(RuntimeError):
         store.compare_set("failure", "", json.dumps([what, reason]))
 
 
-def _announced(store: dist.Store) -> tuple[str, str] | None:
+def _announced(store: Store) -> tuple[str, str] | None:
     """What the first rank to fail left."""
     try:
         if not store.check(["failure"]):

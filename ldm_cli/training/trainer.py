@@ -121,14 +121,14 @@ class Trainer:
         taken: list[nn.Parameter] = []
         total = self.part_sum(self._contributions(batch, step, before, names, taken))
         sizes = [parameter.numel() for parameter in taken]
-        *gradients, rest = total.split([*sizes, len(total) - sum(sizes)])
+        *gradients, rest = torch.split(total, [*sizes, len(total) - sum(sizes)])
         for parameter, gradient in zip(taken, gradients, strict=True):
             # empty_like keeps the parameter's memory order, on which the fused kernel depends
             parameter.grad = torch.empty_like(parameter).copy_(gradient.view(parameter.shape))
         if not self.part_sum.is_canonical:
             parameters = (p for module in self.optimizers.parameters.values() for p in module)
             self.part_sum.ranks.sum_in_place([p.grad for p in parameters if p.grad is not None])
-        values, *changes = rest.split([len(names), *(buffer.numel() for buffer in before)])
+        values, *changes = torch.split(rest, [len(names), *(buffer.numel() for buffer in before)])
         for buffer, old, change in zip(self.buffers, before, changes, strict=True):
             buffer.copy_(old + (change / self.part_sum.num_parts).view(old.shape))
         return dict(zip(names, values.unbind(), strict=True))
