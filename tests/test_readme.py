@@ -34,7 +34,19 @@ from ldm_cli.recipe.schema import RECIPES
 from ldm_cli.recipe.shipped import shipped_recipes
 from tests.conftest import REPOSITORY
 
-NAMES = ("train-clip", "train-vae", "train-unet", "precompute", "sample", "eval", "data", "recipe", "architecture")
+NAMES = (
+    "train-clip",
+    "train-vae",
+    "train-unet",
+    "precompute",
+    "sample",
+    "edit",
+    "eval",
+    "data",
+    "recipe",
+    "architecture",
+    "distributed",
+)
 PAGES = (REPOSITORY / "README.md", *(REPOSITORY / "docs" / f"{name}.md" for name in NAMES))
 WRITTEN_BY_THE_TOUR = (
     "data/demo/train-000000.tar",
