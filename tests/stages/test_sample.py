@@ -66,7 +66,7 @@ def repeat(picture, out, **changes):
     loaded = load_recipe(None, (), "sample", [(k, k, v) for k, v in changes.items()], base=recipe_of(record))
     latents = None
     if "latents" in record["sources"]:
-        latents = Latents(record["sources"]["latents"], record["latents_row"])
+        latents = Latents(Path(record["sources"]["latents"]), record["latents_row"])
     reporter = SilentReporter()
     result = run(loaded.recipe, RunOptions(out, "cpu"), reporter, latents, record)
     return result["images"][0]["file"], reporter.messages
