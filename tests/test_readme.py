@@ -26,7 +26,7 @@ from typer.main import get_command
 
 from ldm_cli import errors
 from ldm_cli.cli.app import app
-from ldm_cli.cli.failures import as_ldm_error
+from ldm_cli.cli.failures import user_error
 from ldm_cli.data.config import DataConfig
 from ldm_cli.errors import InputNotFoundError, LdmError, RecipeError, UsageError
 from ldm_cli.recipe.load import load_recipe, load_section
@@ -122,7 +122,7 @@ def complaint_about(words: list[str]) -> LdmError | None:
     try:
         check_command(words)
     except Exception as error:
-        return as_ldm_error(error)
+        return user_error(error)
     return None
 
 
