@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ldm_cli import __version__
+from ldm_cli.core.allocator import keep_freed_memory
 from ldm_cli.data.bad_samples import BadSampleLog
 from ldm_cli.data.latent_cache import LatentCache
 from ldm_cli.data.loader import Batch, Loader, sequential_batches
@@ -72,6 +73,8 @@ def run_training(
         `run`, `model`, `state`, `step` and the final figures.
     """
     device = resolve_device(options.device, local_rank())
+    if device.type == "cpu":
+        keep_freed_memory()
     with StopRequest(options.max_time) as stop, joined(device, recipe.train.rank_timeout) as ranks:
         recipe.train.parts_per_rank(ranks.world_size)
         if recipe.train.deterministic == "elastic" and device.type == "cpu":

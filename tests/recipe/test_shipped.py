@@ -26,10 +26,11 @@ PUBLISHED = {
 
 
 def test_the_shipped_recipes_are_these() -> None:
+    bench = ["bench/clip", "bench/unet", "bench/vae"]
     demo = ["demo/clip", "demo/eval", "demo/sample", "demo/unet", "demo/vae"]
     small = [f"{room}/{data}" for room in ("clip", "vae", "unet") for data in ("cifar10", "emoji")]
-    assert sorted([*demo, *small, "eval/cifar10", *PUBLISHED]) == NAMES
-    assert len(NAMES) == len(list(recipes_folder().rglob("*.y*ml"))) == 18
+    assert sorted([*bench, *demo, *small, "eval/cifar10", *PUBLISHED]) == NAMES
+    assert len(NAMES) == len(list(recipes_folder().rglob("*.y*ml"))) == 21
 
 
 @pytest.mark.parametrize("name", NAMES)
