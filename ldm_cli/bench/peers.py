@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -162,6 +163,14 @@ def script(folder: str, prompt: str, steps: int, guidance: float, target: str) -
     )
 
 
+def _square(image: Any, size: int) -> Tensor:
+    """The central square, resized: uint8 [3, size, size]."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side)).resize((size, size), 3)
+    return torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
+
+
 class TheirLoader:
     """webdataset's pipeline with PIL: decode, central square, bicubic resize, uint8 batches; 2 workers."""
 
@@ -169,16 +178,12 @@ class TheirLoader:
         webdataset = importlib.import_module("webdataset")
         self.images = images
 
-        def to_tensor(image: Any) -> Tensor:
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            square = image.crop((left, top, left + side, top + side)).resize((size, size), 3)
-            raw = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
-            return raw.view(size, size, 3).permute(2, 0, 1)
-
         data = webdataset.WebDataset(shards, shardshuffle=False).decode("pil").to_tuple("jpg", "txt")
-        data = data.map_tuple(to_tensor, lambda text: text).batched(batch_size)
-        self.loader = webdataset.WebLoader(data, batch_size=None, num_workers=workers)
+        data = data.map_tuple(partial(_square, size=size), str).batched(batch_size)
+        # Workers stay between epochs, and are forks: starting them is not what is compared.
+        self.loader = webdataset.WebLoader(
+            data, batch_size=None, num_workers=workers, persistent_workers=True, multiprocessing_context="fork"
+        )
 
     def step(self) -> None:
         """One epoch."""

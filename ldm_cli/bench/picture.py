@@ -112,11 +112,17 @@ def _run(command: list[str], folder: Path) -> float:
     package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     begin = time.perf_counter()
-    result = subprocess.run(
-        command, cwd=folder, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
-    )
-    if result.returncode:
-        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        _, complaint = process.communicate()
+    if process.returncode:
+        last = (complaint.strip().splitlines() or ["no message"])[-1]
         raise WorkerError(f"'{' '.join(command[:4])} …' failed", last)
     return time.perf_counter() - begin
 
