@@ -1,7 +1,7 @@
 #!/bin/sh
 # Training across machines without a batch queue: run this on every one of them, with its number.
 #
-#   MASTER_ADDR=node0 NODE=0 NODES=2 GPUS=8 scripts/multi_node.sh train-unet unet/sd15 --out /shared/sd15
+#   MASTER_ADDR=node0 NODE=0 NODES=2 GPUS=8 scripts/multi_node.sh train-unet unet/sd15 --out /scratch/sd15
 #
 # The run folder must lie on a file system that all machines share.
 set -eu

@@ -45,6 +45,7 @@ def resolve_device(device: str, local_rank: int = 0) -> torch.device:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    resolved: torch.device | None
     try:
         resolved = torch.device(device)
     except RuntimeError:
