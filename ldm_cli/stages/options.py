@@ -45,14 +45,13 @@ def resolve_device(device: str, local_rank: int = 0) -> torch.device:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    resolved: torch.device | None
     try:
         resolved = torch.device(device)
     except RuntimeError:
         resolved = None
     if resolved is None or resolved.type not in ("cpu", "cuda"):
         raise UsageError(f"unknown device '{device}'", remedy="--device takes auto, cpu or cuda")
-    if resolved.type == "cuda" and resolved.index is None and local_rank:
+    if resolved == torch.device("cuda") and local_rank:  # no index given
         resolved = torch.device("cuda", local_rank)
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         build = "this build of torch has no CUDA" if torch.version.cuda is None else "torch sees no such device"
