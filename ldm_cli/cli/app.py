@@ -82,6 +82,9 @@ def run(arguments: Sequence[str]) -> int:
 def main() -> NoReturn:
     """The rest of the console script."""
     code = run(sys.argv[1:])
+    # CPython notes an interrupt inside of exec(TEXT), as dataclasses have it, and `python -m ldm_cli` would end by the
+    # signal whatever the exit code; the next exec forgets the note (run_eval_code_obj in pythonrun.c).
+    exec("")
     if code and is_rank():  # an orderly end would wait for ranks that may be gone
         os._exit(code)
     sys.exit(code)

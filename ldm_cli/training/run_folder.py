@@ -46,8 +46,11 @@ _HARMLESS = {
     "data.num_workers",
     "data.worker_timeout",
     "data.max_bad_fraction",
+    "data.remote_schemes",
+    "data.max_fetched_bytes",
     "data.shards",  # data and models may move; their contents are compared by fingerprint
     "data.val_shards",
+    "data.quarantine",
     "vae",
     "text_encoder",
     "cache",

@@ -58,8 +58,8 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     seen: dict[str, Any] = {}
 
-    def run(recipe: Any, options: Any, reporter: Any, latents_file: Any = None) -> dict[str, Any]:
-        seen.update(recipe=recipe, options=options, latents=latents_file)
+    def run(recipe: Any, options: Any, reporter: Any, latents: Any = None, repeated: Any = None) -> dict[str, Any]:
+        seen.update(recipe=recipe, options=options, latents=latents, repeated=repeated)
         return {"images": 0}
 
     monkeypatch.setattr(sample, "run", run)
@@ -75,8 +75,11 @@ def test_options_of_sample_override_the_recipe(sampled: dict[str, Any], tmp_path
     arguments += ["--latents", "z.safetensors", "--out", "here", "--precision", "bf16", "--overwrite"]
     arguments += ["--device", "cpu", "prompts=[zeroth]"]
     assert app.run(arguments) == 0
+    from ldm_cli.stages.sample import Latents
+
     recipe, options = sampled["recipe"], sampled["options"]
-    assert recipe.prompts == ("zeroth", "first", "second", "bad \N{REPLACEMENT CHARACTER}", "last", "")
+    prompts_of_entries = [getattr(entry, "prompt", entry) for entry in recipe.prompts]
+    assert prompts_of_entries == ["zeroth", "first", "second", "bad \N{REPLACEMENT CHARACTER}", "last", ""]
     assert recipe.model == "runs/demo-unet/model"
     assert recipe.sampling.guidance.scale == 2.0
     assert recipe.sampling.model_dump(exclude={"timestep_spacing", "timesteps", "guidance"}) == {
@@ -92,7 +95,7 @@ def test_options_of_sample_override_the_recipe(sampled: dict[str, Any], tmp_path
         "precision": "bf16",
     }
     assert (options.out, options.device, options.overwrite) == (Path("here"), "cpu", True)
-    assert sampled["latents"] == Path("z.safetensors")
+    assert sampled["latents"] == Latents(Path("z.safetensors"))
 
 
 def test_sample_needs_no_recipe(sampled: dict[str, Any]) -> None:
