@@ -40,12 +40,16 @@ NAMES = (
     "train-unet",
     "precompute",
     "sample",
+    "samplers",
     "edit",
     "eval",
+    "spiral",
     "data",
     "recipe",
-    "architecture",
     "distributed",
+    "faults",
+    "performance",
+    "architecture",
 )
 PAGES = (REPOSITORY / "README.md", *(REPOSITORY / "docs" / f"{name}.md" for name in NAMES))
 WRITTEN_BY_THE_TOUR = (
@@ -115,7 +119,7 @@ def check_command(words: list[str], valid_recipe: bool = True) -> None:
         return
     for name in names:
         if valid_recipe and not (name.endswith(".yaml") and path[0] == "recipe"):  # made by the block itself
-            load_recipe(name, changes, {"recipe": None, "precompute": "train-unet"}.get(path[0], path[0]))
+            load_recipe(name, changes, {"recipe": None, "bench": None, "precompute": "train-unet"}.get(path[0], path[0]))
 
 
 def complaint_about(words: list[str]) -> LdmError | None:
@@ -124,6 +128,17 @@ def complaint_about(words: list[str]) -> LdmError | None:
     except Exception as error:
         return user_error(error)
     return None
+
+
+def test_every_page_of_the_documentation_is_read() -> None:
+    assert set((REPOSITORY / "docs").glob("*.md")) == set(PAGES[1:])
+
+
+def test_the_readme_leads_to_every_page_and_names_every_command() -> None:
+    readme = PAGES[0].read_text(encoding="utf-8")
+    assert [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in readme] == []
+    program: Any = get_command(app)
+    assert [name for name in program.commands if f"`ldm {name}" not in readme] == []
 
 
 def test_there_are_commands_on_every_page_but_the_last() -> None:
@@ -162,7 +177,7 @@ def test_a_slip_in_a_command_is_noticed(line: str) -> None:
 def test_no_block_is_of_an_unknown_kind() -> None:
     kinds = {block.info for page in PAGES for block in blocks(page)}
     codes = {kind for kind in kinds if re.fullmatch(r"sh run exit=\d+", kind)}
-    assert kinds - codes == {"sh", "sh run", "text", "text exact", "python", "math"}
+    assert kinds - codes == {"sh", "sh run", "text", "text exact", "python", "math", "yaml", "json"}
     assert len(codes) >= 3
 
 
