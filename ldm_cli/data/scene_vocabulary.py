@@ -32,15 +32,15 @@ BACKGROUNDS: dict[str, Color] = {
 """sRGB of each background; every one is at least 100 away from every object colour (Euclidean, of 441)."""
 
 SIZES: dict[str, tuple[float, float]] = {
-    "small": (0.165, 0.175),
-    "medium": (0.21, 0.225),
-    "large": (0.27, 0.29),
+    "small": (0.185, 0.195),
+    "medium": (0.23, 0.245),
+    "large": (0.295, 0.315),
 }
 """Least and greatest radius of each size; between two sizes lies a gap, so that a size is never a matter of
 opinion."""
 
-COLUMNS: dict[str, float] = {"left": 0.33, "center": 0.5, "right": 0.67}
-ROWS: dict[str, float] = {"top": 0.33, "middle": 0.5, "bottom": 0.67}
+COLUMNS: dict[str, float] = {"left": 0.35, "center": 0.5, "right": 0.65}
+ROWS: dict[str, float] = {"top": 0.35, "middle": 0.5, "bottom": 0.65}
 """Where the centre of an object is, on average."""
 
 PLACE_JITTER = 0.02

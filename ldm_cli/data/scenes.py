@@ -27,7 +27,7 @@ from ldm_cli.reporting import Reporter
 Split = Literal["train", "val"]
 Truth = dict[str, Any]
 
-VERSION = 1
+VERSION = 2
 """Rises whenever the same seed would draw other scenes."""
 TWO_OBJECT_FRACTION = 0.25
 """Fraction of scenes with two objects and a relation."""
@@ -96,16 +96,15 @@ def _single_geometry(dice: _Dice) -> list[Truth]:
 
 
 def _pair_geometry(dice: _Dice, relation: str) -> list[Truth]:
-    """Two objects on opposite sides of the middle; at most one is not small, so a gap always parts them."""
-    sizes = dice.pick((("small", "small"), ("small", "medium"), ("medium", "small")))
+    """Two small objects on opposite sides of the middle: a gap always parts them."""
     drift = dice.between(-words.PAIR_DRIFT, words.PAIR_DRIFT)
     dx, dy = words.RELATIONS[relation]
     objects = []
-    for side, size in zip((1.0, -1.0), sizes, strict=True):
+    for side in (1.0, -1.0):
         along = side * (words.PAIR_DISTANCE + dice.between(-words.PAIR_JITTER, words.PAIR_JITTER))
         across = drift + dice.between(-words.PAIR_OWN_DRIFT, words.PAIR_OWN_DRIFT)
         x, y = 0.5 + dx * along + abs(dy) * across, 0.5 + dy * along + abs(dx) * across
-        objects.append(_geometry(size, None, x, y, dice.between(*words.SIZES[size])))
+        objects.append(_geometry("small", None, x, y, dice.between(*words.SIZES["small"])))
     return objects
 
 

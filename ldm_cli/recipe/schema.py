@@ -39,6 +39,9 @@ class TrainClipRecipe(Config):
     """Train a vocabulary from the captions, or load one."""
     clip: CLIPConfig
     """The model; fields as in its Hugging Face config.json."""
+    equal_captions_match: bool = False
+    """Images of one batch whose captions are equal match each other's (Yang et al. 2022), instead of being told apart:
+    for data whose captions repeat, such as class names."""
     train: TrainConfig
     """Optimization."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,7 +69,7 @@ class CLIPTask:
                 cached = [self._features(part) for part in parts]
             torch.clear_autocast_cache()  # it holds weights that were cast without gradient
         own = torch.cat([torch.cat(sides, dim=1).detach().float() for sides in cached])
-        values, gradient, scale_gradient = self._feature_gradient(own, num_parts)
+        values, gradient, scale_gradient = self._feature_gradient(own, self._groups(batch), num_parts)
         for part, sides, rows, (loss, figures) in zip(parts, cached, gradient.chunk(num_parts), values, strict=True):
             features = torch.cat(sides if num_parts == 1 else self._features(part), dim=1)
             # Its gradient counts, its value does not.
@@ -76,12 +77,13 @@ class CLIPTask:
             yield loss + surrogate - surrogate.detach(), figures
 
     def _feature_gradient(
-        self, own: Tensor, num_parts: int
+        self, own: Tensor, groups: Tensor | None, num_parts: int
     ) -> tuple[list[tuple[Tensor, dict[str, Tensor]]], Tensor, Tensor]:
         """Loss and figures of each of this rank's parts, and the gradients of all parts' loss.
 
         Args:
             own: image and text features side by side, float32 [B / ranks, 2·D].
+            groups: what `contrastive_loss` takes, for this rank's samples, int64 [B / ranks].
 
         Returns:
             Per part the loss of its rows and figures; the gradient with respect to `own`, summed over all parts of
@@ -89,6 +91,7 @@ class CLIPTask:
         """
         add = PartSum(self.bench.ranks, num_parts, self.recipe.train.deterministic == "elastic")
         features = self.bench.ranks.gathered(own).requires_grad_()
+        everyone = None if groups is None else self.bench.ranks.gathered(groups)
         scale = self.model.clamped_logit_scale.detach().requires_grad_()
         size, start = len(own) // num_parts, self.bench.ranks.rank * len(own)
         values: list[tuple[Tensor, dict[str, Tensor]]] = []
@@ -96,7 +99,7 @@ class CLIPTask:
         def contributions() -> Iterator[Tensor]:
             for first in range(start, start + len(own), size):
                 images, texts = features.chunk(2, dim=1)
-                loss, figures = contrastive_loss(images, texts, scale, slice(first, first + size))
+                loss, figures = contrastive_loss(images, texts, scale, slice(first, first + size), everyone)
                 values.append((loss.detach(), figures))
                 yield torch.cat([gradient.reshape(-1) for gradient in torch.autograd.grad(loss, [features, scale])])
 
@@ -109,13 +112,23 @@ class CLIPTask:
         ids = self._tokens(batch.captions).to(self.bench.device)
         return self.model.get_image_features(pixels), self.model.get_text_features(ids)
 
+    def _groups(self, batch: Batch) -> Tensor | None:
+        """A number for each caption, the same for equal ones, on all ranks: int64 [B]; None where only pairs match."""
+        if not self.recipe.equal_captions_match:
+            return None
+        digests = (hashlib.sha256(caption.encode()).digest() for caption in batch.captions)
+        numbers = [int.from_bytes(digest[:8], "little", signed=True) for digest in digests]
+        return torch.tensor(numbers, device=self.bench.device)
+
     def validate(self) -> dict[str, float]:
         """Contrastive loss and accuracy among held-out batches of one size."""
         size = len(self.bench.held_out[0].keys) if self.bench.held_out else 0
         sums: dict[str, float] = {}
         whole = [batch for batch in self.bench.held_out if len(batch.keys) == size]
         for batch in whole:
-            loss, figures = contrastive_loss(*self._features(batch), self.model.clamped_logit_scale)
+            loss, figures = contrastive_loss(
+                *self._features(batch), self.model.clamped_logit_scale, groups=self._groups(batch)
+            )
             for name, value in {"val_loss": loss, "val_accuracy": figures["accuracy"]}.items():
                 sums[name] = sums.get(name, 0.0) + value.item() / len(whole)
         return sums

@@ -77,7 +77,7 @@ class DenoiserTask:
 
         def loss(part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             epoch, position = part.epoch, part.position
-            t = philox.integers(self._keys["timestep"], epoch, position, 1, self.schedule.num_timesteps)[:, 0]
+            t = self._timesteps(epoch, position)
             dropped = philox.uniform(self._keys["caption dropout"], epoch, position, 1)[:, 0]
             encoding = self._encoding(part)
             is_dropped = (dropped < self.recipe.diffusion.caption_dropout).to(self.bench.device)
@@ -85,6 +85,14 @@ class DenoiserTask:
             return self._denoising_error(part, replace(encoding, states=context), t, self._keys).mean(), {}
 
         return in_parts(loss, split(batch, num_parts))
+
+    def _timesteps(self, epoch: Tensor, position: Tensor) -> Tensor:
+        """A noise level for each sample: int64 [B]."""
+        key, num = self._keys["timestep"], self.schedule.num_timesteps
+        if self.recipe.diffusion.timestep_sampling == "uniform":
+            return philox.integers(key, epoch, position, 1, num)[:, 0]
+        fraction = torch.sigmoid(philox.normal(key, epoch, position, (1,))[:, 0])
+        return (fraction * num).long().clamp(max=num - 1)
 
     def _denoising_error(self, batch: Batch, encoding: Encoding, t: Tensor, keys: dict[str, philox.Key]) -> Tensor:
         """Weighted squared error per sample, float32 [B]."""

@@ -61,7 +61,7 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalized; with decoupled weight decay.
 
     Like torch's fused AdamW it divides gradients by `grad_scale` and leaves everything as it is where `found_inf` is 1,
-    both scalar tensors, without a look at a value on the host. Each rank orthogonalizes its share of the matrices.
+    both scalar tensors, without waiting for a device. Each rank orthogonalizes its share of the matrices.
 
     Args:
         parameters: matrices [rows, columns] and kernels [rows, …], which are read as matrices [rows, the rest].
@@ -97,21 +97,26 @@ class Muon(torch.optim.Optimizer):
             device = parameters[0].device
             scale = torch.ones((), device=device) if self.grad_scale is None else self.grad_scale
             skip = torch.zeros((), device=device) if self.found_inf is None else self.found_inf
+            if device.type == "cpu" and skip.item():
+                continue
             directions = [self._direction(parameter, group["momentum"], scale, skip) for parameter in parameters]
             rate = group["lr"] * (1.0 - skip)
             for parameter, update in zip(parameters, self._orthogonalized(directions), strict=True):
-                size = _ADAMW_RMS * max(update.shape) ** 0.5
-                change = update.view(parameter.shape) * (rate * size)
-                parameter.mul_(1.0 - rate * group["weight_decay"]).sub_(change)
+                change = update.view(parameter.shape) * (rate * _ADAMW_RMS * max(update.shape) ** 0.5)
+                if group["weight_decay"]:
+                    parameter.mul_(1.0 - rate * group["weight_decay"])
+                parameter.sub_(change)
 
     def _direction(self, parameter: nn.Parameter, decay: float, scale: Tensor, skip: Tensor) -> Tensor:
         """Advance the running mean of the gradient and look ahead along it: [rows, columns]."""
         mean = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
         assert parameter.grad is not None
-        # where a step is skipped, the mean itself takes the gradient's place: nothing non-finite enters
-        gradient = torch.where(skip.bool(), mean, parameter.grad / scale)
+        gradient = parameter.grad / scale
+        if skip.device.type != "cpu":
+            # where a step is skipped, the mean itself takes the gradient's place: nothing non-finite enters
+            gradient = torch.where(skip.bool(), mean, gradient)
         mean.lerp_(gradient, 1.0 - decay)
-        return gradient.lerp(mean, decay).flatten(1)
+        return gradient.lerp_(mean, decay).flatten(1)
 
     def _orthogonalized(self, directions: list[Tensor]) -> list[Tensor]:
         """Each direction orthogonalized, one at a time, so that the ranks' shares do not change a bit."""

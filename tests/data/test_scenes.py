@@ -34,15 +34,15 @@ def test_the_image_size_does_not_change_what_is_drawn() -> None:
     assert scene(5, 17, "train", 32).truth == scene(5, 17, "train", 128).truth
 
 
-def test_the_same_seed_still_draws_what_it_drew_when_version_1_was_released() -> None:
+def test_the_same_seed_still_draws_what_it_drew_when_version_2_was_released() -> None:
     first, second = scene(0, 0, "train", 32).truth["objects"]
-    assert (first["size"], first["color"], first["shape"], first["center"]) == (
-        "small",
+    assert (first["color"], first["shape"], first["center"], first["radius"]) == (
         "orange",
         "square",
-        [0.3863, 0.7578],
+        [0.4283, 0.7403],
+        0.1904,
     )
-    assert (second["size"], second["color"], second["shape"]) == ("small", "pink", "circle")
+    assert (second["color"], second["shape"], second["size"]) == ("cyan", "ring", "small")
 
 
 def test_every_word_occurs_and_none_is_rare() -> None:

@@ -32,6 +32,9 @@ class DiffusionConfig(Config):
     """Shift the schedule so that the last level is pure noise (Lin et al. 2023, arXiv:2305.08891)."""
     snr_gamma: Annotated[float, Field(gt=0)] | None = None
     """Min-SNR-γ loss weights (Hang et al. 2023, arXiv:2303.09556); null: the plain mean squared error."""
+    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
+    """Which levels training draws: all alike, or mostly the middle ones, t/T being the sigmoid of a standard normal
+    number (Esser et al. 2024, section 3.1, arXiv:2403.03206)."""
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Chance that a training caption is replaced by the empty one, which classifier-free guidance needs."""
 
