@@ -309,12 +309,20 @@ INTERRUPTER = """
                 os._exit(code)
         return child
 
+    def drawn(folder):
+        return sum(name[:1].isdigit() for name in os.listdir(folder)) if os.path.isdir(folder) else 0
+
     begun = time.monotonic()
     assert os.waitstatus_to_exitcode(os.waitpid(start("whole"), 0)[1]) == 0
     duration = time.monotonic() - begun
     for number, share in enumerate(times):
         child = start(f"cut-{number}")
-        time.sleep(share * duration)
+        # Early ones by the clock, the others by what is there: a busy machine does not keep to the clock.
+        if share < 0.2:
+            time.sleep(share * duration)
+        deadline = time.monotonic() + 60
+        while share >= 0.2 and drawn(f"cut-{number}") < (share - 0.2) / 0.8 * 30 and time.monotonic() < deadline:
+            time.sleep(0.002)
         os.kill(child, signal.SIGINT)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         left = sorted(os.listdir(f"cut-{number}")) if os.path.isdir(f"cut-{number}") else []
@@ -326,7 +334,7 @@ INTERRUPTER = """
 
 
 def interrupted(model, folder, times):
-    """Ctrl-C at shares of the time that a job of thirty prompts takes; then the same command again."""
+    """Ctrl-C at shares of a job of thirty prompts; then the same command again."""
     (folder / "prompts.txt").write_text("\n".join(f"a red circle {i}" for i in range(30)))
     arguments = ["sample", "--model", str(model), "--prompts", "prompts.txt", "-n", "1", "--steps", "10"]
     arguments += ["--sampler", "euler_ancestral", "--device", "cpu"]
@@ -355,7 +363,7 @@ def check_interruptions(model, folder, times):
 
 def test_ctrl_c_leaves_whole_pictures_and_the_same_command_completes_them(model, tmp_path):
     generator = random.Random(3)
-    times = [0.2, *(generator.uniform(0.5, 1.0) for _ in range(4))]
+    times = [0.1, *(generator.uniform(0.5, 1.0) for _ in range(2))]
     assert check_interruptions(model, tmp_path, times) >= 1
 
 
