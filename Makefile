@@ -34,7 +34,8 @@ demo: $(INSTALLED)
 	$(LDM) data synth data/demo --samples 20000 --size 32 --seed 0 --two-object-fraction 0.1
 	$(LDM) train-vae demo/vae --nproc 2
 	$(LDM) train-clip demo/clip --nproc 2
-	$(LDM) train-unet demo/unet --nproc 2
+	$(LDM) precompute demo/unet --out data/demo/cache
+	$(LDM) train-unet demo/unet cache=data/demo/cache --nproc 2
 	$(LDM) sample demo/sample
 	$(LDM) eval demo/eval --out runs/demo-eval
 	@echo "Look at runs/demo-samples/grid.png; runs/demo-eval/eval.json has the numbers."
