@@ -28,6 +28,8 @@ _PATIENCE = timedelta(hours=12)
 _JOINING = timedelta(minutes=5)
 _POLL = timedelta(milliseconds=500)
 _STORE_TIMEOUT = timedelta(seconds=5)
+_TELLING = 3.0
+"""Seconds in which a rank that fails tells why, and the others hear of it."""
 _BUCKET_SIZE = 2**24
 """Numbers per all-reduce: 64 MiB in float32."""
 _RUN_AGAIN = "run the same command again"
@@ -110,16 +112,13 @@ class Ranks:
 class _ConnectedRanks(Ranks):
     """Several processes, connected through torch.distributed."""
 
-    def __init__(self, rank: int, world_size: int, local_rank: int, store: Store, device: torch.device) -> None:
+    def __init__(
+        self, rank: int, world_size: int, local_rank: int, store: Store, device: torch.device, timeout: float
+    ) -> None:
         super().__init__(rank, world_size, local_rank)
         self._store = store
         self._device_group = dist.new_group(backend="nccl") if device.type == "cuda" else None
-        self._watch: _Watch | None = None
-
-    def watch(self, timeout: float) -> None:
-        """Begin to give and expect signs of life."""
-        self._watch = _Watch(_own_connection(self._store), self.rank, self.world_size, timeout)
-        self.wait()  # every rank has given its first sign
+        self._watch = _Watch(_own_connection(store), rank, world_size, timeout)
         self._watch.start()
 
     def sum_in_place(self, tensors: Sequence[Tensor]) -> None:
@@ -178,8 +177,7 @@ class _ConnectedRanks(Ranks):
     def leave(self) -> None:
         """Close all connections, once every rank is done."""
         self.wait()  # rank 0 may hold the store
-        if self._watch is not None:
-            self._watch.end()
+        self._watch.end()
         dist.destroy_process_group()
 
     def _group(self, tensor: Tensor) -> dist.ProcessGroup | None:
@@ -202,7 +200,7 @@ class _ConnectedRanks(Ranks):
             except RuntimeError as error:
                 if work.is_completed():  # not a time-out: the connection broke
                     raise self._loss(error) from error
-            if self._watch is not None and self._watch.verdict is not None:
+            if self._watch.asked() is not None:
                 raise self._loss(None)
 
     @contextmanager
@@ -214,11 +212,10 @@ class _ConnectedRanks(Ranks):
 
     def _loss(self, error: RuntimeError | None) -> WorkerError:
         """Who failed first, if it can be known."""
-        deadline = time.monotonic() + 2.0
+        deadline = time.monotonic() + _TELLING
         while time.monotonic() < deadline:
-            verdict = _announced(self._store) or (self._watch.verdict if self._watch else None)
-            if verdict is not None:
-                return WorkerError(*verdict, _RUN_AGAIN)
+            if self._watch.verdict is not None:
+                return WorkerError(*self._watch.verdict, _RUN_AGAIN)
             time.sleep(0.1)
         reason = "" if error is None else str(error).splitlines()[0]
         return WorkerError("lost another rank", reason.rsplit("] ", 1)[-1].split(". ")[0], _RUN_AGAIN)
@@ -228,7 +225,8 @@ class _Watch(threading.Thread):
     """Gives a sign of life every second; rank 0 looks for those of all others, and each of them for rank 0's.
 
     Silence is counted in signs of one's own, not in time: a job that was stopped and continued as a whole finds
-    nobody silent.
+    nobody silent. Where rank 0 serves the store and is stopped, no request to the store returns, with or without a
+    time-out of its own: so this thread alone waits for answers, and who waits for other ranks looks at this thread.
 
     Attributes:
         verdict: what failed, and why; None while all are well.
@@ -236,13 +234,14 @@ class _Watch(threading.Thread):
 
     def __init__(self, store: Store, rank: int, world_size: int, timeout: float) -> None:
         super().__init__(name="rank watch", daemon=True)
-        store.set_timeout(_STORE_TIMEOUT)
+        store.set_timeout(min(_STORE_TIMEOUT, timedelta(seconds=timeout / 2)))
         self._store, self._rank, self._world_size, self._timeout = store, rank, world_size, timeout
         self._interval = min(1.0, timeout / 5)
         self._watched = range(1, world_size) if rank == 0 else range(1)
         self._last_seen: dict[int, tuple[bytes, int]] = {}
         self._ended = threading.Event()
         self._beats = 0
+        self._beats_when_asked, self._silence = 0, 0.0
         self.verdict: tuple[str, str] | None = None
         self._beat()
 
@@ -259,24 +258,34 @@ class _Watch(threading.Thread):
             for rank, sign in zip(self._watched, signs, strict=True):
                 self._judge(rank, sign)
 
+    def asked(self) -> tuple[str, str] | None:
+        """The verdict; whoever waits for other ranks asks every half second, which counts the store's silence."""
+        if self._beats != self._beats_when_asked:
+            self._beats_when_asked, self._silence = self._beats, 0.0
+        else:
+            self._silence += _POLL.total_seconds()
+        if self._silence > self._timeout + self._interval:
+            self.verdict = self.verdict or self._lost(0)
+        return self.verdict
+
     def end(self) -> None:
-        """Stop and wait for it."""
+        """Stop and wait for it, unless the store has fallen silent."""
         self._ended.set()
-        self.join()
+        self.join(_STORE_TIMEOUT.total_seconds())
 
     def _beat(self) -> None:
         self._store.set(f"life/{self._rank}", str(self._beats))
+
+    def _lost(self, rank: int) -> tuple[str, str]:
+        return f"rank {rank} of {self._world_size} is lost", f"it gave no sign of life for {self._timeout:g} s"
 
     def _judge(self, rank: int, sign: bytes) -> None:
         before, beat = self._last_seen.get(rank, (None, self._beats))
         if sign != before:
             self._last_seen[rank] = (sign, self._beats)
         elif (self._beats - beat) * self._interval > self._timeout and self.verdict is None:
-            what = f"rank {rank} of {self._world_size} is lost"
-            reason = f"it gave no sign of life for {self._timeout:g} s"
-            self.verdict = (what, reason)
-            with suppress(RuntimeError):
-                _announce(self._store, what, reason)
+            self.verdict = self._lost(rank)
+            _announce(self._store, *self.verdict)
 
 
 def local_rank() -> int:
@@ -324,12 +333,11 @@ def joined(device: torch.device, timeout: float) -> Iterator[Ranks]:
     try:
         store = _rendezvous(rank, world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_PATIENCE)
-        ranks = _ConnectedRanks(rank, world_size, local, store, device)
+        ranks = _ConnectedRanks(rank, world_size, local, store, device, timeout)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise WorkerError(f"rank {rank} of {world_size} cannot join the others", reason, _RUN_AGAIN) from error
     try:
-        ranks.watch(timeout)
         yield ranks
         ranks.leave()
     except BaseException as error:
@@ -363,8 +371,15 @@ def _own_connection(store: Store) -> Store:
 
 
 def _announce(store: Store, what: str, reason: str) -> None:
-    with suppress(RuntimeError):
-        store.compare_set("failure", "", json.dumps([what, reason]))
+    """Leave what failed, unless something has before; a store that does not answer is not waited for."""
+
+    def leave() -> None:
+        with suppress(RuntimeError):
+            store.compare_set("failure", "", json.dumps([what, reason]))
+
+    telling = threading.Thread(target=leave, daemon=True)
+    telling.start()
+    telling.join(_TELLING)
 
 
 def _announced(store: Store) -> tuple[str, str] | None:

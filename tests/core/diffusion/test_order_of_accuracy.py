@@ -38,7 +38,9 @@ def denoise(x, level):
     return (torch.softmax(log_density, dim=1)[..., None] * mean).sum(1)
 
 
-@pytest.mark.parametrize(("name", "order", "cost", "sampler"), order_of_accuracy.SAMPLERS, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("name", "order", "cost", "sampler"), order_of_accuracy.SAMPLERS, ids=[row[0] for row in order_of_accuracy.SAMPLERS]
+)
 def test_error_of_a_deterministic_sampler_falls_with_its_order(name, order, cost, sampler):
     found = order_of_accuracy.errors(name, sampler)
     assert order_of_accuracy.slope(found) == pytest.approx(order, abs=0.3)
