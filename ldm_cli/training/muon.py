@@ -20,7 +20,7 @@ _COEFFICIENTS = (
     2.0315,
 )  # quintic with the steepest slope at 0 that still stays near 1 (Jordan et al.)
 _NUM_ITERATIONS = 5
-_ADAMW_RMS = 0.2  # root mean square of a typical AdamW update, in learning rates (Liu et al., §2.2)
+_ADAMW_RMS = 0.4  # root mean square of an update, in learning rates; AdamW's is 0.2 to 0.4 (Liu et al., §2.2)
 _EDGES = ("embed", "conv_in", "conv_out", "projection", "quant_conv")
 
 

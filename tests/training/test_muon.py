@@ -42,7 +42,7 @@ def test_an_update_is_as_large_as_one_of_adamw_whatever_the_shape_and_the_size_o
         parameter = nn.Parameter(torch.zeros(shape))
         parameter.grad = factor * torch.randn(shape, generator=torch.Generator().manual_seed(0))
         Muon([parameter], lr=0.1).step()
-        assert 0.1 * 0.2 * 0.7 < parameter.square().mean().sqrt() < 0.1 * 0.2 * 1.2
+        assert 0.1 * 0.4 * 0.7 < parameter.square().mean().sqrt() < 0.1 * 0.4 * 1.2
 
 
 def test_weight_decay_shrinks_by_lr_times_decay() -> None:
