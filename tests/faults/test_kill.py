@@ -62,7 +62,7 @@ class Program:
         self.errors.close()
 
     def wait(self) -> int:
-        code = self.process.wait(timeout=120)
+        code = self.process.wait(timeout=600)
         self.errors.seek(0)
         self.last_line = (self.errors.read().splitlines() or [""])[-1]
         return code

@@ -105,10 +105,10 @@ def test_what_a_recipe_must_not_hold_is_refused_at_its_place(text: str, line: in
 
 def test_a_bomb_of_aliases_costs_nothing() -> None:
     bomb = "a: &a [x, x]\n" + "".join(f"{c}: &{c} [*{p}, *{p}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True))
-    start = time.perf_counter()
+    start = time.process_time()
     assert parse_yaml(bomb).problems
     assert parse_yaml("[" * (MAX_BYTES - 1)).problems
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2  # the bomb unfolded would take minutes
 
 
 def test_plain_data_survives_being_written_and_read() -> None:
