@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -44,6 +45,7 @@ class ForkedRanks:
             descriptor = os.open(self.logs[rank], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
             for number in (1, 2):
                 os.dup2(descriptor, number)
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # not those of a test's capture
             os.environ.update(environment | {"GLOO_SOCKET_IFNAME": "lo"})
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             code = work(rank)
