@@ -14,18 +14,24 @@ FAULTS_FLAGS ?=
 BIN := $(VENV)/bin
 LDM := $(BIN)/ldm
 INSTALLED := $(VENV)/.installed
+TESTED := $(VENV)/.installed-test
 
 SHELL := /bin/bash -o pipefail
 
 .PHONY: faults setup demo test check lint bench gpu-check clean
 
-setup: $(INSTALLED)
+setup: $(TESTED)
 
 # The stamp comes last: an interrupted installation is done again, a finished one is not.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ldm needs Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) torch==2.13.0
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --editable .
+	@touch $@
+
+# What only tests and style checks need, diffusers and transformers among it.
+$(TESTED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --editable ".[test]"
 	@touch $@
 
@@ -41,26 +47,26 @@ demo: $(INSTALLED)
 	@echo "Look at runs/demo-samples/grid.png; runs/demo-eval/eval.json has the numbers."
 
 # One thread per process: the processes share the cores, and results do not depend on the machine.
-test: $(INSTALLED)
+test: $(TESTED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not gpu"
 
 check: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow and not gpu"
 
-lint: $(INSTALLED)
+lint: $(TESTED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
 # Every fault that a run may meet, injected for real, in a table: make faults FAULTS_FLAGS="--trials 5 --only full-disk"
-faults: $(INSTALLED)
+faults: $(TESTED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.matrix $(FAULTS_FLAGS)
 
-bench: $(INSTALLED)
+bench: $(TESTED)
 	$(LDM) bench all --against all --out runs/bench.json
 
 # Needs a CUDA device, and takes less than ten minutes on an H200: the GPU tests, then published sizes.
-gpu-check: $(INSTALLED)
+gpu-check: $(TESTED)
 	$(BIN)/python -m pytest -m gpu
 	$(LDM) bench train-unet unet/sd15 train.batch_size=32 train.gradient_accumulation=1 train.gradient_checkpointing=false --device cuda --out runs/gpu/unet-sd15.json
 	$(LDM) bench train-unet unet/sd21 train.batch_size=32 train.gradient_accumulation=1 train.gradient_checkpointing=false --device cuda --out runs/gpu/unet-sd21.json
