@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ldm_cli.errors import CheckpointError
 from ldm_cli.formats.json_file import read_json, write_json
@@ -84,10 +85,22 @@ def load_model(
     except ValueError as error:
         raise CheckpointError(f"cannot use '{folder / CONFIG_NAME}'", str(error)) from error
     # On the meta device nothing is allocated, or drawn at random, only to be overwritten.
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         module = model_class(config)
     load_weights(module, folder, allow_extra=allow_extra)
     return module
+
+
+class _Unfilled(TorchFunctionMode):
+    """Within, nothing is initialised: on the meta device there is nothing to fill, and asking for normal numbers there
+    makes torch import its compiler, which takes longer than all else that a small model needs."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init" or func in (Tensor.normal_, Tensor.uniform_):
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def load_weights(module: nn.Module, folder: Path, variant: str | None = None, allow_extra: bool = False) -> None:

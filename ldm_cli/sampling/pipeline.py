@@ -30,7 +30,7 @@ from ldm_cli.sampling.components import load_autoencoder, load_text_encoder, loa
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.denoising import Start, denoise
 from ldm_cli.sampling.extras import PLAIN, Extras, Look
-from ldm_cli.sampling.fixed_rows import filled, images_per_call, latents_per_call
+from ldm_cli.sampling.fixed_rows import enough, filled, images_per_call, latents_per_call, trial
 from ldm_cli.sampling.guides import Guides, spoilt_network
 from ldm_cli.sampling.network import in_windows, keep_known_region, with_inpainting_channels
 from ldm_cli.sampling.noise import initial_noise, step_noise
@@ -38,6 +38,8 @@ from ldm_cli.sampling.request import GeneratedImage, ImageRequest
 from ldm_cli.sampling.text_states import TextStates
 from ldm_cli.sampling.tiling import in_parts
 
+# With fewer steps than this, finding out how few rows will do costs more than it saves.
+_STEPS_WORTH_A_TRIAL = 8
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -224,8 +226,9 @@ class Pipeline:
             for start in range(0, len(requests), size):
                 group = list(requests[start : start + size])
                 count = len(group)
-                group += [group[-1]] * (size - count)
-                noise = initial_noise(group, shape) if latents is None else filled(latents[start : start + count], size)
+                rows = self._rows_for(count, size, config, shape, extras)
+                group += [group[-1]] * (rows - count)
+                noise = initial_noise(group, shape) if latents is None else filled(latents[start : start + count], rows)
                 look = Look(progress, start, config.steps, extras, partial(self._preview, count, extras))
                 x0 = self._draw(group, config, contexts, noise, canvas, extras, guides, look)
                 for offset, pixels in enumerate(self.decode(x0[:count], extras.window)):
@@ -355,6 +358,19 @@ class Pipeline:
         if self.device.type != "cpu":
             return config.batch_size
         return latents_per_call(*(size if window is None else min(size, window) for size in latent_shape[1:]))
+
+    @torch.inference_mode()
+    def _rows_for(
+        self, count: int, size: int, config: SamplingConfig, latent_shape: tuple[int, int, int], extras: Extras
+    ) -> int:
+        """How many images a group of `count` is filled up to."""
+        guidance = config.guidance
+        others = (guidance.model, guidance.perturb, guidance.clip, extras.window)
+        if count == size or self.device.type != "cpu" or config.steps < _STEPS_WORTH_A_TRIAL or any(others):
+            return size
+        halves = {1} if guidance.scale in (0.0, 1.0) else {1, 2} if guidance.interval else {2}
+        context_shape = self.context_length, self.text_encoder.config.hidden_size
+        return enough(trial(self.unet, size, latent_shape[1:], context_shape, halves), count, size)
 
     def _check_fit(self) -> None:
         """Raise a CheckpointError where the components do not belong together."""

@@ -10,6 +10,7 @@ from ldm_cli.formats.json_file import read_json, write_json
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.components import load_text_encoder, resolve_model
 from ldm_cli.sampling.config import SamplingConfig
+from ldm_cli.sampling.fixed_rows import enough
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import ImageRequest, requests_for
 from tests.sampling.tiny import tiny_pipeline
@@ -224,3 +225,11 @@ def test_zero_snr_model_is_sampled_from_its_last_level(tmp_path):
     pipeline.unet.forward = lambda x, t, context: (seen.append(float(t[0])), forward(x, t, context))[1]
     pictures(pipeline, [ImageRequest("a", 0)], steps=4)
     assert seen == [999, 749, 499, 249]
+
+
+def test_a_short_group_is_filled_up_to_the_least_number_that_gives_the_same_bits():
+    def agreeing_from(least):
+        return lambda n: [torch.zeros(n), torch.arange(n) + (0.0 if n >= least else 1e-6)]
+
+    assert [enough(agreeing_from(least), 1, 8) for least in (1, 2, 3, 5)] == [1, 2, 4, 8]
+    assert [enough(agreeing_from(1), count, 8) for count in (3, 7, 8)] == [3, 7, 8]
