@@ -296,6 +296,7 @@ INTERRUPTER = """
     from ldm_cli.cli.app import run
     from ldm_cli.stages import sample
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
     arguments, times = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 
     def start(out):
