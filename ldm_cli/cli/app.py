@@ -60,12 +60,12 @@ def _root(
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; whatever goes wrong is said in one line on stderr."""
-    streams.prepare()
     debug = "--debug" in arguments
-    if not debug:
-        streams.silence_library_warnings()
-    command = get_command(app)
     try:
+        streams.prepare()
+        if not debug:
+            streams.silence_library_warnings()
+        command = get_command(app)
         # Not command.main(): that turns a broken pipe into exit code 1.
         with command.make_context("ldm", list(arguments), obj=tuple(arguments)) as context:
             command.invoke(context)

@@ -14,11 +14,8 @@ from torch import Tensor, nn
 
 from ldm_cli.training.distributed import Ranks
 
-_COEFFICIENTS = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # quintic with the steepest slope at 0 that still stays near 1 (Jordan et al.)
+# Quintic with the steepest slope at 0 that still stays near 1 (Jordan et al.).
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _NUM_ITERATIONS = 5
 _ADAMW_RMS = 0.4  # root mean square of an update, in learning rates; AdamW's is 0.2 to 0.4 (Liu et al., §2.2)
 _EDGES = ("embed", "conv_in", "conv_out", "projection", "quant_conv")
@@ -109,7 +106,10 @@ class Muon(torch.optim.Optimizer):
 
     def _direction(self, parameter: nn.Parameter, decay: float, scale: Tensor, skip: Tensor) -> Tensor:
         """Advance the running mean of the gradient and look ahead along it: [rows, columns]."""
-        mean = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+        state = self.state[parameter]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        mean = state["momentum"]
         assert parameter.grad is not None
         gradient = parameter.grad / scale
         if skip.device.type != "cpu":
