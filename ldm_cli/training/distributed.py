@@ -18,7 +18,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed re-exports them untyped
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # exported without a word
 
 from ldm_cli.errors import LdmError, Preempted, UsageError, WorkerError
 from ldm_cli.training.rank_watch import POLL, TELLING, RankWatch, announce

@@ -7,7 +7,7 @@ import threading
 from contextlib import suppress
 from datetime import timedelta
 
-from torch._C._distributed_c10d import Store  # torch.distributed re-exports it untyped
+from torch.distributed import Store  # type: ignore[attr-defined]  # exported without a word
 
 POLL = timedelta(milliseconds=500)
 """How often whoever waits for other ranks asks the watch."""
