@@ -19,31 +19,32 @@ NAMES = ("vae", "clip", "unet")
 
 
 def _duration(bench: Bench, name: str) -> float:
-    """Seconds of an undisturbed life on this machine, now."""
+    """Seconds that an undisturbed life computes."""
     life = bench.home.life(name, bench.fresh(), "data.num_workers=2")
-    started = time.monotonic()
     assert life.end() == 0, life.errors
-    return time.monotonic() - started
+    return life.took
 
 
 def kill_at_random(bench: Bench) -> None:
     """SIGKILL to the group at random moments, with two workers, until the run is done; then the next trainer."""
     durations = {name: _duration(bench, name) for name in NAMES}
-    turn = 0
+    turn, computed, undisturbed = 0, 0.0, 0.0
     while bench.tally.trials < bench.trials:
         name, out, kills = NAMES[turn % len(NAMES)], bench.fresh(), 0
-        turn += 1
+        turn, undisturbed = turn + 1, undisturbed + durations[name]
         while bench.tally.trials < bench.trials:
             life = bench.home.life(name, out, "data.num_workers=2")
-            # Shorter and shorter lives would never get there: every other one may get through.
-            if not life.lasts(bench.random.uniform(0.0, durations[name])):
+            if not life.computes(bench.random.uniform(0.0, durations[name]), bench.random):
                 bench.tally.judge(life, {0}, f"{name}, life after {kills} kills")
+                computed += life.took
                 break
             life.send(signal.SIGKILL)
             bench.tally.judge(life, {-signal.SIGKILL}, f"{name}, kill {kills}")
+            computed += life.took
             bench.tally.trials += 1
             kills += 1
-        bench.finish(name, out, f"{name} after {kills} kills")
+        computed += bench.finish(name, out, f"{name} after {kills} kills")
+    bench.tally.note = f"{turn} runs; {computed:.0f} s of computing, {undisturbed:.0f} s without kills"
 
 
 def kill_at_system_call(bench: Bench) -> None:
@@ -85,7 +86,7 @@ def stopped(bench: Bench, *, group: bool, repeat: int = 1, apart: float = 0.0) -
         out = bench.fresh()
         life = bench.home.life(name, out, "data.num_workers=2")
         moment = bench.random.uniform(0.0, durations[name])
-        life.lasts(moment)
+        life.computes(moment, bench.random)
         for _ in range(repeat):
             life.send(number, group)
             time.sleep(apart)
@@ -102,7 +103,7 @@ def unharmed(bench: Bench) -> None:
         out = bench.fresh()
         life = bench.home.life("vae", out, "data.num_workers=2")
         # Before the signals are held or ignored there is a process, but no run yet.
-        life.lasts(bench.random.uniform(0.3 * duration, duration))
+        life.computes(bench.random.uniform(0.3 * duration, duration), bench.random)
         if bench.tally.trials % 2:
             life.send(signal.SIGHUP)
         else:

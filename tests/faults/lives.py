@@ -19,6 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from ldm_cli.training.interruption import hold_signals, release_signals
@@ -26,6 +27,8 @@ from ldm_cli.training.interruption import hold_signals, release_signals
 STEPS, SAVE_EVERY = 12, 3
 TIMEOUT = 300.0
 """Seconds that a life may take on a busy machine; whatever takes longer hangs."""
+_CPU_CLOCK = 2
+"""CPUCLOCK_SCHED of the kernel, with which clock_getcpuclockid(3) makes the clock of a process out of its number."""
 SYSTEM_CALLS = (
     "openat,write,pwrite64,fsync,rename,unlink,unlinkat,mkdir,rmdir,link,linkat,ftruncate,chmod,fchmod,copy_file_range"
 )
@@ -52,6 +55,7 @@ class Life:
         self._poll = select.poll()
         self._poll.register(self._pidfd, select.POLLIN)
         self.code: int | None = None
+        self.took = 0.0
         self.hung = False
         if held:
             os.waitpid(self.pid, os.WUNTRACED)
@@ -59,6 +63,19 @@ class Life:
     def lasts(self, seconds: float) -> bool:
         """Wait so long; whether it lives then."""
         return not self._poll.poll(1000 * seconds)
+
+    def computes(self, seconds: float, random: Random) -> bool:
+        """Wait until it has computed so long, and a moment more, so that it may also be caught waiting; whether it
+        lives then. Processor time is the same moment of a run on a busy machine and on a quiet one.
+        """
+        while (left := seconds - self.seconds()) > 0:
+            if not self.lasts(max(left, 0.001)):
+                return False
+        return self.lasts(random.uniform(0.0, 0.01))
+
+    def seconds(self) -> float:
+        """Processor time of its first process until now, or until its end."""
+        return time.clock_gettime(~self.pid << 3 | _CPU_CLOCK)
 
     def send(self, number: int, group: bool = True) -> None:
         """A signal to all its processes, or to the first one; it may be gone already."""
@@ -76,6 +93,8 @@ class Life:
             self.send(signal.SIGABRT, group=False)  # tells in the log where it hangs
             time.sleep(1)
             self.send(signal.SIGKILL)
+            self.lasts(TIMEOUT)
+        self.took = self.seconds()
         _, status = os.waitpid(self.pid, 0)
         os.close(self._pidfd)
         self.code = os.waitstatus_to_exitcode(status)

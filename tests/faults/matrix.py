@@ -38,7 +38,7 @@ class Tally:
     tracebacks: list[str] = field(default_factory=list)
     codes: list[str] = field(default_factory=list)
     survivors: list[str] = field(default_factory=list)
-    skipped: str = ""
+    note: str = ""
 
     @property
     def problems(self) -> list[str]:
@@ -88,13 +88,15 @@ class Bench:
         subprocess.run(["cp", "-a", str(source), str(out)], check=True)
         return out
 
-    def finish(self, name: str, out: Path, what: str, is_clean: bool = True) -> None:
-        """Run the same command to the end, and compare with the run that nothing disturbed."""
-        code = self.tally.judge(self.home.life(name, out), {0}, f"{what}, afterwards")
+    def finish(self, name: str, out: Path, what: str, is_clean: bool = True) -> float:
+        """Run the same command to the end, and compare with the run that nothing disturbed; seconds it computed."""
+        life = self.home.life(name, out)
+        code = self.tally.judge(life, {0}, f"{what}, afterwards")
         if code == 0 and (difference := different(self.home.finished(name), out, is_clean)):
             self.tally.silent.append(f"{what}: {difference} ({out})")
         elif not self.tally.problems:
             shutil.rmtree(out.parent, ignore_errors=True)
+        return life.took
 
 
 def different(one: Path, two: Path, is_clean: bool = True) -> str | None:
@@ -157,7 +159,7 @@ def main() -> int:
             counts = [len(c) for c in (tally.silent, tally.hangs, tally.tracebacks, tally.codes, tally.survivors)]
             cells = [name, tally.trials, *counts, f"{time.monotonic() - started:.0f}"]
             line = " ".join(str(cell).ljust(width) for cell, width in zip(cells, widths, strict=True))
-            print(f"{line} {tally.skipped}".rstrip(), flush=True)
+            print(f"{line} {tally.note}".rstrip(), flush=True)
             for problem in tally.problems[:20]:
                 print(f"    {problem}", flush=True)
             failed += [name] if tally.problems else []

@@ -70,7 +70,7 @@ class _Small:
 
 def _needs_mounts(bench: Bench) -> bool:
     if os.geteuid() != 0:
-        bench.tally.skipped = "skipped: only root may mount"
+        bench.tally.note = "skipped: only root may mount"
     return os.geteuid() == 0
 
 
@@ -85,7 +85,7 @@ def full_disk(bench: Bench) -> None:
             out, what = disk.folder / "run", f"disk of {size} bytes"
             life = bench.home.life("vae", out, log=place.with_suffix(".log"))
             # The plan is refused before the first step where it can be seen; ballast that comes later cannot.
-            if bench.tally.trials % 2 and life.lasts(bench.random.uniform(0, 1)):
+            if bench.tally.trials % 2 and life.computes(bench.random.uniform(0, 1), bench.random):
                 _fill(disk.folder / "ballast")
             bench.tally.judge(life, {0, 74}, what)
             bench.tally.trials += 1
@@ -111,7 +111,7 @@ def read_only(bench: Bench) -> None:
         with _Small(place, 64 * 2**20) as disk:
             out, moment = disk.folder / "run", bench.random.uniform(0, 1.5)
             life = bench.home.life("vae", out, log=place.with_suffix(".log"))
-            life.lasts(moment)
+            life.computes(moment, bench.random)
             life.send(signal.SIGKILL)
             bench.tally.judge(life, {0, -signal.SIGKILL}, "before")
             disk.change("ro")

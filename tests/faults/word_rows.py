@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from ..conftest import REPOSITORY
@@ -124,14 +123,13 @@ def killed_while_sampling(bench: Bench) -> None:
         return Life([*words, "--size", "32", "--batch-size", "1"], out.parent / "sample.log")
 
     whole = bench.fresh()
-    started = time.monotonic()
-    bench.tally.judge(life(whole), {0}, "undisturbed")
-    duration = time.monotonic() - started
+    undisturbed = life(whole)
+    bench.tally.judge(undisturbed, {0}, "undisturbed")
     wanted = {file.name: file.read_bytes() for file in whole.glob("0*.png")}
     while bench.tally.trials < bench.trials:
         out, number = bench.fresh(), bench.random.choice((signal.SIGKILL, signal.SIGINT, signal.SIGTERM))
         drawing = life(out)
-        drawing.lasts(bench.random.uniform(0, duration))
+        drawing.computes(bench.random.uniform(0, undisturbed.took), bench.random)
         drawing.send(number)
         bench.tally.judge(drawing, {0, 130, -signal.SIGKILL, -signal.SIGTERM}, f"sample, {number.name}")
         for file in out.glob("*.png"):
