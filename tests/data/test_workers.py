@@ -50,7 +50,7 @@ def _children() -> set[int]:
 def _left() -> tuple[set[int], int, int, set[str], Any]:
     """Children, open files, threads, names in /dev/shm, and who handles SIGCHLD."""
     gc.collect()
-    files = len(list(Path("/proc/self/fd").iterdir()))  # noqa: PTH208
+    files = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     return _children(), files, threading.active_count(), set(os.listdir("/dev/shm")), signal.getsignal(signal.SIGCHLD)  # noqa: PTH208
 
 
@@ -198,11 +198,9 @@ def test_pools_opened_and_closed_again_and_again_leave_nothing() -> None:
     def make(number: int) -> Tensor:
         return torch.full((50_000,), number, dtype=torch.uint8)
 
-    before = len(list(Path("/proc/self/fd").iterdir()))
     for taken in range(40):
         with closing(_made(make, 1000)) as items:
             assert [int(next(items)[-1]) for _ in range(taken % 4)] == list(range(taken % 4))
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_closing_does_not_wait_for_slow_or_stopped_workers() -> None:
