@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,25 +16,32 @@ UNET, VAE, TEXT_ENCODER, TOKENIZER = "unet", "vae", "text_encoder", "tokenizer"
 PIPELINE_CLASS = "StableDiffusionPipeline"
 
 _DIFFUSERS_VERSION = "0.42.1"
-# Schedulers of the variance-preserving family with discrete levels: one noise schedule, whatever the solver.
-_SCHEDULERS = frozenset(
-    {
-        "DDIMScheduler",
-        "DDPMScheduler",
-        "DEISMultistepScheduler",
-        "DPMSolverMultistepScheduler",
-        "DPMSolverSDEScheduler",
-        "DPMSolverSinglestepScheduler",
-        "EulerAncestralDiscreteScheduler",
-        "EulerDiscreteScheduler",
-        "HeunDiscreteScheduler",
-        "KDPM2AncestralDiscreteScheduler",
-        "KDPM2DiscreteScheduler",
-        "LCMScheduler",
-        "LMSDiscreteScheduler",
-        "PNDMScheduler",
-        "UniPCMultistepScheduler",
-    }
+# Our sampler for each scheduler: the same method, for the last three the nearest one.
+_SAMPLERS = {
+    "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "DPMSolverSDEScheduler": "dpmpp_sde",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "EulerDiscreteScheduler": "euler",
+    "FlowMatchEulerDiscreteScheduler": "flow_euler",
+    "FlowMatchHeunDiscreteScheduler": "flow_heun",
+    "HeunDiscreteScheduler": "heun",
+    "KDPM2DiscreteScheduler": "dpm2",
+    "LCMScheduler": "lcm",
+    "LMSDiscreteScheduler": "lms",
+    "PNDMScheduler": "pndm",
+    "UniPCMultistepScheduler": "unipc",
+    "DEISMultistepScheduler": "dpmpp_2m",
+    "DPMSolverSinglestepScheduler": "dpmpp_2m",
+    "KDPM2AncestralDiscreteScheduler": "dpmpp_2s_ancestral",
+}
+_FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+# What would move the levels, or change what the network says.
+_UNSUPPORTED = ("trained_betas", "thresholding", "use_dynamic_shifting", "use_beta_sigmas", "use_lu_lambdas")
+_UNSUPPORTED_IN_FLOW = (
+    *("invert_sigmas", "shift_terminal", "stochastic_sampling"),
+    *("use_karras_sigmas", "use_exponential_sigmas"),
 )
 # diffusers' defaults, for files that leave them out.
 _DIFFUSION_DEFAULTS: dict[str, Any] = {
@@ -49,7 +56,7 @@ _DIFFUSION_DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class SchedulerSettings:
-    """What a scheduler_config.json says, beside which solver.
+    """What a scheduler_config.json says.
 
     Attributes:
         diffusion: the noise schedule and the prediction type, by the names of the file.
@@ -57,6 +64,7 @@ class SchedulerSettings:
         steps_offset: added to the timesteps of `leading` spacing.
         set_alpha_to_one: DDIM's last step ends at ᾱ = 1 rather than ᾱ_0; None: not said.
         sigmas: levels with equal steps in σ^(1/7) or log σ, for samplers that step in σ; None: as `timestep_spacing`.
+        sampler: ours for the scheduler's class, by its name in recipes; the one to take where none is asked for.
     """
 
     diffusion: dict[str, Any]
@@ -64,6 +72,7 @@ class SchedulerSettings:
     steps_offset: int = 1
     set_alpha_to_one: bool | None = None
     sigmas: Literal["karras", "exponential"] | None = None
+    sampler: str = "ddim"
 
     @property
     def is_flow(self) -> bool:
@@ -86,7 +95,8 @@ def our_settings(diffusion: Mapping[str, Any]) -> SchedulerSettings:
     # Only `trailing` visits the last level, which is the point of zero SNR.
     # A flow has no first level to end at, and its scheduler's file no word for it.
     to_one = None if kept["prediction_type"] == "flow_prediction" else False
-    return SchedulerSettings(kept, "trailing" if kept["rescale_betas_zero_snr"] else "leading", 1, to_one)
+    settings = SchedulerSettings(kept, "trailing" if kept["rescale_betas_zero_snr"] else "leading", 1, to_one)
+    return replace(settings, sampler=_SAMPLERS[settings.scheduler_class])
 
 
 def write_scheduler(folder: Path, settings: SchedulerSettings) -> None:
@@ -122,15 +132,19 @@ def read_scheduler(folder: Path) -> SchedulerSettings:
 
     Raises:
         InputNotFoundError: there is no such file.
-        CheckpointError: it is of a family that is not supported (flow matching, its own betas, thresholding).
+        CheckpointError: its class, or something that it asks for, is not supported (its own betas, thresholding, …).
     """
     file = folder / SCHEDULER_FILE
     content = read_json(file)
     found = content.get("_class_name")
-    if found not in _SCHEDULERS:
+    if found not in _SAMPLERS:
         raise CheckpointError(f"cannot use '{file}'", f"scheduler {found!r} is not supported", "use a DDIMScheduler's")
-    refused = ["trained_betas", "thresholding", "use_dynamic_shifting"]
-    if content.get("prediction_type") != "flow_prediction":
+    refused = list(_UNSUPPORTED)
+    if found in _FLOW_SCHEDULERS:
+        refused += _UNSUPPORTED_IN_FLOW
+        # These classes say nothing of the prediction, which is always a velocity, and call its shift so.
+        content = {**content, "prediction_type": "flow_prediction", "flow_shift": content.get("shift", 1.0)}
+    elif content.get("prediction_type") != "flow_prediction":
         refused.append("use_flow_sigmas")
     unsupported = [name for name in refused if content.get(name)]
     if unsupported:
@@ -140,7 +154,16 @@ def read_scheduler(folder: Path) -> SchedulerSettings:
         timestep_spacing=content.get("timestep_spacing"),
         set_alpha_to_one=content.get("set_alpha_to_one"),
         sigmas=_sigmas(content),
+        sampler=_sampler(found, content),
     )
+
+
+def _sampler(scheduler_class: str, content: Mapping[str, Any]) -> str:
+    """Our sampler for a class; of one class there are solvers of the ODE and of the SDE."""
+    sampler = _SAMPLERS[scheduler_class]
+    if sampler != "dpmpp_2m" or not str(content.get("algorithm_type")).startswith("sde-"):
+        return sampler
+    return "dpmpp_3m_sde" if content.get("solver_order") == 3 else "dpmpp_2m_sde"
 
 
 def _diffusion(content: Mapping[str, Any]) -> dict[str, Any]:

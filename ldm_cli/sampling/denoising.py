@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 from torch import Tensor
 
@@ -96,7 +97,7 @@ def denoise(
             return start.latents
         first = path.steps[0][0]
         x = first.signal * start.latents + first.noise * noise
-    name = config.sampler
+    name = sampler_of(settings, config)
     if name in _WITH_ETA:
         sampler, eta = _WITH_ETA[name]
         return sampler(model, x, path, step_noise, eta if config.eta is None else config.eta)
@@ -105,12 +106,18 @@ def denoise(
     return _DETERMINISTIC[name](model, x, path)
 
 
+def sampler_of(settings: SchedulerSettings, config: SamplingConfig) -> SamplerName:
+    """The configuration's sampler, else that of the model's scheduler."""
+    return config.sampler or cast(SamplerName, settings.sampler)
+
+
 def spacing_of(settings: SchedulerSettings, config: SamplingConfig) -> Spacing | Sequence[float]:
     """The configuration's table or spacing, else the model's spacing, else the sampler's default in diffusers."""
     if config.timesteps is not None:
         return config.timesteps
-    default: Spacing = "leading" if config.sampler in _DISCRETE_GRID else "linspace"
-    if config.timestep_spacing is None and settings.sigmas is not None and config.sampler not in _DISCRETE_GRID:
+    is_discrete = sampler_of(settings, config) in _DISCRETE_GRID
+    default: Spacing = "leading" if is_discrete else "linspace"
+    if config.timestep_spacing is None and settings.sigmas is not None and not is_discrete:
         return settings.sigmas
     return config.timestep_spacing or settings.timestep_spacing or default
 
@@ -124,14 +131,14 @@ def plan(schedule: NoiseSchedule, settings: SchedulerSettings, config: SamplingC
         if not isinstance(spacing, str):
             raise UsageError("cannot use these timesteps", str(error), "leave out what is above") from error
         raise UsageError(
-            f"{config.sampler} cannot take {config.steps} steps with {spacing} spacing",
+            f"{sampler_of(settings, config)} cannot take {config.steps} steps with {spacing} spacing",
             f"the model has {schedule.num_timesteps} noise levels",
             "ask for fewer steps",
         ) from error
 
 
 def _plan(schedule: NoiseSchedule, settings: SchedulerSettings, config: SamplingConfig) -> Trajectory:
-    name, steps, offset = config.sampler, config.steps, settings.steps_offset
+    name, steps, offset = sampler_of(settings, config), config.steps, settings.steps_offset
     spacing = spacing_of(settings, config)
     if name == "lcm" and config.timesteps is None and config.timestep_spacing is None:
         return lcm_trajectory(schedule, steps)

@@ -22,7 +22,7 @@ from ldm_cli.recipe.schema import SampleRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.canvas import Canvas, open_canvas
 from ldm_cli.sampling.config import SamplingConfig
-from ldm_cli.sampling.denoising import plan
+from ldm_cli.sampling.denoising import plan, sampler_of
 from ldm_cli.sampling.edit_config import EditConfig
 from ldm_cli.sampling.extras import Extras
 from ldm_cli.sampling.images import slug
@@ -188,7 +188,8 @@ class _Desk:
         """What decides all pictures of the job, as JSON."""
         record: dict[str, Any] = {
             "sampling": self._sampling_record(self.recipe.sampling, self.recipe.edit),
-            "scheduler": vars(self.pipeline.settings),
+            # But its sampler, of which `sampling` says whether it is the one.
+            "scheduler": {n: value for n, value in vars(self.pipeline.settings).items() if n != "sampler"},
             "weights": self.pipeline.weights_sha256,
             "weighted_words": self.recipe.weighted_words,
         }
@@ -256,7 +257,8 @@ class _Desk:
     def _sampling_record(self, sampling: SamplingConfig, edit: EditConfig) -> dict[str, Any]:
         """The configuration as JSON; sizes only as far as they do not follow from the picture to work on."""
         sized = sampling if edit.image is not None else self._sized(sampling, None)
-        return {name: value for name, value in sized.to_mapping().items() if name not in _NOT_RECORDED}
+        recorded = sized.to_mapping() | {"sampler": sampler_of(self.pipeline.settings, sampling)}
+        return {name: value for name, value in recorded.items() if name not in _NOT_RECORDED}
 
     def _edit_record(self, edit: EditConfig) -> dict[str, Any]:
         """The work on a picture as JSON, contents in place of paths."""

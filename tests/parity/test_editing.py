@@ -8,32 +8,11 @@ from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.extras import Extras
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import ImageRequest
-from tests.parity.test_pipeline import NEGATIVE, PROMPTS, latents, scheduler
-from tests.sampling.tiny import TEXT, UNET, VAE, randomize, special_ids, tiny_tokenizer
+from tests.parity.their_pipeline import NEGATIVE, PROMPTS, latents, scheduler, their_folder
 
 diffusers = pytest.importorskip("diffusers")
-transformers = pytest.importorskip("transformers")
 
 STEPS = 6
-
-
-def their_folder(folder, in_channels=4):
-    """A pipeline folder for both sides."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.save(folder / "own_tokenizer")
-    text = transformers.CLIPTextConfig(**TEXT, **special_ids(tokenizer))
-    pipeline = diffusers.StableDiffusionPipeline(
-        vae=randomize(diffusers.AutoencoderKL(**VAE), 1),
-        text_encoder=randomize(transformers.CLIPTextModel(text), 2),
-        tokenizer=transformers.CLIPTokenizer.from_pretrained(folder / "own_tokenizer"),
-        unet=randomize(diffusers.UNet2DConditionModel(**UNET, in_channels=in_channels), 3),
-        scheduler=scheduler("ddim"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder / "pipeline")
-    return folder / "pipeline"
 
 
 def picture():
@@ -80,7 +59,7 @@ def theirs(kind, folder, monkeypatch, module, sampler, strength, **given):
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m"])
 def test_img2img_is_that_of_diffusers(tmp_path, monkeypatch, sampler, strength):
     module = diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img
-    folder = their_folder(tmp_path)
+    folder = their_folder(tmp_path, scheduler("ddim"))
     expected = theirs(diffusers.StableDiffusionImg2ImgPipeline, folder, monkeypatch, module, sampler, strength)
     found = ours(folder, sampler, strength, None)
     assert expected.float().std() > 10, "flat pictures prove nothing"
@@ -92,7 +71,7 @@ def test_img2img_is_that_of_diffusers(tmp_path, monkeypatch, sampler, strength):
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m"])
 def test_inpainting_is_that_of_diffusers_inside_of_the_mask(tmp_path, monkeypatch, sampler, strength, in_channels):
     module = diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint
-    folder, hole = their_folder(tmp_path, in_channels), mask()
+    folder, hole = their_folder(tmp_path, scheduler("ddim"), in_channels), mask()
     given = {"mask_image": hole[None, None].float(), "height": 16, "width": 16}
     inpainting = diffusers.StableDiffusionInpaintPipeline
     expected = theirs(inpainting, folder, monkeypatch, module, sampler, strength, **given)

@@ -1,59 +1,22 @@
 """Pipeline folders against diffusers and transformers, in both directions, from the same initial latents."""
 
 import json
+from typing import get_args
 
 import pytest
 import torch
 
 from ldm_cli.core.diffusion.config import DiffusionConfig
-from ldm_cli.sampling.config import SamplingConfig
+from ldm_cli.errors import CheckpointError
+from ldm_cli.formats.json_file import write_json
+from ldm_cli.formats.pipeline_folder import read_scheduler
+from ldm_cli.sampling.config import SamplerName, SamplingConfig
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import ImageRequest
-from tests.sampling.tiny import TEXT, UNET, VAE, randomize, special_ids, tiny_pipeline, tiny_tokenizer
+from tests.parity.their_pipeline import NEGATIVE, PROMPTS, latents, scheduler, their_folder
+from tests.sampling.tiny import tiny_pipeline
 
 diffusers = pytest.importorskip("diffusers")
-transformers = pytest.importorskip("transformers")
-
-PROMPTS = ["a small red circle at the top left", "a blue square"]
-NEGATIVE = "green"
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
-def scheduler(name, **fields):
-    stable = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-    extra = {"ddim": {"clip_sample": False, "set_alpha_to_one": False}, "pndm": {"skip_prk_steps": True}}
-    classes = {
-        "ddim": diffusers.DDIMScheduler,
-        "pndm": diffusers.PNDMScheduler,
-        "euler": diffusers.EulerDiscreteScheduler,
-        "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
-    }
-    return classes[name](**(stable | extra.get(name, {}) | fields))
-
-
-def their_folder(folder, tokenizer, the_scheduler):
-    tokenizer.save(folder / "own_tokenizer")
-    text = transformers.CLIPTextConfig(**TEXT, **special_ids(tokenizer))
-    pipeline = diffusers.StableDiffusionPipeline(
-        vae=randomize(diffusers.AutoencoderKL(**VAE), 1),
-        text_encoder=randomize(transformers.CLIPTextModel(text), 2),
-        tokenizer=transformers.CLIPTokenizer.from_pretrained(folder / "own_tokenizer"),
-        unet=randomize(diffusers.UNet2DConditionModel(**UNET), 3),
-        scheduler=the_scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder / "pipeline")
-    return folder / "pipeline"
-
-
-def latents():
-    return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
 
 
 def our_images(pipeline, **fields):
@@ -87,19 +50,100 @@ def assert_equal_pictures(ours, theirs):
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m"])
-def test_pndm_folder_written_by_diffusers_is_sampled_as_diffusers_samples_it(tmp_path, tokenizer, sampler):
-    folder = their_folder(tmp_path, tokenizer, scheduler("pndm"))
+def test_pndm_folder_written_by_diffusers_is_sampled_as_diffusers_samples_it(tmp_path, sampler):
+    folder = their_folder(tmp_path, scheduler("pndm"))
     assert_equal_pictures(our_images(Pipeline.load(folder), sampler=sampler), their_images(folder, sampler))
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m"])
-def test_folder_with_the_sampler_of_the_same_name_gives_the_same_pictures(tmp_path, tokenizer, name):
-    folder = their_folder(tmp_path, tokenizer, scheduler(name))
+def test_folder_with_the_sampler_of_the_same_name_gives_the_same_pictures(tmp_path, name):
+    folder = their_folder(tmp_path, scheduler(name))
     assert_equal_pictures(our_images(Pipeline.load(folder), sampler=name), their_images(folder))
 
 
-def test_file_of_stable_diffusion_1_is_read_with_each_samplers_own_spacing(tmp_path, tokenizer):
-    folder = their_folder(tmp_path, tokenizer, scheduler("pndm"))
+def write_scheduler_file(folder, name, fields):
+    """Only what differs from the defaults of the class, which some cannot be made without SciPy."""
+    (folder / "scheduler").mkdir()
+    write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": name, **fields})
+
+
+STABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+BY_CLASS = [
+    ("DDIMScheduler", {**STABLE, "clip_sample": False, "set_alpha_to_one": False}, "ddim"),
+    ("DDIMScheduler", {**STABLE, **ZERO_SNR, "clip_sample": False}, "ddim"),
+    ("PNDMScheduler", {**STABLE, "skip_prk_steps": True}, "pndm"),
+    ("PNDMScheduler", {**STABLE, "skip_prk_steps": True, "set_alpha_to_one": True, "steps_offset": 0}, "pndm"),
+    ("EulerDiscreteScheduler", {**STABLE, "timestep_spacing": "leading"}, "euler"),
+    ("EulerDiscreteScheduler", {"beta_schedule": "squaredcos_cap_v2"}, "euler"),
+    ("EulerDiscreteScheduler", {**STABLE, "use_karras_sigmas": True, "prediction_type": "v_prediction"}, "euler"),
+    ("EulerDiscreteScheduler", {**STABLE, **ZERO_SNR}, "euler"),
+    ("HeunDiscreteScheduler", {**STABLE, "timestep_spacing": "trailing"}, "heun"),
+    ("KDPM2DiscreteScheduler", STABLE, "dpm2"),
+    ("DPMSolverMultistepScheduler", {**STABLE, "use_karras_sigmas": True}, "dpmpp_2m"),
+    ("DPMSolverMultistepScheduler", {"timestep_spacing": "trailing"}, "dpmpp_2m"),
+    ("UniPCMultistepScheduler", {**STABLE, "timestep_spacing": "leading"}, "unipc"),
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "flow_euler"),
+    ("FlowMatchHeunDiscreteScheduler", {"shift": 1.5}, "flow_heun"),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "sampler"), BY_CLASS)
+def test_scheduler_in_a_folder_chooses_sampler_and_levels_as_in_diffusers(tmp_path, monkeypatch, name, fields, sampler):
+    scheduler_class = getattr(diffusers, name)
+    if name.startswith("FlowMatch"):
+        # Without it this pipeline of diffusers cannot start; their folders exist all the same.
+        monkeypatch.setattr(scheduler_class, "init_noise_sigma", 1.0, raising=False)
+    folder = their_folder(tmp_path, scheduler_class(**fields))
+    pipeline = Pipeline.load(folder)
+    assert pipeline.settings.sampler == sampler
+    found = our_images(pipeline)
+    assert_equal_pictures(found, their_images(folder))
+    assert torch.equal(found, our_images(pipeline, sampler=sampler))
+    # DDIM and Euler's methods are the same move: on the same levels they agree.
+    assert sampler in ("ddim", "euler", "flow_euler") or not torch.equal(found, our_images(pipeline, sampler="ddim"))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "sampler"),
+    [
+        ("DDPMScheduler", {}, "ddpm"),
+        ("EulerAncestralDiscreteScheduler", {}, "euler_ancestral"),
+        ("LMSDiscreteScheduler", {}, "lms"),
+        ("LCMScheduler", {}, "lcm"),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde"),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, "dpmpp_3m_sde"),
+        ("DPMSolverSinglestepScheduler", {}, "dpmpp_2m"),
+        ("DEISMultistepScheduler", {}, "dpmpp_2m"),
+        ("KDPM2AncestralDiscreteScheduler", {}, "dpmpp_2s_ancestral"),
+        ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}, "unipc"),
+    ],
+)
+def test_every_other_scheduler_chooses_its_sampler_or_the_nearest(tmp_path, name, fields, sampler):
+    write_scheduler_file(tmp_path, name, fields)
+    assert read_scheduler(tmp_path).sampler == sampler
+    assert sampler in get_args(SamplerName)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}),
+        ("FlowMatchEulerDiscreteScheduler", {"shift_terminal": 0.1}),
+        ("FlowMatchEulerDiscreteScheduler", {"use_karras_sigmas": True}),
+        ("EulerDiscreteScheduler", {"use_beta_sigmas": True}),
+        ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}),
+        ("DDIMScheduler", {"thresholding": True}),
+    ],
+)
+def test_what_a_scheduler_asks_for_and_we_cannot_do_is_refused_by_name(tmp_path, name, fields):
+    write_scheduler_file(tmp_path, name, fields)
+    with pytest.raises(CheckpointError, match=f"{next(iter(fields))} is not supported"):
+        read_scheduler(tmp_path)
+
+
+def test_file_of_stable_diffusion_1_is_read_with_each_samplers_own_spacing(tmp_path):
+    folder = their_folder(tmp_path, scheduler("pndm"))
     file = folder / "scheduler" / "scheduler_config.json"
     content = json.loads(file.read_text())
     for absent in ("timestep_spacing", "prediction_type", "trained_betas"):
