@@ -26,6 +26,7 @@ from ldm_cli.core.vae_loss import VAELoss
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.training.config import TrainConfig
 from ldm_cli.training.optim import GuardedOptimizers
+from ldm_cli.training.weights import Weights
 
 TrainRecipe = TrainClipRecipe | TrainVaeRecipe | TrainUnetRecipe
 CONTEXT_LENGTH = 77
@@ -114,7 +115,7 @@ class TrainingStep:
     def __init__(self, model: nn.Module, loss: Callable[[], Tensor], train: TrainConfig, num_units: int) -> None:
         self.model, self.loss, self.train, self.num_units = model, loss, train, num_units
         self.device = next(model.parameters()).device
-        self.optimizers = GuardedOptimizers({"model": model}, train, self.device)
+        self.optimizers = GuardedOptimizers(Weights({"model": model}), train, self.device)
         with torch.no_grad(), autocast(self.device, train.precision):
             self.first_loss = loss().item()
 

@@ -76,6 +76,8 @@ class TrainVaeRecipe(Config):
         size, factor = self.data.image_size, 2 ** (len(self.vae.block_out_channels) - 1)
         if size % factor:
             raise ValueError(f"data.image_size={size} is no multiple of the autoencoder's factor {factor}")
+        if self.train.strategy == "sharded" and self.loss.adversarial_weight > 0 and self.loss.adversarial_adaptive:
+            raise ValueError("train.strategy=sharded has no whole last layer for loss.adversarial_adaptive")
         smallest = min_image_size(self.loss.discriminator_layers)
         if self.loss.adversarial_weight > 0 and size < smallest:
             raise ValueError(

@@ -18,7 +18,7 @@ class TrainConfig(Config):
 
     steps: Positive
     """Optimizer steps in all."""
-    batch_size: Positive
+    batch_size: Annotated[int, Field(ge=1, le=2**22)]
     """Samples per optimizer step, over all ranks and accumulation parts: the global batch."""
     gradient_accumulation: Positive = 1
     """Each rank runs its part of the batch in this many equal parts, to save memory; must divide `batch_size`."""
@@ -28,6 +28,10 @@ class TrainConfig(Config):
     chunk_size: Positive | None = None
     """Samples whose gradient is computed at once where `deterministic` is elastic; must divide `batch_size`. null: an
     eighth of it, or the next smaller part that divides it."""
+    strategy: Literal["replicated", "sharded"] = "replicated"
+    """How several ranks hold the model. replicated: each one whole (data parallel). sharded: each a part of weights,
+    gradients, moments and averages (ZeRO-3, FSDP2), for models that are too large otherwise; `channels_last` is left
+    out, and neither `muon` nor `elastic` can be had."""
     rank_timeout: Annotated[float, Field(ge=1)] = 120.0
     """Seconds after which a rank that gives no sign of life counts as lost."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -81,6 +85,10 @@ class TrainConfig(Config):
             )
         if self.chunk_size is not None and self.batch_size % self.chunk_size:
             raise ValueError(f"chunk_size={self.chunk_size} does not divide batch_size={self.batch_size}")
+        if self.strategy == "sharded" and self.deterministic == "elastic":
+            raise ValueError("strategy=sharded adds up gradients as parts, not in the order of deterministic=elastic")
+        if self.strategy == "sharded" and self.optimizer == "muon":
+            raise ValueError("strategy=sharded cuts the matrices that optimizer=muon needs whole")
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} is more than steps={self.steps}")
         return self

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +25,8 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from ldm_cli.errors import LdmError, Preempted, UsageError, WorkerError
 from ldm_cli.training.rank_watch import POLL, TELLING, RankWatch, announce
+
+T = TypeVar("T")
 
 _PATIENCE = timedelta(hours=12)
 """The others wait as long for rank 0 while it validates, draws or saves: its signs of life tell that it is well."""
@@ -76,6 +81,30 @@ class Ranks:
         """Wait until every rank has come here."""
         self.largest(0)
 
+    def device_group(self) -> dist.ProcessGroup:
+        """The connection for tensors on the device; for collectives that `complete` starts.
+
+        Raises:
+            ValueError: one process has none.
+        """
+        raise ValueError(f"no process group where world_size={self.world_size}")
+
+    def complete(self, start: Callable[[], dist.Work | None], tensor: Tensor) -> None:
+        """Start a collective that writes to `tensor` and wait for it, as long as the other ranks are well.
+
+        Raises:
+            WorkerError: one of them failed or is gone.
+        """
+        start()
+
+    def attended(self, work: Callable[[dist.ProcessGroup | None], T]) -> T:
+        """The result of blocking collectives on a group of the host's memory, which is None for one process.
+
+        Raises:
+            WorkerError: another rank failed or is gone.
+        """
+        return work(None)
+
     @contextmanager
     def first_then_others(self) -> Iterator[None]:
         """Rank 0 goes through the block before the others enter it: what it caches, they find."""
@@ -114,6 +143,7 @@ class _ConnectedRanks(Ranks):
         super().__init__(rank, world_size, local_rank)
         self._store = store
         self._device_group = dist.new_group(backend="nccl") if device.type == "cuda" else None
+        self._host_group: dist.ProcessGroup | None = None
         self._watch = RankWatch(_own_connection(store), rank, world_size, timeout)
         self._watch.start()
 
@@ -126,22 +156,19 @@ class _ConnectedRanks(Ranks):
                 work = dist.all_reduce(flat, group=self._group(flat), async_op=True)
             pending.append((bucket, flat, work))
         for bucket, flat, work in pending:
-            self._complete(work, flat)
+            self._finish(work, flat)
             for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(part.view(tensor.shape))
 
     def copy_from(self, rank: int, tensor: Tensor) -> None:
         """A broadcast."""
-        with self._others_expected():
-            work = dist.broadcast(tensor, src=rank, group=self._group(tensor), async_op=True)
-        self._complete(work, tensor)
+        self.complete(lambda: dist.broadcast(tensor, src=rank, group=self._group(tensor), async_op=True), tensor)
 
     def gathered(self, tensor: Tensor) -> Tensor:
         """An all-gather."""
         pieces = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.world_size)]
-        with self._others_expected():
-            work = dist.all_gather(pieces, tensor.contiguous(), group=self._group(tensor), async_op=True)
-        self._complete(work, tensor)
+        own, group = tensor.contiguous(), self._group(tensor)
+        self.complete(lambda: dist.all_gather(pieces, own, group=group, async_op=True), tensor)
         return torch.cat(pieces)
 
     def texts(self, text: str) -> list[str]:
@@ -156,10 +183,39 @@ class _ConnectedRanks(Ranks):
     def largest(self, number: int) -> int:
         """An all-reduce on the host."""
         value = torch.tensor(number)
-        with self._others_expected():
-            work = dist.all_reduce(value, op=dist.ReduceOp.MAX, async_op=True)
-        self._complete(work, value)
+        self.complete(lambda: dist.all_reduce(value, op=dist.ReduceOp.MAX, async_op=True), value)
         return int(value)
+
+    def device_group(self) -> dist.ProcessGroup:
+        """NCCL's for CUDA, else gloo's."""
+        group = self._device_group or dist.group.WORLD
+        assert group is not None
+        return group
+
+    def complete(self, start: Callable[[], dist.Work | None], tensor: Tensor) -> None:
+        """For a tensor on CUDA the device waits, not the host."""
+        with self._others_expected():
+            work = start()
+        self._finish(work, tensor)
+
+    def attended(self, work: Callable[[dist.ProcessGroup | None], T]) -> T:
+        """In a thread of its own: this one looks after the other ranks meanwhile."""
+        outcome: futures.Future[T] = futures.Future()
+
+        def attempt() -> None:
+            try:
+                if self._host_group is None:
+                    self._host_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+                outcome.set_result(work(self._host_group))
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        threading.Thread(target=attempt, daemon=True).start()
+        while not futures.wait([outcome], POLL.total_seconds()).done:
+            if self._watch.asked() is not None:
+                raise self._loss(None)
+        with self._others_expected():
+            return outcome.result()
 
     def announce(self, error: BaseException) -> None:
         """Leave the reason why this rank ends where the others find it, unless another has failed before."""
@@ -179,12 +235,7 @@ class _ConnectedRanks(Ranks):
     def _group(self, tensor: Tensor) -> dist.ProcessGroup | None:
         return self._device_group if tensor.is_cuda else None
 
-    def _complete(self, work: dist.Work | None, tensor: Tensor) -> None:
-        """Wait for the other ranks as long as they are well; for a tensor on CUDA the device waits, not the host.
-
-        Raises:
-            WorkerError: one of them failed or is gone.
-        """
+    def _finish(self, work: dist.Work | None, tensor: Tensor) -> None:
         assert work is not None
         if tensor.is_cuda:
             work.wait()

@@ -3,24 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class ExponentialMovingAverage:
-    """Averages of all parameters of some modules, with `averaged()` to put them in place for a while.
+    """Averages of some parameters, with `averaged()` to put them in place for a while.
 
     Buffers (batch-norm statistics) are averages already and are shared with the live modules.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], decay: float, warmup: bool) -> None:
+    def __init__(self, parameters: Iterable[Tensor], decay: float, warmup: bool) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay={decay} is not in [0, 1)")
         self.decay, self.warmup = decay, warmup
-        self.live: list[Tensor] = [p for m in modules.values() for p in m.parameters()]
+        self.live: list[Tensor] = list(parameters)
         self.average = [p.detach().clone() for p in self.live]
 
     def decay_at(self, step: int) -> float:
@@ -37,7 +37,7 @@ class ExponentialMovingAverage:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """While it is entered, the modules hold the averages, and writing to them changes the averages."""
+        """While it is entered, the parameters hold the averages, and writing to them changes the averages."""
         self._swap()
         try:
             yield
@@ -46,5 +46,8 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def _swap(self) -> None:
+        # By value: a part of a sharded parameter has to stay in its place.
         for live, average in zip(self.live, self.average, strict=True):
-            live.data, average.data = average.data, live.data
+            before = live.clone()
+            live.copy_(average)
+            average.copy_(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -119,25 +120,25 @@ def train(
                 figures |= {"lr": learning_rate(config, trainer.step), "images_per_second": throughput.rate()}
             if due.save:
                 trainer.expect_same_weights()
-            if ranks.is_first:
-                with throughput.paused():
-                    _follow_up(trainer, due, figures, progress)
-    return _finish(trainer) if ranks.is_first else {}
+            with throughput.paused():
+                _follow_up(trainer, due, figures, progress)
+    return _finish(trainer)
 
 
 def _follow_up(trainer: Trainer, due: _Due, figures: dict[str, float], progress: Progress) -> None:
     """Validate, log, draw and save after a step; saving comes last, when all else is done."""
-    run, step = trainer.run, trainer.step
+    run, step, is_first = trainer.run, trainer.step, trainer.part_sum.ranks.is_first
     if due.validate:
         figures |= _validate(trainer)
-    if figures:
+    if figures and is_first:
         run.append_metrics({"step": step, **{name: _rounded(value) for name, value in figures.items()}})
         progress.update(step, {k: figures[k] for k in ("loss", "images_per_second") if k in figures})
     if due.picture:
         _picture(trainer)
     if due.save:
         trainer.save()
-        run.status("running", step=step, steps=trainer.config.steps)
+        if is_first:
+            run.status("running", step=step, steps=trainer.config.steps)
 
 
 def _resume(trainer: Trainer, start: Path | None) -> None:
@@ -159,7 +160,8 @@ def _resume(trainer: Trainer, start: Path | None) -> None:
         if (problem := problem_with(source)) is not None:
             raise CheckpointError(f"cannot continue from '{source}'", problem, "give another checkpoint")
     # Rank 0 has verified it and looked for a better one; the others take what it found.
-    source = Path(found) if (found := ranks.from_first(str(source or ""))) else None
+    found, is_own = json.loads(ranks.from_first(json.dumps([str(source or ""), own is not None])))
+    source = Path(found) if found else None
     if source is None:
         return
     trainer.restore(source)
@@ -169,7 +171,7 @@ def _resume(trainer: Trainer, start: Path | None) -> None:
             f"it is at step {trainer.step}, train.steps={trainer.config.steps}",
             "give an earlier checkpoint, or raise train.steps",
         )
-    if own is not None:
+    if is_own:
         trainer.saved_step = trainer.step
     if ranks.is_first:
         run.log(f"continuing '{source}' at step {trainer.step} of {trainer.config.steps}")
@@ -177,8 +179,8 @@ def _resume(trainer: Trainer, start: Path | None) -> None:
 
 def _preempt(trainer: Trainer, reason: str) -> None:
     ranks = trainer.part_sum.ranks
+    trainer.save()
     if ranks.is_first:
-        trainer.save()
         trainer.run.status("running", step=trainer.step, steps=trainer.config.steps)
     ranks.wait()
     raise Preempted(
@@ -192,33 +194,39 @@ def _validate(trainer: Trainer) -> dict[str, float]:
     """Held-out figures of the raw weights and, with the suffix `_ema`, of their average."""
     _set_training(trainer.task, False)
     with torch.no_grad():
-        figures = trainer.task.validate()
+        figures = trainer.present(trainer.task.validate) or {}
         if trainer.ema is not None:
-            with trainer.ema.averaged():
-                figures |= {f"{name}_ema": value for name, value in trainer.task.validate().items()}
+            averaged = trainer.present(trainer.task.validate, averaged=True) or {}
+            figures |= {f"{name}_ema": value for name, value in averaged.items()}
     return figures
 
 
 def _picture(trainer: Trainer) -> None:
     _set_training(trainer.task, False)
     target = trainer.run.samples / checkpoint_name(trainer.step)
-    if not target.exists():
-        trainer.run.samples.mkdir(exist_ok=True)
-        with torch.no_grad(), ExitStack() as stack:
-            if trainer.ema is not None:
-                stack.enter_context(trainer.ema.averaged())
+
+    def draw() -> None:
+        if not target.exists():
+            trainer.run.samples.mkdir(exist_ok=True)
             commit_folder(target, trainer.task.picture)
+
+    with torch.no_grad():
+        trainer.present(draw, averaged=True)
 
 
 def _finish(trainer: Trainer) -> dict[str, float]:
     """Write `model/` from the averaged weights, if there are any, and mark the run finished."""
     _set_training(trainer.task, False)
-    figures = trainer.run.last_metrics()
-    with torch.no_grad(), ExitStack() as stack:
-        if trainer.ema is not None:
-            stack.enter_context(trainer.ema.averaged())
-        figures |= trainer.task.finalize()
+
+    def conclude() -> dict[str, float]:
+        figures = trainer.run.last_metrics() | trainer.task.finalize()
         commit_folder(trainer.run.model, trainer.task.export, replace=True, linked=trainer.run.frozen)
+        return figures
+
+    with torch.no_grad():
+        figures = trainer.present(conclude, averaged=True)
+    if figures is None:
+        return {}
     trainer.run.status("finished", step=trainer.step, steps=trainer.config.steps, code=0, figures=figures)
     return figures
 

@@ -4,7 +4,7 @@ without waiting for the device."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from ldm_cli.training.config import TrainConfig
 from ldm_cli.training.distributed import Ranks
 from ldm_cli.training.muon import Muon, is_hidden_matrix
+from ldm_cli.training.weights import Weights
 
 _FIRST_LOSS_SCALE = 2.0**16
 _STEPS_TO_GROW = 2000
+_FIELDS: dict[type, tuple[str, ...]] = {Muon: ("momentum",), torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq")}
+"""What an optimizer keeps of a parameter; AdamW its count of steps first."""
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -31,13 +34,15 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * (config.min_lr_fraction + (1.0 - config.min_lr_fraction) * cosine)
 
 
-def build_optimizers(module: nn.Module, config: TrainConfig, ranks: Ranks) -> list[torch.optim.AdamW | Muon]:
-    """The optimizers of a module's trainable parameters, each parameter in one of them.
+def build_optimizers(
+    parameters: Mapping[str, nn.Parameter], config: TrainConfig, ranks: Ranks
+) -> list[torch.optim.AdamW | Muon]:
+    """The optimizers of a module's trainable parameters, by name, each parameter in one of them.
 
     Fused AdamW with weight decay on matrices and kernels alone (ndim ≥ 2); with `optimizer: muon`, Muon instead for
     hidden matrices and kernels.
     """
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    named = [(name, p) for name, p in parameters.items() if p.requires_grad]
     hidden = [p for name, p in named if config.optimizer == "muon" and is_hidden_matrix(name, p)]
     taken = {id(p) for p in hidden}
     others = [p for _, p in named if id(p) not in taken]
@@ -67,13 +72,14 @@ class GuardedOptimizers:
         nonfinite_run: float32 scalar tensor, consecutive skipped steps.
     """
 
-    def __init__(
-        self, modules: Mapping[str, nn.Module], config: TrainConfig, device: torch.device, ranks: Ranks | None = None
-    ) -> None:
-        self.config = config
-        self.names = {name: [n for n, p in m.named_parameters() if p.requires_grad] for name, m in modules.items()}
-        self.parameters = {name: [p for p in m.parameters() if p.requires_grad] for name, m in modules.items()}
-        self.optimizers = {name: build_optimizers(m, config, ranks or Ranks()) for name, m in modules.items()}
+    def __init__(self, weights: Weights, config: TrainConfig, device: torch.device) -> None:
+        self.weights, self.config = weights, config
+        trained = {
+            name: {n: p for n, p in held.items() if p.requires_grad} for name, held in weights.parameters.items()
+        }
+        self.parameters = {name: list(held.values()) for name, held in trained.items()}
+        self.names = {name: list(held) for name, held in trained.items()}
+        self.optimizers = {name: build_optimizers(held, config, weights.ranks) for name, held in trained.items()}
         scale = _FIRST_LOSS_SCALE if config.precision == "fp16" else 1.0
         self.loss_scale = torch.tensor(scale, device=device)
         self.steps_since_overflow = torch.tensor(0.0, device=device)
@@ -91,10 +97,7 @@ class GuardedOptimizers:
             The 2-norm of each module's mean gradient, before clipping, and `kept`: 1 if the step was taken, or 0.
         """
         scale = self.loss_scale * num_parts
-        norms = {
-            name: torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]) / scale
-            for name, parameters in self.parameters.items()
-        }
+        norms = {name: self.weights.grad_norm(name) / scale for name in self.parameters}
         finite = torch.isfinite(torch.stack([*norms.values(), loss.detach().to(self.loss_scale)])).all()
         found_inf = 1.0 - finite.to(torch.float32)
         for name, optimizers in self.optimizers.items():
@@ -120,15 +123,28 @@ class GuardedOptimizers:
         self.loss_scale = self.loss_scale * torch.exp2(grow - found_inf)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything needed to go on exactly: moments and step counts by name, loss scale, counters."""
+        """Everything needed to go on exactly: moments and step counts by name, loss scale, counters.
+
+        Moments of which this rank holds a part are DTensors.
+        """
         tensors = {
             "loss_scale": self.loss_scale,
             "steps_since_overflow": self.steps_since_overflow,
             "nonfinite_run": self.nonfinite_run,
         }
         for prefix, parameter, optimizer in self._placed():
-            tensors |= {f"{prefix}{field}": value for field, value in optimizer.state.get(parameter, {}).items()}
+            for field, value in optimizer.state.get(parameter, {}).items():
+                tensors[prefix + field] = value if field == "step" else self.weights.as_whole(parameter, value)
         return tensors
+
+    def empty_moments(self, names: Container[str]) -> dict[str, Tensor]:
+        """Tensors to be filled with the moments of those parameters whose count of steps is among `names`."""
+        return {
+            prefix + field: self.weights.as_whole(parameter, torch.empty_like(parameter.detach()))
+            for prefix, parameter, optimizer in self._placed()
+            for field in _FIELDS[type(optimizer)]
+            if field != "step" and f"{prefix}step" in names
+        }
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Inverse of `state`.
@@ -139,11 +155,13 @@ class GuardedOptimizers:
         for field in ("loss_scale", "steps_since_overflow", "nonfinite_run"):
             setattr(self, field, tensors[field].to(self.loss_scale.device))
         for prefix, parameter, optimizer in self._placed():
-            fields = ("momentum",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
+            fields = _FIELDS[type(optimizer)]
             if f"{prefix}{fields[0]}" not in tensors:
                 continue  # the parameter had received no gradient yet
             for field in fields:
                 value = tensors[f"{prefix}{field}"]
+                if field != "step":
+                    value = self.weights.own(parameter, value)
                 # empty_like keeps the parameter's memory order, on which the fused kernel depends
                 place = torch.empty_like(parameter.detach() if field != "step" else value, device=parameter.device)
                 optimizer.state[parameter][field] = place.copy_(value)

@@ -42,6 +42,7 @@ _HARMLESS = {
     "train.sample_every",
     "train.max_nonfinite",
     "train.gradient_accumulation",  # as other ranks: the last bits, unless train.deterministic is elastic
+    "train.strategy",
     "train.rank_timeout",
     "data.num_workers",
     "data.worker_timeout",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from ldm_cli.errors import (
 from ldm_cli.formats.json_file import read_json, write_json
 from ldm_cli.formats.model_folder import check_tensors
 from ldm_cli.formats.weight_files import read_tensors, write_tensors
-from ldm_cli.storage import megabytes
+from ldm_cli.storage import megabytes, storage_errors
 from ldm_cli.training.checkpoint import checkpoint_name, checkpoints, commit_folder, prune
 from ldm_cli.training.config import TrainConfig
 from ldm_cli.training.distributed import Ranks
@@ -32,8 +33,11 @@ from ldm_cli.training.optim import GuardedOptimizers, learning_rate
 from ldm_cli.training.part_sum import part_sum
 from ldm_cli.training.run_folder import RunFolder
 from ldm_cli.training.task import Task
+from ldm_cli.training.weights import Weights
 
-_TENSORS, _STATE = "training.safetensors", "state.json"
+T = TypeVar("T")
+
+_TENSORS, _STATE, _PARTS = "training.safetensors", "state.json", "parts"
 _HEADER_BYTES = 2**20
 """More than the headers of the files and the small files take."""
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -78,16 +82,12 @@ class Trainer:
         self.part_sum = part_sum(config, ranks)
         self.task, self.config, self.run, self.device = task, config, run, device
         trained = {**task.modules, **task.auxiliary}
-        for module in trained.values():
-            module.to(device)
-            if config.channels_last:
-                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizers = GuardedOptimizers(trained, config, device, ranks)
-        self.ema = (
-            ExponentialMovingAverage(task.modules, config.ema_decay, config.ema_warmup)
-            if config.ema_decay is not None
-            else None
-        )
+        self.weights = _held(task, config, device, ranks)
+        self.optimizers = GuardedOptimizers(self.weights, config, device)
+        self.ema = None
+        if config.ema_decay is not None:
+            averaged = [p for name in task.modules for p in self.weights.parameters[name].values()]
+            self.ema = ExponentialMovingAverage(averaged, config.ema_decay, config.ema_warmup)
         self.buffers = [buffer for module in trained.values() for buffer in module.buffers()]
         self.meter = _Meter()
         self.step = 0
@@ -126,8 +126,7 @@ class Trainer:
             # empty_like keeps the parameter's memory order, on which the fused kernel depends
             parameter.grad = torch.empty_like(parameter).copy_(gradient.view(parameter.shape))
         if not self.part_sum.is_canonical:
-            parameters = (p for module in self.optimizers.parameters.values() for p in module)
-            self.part_sum.ranks.sum_in_place([p.grad for p in parameters if p.grad is not None])
+            self.weights.sum_gradients()
         values, *changes = torch.split(rest, [len(names), *(buffer.numel() for buffer in before)])
         for buffer, old, change in zip(self.buffers, before, changes, strict=True):
             buffer.copy_(old + (change / self.part_sum.num_parts).view(old.shape))
@@ -146,7 +145,9 @@ class Trainer:
         dtype = _AUTOCAST.get(self.config.precision)
         losses = self.task.losses(batch, self.part_sum.parts_per_rank, step)
         while True:
-            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            with torch.autocast(
+                self.device.type, dtype, enabled=dtype is not None, cache_enabled=not self.weights.is_sharded
+            ):
                 part = next(losses, None)
             if part is None:
                 return
@@ -171,10 +172,9 @@ class Trainer:
         Raises:
             WorkerError: they do not.
         """
-        ranks = self.part_sum.ranks
-        if ranks.world_size == 1:
+        ranks, parameters = self.part_sum.ranks, [p.detach() for p in self.weights.replicas()]
+        if ranks.world_size == 1 or not parameters:
             return
-        parameters = [p.detach() for module in self.optimizers.parameters.values() for p in module]
         sums = torch.stack([p.double().sum() for p in parameters])
         rows = ranks.gathered(sums[None].cpu())
         if not torch.equal(rows, rows[:1].expand_as(rows)):
@@ -198,21 +198,37 @@ class Trainer:
                 "lower train.lr or raise train.warmup_steps; the last checkpoint is sound",
             )
 
+    def present(self, act: Callable[[], T], *, averaged: bool = False) -> T | None:
+        """What rank 0 finds with the whole weights, or their averages, in the task's modules; all ranks call, and the
+        others find None."""
+        ranks = self.part_sum.ranks
+        if not (ranks.is_first or self.weights.is_sharded):
+            return None
+        with ExitStack() as stack:
+            if averaged and self.ema is not None:
+                stack.enter_context(self.ema.averaged())
+            stack.enter_context(self.weights.whole())
+            return act() if ranks.is_first else None
+
     def save(self) -> None:
-        """Commit a checkpoint of this step, over a damaged one if there is any, and delete the oldest.
+        """Commit a checkpoint of this step, over a damaged one if there is any, and delete the oldest; all ranks call.
 
         Raises:
             OutputError, StorageError: it cannot be written; the older ones are as they were.
         """
         if self.step == self.saved_step:
             return
-        num_bytes = self.num_checkpoint_bytes()
         target = self.run.checkpoints / checkpoint_name(self.step)
-        self._expect_room(num_bytes, "a checkpoint")
-        self.run.sync_metrics()
-        commit_folder(target, self._write, replace=True, linked=self.run.frozen, num_bytes=num_bytes)
+        if self.part_sum.ranks.is_first:
+            num_bytes = self.num_checkpoint_bytes()
+            self._expect_room(num_bytes, "a checkpoint")
+            self.run.sync_metrics()
+            commit_folder(target, self._write, replace=True, linked=self.run.frozen, num_bytes=num_bytes)
+            prune(self.run.checkpoints, self.config.keep_checkpoints)
+        elif self.weights.is_sharded:
+            with storage_errors(target):
+                self._write(target)
         self.saved_step = self.step
-        prune(self.run.checkpoints, self.config.keep_checkpoints)
 
     def num_checkpoint_bytes(self) -> int:
         """Size of the next checkpoint, but for what it links to: weights, two moments each, averages, and headers."""
@@ -244,15 +260,26 @@ class Trainer:
             )
 
     def _write(self, folder: Path) -> None:
-        self.task.export(folder / "model")
+        """Rank 0 writes what is whole, all ranks together what they hold in parts; `folder` is rank 0's."""
+        is_first = self.part_sum.ranks.is_first
+        if self.weights.is_sharded:
+            folder = Path(self.part_sum.ranks.from_first(str(folder)))
+        self.present(lambda: self.task.export(folder / "model"))
         if self.ema is not None:
-            with self.ema.averaged():
-                self.task.export(folder / "ema")
+            self.present(lambda: self.task.export(folder / "ema"), averaged=True)
         tensors = {f"optimizer.{name}": value for name, value in self.optimizers.state().items()}
         tensors |= {f"meter.sum.{name}": value for name, value in self.meter.sums.items()}
         tensors |= {f"meter.count.{name}": value for name, value in self.meter.counts.items()}
         for name, module in self.task.auxiliary.items():
             tensors |= {f"auxiliary.{name}.{key}": value for key, value in module.state_dict().items()}
+        if self.weights.is_sharded:
+            from ldm_cli.training.shard_files import is_part, write_parts  # takes seconds to import
+
+            parts = {name: value for name, value in tensors.items() if is_part(value)}
+            tensors = {name: value for name, value in tensors.items() if name not in parts}
+            write_parts(folder / _PARTS, parts, self.part_sum.ranks)
+        if not is_first:
+            return
         write_tensors(folder / _TENSORS, tensors)
         facts = {"step": self.step, "num_threads": torch.get_num_threads(), "torch": torch.__version__}
         write_json(folder / _STATE, facts)
@@ -264,11 +291,19 @@ class Trainer:
             CheckpointError: the checkpoint is of another kind or shape.
         """
         try:
-            self.task.restore(folder / "model")
+            with self.weights.refilled():
+                self.task.restore(folder / "model")
             if self.ema is not None:
-                with self.ema.averaged():
+                with self.ema.averaged(), self.weights.refilled():
                     self.task.restore(folder / "ema")
             tensors, state = read_tensors(folder / _TENSORS), read_json(folder / _STATE)
+            if (folder / _PARTS).is_dir():
+                from ldm_cli.training.shard_files import read_parts  # takes seconds to import
+
+                moments = self.optimizers.empty_moments(_below("optimizer.", tensors))
+                parts = {f"optimizer.{n}": value for n, value in moments.items() if f"optimizer.{n}" not in tensors}
+                read_parts(folder / _PARTS, parts, self.part_sum.ranks)
+                tensors |= parts
             self.optimizers.load_state(_below("optimizer.", tensors))
             for name, module in self.task.auxiliary.items():
                 found = _below(f"auxiliary.{name}.", tensors)
@@ -288,6 +323,20 @@ class Trainer:
         ):
             if then != now:
                 self.run.warn(f"{what} was {then} and is now {now}: results may differ in the last bits")
+
+
+def _held(task: Task[Any], config: TrainConfig, device: torch.device, ranks: Ranks) -> Weights:
+    """Bring the task's modules to the device, as the recipe says."""
+    if config.strategy == "sharded" and ranks.world_size > 1:
+        from ldm_cli.training.shards import Shards  # takes seconds to import
+
+        return Shards(task.modules, task.auxiliary, device, ranks)
+    trained = {**task.modules, **task.auxiliary}
+    for module in trained.values():
+        module.to(device)
+        if config.channels_last:
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Weights(trained, ranks)
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

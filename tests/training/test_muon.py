@@ -10,6 +10,7 @@ from ldm_cli.core.models.unet_2d_condition import UNet2DConditionConfig, UNet2DC
 from ldm_cli.training.config import TrainConfig
 from ldm_cli.training.muon import Muon, is_hidden_matrix, orthogonalized
 from ldm_cli.training.optim import GuardedOptimizers
+from ldm_cli.training.weights import Weights
 
 
 def _matrix(rows: int, columns: int) -> Tensor:
@@ -97,7 +98,7 @@ def test_stored_momentum_continues_to_the_same_bits() -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
         config = TrainConfig(steps=10, batch_size=5, optimizer="muon")
-        return model, GuardedOptimizers({"model": model}, config, torch.device("cpu"))
+        return model, GuardedOptimizers(Weights({"model": model}), config, torch.device("cpu"))
 
     model, optimizers = fresh()
     stepped(model, optimizers, range(3))

@@ -1,0 +1,76 @@
+"""What the ranks hold in parts, in files: each rank writes its own, as safetensors whose headers tell what part of
+which tensor they hold (`torch.distributed.checkpoint`). Any number of ranks reads them, and nothing is unpickled:
+torch's own metadata file, which is a pickle, is neither written nor read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
+
+from ldm_cli.training.distributed import Ranks
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Whether a rank holds a part of this tensor."""
+    return isinstance(tensor, DTensor)
+
+
+def write_parts(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Write the parts that the ranks hold of some tensors; all ranks together.
+
+    Args:
+        folder: is created; on a file system that all ranks see.
+        tensors: name → DTensor.
+
+    Raises:
+        OSError: writing failed, on any rank.
+        WorkerError: a rank is gone.
+    """
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    content = _filled(tensors)
+    with _causes():
+        ranks.attended(lambda group: save(content, storage_writer=writer, process_group=group))
+
+
+def read_parts(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Fill some tensors from files that any number of ranks have written; all ranks together.
+
+    Args:
+        tensors: name → DTensor, of which this rank's part is filled; or a plain tensor, which is filled as a whole.
+
+    Raises:
+        RuntimeError, ValueError: tensors are missing, or of another shape.
+        WorkerError: a rank is gone.
+    """
+    content = _filled(tensors)
+    with _causes():
+        ranks.attended(
+            lambda group: load(
+                content,
+                storage_reader=HuggingFaceStorageReader(str(folder)),
+                process_group=group,
+                no_dist=group is None,
+            )
+        )
+
+
+def _filled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without those of which this rank holds nothing: there are more ranks than rows."""
+    return {name: t for name, t in tensors.items() if not isinstance(t, DTensor) or t.to_local().numel()}
+
+
+@contextmanager
+def _causes() -> Iterator[None]:
+    """Raise what a rank failed of, and not the collection of it."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error

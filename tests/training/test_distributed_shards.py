@@ -1,0 +1,87 @@
+"""Runs whose weights are cut among the ranks: the numbers, files and ends of runs whose ranks hold them whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm_cli.reporting import SilentReporter
+from ldm_cli.training.config import TrainConfig
+from ldm_cli.training.distributed import joined
+from ldm_cli.training.interruption import StopRequest
+from ldm_cli.training.loop import train
+from ldm_cli.training.run_folder import RunFolder
+
+from ..faults.runs import assert_same_run, configured, metrics, tensors
+from .forked import ForkedRanks
+from .toy import ToyTask, data
+
+CPU = torch.device("cpu")
+SHARDED = configured(strategy="sharded", log_every=1, gradient_accumulation=2, validate_every=10, batch_size=12)
+
+
+def trained(path: Path, config: TrainConfig, world_size: int, poison: set[int] = frozenset()) -> Path:  # type: ignore[assignment]
+    """The run in `path` after `world_size` ranks have trained to `config.steps`."""
+
+    def work(rank: int) -> int:
+        def batches(start: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
+            for step in range(start, end):
+                x, y = data(step)
+                yield x.chunk(world_size)[rank], y.chunk(world_size)[rank]
+
+        with StopRequest(None) as stop, joined(CPU, 60.0) as ranks:
+            folder = RunFolder(path, SilentReporter())
+            if rank == 0:
+                folder.__enter__()
+            ranks.wait()
+            task: Any = ToyTask(poison)
+            train(task, batches, config, folder, SilentReporter(), device=CPU, stop=stop, ranks=ranks)
+            if rank == 0:
+                folder.__exit__(None, None, None)
+        return 0
+
+    logs = path.parent / f"{path.name}.logs"
+    logs.mkdir(exist_ok=True)
+    with ForkedRanks(work, logs, world_size) as job:
+        assert job.wait() == [0] * world_size, job.words()
+    return path
+
+
+def assert_close_runs(one: Path, two: Path) -> None:
+    for before, after in zip(metrics(one), metrics(two), strict=True):
+        assert before == pytest.approx(after, rel=1e-5)
+    left = {n: t for n, t in tensors(one, 20).items() if "/parts/" not in n and ":optimizer." not in n}
+    right = tensors(two, 20)
+    for name, value in left.items():
+        torch.testing.assert_close(value, right[name], rtol=1e-5, atol=1e-6)
+
+
+def test_two_sharded_ranks_train_as_two_that_hold_everything(tmp_path: Path) -> None:
+    whole = trained(tmp_path / "whole", SHARDED.model_copy(update={"strategy": "replicated"}), 2, poison={4})
+    assert_close_runs(trained(tmp_path / "cut", SHARDED, 2, poison={4}), whole)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_that_was_stopped_ends_with_the_same_bits(tmp_path: Path) -> None:
+    whole = trained(tmp_path / "whole", SHARDED, 2)
+    trained(tmp_path / "halves", SHARDED.model_copy(update={"steps": 10}), 2)
+    assert_same_run(whole, trained(tmp_path / "halves", SHARDED, 2), 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_sharded_run_goes_on_with_another_number_of_ranks(tmp_path: Path, world_size: int) -> None:
+    config = SHARDED.model_copy(update={"gradient_accumulation": 1})
+    trained(tmp_path / "other", config.model_copy(update={"steps": 10}), 2)
+    assert_close_runs(trained(tmp_path / "other", config, world_size), trained(tmp_path / "whole", config, 2))
+
+
+@pytest.mark.parametrize("other", [{"deterministic": "elastic"}, {"optimizer": "muon"}])
+def test_what_needs_whole_gradients_is_refused_where_weights_are_cut(other: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="strategy=sharded"):
+        TrainConfig.model_validate({"steps": 1, "batch_size": 1, "strategy": "sharded", **other})
