@@ -159,7 +159,12 @@ def read_scheduler(folder: Path) -> SchedulerSettings:
 
 
 def _sampler(scheduler_class: str, content: Mapping[str, Any]) -> str:
-    """Our sampler for a class; of one class there are solvers of the ODE and of the SDE."""
+    """Our sampler for a class; of one class there are solvers of the ODE and of the SDE.
+
+    A multistep class on a flow gives Euler's method: its levels there are not ours, and we write it for its name alone.
+    """
+    if content.get("use_flow_sigmas"):
+        return "flow_euler"
     sampler = _SAMPLERS[scheduler_class]
     if sampler != "dpmpp_2m" or not str(content.get("algorithm_type")).startswith("sde-"):
         return sampler

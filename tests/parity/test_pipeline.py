@@ -116,7 +116,7 @@ def test_scheduler_in_a_folder_chooses_sampler_and_levels_as_in_diffusers(tmp_pa
         ("DPMSolverSinglestepScheduler", {}, "dpmpp_2m"),
         ("DEISMultistepScheduler", {}, "dpmpp_2m"),
         ("KDPM2AncestralDiscreteScheduler", {}, "dpmpp_2s_ancestral"),
-        ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}, "unipc"),
+        ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}, "flow_euler"),
     ],
 )
 def test_every_other_scheduler_chooses_its_sampler_or_the_nearest(tmp_path, name, fields, sampler):
