@@ -21,6 +21,7 @@ Misuse of a function by a programmer is a `ValueError` that names both values; t
 from __future__ import annotations
 
 import errno
+import re
 import unicodedata
 from typing import ClassVar
 
@@ -153,7 +154,7 @@ def as_ldm_error(error: BaseException) -> LdmError | None:
         return error
     if _is_out_of_memory(error):
         remedy = "use a smaller train.batch_size, more train.gradient_accumulation, or smaller sizes"
-        return OutOfMemoryError("out of memory", first_line(error), remedy)
+        return OutOfMemoryError("out of memory", _memory_asked_for(error), remedy)
     if isinstance(error, OSError) and error.errno is not None:
         return _storage_error(error)
     return None
@@ -164,11 +165,30 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "")
 
 
+def amount(num_bytes: float) -> str:
+    """A size to read.
+
+    >>> amount(1_514_000_000)
+    '1.41 GiB'
+    """
+    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
+        if num_bytes < 1024 or unit == "TiB":
+            break
+        num_bytes /= 1024
+    return f"{num_bytes:.4g} {unit}"
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+
+
+def _memory_asked_for(error: BaseException) -> str:
+    """How much could not be had, in units to read; otherwise what the library said."""
+    found = re.search(r"tried to allocate (\d+) bytes", str(error))
+    return f"tried to allocate {amount(int(found[1]))}" if found else first_line(error)
 
 
 def _storage_error(error: OSError) -> LdmError:

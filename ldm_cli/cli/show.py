@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ldm_cli.cli.streams import is_utf8, write_result
-from ldm_cli.errors import printable
+from ldm_cli.errors import amount, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,7 +51,7 @@ def show_plan(loaded: LoadedRecipe, as_json: bool) -> None:
     write_result(to_yaml(result.pop("recipe"), ascii_only=not is_utf8()) + "\n")
     notes = result.pop("notes")
     if "bytes" in result:
-        result["memory"] = {name: _amount(size) for name, size in result.pop("bytes").items()}
+        result["memory"] = {name: amount(size) for name, size in result.pop("bytes").items()}
     show_result(result, as_json=False)
     write_result("".join(f"note: {printable(note)}\n" for note in notes))
 
@@ -135,15 +135,6 @@ def _cell(value: Any) -> Any:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _amount(num_bytes: float) -> str:
-    """`1.41 GiB`."""
-    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
-        if num_bytes < 1024 or unit == "TiB":
-            break
-        num_bytes /= 1024
-    return f"{num_bytes:.4g} {unit}"
 
 
 def _finite(value: Any) -> Any:

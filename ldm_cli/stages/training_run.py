@@ -18,17 +18,15 @@ from ldm_cli.data.latent_cache import LatentCache
 from ldm_cli.data.loader import Batch, Loader, sequential_batches
 from ldm_cli.data.shards import ShardSet, open_shards
 from ldm_cli.formats.model_folder import weights_sha256
-from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.data_trace import traced
+from ldm_cli.stages.model_sizes import TrainRecipe, expect_memory
 from ldm_cli.stages.options import RunOptions, resolve_device
 from ldm_cli.training.distributed import Ranks, joined, local_rank
 from ldm_cli.training.interruption import StopRequest
 from ldm_cli.training.loop import train
 from ldm_cli.training.run_folder import RunFolder, flatten
 from ldm_cli.training.task import Task
-
-TrainRecipe = TrainClipRecipe | TrainVaeRecipe | TrainUnetRecipe
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,7 @@ def run_training(
         keep_freed_memory()
     with StopRequest(options.max_time) as stop, joined(device, recipe.train.rank_timeout) as ranks:
         recipe.train.parts_per_rank(ranks.world_size)
+        expect_memory(recipe, device, ranks.world_size)
         if recipe.train.deterministic == "elastic" and device.type == "cpu":
             torch.set_num_threads(1)  # sums depend on the number of threads, and ranks share the cores
         with _nothing_to_save(stop, ranks), ranks.first_then_others():

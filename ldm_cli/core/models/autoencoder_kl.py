@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ldm_cli.core.models.attention import AttentionBlock2D
 from ldm_cli.core.models.checkpointing import Checkpointable, Checkpointed
 from ldm_cli.core.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
-from ldm_cli.core.models.model_config import DiffusersConfig, Size
+from ldm_cli.core.models.model_config import Depth, DiffusersConfig, Size
 from ldm_cli.core.models.recompute import norm_silu_conv
 
 _EPS = 1e-6
@@ -33,7 +33,7 @@ class AutoencoderKLConfig(DiffusersConfig):
     """One per level of the decoder."""
     block_out_channels: tuple[Size, ...] = (64,)
     """Channels per level, outermost first; each level but the last halves height and width."""
-    layers_per_block: Size = 1
+    layers_per_block: Depth = 1
     """Residual blocks per level of the encoder; the decoder has one more."""
     act_fn: Literal["silu"] = "silu"
     """Activation."""

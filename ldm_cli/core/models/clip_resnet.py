@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ldm_cli.core.models.attention import attend, tokens_of
 from ldm_cli.core.models.checkpointing import Checkpointed
 from ldm_cli.core.models.clip_vision import VisionOutput
-from ldm_cli.core.models.model_config import Size, TransformersConfig
+from ldm_cli.core.models.model_config import Depth, Size, TransformersConfig
 
 
 class ModifiedResNetConfig(TransformersConfig):
@@ -29,7 +29,7 @@ class ModifiedResNetConfig(TransformersConfig):
 
     model_type: Literal["modified_resnet"] = "modified_resnet"
     """Which network this is: `clip_vision_model` is the ViT, `modified_resnet` OpenAI's ResNet."""
-    layers: tuple[Size, Size, Size, Size] = (3, 4, 6, 3)
+    layers: tuple[Depth, Depth, Depth, Depth] = (3, 4, 6, 3)
     """Bottleneck blocks per stage; (3, 4, 6, 3) is RN50."""
     width: Size = 64
     """Channels after the stem, even; the last stage has 32 times as many."""

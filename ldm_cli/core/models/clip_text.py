@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm_cli.core.models.checkpointing import Checkpointable
 from ldm_cli.core.models.clip_transformer import Activation, CLIPEncoder, check_heads
-from ldm_cli.core.models.model_config import Size, TransformersConfig
+from ldm_cli.core.models.model_config import Depth, Size, TransformersConfig
 
 
 class CLIPTextConfig(TransformersConfig):
@@ -27,7 +27,7 @@ class CLIPTextConfig(TransformersConfig):
     """Width of the Transformer."""
     intermediate_size: Size = 2048
     """Width of its feed-forward layers."""
-    num_hidden_layers: Size = 12
+    num_hidden_layers: Depth = 12
     """Number of layers."""
     num_attention_heads: Size = 8
     """Attention heads; must divide `hidden_size`."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ldm_cli.core.models.attention import tokens_of
 from ldm_cli.core.models.checkpointing import Checkpointable
 from ldm_cli.core.models.clip_transformer import Activation, CLIPEncoder, check_heads
-from ldm_cli.core.models.model_config import Size, TransformersConfig
+from ldm_cli.core.models.model_config import Depth, Size, TransformersConfig
 
 
 class CLIPVisionConfig(TransformersConfig):
@@ -26,7 +26,7 @@ class CLIPVisionConfig(TransformersConfig):
     """Width of the Transformer."""
     intermediate_size: Size = 3072
     """Width of its feed-forward layers."""
-    num_hidden_layers: Size = 12
+    num_hidden_layers: Depth = 12
     """Number of layers."""
     num_attention_heads: Size = 12
     """Attention heads; must divide `hidden_size`."""

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ldm_cli.core.models.attention import Transformer2DModel
 from ldm_cli.core.models.checkpointing import Checkpointable
 from ldm_cli.core.models.layers import ResnetBlock2D, TimestepEmbedding, timestep_embedding
-from ldm_cli.core.models.model_config import DiffusersConfig, One, Size, Zero
+from ldm_cli.core.models.model_config import Depth, DiffusersConfig, One, Size, Zero
 from ldm_cli.core.models.recompute import norm_silu_conv
 from ldm_cli.core.models.unet_blocks import DownBlock, LevelSpec, MidBlock, UpBlock
 
@@ -20,6 +20,7 @@ DownBlockType = Literal["DownBlock2D", "CrossAttnDownBlock2D"]
 UpBlockType = Literal["UpBlock2D", "CrossAttnUpBlock2D"]
 MidBlockType = Literal["UNetMidBlock2DCrossAttn", "UNetMidBlock2D"]
 PerLevel = Size | tuple[Size, ...]
+DepthPerLevel = Depth | tuple[Depth, ...]
 
 
 class UNet2DConditionConfig(DiffusersConfig):
@@ -59,7 +60,7 @@ class UNet2DConditionConfig(DiffusersConfig):
     """Not supported."""
     block_out_channels: tuple[Size, ...] = (320, 640, 1280, 1280)
     """Channels per level, outermost first; each level but the last halves height and width."""
-    layers_per_block: PerLevel = 2
+    layers_per_block: DepthPerLevel = 2
     """Residual blocks per level on the way down, as one number or one per level; one more on the way up."""
     downsample_padding: Literal[1] = 1
     """Padding of the stride-2 convolutions."""
@@ -75,7 +76,7 @@ class UNet2DConditionConfig(DiffusersConfig):
     """ε of the group norms in residual blocks."""
     cross_attention_dim: PerLevel = 1280
     """Width of the text states, as one number or one per level."""
-    transformer_layers_per_block: PerLevel = 1
+    transformer_layers_per_block: DepthPerLevel = 1
     """Transformer layers per attention, as one number or one per level."""
     reverse_transformer_layers_per_block: None = None
     """Not supported."""

@@ -1,0 +1,176 @@
+"""The models of a recipe without their weights: their parameters, their bytes, and whether the machine has as many."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm_cli.core.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from ldm_cli.core.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+from ldm_cli.core.models.patch_discriminator import PatchDiscriminator
+from ldm_cli.core.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from ldm_cli.errors import RecipeError, amount, first_line
+from ldm_cli.formats.model_folder import CONFIG_NAME, read_config
+from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
+from ldm_cli.training.config import TrainConfig
+
+_LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
+
+TrainRecipe = TrainClipRecipe | TrainVaeRecipe | TrainUnetRecipe
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of weights of a module, buffers left out."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return build()
+    except RuntimeError as error:  # a tensor of more bytes than an int64 counts
+        raise RecipeError("a model cannot exist", first_line(error), "give it smaller sizes") from error
+
+
+def trainer_parameters(recipe: TrainRecipe, notes: list[str]) -> tuple[dict[str, int], dict[str, int]]:
+    """Parameters of the modules that are trained, and of those that are only used; `notes` says what is not there.
+
+    Raises:
+        RecipeError: a model is so large that not even its sizes can be written down.
+    """
+    if isinstance(recipe, TrainClipRecipe):
+        if recipe.tokenizer.path is None:
+            notes.append("clip: the trained vocabulary may have fewer tokens than text_config.vocab_size")
+        return {"clip": count_parameters(_on_meta(lambda: CLIPModel(recipe.clip)))}, {}
+    if isinstance(recipe, TrainVaeRecipe):
+        return _autoencoder_modules(recipe, notes)
+    unet = _on_meta(lambda: UNet2DConditionModel(recipe.unet))
+    found = {
+        "vae": model_at("vae", recipe.vae, autoencoder_of, notes),
+        "text_encoder": model_at("text_encoder", recipe.text_encoder, text_encoder_of, notes),
+    }
+    return {"unet": count_parameters(unet)}, {n: count_parameters(m) for n, m in found.items() if m is not None}
+
+
+def _autoencoder_modules(recipe: TrainVaeRecipe, notes: list[str]) -> tuple[dict[str, int], dict[str, int]]:
+    trained = {"vae": count_parameters(_on_meta(lambda: AutoencoderKL(recipe.vae)))}
+    loss, frozen = recipe.loss, {}
+    if loss.adversarial_weight > 0:
+        build = lambda: PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)  # noqa: E731
+        trained["discriminator"] = count_parameters(_on_meta(build))
+    if loss.perceptual_clip is not None:
+        clip = model_at("loss.perceptual_clip", loss.perceptual_clip, clip_of, notes)
+        if isinstance(clip, CLIPModel):
+            frozen["perceptual_clip"] = count_parameters(clip.vision_model)
+    return trained, frozen
+
+
+def model_at(
+    field: str, folder: str, build: Callable[[Mapping[str, Any]], nn.Module], notes: list[str]
+) -> nn.Module | None:
+    """The model of a folder without its weights; a missing one is noted."""
+    if not (Path(folder) / CONFIG_NAME).is_file():
+        notes.append(f"{field}: no model in '{folder}' yet")
+        return None
+    config = read_config(Path(folder))
+    try:
+        return _on_meta(lambda: build(config))
+    except ValueError as error:
+        notes.append(f"{field}: '{folder}' cannot be used: {str(error).splitlines()[0]}")
+        return None
+
+
+def autoencoder_of(mapping: Mapping[str, Any]) -> AutoencoderKL:
+    """The autoencoder of a Hugging Face config.json."""
+    return AutoencoderKL(AutoencoderKLConfig.from_hugging_face(mapping))
+
+
+def clip_of(mapping: Mapping[str, Any]) -> CLIPModel:
+    """The CLIP of a Hugging Face config.json."""
+    return CLIPModel(CLIPConfig.from_hugging_face(mapping))
+
+
+def text_encoder_of(mapping: Mapping[str, Any]) -> CLIPTextModel:
+    """The text tower of a config.json, of its own or of a whole CLIP."""
+    if "text_config" in mapping:
+        return CLIPTextModel(CLIPConfig.from_hugging_face(mapping).text_config)
+    return CLIPTextModel(CLIPTextConfig.from_hugging_face(mapping))
+
+
+def unet_of(mapping: Mapping[str, Any]) -> UNet2DConditionModel:
+    """The denoiser of a Hugging Face config.json."""
+    return UNet2DConditionModel(UNet2DConditionConfig.from_hugging_face(mapping))
+
+
+def training_bytes(trained: dict[str, int], frozen: dict[str, int], train: TrainConfig) -> dict[str, int]:
+    """What stays in memory while so many parameters are trained or used; weights and optimizer state are in fp32.
+
+    AdamW keeps two numbers per trained weight. The discriminator is not averaged.
+    """
+    num_trained = sum(trained.values())
+    num_averaged = sum(count for name, count in trained.items() if name != "discriminator")
+    return {
+        "weights": 4 * (num_trained + sum(frozen.values())),
+        "gradients": 4 * num_trained,
+        "optimizer": 8 * num_trained,
+        "ema": 4 * num_averaged if train.ema_decay is not None else 0,
+    }
+
+
+def expect_memory(recipe: TrainRecipe, device: torch.device, world_size: int) -> None:
+    """Refuse what cannot be trained here, before anything is allocated; activations are not counted.
+
+    Lenient where it cannot know: Muon counts as if it had all weights, for which it keeps one number and not two.
+
+    Raises:
+        RecipeError: model or batch are larger than the memory there is.
+    """
+    trained, frozen = trainer_parameters(recipe, [])
+    room = memory_bytes(device)
+    sizes = training_bytes(trained, frozen, recipe.train)
+    if recipe.train.optimizer == "muon":
+        sizes["optimizer"] //= 2
+    num_holders = world_size if recipe.train.strategy == "sharded" else 1
+    if (needed := sum(sizes.values()) // num_holders) > room:
+        listed = ", ".join(f"{name} {amount(size)}" for name, size in sizes.items() if size)
+        raise RecipeError(
+            f"{' and '.join(trained)} with {sum(trained.values()):,} parameters cannot be trained on {device}",
+            f"{listed}; there are {amount(room)}",
+            "give the model smaller sizes; --dry-run shows what a recipe takes",
+        )
+    share, side = recipe.train.batch_size // world_size, recipe.data.image_size
+    if isinstance(recipe, TrainUnetRecipe) and recipe.cache is not None:
+        return  # no images are read
+    # All images of a step wait in main memory, a byte per colour.
+    if (needed := share * 3 * side * side) > (room := memory_bytes(torch.device("cpu"))):
+        raise RecipeError(
+            f"train.batch_size={recipe.train.batch_size} images of data.image_size={side} do not fit into memory",
+            f"{amount(needed)}; there are {amount(room)}",
+            "lower one of them",
+        )
+
+
+def memory_bytes(device: torch.device) -> int:
+    """All memory that this process may get: the device's, or the machine's within the limits set for the process."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _swap_bytes()]
+    found += [limit for limit, _ in map(resource.getrlimit, _LIMITS) if limit != resource.RLIM_INFINITY]
+    with suppress(OSError, ValueError):  # no Linux, or no limit: the word "max"
+        group = Path("/proc/self/cgroup").read_text(encoding="utf-8").rpartition("::/")[2].strip()
+        found.append(int((Path("/sys/fs/cgroup") / group / "memory.max").read_text(encoding="utf-8")))
+    return min(found)
+
+
+def _swap_bytes() -> int:
+    with suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("SwapTotal:"))
+    return 0

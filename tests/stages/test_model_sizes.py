@@ -1,0 +1,95 @@
+"""What no machine can hold is refused before anything is allocated; what fits is not."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ldm_cli.cli.app import run
+from ldm_cli.errors import RecipeError, as_ldm_error
+from ldm_cli.recipe.load import load_recipe
+from ldm_cli.stages.model_sizes import expect_memory, memory_bytes
+
+CPU = torch.device("cpu")
+BLOCKS = (
+    "down_block_types: [DownEncoderBlock2D, DownEncoderBlock2D], up_block_types: [UpDecoderBlock2D, UpDecoderBlock2D]"
+)
+VAE = ["name=x", "data.shards=x.tar", f"vae={{block_out_channels: [16, 16], norm_num_groups: 8, {BLOCKS}}}"]
+TRAIN = ["train.steps=1", "train.batch_size=1"]
+
+
+def recipe(*changes: str) -> Any:
+    return load_recipe(None, [*VAE, *TRAIN, *changes], expected_command="train-vae").recipe
+
+
+def test_what_fits_is_not_refused() -> None:
+    expect_memory(recipe(), CPU, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("vae.block_out_channels=[1000000,1000000]", "vae with .* parameters"),
+        ("vae.latent_channels=1048576 vae.block_out_channels=[1048576,1048576]", "vae with .* parameters"),
+        ("train.batch_size=4000000 data.image_size=4096", "batch_size=4000000 images of data.image_size=4096"),
+    ],
+)
+def test_sizes_beyond_all_memory_are_faults_of_the_recipe_told_at_once(change: str, words: str) -> None:
+    started = time.process_time()
+    with pytest.raises(RecipeError, match=words):
+        expect_memory(recipe(*change.split()), CPU, 1)
+    assert time.process_time() - started < 2
+
+
+def test_memory_is_bounded_by_the_limit_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (12345, -1))
+    assert memory_bytes(CPU) == 12345
+    with pytest.raises(RecipeError, match=r"there are 12\.06 KiB"):
+        expect_memory(recipe(), CPU, 1)
+
+
+def test_sharded_ranks_hold_a_part_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (500_000, -1))
+    with pytest.raises(RecipeError):
+        expect_memory(recipe("train.batch_size=4"), CPU, 4)
+    expect_memory(recipe("train.batch_size=4", "data.image_size=64", "train.strategy=sharded"), CPU, 4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "data.image_size=10000000",
+        "train.batch_size=1000000000",
+        "vae.block_out_channels=[16,1000000000]",
+        "vae.layers_per_block=1000000",
+        "train.batch_size=4000000 data.image_size=4096",
+        "vae.block_out_channels=[1000000,1000000]",
+    ],
+)
+def test_absurd_sizes_are_78_and_nothing_is_created(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["train-vae", *VAE_RECIPE, *change.split()]) == 78
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("ldm: error: ")
+    assert last.endswith("[E-RECIPE]")
+    assert list(tmp_path.iterdir()) == []
+
+
+VAE_RECIPE = ["demo/vae", "name=x", "data.shards=x.tar", "--device", "cpu"]
+
+
+def test_the_message_of_a_failed_allocation_says_how_much_it_was() -> None:
+    error = RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:1] can't allocate memory: you tried to allocate 1514000000 bytes."
+    )
+    assert "tried to allocate 1.41 GiB" in str(as_ldm_error(error))
