@@ -149,7 +149,7 @@ def crash_loop(bench: Bench) -> None:
 
     while bench.tally.trials < bench.trials:
         out, step = bench.fresh(), bench.random.randint(2, STEPS - 1)
-        more = ("train.save_every=1000", "train.batch_size=64")
+        more = ("train.save_every=1000", "train.batch_size=256")  # long enough to be caught in
         for _ in range(MAX_LIVES):
             life = bench.home.life("vae", out, *more)
             while not re.search(f"in step {step}$", _read(out / ".lock").strip()) and life.lasts(0.0002):
