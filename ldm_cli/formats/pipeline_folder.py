@@ -96,7 +96,7 @@ def our_settings(diffusion: Mapping[str, Any]) -> SchedulerSettings:
     # A flow has no first level to end at, and its scheduler's file no word for it.
     to_one = None if kept["prediction_type"] == "flow_prediction" else False
     settings = SchedulerSettings(kept, "trailing" if kept["rescale_betas_zero_snr"] else "leading", 1, to_one)
-    return replace(settings, sampler=_SAMPLERS[settings.scheduler_class])
+    return replace(settings, sampler="flow_euler" if settings.is_flow else "ddim")
 
 
 def write_scheduler(folder: Path, settings: SchedulerSettings) -> None:

@@ -80,7 +80,8 @@ def test_values_that_a_scheduler_file_leaves_out_are_those_of_diffusers(tmp_path
 
 def test_schedulers_of_another_family_are_refused_by_name(tmp_path):
     for content, message in [
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEuler"),
+        ({"_class_name": "EDMEulerScheduler"}, "EDMEuler"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift_terminal": 0.1}, "shift_terminal"),
         ({"beta_start": 0.1}, "None"),
         ({"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding"),
     ]:
