@@ -15,7 +15,7 @@ from ldm_cli.cli import bench, data, evaluate, precompute, recipe, sample, spira
 from ldm_cli.cli.failures import exit_code_of, report
 from ldm_cli.cli.launch import is_rank
 from ldm_cli.errors import UsageError
-from ldm_cli.training.interruption import release_signals
+from ldm_cli.training.interruption import InterruptNote, release_signals
 
 _SAVE_WHEN_STOPPED = ("train-clip", "train-vae", "train-unet", "precompute")
 
@@ -61,19 +61,21 @@ def _root(
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; whatever goes wrong is said in one line on stderr."""
     debug = "--debug" in arguments
+    interrupt = InterruptNote()
     try:
-        streams.prepare()
-        if not debug:
-            streams.silence_library_warnings()
-        command = get_command(app)
-        # Not command.main(): that turns a broken pipe into exit code 1.
-        with command.make_context("ldm", list(arguments), obj=tuple(arguments)) as context:
-            command.invoke(context)
-        sys.stdout.flush()
+        with interrupt:
+            streams.prepare()
+            if not debug:
+                streams.silence_library_warnings()
+            command = get_command(app)
+            # Not command.main(): that turns a broken pipe into exit code 1.
+            with command.make_context("ldm", list(arguments), obj=tuple(arguments)) as context:
+                command.invoke(context)
+            sys.stdout.flush()
     except BaseException as error:
         code = exit_code_of(error)
         if code is None:
-            code = report(error, arguments, debug)
+            code = report(error, arguments, debug, interrupt.came)
         streams.abandon_stdout()
         return code
     return 0

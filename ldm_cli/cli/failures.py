@@ -32,12 +32,19 @@ def exit_code_of(error: BaseException) -> int | None:
     return None
 
 
-def report(error: BaseException, arguments: Sequence[str], debug: bool) -> int:
-    """Say what failed, as the last line on stderr, and return the exit code."""
+def report(error: BaseException, arguments: Sequence[str], debug: bool, interrupted: bool = False) -> int:
+    """Say what failed, as the last line on stderr, and return the exit code.
+
+    Args:
+        error: what ended the command.
+        arguments: the command line.
+        debug: whether to show the traceback.
+        interrupted: whether an interrupt came before, of which `error` is what a library made.
+    """
     if debug:
         for line in traceback.format_exception(error):
             write_line_block(line)
-    if isinstance(error, KeyboardInterrupt | typer.Abort):
+    if interrupted or isinstance(error, KeyboardInterrupt | typer.Abort):
         write_line("ldm: error: interrupted")
         return INTERRUPTED
     failure = user_error(error) or _bug(error, arguments)

@@ -32,6 +32,30 @@ def release_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _ANSWERED)
 
 
+class InterruptNote:
+    """Context in which an interrupt (Ctrl-C) raises KeyboardInterrupt, as always, and is remembered in `came`: a
+    library's compiled code may answer that exception with one of its own. An ignored SIGINT stays ignored."""
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def __enter__(self) -> Self:
+        self._previous = signal.getsignal(signal.SIGINT)
+        if self._previous is signal.default_int_handler and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._raise)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if signal.getsignal(signal.SIGINT) == self._raise:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        self.came = True
+        raise KeyboardInterrupt
+
+
 def stop_reason(code: int) -> str | None:
     """A `StopRequest.code` in words; None to go on."""
     if code == 0:

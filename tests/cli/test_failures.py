@@ -206,6 +206,24 @@ def test_control_c_is_130(tmp_path: Path) -> None:
     assert "Traceback" not in stderr
 
 
+def test_control_c_of_which_a_library_makes_another_error_is_130_too(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ValueError("could not determine the shape")
+
+    monkeypatch.setattr("ldm_cli.recipe.shipped.shipped_recipes", fail)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert app.run(["recipe", "list"]) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capfd.readouterr().err == "ldm: error: interrupted\n"
+
+
 def test_control_c_inside_of_an_exec_is_130_too(tmp_path: Path) -> None:
     lines = ["from ldm_cli.cli import app", "app.run = lambda _: 130", "try: exec('raise KeyboardInterrupt')"]
     (tmp_path / "program.py").write_text("\n".join([*lines, "except KeyboardInterrupt: app.main()"]))
