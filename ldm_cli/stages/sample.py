@@ -115,10 +115,6 @@ def run(
     }
 
 
-def _shown(image: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    return {"file": str(file), "prompt": image["prompt"], "seed": image["seed"]}
-
-
 def _claimed(folder: JobFolder, lock: RunLock, options: RunOptions, reporter: Reporter, ranks: Ranks) -> list[int]:
     """What is to be drawn; the first rank locks the folder and finds out."""
     if not ranks.is_first:
