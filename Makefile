@@ -13,6 +13,8 @@ FAULTS_FLAGS ?=
 
 BIN := $(VENV)/bin
 LDM := $(BIN)/ldm
+# Every version is pinned, torch's too. Python compiles what is imported: of torch, a tenth.
+INSTALL = $(BIN)/python -m pip install --quiet --no-compile $(PIP_FLAGS) --constraint constraints.txt --editable
 INSTALLED := $(VENV)/.installed
 TESTED := $(VENV)/.installed-test
 
@@ -26,13 +28,12 @@ setup: $(TESTED)
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ldm needs Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) torch==2.13.0
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --editable .
+	$(INSTALL) .
 	@touch $@
 
 # What only tests and style checks need, diffusers and transformers among it.
 $(TESTED): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --editable ".[test]"
+	$(INSTALL) ".[test]"
 	@touch $@
 
 # Two ranks of one thread each train faster than two threads: the demo's operations are too small to be shared out.

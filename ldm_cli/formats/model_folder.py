@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -32,6 +33,7 @@ __all__ = [
     "read_config",
     "save_model",
     "weights_sha256",
+    "without_weights",
     "write_json",
 ]
 
@@ -84,11 +86,17 @@ def load_model(
         raise CheckpointError(f"cannot use '{folder / CONFIG_NAME}'", named(causes, "; ")) from error
     except ValueError as error:
         raise CheckpointError(f"cannot use '{folder / CONFIG_NAME}'", str(error)) from error
-    # On the meta device nothing is allocated, or drawn at random, only to be overwritten.
-    with torch.device("meta"), _Unfilled():
+    with without_weights():
         module = model_class(config)
     load_weights(module, folder, allow_extra=allow_extra)
     return module
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Within, modules are made on the meta device: nothing is allocated, or drawn at random, only to be overwritten."""
+    with torch.device("meta"), _Unfilled():
+        yield
 
 
 class _Unfilled(TorchFunctionMode):

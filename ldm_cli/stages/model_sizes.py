@@ -17,7 +17,7 @@ from ldm_cli.core.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIP
 from ldm_cli.core.models.patch_discriminator import PatchDiscriminator
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from ldm_cli.errors import RecipeError, amount, first_line
-from ldm_cli.formats.model_folder import CONFIG_NAME, read_config
+from ldm_cli.formats.model_folder import CONFIG_NAME, read_config, without_weights
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.training.config import TrainConfig
 
@@ -33,7 +33,7 @@ def count_parameters(module: nn.Module) -> int:
 
 def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     try:
-        with torch.device("meta"):
+        with without_weights():
             return build()
     except RuntimeError as error:  # a tensor of more bytes than an int64 counts
         raise RecipeError("a model cannot exist", first_line(error), "give it smaller sizes") from error

@@ -7,7 +7,7 @@ size of an AdamW update, so that one learning rate serves both: Liu et al. 2025,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from ldm_cli.training.distributed import Ranks
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _NUM_ITERATIONS = 5
 _ADAMW_RMS = 0.4  # root mean square of an update, in learning rates; AdamW's is 0.2 to 0.4 (Liu et al., §2.2)
+_MOST_TOGETHER = 8
+_ELEMENTS_TOGETHER = 1 << 22
 _EDGES = ("embed", "conv_in", "conv_out", "projection", "quant_conv")
 
 
@@ -27,31 +29,54 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and not any(edge in name for edge in _EDGES)
 
 
-def orthogonalized(matrix: Tensor) -> Tensor:
-    """The nearest orthogonal matrix, roughly: all but tiny singular values are moved into about [0.7, 1.2].
+def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """The orthogonal matrices nearest to each, roughly: all but tiny singular values are moved into about [0.7, 1.2].
 
     Five steps X ← (a + b·XXᵀ + c·(XXᵀ)²)·X. Each multiplies by a polynomial in the first XXᵀ, so they run on that small
-    square matrix, and the long side takes part in two products only.
+    square matrix, and the long side takes part in two products only. Matrices whose short sides are equally long take
+    them together: small products cost little more than being asked for.
 
     Args:
-        matrix: float32 [rows, columns].
+        matrices: float32 [rows, columns] each, all with short sides of one length.
 
     Returns:
-        float32 [rows, columns].
+        float32 [rows, columns] each.
     """
-    if matrix.shape[0] > matrix.shape[1]:
-        return orthogonalized(matrix.T).T
+    wide = [matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T for matrix in matrices]
+    wide = [x / (torch.linalg.vector_norm(x) + 1e-7) for x in wide]
+    factors = _newton_schulz(torch.stack([x @ x.T for x in wide]))
+    updates = [factor @ x for factor, x in zip(factors, wide, strict=True)]
+    return [u if u.shape == m.shape else u.T for u, m in zip(updates, matrices, strict=True)]
+
+
+def _newton_schulz(gram: Tensor) -> Tensor:
+    """The polynomial in each XXᵀ by which the steps multiply X, [N, rows, rows] like `gram`."""
     a, b, c = _COEFFICIENTS
-    x = matrix / (torch.linalg.vector_norm(matrix) + 1e-7)
-    gram = x @ x.T
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    total = identity
-    for _ in range(_NUM_ITERATIONS):
-        factor = a * identity + b * gram + c * (gram @ gram)
-        total = factor @ total
-        gram = factor @ gram @ factor
-    result: Tensor = total @ x
-    return result
+    total: Tensor | None = None
+    for step in range(_NUM_ITERATIONS):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        total = factor if total is None else factor @ total
+        if step < _NUM_ITERATIONS - 1:
+            gram = factor @ gram @ factor
+    assert total is not None
+    return total
+
+
+def _together(matrices: Sequence[Tensor]) -> list[list[int]]:
+    """Numbers of the matrices that are orthogonalized together, largest groups first.
+
+    They follow from the shapes alone: a rank that did part of a group would round otherwise.
+    """
+    groups: dict[int, list[list[int]]] = {}
+    for index, matrix in enumerate(matrices):
+        side = min(matrix.shape)
+        of_side = groups.setdefault(side, [[]])
+        if len(of_side[-1]) >= max(1, min(_MOST_TOGETHER, _ELEMENTS_TOGETHER // side**2)):
+            of_side.append([])
+        of_side[-1].append(index)
+    flat = [group for of_side in groups.values() for group in of_side]
+    return sorted(flat, key=lambda group: -sum(matrices[i].numel() * min(matrices[i].shape) for i in group))
 
 
 class Muon(torch.optim.Optimizer):
@@ -96,35 +121,36 @@ class Muon(torch.optim.Optimizer):
             skip = torch.zeros((), device=device) if self.found_inf is None else self.found_inf
             if device.type == "cpu" and skip.item():
                 continue
-            directions = [self._direction(parameter, group["momentum"], scale, skip) for parameter in parameters]
+            directions = self._directions(parameters, group["momentum"], scale, skip)
+            updates = self._orthogonalized([direction.flatten(1) for direction in directions])
             rate = group["lr"] * (1.0 - skip)
-            for parameter, update in zip(parameters, self._orthogonalized(directions), strict=True):
-                change = update.view(parameter.shape) * (rate * _ADAMW_RMS * max(update.shape) ** 0.5)
-                if group["weight_decay"]:
-                    parameter.mul_(1.0 - rate * group["weight_decay"])
-                parameter.sub_(change)
+            torch._foreach_mul_(updates, [_ADAMW_RMS * max(update.shape) ** 0.5 for update in updates])
+            torch._foreach_mul_(updates, rate)
+            if group["weight_decay"]:
+                torch._foreach_mul_(parameters, 1.0 - rate * group["weight_decay"])
+            torch._foreach_sub_(parameters, [u.view(p.shape) for u, p in zip(updates, parameters, strict=True)])
 
-    def _direction(self, parameter: nn.Parameter, decay: float, scale: Tensor, skip: Tensor) -> Tensor:
-        """Advance the running mean of the gradient and look ahead along it: [rows, columns]."""
-        state = self.state[parameter]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(parameter)
-        mean = state["momentum"]
-        assert parameter.grad is not None
-        gradient = parameter.grad / scale
+    def _directions(self, parameters: list[nn.Parameter], decay: float, scale: Tensor, skip: Tensor) -> list[Tensor]:
+        """Advance the running means of the gradients and look ahead along them."""
+        for parameter in parameters:
+            if "momentum" not in self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        means: list[Tensor] = [self.state[parameter]["momentum"] for parameter in parameters]
+        raw = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = torch._foreach_div(raw, scale)
         if skip.device.type != "cpu":
             # where a step is skipped, the mean itself takes the gradient's place: nothing non-finite enters
-            gradient = torch.where(skip.bool(), mean, gradient)
-        mean.lerp_(gradient, 1.0 - decay)
-        return gradient.lerp_(mean, decay).flatten(1)
+            gradients = tuple(torch.where(skip.bool(), m, g) for m, g in zip(means, gradients, strict=True))
+        torch._foreach_lerp_(means, gradients, 1.0 - decay)
+        torch._foreach_lerp_(gradients, means, decay)
+        return list(gradients)
 
     def _orthogonalized(self, directions: list[Tensor]) -> list[Tensor]:
-        """Each direction orthogonalized, one at a time, so that the ranks' shares do not change a bit."""
-        if self._ranks.world_size == 1:
-            return [orthogonalized(direction) for direction in directions]
+        """Each direction orthogonalized, [rows, columns]; the ranks share the groups."""
         updates = [torch.zeros_like(direction) for direction in directions]
-        by_size = sorted(range(len(directions)), key=lambda index: directions[index].numel())
-        for index in by_size[self._ranks.rank :: self._ranks.world_size]:
-            updates[index].copy_(orthogonalized(directions[index]))
-        self._ranks.sum_in_place(updates)
+        for group in _together(directions)[self._ranks.rank :: self._ranks.world_size]:
+            for index, update in zip(group, orthogonalized([directions[i] for i in group]), strict=True):
+                updates[index].copy_(update)
+        if self._ranks.world_size > 1:
+            self._ranks.sum_in_place(updates)
         return updates

@@ -9,6 +9,7 @@ from collections.abc import Container, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from ldm_cli.training.adamw import AdamW
 from ldm_cli.training.config import TrainConfig
 from ldm_cli.training.distributed import Ranks
 from ldm_cli.training.muon import Muon, is_hidden_matrix
@@ -16,7 +17,7 @@ from ldm_cli.training.weights import Weights
 
 _FIRST_LOSS_SCALE = 2.0**16
 _STEPS_TO_GROW = 2000
-_FIELDS: dict[type, tuple[str, ...]] = {Muon: ("momentum",), torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq")}
+_FIELDS: dict[type, tuple[str, ...]] = {Muon: ("momentum",), AdamW: ("step", "exp_avg", "exp_avg_sq")}
 """What an optimizer keeps of a parameter; AdamW its count of steps first."""
 
 
@@ -34,9 +35,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * (config.min_lr_fraction + (1.0 - config.min_lr_fraction) * cosine)
 
 
-def build_optimizers(
-    parameters: Mapping[str, nn.Parameter], config: TrainConfig, ranks: Ranks
-) -> list[torch.optim.AdamW | Muon]:
+def build_optimizers(parameters: Mapping[str, nn.Parameter], config: TrainConfig, ranks: Ranks) -> list[AdamW | Muon]:
     """The optimizers of a module's trainable parameters, by name, each parameter in one of them.
 
     Fused AdamW with weight decay on matrices and kernels alone (ndim ≥ 2); with `optimizer: muon`, Muon instead for
@@ -50,10 +49,10 @@ def build_optimizers(
         {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizers: list[torch.optim.AdamW | Muon] = []
+    optimizers: list[AdamW | Muon] = []
     if others:
         filled = [group for group in groups if group["params"]]
-        optimizers.append(torch.optim.AdamW(filled, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
+        optimizers.append(AdamW(filled, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
     if hidden:
         optimizers.append(Muon(hidden, config.lr, config.weight_decay, ranks=ranks))
     return optimizers
@@ -166,7 +165,7 @@ class GuardedOptimizers:
                 place = torch.empty_like(parameter.detach() if field != "step" else value, device=parameter.device)
                 optimizer.state[parameter][field] = place.copy_(value)
 
-    def _placed(self) -> Iterator[tuple[str, nn.Parameter, torch.optim.AdamW | Muon]]:
+    def _placed(self) -> Iterator[tuple[str, nn.Parameter, AdamW | Muon]]:
         """(prefix of its names in a checkpoint, parameter, the optimizer it is in) of every trained parameter."""
         for module, names in self.names.items():
             home = {id(p): o for o in self.optimizers[module] for group in o.param_groups for p in group["params"]}

@@ -22,7 +22,7 @@ def _matrix(rows: int, columns: int) -> Tensor:
 def test_the_update_has_the_gradients_singular_vectors_and_singular_values_near_one(shape: tuple[int, int]) -> None:
     matrix = _matrix(*shape)
     u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
-    inner = u.T @ orthogonalized(matrix).double() @ v.T
+    inner = u.T @ orthogonalized([matrix])[0].double() @ v.T
     assert (inner - inner.diagonal().diag()).abs().max() < 1e-4
     well_above_zero = s > 0.02 * s.norm()
     assert well_above_zero.sum() >= 12
@@ -35,7 +35,13 @@ def test_five_steps_on_the_small_square_equal_five_newton_schulz_steps_on_the_ma
     for _ in range(5):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    torch.testing.assert_close(orthogonalized(matrix).double(), x, atol=1e-5, rtol=0)
+    torch.testing.assert_close(orthogonalized([matrix])[0].double(), x, atol=1e-5, rtol=0)
+
+
+def test_matrices_taken_together_come_out_as_those_taken_alone() -> None:
+    matrices = [_matrix(*shape) for shape in ((16, 90), (16, 16), (90, 16), (16, 16))]
+    for together, matrix in zip(orthogonalized(matrices), matrices, strict=True):
+        torch.testing.assert_close(together, orthogonalized([matrix])[0], atol=1e-6, rtol=0)
 
 
 def test_an_update_is_as_large_as_one_of_adamw_whatever_the_shape_and_the_size_of_the_gradient() -> None:

@@ -17,7 +17,7 @@ from ldm_cli.core.models.clip import (
     CLIPVisionModel,
     normalize_images,
 )
-from ldm_cli.core.models.clip_transformer import quick_gelu
+from ldm_cli.core.models.clip_transformer import CLIPMLP
 
 from .weights import golden_shapes, num_parameters, randomise, shapes
 
@@ -137,8 +137,10 @@ def test_images_are_normalised_per_channel() -> None:
 
 
 def test_quick_gelu_is_its_definition() -> None:
-    x = torch.linspace(-20, 20, 101, dtype=torch.float64)
-    torch.testing.assert_close(quick_gelu(x), x * torch.sigmoid(1.702 * x))
+    mlp = CLIPMLP(6, 10, "quick_gelu").double()
+    x = 20 * torch.randn(50, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    hidden = mlp.fc1(x)
+    torch.testing.assert_close(mlp(x), mlp.fc2(hidden * torch.sigmoid(1.702 * hidden)))
 
 
 def test_the_logit_scale_starts_at_its_value_and_is_clamped_at_100() -> None:

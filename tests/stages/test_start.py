@@ -1,0 +1,36 @@
+"""A training starts without what it does not use."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+from .tiny import clip_recipe, unet_recipe, vae_recipe
+
+_CODE = """
+import json, sys
+from pathlib import Path
+from tests.stages.tiny import trained
+trained(json.loads(sys.argv[1]), Path(sys.argv[2]))
+print(*sorted({"torch._dynamo", "torch._inductor", "transformers", "diffusers", "webdataset"} & set(sys.modules)))
+"""
+
+
+def _imported(recipe: dict[str, Any], out: Path) -> str:
+    command = [sys.executable, "-c", _CODE, json.dumps(recipe), str(out)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.slow
+def test_torchs_compiler_is_not_imported(scenes: Path, clip_run: Path, vae_run: Path, tmp_path: Path) -> None:
+    train: dict[str, Any] = {"steps": 2, "optimizer": "muon"}  # and AdamW, for what Muon is not meant for
+    assert _imported(clip_recipe(scenes, **train), tmp_path / "clip") == ""
+    assert _imported(vae_recipe(scenes, **train), tmp_path / "vae") == ""
+    assert _imported(unet_recipe(scenes, clip_run / "model", vae_run / "model", **train), tmp_path / "unet") == ""
