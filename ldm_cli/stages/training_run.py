@@ -90,6 +90,8 @@ def run_training(
             run.changes(resolved, fingerprints)
             reporter.info(f"'{run.path}' is finished already: step {status['step']}")
             return _result(run, status["step"], status["figures"])
+        if device.type == "cpu" and recipe.train.precision != "fp32" and ranks.is_first:
+            reporter.warn(f"{recipe.train.precision} is slower than fp32 on most CPUs: see train.precision=fp32")
         cache = open_cache(shards) if open_cache else None
         with run if ranks.is_first else nullcontext():
             if ranks.is_first and options.resume == "never":

@@ -193,3 +193,10 @@ def test_fewer_samples_than_a_batch_train_over_several_epochs_a_step(tmp_path: P
     write_scenes(tmp_path / "few", 3, 32, 0, SilentReporter(), val_samples=2)
     recipe = vae_recipe(tmp_path / "few", steps=2, save_every=1)
     assert trained(recipe, tmp_path / "run")["figures"]["scaling_factor"] > 0
+
+
+@pytest.mark.parametrize(("precision", "warned"), [("bf16", True), ("fp32", False)])
+def test_half_precision_on_a_cpu_is_warned_about(scenes: Path, tmp_path: Path, precision: str, warned: bool) -> None:
+    reporter = SilentReporter()
+    trained(vae_recipe(scenes, steps=1, precision=precision), tmp_path, reporter)
+    assert any("bf16 is slower than fp32 on most CPUs" in message for message in reporter.messages) == warned
