@@ -13,8 +13,8 @@ FAULTS_FLAGS ?=
 
 BIN := $(VENV)/bin
 LDM := $(BIN)/ldm
-# Every version is pinned, torch's too. Python compiles what is imported: of torch, a tenth.
-INSTALL = $(BIN)/python -m pip install --quiet --no-compile $(PIP_FLAGS) --constraint constraints.txt --editable
+# Every version is pinned, torch's too.
+INSTALL = $(BIN)/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --editable
 INSTALLED := $(VENV)/.installed
 TESTED := $(VENV)/.installed-test
 
