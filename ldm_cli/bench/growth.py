@@ -8,7 +8,7 @@ from typing import Any
 
 from ldm_cli.bench.race import Contender, race, resident_bytes
 from ldm_cli.bench.workload import Workload, our_step
-from ldm_cli.core.models.unet_2d_condition import UNet2DConditionConfig
+from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import TrainUnetRecipe
 

@@ -18,10 +18,13 @@ from ldm_cli.bench.race import Contender, race, speedup
 from ldm_cli.bench.workload import build_model
 from ldm_cli.core.allocator import keep_freed_memory
 from ldm_cli.core.diffusion.config import DiffusionConfig
-from ldm_cli.core.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from ldm_cli.core.models.clip import CLIPTextConfig, CLIPTextModel
+from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
+from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
+from ldm_cli.core.models.clip import CLIPTextModel
+from ldm_cli.core.models.clip_config import CLIPTextConfig
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
-from ldm_cli.data.tokenizer import Tokenizer, TokenizerConfig
+from ldm_cli.data.tokenizer import Tokenizer
+from ldm_cli.data.tokenizer_config import TokenizerConfig
 from ldm_cli.errors import WorkerError
 from ldm_cli.formats.pipeline_folder import our_settings
 from ldm_cli.recipe.load import load_recipe

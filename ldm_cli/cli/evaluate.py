@@ -32,9 +32,10 @@ def _eval(
     """Measure trained models on shards: CLIP score, zero-shot, retrieval, reconstruction, ..."""
     changes = given.check_overrides(overrides)
     from ldm_cli.recipe.load import load_recipe
-    from ldm_cli.stages.options import RunOptions
 
     loaded = load_recipe(recipe, changes, expected_command="eval")
+    from ldm_cli.stages.options import RunOptions  # imports torch: a faulty recipe is refused before
+
     options = RunOptions(out, device, recipe_text=loaded.text, overrides=changes, overwrite=overwrite)
     if dry_run:
         show_plan(loaded, json)

@@ -44,10 +44,11 @@ def _precompute(
     if dtype not in (None, *_DTYPES):
         raise UsageError(f"unknown --dtype '{dtype}'", remedy="it takes " + ", ".join(_DTYPES))
     from ldm_cli.recipe.load import load_recipe
-    from ldm_cli.stages import precompute
-    from ldm_cli.stages.options import RunOptions
 
     loaded: Any = load_recipe(recipe, changes, expected_command="train-unet")
+    from ldm_cli.stages import precompute  # imports torch: a faulty recipe is refused before
+    from ldm_cli.stages.options import RunOptions
+
     options = RunOptions(out, device, max_time=limit, recipe_text=loaded.text, overwrite=overwrite)
     do: Any = precompute.plan if dry_run else precompute.run
     show_result(do(loaded.recipe, options, make_reporter(), dtype), json)

@@ -226,9 +226,12 @@ def _load(
 ) -> LoadedRecipe:
     """The recipe with options applied; if only options are wrong, it is the command line that is wrong."""
     from ldm_cli.recipe.load import load_recipe
-    from ldm_cli.sampling.record import recipe_of
 
-    base = None if record is None else recipe_of(record)
+    base = None
+    if record is not None:
+        from ldm_cli.sampling.record import recipe_of  # imports torch
+
+        base = recipe_of(record)
     try:
         return load_recipe(recipe, changes, expected_command="sample", options=fields, base=base)
     except RecipeError as error:

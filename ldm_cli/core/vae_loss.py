@@ -7,51 +7,18 @@ reaches only its own side and one loss, one loop and one step suffice.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ldm_cli.config import Config
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL, DiagonalGaussian
 from ldm_cli.core.models.clip import IMAGE_MEAN, IMAGE_STD
 from ldm_cli.core.models.clip_vision import CLIPVisionTransformer
 from ldm_cli.core.models.patch_discriminator import PatchDiscriminator, hinge_loss
-
-Weight = Annotated[float, Field(ge=0)]
-
-
-class VAELossConfig(Config):
-    """Weights of the terms; a term of weight 0 is not computed."""
-
-    reconstruction: Literal["l1", "l2"] = "l1"
-    """Absolute or squared difference, averaged over pixels and channels."""
-    kl_weight: Weight = 1e-6
-    """Weight of the KL term, which is summed over the latent and divided by the number of image values, so
-    that published weights (Rombach et al. 2022: 1e-6) mean the same here."""
-    perceptual_weight: Weight = 0.0
-    """Weight of the distance between CLIP image-tower features."""
-    perceptual_clip: str | None = None
-    """Folder of the CLIPModel (`train-clip`) that the perceptual term uses."""
-    adversarial_weight: Weight = 0.0
-    """Weight of the patch discriminator's verdict; times the adaptive weight if that is on."""
-    adversarial_start: Annotated[int, Field(ge=0)] = 0
-    """Last step without the adversarial term; the discriminator starts to learn there, too."""
-    adversarial_adaptive: bool = True
-    """Balance the term by the ratio of gradients at the decoder's last layer (Esser et al. 2021, eq. 7)."""
-    discriminator_channels: Annotated[int, Field(ge=8, multiple_of=8)] = 64
-    """Channels of the discriminator's first layer."""
-    discriminator_layers: Annotated[int, Field(ge=1, le=5)] = 3
-    """Stride-2 layers of the discriminator after the first."""
-
-    @model_validator(mode="after")
-    def _check(self) -> VAELossConfig:
-        if self.perceptual_weight > 0 and self.perceptual_clip is None:
-            raise ValueError(f"perceptual_weight={self.perceptual_weight} needs perceptual_clip, a CLIPModel folder")
-        return self
+from ldm_cli.core.vae_loss_config import VAELossConfig
 
 
 def reconstruction_loss(kind: Literal["l1", "l2"], reconstruction: Tensor, images: Tensor) -> Tensor:

@@ -14,15 +14,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tokenizers
 import torch
-from pydantic import Field
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from ldm_cli.config import Config
+from ldm_cli.data.tokenizer_config import MIN_VOCAB_SIZE, TokenizerConfig
 from ldm_cli.errors import CheckpointError, InputNotFoundError, OutputError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -40,20 +39,6 @@ def _byte_characters() -> tuple[str, ...]:
 
 
 _ALPHABET = _byte_characters() + tuple(c + _WORD_END for c in _byte_characters())
-MIN_VOCAB_SIZE = len(_ALPHABET) + 2
-"""Every byte, every word-final byte, start and end: 514."""
-
-
-class TokenizerConfig(Config):
-    """Where the vocabulary comes from."""
-
-    path: str | None = None
-    """Folder with `vocab.json` and `merges.txt` (or `tokenizer.json`) to load; null: train from the
-    captions."""
-    vocab_size: Annotated[int, Field(ge=MIN_VOCAB_SIZE)] = 1000
-    """Most tokens to train: 514 for bytes, start and end, the rest merges. Few captions may give fewer."""
-    max_captions: Annotated[int, Field(ge=1)] = 1_000_000
-    """Train on the first so many captions."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 
@@ -13,11 +13,9 @@ from ldm_cli.config import Config
 from ldm_cli.errors import InputNotFoundError, RecipeError, printable
 from ldm_cli.recipe.overrides import Draft, apply_override
 from ldm_cli.recipe.problems import describe, did_you_mean, find_problems, line_of
+from ldm_cli.recipe.schema import RECIPES, Recipe
 from ldm_cli.recipe.shipped import find_recipe
 from ldm_cli.recipe.yaml_source import YamlSource, parse_yaml
-
-if TYPE_CHECKING:
-    from ldm_cli.recipe.schema import Recipe
 
 Section = TypeVar("Section", bound=Config)
 
@@ -67,7 +65,7 @@ def load_recipe(
     if draft.problems:
         raise _invalid(shown, draft.problems)
     recipe = _validated(_recipe_class(draft, expected_command, shown), draft, shown)
-    return LoadedRecipe(cast("Recipe", recipe), path, text, tuple(overrides))
+    return LoadedRecipe(cast(Recipe, recipe), path, text, tuple(overrides))
 
 
 def load_section(model: type[Section], overrides: Sequence[str], options: Sequence[tuple[str, str, Any]]) -> Section:
@@ -118,10 +116,6 @@ def _read(path: Path | None, command: str | None, base: Mapping[str, Any]) -> tu
 
 def _recipe_class(draft: Draft, expected: str | None, shown: str) -> type[Config]:
     """The recipe's class by its `command`."""
-    # Not at the top: models and their configurations share their files, so this imports torch, for over a second.
-    # What is no YAML, or no mapping, is refused before.
-    from ldm_cli.recipe.schema import RECIPES
-
     command = draft.data.get("command")
     place = draft.place(("command",), at_key=False) or f"{shown}:1:1"
     if command is None and expected is None:

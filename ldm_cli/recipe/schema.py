@@ -8,13 +8,12 @@ from pydantic import Field, model_validator
 
 from ldm_cli.config import Config
 from ldm_cli.core.diffusion.config import DiffusionConfig
-from ldm_cli.core.models.autoencoder_kl import AutoencoderKLConfig
-from ldm_cli.core.models.clip import CLIPConfig
-from ldm_cli.core.models.patch_discriminator import min_image_size
-from ldm_cli.core.models.unet_2d_condition import UNet2DConditionConfig
-from ldm_cli.core.vae_loss import VAELossConfig
+from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
+from ldm_cli.core.models.clip_config import CLIPConfig
+from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
+from ldm_cli.core.vae_loss_config import VAELossConfig, min_image_size
 from ldm_cli.data.config import DataConfig
-from ldm_cli.data.tokenizer import TokenizerConfig
+from ldm_cli.data.tokenizer_config import TokenizerConfig
 from ldm_cli.evaluation.config import EvalConfig
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.edit_config import EditConfig

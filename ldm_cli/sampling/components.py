@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
-from ldm_cli.core.models.clip import CLIPConfig, CLIPTextConfig, CLIPTextModel
+from ldm_cli.core.models.clip import CLIPTextModel
+from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.errors import InputNotFoundError
 from ldm_cli.formats.model_folder import CONFIG_NAME, load_model

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
-from torch import Tensor
 
 from ldm_cli.config import Config
 from ldm_cli.sampling.config import SamplingConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Blend(Config):

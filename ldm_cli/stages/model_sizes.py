@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm_cli.core.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from ldm_cli.core.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
+from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
+from ldm_cli.core.models.clip import CLIPModel, CLIPTextModel
+from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig
 from ldm_cli.core.models.patch_discriminator import PatchDiscriminator
-from ldm_cli.core.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
+from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.errors import RecipeError, amount, first_line
 from ldm_cli.formats.model_folder import CONFIG_NAME, read_config, without_weights
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_cli.core.models.autoencoder_kl import AutoencoderKLConfig
+from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.cache_writer import (
     bad_members,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ldm_cli.core.clip_loss import contrastive_loss
-from ldm_cli.core.models.clip import IMAGE_MEAN, IMAGE_STD, CLIPConfig, CLIPModel, normalize_images
+from ldm_cli.core.models.clip import IMAGE_MEAN, IMAGE_STD, CLIPModel, normalize_images
+from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.core.models.clip_resnet import StatisticsKept
 from ldm_cli.data.loader import Batch, sequential_batches
 from ldm_cli.data.tokenizer import Tokenizer

@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm_cli.core.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from ldm_cli.core.models.clip_vision import CLIPVisionConfig, CLIPVisionTransformer
+from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
+from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
+from ldm_cli.core.models.clip_config import CLIPVisionConfig
+from ldm_cli.core.models.clip_vision import CLIPVisionTransformer
 from ldm_cli.core.models.patch_discriminator import PatchDiscriminator, hinge_loss
-from ldm_cli.core.vae_loss import VAELoss, VAELossConfig, perceptual_distance
+from ldm_cli.core.vae_loss import VAELoss, perceptual_distance
+from ldm_cli.core.vae_loss_config import VAELossConfig
 
 SIZE = 32
 TOWER = CLIPVisionConfig(

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ldm_cli.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer, TokenizerConfig, defused
+from ldm_cli.data.tokenizer import Tokenizer, defused
+from ldm_cli.data.tokenizer_config import MIN_VOCAB_SIZE, TokenizerConfig
 from ldm_cli.errors import CheckpointError, InputNotFoundError
 
 CAPTIONS = [f"a {size} {color} {shape}" for size in ("small", "large") for color in ("red", "blue", "green")
@@ -63,7 +64,8 @@ def test_captions_in_any_order_and_any_process_give_the_same_vocabulary(tmp_path
     expected = vocabulary(Tokenizer.train(captions, TokenizerConfig(vocab_size=900)), tmp_path)
     code = (
         "import sys, json; from pathlib import Path\n"
-        "from ldm_cli.data.tokenizer import Tokenizer, TokenizerConfig\n"
+        "from ldm_cli.data.tokenizer import Tokenizer\n"
+        "from ldm_cli.data.tokenizer_config import TokenizerConfig\n"
         "Tokenizer.train(json.loads(sys.argv[1]), TokenizerConfig(vocab_size=900)).save(Path(sys.argv[2]))"
     )
     for order in (captions, generator.sample(captions, len(captions))):

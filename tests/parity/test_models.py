@@ -13,15 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm_cli.core.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from ldm_cli.core.models.clip import (
-    CLIPConfig,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-)
-from ldm_cli.core.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
+from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
+from ldm_cli.core.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
+from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig
+from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
+from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from tests.core.models.weights import randomise
 
 diffusers = pytest.importorskip("diffusers")

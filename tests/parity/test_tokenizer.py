@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ldm_cli.data.tokenizer import Tokenizer, TokenizerConfig
+from ldm_cli.data.tokenizer import Tokenizer
+from ldm_cli.data.tokenizer_config import TokenizerConfig
 
 transformers = pytest.importorskip("transformers")
 

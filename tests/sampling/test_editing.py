@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ldm_cli.core.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
+from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.errors import UsageError
 from ldm_cli.sampling.canvas import Canvas
 from ldm_cli.sampling.config import SamplingConfig

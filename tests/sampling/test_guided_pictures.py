@@ -5,7 +5,8 @@ from typing import get_args
 import pytest
 import torch
 
-from ldm_cli.core.models.clip import CLIPConfig, CLIPModel
+from ldm_cli.core.models.clip import CLIPModel
+from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, save_model
 from ldm_cli.sampling.config import SamplerName, SamplingConfig
 from ldm_cli.sampling.pipeline import Pipeline

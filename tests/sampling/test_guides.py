@@ -3,7 +3,8 @@ import torch
 
 from ldm_cli.core.diffusion.config import CLIPGuidanceConfig, GuidanceConfig, PerturbationConfig
 from ldm_cli.core.models.attention import BasicTransformerBlock
-from ldm_cli.core.models.clip import CLIPConfig, CLIPModel
+from ldm_cli.core.models.clip import CLIPModel
+from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.errors import CheckpointError, UsageError
 from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, save_model
 from ldm_cli.sampling.guides import Guides, spoilt_layers

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ldm_cli.data.tokenizer import Tokenizer, TokenizerConfig
+from ldm_cli.data.tokenizer import Tokenizer
+from ldm_cli.data.tokenizer_config import TokenizerConfig
 from ldm_cli.stages.caption_tokens import CaptionTokens
 
 

@@ -11,12 +11,16 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from ldm_cli.core.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from ldm_cli.core.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
-from ldm_cli.core.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
+from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
+from ldm_cli.core.models.clip import CLIPModel, CLIPTextModel
+from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
+from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.data import scene_vocabulary as words
 from ldm_cli.data.scenes import scene, write_scenes
-from ldm_cli.data.tokenizer import Tokenizer, TokenizerConfig
+from ldm_cli.data.tokenizer import Tokenizer
+from ldm_cli.data.tokenizer_config import TokenizerConfig
 from ldm_cli.errors import DataError, OutputError, RecipeError
 from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, save_model, weights_sha256
 from ldm_cli.formats.pipeline_folder import our_settings

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from ldm_cli.core.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from ldm_cli.core.models.clip import CLIPConfig, CLIPModel
+from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
+from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
+from ldm_cli.core.models.clip import CLIPModel
+from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.data.scenes import write_scenes
 from ldm_cli.errors import RecipeError

@@ -1,1 +1,1 @@
-"""Networks as plain modules; in each file its Config first, then the module."""
+"""Networks as plain modules; the Config of each is in a file of its own, which imports no torch."""

@@ -5,22 +5,14 @@ Letters: B batch, L tokens, D width.
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm_cli.core.models.attention import attend
 from ldm_cli.core.models.checkpointing import Checkpointed
+from ldm_cli.core.models.clip_config import Activation
 
-Activation = Literal["quick_gelu", "gelu"]
 _QUICK = 1.702
-
-
-def check_heads(hidden_size: int, num_attention_heads: int) -> None:
-    """Raise ValueError unless the heads share the width evenly."""
-    if hidden_size % num_attention_heads:
-        raise ValueError(f"num_attention_heads={num_attention_heads} does not divide hidden_size={hidden_size}")
 
 
 class CLIPAttention(nn.Module):

@@ -7,10 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-
-def min_image_size(num_layers: int) -> int:
-    """Smallest side of an image, in pixels, that a discriminator of so many layers has a verdict on."""
-    return int(3 * 2**num_layers)
+from ldm_cli.core.vae_loss_config import min_image_size
 
 
 class PatchDiscriminator(nn.Sequential):

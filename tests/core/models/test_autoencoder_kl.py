@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from ldm_cli.core.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, DiagonalGaussian
+from ldm_cli.core.models.autoencoder_kl import AutoencoderKL, DiagonalGaussian
+from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 
 from .weights import golden_shapes, gradients, num_parameters, randomise, shapes
 

@@ -6,17 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from ldm_cli.core.models.clip import (
-    IMAGE_MEAN,
-    IMAGE_STD,
-    CLIPConfig,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    normalize_images,
-)
+from ldm_cli.core.models.clip import IMAGE_MEAN, IMAGE_STD, CLIPModel, CLIPTextModel, CLIPVisionModel, normalize_images
+from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from ldm_cli.core.models.clip_transformer import CLIPMLP
 
 from .weights import golden_shapes, num_parameters, randomise, shapes

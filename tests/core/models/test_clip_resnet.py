@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ldm_cli.core.models.clip import CLIPConfig, CLIPModel, ModifiedResNetConfig
+from ldm_cli.core.models.clip import CLIPModel
+from ldm_cli.core.models.clip_config import CLIPConfig, ModifiedResNetConfig
 from ldm_cli.core.models.clip_resnet import AttentionPool2d, Bottleneck, ModifiedResNet
 
 from .weights import num_parameters, randomise

@@ -6,9 +6,9 @@ import pytest
 from pydantic import ValidationError
 
 from ldm_cli.config import Config
-from ldm_cli.core.models.autoencoder_kl import AutoencoderKLConfig
-from ldm_cli.core.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, ModifiedResNetConfig
-from ldm_cli.core.models.unet_2d_condition import UNet2DConditionConfig
+from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
+from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, ModifiedResNetConfig
+from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 
 MINIMAL_UNET = {
     "_class_name": "UNet2DConditionModel",

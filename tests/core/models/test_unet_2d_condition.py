@@ -8,7 +8,8 @@ import torch
 
 from ldm_cli.core.models.attention import image_of, tokens_of
 from ldm_cli.core.models.layers import timestep_embedding
-from ldm_cli.core.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
+from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
+from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 
 from .weights import golden_shapes, gradients, num_parameters, randomise, shapes
 
