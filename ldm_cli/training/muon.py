@@ -20,6 +20,7 @@ _NUM_ITERATIONS = 5
 _ADAMW_RMS = 0.4  # root mean square of an update, in learning rates; AdamW's is 0.2 to 0.4 (Liu et al., §2.2)
 _MOST_TOGETHER = 8
 _ELEMENTS_TOGETHER = 1 << 22
+_SIDE_TO_SHARE = 256  # two ranks of one CPU core each took as long to share sides of 128 as to do all of them
 _EDGES = ("embed", "conv_in", "conv_out", "projection", "quant_conv")
 
 
@@ -79,11 +80,16 @@ def _together(matrices: Sequence[Tensor]) -> list[list[int]]:
     return sorted(flat, key=lambda group: -sum(matrices[i].numel() * min(matrices[i].shape) for i in group))
 
 
+def _pays_to_share(matrices: Sequence[Tensor]) -> bool:
+    """Whether ranks gain by each orthogonalizing a share: computing takes time with the sides, telling does not."""
+    return sum(m.numel() * min(m.shape) for m in matrices) >= _SIDE_TO_SHARE * sum(m.numel() for m in matrices)
+
+
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalized; with decoupled weight decay.
 
     Like torch's fused AdamW it divides gradients by `grad_scale` and leaves everything as it is where `found_inf` is 1,
-    both scalar tensors, without waiting for a device. Each rank orthogonalizes its share of the matrices.
+    both scalar tensors, without waiting for a device. Of large matrices each rank orthogonalizes its share.
 
     Args:
         parameters: matrices [rows, columns] and kernels [rows, …], which are read as matrices [rows, the rest].
@@ -146,11 +152,15 @@ class Muon(torch.optim.Optimizer):
         return list(gradients)
 
     def _orthogonalized(self, directions: list[Tensor]) -> list[Tensor]:
-        """Each direction orthogonalized, [rows, columns]; the ranks share the groups."""
+        """Each direction orthogonalized, [rows, columns]; the ranks share the groups where that pays."""
+        groups = _together(directions)
+        shared = self._ranks.world_size > 1 and _pays_to_share(directions)
+        if shared:
+            groups = groups[self._ranks.rank :: self._ranks.world_size]
         updates = [torch.zeros_like(direction) for direction in directions]
-        for group in _together(directions)[self._ranks.rank :: self._ranks.world_size]:
+        for group in groups:
             for index, update in zip(group, orthogonalized([directions[i] for i in group]), strict=True):
                 updates[index].copy_(update)
-        if self._ranks.world_size > 1:
+        if shared:
             self._ranks.sum_in_place(updates)
         return updates

@@ -161,10 +161,24 @@ def test_a_slow_rank_is_waited_for_as_long_as_it_gives_signs_of_life(tmp_path: P
         assert job.wait() == [0, 0], job.words()
 
 
-def test_muon_on_two_ranks_takes_the_steps_of_one_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("shapes", "shared"),
+    [
+        ([(6, 4), (4, 4), (8, 3, 3, 3), (5, 7), (2, 9)], False),
+        ([(6, 4), (300, 260), (256, 32, 3, 3), (260, 300), (300, 300)], True),
+    ],
+)
+def test_muon_on_two_ranks_takes_the_steps_of_one_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shapes: list[tuple[int, ...]], shared: bool
+) -> None:
+    told: list[int] = []
+    tell = distributed._ConnectedRanks.sum_in_place
+    monkeypatch.setattr(
+        distributed._ConnectedRanks, "sum_in_place", lambda self, t: told.append(len(t)) or tell(self, t)
+    )
+
     def stepped(ranks: Ranks) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(1)
-        shapes = [(6, 4), (4, 4), (8, 3, 3, 3), (5, 7), (2, 9)]
         parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
         optimizer = Muon(parameters, lr=0.1, weight_decay=0.1, ranks=ranks)
         for _ in range(3):
@@ -178,6 +192,7 @@ def test_muon_on_two_ranks_takes_the_steps_of_one_bit_for_bit(tmp_path: Path) ->
     def work(rank: int) -> int:
         with joined(CPU, 60.0) as ranks:
             assert all(torch.equal(a, b) for a, b in zip(stepped(ranks), expected, strict=True))
+        assert told == [len(shapes)] * 3 * shared
         return 0
 
     with ForkedRanks(work, tmp_path) as job:
