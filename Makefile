@@ -8,7 +8,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
-PYTEST_FLAGS ?= -n 2
+PYTEST_FLAGS ?= -n 2 --dist worksteal
 FAULTS_FLAGS ?=
 
 BIN := $(VENV)/bin

@@ -337,7 +337,7 @@ INTERRUPTER = """
 def interrupted(model, folder, times):
     """Ctrl-C at shares of a job of thirty prompts; then the same command again."""
     (folder / "prompts.txt").write_text("\n".join(f"a red circle {i}" for i in range(30)))
-    arguments = ["sample", "--model", str(model), "--prompts", "prompts.txt", "-n", "1", "--steps", "10"]
+    arguments = ["sample", "--model", str(model), "--prompts", "prompts.txt", "-n", "1", "--steps", "5"]
     arguments += ["--sampler", "euler_ancestral", "--device", "cpu"]
     command = [sys.executable, "-c", textwrap.dedent(INTERRUPTER), json.dumps(arguments), json.dumps(times)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}

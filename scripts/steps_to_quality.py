@@ -1,0 +1,79 @@
+"""What each sampler reaches in how many steps: python scripts/steps_to_quality.py results.json SAMPLER… --steps 5 10 20
+
+For every sampler and number of steps the pictures of the recipe's first captions are drawn, from the same seeds, and
+measured as `ldm eval` does. Results are added to the file, what it has already is left alone, and a table is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from ldm_cli.data.shards import open_shards
+from ldm_cli.evaluation.attribute_accuracy import score_scenes
+from ldm_cli.evaluation.frechet import FeatureStatistics, frechet_distance
+from ldm_cli.recipe.load import load_recipe
+from ldm_cli.recipe.schema import EvalRecipe
+from ldm_cli.reporting import SilentReporter
+from ldm_cli.sampling.config import SamplerName
+from ldm_cli.stages.eval_samples import Gathered, Models, load_models, measure_drawn, measure_real
+
+
+def measured(recipe: EvalRecipe, models: Models, real: Gathered, sampler: str, steps: int) -> dict[str, float]:
+    """Share of single objects with the right shape and colour, and the Fréchet distance on CLIP's features."""
+    changes = {"sampler": sampler, "steps": steps}
+    config = recipe.eval.model_copy(update={"sampling": recipe.eval.sampling.model_copy(update=changes)})
+    drawn = measure_drawn(config, real, models, SilentReporter())
+    scores: dict[str, Any] = score_scenes(drawn.scenes, real.metadata[: len(drawn.scenes)], stated_only=True)
+    gaussians = []
+    for features in (real.image_features, drawn.image_features):
+        statistics = FeatureStatistics()
+        statistics.update(torch.cat(features))
+        gaussians.append(statistics.gaussian())
+    return {"accuracy": scores["all"]["shape_and_color"], "distance": float(frechet_distance(*gaussians))}
+
+
+def table(results: dict[str, dict[str, float]], num_pictures: int) -> str:
+    """Results as Markdown: a row for each sampler, a column for each number of steps."""
+    names = list(dict.fromkeys(key.split()[0] for key in results))
+    columns = sorted({int(key.split()[1]) for key in results})
+    lines = ["| sampler | " + " | ".join(f"{n} steps" for n in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name in names:
+        cells = [results.get(f"{name} {n}") for n in columns]
+        shown = [f"{100 * c['accuracy']:.0f} %, {c['distance']:.1f}" if c else "–" for c in cells]
+        lines.append(f"| `{name}` | " + " | ".join(shown) + " |")
+    return "\n".join([*lines, "", f"{num_pictures} pictures each"])
+
+
+def main() -> None:
+    """Measure what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("samplers", nargs="*", metavar="SAMPLER", default=get_args(SamplerName))
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50])
+    parser.add_argument("--num-pictures", type=int, default=64)
+    parser.add_argument("--recipe", default="demo/eval")
+    options = parser.parse_args()
+    metrics = "eval.metrics=[frechet_distance,attribute_accuracy]"
+    changes = (metrics, f"eval.num_generated={options.num_pictures}")
+    recipe = load_recipe(Path(options.recipe), changes, expected_command="eval").recipe
+    assert isinstance(recipe, EvalRecipe)
+    models = load_models(recipe.eval, torch.device("cpu"))
+    real = measure_real(
+        recipe, open_shards(recipe.data.shards, recipe.data, SilentReporter()), models, SilentReporter()
+    )
+    results = json.loads(options.results.read_text()) if options.results.exists() else {}
+    for steps in options.steps:
+        for sampler in options.samplers:
+            if f"{sampler} {steps}" not in results:
+                results[f"{sampler} {steps}"] = measured(recipe, models, real, sampler, steps)
+                options.results.write_text(json.dumps(results, indent=1))
+    print(table(results, options.num_pictures))
+
+
+if __name__ == "__main__":
+    main()
