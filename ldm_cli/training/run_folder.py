@@ -150,7 +150,7 @@ class RunFolder:
         known = as_ldm_error(error)
         message = str(known) if known is not None else printable(f"{type(error).__name__}: {error}")
         code = known.code if known is not None else 130 if isinstance(error, KeyboardInterrupt) else LdmError.code
-        self._note(f"stopped: {message}")
+        self.note(f"stopped: {message}")
         if not self._has_begun and not isinstance(error, StuckError):
             return
         with suppress(LdmError):  # a full disk has been reported by the error itself
@@ -171,14 +171,15 @@ class RunFolder:
     def log(self, message: str) -> None:
         """Tell the user and note it in log.txt."""
         self._reporter.info(message)
-        self._note(message)
+        self.note(message)
 
     def warn(self, message: str) -> None:
         """Warn the user and note it in log.txt."""
         self._reporter.warn(message)
-        self._note(f"warning: {message}")
+        self.note(f"warning: {message}")
 
-    def _note(self, message: str) -> None:
+    def note(self, message: str) -> None:
+        """Write a line to log.txt, if this process owns the folder."""
         if not self._lock.is_held:  # the owner notes, and not each of the ranks
             return
         # A full disk is reported where it loses something.

@@ -49,6 +49,12 @@ class Task(Protocol[BatchT_contra]):
         """Last changes to the finished modules (measured latent statistics); returns figures to log."""
 
 
+def sample_names(batch: object) -> list[str]:
+    """`shard/key` of each sample of a batch, where it has names."""
+    names = getattr(batch, "keys", None)
+    return names if isinstance(names, list) else []
+
+
 def in_parts(loss: Callable[[BatchT], tuple[Tensor, dict[str, Tensor]]], parts: list[BatchT]) -> Losses:
     """`Task.losses` of a loss that is a mean over independent samples."""
     for part in parts:

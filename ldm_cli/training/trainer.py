@@ -32,7 +32,8 @@ from ldm_cli.training.ema import ExponentialMovingAverage
 from ldm_cli.training.optim import GuardedOptimizers, learning_rate
 from ldm_cli.training.part_sum import part_sum
 from ldm_cli.training.run_folder import RunFolder
-from ldm_cli.training.task import Task
+from ldm_cli.training.skipped_steps import SkippedSteps
+from ldm_cli.training.task import Task, sample_names
 from ldm_cli.training.weights import Weights
 
 T = TypeVar("T")
@@ -90,6 +91,7 @@ class Trainer:
             self.ema = ExponentialMovingAverage(averaged, config.ema_decay, config.ema_warmup)
         self.buffers = [buffer for module in trained.values() for buffer in module.buffers()]
         self.meter = _Meter()
+        self.skipped = SkippedSteps()
         self.step = 0
         self.saved_step: int | None = None
 
@@ -108,6 +110,7 @@ class Trainer:
         grad_norms = {("grad_norm" if name == main else f"grad_norm/{name}"): n for name, n in norms.items()}
         self.meter.add({name: value / num_parts for name, value in figures.items()} | grad_norms, kept)
         self.meter.add({"skipped": 1.0 - kept}, torch.ones_like(kept))
+        self.skipped.add(step, sample_names(batch), kept)
         self.step = step
 
     def _sum_over_parts(self, batch: Any, step: int, before: list[Tensor]) -> dict[str, Tensor]:
@@ -177,25 +180,44 @@ class Trainer:
             return
         sums = torch.stack([p.double().sum() for p in parameters])
         rows = ranks.gathered(sums[None].cpu())
-        if not torch.equal(rows, rows[:1].expand_as(rows)):
+        # What is not finite on all ranks is the same, though a NaN equals nothing.
+        if not torch.allclose(rows, rows[:1].expand_as(rows), rtol=0, atol=0, equal_nan=True):
             raise WorkerError(
                 f"the weights of the ranks differ at step {self.step}",
                 "their machines do not compute alike",
                 "continue from the last checkpoint on machines of one kind",
             )
 
+    def _expect_finite_weights(self) -> None:
+        """Make sure that the weights and averages can be loaded again: an update may overflow though its gradient is
+        finite; all ranks call.
+
+        Raises:
+            DivergedError: some are not finite.
+        """
+        held = [p.detach() for module in self.weights.parameters.values() for p in module.values()]
+        held += self.ema.average if self.ema is not None else []
+        sound = torch.stack([value.isfinite().all() for value in held]).all()
+        if self.part_sum.ranks.largest(int(not sound)):
+            raise DivergedError(
+                f"step {self.step} of '{self.run.path}'",
+                "some weights are no longer finite",
+                "lower train.lr; no checkpoint was written, the one before is sound",
+            )
+
     def check_finite(self) -> None:
-        """Stop when too many steps in a row were skipped.
+        """Tell of skipped steps, and stop when they are too many in a row; all ranks call.
 
         Raises:
             DivergedError: more than `max_nonfinite` steps.
         """
+        self.skipped.tell(self.run, self.part_sum.ranks, is_expected=self.config.precision == "fp16")
         bad = int(self.optimizers.nonfinite_run.item())
         if bad > self.config.max_nonfinite:
             raise DivergedError(
                 f"step {self.step} of '{self.run.path}'",
                 f"loss or gradient was not finite in {bad} steps in a row",
-                "lower train.lr or raise train.warmup_steps; the last checkpoint is sound",
+                "lower train.lr or raise train.warmup_steps; the last checkpoint is sound, log.txt names the samples",
             )
 
     def present(self, act: Callable[[], T], *, averaged: bool = False) -> T | None:
@@ -214,10 +236,12 @@ class Trainer:
         """Commit a checkpoint of this step, over a damaged one if there is any, and delete the oldest; all ranks call.
 
         Raises:
+            DivergedError: the weights are not finite.
             OutputError, StorageError: it cannot be written; the older ones are as they were.
         """
         if self.step == self.saved_step:
             return
+        self._expect_finite_weights()
         target = self.run.checkpoints / checkpoint_name(self.step)
         if self.part_sum.ranks.is_first:
             num_bytes = self.num_checkpoint_bytes()
