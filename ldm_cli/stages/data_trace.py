@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ldm_cli.data.loader import Batch
+from ldm_cli.errors import OutputError
 from ldm_cli.storage import storage_errors, write_whole
 from ldm_cli.training.distributed import Ranks
 
@@ -19,24 +20,27 @@ def traced(
     the samples of all ranks, so the file is the same for any number of them.
 
     Raises:
-        OutputError, StorageError: the file cannot be written.
+        OutputError, StorageError: the file is something else, or cannot be written.
     """
 
     def stream(start: int, end: int) -> Iterator[Batch]:
         if ranks.is_first:
             _rewind(file, start)
         for step, batch in enumerate(batches(start, end), start=start + 1):
-            names = "\n".join(ranks.texts("\n".join(batch.keys))).splitlines()
+            lines = ranks.texts("".join(f"{line}\n" for line in batch.trace(step)))
             if ranks.is_first:
                 with storage_errors(file), file.open("a", encoding="utf-8") as out:
-                    out.writelines(f"{step} {name.replace('/', ' ', 1)}\n" for name in names)
+                    out.writelines(lines)
             yield batch
 
     return stream
 
 
 def _rewind(file: Path, step: int) -> None:
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    with storage_errors(file):
+        text = file.read_text(encoding="utf-8", errors="backslashreplace") if file.exists() else ""
     # A line cut short by a kill belongs to a step that is taken again.
-    kept = [line for line in lines if line.endswith("\n") and int(line.split(" ", 1)[0]) <= step]
-    write_whole(file, "".join(kept))
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    if any(not line.split(" ", 1)[0].isdecimal() for line in lines):
+        raise OutputError(f"'{file}' is no data trace", "it has lines without a step", "give --data-trace another file")
+    write_whole(file, "".join(line for line in lines if int(line.split(" ", 1)[0]) <= step))
