@@ -38,13 +38,13 @@ def show_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     write_result(_rendered([(title, _rows(rows))]))
 
 
-def show_plan(loaded: LoadedRecipe, as_json: bool) -> None:
-    """`--dry-run`: the resolved recipe and what it would take."""
+def show_plan(loaded: LoadedRecipe, as_json: bool, num_ranks: int = 1) -> None:
+    """`--dry-run`: the resolved recipe and what it would take on each of so many ranks."""
     from ldm_cli.cli.report import make_reporter
     from ldm_cli.recipe.yaml_source import to_yaml
     from ldm_cli.stages.plan import plan
 
-    result = plan(loaded.recipe, make_reporter())
+    result = plan(loaded.recipe, make_reporter(), num_ranks)
     if as_json:
         show_result(result, as_json=True)
         return

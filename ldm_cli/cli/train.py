@@ -55,7 +55,7 @@ def _train(
     options = RunOptions(out, device, resume, limit, data_trace=data_trace, recipe_text=loaded.text, overrides=changes)
     if dry_run:
         release_signals()
-        show_plan(loaded, json)
+        show_plan(loaded, json, max(1, nproc or 1))
         return
     result = _run(command, loaded.recipe, options)
     if is_first_rank():

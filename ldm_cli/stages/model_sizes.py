@@ -112,13 +112,19 @@ def unet_of(mapping: Mapping[str, Any]) -> UNet2DConditionModel:
     return UNet2DConditionModel(UNet2DConditionConfig.from_hugging_face(mapping))
 
 
-def training_bytes(trained: dict[str, int], frozen: dict[str, int], train: TrainConfig) -> dict[str, int]:
-    """What stays in memory while so many parameters are trained or used; weights and optimizer state are in fp32.
+def training_bytes(
+    trained: dict[str, int], frozen: dict[str, int], train: TrainConfig, num_ranks: int = 1
+) -> dict[str, int]:
+    """What stays in the memory of each of `num_ranks` ranks while so many parameters are trained or used; weights and
+    optimizer state are in fp32.
 
-    AdamW keeps two numbers per trained weight. The discriminator is not averaged.
+    AdamW keeps two numbers per trained weight. The discriminator is not averaged. With `strategy: sharded` the ranks
+    share what is trained, but for the discriminator; each has all that is only used.
     """
-    num_trained = sum(trained.values())
-    num_averaged = sum(count for name, count in trained.items() if name != "discriminator")
+    num_parts = num_ranks if train.strategy == "sharded" else 1
+    held = {name: count if name == "discriminator" else -(-count // num_parts) for name, count in trained.items()}
+    num_trained = sum(held.values())
+    num_averaged = sum(count for name, count in held.items() if name != "discriminator")
     return {
         "weights": 4 * (num_trained + sum(frozen.values())),
         "gradients": 4 * num_trained,
@@ -137,11 +143,10 @@ def expect_memory(recipe: TrainRecipe, device: torch.device, world_size: int) ->
     """
     trained, frozen = trainer_parameters(recipe, [])
     room = memory_bytes(device)
-    sizes = training_bytes(trained, frozen, recipe.train)
+    sizes = training_bytes(trained, frozen, recipe.train, world_size)
     if recipe.train.optimizer == "muon":
         sizes["optimizer"] //= 2
-    num_holders = world_size if recipe.train.strategy == "sharded" else 1
-    if (needed := sum(sizes.values()) // num_holders) > room:
+    if sum(sizes.values()) > room:
         listed = ", ".join(f"{name} {amount(size)}" for name, size in sizes.items() if size)
         raise RecipeError(
             f"{' and '.join(trained)} with {sum(trained.values()):,} parameters cannot be trained on {device}",

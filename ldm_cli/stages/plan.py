@@ -33,16 +33,21 @@ from ldm_cli.training.config import TrainConfig
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
-def plan(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
+def plan(recipe: Recipe, reporter: Reporter, num_ranks: int = 1) -> dict[str, Any]:
     """Parameters, memory, shards and epochs of `recipe`; models are built on the meta device.
 
+    Args:
+        recipe: of any command.
+        reporter: is told how far the reading of shards is.
+        num_ranks: how many train together.
+
     Returns:
-        `recipe` (every field), `parameters` (module → count), `bytes` (what stays in memory, activations not
-        counted: `weights`, `gradients`, `optimizer`, `ema`), and where they apply `shards`,
-        `steps_per_epoch`, `epochs`, `images`; `notes` says what could not be found yet.
+        `recipe` (every field), `parameters` (module → count), `bytes` (what stays in the memory of each rank,
+        activations not counted: `weights`, `gradients`, `optimizer`, `ema`), and where they apply `shards`,
+        `steps_per_epoch`, `epochs`, `images`; `notes` says what could not be found yet, and what `bytes` leaves out.
 
     Raises:
-        RecipeError: the models that the recipe names do not fit together.
+        RecipeError: the models that the recipe names do not fit together, or the ranks cannot share the batch.
     """
     notes: list[str] = []
     result: dict[str, Any] = {"recipe": recipe.to_mapping()}
@@ -56,11 +61,26 @@ def plan(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
     else:
         if isinstance(recipe, TrainUnetRecipe):
             _expect_to_fit(recipe)
+        recipe.train.parts_per_rank(num_ranks)
         trained, frozen = trainer_parameters(recipe, notes)
-        result |= {"parameters": trained | frozen, "bytes": training_bytes(trained, frozen, recipe.train)}
+        sizes = training_bytes(trained, frozen, recipe.train, num_ranks)
+        result |= {"parameters": trained | frozen, "bytes": sizes}
+        notes += _about_ranks(recipe.train, num_ranks)
         result |= _shards(recipe.data, notes, reporter)
         result |= _epochs(recipe.train, result)
     return result | {"notes": notes}
+
+
+def _about_ranks(train: TrainConfig, num_ranks: int) -> list[str]:
+    """Of what the bytes are, where each rank holds a part."""
+    if train.strategy != "sharded":
+        return []
+    if num_ranks == 1:
+        return ["strategy=sharded: the bytes are those of one process; give --nproc"]
+    return [
+        f"strategy=sharded: the bytes are those of each of {num_ranks} ranks; rank 0 has the whole weights beside them "
+        "while it saves, validates or draws"
+    ]
 
 
 def _expect_to_fit(recipe: TrainUnetRecipe) -> None:

@@ -135,3 +135,21 @@ def test_evaluation_and_sampling_have_plans_too() -> None:
 def test_a_model_larger_than_memory_is_planned_without_allocating() -> None:
     result = planned("train-vae", *VAE, "vae.block_out_channels=[8192, 8192]", *TRAIN)
     assert result["parameters"]["vae"] > 10**10
+
+
+def test_sharded_ranks_are_planned_with_a_part_each() -> None:
+    changes = [*VAE, *TRAIN, "train.ema_decay=0.9", "loss.adversarial_weight=0.5", "loss.adversarial_adaptive=false"]
+    loaded = load_recipe(None, ["name=x", "data.shards=x", *changes], expected_command="train-vae")
+    sharded = load_recipe(
+        None, ["name=x", "data.shards=x", "train.strategy=sharded", *changes], expected_command="train-vae"
+    )
+    whole, one, each = (
+        plan(recipe.recipe, SilentReporter(), ranks) for recipe, ranks in ((loaded, 4), (sharded, 1), (sharded, 4))
+    )
+    vae, discriminator = whole["parameters"]["vae"], whole["parameters"]["discriminator"]
+    assert whole["bytes"] == one["bytes"]
+    assert each["bytes"]["optimizer"] == 8 * (-(-vae // 4) + discriminator), "the discriminator stays whole"
+    assert each["bytes"]["ema"] == 4 * -(-vae // 4)
+    assert "each of 4 ranks" in each["notes"][0]
+    with pytest.raises(RecipeError, match="among 3 ranks"):
+        plan(sharded.recipe, SilentReporter(), 3)
