@@ -9,6 +9,7 @@ hangs, no process survives, and the same command then ends in the bits of the ru
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -107,12 +109,19 @@ def different(one: Path, two: Path, is_clean: bool = True) -> str | None:
     for file in wanted:
         if file not in files[1]:
             return f"{file} is missing"
-        if (one / file).read_bytes() != (two / file).read_bytes():
+        if _content(one / file) != _content(two / file):
             return f"{file} differs"
     if metrics(one) != metrics(two):
         return "metrics.jsonl differs"
     left = [str(f.relative_to(two)) for f in two.rglob(".tmp*")]
     return f"left behind: {left}" if left and is_clean else None
+
+
+def _content(file: Path) -> tuple[dict[str, Any], bytes]:
+    """Header and data of a safetensors file; entries of the header's metadata come in any order."""
+    raw = file.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8 : 8 + size]), raw[8 + size :]
 
 
 Row = Callable[[Bench], None]
