@@ -9,7 +9,7 @@ from collections.abc import Container, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from ldm_cli.training.adamw import AdamW
+from ldm_cli.core.adamw import AdamW
 from ldm_cli.training.config import TrainConfig
 from ldm_cli.training.distributed import Ranks
 from ldm_cli.training.muon import Muon, is_hidden_matrix

@@ -47,6 +47,9 @@ class Shards(Weights):
         auxiliary: stay replicated.
         device: where the parts lie.
         ranks: two or more.
+
+    Raises:
+        ValueError: a parameter has two names.
     """
 
     is_sharded = True
@@ -55,6 +58,7 @@ class Shards(Weights):
         self, modules: Mapping[str, nn.Module], auxiliary: Mapping[str, nn.Module], device: torch.device, ranks: Ranks
     ) -> None:
         super().__init__(auxiliary, ranks)
+        _expect_one_name_each([*modules.values(), *auxiliary.values()])
         self._modules, self._device = modules, device
         self._twins = {name: _twin(module) for name, module in modules.items()}
         mesh = DeviceMesh.from_group(ranks.device_group(), device.type)
@@ -180,6 +184,15 @@ def _twin(module: nn.Module) -> nn.Module:
         for p in module.parameters()
     }
     return copy.deepcopy(module, {**weights, **{id(buffer): buffer for buffer in module.buffers()}}).eval()
+
+
+def _expect_one_name_each(modules: Sequence[nn.Module]) -> None:
+    """A unit has its parameters to itself, and a twin is filled by name."""
+    named = [(n, p) for module in modules for n, p in module.named_parameters(remove_duplicate=False)]
+    first: dict[int, str] = {}
+    for name, parameter in named:
+        if first.setdefault(id(parameter), name) != name:
+            raise ValueError(f"Shards: '{name}' and '{first[id(parameter)]}' are one parameter")
 
 
 def _put(module: nn.Module, name: str, value: Tensor) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_cli.training.adamw import AdamW
+from ldm_cli.core.adamw import AdamW
 
 
 @pytest.mark.parametrize("found_inf", [0.0, 1.0])
