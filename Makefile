@@ -69,11 +69,7 @@ bench: $(TESTED)
 # Needs a CUDA device, and takes less than ten minutes on an H200: the GPU tests, then published sizes.
 gpu-check: $(TESTED)
 	$(BIN)/python -m pytest -m gpu
-	$(LDM) bench train-unet unet/sd15 train.batch_size=32 train.gradient_accumulation=1 train.gradient_checkpointing=false --device cuda --out runs/gpu/unet-sd15.json
-	$(LDM) bench train-unet unet/sd21 train.batch_size=32 train.gradient_accumulation=1 train.gradient_checkpointing=false --device cuda --out runs/gpu/unet-sd21.json
-	$(LDM) bench train-clip clip/vit-b-32 train.batch_size=1024 train.gradient_accumulation=1 --device cuda --out runs/gpu/clip-b-32.json
-	$(LDM) bench train-clip clip/vit-l-14 train.batch_size=128 train.gradient_accumulation=1 --device cuda --out runs/gpu/clip-l-14.json
-	$(LDM) bench encode-vae vae/sd-vae data.image_size=512 train.batch_size=16 train.gradient_accumulation=1 --device cuda --out runs/gpu/encode-vae.json
+	$(LDM) bench published --device cuda --against diffusers --rounds 3 --out runs/gpu-check.json
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -28,7 +28,7 @@ from ldm_cli.data.tokenizer_config import TokenizerConfig
 from ldm_cli.errors import WorkerError
 from ldm_cli.formats.pipeline_folder import our_settings
 from ldm_cli.recipe.load import load_recipe
-from ldm_cli.recipe.schema import TrainUnetRecipe
+from ldm_cli.recipe.schema import TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import requests_for
@@ -130,9 +130,15 @@ def _run(command: list[str], folder: Path) -> float:
     return time.perf_counter() - begin
 
 
-def random_pipeline(folder: Path, recipe_name: str = "bench/unet") -> str:
-    """Write a pipeline folder of random weights around a recipe's U-Net, with an autoencoder of factor 4."""
-    recipe = load_recipe(recipe_name).recipe
+def random_pipeline(folder: Path, unet_recipe: str = "bench/unet", vae_recipe: str | None = None) -> str:
+    """Write a pipeline folder of random weights around a recipe's U-Net.
+
+    Args:
+        folder: to be written.
+        unet_recipe: of `train-unet`.
+        vae_recipe: of `train-vae`; None: a small autoencoder of factor 4.
+    """
+    recipe = load_recipe(unet_recipe).recipe
     assert isinstance(recipe, TrainUnetRecipe)
     unet = build_model(recipe)
     assert isinstance(unet, UNet2DConditionModel)
@@ -154,6 +160,10 @@ def random_pipeline(folder: Path, recipe_name: str = "bench/unet") -> str:
         up_block_types=("UpDecoderBlock2D",) * 3,
         latent_channels=unet.config.in_channels,
     )
+    if vae_recipe is not None:
+        its_recipe = load_recipe(vae_recipe).recipe
+        assert isinstance(its_recipe, TrainVaeRecipe)
+        vae = its_recipe.vae
     torch.manual_seed(0)
     pipeline = Pipeline(
         unet=unet,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +17,7 @@ from ldm_cli.bench.machine import ceiling, describe
 from ldm_cli.bench.race import Contender, Lap, race, speedup
 from ldm_cli.bench.workload import TrainRecipe, Workload, our_encoding, our_step
 from ldm_cli.errors import UsageError
+from ldm_cli.recipe.load import load_recipe
 from ldm_cli.reporting import Reporter
 
 PEERS = {
@@ -25,11 +30,26 @@ PEERS = {
     "start": "diffusers",
 }
 """Subject → the peer that does the same work."""
-SUBJECTS = (*PEERS, "growth", "memory", "all")
+SUBJECTS = (*PEERS, "growth", "memory", "published", "all")
 RECIPES = {"train-clip": "bench/clip", "train-vae": "bench/vae", "encode-vae": "bench/vae", "train-unet": "bench/unet"}
 """Subject → the recipe whose model is measured unless another one is given."""
 COMMANDS = {"train-clip": "train-clip", "train-vae": "train-vae", "encode-vae": "train-vae", "train-unet": "train-unet"}
 """Subject → the command of the recipes it takes."""
+
+PUBLISHED = (
+    ("train-unet", "unet/sd15", {"train.batch_size": 32}),
+    ("train-unet", "unet/sd21", {"train.batch_size": 32}),
+    ("train-clip", "clip/vit-b-32", {"train.batch_size": 1024}),
+    ("train-clip", "clip/vit-l-14", {"train.batch_size": 128}),
+    ("encode-vae", "vae/sd-vae", {"train.batch_size": 16, "data.image_size": 512}),
+)
+"""Training of published sizes: subject, recipe, changes to it."""
+PUBLISHED_PIPELINE = ("unet/sd15", "vae/sd-vae")
+"""Recipes of a U-Net and an autoencoder, with which pictures of a published size are drawn."""
+_PUBLISHED_PICTURES = (1, 16)
+_AT_ONCE = {"train.gradient_accumulation": 1, "train.gradient_checkpointing": "false"}
+_PUBLISHED_SECONDS = 480.0
+"""After so long nothing else of published sizes is begun: the whole is to take less than ten minutes."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +112,11 @@ def run(subject: str, recipes: Mapping[str, TrainRecipe], options: BenchOptions,
     """
     device = torch.device(options.device)
     precision = next(iter(recipes.values())).train.precision if recipes else "fp32"
+    if subject == "published":
+        precision = "bf16"
     result: dict[str, Any] = {"machine": describe(device), "ceiling": ceiling(device, precision)}
+    if subject == "published":
+        return result | published(options, result["ceiling"]["matmul"], reporter)
     subjects = list(PEERS) if subject == "all" else [subject]
     for name in subjects:
         reporter.info(f"measuring {name}")
@@ -116,6 +140,38 @@ def _measure(
         "memory": lambda: growth.memory(options.steps or 2000, options.device),
     }
     return others[subject]()  # type: ignore[no-any-return]
+
+
+def published(options: BenchOptions, gflops: float, reporter: Reporter) -> dict[str, Any]:
+    """Sampling, training steps and encoding of published sizes, as far as the time allows.
+
+    Only sampling is compared: of training, two contenders and their optimizers would not fit into one device.
+
+    Args:
+        gflops: as in `compare`.
+    """
+
+    def training(subject: str, recipe: str, changes: Mapping[str, Any]) -> list[dict[str, Any]]:
+        words = [f"{key}={value}" for key, value in {**_AT_ONCE, **changes}.items()]
+        loaded: Any = load_recipe(recipe, words, expected_command=COMMANDS[subject]).recipe
+        return compare(subject, loaded, options, gflops, compared=False)
+
+    steps, compared = options.steps or 50, "diffusers" in options.against
+    deadline, result = time.monotonic() + _PUBLISHED_SECONDS, {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = picture.random_pipeline(Path(scratch) / "model", *PUBLISHED_PIPELINE)
+        works: list[tuple[str, Callable[[], Any]]] = [
+            (f"sample {n}", partial(picture.sample, folder, n, steps, options.rounds, compared, options.device))
+            for n in _PUBLISHED_PICTURES
+        ]
+        works += [(f"{work[0]} {work[1]}", partial(training, *work)) for work in PUBLISHED]
+        for name, work in works:
+            if time.monotonic() > deadline:
+                reporter.warn(f"no time is left for {name}")
+                continue
+            reporter.info(f"measuring {name}")
+            result[name] = work()
+    return result
 
 
 def compare(

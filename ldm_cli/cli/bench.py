@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ldm_cli.bench.workload import TrainRecipe
 
 _QUIET: dict[str, Any] = {"show_default": False}
-_SUBJECTS = "train-clip|train-vae|train-unet|encode-vae|sample|data|start|growth|memory|all"
+_SUBJECTS = "train-clip|train-vae|train-unet|encode-vae|sample|data|start|growth|memory|published|all"
 
 
 def register(app: typer.Typer) -> None:

@@ -1,0 +1,133 @@
+"""`ldm bench` at sizes of no interest: the same work for all, counted right, in the shape that is documented."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ldm_cli.bench import growth, input_pipeline, picture, run
+from ldm_cli.bench.race import Lap, speedup
+from ldm_cli.bench.workload import Workload, build_model, our_step
+from ldm_cli.cli.app import run as ldm
+from ldm_cli.errors import UnavailableError
+from ldm_cli.recipe.load import load_recipe
+from ldm_cli.reporting import SilentReporter
+
+TINY = {
+    "train-clip": ("bench/clip", ["train.batch_size=4", "clip.text_config.num_hidden_layers=1"]),
+    "train-vae": ("bench/vae", ["train.batch_size=2", "data.image_size=16", "vae.layers_per_block=1"]),
+    "encode-vae": ("bench/vae", ["train.batch_size=2", "data.image_size=16", "vae.layers_per_block=1"]),
+    "train-unet": ("bench/unet", ["train.batch_size=2", "unet.sample_size=8", "unet.block_out_channels=[32,32,32]"]),
+}
+
+
+def tiny(subject: str) -> Any:
+    name, changes = TINY[subject]
+    return load_recipe(name, changes, expected_command=run.COMMANDS[subject]).recipe
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subject", ["train-clip", "train-unet"])
+def test_peers_do_the_same_work(subject: str) -> None:
+    pytest.importorskip(run.PEERS[subject])
+    rows = run.compare(subject, tiny(subject), run.BenchOptions(rounds=1, context_length=5), 10.0, compared=True)
+    assert [row["contender"] for row in rows[:2]] == ["ldm", run.PEERS[subject]]
+    assert len(rows) == 2 + (subject == "train-unet")
+    assert (rows[0]["speedup"], rows[0]["memory_ratio"]) == (1.0, 1.0)
+    for row in rows:
+        assert row["first_loss"] == pytest.approx(rows[0]["first_loss"], rel=1e-4)
+        assert row["gflop_per_unit"] == rows[0]["gflop_per_unit"]
+        assert row["fraction_of_matmul"] == pytest.approx(row["gflop_per_unit"] * row["per_second"] / 10.0)
+        assert row["peak_mib"] > 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subject", ["train-vae", "encode-vae"])
+def test_autoencoders_are_measured(subject: str) -> None:
+    (row,) = run.compare(subject, tiny(subject), run.BenchOptions(rounds=1), 10.0, compared=False)
+    assert row["per_second"] == pytest.approx(2e3 / row["step_ms"])
+    assert row["gflop_per_unit"] > 0
+
+
+def test_operations_are_counted_as_torch_counts_those_of_forward_and_backward() -> None:
+    recipe = tiny("train-unet")
+    facts = our_step(Workload(recipe, context_length=5)).facts()
+    unet, size = build_model(recipe), recipe.unet.sample_size
+    x = torch.randn(2, 4, size, size, requires_grad=True)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        unet(x.detach(), torch.tensor([1.0, 2.0]), torch.randn(2, 5, recipe.unet.cross_attention_dim)).sum().backward()
+    assert facts["units"] == 2
+    assert facts["flops"] == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_published_sizes_are_measured_until_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "PUBLISHED_PIPELINE", ("bench/unet", "bench/vae"))
+    monkeypatch.setattr(run, "PUBLISHED", (("train-clip", "bench/clip", {"train.batch_size": 2}),))
+    monkeypatch.setattr(run, "_PUBLISHED_PICTURES", (1,))
+    options, reporter = run.BenchOptions(rounds=1, steps=2), SilentReporter()
+    assert [*run.published(options, 10.0, reporter)] == ["sample 1", "train-clip bench/clip"]
+    monkeypatch.setattr(run, "_PUBLISHED_SECONDS", -1.0)
+    assert run.published(options, 10.0, reporter) == {}
+    assert "warning: no time is left for sample 1" in reporter.messages
+
+
+def test_recipes_of_published_sizes_can_be_measured() -> None:
+    for subject, recipe, changes in run.PUBLISHED:
+        words = [f"{key}={value}" for key, value in (run._AT_ONCE | changes).items()]
+        load_recipe(recipe, words, expected_command=run.COMMANDS[subject])
+
+
+@pytest.mark.slow
+def test_data_and_starts_are_measured(tmp_path: Path) -> None:
+    rows = input_pipeline.measure(48, 1, compared=False)
+    assert {row["contender"] for row in rows} == {"ldm"}
+    assert all(row["per_second"] > 0 for row in rows)
+    folder = picture.random_pipeline(tmp_path / "model")
+    (begun,) = picture.start(folder, 2, 1, compared=False)
+    assert begun["seconds"] > 0
+
+
+def test_a_speedup_is_the_median_of_ratios_in_one_round() -> None:
+    assert speedup(Lap(seconds=[1.0, 2.0, 1.0]), Lap(seconds=[2.0, 6.0, 1.5])) == 2.0
+
+
+def test_an_exponent_is_that_of_the_power_law() -> None:
+    assert growth.exponent([1.0, 2.0, 4.0], [3.0, 12.0, 48.0]) == pytest.approx(2.0)
+    with pytest.raises(ValueError, match="at least 2"):
+        growth.exponent([1.0], [1.0])
+
+
+def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UnavailableError, match="diffusers"):
+        run.check_peers("sample", ["diffusers"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "unknown subject 'nothing'"),
+        (["sample", "--against", "keras"], "unknown peer 'keras'"),
+        (["data", "--against", "diffusers"], "'diffusers' does not do the work of data"),
+        (["memory", "bench/unet"], "bench memory takes no recipe"),
+    ],
+)
+def test_what_cannot_be_measured_is_a_line_and_2(
+    arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert ldm(["bench", *arguments]) == 2
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_every_random_layer_speaks() -> None:
+    model: nn.Module = build_model(tiny("train-unet"))
+    assert all(bool(parameter.any()) for parameter in model.parameters())
