@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ldm_cli.cli.app import run as ldm_run
+from ldm_cli.data.scenes import write_scenes
 from ldm_cli.reporting import SilentReporter
+from ldm_cli.training import shards
 from ldm_cli.training.config import TrainConfig
-from ldm_cli.training.distributed import joined
+from ldm_cli.training.distributed import Ranks, joined
 from ldm_cli.training.interruption import StopRequest
 from ldm_cli.training.loop import train
 from ldm_cli.training.run_folder import RunFolder
 
 from ..faults.runs import assert_same_run, configured, metrics, tensors
+from ..stages.tiny import clip_recipe, unet_recipe, vae_recipe
 from .forked import ForkedRanks
 from .toy import ToyTask, data
 
@@ -79,6 +84,48 @@ def test_a_sharded_run_goes_on_with_another_number_of_ranks(tmp_path: Path, worl
     config = SHARDED.model_copy(update={"gradient_accumulation": 1})
     trained(tmp_path / "other", config.model_copy(update={"steps": 10}), 2)
     assert_close_runs(trained(tmp_path / "other", config, world_size), trained(tmp_path / "whole", config, 2))
+
+
+@pytest.mark.slow
+def test_a_denoiser_cut_into_many_units_trains_as_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes = tmp_path / "scenes"
+    write_scenes(scenes, 20, 32, 0, SilentReporter(), val_samples=4)
+    parts = {"clip": clip_recipe(scenes, steps=1), "vae": vae_recipe(scenes, steps=1)}
+    for name, recipe in parts.items():
+        commanded(recipe, tmp_path / name, 1)
+    models = [tmp_path / name / "model" for name in parts]
+    train = {"steps": 4, "gradient_checkpointing": True, "channels_last": False, "ema_decay": 0.9}
+    recipe = unet_recipe(scenes, *models, **train)
+    whole = commanded(recipe, tmp_path / "whole", 2)
+    monkeypatch.setattr(shards, "_UNIT_SIZE", 500)
+    recipe["train"]["strategy"] = "sharded"
+    cut = commanded(recipe, tmp_path / "cut", 2)
+    for before, after in zip(metrics(whole), metrics(cut), strict=True):
+        assert before == pytest.approx(after, rel=1e-5)
+    left, right = tensors(whole, 4), tensors(cut, 4)
+    names = [name for name in left if ":optimizer." not in name]
+    assert len(names) > 100
+    for name in names:
+        torch.testing.assert_close(left[name], right[name], rtol=1e-5, atol=1e-5)
+
+
+def commanded(recipe: dict[str, Any], out: Path, world_size: int) -> Path:
+    """The run folder after `world_size` ranks, started as torchrun starts them, have trained to the end."""
+    file = out.with_suffix(".json")
+    file.write_text(json.dumps(recipe))
+    given = [recipe["command"], str(file), "--out", str(out), "--device", "cpu"]
+    logs = out.with_suffix(".logs")
+    logs.mkdir()
+    with ForkedRanks(lambda rank: ldm_run(given), logs, world_size) as job:
+        assert job.wait() == [0] * world_size, job.words()
+    return out
+
+
+def test_a_parameter_with_two_names_is_refused() -> None:
+    layer = nn.Linear(4, 4)
+    tied = nn.Sequential(layer, nn.Sequential(layer))
+    with pytest.raises(ValueError, match=r"'1\.0\.weight' and '0\.weight' are one parameter"):
+        shards.Shards({"model": tied}, {}, CPU, Ranks())
 
 
 @pytest.mark.parametrize("other", [{"deterministic": "elastic"}, {"optimizer": "muon"}])
