@@ -6,7 +6,7 @@ Colours are names; the PNG is drawn in the light ones, and the page's style shee
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -157,31 +157,36 @@ def _light(name: str) -> tuple[int, int, int]:
 
 
 def _paint(image: Image.Image, place: _Place, scale: int) -> None:
-    box = (place.left, place.top, place.left + place.width, place.top + place.height)
-    # Opacity: "RGBA" as the drawing mode blends what is drawn with what is there.
-    draw = ImageDraw.Draw(image, "RGBA")
-    draw.rounded_rectangle([side * scale for side in box], 8 * scale, fill=_light("panel"))
-    draw.text(
-        (place.left * scale, (place.top - 9) * scale), place.panel.title, _light("ink"), _font(16 * scale), anchor="ls"
+    """Draw a panel and its title; what leads out of the panel is cut off at its edge."""
+    left, top, width, height = (round(s * scale) for s in (place.left, place.top, place.width, place.height))
+    ImageDraw.Draw(image).text(
+        (left, top - 9 * scale), place.panel.title, _light("ink"), _font(16 * scale), anchor="ls"
     )
+    drawn, shape = Image.new("RGB", (width, height), _light("panel")), Image.new("L", (width, height))
+    # Opacity: "RGBA" as the drawing mode blends what is drawn with what is there.
+    draw, at_origin = ImageDraw.Draw(drawn, "RGBA"), replace(place, left=0.0, top=0.0)
     for mark in place.panel.marks:
-        if isinstance(mark, Text):
-            at = (mark.x, mark.y)
-            ((x, y),) = place.points(_pair(*at), scale)
-            draw.text((x, y), mark.text, _light(mark.colour), _font(13 * scale), anchor=mark.anchor + "m")
-            continue
-        if isinstance(mark, Dots):
-            fill, r = (*_light(mark.colour), round(255 * mark.opacity)), mark.radius * scale
-            for x, y in place.points(place.inside(mark.xy), scale):
-                draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
-        elif isinstance(mark, Line):
-            fill = (*_light(mark.colour), round(255 * mark.opacity))
-            draw.line(place.points(mark.xy, scale), fill=fill, width=round(mark.width * scale), joint="curve")
-        else:
-            for shaft, head, opacity in _arrow_shapes(place, mark, scale):
-                fill = (*_light(mark.colour), round(255 * opacity))
-                draw.line(shaft, fill=fill, width=round(1.3 * scale))
-                draw.polygon(head, fill=fill)
+        _paint_mark(draw, at_origin, mark, scale)
+    ImageDraw.Draw(shape).rounded_rectangle((0, 0, width - 1, height - 1), 8 * scale, fill=255)
+    image.paste(drawn, (left, top), shape)
+
+
+def _paint_mark(draw: ImageDraw.ImageDraw, place: _Place, mark: Mark, scale: int) -> None:
+    if isinstance(mark, Text):
+        ((x, y),) = place.points(_pair(mark.x, mark.y), scale)
+        draw.text((x, y), mark.text, _light(mark.colour), _font(13 * scale), anchor=mark.anchor + "m")
+    elif isinstance(mark, Dots):
+        fill, r = (*_light(mark.colour), round(255 * mark.opacity)), mark.radius * scale
+        for x, y in place.points(place.inside(mark.xy), scale):
+            draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+    elif isinstance(mark, Line):
+        fill = (*_light(mark.colour), round(255 * mark.opacity))
+        draw.line(place.points(mark.xy, scale), fill=fill, width=round(mark.width * scale), joint="curve")
+    else:
+        for shaft, head, opacity in _arrow_shapes(place, mark, scale):
+            fill = (*_light(mark.colour), round(255 * opacity))
+            draw.line(shaft, fill=fill, width=round(1.3 * scale))
+            draw.polygon(head, fill=fill)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -173,9 +173,10 @@ def _compass(lesson: Lesson) -> Figure:
     for row, (name, (colour, label)) in enumerate(curves.items()):
         values = [[t, cosines[name]] for t, cosines in enumerate(lesson.directions)]
         marks.append(Line(torch.tensor(values), colour, 2.2))
-        y = 0.34 - 0.115 * row
-        marks.append(Line(torch.tensor([[112.0, y], [119.0, y]]), colour, 2.6))
-        marks.append(Text(122.0, y, label, colour))
+        # Far enough to the left for the larger letters of narrow pages.
+        y = 0.3 - 0.115 * row
+        marks.append(Line(torch.tensor([[62.0, y], [69.0, y]]), colour, 2.6))
+        marks.append(Text(72.0, y, label, colour))
     panel = Panel("cosine of the angle between", marks, (-14.0, last + 8.0, -0.16, 1.08), 2.6, 3)
     return Figure("directions", [panel], 3)
 

@@ -39,6 +39,19 @@ def test_marks_stand_where_the_data_are_with_y_upwards(tmp_path):
     assert near(at(0.2, 0.2), "panel")
 
 
+def test_what_leads_out_of_a_panel_is_cut_off_at_its_edge(tmp_path):
+    across = Line(torch.tensor([[-9.0, 0.0], [9.0, 0.0]]), "arm0", 8.0)
+    save_png(Figure("f", [panel(), panel(across)], 2), tmp_path / "f.png")
+    with Image.open(tmp_path / "f.png") as image:
+        pixels = image.convert("RGB")
+    y = 2 * (8 + 30) + PANEL_SIZE
+    left, gap, right, margin = (pixels.getpixel((x, y)) for x in (300, 2 * 316, 2 * 470, pixels.width - 6))
+    assert near(left, "panel")
+    assert near(gap, "paper", 3)
+    assert near(right, "arm0")
+    assert near(margin, "paper", 3)
+
+
 def test_the_svg_holds_every_point_inside_once_and_escapes_its_texts():
     dots = Dots(torch.tensor([[0.0, 0.0], [0.5, 0.5], [3.0, 0.0]]), "arm1")
     root = ET.fromstring(svg(panel(dots, Text(0.0, 0.0, "x & y")), "f-0"))

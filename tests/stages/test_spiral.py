@@ -111,6 +111,20 @@ def test_the_page_loads_nothing_and_says_each_thing_in_english_and_chinese(lesso
     assert len(text) < 2_000_000
 
 
+@pytest.mark.slow
+def test_labels_stay_inside_of_their_figure_in_the_large_letters_of_narrow_pages(lesson):
+    text = (lesson[1] / "index.html").read_text(encoding="utf-8")
+    letter = 0.6 * max(int(size) for size in re.findall(r"--label:(\d+)px", text))
+    labels = 0
+    for width, drawing in re.findall(r'<svg viewBox="0 0 (\d+) .*?"(.*?)</svg>', text):
+        for x, label in re.findall(
+            r'<text x="([\d.]+)" y="[\d.]+" class="label" text-anchor="start".*?>(.*?)<', drawing
+        ):
+            labels += 1
+            assert float(x) + letter * len(label) < int(width), label
+    assert labels == 3
+
+
 def test_the_same_seed_trains_the_same_network_to_the_last_bit():
     data = data_set(300, 1)
     first, again, other = (train(data, 3, seed, lambda done, loss: None) for seed in (1, 1, 2))
