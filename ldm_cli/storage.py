@@ -87,13 +87,15 @@ def storage_errors(target: Path, num_bytes: int | None = None) -> Iterator[None]
 
 
 def error_number(error: BaseException) -> int | None:
-    """The errno of an OSError, or of what safetensors makes of one; None: it is something else."""
+    """The errno of an OSError, or of what safetensors or torch make of one; None: it is something else."""
     if isinstance(error, OSError):
         return error.errno or errno.EIO
+    found = None
     if type(error).__name__ == "SafetensorError":
         found = re.search(r"\(os error (\d+)\)", str(error))
-        return int(found[1]) if found else None
-    return None
+    elif isinstance(error, RuntimeError):
+        found = re.match(r"unable to (?:open|mmap|stat|resize)\b.*: [^:]* \((\d+)\)$", str(error))
+    return int(found[1]) if found else None
 
 
 def _as_ldm_error(number: int, target: Path, num_bytes: int | None) -> LdmError:

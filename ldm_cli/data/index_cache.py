@@ -58,7 +58,7 @@ def load_index(shard: Path, folder: Path) -> ShardIndex | None:
             and facts["fingerprint"] == index.fingerprint()
             and _describes(index, shard)
         )
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+    except (OSError, RuntimeError, SafetensorError, ValueError, KeyError, TypeError):  # torch opens it, too
         return None
     return index if fits else None
 

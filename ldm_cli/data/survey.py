@@ -151,7 +151,7 @@ def _load(file: Path) -> ShardSurvey | None:
     try:
         with safe_open(file, framework="pt") as found:
             return ShardSurvey(found.get_tensor("sizes"), found.get_tensor("kept"))
-    except (OSError, SafetensorError):
+    except (OSError, RuntimeError, SafetensorError):  # torch opens it, too
         return None
 
 

@@ -5,6 +5,7 @@ Nothing is ever unpickled: a pickle is refused by its content, whatever its name
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -93,13 +94,19 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it is a pickle, damaged, or a pointer to content that was not downloaded.
         StorageError: it cannot be read.
+        MemoryError: it does not fit.
     """
     try:
         refuse_foreign_content(file)
         return load_file(file)
-    except SafetensorError as error:
-        if (number := error_number(error)) is not None:
+    except (SafetensorError, RuntimeError) as error:  # safetensors opens it, and then torch once more
+        number = error_number(error)
+        if number == errno.ENOMEM:
+            raise MemoryError(f"cannot map '{file}'") from error
+        if number is not None:
             raise StorageError(f"cannot read '{file}'", os.strerror(number)) from error
+        if isinstance(error, RuntimeError):
+            raise
         raise CheckpointError(
             f"cannot read '{file}'", f"damaged safetensors: {error}", "download or save it again"
         ) from error
