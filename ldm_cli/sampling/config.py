@@ -36,7 +36,7 @@ class SamplingConfig(Config):
 
     sampler: SamplerName | None = None
     """How x_0 is found; docs/samplers.md says what each is, and what it costs. null: as the scheduler in the model's
-    folder does, which is `ddim` for models that `train-unet` made, of flow matching `unipc`."""
+    folder does, which is `ddim` for models that `train-unet` made, of flow matching `flow_euler`."""
     steps: Annotated[int, Field(ge=1, le=1000)] = 50
     """Number of steps; `heun`, `dpm2`, `dpmpp_2s_ancestral`, `dpmpp_sde` and `flow_heun` predict twice in each."""
     eta: Annotated[float, Field(ge=0, le=1)] | None = None

@@ -20,7 +20,7 @@ from ldm_cli.core.models.clip import CLIPModel, normalize_images
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError, UsageError
-from ldm_cli.formats.model_folder import load_model
+from ldm_cli.formats.model_folder import load_model, weights_sha256
 from ldm_cli.formats.pipeline_folder import INDEX_NAME, UNET
 from ldm_cli.sampling.components import load_unet, resolve_model
 
@@ -79,22 +79,49 @@ class Guides:
         Raises:
             InputNotFoundError, CheckpointError: a folder is missing, or cannot be used with this U-Net.
         """
-        weight = next(unet.parameters())
+        weight, folders = next(unet.parameters()), guide_folders(config)
         weaker = clip = None
-        if config.model is not None:
-            folder = resolve_model(Path(config.model))
-            weaker = load_unet(folder / UNET if (folder / INDEX_NAME).is_file() else folder)
+        if (folder := folders.get("model")) is not None:
+            weaker = load_unet(folder)
             for name in ("in_channels", "out_channels", "cross_attention_dim"):
                 ours, theirs = getattr(unet.config, name), getattr(weaker.config, name)
                 if ours != theirs:
                     cause = f"its {name} is {theirs}, the guided model's {ours}"
                     raise CheckpointError(f"'{folder}' cannot guide this model", cause)
             weaker.to(weight).requires_grad_(False).eval()
-        if config.clip is not None and config.clip.scale > 0.0:
-            folder = resolve_model(Path(config.clip.model))
+        if (folder := folders.get("clip")) is not None:
             model = load_model(CLIPModel, folder).to(weight.device).requires_grad_(False).eval()
             clip = CLIPScore(model, Tokenizer.load(folder))
         return cls(weaker, clip)
+
+
+def guide_folders(config: GuidanceConfig) -> dict[str, Path]:
+    """Folder of the weights of each further network that `config` asks for: `model`, `clip`.
+
+    Raises:
+        InputNotFoundError: there is no model.
+    """
+    folders = {}
+    if config.model is not None:
+        folder = resolve_model(Path(config.model))
+        folders["model"] = folder / UNET if (folder / INDEX_NAME).is_file() else folder
+    if config.clip is not None and config.clip.scale > 0.0:
+        folders["clip"] = resolve_model(Path(config.clip.model))
+    return folders
+
+
+def guide_hashes(config: GuidanceConfig) -> dict[str, str]:
+    """Hex sha256 of the weights in each of `guide_folders`; errors as there."""
+    return {name: weights_sha256(folder) for name, folder in guide_folders(config).items()}
+
+
+def with_absolute_paths(config: GuidanceConfig) -> GuidanceConfig:
+    """The same, in the words of any working directory."""
+    clip = config.clip
+    if clip is not None:
+        clip = clip.model_copy(update={"model": str(Path(clip.model).absolute())})
+    model = None if config.model is None else str(Path(config.model).absolute())
+    return config.model_copy(update={"model": model, "clip": clip})
 
 
 @contextmanager

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ldm_cli import __version__
+from ldm_cli.errors import CheckpointError, DataError
 from ldm_cli.formats.png_metadata import OURS, PARAMETERS, format_parameters
 
 _A1111_SAMPLERS = {
@@ -69,7 +70,38 @@ def recipe_of(record: Mapping[str, Any]) -> dict[str, Any]:
         "sampling": {**record["sampling"], "seed": record["seed"], "images_per_prompt": 1},
         "edit": edit | {name: sources[name] for name in ("image", "mask", "style") if name in sources},
         "tile": record.get("tile"),
+        "weighted_words": record.get("weighted_words", True),
     }
+
+
+def check_repeatable(shared: Mapping[str, Any], repeated: Mapping[str, Any], warn: Callable[[str], None]) -> None:
+    """Make sure that a picture is drawn again with what it was drawn with.
+
+    Args:
+        shared: of the job that repeats it.
+        repeated: the picture's own record.
+        warn: is told of versions that differ.
+
+    Raises:
+        CheckpointError: the model, or one that guides it, is another one.
+        DataError: a picture to work on, or the latents, are not what they were.
+    """
+    for name in ("weights", "scheduler"):
+        if shared[name] != repeated.get(name):
+            raise CheckpointError("cannot repeat the picture", f"the model's {name} have changed since", "give --model")
+    for name, digest in repeated.get("guides", {}).items():
+        if shared.get("guides", {}).get(name, digest) != digest:
+            raise CheckpointError("cannot repeat the picture", f"the weights of guidance.{name} have changed since")
+    ours, theirs = shared.get("edit") or {}, repeated.get("edit") or {}
+    for name in ("image", "mask", "style"):
+        if theirs.get(f"{name}_sha256") != ours.get(f"{name}_sha256"):
+            raise DataError("cannot repeat the picture", f"the {name} it was made of has changed since")
+    if repeated.get("latents_sha256") != shared.get("latents_sha256"):
+        raise DataError("cannot repeat the picture", "the latents it was made of have changed since")
+    for name, version in VERSIONS.items():
+        before = repeated.get("versions", {}).get(name)
+        if before != version:
+            warn(f"drawn with {name} {before}, repeated with {version}: pixels may differ by rounding")
 
 
 def _parameters(record: Mapping[str, Any], size: tuple[int, int]) -> str:

@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ldm_cli.errors import CheckpointError, DataError, InputNotFoundError, UsageError
+from ldm_cli.core.diffusion.config import GuidanceConfig
+from ldm_cli.errors import CheckpointError, InputNotFoundError, UsageError
 from ldm_cli.formats.weight_files import refuse_foreign_content, tensors_sha256
 from ldm_cli.recipe.schema import SampleRecipe
 from ldm_cli.reporting import Reporter
@@ -25,12 +26,13 @@ from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.denoising import plan, sampler_of
 from ldm_cli.sampling.edit_config import EditConfig
 from ldm_cli.sampling.extras import Extras
+from ldm_cli.sampling.guides import guide_hashes, with_absolute_paths
 from ldm_cli.sampling.images import slug
 from ldm_cli.sampling.job import Item, Job, plan_job
 from ldm_cli.sampling.job_folder import GRID, JobFolder
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.progress import PartOfProgress
-from ldm_cli.sampling.record import VERSIONS
+from ldm_cli.sampling.record import check_repeatable
 from ldm_cli.sampling.sheets import Sheets
 from ldm_cli.sampling.wildcards import Wildcards
 from ldm_cli.stages.options import RunOptions, resolve_device
@@ -92,7 +94,7 @@ def run(
         desk = _Desk(pipeline, recipe, latents, len(job.items))
         desk.check(job.items)
         if repeated is not None:
-            _check_repeatable(desk.shared, repeated, reporter)
+            check_repeatable(desk.shared, repeated, reporter.warn)
         images = [desk.record(item, i) for i, item in enumerate(job.items)]
         out = options.out or (Path(recipe.out) if recipe.out else default_folder(desk.shared, images))
         folder = JobFolder(out, desk.shared, images, desk.sources, f".{recipe.format}", recipe.metadata)
@@ -156,6 +158,7 @@ class _Desk:
     def __init__(self, pipeline: Pipeline, recipe: SampleRecipe, latents: Latents | None, num_images: int) -> None:
         self.pipeline, self.recipe = pipeline, recipe
         self._canvases: dict[tuple[EditConfig, int | None, int | None], Canvas] = {}
+        self._guides: dict[GuidanceConfig, dict[str, str]] = {}
         self._latents, self._noise = latents, None
         factor = pipeline.vae.downscale_factor
         if recipe.tile is not None and recipe.tile < 2 * factor:
@@ -193,6 +196,8 @@ class _Desk:
             record["edit"] = self._edit_record(self.recipe.edit)
         if self.recipe.tile is not None:
             record["tile"] = self.recipe.tile
+        if guides := self._guide_hashes(self.recipe.sampling):
+            record["guides"] = guides
         if self._latents is not None:
             record["latents_sha256"] = tensors_sha256([self._latents.file])
         return record
@@ -207,6 +212,8 @@ class _Desk:
             own["sampling"] = sampling
         if item.edit.image is not None and self._edit_record(item.edit) != self.shared["edit"]:
             own["edit"] = self._edit_record(item.edit)
+        if self._guide_hashes(item.sampling) != self.shared.get("guides", {}):
+            own["guides"] = self._guide_hashes(item.sampling)
         if self._latents is not None:
             own["latents_row"] = index if self._latents.row is None else self._latents.row
         return own
@@ -253,8 +260,15 @@ class _Desk:
     def _sampling_record(self, sampling: SamplingConfig, edit: EditConfig) -> dict[str, Any]:
         """The configuration as JSON; sizes only as far as they do not follow from the picture to work on."""
         sized = sampling if edit.image is not None else self._sized(sampling, None)
-        recorded = sized.to_mapping() | {"sampler": sampler_of(self.pipeline.settings, sampling)}
+        guidance = with_absolute_paths(sampling.guidance).to_mapping()
+        recorded = sized.to_mapping() | {"sampler": sampler_of(self.pipeline.settings, sampling), "guidance": guidance}
         return {name: value for name, value in recorded.items() if name not in _NOT_RECORDED}
+
+    def _guide_hashes(self, sampling: SamplingConfig) -> dict[str, str]:
+        """Hashes of the further networks of its guidance, computed once."""
+        if sampling.guidance not in self._guides:
+            self._guides[sampling.guidance] = guide_hashes(sampling.guidance)
+        return self._guides[sampling.guidance]
 
     def _edit_record(self, edit: EditConfig) -> dict[str, Any]:
         """The work on a picture as JSON, contents in place of paths."""
@@ -272,28 +286,6 @@ def _alike(items: Sequence[Item], indices: Sequence[int]) -> Iterator[list[int]]
         groups.setdefault((items[i].sampling, items[i].edit), []).append(i)
     for group in groups.values():
         yield from (group[start : start + _MOST_TOGETHER] for start in range(0, len(group), _MOST_TOGETHER))
-
-
-def _check_repeatable(shared: Mapping[str, Any], repeated: Mapping[str, Any], reporter: Reporter) -> None:
-    """Make sure that a picture is drawn again with what it was drawn with.
-
-    Raises:
-        CheckpointError: the model is another one.
-        DataError: a picture to work on, or the latents, are not what they were.
-    """
-    for name in ("weights", "scheduler"):
-        if shared[name] != repeated.get(name):
-            raise CheckpointError("cannot repeat the picture", f"the model's {name} have changed since", "give --model")
-    ours, theirs = shared.get("edit") or {}, repeated.get("edit") or {}
-    for name in ("image", "mask", "style"):
-        if theirs.get(f"{name}_sha256") != ours.get(f"{name}_sha256"):
-            raise DataError("cannot repeat the picture", f"the {name} it was made of has changed since")
-    if repeated.get("latents_sha256") != shared.get("latents_sha256"):
-        raise DataError("cannot repeat the picture", "the latents it was made of have changed since")
-    for name, version in VERSIONS.items():
-        before = repeated.get("versions", {}).get(name)
-        if before != version:
-            reporter.warn(f"drawn with {name} {before}, repeated with {version}: pixels may differ by rounding")
 
 
 def _file_sha256(path: str) -> str:

@@ -101,7 +101,7 @@ def various(pictures, tmp_path):
     guided = {"scale": 4.0, "rescale": 0.7, "interval": [0.1, 5.0]}
     return [
         *({"sampling": {"sampler": s, "seed": 40}} for s in ("ddpm", "euler_ancestral", "heun", "dpmpp_sde", "unipc")),
-        {"sampling": {"sampler": "ddim", "eta": 0.7, "negative": "green, é"}},
+        {"sampling": {"sampler": "ddim", "eta": 0.7, "negative": "(green:0.5), é"}, "weighted_words": False},
         {"sampling": {"guidance": guided, "timestep_spacing": "karras", "sampler": "euler"}},
         {"sampling": {"guidance": {"scale": 5.0, "apg": {}, "threshold": {"limit": 2.0}}}},
         {"sampling": {"guidance": 1.0, "precision": "bf16", "width": 24, "height": 16}},
@@ -130,6 +130,22 @@ def test_a_picture_of_any_kind_is_repeated_from_itself_alone(model, pictures, tm
         again, messages = repeat(chosen, tmp_path / f"again-{number}")
         assert messages == [], job
         assert Path(again).read_bytes() == Path(chosen).read_bytes(), job
+
+
+def test_a_guided_picture_is_repeated_from_anywhere_with_the_same_guide_only(model, tmp_path, monkeypatch):
+    weaker = tiny_pipeline()
+    torch.nn.init.ones_(weaker.unet.conv_out.bias)
+    weaker.save(tmp_path / "weaker")
+    monkeypatch.chdir(tmp_path)
+    guided = {"guidance": {"scale": 3.0, "model": "weaker"}}
+    drawn = tmp_path / draw(model, Path("a"), sampling=guided)["images"][0]["file"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert Path(repeat(drawn, Path("b"))[0]).read_bytes() == drawn.read_bytes()
+    torch.nn.init.zeros_(weaker.unet.conv_out.bias)
+    weaker.save(tmp_path / "weaker")
+    with pytest.raises(CheckpointError, match=r"weights of guidance\.model have changed"):
+        repeat(drawn, Path("c"))
 
 
 def test_a_repeated_picture_needs_what_it_was_drawn_with(model, pictures, tmp_path):
