@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
 from ldm_cli.data.shards import open_shards
+from ldm_cli.errors import UsageError
 from ldm_cli.evaluation.attribute_accuracy import score_scenes
 from ldm_cli.evaluation.frechet import FeatureStatistics, frechet_distance
 from ldm_cli.recipe.load import load_recipe
@@ -69,9 +71,13 @@ def main() -> None:
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
     for steps in options.steps:
         for sampler in options.samplers:
-            if f"{sampler} {steps}" not in results:
+            if f"{sampler} {steps}" in results:
+                continue
+            try:
                 results[f"{sampler} {steps}"] = measured(recipe, models, real, sampler, steps)
-                options.results.write_text(json.dumps(results, indent=1))
+            except UsageError as error:  # some take no more steps than the model has levels between its ends
+                print(f"{sampler}, {steps} steps: {error}", file=sys.stderr)
+            options.results.write_text(json.dumps(results, indent=1))
     print(table(results, options.num_pictures))
 
 
