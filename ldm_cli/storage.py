@@ -15,7 +15,11 @@ from ldm_cli.errors import NOT_WRITABLE, LdmError, OutputError, StorageError
 TEMPORARY_PREFIX = ".tmp-"
 """What begins like this is unfinished, and may be deleted by whoever owns the folder."""
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+_REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
+}
 # What file systems answer that cannot sync a folder.
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
 
@@ -65,11 +69,11 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def storage_errors(target: Path, num_bytes: int | None = None) -> Iterator[None]:
-    """Turn what fails while writing `target` into an error that names it and, on a full disk, the room left.
+    """Turn what fails while writing `target` into an error that names it and the room left.
 
     Args:
         target: the file or folder; its parent is where it goes.
-        num_bytes: how much it takes, if that is known.
+        num_bytes: how much it takes, if that is known; then errors of its parts become errors of the whole.
 
     Raises:
         OutputError: the place cannot be written to.
@@ -77,8 +81,12 @@ def storage_errors(target: Path, num_bytes: int | None = None) -> Iterator[None]
     """
     try:
         yield
-    except LdmError:
-        raise
+    except LdmError as error:
+        source = error.__cause__ if num_bytes is not None and isinstance(error, StorageError) else None
+        number = None if source is None else error_number(source)
+        if number is None:
+            raise
+        raise _as_ldm_error(number, target, num_bytes) from source
     except Exception as error:
         number = error_number(error)
         if number is None:
@@ -102,13 +110,12 @@ def _as_ldm_error(number: int, target: Path, num_bytes: int | None) -> LdmError:
     reason = os.strerror(number)
     if number in NOT_WRITABLE:
         return OutputError(f"cannot write '{target}'", reason, "make the place writable, or choose another")
-    if number not in _FULL:
-        return StorageError(f"cannot write '{target}'", reason, "look after the disk and run the same command again")
     sizes = [f"it takes {megabytes(num_bytes)}"] if num_bytes is not None else []
     with suppress(OSError):
         sizes.append(f"{megabytes(shutil.disk_usage(target.parent).free)} are free")
     cause = f"{reason} ({', '.join(sizes)})" if sizes else reason
-    return StorageError(f"cannot write '{target}'", cause, "free some space and run the same command again")
+    remedy = _REMEDIES.get(number, "look after the disk")
+    return StorageError(f"cannot write '{target}'", cause, f"{remedy} and run the same command again")
 
 
 def megabytes(num_bytes: int) -> str:

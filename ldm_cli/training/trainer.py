@@ -250,7 +250,7 @@ class Trainer:
             commit_folder(target, self._write, replace=True, linked=self.run.frozen, num_bytes=num_bytes)
             prune(self.run.checkpoints, self.config.keep_checkpoints)
         elif self.weights.is_sharded:
-            with storage_errors(target):
+            with storage_errors(target, self.num_checkpoint_bytes()):
                 self._write(target)
         self.saved_step = self.step
 

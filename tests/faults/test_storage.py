@@ -27,14 +27,16 @@ _Usage = namedtuple("_Usage", "total used free")
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "words"),
     [
-        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
-        SafetensorError("I/O error: No space left on device (os error 28)"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "No space left on device"),
+        (OSError(errno.EFBIG, os.strerror(errno.EFBIG)), "File too large"),
+        (OSError(errno.EIO, os.strerror(errno.EIO)), "Input/output error"),
     ],
 )
 def test_a_save_that_fails_leaves_the_older_checkpoint_and_no_rubbish(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
 ) -> None:
     def full(values: Any, file: Path, metadata: Any) -> None:
         file.write_bytes(b"half")
@@ -42,7 +44,7 @@ def test_a_save_that_fails_leaves_the_older_checkpoint_and_no_rubbish(
 
     with (
         monkeypatch.context() as patch,
-        pytest.raises(StorageError, match=r"No space left .*MiB are free") as caught,
+        pytest.raises(StorageError, match=rf"{words} \(it takes \d+\.\d MiB, \d+\.\d MiB are free\)") as caught,
     ):
         run(tmp_path / "broken", source=until(7, lambda: patch.setattr(weight_files, "save_file", full)))
     assert caught.value.code == 74
