@@ -143,8 +143,13 @@ def with_changes(
     try:
         return SamplingConfig.from_mapping(mapping["sampling"]), EditConfig.from_mapping(mapping["edit"])
     except ValidationError as error:
-        causes = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors()]
-        raise UsageError(f"{where} cannot be", "; ".join(causes)) from error
+        raise UsageError(f"{where} cannot be", "; ".join(map(_cause, error.errors()))) from error
+
+
+def _cause(error: Mapping[str, Any]) -> str:
+    """What pydantic found wrong, with the field's name where it is about one."""
+    place, message = ".".join(map(str, error["loc"])), str(error["msg"]).removeprefix("Value error, ").lower()
+    return f"{place}: {message}" if place else message
 
 
 def value_of(text: str) -> Any:

@@ -242,7 +242,7 @@ def test_grids_have_a_picture_for_each_pair_of_values(model, tmp_path):
         (["steps=0"], "steps: input should be greater"),
         (["steps=1,2", "steps=3"], "two different fields"),
         (["sampler=ddim,magic"], "sampler"),
-        (["edit.strength=0,1"], "without an image"),
+        (["edit.strength=0,1"], "cannot be: strength without an image"),
     ],
 )
 def test_grids_that_cannot_be_are_refused_before_anything_is_written(model, tmp_path, axes, message):
