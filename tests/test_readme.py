@@ -285,6 +285,7 @@ def test_lines_count_as_printed_only_in_their_order() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_what_is_marked_to_be_run_runs_and_prints_what_the_page_says(
     tmp_path: Path, shell: Callable[[Block], list[str]]
 ) -> None:

@@ -121,7 +121,10 @@ def _content(file: Path) -> tuple[dict[str, Any], bytes]:
     """Header and data of a safetensors file; entries of the header's metadata come in any order."""
     raw = file.read_bytes()
     size = int.from_bytes(raw[:8], "little")
-    return json.loads(raw[8 : 8 + size]), raw[8 + size :]
+    try:
+        return json.loads(raw[8 : 8 + size]), raw[8 + size :]
+    except ValueError:  # damaged
+        return {}, raw
 
 
 Row = Callable[[Bench], None]

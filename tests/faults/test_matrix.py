@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ..conftest import REPOSITORY
 from .matrix import Tally, different, rows
@@ -40,13 +42,16 @@ def test_a_difference_of_one_bit_is_seen(tmp_path: Path) -> None:
         folder = tmp_path / name / "checkpoints/step-00000001"
         folder.mkdir(parents=True)
         (tmp_path / name / "model").mkdir()
-        (folder / "training.safetensors").write_bytes(b"same")
-        (tmp_path / name / "model/model.safetensors").write_bytes(b"same")
+        save_file({"x": torch.zeros(2)}, folder / "training.safetensors", {"a": "1", "b": "2"})
+        save_file({"x": torch.zeros(2)}, tmp_path / name / "model/model.safetensors")
         (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     assert different(tmp_path / "one", tmp_path / "two") is None
-    (tmp_path / "two/checkpoints/step-00000001/training.safetensors").write_bytes(b"samf")
+    moments = tmp_path / "two/checkpoints/step-00000001/training.safetensors"
+    save_file({"x": torch.tensor([0.0, 1e-45])}, moments, {"a": "1", "b": "2"})
     assert different(tmp_path / "one", tmp_path / "two") == "checkpoints/step-00000001/training.safetensors differs"
-    (tmp_path / "two/checkpoints/step-00000001/training.safetensors").write_bytes(b"same")
+    moments.write_bytes(moments.read_bytes()[:20])
+    assert different(tmp_path / "one", tmp_path / "two") == "checkpoints/step-00000001/training.safetensors differs"
+    shutil.copyfile(tmp_path / "one" / moments.relative_to(tmp_path / "two"), moments)
     (tmp_path / "two/.tmp-model").mkdir()
     assert different(tmp_path / "one", tmp_path / "two") == "left behind: ['.tmp-model']"
 
