@@ -13,8 +13,9 @@ FAULTS_FLAGS ?=
 
 BIN := $(VENV)/bin
 LDM := $(BIN)/ldm
-# Every version is pinned, torch's too.
-INSTALL = $(BIN)/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --editable
+# Every version is pinned, torch's too. pip would compile on one core; torch/testing has files for other Pythons.
+INSTALL = $(BIN)/python -m pip install --quiet --no-compile $(PIP_FLAGS) --constraint constraints.txt --editable
+COMPILE = $(BIN)/python -m compileall -q -j 0 -x torch/testing $(VENV)/lib
 INSTALLED := $(VENV)/.installed
 TESTED := $(VENV)/.installed-test
 
@@ -29,11 +30,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ldm needs Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) .
+	$(COMPILE)
 	@touch $@
 
 # What only tests and style checks need, diffusers and transformers among it.
 $(TESTED): $(INSTALLED)
 	$(INSTALL) ".[test]"
+	$(COMPILE)
 	@touch $@
 
 # Two ranks of one thread each train faster than two threads: the demo's operations are too small to be shared out.

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -40,9 +41,24 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def moments_members(key: str, moments: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A sample of a latents file: `mean` and `logvar`, and where wanted `mean_mirrored` and `logvar_mirrored`."""
-    return {"__key__": key, MOMENTS: save(dict(moments))}
+def moments_files(moments: Mapping[str, Tensor]) -> list[bytes]:
+    """What a latents file holds of each of n samples: a safetensors file of row i of each tensor [n, …].
+
+    Rows of one shape have one header, and their bytes in its order: a twentieth of the time of making each for itself.
+    """
+    if not moments:
+        return []
+    template = save({name: tensor[0].contiguous() for name, tensor in moments.items()})
+    size = 8 + int.from_bytes(template[:8], "little")
+    header: dict[str, Any] = json.loads(template[8:size])
+    names = sorted(moments, key=lambda name: header[name]["data_offsets"])
+    rows = torch.cat([moments[name].flatten(1).contiguous().view(torch.uint8) for name in names], dim=1)
+    return [template[:size] + row.tobytes() for row in rows.numpy()]
+
+
+def moments_members(key: str, file: bytes) -> dict[str, Any]:
+    """A sample of a latents file, of one of `moments_files`."""
+    return {"__key__": key, MOMENTS: file}
 
 
 def bad_members(key: str, reason: str, detail: str) -> dict[str, Any]:

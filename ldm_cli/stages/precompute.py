@@ -20,6 +20,7 @@ from ldm_cli.data.cache_writer import (
     caption_members,
     check_room,
     locked,
+    moments_files,
     moments_members,
     remove_orphans,
     write_manifest,
@@ -146,9 +147,14 @@ class _Pictures:
     images: Tensor
     bad: dict[int, tuple[str, str]]
 
-    def __len__(self) -> int:
-        """Samples, good or not."""
-        return len(self.images) + len(self.bad)
+
+@dataclass(frozen=True)
+class _Encoded:
+    """What has become of `_Pictures`: a file per image, and how many samples there are, with bad ones."""
+
+    files: list[bytes]
+    bad: dict[int, tuple[str, str]]
+    size: int
 
 
 class _Chunks:
@@ -249,11 +255,12 @@ class _Precomputation:
         with (
             self._reporter.progress("encoding images", total, unit="image") as progress,
             _Chunks(self._shards, self._data, chunks).ahead() as pictures,
+            prefetched((self._encoded(chunk) for chunk in pictures), _NUM_AHEAD) as encoded,
         ):
             done = count()
             for file, number in missing.items():
                 write_shard(
-                    self._folder / file, self._encoded(number, pictures, lambda: progress.update(next(done) + 1))
+                    self._folder / file, self._samples(number, encoded, lambda: progress.update(next(done) + 1))
                 )
         return total
 
@@ -268,26 +275,27 @@ class _Precomputation:
             return False
         return True
 
-    def _encoded(
-        self, shard: int, pictures: Iterator[_Pictures], report: Callable[[], None]
-    ) -> Iterator[dict[str, Any]]:
+    def _samples(self, shard: int, encoded: Iterator[_Encoded], report: Callable[[], None]) -> Iterator[dict[str, Any]]:
         """The samples of a latents file."""
         index = self._shards.indexes[shard]
         sample = 0
         while sample < index.num_samples:
             self._check_stop()
-            chunk = next(pictures)
-            moments = self._moments(chunk.images)
-            row = count()
-            for number in range(sample, sample + len(chunk)):
+            chunk = next(encoded)
+            files = iter(chunk.files)
+            for number in range(sample, sample + chunk.size):
                 key = index.key(number)
                 if number in chunk.bad:
                     yield bad_members(key, *chunk.bad[number])
                 else:
-                    i = next(row)
-                    yield moments_members(key, {name: tensor[i] for name, tensor in moments.items()})
+                    yield moments_members(key, next(files))
                 report()
-            sample += len(chunk)
+            sample += chunk.size
+
+    def _encoded(self, pictures: _Pictures) -> _Encoded:
+        """Runs in a thread of its own, so that the samples before are written meanwhile."""
+        size = len(pictures.images) + len(pictures.bad)
+        return _Encoded(moments_files(self._moments(pictures.images)), pictures.bad, size)
 
     def _moments(self, images: Tensor) -> dict[str, Tensor]:
         """Moments of images [n, 3, S, S], as they are and mirrored, as the recipe asks; each [n, C, h, w]."""

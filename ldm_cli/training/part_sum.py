@@ -98,20 +98,35 @@ class PartSum:
         Raises:
             ValueError: these are not `parts_per_rank` parts.
         """
+        if not self.is_canonical:
+            total = self.within_rank(parts)
+            self.ranks.sum_in_place([total])
+            return total
         first = self.ranks.rank * self.parts_per_rank
-        own, total = TreeSum(), None
+        own = TreeSum()
+        for number, part in enumerate(self._counted(parts), start=first):
+            own.add(Block(0, number), part)
+        return self._over_ranks(own)
+
+    def within_rank(self, parts: Iterator[Tensor]) -> Tensor:
+        """The plain sum of this rank's parts alone, for whoever adds up something else over the ranks besides.
+
+        Raises:
+            ValueError: these are not `parts_per_rank` parts.
+        """
+        counted = self._counted(parts)
+        total = next(counted)
+        for part in counted:
+            total.add_(part)
+        return total
+
+    def _counted(self, parts: Iterator[Tensor]) -> Iterator[Tensor]:
         count = 0
-        for count, part in enumerate(parts, start=1):
-            if self.is_canonical:
-                own.add(Block(0, first + count - 1), part)
-            else:
-                total = part if total is None else total.add_(part)
+        for part in parts:
+            count += 1
+            yield part
         if count != self.parts_per_rank:
             raise ValueError(f"PartSum: {count} parts where parts_per_rank={self.parts_per_rank}")
-        if total is None:
-            return self._over_ranks(own)
-        self.ranks.sum_in_place([total])
-        return total
 
     def _over_ranks(self, own: TreeSum) -> Tensor:
         """Every rank gets the subtrees of all others and adds them up itself."""

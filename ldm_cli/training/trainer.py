@@ -122,14 +122,15 @@ class Trainer:
         """
         names: list[str] = []
         taken: list[nn.Parameter] = []
-        total = self.part_sum(self._contributions(batch, step, before, names, taken))
+        add = self.part_sum if self.part_sum.is_canonical else self.part_sum.within_rank
+        total = add(self._contributions(batch, step, before, names, taken))
         sizes = [parameter.numel() for parameter in taken]
         *gradients, rest = torch.split(total, [*sizes, len(total) - sum(sizes)])
         for parameter, gradient in zip(taken, gradients, strict=True):
             # empty_like keeps the parameter's memory order, on which the fused kernel depends
             parameter.grad = torch.empty_like(parameter).copy_(gradient.view(parameter.shape))
         if not self.part_sum.is_canonical:
-            self.weights.sum_gradients()
+            self.weights.sum_gradients(rest)
         values, *changes = torch.split(rest, [len(names), *(buffer.numel() for buffer in before)])
         for buffer, old, change in zip(self.buffers, before, changes, strict=True):
             buffer.copy_(old + (change / self.part_sum.num_parts).view(old.shape))

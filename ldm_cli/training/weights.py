@@ -33,9 +33,9 @@ class Weights:
         """The parameters that every rank holds as a whole."""
         return [parameter for module in self.parameters.values() for parameter in module.values()]
 
-    def sum_gradients(self) -> None:
-        """Add up over the ranks what each of them has found."""
-        self.ranks.sum_in_place([p.grad for p in self.replicas() if p.grad is not None])
+    def sum_gradients(self, figures: Tensor) -> None:
+        """Add up over the ranks what each of them has found, and `figures` [N] in the same message."""
+        self.ranks.sum_in_place([*(p.grad for p in self.replicas() if p.grad is not None), figures])
 
     def grad_norm(self, module: str) -> Tensor:
         """2-norm of the gradients of a module: scalar, the same on every rank."""

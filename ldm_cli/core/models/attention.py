@@ -23,19 +23,28 @@ def image_of(tokens: Tensor, height: int, width: int) -> Tensor:
     return tokens.transpose(1, 2).view(batch, channels, height, width)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int, *, is_causal: bool = False) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    *,
+    is_causal: bool = False,
+    mask: Tensor | None = None,
+) -> Tensor:
     """softmax(Q Kᵀ / √d) V per head (Vaswani et al. 2017, eq. 1).
 
     Args:
         query: [B, L, D]; `num_heads` divides D.
         key, value: [B, M, D].
         is_causal: token i sees tokens 0..i only.
+        mask: bool, expandable to [B, heads, L, M]; True where a query sees a key; not together with `is_causal`.
 
     Returns:
         [B, L, D].
     """
     q, k, v = (x.view(*x.shape[:2], num_heads, -1).transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal).transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):

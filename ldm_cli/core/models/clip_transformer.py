@@ -5,6 +5,7 @@ Letters: B batch, L tokens, D width.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,9 +27,15 @@ class CLIPAttention(nn.Module):
         self.q_proj = nn.Linear(dim, dim)
         self.out_proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] → [B, L, D]."""
-        hidden = attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.num_heads, is_causal=self.is_causal)
+    def forward(self, x: Tensor, at: Tensor | None = None) -> Tensor:
+        """[B, L, D] → [B, L, D]; with `at` [B], of that token of each sequence alone: [B, 1, D]."""
+        key, value = self.k_proj(x), self.v_proj(x)
+        if at is None:
+            hidden = attend(self.q_proj(x), key, value, self.num_heads, is_causal=self.is_causal)
+        else:
+            before = torch.arange(x.shape[1], device=at.device) <= at[:, None, None, None]
+            mask = before if self.is_causal else None
+            hidden = attend(self.q_proj(_tokens(x, at)), key, value, self.num_heads, mask=mask)
         projected: Tensor = self.out_proj(hidden)
         return projected
 
@@ -67,9 +74,10 @@ class CLIPEncoderLayer(nn.Module):
         self.mlp = CLIPMLP(dim, inner_dim, activation)
         self.layer_norm2 = nn.LayerNorm(dim, eps=eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] → [B, L, D]."""
-        x = x + self.self_attn(self.layer_norm1(x))
+    def forward(self, x: Tensor, at: Tensor | None = None) -> Tensor:
+        """[B, L, D] → [B, L, D]; with `at` [B], of that token of each sequence alone: [B, 1, D]."""
+        attention = self.self_attn(self.layer_norm1(x), at)
+        x = attention + (x if at is None else _tokens(x, at))
         hidden: Tensor = x + self.mlp(self.layer_norm2(x))
         return hidden
 
@@ -100,14 +108,28 @@ class CLIPEncoder(Checkpointed):
             assert isinstance(layer, CLIPEncoderLayer)
             _initialise(layer, dim, num_layers)
 
-    def forward(self, x: Tensor, keep_all: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """[B, L, D] → the output [B, L, D], and if `keep_all` the input and the output of each layer."""
-        hidden_states = [x]
-        for layer in self.layers:
-            x = self.run(layer, x)
-            if keep_all:
-                hidden_states.append(x)
-        return x, tuple(hidden_states) if keep_all else ()
+    def forward(self, x: Tensor, *, keep_all: bool = False, at: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Run all layers.
+
+        Args:
+            x: [B, L, D].
+            keep_all: return what every layer takes, too.
+            at: [B], the one token of each sequence that is wanted. In the last layer the others then serve as keys and
+                values only, which saves five sixths of its products.
+
+        Returns:
+            The output, [B, L, D] or with `at` [B, 1, D]; before it, if `keep_all`, the input of each layer, [B, L, D].
+        """
+        states = [x]
+        for number, layer in enumerate(self.layers, start=1):
+            output: Tensor = self.run(layer, states[-1], at if number == len(self.layers) else None)
+            states = [*states, output] if keep_all else [output]
+        return tuple(states)
+
+
+def _tokens(x: Tensor, at: Tensor) -> Tensor:
+    """Token `at` [B] of each sequence of x [B, L, D]: [B, 1, D]."""
+    return x[torch.arange(len(x), device=x.device), at, None]
 
 
 def _initialise(layer: CLIPEncoderLayer, dim: int, num_layers: int) -> None:
