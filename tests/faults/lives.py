@@ -122,6 +122,7 @@ def _live(arguments: Sequence[str], log: Path, held: bool, max_file_bytes: int |
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         for number in (1, 2):
             os.dup2(descriptor, number)
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # pytest's would keep what is said
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         if max_file_bytes is not None:

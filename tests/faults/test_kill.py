@@ -1,103 +1,87 @@
-"""The program itself, killed and signalled at several moments: the same command ends in the same bits."""
+"""Training runs, killed and signalled at several moments: the same command ends in the same bits."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from ldm_cli.data.scenes import write_scenes
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.training.checkpoint import checkpoint_name, problem_with
 from ldm_cli.training.run_folder import RunFolder
 
-from ..conftest import REPOSITORY
-from ..stages.tiny import RESNET, clip_recipe, trained, unet_recipe, vae_recipe
+from ..conftest import Ldm
+from .lives import STEPS, Home, Life
 from .runs import assert_same_run, status
 
 pytestmark = pytest.mark.slow
 
-STEPS = 24
-"""Checkpoints at every third step, so that there is nearly always one under way."""
+WORKERS = "data.num_workers=2"
 Moment = Callable[[Path], bool]
 
 
-started_programs: list[Program] = []
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    return Home(tmp_path_factory.mktemp("home"))
 
 
-class Program:
-    """`python -m ldm_cli COMMAND recipe.json` in a process group of its own, on one thread."""
+@pytest.fixture
+def start(home: Home) -> Iterator[Callable[..., Life]]:
+    """Begins a run; not even a test that fails or is interrupted leaves a process of it, stopped or not."""
+    lives: list[Life] = []
 
-    def __init__(self, recipe: dict[str, Any], out: Path) -> None:
-        file = out.with_suffix(".json")
-        file.write_text(json.dumps(recipe))
-        arguments = [recipe["command"], str(file), "--out", str(out), "--device", "cpu"]
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-        started_programs.append(self)
-        self.out = out
-        self.errors = out.with_suffix(".log").open("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "ldm_cli", *arguments],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=self.errors,
-            start_new_session=True,
-        )
+    def life(name: str, out: Path, *more: str) -> Life:
+        lives.append(home.life(name, out, *more))
+        return lives[-1]
 
-    def clear_away(self) -> None:
-        """End what is left, stopped or not."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-        self.errors.close()
+    yield life
+    for one in lives:
+        if one.code is None:
+            one.send(signal.SIGKILL)
+            one.end()
 
-    def wait(self) -> int:
-        code = self.process.wait(timeout=600)
-        self.errors.seek(0)
-        self.last_line = (self.errors.read().splitlines() or [""])[-1]
-        return code
 
-    def at(self, moment: Moment) -> Program:
-        """Returns when the run folder looks as `moment` wants it, with every process of the run stopped."""
-        end = time.monotonic() + 120
-        while True:
-            if moment(self.out):
-                os.killpg(self.process.pid, signal.SIGSTOP)
-                while self._state() not in "TZ":
-                    time.sleep(0.0005)
-                if moment(self.out):
-                    return self
-                os.killpg(self.process.pid, signal.SIGCONT)
-            assert self.process.poll() is None, f"it ended before: {self.wait()} {self.last_line}"
-            assert time.monotonic() < end
-            time.sleep(0.0005)
+def stop_at(life: Life, out: Path, moment: Moment) -> Life:
+    """Returns when the run folder looks as `moment` wants it, with every process of the run stopped."""
+    end = time.monotonic() + 120
+    while True:
+        if moment(out):
+            life.send(signal.SIGSTOP)
+            while _state(life) not in "TZ":
+                time.sleep(0.0005)
+            if moment(out):
+                return life
+            life.send(signal.SIGCONT)
+        assert life.lasts(0.0005), f"it ended before: {life.end()} {life.errors}"
+        assert time.monotonic() < end
 
-    def _state(self) -> str:
-        return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
 
-    def signal(self, number: signal.Signals, group: bool = True) -> Program:
-        """Send a signal, to all processes or to the trainer alone, and let them go on."""
-        (os.killpg if group else os.kill)(self.process.pid, number)
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGCONT)
-        return self
+def _state(life: Life) -> str:
+    return Path(f"/proc/{life.pid}/stat").read_text().rpartition(")")[2].split()[0]
 
-    def group_is_gone(self) -> bool:
-        try:
-            os.killpg(self.process.pid, 0)
-        except ProcessLookupError:
-            return True
+
+def send(life: Life, number: signal.Signals, group: bool = True) -> Life:
+    """A signal to all processes or to the trainer alone, which then go on."""
+    life.send(number, group)
+    life.send(signal.SIGCONT)
+    return life
+
+
+def is_gone(life: Life) -> bool:
+    """Whether no process of its group is left."""
+    with suppress(ProcessLookupError):
+        os.killpg(life.pid, 0)
         return False
+    return True
+
+
+def last_line(life: Life) -> str:
+    return (life.errors.splitlines() or [""])[-1]
 
 
 def started(out: Path) -> bool:
@@ -114,56 +98,6 @@ def after_checkpoints(out: Path) -> bool:
     return len(list((out / "checkpoints").glob("step-*"))) >= 2
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Scenes, and a CLIP and an autoencoder for the denoiser."""
-    home = tmp_path_factory.mktemp("home")
-    write_scenes(home / "scenes", 40, 32, 0, SilentReporter(), val_samples=6, shard_samples=16)
-    trained(clip_recipe(home / "scenes", steps=1), home / "clip")
-    trained(vae_recipe(home / "scenes", steps=1), home / "vae")
-    return home
-
-
-def recipes(home: Path) -> dict[str, dict[str, Any]]:
-    train = {"steps": STEPS, "save_every": 3, "log_every": 4, "validate_every": 7, "ema_decay": 0.9}
-    adversarial = {"adversarial_weight": 0.5, "discriminator_channels": 8, "discriminator_layers": 2}
-    scenes, models = home / "scenes", (home / "clip/model", home / "vae/model")
-    resnet = clip_recipe(scenes, RESNET, gradient_accumulation=2, **train)
-    workers = vae_recipe(scenes, loss=adversarial, data={"num_workers": 2, "flip_probability": 0.5}, **train)
-    return {"clip": resnet, "vae": workers, "unet": unet_recipe(scenes, *models, **train)}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(home: Path) -> Callable[[str], Path]:
-    """The run of a recipe that nothing disturbed; made once."""
-    made: dict[str, Path] = {}
-
-    def run(name: str) -> Path:
-        if name not in made:
-            made[name] = home / f"whole-{name}"
-            trained(recipes(home)[name], made[name])
-        return made[name]
-
-    return run
-
-
-@pytest.fixture(autouse=True)
-def _no_process_stays() -> Iterator[None]:
-    """Not even when a test fails or is interrupted while all processes of a run are stopped."""
-    yield
-    while started_programs:
-        started_programs.pop().clear_away()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As in the processes: sums over threads round differently."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(
     ("name", "moments"),
     [
@@ -174,76 +108,75 @@ def _one_thread() -> Iterator[None]:
     ids=["vae", "clip", "unet"],
 )
 def test_killed_and_repeated_it_ends_in_the_same_bits(
-    home: Path, undisturbed: Callable[[str], Path], tmp_path: Path, name: str, moments: tuple[Moment, ...]
+    home: Home, start: Callable[..., Life], tmp_path: Path, name: str, moments: tuple[Moment, ...]
 ) -> None:
     """Before the first checkpoint, in the middle of a save, and after it; each time the whole group."""
-    recipe, out = recipes(home)[name], tmp_path / "run"
+    out = tmp_path / "run"
     for moment in moments:
-        killed = Program(recipe, out).at(moment).signal(signal.SIGKILL)
-        assert killed.wait() == -signal.SIGKILL
+        killed = send(stop_at(start(name, out, WORKERS), out, moment), signal.SIGKILL)
+        assert killed.end() == -signal.SIGKILL
         assert status(out)["state"] == "running"
         if moment is while_saving:
             assert list(out.rglob(".tmp-*"))
-    last = Program(recipe, out)
-    assert last.wait() == 0, last.last_line
-    assert_same_run(undisturbed(name), out, STEPS)
+    last = start(name, out, WORKERS)
+    assert last.end() == 0, last.errors
+    assert_same_run(home.finished(name), out, STEPS)
     assert not list(out.rglob(".tmp-*"))
     assert status(out)["state"] == "finished"
 
 
 @pytest.mark.parametrize(("name", "number"), [("unet", signal.SIGTERM), ("vae", signal.SIGINT)])
 def test_a_signal_to_the_group_saves_and_the_same_command_ends_in_the_same_bits(
-    home: Path, undisturbed: Callable[[str], Path], tmp_path: Path, name: str, number: signal.Signals
+    home: Home, start: Callable[..., Life], tmp_path: Path, name: str, number: signal.Signals
 ) -> None:
-    recipe, out = recipes(home)[name], tmp_path / "run"
-    stopped = Program(recipe, out).at(after_checkpoints).signal(number)
-    assert stopped.wait() == 75, stopped.last_line
-    assert stopped.last_line.startswith("ldm: error: stopped at step ")
-    assert stopped.last_line.endswith("run the same command again to go on [E-PREEMPTED]")
+    out = tmp_path / "run"
+    stopped = send(stop_at(start(name, out, WORKERS), out, after_checkpoints), number)
+    assert stopped.end() == 75, stopped.errors
+    assert last_line(stopped).startswith("ldm: error: stopped at step ")
+    assert last_line(stopped).endswith("run the same command again to go on [E-PREEMPTED]")
     state = status(out)
     assert (state["state"], state["reason"]) == ("preempted", f"received {number.name}")
     assert (out / "checkpoints" / checkpoint_name(state["step"])).is_dir()
-    assert stopped.group_is_gone()
-    last = Program(recipe, out)
-    assert last.wait() == 0, last.last_line
-    assert_same_run(undisturbed(name), out, STEPS)
+    assert is_gone(stopped)
+    last = start(name, out, WORKERS)
+    assert last.end() == 0, last.errors
+    assert_same_run(home.finished(name), out, STEPS)
 
 
-def test_a_kill_of_the_trainer_alone_frees_the_run_at_once_and_its_workers_leave(home: Path, tmp_path: Path) -> None:
-    recipe = recipes(home)["vae"]
-    killed = Program(recipe, tmp_path / "run").at(after_checkpoints).signal(signal.SIGKILL, group=False)
-    killed.wait()
-    with RunFolder(tmp_path / "run", SilentReporter()):
+def test_a_kill_of_the_trainer_alone_frees_the_run_at_once_and_its_workers_leave(
+    start: Callable[..., Life], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    killed = send(stop_at(start("vae", out, WORKERS), out, after_checkpoints), signal.SIGKILL, group=False)
+    killed.end()
+    with RunFolder(out, SilentReporter()):
         pass
     end = time.monotonic() + 30
-    while not killed.group_is_gone():
+    while not is_gone(killed):
         assert time.monotonic() < end, "workers survive their trainer"
         time.sleep(0.1)
 
 
-def test_a_second_signal_ends_it_at_once_and_the_checkpoint_holds(home: Path, tmp_path: Path) -> None:
+def test_a_second_signal_ends_it_at_once_and_the_checkpoint_holds(start: Callable[..., Life], tmp_path: Path) -> None:
     """The batch is large, so that the first signal is still waiting for the end of the step."""
-    recipe = recipes(home)["vae"]
-    recipe["train"] |= {"batch_size": 512, "gradient_accumulation": 32, "save_every": 1}
-
-    def in_the_second_step(out: Path) -> bool:
-        return started(out) and status(out)["step"] == 1
-
-    program = Program(recipe, tmp_path / "run").at(in_the_second_step)
+    out = tmp_path / "run"
+    large = ("train.batch_size=512", "train.gradient_accumulation=32", "train.save_every=1")
+    life = stop_at(start("vae", out, WORKERS, *large), out, lambda out: started(out) and status(out)["step"] == 1)
     for _ in range(2):
-        os.killpg(program.process.pid, signal.SIGCONT)
+        life.send(signal.SIGCONT)
         time.sleep(0.2)
-        program.signal(signal.SIGTERM)
+        life.send(signal.SIGTERM)
     began = time.monotonic()
-    assert program.wait() == 128 + signal.SIGTERM
+    assert life.end() == 128 + signal.SIGTERM
     assert time.monotonic() - began < 30
-    assert problem_with(tmp_path / "run/checkpoints" / checkpoint_name(1)) is None
+    assert problem_with(out / "checkpoints" / checkpoint_name(1)) is None
 
 
-def test_a_finished_run_ends_with_0_and_touches_nothing(undisturbed: Callable[[str], Path], home: Path) -> None:
-    out = undisturbed("vae")
+def test_a_finished_run_ends_with_0_and_touches_nothing(home: Home, ldm: Ldm) -> None:
+    """By a process of its own, as a user starts it."""
+    out = home.finished("vae")
     before = {p: p.stat().st_mtime_ns for p in (out, *out.rglob("*"))}
-    program = Program(recipes(home)["vae"], out)
-    assert program.wait() == 0
-    assert "finished already" in program.last_line
+    result = ldm(*home.arguments("vae", out))
+    assert result.returncode == 0, result.stderr
+    assert "finished already" in result.stderr.splitlines()[-1]
     assert {p: p.stat().st_mtime_ns for p in (out, *out.rglob("*"))} == before
