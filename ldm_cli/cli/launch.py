@@ -176,12 +176,19 @@ def _outcome(ranks: list[_Rank], forwarding: _Forwarding) -> int:
         # Ranks stop together, but rank 0 may still be saving when the others have left.
         if deadline is None and any(rank.process.returncode != Preempted.code for rank in failed):
             deadline = time.monotonic() + _GRACE
+        if deadline is not None and all(_is_stopped(rank.process.pid) for rank in running):
+            break
         time.sleep(_POLL if running else 0.0)
     if forwarding.second is not None:
         return 128 + forwarding.second
     if not failed:
         return 0
     return _tell(_first_to_fail(failed), len(ranks))
+
+
+def _is_stopped(child: int) -> bool:
+    """Whether a child process has been stopped by a signal, so that it cannot end on its own."""
+    return os.waitid(os.P_PID, child, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _first_to_fail(failed: list[_Rank]) -> _Rank:
