@@ -78,7 +78,8 @@ def run_training(
         expect_memory(recipe, device, ranks.world_size)
         if recipe.train.deterministic == "elastic" and device.type == "cpu":
             torch.set_num_threads(1)  # sums depend on the number of threads, and ranks share the cores
-        with _nothing_to_save(stop, ranks), ranks.first_then_others():
+        # What is indexed stays indexed: the time limit counts from where the run folder can remember it.
+        with _nothing_to_save(stop, ranks, with_limit=False), ranks.first_then_others():
             shards = open_shards(recipe.data.shards, recipe.data, reporter)
         run = RunFolder(options.out or Path("runs") / recipe.name, reporter)
         resolved, fingerprints = recipe.to_mapping(), {"data": shards.fingerprint}
@@ -144,9 +145,9 @@ def _train(
     )
 
 
-def _nothing_to_save(stop: StopRequest, ranks: Ranks) -> AbstractContextManager[None]:
+def _nothing_to_save(stop: StopRequest, ranks: Ranks, *, with_limit: bool = True) -> AbstractContextManager[None]:
     """Answer signals at once while the run is prepared; several ranks stop together, before their first step."""
-    return stop.answered_at_once() if ranks.world_size == 1 else nullcontext()
+    return stop.answered_at_once(with_limit=with_limit) if ranks.world_size == 1 else nullcontext()
 
 
 def _facts(resolved: Mapping[str, Any], fingerprints: Mapping[str, str]) -> dict[str, str]:

@@ -16,9 +16,10 @@ MAX_LIVES = 5
 
 
 class FailureJournal:
-    """failures.jsonl: a line for each life that died while it computed a step.
+    """failures.jsonl: a line for each life that died while it computed a step, or whose time was over before its first.
 
-    Lives that ended elsewhere (killed while saving or starting, preempted, disk full) say nothing about the step.
+    Lives that ended elsewhere (killed while saving or starting, stopped by a signal, disk full) say nothing about the
+    step.
     """
 
     def __init__(self, file: Path) -> None:

@@ -17,6 +17,10 @@ from ldm_cli.errors import LdmError, Preempted
 _ANSWERED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _FATAL_TWICE = (signal.SIGTERM, signal.SIGINT)
 _TIME_IS_UP = 1  # the number of SIGHUP, which is never a reason
+TIME_LIMIT = "reached --max-time"
+"""Why a run stops that had only so much time."""
+MORE_TIME = "no step fitted into it: run the same command again, with more time"
+"""What to do when it was too little."""
 SECONDS_APART = 0.1
 """timeout(1) and batch queues signal the process and then its group: that is one request, not two."""
 
@@ -60,7 +64,7 @@ def stop_reason(code: int) -> str | None:
     """A `StopRequest.code` in words; None to go on."""
     if code == 0:
         return None
-    return "reached --max-time" if code == _TIME_IS_UP else f"received {signal.Signals(code).name}"
+    return TIME_LIMIT if code == _TIME_IS_UP else f"received {signal.Signals(code).name}"
 
 
 class StopRequest:
@@ -91,13 +95,16 @@ class StopRequest:
         return stop_reason(self.code)
 
     @contextmanager
-    def answered_at_once(self) -> Iterator[None]:
+    def answered_at_once(self, *, with_limit: bool = True) -> Iterator[None]:
         """While it is entered, a signal ends what runs at once: for preparations, which have no step to finish.
+
+        Args:
+            with_limit: the time limit is looked at before and after, too.
 
         Raises:
             Preempted: a signal came, or the time is up.
         """
-        self._raise_if_requested()
+        self._raise_if_requested(with_limit)
         try:
             self._at_once = True
             yield
@@ -105,15 +112,17 @@ class StopRequest:
             raise
         except BaseException:
             if self._signal is not None:  # whatever a library made of the interruption
-                self._raise_if_requested()
+                self._raise_if_requested(with_limit)
             raise
         finally:
             self._at_once = False
-        self._raise_if_requested()
+        self._raise_if_requested(with_limit)
 
-    def _raise_if_requested(self) -> None:
-        if (reason := self.reason) is not None:
-            raise Preempted("stopped before the first step", reason, "run the same command again to go on") from None
+    def _raise_if_requested(self, with_limit: bool) -> None:
+        reason = self.reason
+        if reason is not None and (with_limit or reason != TIME_LIMIT):
+            remedy = MORE_TIME if reason == TIME_LIMIT else "run the same command again to go on"
+            raise Preempted("stopped before the first step", reason, remedy) from None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._signal = self._signal or signal.Signals(number)

@@ -18,7 +18,7 @@ from ldm_cli.reporting import Progress, Reporter
 from ldm_cli.training.checkpoint import checkpoint_name, commit_folder, latest_checkpoint, problem_with
 from ldm_cli.training.config import TrainConfig
 from ldm_cli.training.distributed import Ranks
-from ldm_cli.training.interruption import StopRequest, stop_reason
+from ldm_cli.training.interruption import MORE_TIME, TIME_LIMIT, StopRequest, stop_reason
 from ldm_cli.training.optim import learning_rate
 from ldm_cli.training.run_folder import RunFolder
 from ldm_cli.training.task import BatchT, Task
@@ -95,6 +95,7 @@ def train(
     trainer = Trainer(task, config, run, device, ranks)
     _resume(trainer, start)
     trainer.expect_same_weights()
+    first_step = trainer.step
     if ranks.is_first:
         run.rewind_metrics(trainer.step)
         trainer.check_room()
@@ -105,7 +106,7 @@ def train(
         throughput = _Throughput()
         while trainer.step < config.steps:
             if reason := stop_reason(ranks.largest(stop.code)):
-                _preempt(trainer, reason)
+                _preempt(trainer, reason, trainer.step > first_step)
             _set_training(task, True)
             run.begin_step(trainer.step + 1)
             trainer.advance(next(stream))
@@ -177,17 +178,15 @@ def _resume(trainer: Trainer, start: Path | None) -> None:
         run.log(f"continuing '{source}' at step {trainer.step} of {trainer.config.steps}")
 
 
-def _preempt(trainer: Trainer, reason: str) -> None:
+def _preempt(trainer: Trainer, reason: str, has_stepped: bool) -> None:
     ranks = trainer.part_sum.ranks
     trainer.save()
     if ranks.is_first:
         trainer.run.status("running", step=trainer.step, steps=trainer.config.steps)
     ranks.wait()
-    raise Preempted(
-        f"stopped at step {trainer.step} of {trainer.config.steps}",
-        reason,
-        "checkpoint saved: run the same command again to go on",
-    )
+    in_vain = reason == TIME_LIMIT and not has_stepped
+    remedy = MORE_TIME if in_vain else "checkpoint saved: run the same command again to go on"
+    raise Preempted(f"stopped at step {trainer.step} of {trainer.config.steps}", reason, remedy)
 
 
 def _validate(trainer: Trainer) -> dict[str, float]:

@@ -30,6 +30,7 @@ from ldm_cli.reporting import Reporter
 from ldm_cli.storage import fsync_path, storage_errors, write_whole
 from ldm_cli.training.checkpoint import checkpoints, commit_folder, problem_with, step_of, sweep
 from ldm_cli.training.failures import FailureJournal
+from ldm_cli.training.interruption import TIME_LIMIT
 from ldm_cli.training.run_lock import RunLock
 
 # What may differ between the lives of one run: nothing here changes a weight.
@@ -85,6 +86,7 @@ class RunFolder:
         self._progress: dict[str, int] = {}
         self._has_begun = False  # a command that is refused is no life of the run, and leaves its status alone
         self._step_under_way: int | None = None
+        self._has_stepped = False
 
     @property
     def checkpoints(self) -> Path:
@@ -161,11 +163,14 @@ class RunFolder:
             may_pass = isinstance(known, Preempted | StorageError | OutputError | StuckError) or code == 130
             if self._step_under_way is not None and not may_pass:
                 self._failures.add(self._step_under_way, message)
+            elif isinstance(error, Preempted) and error.cause == TIME_LIMIT and not self._has_stepped:
+                self._failures.add(self._progress.get("step", 0) + 1, message)
         self.begin_step(None)
 
     def begin_step(self, step: int | None) -> None:
         """Note which step is being computed, so that a next life knows in which one this life ended; None: none."""
         self._step_under_way = step
+        self._has_stepped |= step is not None
         self._lock.note(step)
 
     def log(self, message: str) -> None:

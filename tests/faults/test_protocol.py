@@ -137,6 +137,26 @@ def test_interruptions_and_failures_in_different_steps_are_no_reason_to_give_up(
     run(tmp_path / "run")
 
 
+def test_lives_too_short_for_a_step_are_not_repeated_for_ever(tmp_path: Path) -> None:
+    """By as many as end in the same step; a step done in between begins the count anew."""
+
+    def too_short() -> None:
+        with pytest.raises(Preempted, match="reached --max-time; no step fitted into it"):
+            run(tmp_path, max_seconds=0.0)
+
+    for _ in range(failures.MAX_LIVES - 1):
+        too_short()
+    with pytest.raises(Preempted, match="stopped at step 9 of 20: received SIGTERM; checkpoint saved"):
+        run(tmp_path, source=until(8, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    for _ in range(failures.MAX_LIVES):
+        too_short()
+    with pytest.raises(StuckError, match=r"5 times in step 10: the last time: .*--max-time.*do not requeue"):
+        run(tmp_path, max_seconds=0.0)
+    (tmp_path / "failures.jsonl").unlink()
+    run(tmp_path)
+    assert status(tmp_path)["state"] == "finished"
+
+
 def test_a_lock_tells_in_which_step_its_owner_died(tmp_path: Path) -> None:
     first = run_lock.RunLock(tmp_path / ".lock")
     assert first.acquire(print) is None

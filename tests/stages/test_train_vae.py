@@ -15,13 +15,14 @@ from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.data.loader import Loader, sequential_batches
 from ldm_cli.data.scenes import write_scenes
 from ldm_cli.data.shards import open_shards
-from ldm_cli.errors import CheckpointError, RecipeError
+from ldm_cli.errors import CheckpointError, Preempted, RecipeError, StuckError
 from ldm_cli.formats.model_folder import load_model
 from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import TrainVaeRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages.train_vae import VAETask, to_signed
 from ldm_cli.stages.training_run import Workbench
+from ldm_cli.training.failures import MAX_LIVES
 from ldm_cli.training.run_folder import RunFolder
 
 from ..faults.runs import assert_same_run, metrics, tensors
@@ -193,6 +194,18 @@ def test_fewer_samples_than_a_batch_train_over_several_epochs_a_step(tmp_path: P
     write_scenes(tmp_path / "few", 3, 32, 0, SilentReporter(), val_samples=2)
     recipe = vae_recipe(tmp_path / "few", steps=2, save_every=1)
     assert trained(recipe, tmp_path / "run")["figures"]["scaling_factor"] > 0
+
+
+def test_a_time_limit_that_preparing_takes_up_ends_in_a_word_not_in_a_loop(scenes: Path, tmp_path: Path) -> None:
+    recipe, out = vae_recipe(scenes, steps=1), tmp_path / "run"
+    for _ in range(MAX_LIVES):
+        with pytest.raises(Preempted, match=r"before the first step: reached --max-time; .*with more time"):
+            trained(recipe, out, max_time=1e-9)
+    with pytest.raises(StuckError, match="do not requeue"):
+        trained(recipe, out, max_time=1e-9)
+    (out / "failures.jsonl").unlink()
+    trained(recipe, out)
+    assert trained(recipe, out, max_time=1e-9)["state"] == "finished", "what is finished takes no time"
 
 
 @pytest.mark.parametrize(("precision", "warned"), [("bf16", True), ("fp32", False)])
