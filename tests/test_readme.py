@@ -15,7 +15,8 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -33,6 +34,7 @@ from ldm_cli.recipe.load import load_recipe, load_section
 from ldm_cli.recipe.schema import RECIPES
 from ldm_cli.recipe.shipped import shipped_recipes
 from tests.conftest import REPOSITORY
+from tests.fork_server import client
 
 NAMES = (
     "train-clip",
@@ -253,15 +255,19 @@ def test_the_readme_lists_every_exit_code() -> None:
 
 
 @pytest.fixture
-def shell(tmp_path: Path) -> Callable[[Block], list[str]]:
+def shell(tmp_path: Path) -> Iterator[Callable[[Block], list[str]]]:
     """Runs a block in an empty folder where `ldm` is this very package; returns the lines it prints."""
-    program, home = tmp_path / "bin" / "ldm", tmp_path / "home"
+    program, home, server = tmp_path / "bin" / "ldm", tmp_path / "home", tmp_path / "server"
     program.parent.mkdir()
     home.mkdir()
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ldm_cli "$@"\n')
+    program.write_text(client(server))
     program.chmod(0o755)
     path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    serving = subprocess.Popen([sys.executable, "-m", "tests.fork_server", str(server)], env=environment)
+    while not server.exists():
+        assert serving.poll() is None
+        time.sleep(0.01)
 
     def run(block: Block) -> list[str]:
         command = ["bash", "-eu", "-c", block.text]
@@ -269,7 +275,9 @@ def shell(tmp_path: Path) -> Callable[[Block], list[str]]:
         assert result.returncode == block.exit_code, f"{block.place}: {result.stderr}"
         return (result.stdout + result.stderr).splitlines()
 
-    return run
+    yield run
+    serving.kill()
+    serving.wait()
 
 
 def missing(expected: str, printed: list[str]) -> list[str]:
