@@ -15,7 +15,7 @@ Ldm = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest test begins first, or one worker would wait for the other at the end."""
+    """The longest tests begin first, or one worker would wait for the other at the end."""
     items.sort(key=lambda item: item.get_closest_marker("longest") is None)
 
 

@@ -32,6 +32,7 @@ def tiny(subject: str) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 @pytest.mark.parametrize("subject", ["train-clip", "train-unet"])
 def test_peers_do_the_same_work(subject: str) -> None:
     pytest.importorskip(run.PEERS[subject])
@@ -84,6 +85,7 @@ def test_recipes_of_published_sizes_can_be_measured() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_data_and_starts_are_measured(tmp_path: Path) -> None:
     rows = input_pipeline.measure(48, 1, compared=False)
     assert {row["contender"] for row in rows} == {"ldm"}

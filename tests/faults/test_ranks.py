@@ -156,6 +156,7 @@ def launched() -> Iterator[list[Launched]]:
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 @pytest.mark.parametrize(
     ("number", "victim", "code", "message"),
     [
