@@ -15,6 +15,7 @@ from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.diffusion.guidance import Network, along_score, guided
 from ldm_cli.core.diffusion.level import Level
 from ldm_cli.core.diffusion.schedule import NoiseSchedule
+from ldm_cli.core.models.attention import FixedContext
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPTextModel
 from ldm_cli.core.models.latent_space import standardized
@@ -330,11 +331,13 @@ class Pipeline:
     def _network(self, unet: UNet2DConditionModel, canvas: LatentCanvas | None, extras: Extras) -> Network:
         """A U-Net, in windows, shown the mask if it takes one."""
         dtype = next(unet.parameters()).dtype
+        fixed: dict[int, FixedContext] = {}
 
         def network(x: Tensor, level: Level, context: Tensor) -> Tensor:
             # Timesteps stay float32: half precision cannot tell 998 from 999.
             timesteps = torch.full((len(x),), level.t, device=x.device)
-            prediction: Tensor = unet(x.to(dtype), timesteps, context)
+            seen = fixed.setdefault(id(context), FixedContext(context))  # which keeps the context, and so its id
+            prediction: Tensor = unet(x.to(dtype), timesteps, seen)
             return prediction.float()
 
         shown: Network = network if extras.window is None else in_windows(network, extras.window)

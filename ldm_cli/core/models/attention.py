@@ -5,6 +5,7 @@ Letters: B batch, L tokens, M context tokens, D width, C channels, H height, W w
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -47,6 +48,26 @@ def attend(
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal).transpose(1, 2).flatten(2)
 
 
+class FixedContext:
+    """A context that many calls attend to: each layer's keys and values of it are computed at the first.
+
+    Args:
+        states: [B, M, context_dim].
+    """
+
+    def __init__(self, states: Tensor) -> None:
+        self.states = states
+        self._made: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def seen_by(self, layer: Attention) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, M, D] of a layer whose weights stay as they are."""
+        made = self._made.get(layer)
+        # What was made in inference mode cannot be kept for a backward pass.
+        if made is None or (made[0].is_inference() and torch.is_grad_enabled()):
+            made = self._made[layer] = layer.to_k(self.states), layer.to_v(self.states)
+        return made
+
+
 class Attention(nn.Module):
     """Multi-head attention to a context, or to itself.
 
@@ -65,10 +86,14 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | FixedContext | None = None) -> Tensor:
         """[B, L, D] and [B, M, context_dim] → [B, L, D]."""
-        context = x if context is None else context
-        hidden = attend(self.to_q(x), self.to_k(context), self.to_v(context), self.num_heads)
+        if isinstance(context, FixedContext):
+            key, value = context.seen_by(self)
+        else:
+            context = x if context is None else context
+            key, value = self.to_k(context), self.to_v(context)
+        hidden = attend(self.to_q(x), key, value, self.num_heads)
         projected: Tensor = self.to_out[0](hidden)
         return projected
 
@@ -101,7 +126,7 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | FixedContext) -> Tensor:
         """[B, L, D] and [B, M, context_dim] → [B, L, D]."""
         # A sum takes the memory order of its first term. The tokens of an NCHW image are strided, those after
         # a linear layer are not, so in this order the strides vanish without a copy of their own.
@@ -135,7 +160,7 @@ class Transformer2DModel(Checkpointed):
         )
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | FixedContext) -> Tensor:
         """[B, C, H, W] and [B, M, context_dim] → [B, C, H, W]."""
         height, width = x.shape[-2:]
         hidden = self.norm(x)
@@ -157,7 +182,7 @@ class AttentionBlock2D(Attention):
         super().__init__(channels, None, 1, bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, eps=eps)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | FixedContext | None = None) -> Tensor:
         """[B, C, H, W] → [B, C, H, W]."""
         attended = super().forward(tokens_of(self.group_norm(x)), context)
         return x + image_of(attended, *x.shape[-2:])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm_cli.core.models.attention import Transformer2DModel
+from ldm_cli.core.models.attention import FixedContext, Transformer2DModel
 from ldm_cli.core.models.checkpointing import Checkpointable
 from ldm_cli.core.models.layers import ResnetBlock2D, TimestepEmbedding, timestep_embedding
 from ldm_cli.core.models.recompute import norm_silu_conv
@@ -105,7 +105,7 @@ class UNet2DConditionModel(Checkpointable):
         self,
         sample: Tensor,
         timestep: Tensor | float,
-        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states: Tensor | FixedContext | None = None,
         class_labels: Tensor | None = None,
         *,
         text_embeds: Tensor | None = None,
@@ -117,7 +117,8 @@ class UNet2DConditionModel(Checkpointable):
         Args:
             sample: [B, C, h, w]; any h and w.
             timestep: number, [] or [B]; in units of training steps, not necessarily whole.
-            encoder_hidden_states: text states [B, M, D]; may be left out by a network without attention.
+            encoder_hidden_states: text states [B, M, D], fixed where many calls see the same; may be left out by a
+                network without attention.
             class_labels: [B], or [B, n] for `class_embed_type: projection`, or [B, E] for `identity`.
             text_embeds, time_ids: [B, P] and [B, 6], for `addition_embed_type: text_time`.
             timestep_cond: [B, time_cond_proj_dim].

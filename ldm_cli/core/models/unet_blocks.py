@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ldm_cli.core.models.attention import Transformer2DModel
+from ldm_cli.core.models.attention import FixedContext, Transformer2DModel
 from ldm_cli.core.models.checkpointing import Checkpointed
 from ldm_cli.core.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
 
@@ -59,7 +59,7 @@ class DownBlock(Checkpointed):
         self.resnets = nn.ModuleList(spec.resnet(in_channels if i == 0 else spec.channels) for i in range(num_layers))
         self.downsamplers = nn.ModuleList([Downsample2D(spec.channels, asymmetric=False)] if downsample else [])
 
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None) -> list[Tensor]:
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | FixedContext | None) -> list[Tensor]:
         """[B, C, H, W], activated embedding [B, E], text [B, M, D] → every result; the last is the output."""
         results = []
         for i, resnet in enumerate(self.resnets):
@@ -82,7 +82,7 @@ class MidBlock(Checkpointed):
         self.has_attention = attention
         self.resnets = nn.ModuleList(spec.resnet(spec.channels) for _ in range(2 if attention else 1))
 
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | FixedContext | None) -> Tensor:
         """[B, C, H, W], activated embedding [B, E], text [B, M, D] → [B, C, H, W]."""
         x = self.run(self.resnets[0], x, embedding)
         if self.has_attention:
@@ -113,7 +113,9 @@ class UpBlock(Checkpointed):
         )
         self.upsamplers = nn.ModuleList([Upsample2D(spec.channels)] if upsample else [])
 
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None, skips: list[Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, embedding: Tensor, context: Tensor | FixedContext | None, skips: list[Tensor]
+    ) -> Tensor:
         """[B, C, H, W], embedding [B, E], text [B, M, D] → [B, C', H', W'], the size of the next skip.
 
         Takes its results of the way down from the end of `skips`.

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldm_cli.core.models.attention import image_of, tokens_of
+from ldm_cli.core.models.attention import FixedContext, image_of, tokens_of
 from ldm_cli.core.models.layers import timestep_embedding
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
@@ -192,3 +192,27 @@ def test_a_missing_or_unused_condition_is_an_error(
     sample, timestep, text = inputs()
     with pytest.raises(ValueError, match=message):
         small(**changes)(sample, timestep, **{"encoder_hidden_states": text} | arguments)
+
+
+def test_a_fixed_context_gives_the_same_bits_and_is_looked_at_once() -> None:
+    model, (sample, timesteps, states) = small(), inputs()
+    times_asked = 0
+
+    def count(*_: object) -> None:
+        nonlocal times_asked
+        times_asked += 1
+
+    layers = [module for name, module in model.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
+    for layer in layers:
+        layer.register_forward_hook(count)
+    fixed = FixedContext(states)
+    with torch.inference_mode():
+        for call in range(3):
+            noisy, t = sample + call, timesteps - call
+            assert torch.equal(model(noisy, t, fixed), model(noisy, t, states))
+    assert times_asked == (1 + 3) * len(layers) > 0
+    # What was kept in inference mode does not stand in the way of a gradient.
+    seen = sample.clone().requires_grad_()
+    (found,) = torch.autograd.grad(model(seen, timesteps, fixed).sum(), seen)
+    (expected,) = torch.autograd.grad(model(seen, timesteps, states).sum(), seen)
+    assert torch.equal(found, expected)
