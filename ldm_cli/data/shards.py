@@ -8,7 +8,7 @@ import os
 import threading
 import zlib
 from collections import Counter, OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -18,7 +18,7 @@ from torch import Tensor
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.index_cache import cache_folder, load_index, save_index
 from ldm_cli.data.patterns import find_sources
-from ldm_cli.data.remote import StagingArea
+from ldm_cli.data.remote import StagingArea, forget_fetched
 from ldm_cli.data.tar_format import BLOCK
 from ldm_cli.data.tar_index import Member, ShardIndex, index_tar
 from ldm_cli.errors import DataError, InputNotFoundError, StorageError
@@ -36,12 +36,14 @@ class ShardSet:
         indexes: what each one holds.
         sources: the shards of each pattern that was given.
         image_sizes: for each shard int32 [N, 2], width and height of its samples' images, if they were needed.
+        staging: keeps fetched shards from being removed for as long as the set is in use.
     """
 
     paths: tuple[Path, ...]
     indexes: tuple[ShardIndex, ...]
     sources: tuple[range, ...] = ()
     image_sizes: tuple[Tensor, ...] | None = None
+    staging: StagingArea | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -82,11 +84,13 @@ def open_shards(shards: str | tuple[str, ...], config: DataConfig, reporter: Rep
         UnavailableError: a remote source is named that is not allowed, or whose back end is missing.
         StorageError: reading failed.
     """
-    found = find_sources(shards, config.remote_schemes, StagingArea(config.max_fetched_bytes, reporter).fetch)
+    staging = StagingArea(config.max_fetched_bytes, reporter)
+    found = find_sources(shards, config.remote_schemes, staging.fetch)
     ends = (0, *itertools.accumulate(map(len, found)))
     result = replace(
         index_shards(tuple(itertools.chain.from_iterable(found)), config.on_bad_shard, reporter),
         sources=tuple(itertools.starmap(range, itertools.pairwise(ends))),
+        staging=staging,
     )
     if not result.num_samples:
         raise InputNotFoundError(
@@ -111,8 +115,13 @@ def index_shards(paths: tuple[Path, ...], on_bad_shard: Literal["stop", "skip"],
         for number, path in enumerate(paths, start=1):
             index = load_index(path, folder) if folder else None
             if index is None:
-                index = index_tar(path, on_bad_shard)
+                try:
+                    index = index_tar(path, on_bad_shard)
+                except DataError:
+                    forget_fetched(path)
+                    raise
                 if index.damage:
+                    forget_fetched(path)
                     reporter.warn(
                         f"shard '{path}' is damaged ({index.damage}): using {index.num_samples} whole samples"
                     )

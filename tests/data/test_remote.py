@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import http.server
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
 
+from ldm_cli.data import remote
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.loader import Loader
 from ldm_cli.data.remote import StagingArea, without_credentials
-from ldm_cli.data.shards import open_shards
-from ldm_cli.errors import InputNotFoundError, LdmError, StorageError, UnavailableError
+from ldm_cli.data.shards import ShardSet, open_shards
+from ldm_cli.errors import DataError, InputNotFoundError, LdmError, StorageError, UnavailableError
 from ldm_cli.reporting import SilentReporter
 from tests.data.tars import numbered_shards, opened
 
@@ -28,7 +30,8 @@ def memory(tmp_path: Path) -> Iterator[Any]:
     for path in folder.iterdir():
         system.pipe(f"/bucket/{path.name}", path.read_bytes())
     yield system
-    system.rm("/bucket", recursive=True)
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
 
 
 def test_remote_shards_give_the_batches_of_local_ones_and_are_fetched_once(memory: Any, tmp_path: Path) -> None:
@@ -64,6 +67,157 @@ def test_fetched_shards_stay_within_their_bound(memory: Any, index_cache: Path) 
     one_run.fetch("memory://bucket/001.tar")
     with pytest.raises(StorageError, match="max_fetched_bytes"):
         one_run.fetch("memory://bucket/002.tar")
+
+
+def _area_of(memory: Any, num_shards: int, reporter: SilentReporter | None = None) -> StagingArea:
+    """A staging area with room for so many shards, and what belongs to them."""
+    return StagingArea(num_shards * (memory.info("/bucket/000.tar")["size"] + 3000), reporter or SilentReporter())
+
+
+def test_shards_of_an_open_data_set_are_never_removed(memory: Any, index_cache: Path) -> None:
+    """Not by another data set of the same process, nor by another process while one that was forked lives."""
+    first = _area_of(memory, 2)
+    held = first.fetch("memory://bucket/000.tar")
+    _area_of(memory, 2).fetch("memory://bucket/001.tar")
+    _area_of(memory, 2).fetch("memory://bucket/002.tar")
+    assert held.exists()
+    assert {path.name for path in (index_cache.parent / "shards").rglob("*.tar")} == {"000.tar", "002.tar"}
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        os.read(reading, 1)
+        os._exit(0)
+    del first
+    with pytest.raises(StorageError, match="in use"):
+        _area_of(memory, 1).fetch("memory://bucket/001.tar")
+    os.write(writing, b"0")
+    os.waitpid(child, 0)
+    _area_of(memory, 1).fetch("memory://bucket/001.tar")
+    assert not held.exists()
+    assert len(list((index_cache.parent / "shards").glob(".lease-*"))) <= 2, "notes of the dead are cleared away"
+
+
+def test_validation_data_do_not_push_out_training_data(memory: Any) -> None:
+    bound = 2 * memory.info("/bucket/000.tar")["size"] + 3000
+
+    def opened_with_bound(name: str) -> ShardSet:
+        config = DataConfig(
+            shards=f"memory://bucket/{name}.tar", image_size=8, remote_schemes=("memory",), max_fetched_bytes=bound
+        )
+        return open_shards(config.shards, config, SilentReporter())
+
+    train = opened_with_bound("000")
+    for name in ("001", "002"):
+        opened_with_bound(name)
+    config = DataConfig(shards="x", image_size=8)
+    assert len(next(Loader(train, config, seed=0, batch_size=3).batches(0, 1)).keys) == 3
+
+
+def test_addresses_that_differ_in_the_query_alone_are_different_shards(memory: Any) -> None:
+    for name in ("000", "001"):
+        memory.pipe(f"/bucket/get?shard={name}", memory.cat(f"/bucket/{name}.tar"))
+    config = DataConfig(shards="memory://bucket/get?shard={000,001}", remote_schemes=("memory",))
+    assert open_shards(config.shards, config, SilentReporter()).sizes == (3, 2)
+
+
+class _Answer(Exception):
+    """Stands for what a library for HTTP raises."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__("with the secretword of an address")
+        self.status = status
+
+
+def _failing(call: Callable[..., Any], errors: list[BaseException]) -> Callable[..., Any]:
+    """`call`, but the first of its calls raise."""
+
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        if errors:
+            raise errors.pop(0)
+        return call(*arguments, **options)
+
+    return wrapped
+
+
+def _masked(status: int) -> FileNotFoundError:
+    error = FileNotFoundError("secretword")
+    error.__cause__ = _Answer(status)
+    return error
+
+
+@pytest.mark.parametrize("method", ["info", "open"])
+@pytest.mark.parametrize("make", [lambda: _Answer(503), lambda: _masked(500), lambda: ConnectionResetError(104, "")])
+def test_what_may_pass_is_tried_again(
+    memory: Any, monkeypatch: pytest.MonkeyPatch, method: str, make: Callable[[], BaseException]
+) -> None:
+    monkeypatch.setattr(remote, "_PAUSES", (0.0, 0.0, 0.0))
+    call = getattr(memory, method)
+    monkeypatch.setattr(memory, method, _failing(call, [make() for _ in range(3)]))
+    reporter = SilentReporter()
+    fetched = _area_of(memory, 3, reporter) if method == "open" else StagingArea(10**9, reporter)
+    assert fetched.fetch("memory://bucket/000.tar").read_bytes() == memory.cat("/bucket/000.tar")
+    assert sum("once more in 0 s" in message for message in reporter.messages) == 3
+    monkeypatch.setattr(memory, method, _failing(call, [make() for _ in range(4)]))
+    with pytest.raises(StorageError, match=r"001\.tar") as caught:
+        fetched.fetch("memory://bucket/001.tar")
+    assert "secretword" not in str(caught.value) + "".join(reporter.messages)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(_masked(404), InputNotFoundError), (_Answer(403), StorageError), (PermissionError("secret"), StorageError)],
+)
+def test_what_lasts_is_told_at_once(
+    memory: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException, kind: type[LdmError]
+) -> None:
+    monkeypatch.setattr(memory, "info", _failing(memory.info, [error]))
+    reporter = SilentReporter()
+    with pytest.raises(kind):
+        StagingArea(10**9, reporter).fetch("memory://bucket/000.tar")
+    assert reporter.messages == []
+
+
+class _Cut:
+    """A remote file of which half comes."""
+
+    def __init__(self, source: Any, size: int) -> None:
+        self._source, self._left = source, size // 2
+
+    def __enter__(self) -> _Cut:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._source.close()
+
+    def read(self, size: int) -> bytes:
+        chunk: bytes = self._source.read(min(size, self._left))
+        self._left -= len(chunk)
+        return chunk
+
+
+def test_a_body_that_is_cut_is_noticed_and_fetched_again(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its announced size; where none is announced, as a damaged shard, which the next start fetches again."""
+    monkeypatch.setattr(remote, "_PAUSES", (0.0,))
+    info, open_file = memory.info, memory.open
+    size = info("/bucket/000.tar")["size"]
+    config = DataConfig(shards="memory://bucket/000.tar", remote_schemes=("memory",))
+    monkeypatch.setattr(memory, "open", lambda *a, **k: _Cut(open_file(*a, **k), size))
+    with pytest.raises(StorageError, match=f"{size // 2} bytes came, {size} were announced"):
+        open_shards(config.shards, config, SilentReporter())
+    monkeypatch.setattr(memory, "info", lambda path, **k: {"name": path})
+    with pytest.raises(DataError, match="end-of-archive"):
+        open_shards(config.shards, config, SilentReporter())
+    monkeypatch.setattr(memory, "open", open_file)
+    assert open_shards(config.shards, config, SilentReporter()).sizes == (3,)
+
+
+def test_a_shard_of_unknown_size_stays_within_the_bound(
+    memory: Any, index_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_CHUNK", 1024)
+    monkeypatch.setattr(memory, "info", lambda path, **k: {"name": path})
+    with pytest.raises(StorageError, match="max_fetched_bytes=9000"):
+        StagingArea(9000, SilentReporter()).fetch("memory://bucket/000.tar")
+    assert not list((index_cache.parent / "shards").rglob("*.tar"))
 
 
 def test_secrets_are_in_no_message_and_no_file(index_cache: Path) -> None:
