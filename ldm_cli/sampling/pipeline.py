@@ -94,12 +94,9 @@ class Pipeline:
         pipeline._check_fit()
         dtype = _DTYPES[precision]
         keep_fp32 = precision == "fp16" and pipeline.vae.config.force_upcast
-        modules: list[tuple[nn.Module, torch.dtype]] = [
-            (pipeline.unet, dtype),
-            (pipeline.text_encoder, dtype),
-            (pipeline.vae, torch.float32 if keep_fp32 else dtype),
-        ]
-        for module, its_dtype in modules:
+        vae_dtype = torch.float32 if keep_fp32 else dtype
+        modules: tuple[nn.Module, ...] = pipeline.unet, pipeline.text_encoder, pipeline.vae
+        for module, its_dtype in zip(modules, (dtype, dtype, vae_dtype), strict=True):
             module.requires_grad_(False).eval()
             # NHWC: a third faster on a CPU, and what tensor cores want.
             module.to(device=device, dtype=its_dtype)
@@ -331,12 +328,12 @@ class Pipeline:
     def _network(self, unet: UNet2DConditionModel, canvas: LatentCanvas | None, extras: Extras) -> Network:
         """A U-Net, in windows, shown the mask if it takes one."""
         dtype = next(unet.parameters()).dtype
-        fixed: dict[int, FixedContext] = {}
+        fixed: dict[int, FixedContext] = {}  # keeps the contexts, and so their ids
 
         def network(x: Tensor, level: Level, context: Tensor) -> Tensor:
             # Timesteps stay float32: half precision cannot tell 998 from 999.
             timesteps = torch.full((len(x),), level.t, device=x.device)
-            seen = fixed.setdefault(id(context), FixedContext(context))  # which keeps the context, and so its id
+            seen = fixed.setdefault(id(context), FixedContext(context))
             prediction: Tensor = unet(x.to(dtype), timesteps, seen)
             return prediction.float()
 

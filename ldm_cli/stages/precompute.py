@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
-from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.cache_writer import (
     bad_members,
     caption_members,
     check_room,
     locked,
-    moments_files,
     moments_members,
     remove_orphans,
     write_manifest,
@@ -39,20 +33,18 @@ from ldm_cli.data.latent_cache import (
     known_captions,
 )
 from ldm_cli.data.prefetch import prefetched
-from ldm_cli.data.sample import Draw, SampleDecoder, Wanted
+from ldm_cli.data.sample import SampleDecoder, Wanted
 from ldm_cli.data.shards import ShardSet, index_shards, open_shards
-from ldm_cli.data.workers import made_by_workers
-from ldm_cli.errors import DataError, DivergedError, InputNotFoundError, OutputError, Preempted
+from ldm_cli.errors import DataError, InputNotFoundError, OutputError, Preempted
 from ldm_cli.formats.model_folder import read_config
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import Progress, Reporter
+from ldm_cli.stages.cache_encoding import NUM_AHEAD, CacheEncoder, Chunks, EncodedChunk
 from ldm_cli.stages.frozen_encoders import FrozenEncoders, cache_key
 from ldm_cli.stages.options import RunOptions, resolve_device
 from ldm_cli.training.interruption import StopRequest
 
-_NEVER = 2.0  # a draw of chance that no probability reaches
 _CAPTIONS_PER_FILE = 10_000
-_NUM_AHEAD = 2
 _TAR_OVERHEAD = 1536  # of a sample: headers of tar and safetensors, padding
 
 
@@ -140,61 +132,6 @@ def _key_to_use(
     return before.key
 
 
-@dataclass(frozen=True)
-class _Pictures:
-    """Consecutive samples of a shard: images uint8 [n, 3, S, S] of those that can be used, why others cannot."""
-
-    images: Tensor
-    bad: dict[int, tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """What has become of `_Pictures`: a file per image, and how many samples there are, with bad ones."""
-
-    files: list[bytes]
-    bad: dict[int, tuple[str, str]]
-    size: int
-
-
-class _Chunks:
-    """The pictures of chunk n, (shard, its samples), as training sees them where nothing is left to chance."""
-
-    def __init__(self, shards: ShardSet, config: DataConfig, chunks: list[tuple[int, range]]) -> None:
-        self._chunks, self._config = chunks, config
-        self._decoder = SampleDecoder(shards, config, Wanted(caption=False, label=False))
-
-    def __call__(self, number: int) -> _Pictures:
-        """Read and decode chunk `number`."""
-        shard, samples = self._chunks[number]
-        images: list[Tensor] = []
-        bad: dict[int, tuple[str, str]] = {}
-        for sample in samples:
-            try:
-                image = self._decoder.decode(shard, sample, Draw(flip=_NEVER)).image
-            except BadSampleError as error:
-                bad[sample] = error.reason, error.detail
-            else:
-                assert image is not None
-                images.append(image)
-        return _Pictures(torch.stack(images) if images else torch.empty(0), bad)
-
-    def ahead(self) -> AbstractContextManager[Iterator[_Pictures]]:
-        """All of them in order, made by a thread or by `data.num_workers` processes."""
-        numbers = range(len(self._chunks))
-        if not self._config.num_workers:
-            return prefetched((self(number) for number in numbers), _NUM_AHEAD)
-        return closing(
-            made_by_workers(
-                self,
-                numbers,
-                num_workers=self._config.num_workers,
-                num_ahead=_NUM_AHEAD,
-                timeout=self._config.worker_timeout,
-            )
-        )
-
-
 class _Precomputation:
     """One life of `ldm precompute` on a locked folder."""
 
@@ -210,11 +147,7 @@ class _Precomputation:
     ) -> None:
         self._data, self._folder, self._shards, self._key = recipe.data, folder, shards, key
         self._encoders, self._stop, self._reporter = encoders, stop, reporter
-        # The batches of training: kernels of another shape would round otherwise.
-        train = recipe.train
-        elastic = train.deterministic == "elastic"
-        self._size = train.chunk() if elastic else train.batch_size // train.gradient_accumulation
-        self._dtype = DTYPES[key.dtype]
+        self._encoder = CacheEncoder(encoders, recipe, key)
 
     def run(self, before: Manifest | None) -> dict[str, int]:
         """Write what is missing; `cache.json` names a file only when it is there."""
@@ -246,16 +179,17 @@ class _Precomputation:
         """Encode the pictures of the shards whose file is not there; how many samples those have."""
         missing = {file: number for number, file in enumerate(files) if not self._is_there(file)}
         chunks = [
-            (number, range(first, min(first + self._size, self._shards.sizes[number])))
+            (number, range(first, min(first + self._encoder.size, self._shards.sizes[number])))
             for number in missing.values()
-            for first in range(0, self._shards.sizes[number], self._size)
+            for first in range(0, self._shards.sizes[number], self._encoder.size)
         ]
         total = sum(self._shards.sizes[number] for number in missing.values())
         check_room(self._folder, total * _sample_bytes(self._encoders.vae.config, self._data, self._key))
         with (
             self._reporter.progress("encoding images", total, unit="image") as progress,
-            _Chunks(self._shards, self._data, chunks).ahead() as pictures,
-            prefetched((self._encoded(chunk) for chunk in pictures), _NUM_AHEAD) as encoded,
+            Chunks(self._shards, self._data, chunks).ahead() as pictures,
+            # In a thread of its own, so that the samples before are written meanwhile.
+            prefetched((self._encoder.chunk(part) for part in pictures), NUM_AHEAD) as encoded,
         ):
             done = count()
             for file, number in missing.items():
@@ -275,7 +209,9 @@ class _Precomputation:
             return False
         return True
 
-    def _samples(self, shard: int, encoded: Iterator[_Encoded], report: Callable[[], None]) -> Iterator[dict[str, Any]]:
+    def _samples(
+        self, shard: int, encoded: Iterator[EncodedChunk], report: Callable[[], None]
+    ) -> Iterator[dict[str, Any]]:
         """The samples of a latents file."""
         index = self._shards.indexes[shard]
         sample = 0
@@ -291,40 +227,6 @@ class _Precomputation:
                     yield moments_members(key, next(files))
                 report()
             sample += chunk.size
-
-    def _encoded(self, pictures: _Pictures) -> _Encoded:
-        """Runs in a thread of its own, so that the samples before are written meanwhile."""
-        size = len(pictures.images) + len(pictures.bad)
-        return _Encoded(moments_files(self._moments(pictures.images)), pictures.bad, size)
-
-    def _moments(self, images: Tensor) -> dict[str, Tensor]:
-        """Moments of images [n, 3, S, S], as they are and mirrored, as the recipe asks; each [n, C, h, w]."""
-        if not len(images):
-            return {}
-        number = len(images)
-        # A batch that is not full is filled up, so that every batch has the kernels of training.
-        images = torch.cat([images, images[-1:].expand(self._size - number, -1, -1, -1)])
-        moments: dict[str, Tensor] = {}
-        for mirrored in self._key.flips:
-            posterior = self._encoders.posterior(images.flip(-1) if mirrored else images)
-            suffix = "_mirrored" if mirrored else ""
-            moments |= {"mean" + suffix: posterior.mean, "logvar" + suffix: posterior.logvar}
-        return {name: self._kept(tensor[:number]) for name, tensor in moments.items()}
-
-    def _kept(self, tensor: Tensor) -> Tensor:
-        """The numbers to write.
-
-        Raises:
-            DivergedError: some are not finite.
-        """
-        tensor = tensor.to("cpu", self._dtype).contiguous()
-        if not bool(tensor.isfinite().all()):
-            raise DivergedError(
-                "an encoder gives numbers that are not finite",
-                f"in {self._key.latents['train.precision']}, kept as {self._key.dtype}",
-                "set train.precision=fp32 or bf16, or --dtype fp32",
-            )
-        return tensor
 
     def _write_text(self) -> tuple[list[str], int]:
         """Encode the captions that no file has yet; the files in order, and how many captions they hold."""
@@ -353,11 +255,10 @@ class _Precomputation:
 
     def _with_states(self, captions: list[str]) -> Iterator[dict[str, Any]]:
         """The samples of a text file."""
-        for first in range(0, len(captions), self._size):
+        for first in range(0, len(captions), self._encoder.size):
             self._check_stop()
-            part = captions[first : first + self._size]
-            states = self._kept(self._encoders.states(part + [""] * (self._size - len(part))))
-            for caption, state in zip(part, states, strict=False):
+            part = captions[first : first + self._encoder.size]
+            for caption, state in zip(part, self._encoder.states(part), strict=True):
                 yield caption_members(caption, state)
 
     def _check_stop(self) -> None:
