@@ -1,91 +1,147 @@
-"""How a U-Net's training step grows with what is asked of it, and whether long runs keep their size."""
+"""How a training step's time grows with batch, tokens, image side and width, beside how its operations grow."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
-from ldm_cli.bench.race import Contender, race, resident_bytes
-from ldm_cli.bench.workload import Workload, our_step
-from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
+from ldm_cli.bench.race import Contender, race
+from ldm_cli.bench.workload import CONTEXT_LENGTH, TrainRecipe, Workload, our_step
 from ldm_cli.recipe.load import load_recipe
-from ldm_cli.recipe.schema import TrainUnetRecipe
 
-_SERIES: dict[str, tuple[int, ...]] = {
-    "batch": (4, 8, 16, 32),
-    "tokens": (32, 77, 154, 308),
-    "resolution": (8, 16, 32),
-    "parameters": (32, 64, 96),
+
+@dataclass(frozen=True)
+class Axis:
+    """What one series varies, all else fixed.
+
+    Attributes:
+        against: what the abscissas are: `parameters` are counted; all else follows from the values.
+        values: at least two.
+        changes: to the recipe, for a value.
+        size: abscissa of a value; unused for `parameters`.
+        tokens: text tokens per picture of a U-Net's work, for a value.
+    """
+
+    against: str
+    values: tuple[int, ...]
+    changes: Callable[[int], Sequence[str]]
+    size: Callable[[int], int] = int
+    tokens: Callable[[int], int] = lambda _: CONTEXT_LENGTH
+
+
+@dataclass(frozen=True)
+class Work:
+    """A trainer's series: the recipe and changes that all points share, and what varies."""
+
+    recipe: str
+    changes: tuple[str, ...]
+    axes: tuple[Axis, ...]
+
+
+def _square(side: int) -> int:
+    return side * side
+
+
+def _batch(*sizes: int) -> Axis:
+    return Axis("batch", sizes, lambda n: [f"train.batch_size={n}"])
+
+
+def _towers(width: int) -> list[str]:
+    towers = ("clip.text_config", "clip.vision_config")
+    return [f"{t}.{field}" for t in towers for field in (f"hidden_size={width}", f"intermediate_size={4 * width}")]
+
+
+def _image(side: int) -> list[str]:
+    return [f"data.image_size={side}", f"clip.vision_config.image_size={side}"]
+
+
+def _levels(model: str) -> Callable[[int], list[str]]:
+    return lambda width: [f"{model}.block_out_channels=[{width},{2 * width},{4 * width}]"]
+
+
+WORKS: Mapping[str, Work] = {
+    "train-unet": Work(
+        "bench/unet",
+        ("train.batch_size=8",),
+        (
+            _batch(4, 8, 16, 32),
+            Axis("text tokens", (32, 77, 154, 308), lambda _: [], tokens=int),
+            Axis("latent pixels", (8, 16, 24, 32), lambda side: [f"unet.sample_size={side}"], size=_square),
+            Axis("parameters", (32, 64, 96, 128), _levels("unet")),
+        ),
+    ),
+    "train-vae": Work(
+        "bench/vae",
+        ("train.batch_size=4", "data.image_size=32", "vae.norm_num_groups=16"),
+        (
+            _batch(2, 4, 8, 16),
+            Axis("pixels", (16, 32, 48, 64), lambda side: [f"data.image_size={side}"], size=_square),
+            Axis("parameters", (16, 32, 48, 64), _levels("vae")),
+        ),
+    ),
+    "train-clip": Work(
+        "bench/clip",
+        ("train.batch_size=16",),
+        (
+            _batch(8, 16, 32, 64),
+            Axis("text tokens", (16, 32, 64, 128), lambda n: [f"clip.text_config.max_position_embeddings={n}"]),
+            Axis("pixels", (32, 64, 96, 128), _image, size=_square),
+            Axis("parameters", (64, 128, 192, 256), _towers),
+        ),
+    ),
 }
+"""Trainer → its series, at sizes for a CPU; on a GPU such steps wait for their launches."""
 
 
 def exponent(x: Sequence[float], y: Sequence[float]) -> float:
     """p of the power law y ∝ x^p by least squares in logarithms: 1 is proportional, 0 does not grow."""
     if len(x) != len(y) or len(x) < 2:
         raise ValueError(f"{len(x)} abscissas and {len(y)} ordinates; at least 2 of each are needed")
-    logs = [(math.log(a), math.log(b)) for a, b in zip(x, y, strict=True)]
-    mean_x, mean_y = (sum(pair[i] for pair in logs) / len(logs) for i in (0, 1))
-    return sum((a - mean_x) * (b - mean_y) for a, b in logs) / sum((a - mean_x) ** 2 for a, _ in logs)
+    return slope([math.log(a) for a in x], [math.log(b) for b in y])
 
 
-def growth(rounds: int, device: str) -> list[dict[str, Any]]:
-    """One row per series: its points, seconds a step at each, and the exponent of their growth.
-
-    Points of a series take turns, so that a disturbance falls on all of them.
-    """
-    rows = []
-    for name, values in _SERIES.items():
-        field = [Contender(str(value), our_step, (_workload(name, value, device),)) for value in values]
-        laps = race(field, rounds=rounds, device=device)
-        seconds = [lap.median for lap in laps.values()]
-        points: list[float] = list(values)
-        if name == "parameters":
-            points = [lap.facts["parameters"] for lap in laps.values()]
-        elif name == "resolution":
-            points = [value**2 for value in values]
-        rows.append(
-            {
-                "against": "latent_pixels" if name == "resolution" else name,
-                "points": points,
-                "step_ms": [round(1e3 * value, 2) for value in seconds],
-                "exponent": exponent(points, seconds),
-            }
-        )
-    return rows
+def slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """Of the straight line through the points by least squares."""
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    rise = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return rise / sum((a - mean_x) ** 2 for a in x)
 
 
-def _workload(series: str, value: int, device: str) -> Workload:
-    recipe = load_recipe("bench/unet").recipe
-    assert isinstance(recipe, TrainUnetRecipe)
-    unet, train, tokens = recipe.unet, recipe.train, 77
-    if series == "batch":
-        train = train.model_copy(update={"batch_size": value})
-    elif series == "tokens":
-        tokens = value
-    elif series == "resolution":
-        unet = unet.model_copy(update={"sample_size": value})
-    else:
-        unet = UNet2DConditionConfig.from_mapping(
-            unet.to_mapping() | {"block_out_channels": [value, 2 * value, 4 * value]}
-        )
-    return Workload(recipe.model_copy(update={"unet": unet, "train": train}), device, tokens)
-
-
-def memory(steps: int, device: str) -> dict[str, Any]:
-    """Resident memory over a long run of a small U-Net, read at ten times.
+def growth(rounds: int, device: str, works: Mapping[str, Work] = WORKS) -> list[dict[str, Any]]:
+    """One row per series; points of a series take turns, so that a disturbance falls on all of them.
 
     Returns:
-        `steps`, `resident_mib` at each tenth after the first, and `growth_mib` from the first reading to the last.
+        Of each: `work`, `against`, `points`, and at each point `step_ms`, `cpu_ms` (medians) and `gflop` a step;
+        `exponent` of the time by size, `cpu_exponent` of the processor time, `gflop_exponent` of the operations by
+        size, `exponent_by_gflop` of the time by operations.
     """
-    recipe = load_recipe(
-        "bench/unet", ["unet.block_out_channels=[32,32,32]", "unet.sample_size=8", "train.batch_size=2"]
-    ).recipe
-    assert isinstance(recipe, TrainUnetRecipe)
-    runner = our_step(Workload(recipe, device, 8))
-    readings = []
-    for _ in range(10):
-        for _ in range(max(1, steps // 10)):
-            runner.step()
-        readings.append(resident_bytes() / 2**20)
-    return {"steps": steps, "resident_mib": [round(r, 1) for r in readings], "growth_mib": readings[-1] - readings[0]}
+    return [_series(name, work, axis, rounds, device) for name, work in works.items() for axis in work.axes]
+
+
+def _series(name: str, work: Work, axis: Axis, rounds: int, device: str) -> dict[str, Any]:
+    field = [Contender(str(value), our_step, (_workload(work, axis, value, device),)) for value in axis.values]
+    laps = race(field, rounds=rounds, device=device).values()
+    points = [axis.size(value) for value in axis.values]
+    if axis.against == "parameters":
+        points = [lap.facts["parameters"] for lap in laps]
+    seconds, processor = [lap.median for lap in laps], [lap.cpu_median for lap in laps]
+    gflop = [lap.facts["flops"] / 1e9 for lap in laps]
+    return {
+        "work": name,
+        "against": axis.against,
+        "points": points,
+        "step_ms": [round(1e3 * value, 1) for value in seconds],
+        "cpu_ms": [round(1e3 * value, 1) for value in processor],
+        "gflop": [round(value, 2) for value in gflop],
+        "exponent": exponent(points, seconds),
+        "cpu_exponent": exponent(points, processor),
+        "gflop_exponent": exponent(points, gflop),
+        "exponent_by_gflop": exponent(gflop, seconds),
+    }
+
+
+def _workload(work: Work, axis: Axis, value: int, device: str) -> Workload:
+    recipe = load_recipe(work.recipe, [*work.changes, *axis.changes(value)]).recipe
+    return Workload(cast("TrainRecipe", recipe), device, axis.tokens(value))

@@ -71,6 +71,11 @@ class Lap:
         """Median seconds a step."""
         return statistics.median(self.seconds)
 
+    @property
+    def cpu_median(self) -> float:
+        """Median processor seconds a step."""
+        return statistics.median(self.cpu_seconds)
+
 
 def race(
     contenders: Sequence[Contender], *, rounds: int, steps: int = 1, warmup: int = 2, device: str = "cpu"
@@ -85,7 +90,7 @@ def race(
         device: where the work is done: `cpu` or `cuda`.
 
     Raises:
-        LdmError: what a contender raised while it was built.
+        LdmError: what a contender raised.
         WorkerError: a contender's process died.
     """
     laps = {contender.name: Lap() for contender in contenders}
@@ -161,11 +166,8 @@ def _serve(
     torch.set_num_threads(num_threads)
     try:
         runner = build(*arguments)
-    except LdmError as error:
-        connection.send(("error", _portable(error)))
-        return
     except Exception as error:
-        connection.send(("error", f"{type(error).__name__}: {error}"))
+        connection.send(("error", _portable(error)))
         return
     connection.send(("ready", None))
     while True:
@@ -180,11 +182,13 @@ def _serve(
                 answer = _memory(device) if question == "memory" else runner.facts()
             connection.send(("answer", answer))
         except Exception as error:
-            connection.send(("error", f"{type(error).__name__}: {error}"))
+            connection.send(("error", _portable(error)))
 
 
-def _portable(error: LdmError) -> LdmError:
-    """The same error with all three parts as arguments, as unpickling calls for."""
+def _portable(error: Exception) -> LdmError | str:
+    """One of ours with all three parts as arguments, as unpickling calls for; of another one, its line."""
+    if not isinstance(error, LdmError):
+        return f"{type(error).__name__}: {error}"
     error.args = (error.what, error.cause, error.remedy)
     return error
 
@@ -208,10 +212,21 @@ def _wait(device: str) -> None:
 
 def _memory(device: str) -> int:
     """Peak bytes so far."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated() if device != "cpu" else peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Most bytes that this program held at a time.
+
+    From /proc where that tells: `ru_maxrss` begins at the peak of the process that started this one.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    told = [1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    return told[0] if told else peak if sys.platform == "darwin" else 1024 * peak
 
 
 def resident_bytes() -> int:
@@ -219,4 +234,4 @@ def resident_bytes() -> int:
     try:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
-        return _memory("cpu")
+        return peak_resident_bytes()

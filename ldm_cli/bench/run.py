@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ldm_cli.bench import growth, input_pipeline, peers, picture
+from ldm_cli.bench import growth, input_pipeline, memory, peers, picture
 from ldm_cli.bench.machine import ceiling, describe
 from ldm_cli.bench.race import Contender, Lap, race, speedup
 from ldm_cli.bench.workload import TrainRecipe, Workload, our_encoding, our_step
@@ -137,7 +137,7 @@ def _measure(
         "start": lambda: picture.start(options.model, options.steps or 50, options.rounds, compared),
         "data": lambda: input_pipeline.measure(options.images or 1024, options.rounds, compared),
         "growth": lambda: growth.growth(options.rounds, options.device),
-        "memory": lambda: growth.memory(options.steps or 2000, options.device),
+        "memory": lambda: memory.memory(options.steps or 2000, options.device),
     }
     return others[subject]()  # type: ignore[no-any-return]
 
@@ -200,7 +200,7 @@ def row(name: str, lap: Lap, ours: Lap, gflops: float) -> dict[str, Any]:
         "contender": name,
         "per_second": units / lap.median,
         "step_ms": 1e3 * lap.median,
-        "cpu_ms": 1e3 * sorted(lap.cpu_seconds)[len(lap.cpu_seconds) // 2],
+        "cpu_ms": 1e3 * lap.cpu_median,
         "peak_mib": lap.peak_bytes / 2**20,
     }
     if flops:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm_cli.bench import growth, input_pipeline, picture, run
+from ldm_cli.bench import input_pipeline, picture, run
 from ldm_cli.bench.race import Lap, speedup
 from ldm_cli.bench.workload import Workload, build_model, our_step
 from ldm_cli.cli.app import run as ldm
@@ -97,12 +97,6 @@ def test_data_and_starts_are_measured(tmp_path: Path) -> None:
 
 def test_a_speedup_is_the_median_of_ratios_in_one_round() -> None:
     assert speedup(Lap(seconds=[1.0, 2.0, 1.0]), Lap(seconds=[2.0, 6.0, 1.5])) == 2.0
-
-
-def test_an_exponent_is_that_of_the_power_law() -> None:
-    assert growth.exponent([1.0, 2.0, 4.0], [3.0, 12.0, 48.0]) == pytest.approx(2.0)
-    with pytest.raises(ValueError, match="at least 2"):
-        growth.exponent([1.0], [1.0])
 
 
 def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,160 @@
+"""Whether a long training keeps its size: the real commands on drawn scenes, with models as small as they come.
+
+Loader, loss, optimizer, average, log, validation, pictures and checkpoints are those of any run; each training has a
+process of its own, whose memory is read whenever it logs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from ldm_cli.bench.growth import slope
+from ldm_cli.bench.race import Contender, race, resident_bytes
+from ldm_cli.bench.workload import TrainRecipe
+from ldm_cli.data.scenes import write_scenes
+from ldm_cli.recipe.load import load_recipe
+from ldm_cli.recipe.schema import TrainClipRecipe, TrainVaeRecipe
+from ldm_cli.reporting import Figure, SilentReporter
+from ldm_cli.stages import train_clip, train_unet, train_vae
+from ldm_cli.stages.options import RunOptions
+
+_SMALL: Mapping[str, tuple[str, ...]] = {
+    "demo/clip": (
+        *(
+            f"clip.{tower}.{field}"
+            for tower in ("text_config", "vision_config")
+            for field in ("hidden_size=32", "intermediate_size=64", "num_hidden_layers=1")
+        ),
+        "clip.projection_dim=32",
+        "clip.text_config.projection_dim=32",
+        "clip.vision_config.projection_dim=32",
+        "train.ema_decay=0.99",
+    ),
+    "demo/vae": ("vae.block_out_channels=[8,8,16]",),
+    "demo/unet": (
+        "unet.block_out_channels=[16,32]",
+        "unet.cross_attention_dim=32",
+        "samples.sampling.steps=2",
+    ),
+}
+"""Recipe → changes that make a step take milliseconds; the U-Net comes last, for it uses the other two."""
+_SETTLING = 200
+"""First steps that do not count: allocators, caches and pictures reach their size."""
+_FLAT = 1.0
+"""MiB per 1,000 steps that are still called flat: 1 GiB in a million steps."""
+_MIB = 2**20
+
+
+class LongRun:
+    """A whole training run; its one step trains from beginning to end."""
+
+    def __init__(self, recipe: str, changes: Sequence[str], folder: str, device: str) -> None:
+        self.recipe = cast("TrainRecipe", load_recipe(recipe, changes).recipe)
+        self.options = RunOptions(out=Path(folder), device=device)
+        self.readings = Readings(self.recipe.name, device)
+
+    def step(self) -> None:
+        """Train."""
+        if isinstance(self.recipe, TrainClipRecipe):
+            train_clip.run(self.recipe, self.options, self.readings)
+        elif isinstance(self.recipe, TrainVaeRecipe):
+            train_vae.run(self.recipe, self.options, self.readings)
+        else:
+            train_unet.run(self.recipe, self.options, self.readings)
+
+    def facts(self) -> dict[str, Any]:
+        """The readings: kind of memory → (step, bytes) of each."""
+        return {"readings": self.readings.points}
+
+
+class Readings(SilentReporter):
+    """Reads this process's memory whenever the training of this title tells how far it is."""
+
+    def __init__(self, title: str, device: str) -> None:
+        super().__init__()
+        self.title, self.device = title, device
+        self.points: dict[str, list[tuple[int, int]]] = {}
+
+    @contextmanager
+    def progress(self, title: str, total: int | None, done: int = 0, unit: str = "step") -> Iterator[Any]:
+        """The training's progress is heard, all else is silent."""
+        with super().progress(title, total, done, unit) as silence:
+            yield self if title == self.title else silence
+
+    def update(self, done: int, figures: Mapping[str, Figure] | None = None) -> None:
+        """Read."""
+        self.points.setdefault("resident", []).append((done, resident_bytes()))
+        if self.device == "cuda":
+            self.points.setdefault("allocated", []).append((done, torch.cuda.memory_allocated()))
+
+
+def memory(steps: int, device: str) -> list[dict[str, Any]]:
+    """One row per trainer and kind of memory: `resident`, and on a GPU `allocated`.
+
+    Args:
+        steps: of each training; 2 at least.
+
+    Returns:
+        Of each what `trend` tells, `seconds` of the whole run and, on a CPU, its `peak_mib`.
+    """
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_scenes(folder / "data", 256, 32, 0, SilentReporter(), val_samples=16)
+        for recipe, changes in _SMALL.items():
+            words = [*changes, *_shared(folder, steps)]
+            if recipe == "demo/unet":
+                words += [f"vae={folder / 'demo/vae/model'}", f"text_encoder={folder / 'demo/clip/model'}"]
+            run = Contender(recipe, LongRun, (recipe, words, str(folder / recipe), device))
+            (lap,) = race([run], rounds=1, warmup=0, device=device).values()
+            for kind, points in cast("dict[str, list[tuple[int, int]]]", lap.facts["readings"]).items():
+                row = {"work": recipe, "memory": kind} | trend(points)
+                rows.append(row | {"peak_mib": lap.peak_bytes / _MIB, "seconds": lap.median})
+    return rows
+
+
+def _shared(folder: Path, steps: int) -> list[str]:
+    """Changes to every recipe: its data, a small batch, and all that follows steps, several times in a run."""
+    often, seldom = max(1, steps // 100), max(1, steps // 10)
+    return [
+        f"data.shards={folder}/data/train-*.tar",
+        f"data.val_shards={folder}/data/val-*.tar",
+        f"train.steps={steps}",
+        "train.warmup_steps=1",
+        "train.batch_size=4",
+        "train.optimizer=adamw",
+        "train.validation_samples=8",
+        f"train.log_every={often}",
+        f"train.save_every={seldom}",
+        f"train.validate_every={seldom}",
+        f"train.sample_every={seldom}",
+    ]
+
+
+def trend(points: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """How memory went on after the first 200 steps, or the first half of a shorter run.
+
+    Args:
+        points: (step, bytes), in order.
+
+    Returns:
+        `steps`, `first_mib` and `last_mib` of the readings that count, their least-squares `mib_per_1000_steps`, and
+        whether that is `flat`.
+    """
+    last = points[-1][0]
+    settled = [(step, size / _MIB) for step, size in points if step >= min(_SETTLING, last // 2)]
+    x, y = zip(*settled, strict=True)
+    per_1000 = 1000 * slope(x, y)
+    return {
+        "steps": last,
+        "first_mib": y[0],
+        "last_mib": y[-1],
+        "mib_per_1000_steps": per_1000,
+        "flat": per_1000 <= _FLAT,
+    }
