@@ -23,6 +23,7 @@ from ldm_cli.data.scene_captions import FULL_FRACTION, caption
 from ldm_cli.data.scene_drawing import paint
 from ldm_cli.errors import OutputError
 from ldm_cli.reporting import Reporter
+from ldm_cli.storage import whole_file, write_whole
 
 Split = Literal["train", "val"]
 Truth = dict[str, Any]
@@ -183,7 +184,8 @@ def write_scenes(
 
     Raises:
         ValueError: if a count is below 1 or the size too small.
-        OutputError: if `out` holds other scenes and `overwrite` is False.
+        OutputError: if `out` holds other scenes and `overwrite` is False, or cannot be written to.
+        StorageError: the disk is full.
     """
     num_val = max(64, samples // 10) if val_samples is None else val_samples
     if min(samples, num_val, shard_samples) < 1 or size < MIN_SIZE:
@@ -221,7 +223,7 @@ def write_scenes(
 
 
 def _write_record(out: Path, record: dict[str, Any]) -> None:
-    _replace(out / "scenes.json", (json.dumps(record, indent=2) + "\n").encode())
+    write_whole(out / "scenes.json", json.dumps(record, indent=2) + "\n")
 
 
 def _prepare(out: Path, record: dict[str, Any], overwrite: bool) -> bool:
@@ -269,15 +271,5 @@ def _write_shard(path: Path, seed: int, split: Split, indices: range, size: int,
                     "json": text,
                 }
             )
-    _replace(path, stream.getvalue())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".tmp-{path.name}")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"cannot write '{path}'", error.strerror or str(error)) from error
+    with whole_file(path) as partial:
+        partial.write_bytes(stream.getvalue())

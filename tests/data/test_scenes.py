@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,8 @@ from ldm_cli.data.scene_drawing import coverage
 from ldm_cli.data.scenes import Split, scene, write_scenes
 from ldm_cli.errors import OutputError
 from ldm_cli.reporting import SilentReporter
+
+from ..conftest import Ldm
 
 
 def truths(split: Split, count: int, seed: int = 3) -> list[dict[str, Any]]:
@@ -220,3 +223,13 @@ def test_other_scenes_are_kept_unless_told_otherwise(tmp_path: Path) -> None:
 def test_empty_plans_are_refused(tmp_path: Path, change: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least"):
         write(tmp_path, **change)
+
+
+def test_a_shard_that_finds_no_room_is_74_and_leaves_nothing_half_written(ldm: Ldm, tmp_path: Path) -> None:
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    result = ldm("data", "synth", "scenes", "--samples", "100", preexec_fn=limited)
+    assert result.returncode == 74, result.stderr
+    assert "cannot write 'scenes/train-000000.tar': File too large" in result.stderr
+    assert [path.name for path in (tmp_path / "scenes").iterdir()] == ["scenes.json"]
