@@ -73,7 +73,8 @@ class JobFolder:
             overwrite: delete what another job left here, and draw everything again.
 
         Raises:
-            OutputError: the folder holds another job, or files of these names, or cannot be written.
+            OutputError: the folder holds another job, or files of these names, or a picture that this job is made of
+                is among them, or it cannot be written.
             StorageError: writing failed.
         """
         before = self._read_record()
@@ -88,9 +89,9 @@ class JobFolder:
                     self._difference(before),
                     "choose another --out, or give --overwrite",
                 )
-            self._delete(present)
+            self._make_way(present)
         elif overwrite:
-            self._delete([name for name in [*files, GRID] if (self.path / name).exists()])
+            self._make_way([name for name in [*files, GRID] if (self.path / name).exists()])
         self._delete([path.name for path in self.path.glob(f"{TEMPORARY_PREFIX}*") if path.is_file()])
         content = {"job": self.job, "images": self.images, "sources": self.sources, "versions": VERSIONS}
         write_json(self.path / RECORD, content)
@@ -141,6 +142,17 @@ class JobFolder:
             if names == [section] and isinstance(ours, dict) and isinstance(theirs, dict):
                 names = [f"{section}.{n}" for n, v in ours.items() if theirs.get(n) != v]
         return f"it differs in {', '.join(names) or 'its prompts or seeds'}"
+
+    def _make_way(self, names: Sequence[str]) -> None:
+        """Delete these files, unless the job needs one of them."""
+        needed = {Path(source).resolve() for source in self.sources.values()}
+        if kept := [name for name in names if (self.path / name).resolve() in needed]:
+            raise OutputError(
+                f"'{self.path / kept[0]}' would be overwritten",
+                "the new pictures are made of it",
+                "choose another --out, or copy it elsewhere first",
+            )
+        self._delete(names)
 
     def _delete(self, names: Sequence[str]) -> None:
         with storage_errors(self.path):

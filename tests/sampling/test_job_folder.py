@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from ldm_cli.errors import CheckpointError, InputNotFoundError, OutputError, Usa
 from ldm_cli.recipe.schema import SampleRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplingConfig
+from ldm_cli.sampling.edit_config import EditConfig
 from ldm_cli.sampling.images import read_image
 from ldm_cli.stages.options import RunOptions
 from ldm_cli.stages.sample import Latents, run
@@ -90,6 +92,15 @@ def test_another_job_is_refused_with_the_difference_and_replaced_when_asked(mode
     after = contents(tmp_path)
     assert len(after) == 5
     assert after["mine.txt"] == b"keep"
+
+
+def test_a_picture_that_the_job_is_made_of_is_not_overwritten(model, tmp_path):
+    first = Path(draw(model, tmp_path)["images"][0]["file"])
+    before = contents(tmp_path)
+    edited = recipe(model).model_copy(update={"edit": EditConfig(image=str(first), strength=0.5)})
+    with pytest.raises(OutputError, match="made of it"):
+        run(edited, RunOptions(out=tmp_path, device="cpu", overwrite=True), SilentReporter())
+    assert contents(tmp_path) == before
 
 
 def test_files_of_unknown_origin_are_not_overwritten(model, tmp_path):
