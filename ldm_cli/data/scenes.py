@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +23,10 @@ from PIL import Image
 from ldm_cli.data import scene_vocabulary as words
 from ldm_cli.data.scene_captions import FULL_FRACTION, caption
 from ldm_cli.data.scene_drawing import paint
+from ldm_cli.data.workers import made_by_workers
 from ldm_cli.errors import OutputError
 from ldm_cli.reporting import Reporter
-from ldm_cli.storage import whole_file, write_whole
+from ldm_cli.storage import TEMPORARY_PREFIX, whole_file, write_whole
 
 Split = Literal["train", "val"]
 Truth = dict[str, Any]
@@ -34,6 +37,8 @@ TWO_OBJECT_FRACTION = 0.25
 """Fraction of scenes with two objects and a relation."""
 HELD_OUT_EVERY = 8
 """Every so many scenes of `val`, one has a held-out pair: their share among all pairs."""
+_PATIENCE = 3600.0
+"""Seconds that a shard may take."""
 MIN_SIZE = 32
 """Pixels below which shapes cannot be told apart."""
 
@@ -212,14 +217,25 @@ def write_scenes(
     if not _prepare(out, record, overwrite):
         reporter.info(f"{out}: these scenes are already there")
         return finished
+
+    def write(number: int) -> int:
+        split, shard, indices = plan[number]
+        _write_shard(out / f"{split}-{shard:06d}.tar", seed, split, indices, size, two_object_fraction)
+        return len(indices)
+
     with reporter.progress(f"drawing scenes into {out}", samples + num_val, unit="scene") as progress:
-        done = 0
-        for split, shard, indices in plan:
-            _write_shard(out / f"{split}-{shard:06d}.tar", seed, split, indices, size, two_object_fraction)
-            done += len(indices)
+        for done in accumulate(_on_all_cores(write, len(plan))):
             progress.update(done)
     _write_record(out, finished)
     return finished
+
+
+def _on_all_cores(write: Callable[[int], int], count: int) -> Iterator[int]:
+    """`write(n)` for each n below `count`; `write` needs no order."""
+    num_workers = min(count, len(os.sched_getaffinity(0)))
+    if num_workers == 1:
+        return map(write, range(count))
+    return made_by_workers(write, range(count), num_workers=num_workers, num_ahead=2, timeout=_PATIENCE)
 
 
 def _write_record(out: Path, record: dict[str, Any]) -> None:
@@ -244,7 +260,7 @@ def _prepare(out: Path, record: dict[str, Any], overwrite: bool) -> bool:
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for path in present:
+        for path in (*present, *out.glob(f"{TEMPORARY_PREFIX}*")):
             path.unlink()
     except OSError as error:
         raise OutputError(f"cannot write scenes into '{out}'", error.strerror or str(error)) from error

@@ -200,6 +200,17 @@ def test_the_same_scenes_are_the_same_bytes_and_are_not_written_twice(tmp_path: 
     assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "a").iterdir()} == before
 
 
+@pytest.mark.parametrize("num_cores", [1, 3])
+def test_the_number_of_cores_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_cores: int) -> None:
+    def write(name: str, cores: int) -> dict[str, bytes]:
+        monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)))
+        write_scenes(tmp_path / name, 20, 32, 5, SilentReporter(), val_samples=4, shard_samples=6)
+        return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+
+    assert write("these", num_cores) == write("two", 2)
+    assert len(write("these", num_cores)) == 6
+
+
 def test_an_interrupted_write_is_finished_by_the_same_call(tmp_path: Path) -> None:
     write(tmp_path / "whole")
     write(tmp_path / "cut")
