@@ -40,7 +40,8 @@ class TrainClipRecipe(Config):
     """The model; fields as in its Hugging Face config.json."""
     equal_captions_match: bool = False
     """Images of one batch whose captions are equal match each other's (Yang et al. 2022), instead of being told apart:
-    for data whose captions repeat, such as class names."""
+    for data whose captions repeat, such as class names. `accuracy` then counts a caption, not a pair; equal captions
+    have equal features, so that the loss stays what it is."""
     train: TrainConfig
     """Optimization."""
 

@@ -53,6 +53,19 @@ def test_equal_captions_share_the_target_and_groups_of_one_change_nothing() -> N
     torch.testing.assert_close(shared, (by_hand + torch.stack(halves).sum()) / 8)
 
 
+def test_grouping_equal_captions_changes_accuracy_and_neither_loss_nor_gradients() -> None:
+    generator = torch.Generator().manual_seed(5)
+    captions = torch.tensor([0, 1, 0, 2, 1, 0, 3, 0])
+    found = []
+    for groups in (None, captions):
+        image, text = (torch.randn(n, 8, generator=generator.manual_seed(n)).requires_grad_() for n in (8, 4))
+        loss, figures = contrastive_loss(image, text[captions], torch.tensor(6.0), groups=groups)
+        found.append((loss, *torch.autograd.grad(loss, [image, text]), figures["accuracy"]))
+    for alone, grouped in zip(found[0][:3], found[1][:3], strict=True):
+        torch.testing.assert_close(grouped, alone)
+    assert found[1][3] > found[0][3]
+
+
 def test_rows_of_the_loss_with_groups_average_to_the_whole() -> None:
     generator = torch.Generator().manual_seed(4)
     image, text = (torch.randn(6, 8, generator=generator) for _ in range(2))
