@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -35,6 +36,7 @@ _TRANSPOSE = {
 }
 _ORIENTATION = 0x0112
 _MUCH_LARGER = 6  # times the side of the result
+_BAND_PIXELS = 1 << 20
 
 # The limit is data.max_pixels, checked for every image; Pillow's own would warn or raise at another one.
 Image.MAX_IMAGE_PIXELS = None
@@ -192,13 +194,30 @@ def _orientation(image: Image.Image) -> int:
 def _to_rgb(image: Image.Image, background: Color) -> Image.Image:
     """8-bit RGB of any pixel format."""
     if image.mode in _SIXTEEN_BIT:
-        return _eight_bit(image).convert("RGB")
+        return _in_bands(image, lambda band: _eight_bit(band).convert("RGB"))
     if image.mode == "F":
         raise BadSampleError("unsupported pixel format", "floating-point pixels have no defined range")
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
-        canvas = Image.new("RGBA", image.size, (*background, 255))
-        return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
+        return _in_bands(image, lambda band: _over(background, band))
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _in_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """What `convert` makes of each pixel; of a large picture in bands, so that what is between is small."""
+    rows = max(1, _BAND_PIXELS // image.width)
+    if rows >= image.height:
+        return convert(image)
+    result = Image.new("RGB", image.size)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        result.paste(convert(image.crop(box)), box)
+    return result
+
+
+def _over(background: Color, image: Image.Image) -> Image.Image:
+    """A picture with transparent pixels over a colour."""
+    canvas = Image.new("RGBA", image.size, (*background, 255))
+    return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm_cli.data import decode
 from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.decode import decode_rgb, image_header, to_rectangle, to_square
 
@@ -109,6 +110,20 @@ def test_transparent_colours_of_palettes_grey_and_rgb_show_the_background() -> N
         _pixels(_encoded(_image("RGB", [(1, 2, 3), (4, 5, 6)]), transparency=(1, 2, 3))),
         [BACKGROUND, (4, 5, 6)],
     )
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "I;16", "P"])
+def test_a_large_picture_is_converted_in_bands_to_the_same_pixels(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = (13, 11)
+    depth = {"RGBA": 4, "LA": 2, "I;16": 2, "P": 1}[mode]
+    noise = torch.randint(256, (13 * 11 * depth,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    image = Image.frombytes(mode, size, bytes(noise.tolist()))
+    if mode == "P":
+        image.putpalette([value * 7 % 256 for value in range(768)])
+    data = _encoded(image, **({"transparency": 3} if mode == "P" else {}))
+    whole = decode_rgb(data, BACKGROUND, MAX_PIXELS)
+    monkeypatch.setattr(decode, "_BAND_PIXELS", 3 * 13)  # three rows: the last band has two
+    assert decode_rgb(data, BACKGROUND, MAX_PIXELS).tobytes() == whole.tobytes()
 
 
 def test_the_first_frame_of_an_animation_is_taken() -> None:

@@ -56,6 +56,8 @@ class Life:
         self._poll.register(self._pidfd, select.POLLIN)
         self.code: int | None = None
         self.took = 0.0
+        self.peak = 0
+        """Bytes of memory that it took at most, with what it shares with this process."""
         self.hung = False
         if held:
             os.waitpid(self.pid, os.WUNTRACED)
@@ -95,7 +97,8 @@ class Life:
             self.send(signal.SIGKILL)
             self.lasts(TIMEOUT)
         self.took = self.seconds()
-        _, status = os.waitpid(self.pid, 0)
+        _, status, usage = os.wait4(self.pid, 0)
+        self.peak = usage.ru_maxrss * 1024
         os.close(self._pidfd)
         self.code = os.waitstatus_to_exitcode(status)
         return self.code

@@ -132,9 +132,9 @@ Row = Callable[[Bench], None]
 
 def rows() -> dict[str, tuple[Row, int]]:
     """Name → function, and how many trials a plain `make faults` makes."""
-    from . import interruption_rows, storage_rows, word_rows
+    from . import interruption_rows, memory_rows, storage_rows, word_rows
 
-    return {**interruption_rows.ROWS, **storage_rows.ROWS, **word_rows.ROWS}
+    return {**interruption_rows.ROWS, **storage_rows.ROWS, **word_rows.ROWS, **memory_rows.ROWS}
 
 
 def main() -> int:
