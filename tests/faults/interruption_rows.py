@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from ..conftest import REPOSITORY
-from .lives import STEPS, Strace
+from .lives import STEPS, Life, Strace
 from .matrix import Bench, Row
 
 NAMES = ("vae", "clip", "unet")
@@ -65,14 +65,45 @@ def kill_at_system_call(bench: Bench) -> None:
 def calls_of_last_save(bench: Bench, name: str) -> list[int]:
     """Numbers of the system calls of a life with one save that touch its run folder."""
     out = bench.copy_of(bench.home.half_done(name))
-    life = bench.home.life(name, out, held=True)
-    log = out.parent / "calls"
-    tracer = Strace(life, log)
-    life.go()
-    assert life.end() == 0, life.errors
+    return _calls_within(out, bench.home.life(name, out, held=True), out.parent / "calls")
+
+
+def _calls_within(folder: Path, held: Life, log: Path) -> list[int]:
+    """Numbers of the system calls of a held life that touch a folder."""
+    tracer = Strace(held, log)
+    held.go()
+    assert held.end() == 0, held.errors
     tracer.wait()
     lines = log.read_text(errors="replace").splitlines()
-    return [number for number, line in enumerate(lines, start=1) if str(out) in line]
+    return [number for number, line in enumerate(lines, start=1) if str(folder) in line]
+
+
+def killed_while_indexing(bench: Bench) -> None:
+    """SIGKILL at the n-th system call on the cache of indexes: the next life has the same index of the data."""
+    command = ["data", "index", str(bench.home.folder / "scenes"), "--json"]
+    shared = os.environ["XDG_CACHE_HOME"]
+
+    def life(cache: Path, held: bool) -> Life:
+        os.environ["XDG_CACHE_HOME"] = str(cache)
+        return Life(command, cache.parent / "log", held=held)
+
+    def facts(one: Life) -> list[str]:
+        return re.findall(r'"(?:fingerprint|samples)": *"?(\w+)', one.errors)
+
+    try:
+        numbers = _calls_within(cache := bench.fresh(), whole := life(cache, held=True), bench.folder / "calls")
+        for number in numbers if bench.trials == 0 else bench.random.sample(numbers, bench.trials):
+            killed = life(cache := bench.fresh(), held=True)
+            tracer = Strace(killed, Path(os.devnull), "-e", f"inject=all:signal=KILL:when={number}")
+            killed.go()
+            bench.tally.judge(killed, {-signal.SIGKILL, 0}, f"system call {number}")
+            tracer.wait()
+            bench.tally.judge(again := life(cache, held=False), {0}, f"after system call {number}")
+            if facts(again) != facts(whole) or len(facts(whole)) != 2:
+                bench.tally.silent.append(f"system call {number}: another index: {facts(again)}")
+            bench.tally.trials += 1
+    finally:
+        os.environ["XDG_CACHE_HOME"] = shared
 
 
 def stopped(bench: Bench, *, group: bool, repeat: int = 1, apart: float = 0.0) -> None:
@@ -191,6 +222,7 @@ def _read(file: Path) -> str:
 ROWS: dict[str, tuple[Row, int]] = {
     "kill-at-random": (kill_at_random, 200),
     "kill-at-system-call": (kill_at_system_call, 0),
+    "kill-while-indexing": (killed_while_indexing, 0),
     "signal-to-process": (partial(stopped, group=False), 12),
     "signal-to-group": (partial(stopped, group=True), 12),
     "signal-doubled-by-wrapper": (partial(stopped, group=True, repeat=2), 6),
