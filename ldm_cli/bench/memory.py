@@ -6,6 +6,7 @@ process of its own, whose memory is read whenever it logs.
 
 from __future__ import annotations
 
+import ctypes
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -89,19 +90,45 @@ class Readings(SilentReporter):
 
     def update(self, done: int, figures: Mapping[str, Figure] | None = None) -> None:
         """Read."""
-        self.points.setdefault("resident", []).append((done, resident_bytes()))
+        sizes = {"resident": resident_bytes(), "allocated": allocated_bytes()}
         if self.device == "cuda":
-            self.points.setdefault("allocated", []).append((done, torch.cuda.memory_allocated()))
+            sizes["allocated_on_device"] = torch.cuda.memory_allocated()
+        for kind, size in sizes.items():
+            if size is not None:
+                self.points.setdefault(kind, []).append((done, size))
+
+
+class _MallocInfo(ctypes.Structure):
+    """`struct mallinfo2` of malloc.h."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
+
+
+def allocated_bytes() -> int | None:
+    """Bytes that malloc has handed out and not got back: without the gaps between them; None where it does not tell."""
+    try:
+        tell = ctypes.CDLL("libc.so.6").mallinfo2
+    except (OSError, AttributeError):
+        return None
+    tell.restype = _MallocInfo
+    info = tell()
+    return int(info.uordblks + info.hblkhd)
 
 
 def memory(steps: int, device: str) -> list[dict[str, Any]]:
-    """One row per trainer and kind of memory: `resident`, and on a GPU `allocated`.
+    """One row per trainer and kind of memory: `resident`; `allocated` of it by malloc; on a GPU `allocated_on_device`.
 
     Args:
         steps: of each training; 2 at least.
 
     Returns:
-        Of each what `trend` tells, `seconds` of the whole run and, on a CPU, its `peak_mib`.
+        Of each what `trend` tells.
     """
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -114,8 +141,7 @@ def memory(steps: int, device: str) -> list[dict[str, Any]]:
             run = Contender(recipe, LongRun, (recipe, words, str(folder / recipe), device))
             (lap,) = race([run], rounds=1, warmup=0, device=device).values()
             for kind, points in cast("dict[str, list[tuple[int, int]]]", lap.facts["readings"]).items():
-                row = {"work": recipe, "memory": kind} | trend(points)
-                rows.append(row | {"peak_mib": lap.peak_bytes / _MIB, "seconds": lap.median})
+                rows.append({"work": recipe, "memory": kind} | trend(points))
     return rows
 
 
@@ -144,17 +170,20 @@ def trend(points: Sequence[tuple[int, int]]) -> dict[str, Any]:
         points: (step, bytes), in order.
 
     Returns:
-        `steps`, `first_mib` and `last_mib` of the readings that count, their least-squares `mib_per_1000_steps`, and
-        whether that is `flat`.
+        `steps`; `mib`, about ten of the readings that count, the last one included; the least-squares slope of all,
+        `mib_per_1000_steps`, and of those in the second half of the run, `in_second_half`; whether all is `flat`.
     """
     last = points[-1][0]
-    settled = [(step, size / _MIB) for step, size in points if step >= min(_SETTLING, last // 2)]
-    x, y = zip(*settled, strict=True)
-    per_1000 = 1000 * slope(x, y)
+    settled = [(step, size / _MIB) for step, size in points if step > min(_SETTLING, last // 2)]
+    per_1000, every = _per_1000_steps(settled), max(1, len(settled) // 10)
     return {
         "steps": last,
-        "first_mib": y[0],
-        "last_mib": y[-1],
+        "mib": [round(size, 1) for _, size in settled[::-every][::-1]],
         "mib_per_1000_steps": per_1000,
+        "in_second_half": _per_1000_steps([point for point in settled if point[0] >= last // 2]),
         "flat": per_1000 <= _FLAT,
     }
+
+
+def _per_1000_steps(points: Sequence[tuple[int, float]]) -> float:
+    return 1000 * slope(*zip(*points, strict=True))

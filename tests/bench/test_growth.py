@@ -31,7 +31,7 @@ def runs_in_this_process(contenders: Sequence[Contender], **_: Any) -> dict[str,
     for contender in contenders:
         runner = contender.build(*contender.arguments)
         runner.step()
-        laps[contender.name] = Lap([1.5], [1.5], peak_bytes=7 * _MIB, facts=runner.facts())
+        laps[contender.name] = Lap([1.5], [1.5], facts=runner.facts())
     return laps
 
 
@@ -93,23 +93,36 @@ def test_every_point_of_every_series_is_a_recipe(name: str) -> None:
 def test_real_runs_are_read_as_they_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "race", runs_in_this_process)
     rows = memory.memory(4, "cpu")
-    assert [row["work"] for row in rows] == ["demo/clip", "demo/vae", "demo/unet"]
+    assert [row["work"] for row in rows if row["memory"] == "resident"] == ["demo/clip", "demo/vae", "demo/unet"]
     for row in rows:
-        assert (row["memory"], row["steps"]) == ("resident", 4)
-        assert row["first_mib"] > 50
-        assert (row["peak_mib"], row["seconds"]) == (7.0, 1.5)
+        assert (row["memory"] in ("resident", "allocated"), row["steps"], len(row["mib"])) == (True, 4, 2)
+        assert min(row["mib"]) > 1
 
 
 def test_memory_is_flat_unless_it_goes_on_growing() -> None:
-    begin = [(step, step * _MIB) for step in range(0, 200, 10)]
-    level = begin + [(step, 300 * _MIB + step % 20 * 100) for step in range(200, 2001, 10)]
-    leak = begin + [(step, 300 * _MIB + step * 2000) for step in range(200, 2001, 10)]
-    assert memory.trend(level)["flat"]
+    begin = [(step, step * _MIB) for step in range(0, 201, 10)]
+    level = begin + [(step, 300 * _MIB + step % 20 * 100) for step in range(210, 2001, 10)]
+    leak = begin + [(step, 300 * _MIB + max(0, 1000 - step) * 8000 + step * 4000) for step in range(210, 2001, 10)]
+    found = memory.trend(level)
+    assert (found["flat"], found["steps"]) == (True, 2000)
+    assert found["mib"][0] == pytest.approx(300, abs=0.1)
+    assert len(found["mib"]) == 10
     found = memory.trend(leak)
-    assert not found["flat"]
-    assert found["mib_per_1000_steps"] == pytest.approx(2e6 / _MIB)
-    assert (found["steps"], found["first_mib"]) == (2000, pytest.approx(300 + 200 * 2000 / _MIB))
+    assert found["in_second_half"] == pytest.approx(4e6 / _MIB)
+    assert found["mib"][-1] == pytest.approx(300 + 8e6 / _MIB, abs=0.06)
+    assert found["mib_per_1000_steps"] < found["in_second_half"]
+    assert not memory.trend([(step, step * 2000) for step in range(1, 2000)])["flat"]
     assert not memory.trend([(step, step * _MIB) for step in range(1, 9)])["flat"]
+
+
+def test_allocated_memory_is_what_is_held() -> None:
+    before = memory.allocated_bytes()
+    if before is None:
+        pytest.skip("this malloc does not tell")
+    held = torch.ones(64 * _MIB, dtype=torch.uint8)
+    assert (memory.allocated_bytes() or 0) - before == pytest.approx(len(held), rel=0.1)
+    del held
+    assert (memory.allocated_bytes() or 0) - before == pytest.approx(0, abs=_MIB)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only /proc tells a program's own peak")
