@@ -10,6 +10,7 @@ from typing import Any, cast
 from ldm_cli.bench.race import Contender, race
 from ldm_cli.bench.workload import CONTEXT_LENGTH, TrainRecipe, Workload, our_step
 from ldm_cli.recipe.load import load_recipe
+from ldm_cli.reporting import Reporter
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
     return rise / sum((a - mean_x) ** 2 for a in x)
 
 
-def growth(rounds: int, device: str, works: Mapping[str, Work] = WORKS) -> list[dict[str, Any]]:
+def growth(rounds: int, device: str, reporter: Reporter, works: Mapping[str, Work] = WORKS) -> list[dict[str, Any]]:
     """One row per series; points of a series take turns, so that a disturbance falls on all of them.
 
     Returns:
@@ -117,7 +118,12 @@ def growth(rounds: int, device: str, works: Mapping[str, Work] = WORKS) -> list[
         `exponent` of the time by size, `cpu_exponent` of the processor time, `gflop_exponent` of the operations by
         size, `exponent_by_gflop` of the time by operations.
     """
-    return [_series(name, work, axis, rounds, device) for name, work in works.items() for axis in work.axes]
+    rows = []
+    for name, work in works.items():
+        for axis in work.axes:
+            reporter.info(f"measuring {name} against {axis.against}")
+            rows.append(_series(name, work, axis, rounds, device))
+    return rows
 
 
 def _series(name: str, work: Work, axis: Axis, rounds: int, device: str) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from ldm_cli.bench.growth import slope
 from ldm_cli.bench.race import Contender, race, resident_bytes
 from ldm_cli.bench.workload import TrainRecipe
 from ldm_cli.data.scenes import write_scenes
+from ldm_cli.errors import UsageError
 from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainVaeRecipe
-from ldm_cli.reporting import Figure, SilentReporter
+from ldm_cli.reporting import Figure, Reporter, SilentReporter
 from ldm_cli.stages import train_clip, train_unet, train_vae
 from ldm_cli.stages.options import RunOptions
 
@@ -47,6 +48,7 @@ _SMALL: Mapping[str, tuple[str, ...]] = {
 """Recipe → changes that make a step take milliseconds; the U-Net comes last, for it uses the other two."""
 _SETTLING = 200
 """First steps that do not count: allocators, caches and pictures reach their size."""
+_FEWEST = 4
 _FLAT = 1.0
 """MiB per 1,000 steps that are still called flat: 1 GiB in a million steps."""
 _MIB = 2**20
@@ -121,20 +123,26 @@ def allocated_bytes() -> int | None:
     return int(info.uordblks + info.hblkhd)
 
 
-def memory(steps: int, device: str) -> list[dict[str, Any]]:
+def memory(steps: int, device: str, reporter: Reporter) -> list[dict[str, Any]]:
     """One row per trainer and kind of memory: `resident`; `allocated` of it by malloc; on a GPU `allocated_on_device`.
 
     Args:
-        steps: of each training; 2 at least.
+        steps: of each training.
 
     Returns:
         Of each what `trend` tells.
+
+    Raises:
+        UsageError: there are too few steps for a slope.
     """
+    if steps < _FEWEST:
+        raise UsageError(f"{steps} steps tell no slope", remedy=f"--steps takes {_FEWEST} or more")
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_scenes(folder / "data", 256, 32, 0, SilentReporter(), val_samples=16)
         for recipe, changes in _SMALL.items():
+            reporter.info(f"training {recipe} for {steps:,} steps")
             words = [*changes, *_shared(folder, steps)]
             if recipe == "demo/unet":
                 words += [f"vae={folder / 'demo/vae/model'}", f"text_encoder={folder / 'demo/clip/model'}"]

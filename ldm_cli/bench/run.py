@@ -120,12 +120,12 @@ def run(subject: str, recipes: Mapping[str, TrainRecipe], options: BenchOptions,
     subjects = list(PEERS) if subject == "all" else [subject]
     for name in subjects:
         reporter.info(f"measuring {name}")
-        result[name] = _measure(name, recipes, options, result["ceiling"]["matmul"])
+        result[name] = _measure(name, recipes, options, result["ceiling"]["matmul"], reporter)
     return result
 
 
 def _measure(
-    subject: str, recipes: Mapping[str, TrainRecipe], options: BenchOptions, gflops: float
+    subject: str, recipes: Mapping[str, TrainRecipe], options: BenchOptions, gflops: float, reporter: Reporter
 ) -> dict[str, Any] | list[dict[str, Any]]:
     compared = subject in PEERS and PEERS[subject] in options.against
     if subject in RECIPES:
@@ -136,8 +136,8 @@ def _measure(
         ),
         "start": lambda: picture.start(options.model, options.steps or 50, options.rounds, compared),
         "data": lambda: input_pipeline.measure(options.images or 1024, options.rounds, compared),
-        "growth": lambda: growth.growth(options.rounds, options.device),
-        "memory": lambda: memory.memory(options.steps or 2000, options.device),
+        "growth": lambda: growth.growth(options.rounds, options.device, reporter),
+        "memory": lambda: memory.memory(options.steps or 2000, options.device, reporter),
     }
     return others[subject]()  # type: ignore[no-any-return]
 

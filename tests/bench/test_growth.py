@@ -14,7 +14,8 @@ import torch
 from ldm_cli.bench import growth, memory
 from ldm_cli.bench.growth import Axis, Work
 from ldm_cli.bench.race import Contender, Lap, _serve, race
-from ldm_cli.errors import DataError
+from ldm_cli.errors import DataError, UsageError
+from ldm_cli.reporting import SilentReporter
 
 _MIB = 2**20
 
@@ -68,7 +69,9 @@ def test_growth_is_told_by_size_and_by_counted_operations(monkeypatch: pytest.Mo
         Axis("parameters", (32, 64), lambda w: [f"unet.block_out_channels=[{w},{w},{w}]"]),
     )
     small = ("train.batch_size=1", "unet.sample_size=8", "unet.block_out_channels=[32,32,32]")
-    batch, tokens, parameters = growth.growth(1, "cpu", {"train-unet": Work("bench/unet", small, axes)})
+    reporter = SilentReporter()
+    batch, tokens, parameters = growth.growth(1, "cpu", reporter, {"train-unet": Work("bench/unet", small, axes)})
+    assert reporter.messages[1] == "measuring train-unet against text tokens"
     assert (batch["work"], batch["against"], batch["points"]) == ("train-unet", "batch", [1, 2, 4])
     assert batch["step_ms"] == pytest.approx([1e3 * value for value in batch["gflop"]], rel=0.1)
     assert batch["exponent"] == pytest.approx(1.0, abs=0.02)  # the embedding of the step is a product per batch, too
@@ -92,7 +95,7 @@ def test_every_point_of_every_series_is_a_recipe(name: str) -> None:
 
 def test_real_runs_are_read_as_they_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "race", runs_in_this_process)
-    rows = memory.memory(4, "cpu")
+    rows = memory.memory(4, "cpu", SilentReporter())
     assert [row["work"] for row in rows if row["memory"] == "resident"] == ["demo/clip", "demo/vae", "demo/unet"]
     for row in rows:
         assert (row["memory"] in ("resident", "allocated"), row["steps"], len(row["mib"])) == (True, 4, 2)
@@ -113,6 +116,11 @@ def test_memory_is_flat_unless_it_goes_on_growing() -> None:
     assert found["mib_per_1000_steps"] < found["in_second_half"]
     assert not memory.trend([(step, step * 2000) for step in range(1, 2000)])["flat"]
     assert not memory.trend([(step, step * _MIB) for step in range(1, 9)])["flat"]
+
+
+def test_a_slope_takes_four_steps() -> None:
+    with pytest.raises(UsageError, match="3 steps tell no slope"):
+        memory.memory(3, "cpu", SilentReporter())
 
 
 def test_allocated_memory_is_what_is_held() -> None:
