@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _SECONDS_BETWEEN_LINES = 5.0
 _SECONDS_WORTH_A_LINE = 2.0
 _RATE_WINDOW = 30.0
+_RATE_UPDATES = 12
 
 
 def make_reporter() -> Reporter:
@@ -31,7 +32,10 @@ def make_reporter() -> Reporter:
 
 
 class Pace:
-    """Rate and remaining time of a counted task, over the last half minute."""
+    """Rate and remaining time of a counted task, over the last half minute or dozen updates, whichever is longer.
+
+    So one long pause between two updates, for a validation or a checkpoint, is not taken for the pace of the rest.
+    """
 
     def __init__(self, total: int | None, done: int, unit: str, clock: Callable[[], float]) -> None:
         self.total, self.done, self.unit, self._clock = total, done, unit, clock
@@ -42,7 +46,7 @@ class Pace:
         self.done = done
         now = self._clock()
         self._history.append((now, done))
-        while len(self._history) > 2 and now - self._history[0][0] > _RATE_WINDOW:
+        while len(self._history) > _RATE_UPDATES and now - self._history[0][0] > _RATE_WINDOW:
             self._history.popleft()
 
     @property

@@ -70,6 +70,17 @@ def test_the_pace_follows_the_last_half_minute() -> None:
     assert str(pace) == "10 step/s, ETA 0:00:50"
 
 
+def test_one_long_pause_is_not_taken_for_the_pace() -> None:
+    clock = Clock()
+    pace = Pace(total=1000, done=0, unit="step", clock=clock)
+    for step in range(10, 500, 10):
+        clock.now += 10.0
+        pace.update(step)
+    clock.now += 120.0  # a validation
+    pace.update(500)
+    assert str(pace) == "2 s/step, ETA 0:16:40"
+
+
 def test_a_high_rate_is_a_plain_number() -> None:
     clock = Clock()
     pace = Pace(total=None, done=0, unit="sample", clock=clock)
