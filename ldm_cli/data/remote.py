@@ -71,6 +71,7 @@ class StagingArea:
         self._folder = _folder()
         self._max_bytes, self._reporter = max_bytes, reporter
         self._lease: IO[str] | None = None
+        self._is_out_of_reach = False
 
     def fetch(self, url: str) -> Path:
         """The local file with the shard at `url`, fetched unless it is there and unchanged; what may pass is tried
@@ -82,7 +83,7 @@ class StagingArea:
             StorageError: it could not be fetched, or the shards in use exceed the bound.
         """
         shown = without_credentials(url)
-        for pause in (*_PAUSES, None):
+        for pause in (*(() if self._is_out_of_reach else _PAUSES), None):
             try:
                 with self._locked():
                     return self._fetch(url, shown)
@@ -93,7 +94,8 @@ class StagingArea:
                 if lasting is not None:
                     raise lasting from None
                 if pause is None:
-                    raise _failure(error, shown) from None
+                    self._is_out_of_reach = True
+                    return self._fetched_before(url, shown, error)
                 self._reporter.warn(f"fetching '{shown}' failed ({_named(error)}): once more in {pause:g} s")
             time.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
@@ -101,10 +103,7 @@ class StagingArea:
     def _fetch(self, url: str, shown: str) -> Path:
         from fsspec.core import url_to_fs  # a slow import, needed for remote shards alone
 
-        # The query may be what tells one shard from another; user and password are not.
-        address = shown + "?" + urlsplit(urldefrag(url)[0]).query
-        place = self._folder / hashlib.sha256(address.encode()).hexdigest()[:32]
-        target = place / (Path(urlsplit(shown).path).name or "shard")
+        place, target = self._place(url, shown)
         system, path = url_to_fs(url, **_options(url))
         facts = _facts(system.info(path))
         self._hold(place)
@@ -117,6 +116,30 @@ class StagingArea:
                 self._copy(source, file, facts.get("size"), place, shown)
             write_whole(place / _FACTS, json.dumps(facts))
         os.utime(place)
+        return target
+
+    def _place(self, url: str, shown: str) -> tuple[Path, Path]:
+        """Folder and file of a shard."""
+        # The query may be what tells one shard from another; user and password are not.
+        address = shown + "?" + urlsplit(urldefrag(url)[0]).query
+        place = self._folder / hashlib.sha256(address.encode()).hexdigest()[:32]
+        return place, place / (Path(urlsplit(shown).path).name or "shard")
+
+    def _fetched_before(self, url: str, shown: str, error: Exception) -> Path:
+        """What is here of a shard whose server cannot be asked whether it has changed; a run that goes on compares
+        the fingerprint of its data.
+
+        Raises:
+            StorageError: nothing is here.
+        """
+        place, target = self._place(url, shown)
+        with self._locked():
+            if not _holds(place, target, None):
+                raise _failure(error, shown) from None
+            self._hold(place)
+        self._reporter.warn(
+            f"cannot ask whether '{shown}' has changed ({_named(error)}): using what was fetched before"
+        )
         return target
 
     def _copy(self, source: IO[bytes], file: IO[bytes], announced: int | None, place: Path, shown: str) -> None:
@@ -260,9 +283,11 @@ def _facts(info: dict[str, Any]) -> dict[str, Any]:
     return {key: info[key] if key == "size" else str(info[key]) for key in _TAGS if info.get(key) is not None}
 
 
-def _holds(place: Path, target: Path, facts: dict[str, Any]) -> bool:
+def _holds(place: Path, target: Path, facts: dict[str, Any] | None) -> bool:
+    """Whether a shard is there, whole and as its server tells (None: whatever that may be)."""
     try:
         known = json.loads((place / _FACTS).read_bytes())
-        return bool(known == facts and target.stat().st_size == facts.get("size", target.stat().st_size))
+        is_same = facts is None or known == facts
+        return bool(is_same and target.stat().st_size == known.get("size", target.stat().st_size))
     except (OSError, ValueError):
         return False

@@ -162,6 +162,22 @@ def test_what_may_pass_is_tried_again(
     assert "secretword" not in str(caught.value) + "".join(reporter.messages)
 
 
+def test_without_its_server_a_run_goes_on_with_what_was_fetched(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is said; the server is tried again for the first shard alone, and what never came is an error."""
+    monkeypatch.setattr(remote, "_PAUSES", (0.0, 0.0, 0.0))
+    config = DataConfig(shards="memory://bucket/{000..001}.tar", remote_schemes=("memory",))
+    before = open_shards(config.shards, config, SilentReporter())
+    failures: list[BaseException] = [ConnectionResetError(104, "") for _ in range(6)]
+    monkeypatch.setattr(memory, "info", _failing(memory.info, failures))
+    reporter = SilentReporter()
+    assert open_shards(config.shards, config, reporter).fingerprint == before.fingerprint
+    assert sum("using what was fetched before" in message for message in reporter.messages) == 2
+    assert len(failures) == 1
+    failures += [ConnectionResetError(104, "") for _ in range(6)]
+    with pytest.raises(StorageError, match=r"002\.tar"):
+        StagingArea(10**9, reporter).fetch("memory://bucket/002.tar")
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [(_masked(404), InputNotFoundError), (_Answer(403), StorageError), (PermissionError("secret"), StorageError)],
