@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.context
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm_cli.bench import input_pipeline, picture, run
+from ldm_cli.bench import input_pipeline, picture, race, run
 from ldm_cli.bench.race import Lap, speedup
 from ldm_cli.bench.workload import Workload, build_model, our_step
 from ldm_cli.cli.app import run as ldm
@@ -31,8 +32,17 @@ def tiny(subject: str) -> Any:
     return load_recipe(name, changes, expected_command=run.COMMANDS[subject]).recipe
 
 
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contenders that need not import everything again: figures are of no interest here."""
+    context = multiprocessing.context.ForkServerContext()
+    peers = "diffusers.models.unets.unet_2d_condition", "transformers.models.clip.modeling_clip"
+    context.set_forkserver_preload(["tests.bench.test_bench", *peers])
+    monkeypatch.setattr(race.multiprocessing, "get_context", lambda _: context)
+
+
 @pytest.mark.slow
-@pytest.mark.longest
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("subject", ["train-clip", "train-unet"])
 def test_peers_do_the_same_work(subject: str) -> None:
     pytest.importorskip(run.PEERS[subject])
@@ -48,6 +58,7 @@ def test_peers_do_the_same_work(subject: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("subject", ["train-vae", "encode-vae"])
 def test_autoencoders_are_measured(subject: str) -> None:
     (row,) = run.compare(subject, tiny(subject), run.BenchOptions(rounds=1), 10.0, compared=False)
@@ -67,6 +78,7 @@ def test_operations_are_counted_as_torch_counts_those_of_forward_and_backward() 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_published_sizes_are_measured_until_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "PUBLISHED_PIPELINE", ("bench/unet", "bench/vae"))
     monkeypatch.setattr(run, "PUBLISHED", (("train-clip", "bench/clip", {"train.batch_size": 2}),))
