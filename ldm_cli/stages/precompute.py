@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
@@ -42,7 +42,8 @@ from ldm_cli.reporting import Progress, Reporter
 from ldm_cli.stages.cache_encoding import NUM_AHEAD, CacheEncoder, Chunks, EncodedChunk
 from ldm_cli.stages.frozen_encoders import FrozenEncoders, cache_key
 from ldm_cli.stages.options import RunOptions, resolve_device
-from ldm_cli.training.interruption import StopRequest
+from ldm_cli.training.failures import FailureJournal
+from ldm_cli.training.interruption import TIME_LIMIT, StopRequest
 
 _CAPTIONS_PER_FILE = 10_000
 _TAR_OVERHEAD = 1536  # of a sample: headers of tar and safetensors, padding
@@ -68,6 +69,7 @@ def run(
         OutputError: the folder holds a cache made with other models or settings.
         Preempted: a signal or the time limit; what is written stays.
         StorageError: the disk is full.
+        StuckError: the time limit left room for no file, life after life.
     """
     started = time.perf_counter()
     with StopRequest(options.max_time) as stop:
@@ -75,10 +77,12 @@ def run(
         shards = open_shards(recipe.data.shards, recipe.data, reporter)
         folder = _folder(recipe, options, shards)
         with locked(folder):
+            failures = FailureJournal(folder / "failures.jsonl", "file")
+            failures.check()
             before = Manifest.read(folder)
             key = _key_to_use(folder, before, wanted, dtype, options.overwrite)
             encoders = FrozenEncoders(recipe, resolve_device(options.device), reporter.warn)
-            counts = _Precomputation(recipe, folder, shards, key, encoders, stop, reporter).run(before)
+            counts = _Precomputation(recipe, folder, shards, key, encoders, stop, reporter, failures).run(before)
     size = sum(path.stat().st_size for path in folder.glob("*.tar"))
     seconds = round(time.perf_counter() - started, 1)
     return {"cache": str(folder), "dtype": key.dtype, **counts, "bytes": size, "seconds": seconds}
@@ -144,7 +148,9 @@ class _Precomputation:
         encoders: FrozenEncoders,
         stop: StopRequest,
         reporter: Reporter,
+        failures: FailureJournal,
     ) -> None:
+        self._failures, self._num_written = failures, 0
         self._data, self._folder, self._shards, self._key = recipe.data, folder, shards, key
         self._encoders, self._stop, self._reporter = encoders, stop, reporter
         self._encoder = CacheEncoder(encoders, recipe, key)
@@ -160,6 +166,7 @@ class _Precomputation:
         manifest = Manifest(self._key, shards, tuple(text_files), complete=True)
         write_manifest(self._folder, manifest)
         removed = remove_orphans(self._folder, manifest)
+        self._failures.file.unlink(missing_ok=True)
         samples = self._shards.num_samples
         return {"samples": samples, "encoded": num_encoded, "captions": num_captions, "removed_files": removed}
 
@@ -193,10 +200,12 @@ class _Precomputation:
         ):
             done = count()
             for file, number in missing.items():
-                write_shard(
-                    self._folder / file, self._samples(number, encoded, lambda: progress.update(next(done) + 1))
-                )
+                self._write(file, self._samples(number, encoded, lambda: progress.update(next(done) + 1)))
         return total
+
+    def _write(self, file: str, samples: Iterable[Mapping[str, Any]]) -> None:
+        write_shard(self._folder / file, samples)
+        self._num_written += 1
 
     def _is_there(self, file: str) -> bool:
         """A file of the cache is there and whole; a damaged one is made anew."""
@@ -237,7 +246,7 @@ class _Precomputation:
             fresh = self._fresh_captions(known, progress)
             while captions := list(islice(fresh, _CAPTIONS_PER_FILE)):
                 files.append(next(name for i in count() if (name := f"{prefix}{i:06d}.tar") not in files))
-                write_shard(self._folder / files[-1], self._with_states(captions))
+                self._write(files[-1], self._with_states(captions))
         return files, len(known)
 
     def _fresh_captions(self, known: set[str], progress: Progress) -> Iterator[str]:
@@ -262,9 +271,13 @@ class _Precomputation:
                 yield caption_members(caption, state)
 
     def _check_stop(self) -> None:
-        if self._stop.reason is not None:
-            raise Preempted(
-                f"stopped while writing the cache in '{self._folder}'",
-                self._stop.reason,
-                "what is written stays: run the same command again to go on",
-            )
+        reason = self._stop.reason
+        if reason is None:
+            return
+        remedy = "what is written stays: run the same command again to go on"
+        if in_vain := reason == TIME_LIMIT and not self._num_written:
+            remedy = "no file was finished in it: run the same command again, with more time"
+        error = Preempted(f"stopped while writing the cache in '{self._folder}'", reason, remedy)
+        if in_vain:
+            self._failures.add(1 + len(list(self._folder.glob("[!.]*.tar"))), str(error))
+        raise error

@@ -20,10 +20,14 @@ class FailureJournal:
 
     Lives that ended elsewhere (killed while saving or starting, stopped by a signal, disk full) say nothing about the
     step.
+
+    Args:
+        file: where it is.
+        unit: what a step is called.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, unit: str = "step") -> None:
+        self.file, self._unit = file, unit
 
     def add(self, step: int, cause: str) -> None:
         """Note that a life ended in `step`.
@@ -44,7 +48,7 @@ class FailureJournal:
         last = self._entries()[-MAX_LIVES:]
         if len(last) == MAX_LIVES and len({entry["step"] for entry in last}) == 1:
             raise StuckError(
-                f"'{self.file.parent}' ended {MAX_LIVES} times in step {last[0]['step']}",
+                f"'{self.file.parent}' ended {MAX_LIVES} times in {self._unit} {last[0]['step']}",
                 f"the last time: {last[-1]['cause']}",
                 f"do not requeue; remove the cause, then delete '{self.file}' and run the same command again",
             )

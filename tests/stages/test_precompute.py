@@ -20,12 +20,13 @@ from ldm_cli.data.latent_cache import MANIFEST, LatentCache
 from ldm_cli.data.loader import Batch, Loader
 from ldm_cli.data.scenes import write_scenes
 from ldm_cli.data.shards import open_shards
-from ldm_cli.errors import DataError, InputNotFoundError, LdmError, OutputError, Preempted, RecipeError
+from ldm_cli.errors import DataError, InputNotFoundError, LdmError, OutputError, Preempted, RecipeError, StuckError
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages import precompute
 from ldm_cli.stages.frozen_encoders import FrozenEncoders, cache_key
 from ldm_cli.stages.options import RunOptions
+from ldm_cli.training.failures import MAX_LIVES
 from tests.data.tars import png, write_tar
 
 from ..faults.runs import assert_same_run, metrics
@@ -163,6 +164,18 @@ def test_the_time_limit_stops_with_what_is_written(parts: Parts, tmp_path: Path)
         result_of(recipe, max_time=1e-9)
     assert files(tmp_path / "cache") == {}
     assert result_of(recipe)["encoded"] == 64
+
+
+def test_a_time_limit_that_leaves_room_for_no_file_ends_in_a_word_not_in_a_loop(parts: Parts, tmp_path: Path) -> None:
+    recipe = {**unet_recipe(*parts), "cache": str(tmp_path / "cache")}
+    for _ in range(MAX_LIVES):
+        with pytest.raises(Preempted, match="no file was finished in it"):
+            result_of(recipe, max_time=1e-9)
+    with pytest.raises(StuckError, match=r"5 times in file 1: .*do not requeue"):
+        result_of(recipe, max_time=1e-9)
+    (tmp_path / "cache/failures.jsonl").unlink()
+    result_of(recipe)
+    assert not (tmp_path / "cache/failures.jsonl").exists()
 
 
 @pytest.mark.parametrize(
