@@ -179,17 +179,19 @@ def trend(points: Sequence[tuple[int, int]]) -> dict[str, Any]:
 
     Returns:
         `steps`; `mib`, about ten of the readings that count, the last one included; the least-squares slope of all,
-        `mib_per_1000_steps`, and of those in the second half of the run, `in_second_half`; whether all is `flat`.
+        `mib_per_1000_steps`, and of those in the second half of the run, `in_second_half`; whether the latter is
+        `flat`: a leak goes on, gaps in the heap fill up.
     """
     last = points[-1][0]
     settled = [(step, size / _MIB) for step, size in points if step > min(_SETTLING, last // 2)]
-    per_1000, every = _per_1000_steps(settled), max(1, len(settled) // 10)
+    every = max(1, len(settled) // 10)
+    second_half = _per_1000_steps([point for point in settled if point[0] >= last // 2])
     return {
         "steps": last,
         "mib": [round(size, 1) for _, size in settled[::-every][::-1]],
-        "mib_per_1000_steps": per_1000,
-        "in_second_half": _per_1000_steps([point for point in settled if point[0] >= last // 2]),
-        "flat": per_1000 <= _FLAT,
+        "mib_per_1000_steps": _per_1000_steps(settled),
+        "in_second_half": second_half,
+        "flat": second_half <= _FLAT,
     }
 
 

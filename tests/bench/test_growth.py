@@ -110,7 +110,12 @@ def test_memory_is_flat_unless_it_goes_on_growing() -> None:
     assert (found["flat"], found["steps"]) == (True, 2000)
     assert found["mib"][0] == pytest.approx(300, abs=0.1)
     assert len(found["mib"]) == 10
+    filling = begin + [(step, min(step, 1000) * _MIB) for step in range(210, 2001, 10)]
+    found = memory.trend(filling)
+    assert found["mib_per_1000_steps"] > 100
+    assert (found["in_second_half"], found["flat"]) == (pytest.approx(0), True)
     found = memory.trend(leak)
+    assert not found["flat"]
     assert found["in_second_half"] == pytest.approx(4e6 / _MIB)
     assert found["mib"][-1] == pytest.approx(300 + 8e6 / _MIB, abs=0.06)
     assert found["mib_per_1000_steps"] < found["in_second_half"]
