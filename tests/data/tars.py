@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 import tarfile
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,3 +59,14 @@ def numbered_shards(folder: Path, sizes: Sequence[int]) -> Path:
 def opened(shards: Path | str, **config: Any) -> tuple[ShardSet, DataConfig]:
     settings = DataConfig.from_mapping({"shards": str(shards), "image_size": 8, "label": "cls", **config})
     return open_shards(settings.shards, settings, SilentReporter()), settings
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_with(width: int, height: int, *chunks: bytes) -> bytes:
+    """A PNG that claims a size, with chunks between its header and its data."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    body = b"".join(chunks) + png_chunk(b"IDAT", zlib.compress(bytes(100))) + png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + header + body

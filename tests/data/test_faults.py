@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import struct
 import subprocess
 import sys
 import tarfile
@@ -17,7 +16,7 @@ from PIL import Image
 
 from ldm_cli.data.loader import Loader, sequential_batches
 from ldm_cli.errors import DataError, InputNotFoundError
-from tests.data.tars import numbered_sample, opened, png, write_tar
+from tests.data.tars import numbered_sample, opened, png, png_chunk, png_with, write_tar
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
@@ -44,16 +43,6 @@ def test_a_shard_cut_at_every_256th_byte_is_never_short_and_never_mispaired(tmp_
         assert len(numbers) >= cut // (end // 4) - 1, "whole samples are used"
 
 
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def _png_with(width: int, height: int, *chunks: bytes) -> bytes:
-    header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    body = b"".join(chunks) + _chunk(b"IDAT", zlib.compress(bytes(100))) + _chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + header + body
-
-
 def _animation(frames: int) -> bytes:
     stream = io.BytesIO()
     images = [Image.new("L", (16, 16), k % 256) for k in range(2)]
@@ -64,9 +53,9 @@ def _animation(frames: int) -> bytes:
 def _bombs() -> dict[str, bytes]:
     bomb = zlib.compress(bytes(1 << 28), 9)
     return {
-        "pixels.png": _png_with(50_000, 50_000),
-        "text.png": _png_with(8, 8, _chunk(b"zTXt", b"a\0\0" + bomb)),
-        "profile.png": _png_with(8, 8, _chunk(b"iCCP", b"a\0\0" + bomb)),
+        "pixels.png": png_with(50_000, 50_000),
+        "text.png": png_with(8, 8, png_chunk(b"zTXt", b"a\0\0" + bomb)),
+        "profile.png": png_with(8, 8, png_chunk(b"iCCP", b"a\0\0" + bomb)),
         "frames.gif": _animation(3000),
         "caption.txt": b"x" * (1 << 20),
     }

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..data.tars import Members, numbered_sample, png, write_tar
+from ..data.tars import Members, numbered_sample, png, png_chunk, png_with, write_tar
 from .lives import Life
 from .matrix import Bench, Row
 
@@ -21,22 +21,11 @@ ALLOWANCE = 300 * 2**20
 """Bytes by which the peak of a command may exceed that of a clean one."""
 
 
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png_with(width: int, height: int, *chunks: bytes) -> bytes:
-    """A PNG that claims a size, with chunks between its header and its data."""
-    header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    body = b"".join(chunks) + _chunk(b"IDAT", zlib.compress(bytes(100))) + _chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + header + body
-
-
 def transparent_png(side: int) -> bytes:
     """A whole PNG of transparent pixels, which a few hundred kilobytes hold."""
-    header = _chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 6, 0, 0, 0))
-    data = _chunk(b"IDAT", zlib.compress(bytes(side * (4 * side + 1)), 1))
-    return b"\x89PNG\r\n\x1a\n" + header + data + _chunk(b"IEND", b"")
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 6, 0, 0, 0))
+    data = png_chunk(b"IDAT", zlib.compress(bytes(side * (4 * side + 1)), 1))
+    return b"\x89PNG\r\n\x1a\n" + header + data + png_chunk(b"IEND", b"")
 
 
 def animation(frames: int, side: int) -> bytes:
@@ -58,9 +47,9 @@ def members_of_bombs() -> dict[str, Members]:
     zeros = zlib.compress(bytes(1 << 28), 9)
     images = {
         "pixels.png": png_with(50_000, 50_000),
-        "pixels-by-20kB.png": png_with(16_000, 16_000, _chunk(b"IDAT", zlib.compress(bytes(1 << 24), 9))),
-        "text.png": png_with(8, 8, *[_chunk(b"zTXt", b"a\0\0" + zeros)] * 4),
-        "profile.png": png_with(8, 8, _chunk(b"iCCP", b"a\0\0" + zeros)),
+        "pixels-by-20kB.png": png_with(16_000, 16_000, png_chunk(b"IDAT", zlib.compress(bytes(1 << 24), 9))),
+        "text.png": png_with(8, 8, *[png_chunk(b"zTXt", b"a\0\0" + zeros)] * 4),
+        "profile.png": png_with(8, 8, png_chunk(b"iCCP", b"a\0\0" + zeros)),
         "transparent.png": transparent_png(5000),
         "frames.gif": animation(30_000, 4000),
         "strip.tif": _tiff(40_000),
