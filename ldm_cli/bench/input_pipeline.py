@@ -1,9 +1,10 @@
-"""From shards on disk to batches in memory: 256 px JPEGs to 64 and 224 px, and reading alone."""
+"""From shards on disk to batches in memory: 256 px JPEGs to 64 and 224 px, reading alone, indexing and resuming."""
 
 from __future__ import annotations
 
 import random
 import tempfile
+from contextlib import closing
 from io import BytesIO
 from pathlib import Path
 from statistics import median
@@ -17,9 +18,11 @@ from ldm_cli.data.config import DataConfig
 from ldm_cli.data.loader import Loader
 from ldm_cli.data.pack import pack
 from ldm_cli.data.shards import ShardReader, open_shards
+from ldm_cli.data.tar_index import index_tar
 from ldm_cli.reporting import SilentReporter
 
 _BATCH_SIZE, _WORKERS = 64, 2
+_PASSES = 10
 
 
 class OurLoader:
@@ -63,6 +66,43 @@ class OurReader:
         return {"units": self.images}
 
 
+class OurIndexer:
+    """The index of every shard, read from its headers; a step is so many passes over all shards."""
+
+    def __init__(self, shards: list[str], images: int) -> None:
+        self.shards = [Path(shard) for shard in shards]
+        self.images = images
+
+    def step(self) -> None:
+        """The passes."""
+        for _ in range(_PASSES):
+            for shard in self.shards:
+                index_tar(shard)
+
+    def facts(self) -> dict[str, Any]:
+        """Samples indexed."""
+        return {"units": self.images * _PASSES}
+
+
+class FirstBatch:
+    """What a resumed run does until it has its first batch, at the beginning of an epoch; the index is at hand."""
+
+    def __init__(self, folder: str, images: int, epoch: int) -> None:
+        self.config = DataConfig(shards=folder, image_size=64)
+        self.first = epoch * images // _BATCH_SIZE
+
+    def step(self) -> None:
+        """Open the shards and make one batch."""
+        shards = open_shards(self.config.shards, self.config, SilentReporter())
+        loader = Loader(shards, self.config, seed=0, batch_size=_BATCH_SIZE)
+        with closing(loader.batches(self.first, self.first + 1)) as batches:
+            next(batches)
+
+    def facts(self) -> dict[str, Any]:
+        """Images of a batch."""
+        return {"units": _BATCH_SIZE}
+
+
 def measure(images: int, rounds: int, compared: bool) -> list[dict[str, Any]]:
     """One row per work and contender; `cpu_ms` of the loaders leaves their workers out."""
     images = max(_BATCH_SIZE, images // _BATCH_SIZE * _BATCH_SIZE)
@@ -80,8 +120,15 @@ def measure(images: int, rounds: int, compared: bool) -> list[dict[str, Any]]:
             Contender("ldm", OurReader, (folder, images)),
             Contender("webdataset", peers.TheirReader, (shards, images)),
         ]
+        if not compared:
+            works = {work: field[:1] for work, field in works.items()}
+        works["indexing"] = [Contender("ldm", OurIndexer, (shards, images))]
+        works["first batch after a start"] = [
+            Contender("ldm", FirstBatch, (folder, images, 0)),
+            Contender("ldm at epoch 100", FirstBatch, (folder, images, 100)),
+        ]
         for work, field in works.items():
-            laps = race(field if compared else field[:1], rounds=rounds, warmup=1)
+            laps = race(field, rounds=rounds, warmup=1)
             for name, lap in laps.items():
                 rate = lap.facts["units"] / median(lap.seconds)
                 rows.append({"work": work, "contender": name, "per_second": rate, "speedup": speedup(laps["ldm"], lap)})

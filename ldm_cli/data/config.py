@@ -53,9 +53,14 @@ class DataConfig(Config):
     """Training shards: a path, glob, folder, or pattern such as `data/train-{000..127}.tar`; or several."""
     remote_schemes: tuple[str, ...] = ()
     """Kinds of addresses that shards may be fetched from, such as `[https, s3]`; all others are refused. Each needs the
-    fsspec back end of that name."""
+    fsspec back end of that name. With `stream`, `pipe` allows `pipe:COMMAND` for a shard, which runs in a shell."""
     max_fetched_bytes: Annotated[int, Field(ge=1)] = 100 * 2**30
     """Room in the cache folder for remote shards; those not used for longest are removed."""
+    stream: bool = False
+    """Read training shards as they come, through webdataset, and do not index them: for commands, named pipes and sets
+    that no disk here can hold. What a step takes then depends on workers, ranks and interruptions."""
+    stream_buffer: Annotated[int, Field(ge=1)] = 1000
+    """Samples of a stream that each reader holds, undecoded, to shuffle them."""
     weights: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     """With several `shards`, one weight for each: a step takes samples of them in these proportions, and the smaller
     ones come round more often. By default all are one data set, every sample of it once an epoch."""
@@ -97,8 +102,11 @@ class DataConfig(Config):
     """A damaged shard stops the run, or contributes the whole samples before the damage."""
 
     @model_validator(mode="after")
-    def _weights_fit(self) -> Self:
+    def _parts_fit(self) -> Self:
         count = 1 if isinstance(self.shards, str) else len(self.shards)
         if self.weights is not None and len(self.weights) != count:
             raise ValueError(f"weights has {len(self.weights)} numbers, shards has {count}")
+        indexed = ("weights", "aspect_buckets", "filter", "quarantine")
+        if self.stream and (given := [name for name in indexed if getattr(self, name) is not None]):
+            raise ValueError(f"stream leaves no choice of samples: remove {', '.join(given)}")
         return self

@@ -37,6 +37,7 @@ _TRANSPOSE = {
 _ORIENTATION = 0x0112
 _MUCH_LARGER = 6  # times the side of the result
 _BAND_PIXELS = 1 << 20
+_HUGE_PIXELS = 1 << 24
 
 # The limit is data.max_pixels, checked for every image; Pillow's own would warn or raise at another one.
 Image.MAX_IMAGE_PIXELS = None
@@ -52,7 +53,8 @@ def decode_rgb(data: bytes, background: Color, max_pixels: int, min_side: int | 
         data: a JPEG, PNG, WebP, GIF, BMP or TIFF file, recognised by its content.
         background: colour behind transparent pixels.
         max_pixels: most pixels that its header may claim.
-        min_side: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if both sides keep twice this.
+        min_side: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if both sides keep twice this, and a huge picture
+            may be averaged over blocks of pixels if both sides keep three times this.
 
     Raises:
         BadSampleError: "empty image", "not an image", "too many pixels", "damaged image" or "unsupported
@@ -63,7 +65,9 @@ def decode_rgb(data: bytes, background: Color, max_pixels: int, min_side: int | 
         if min_side is not None:
             image.draft(None, (2 * min_side, 2 * min_side))
         image.load()
-        return _to_rgb(_upright(image), background)
+        transpose = _TRANSPOSE.get(_orientation(image))  # Pillow has already applied it to TIFFs
+        result = _to_rgb(image, background, _reduction(image.size, min_side))
+        return result if transpose is None else result.transpose(transpose)
     except BadSampleError:
         raise
     except Exception as error:  # Pillow's plugins raise nearly every kind of exception on damaged files
@@ -173,16 +177,6 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     return 0, 0
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; Pillow has already applied it to TIFFs."""
-    transpose = _TRANSPOSE.get(_orientation(image))
-    if transpose is None:
-        return image
-    upright = image.transpose(transpose)
-    upright.info = image.info
-    return upright
-
-
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 (upright) if there is none or it cannot be read."""
     try:
@@ -191,27 +185,40 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image, background: Color) -> Image.Image:
-    """8-bit RGB of any pixel format."""
+def _reduction(size: tuple[int, int], min_side: int | None) -> int:
+    """Side of the blocks over which a picture is averaged: of a huge one, a copy in full would be too much to hold."""
+    if min_side is None or size[0] * size[1] <= _HUGE_PIXELS:
+        return 1
+    return max(1, min(size) // (3 * min_side))
+
+
+def _to_rgb(image: Image.Image, background: Color, reduction: int) -> Image.Image:
+    """8-bit RGB of any pixel format, averaged over blocks."""
     if image.mode in _SIXTEEN_BIT:
-        return _in_bands(image, lambda band: _eight_bit(band).convert("RGB"))
+        return _in_bands(image, lambda band: _eight_bit(band).convert("RGB"), reduction)
     if image.mode == "F":
         raise BadSampleError("unsupported pixel format", "floating-point pixels have no defined range")
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
-        return _in_bands(image, lambda band: _over(background, band))
-    return image if image.mode == "RGB" else image.convert("RGB")
+        return _in_bands(image, lambda band: _over(background, band), reduction)
+    if image.mode == "RGB" and reduction == 1:
+        return image
+    return _in_bands(image, lambda band: band.convert("RGB"), reduction)
 
 
-def _in_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def _in_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image], reduction: int) -> Image.Image:
     """What `convert` makes of each pixel; of a large picture in bands, so that what is between is small."""
-    rows = max(1, _BAND_PIXELS // image.width)
+    rows = max(1, _BAND_PIXELS // image.width // reduction) * reduction
     if rows >= image.height:
-        return convert(image)
-    result = Image.new("RGB", image.size)
+        return _averaged(convert(image), reduction)
+    result = Image.new("RGB", (-(-image.width // reduction), -(-image.height // reduction)))
     for top in range(0, image.height, rows):
-        box = (0, top, image.width, min(top + rows, image.height))
-        result.paste(convert(image.crop(box)), box)
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        result.paste(_averaged(convert(band), reduction), (0, top // reduction))
     return result
+
+
+def _averaged(image: Image.Image, reduction: int) -> Image.Image:
+    return image if reduction == 1 else image.reduce(reduction)
 
 
 def _over(background: Color, image: Image.Image) -> Image.Image:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.config import DataConfig
-from ldm_cli.data.decode import IMAGE_EXTENSIONS, decode_rgb
+from ldm_cli.data.decode import IMAGE_EXTENSIONS, decode_rgb, upright_size
 from ldm_cli.errors import DataError, InputNotFoundError, OutputError, StorageError
 from ldm_cli.reporting import Reporter
 
@@ -143,12 +143,13 @@ class _Packing:
             if extension not in IMAGE_EXTENSIONS:
                 raise BadSampleError("not an image", f"suffix '.{extension}'")
             data = _read(source.path)
-            picture = decode_rgb(data, _LIMITS.background, _LIMITS.max_pixels)
+            width, height = upright_size(data, _LIMITS.max_pixels)
+            decode_rgb(data, _LIMITS.background, _LIMITS.max_pixels, _LIMITS.image_size)
         except BadSampleError as bad:
             self._bad[bad.reason] += 1
             self.bad_files.append(f"{source.name}: {bad}")
             return
-        facts = {"path": source.name, "width": picture.width, "height": picture.height, **source.extra}
+        facts = {"path": source.name, "width": width, "height": height, **source.extra}
         members: dict[str, Any] = {
             "__key__": f"{self.num_samples:09d}",
             extension: data,

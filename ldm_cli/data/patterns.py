@@ -15,6 +15,9 @@ from ldm_cli.errors import InputNotFoundError, RecipeError, UnavailableError
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(pipe):")
+PIPE = "pipe:"
+"""How a source begins that is the output of a command."""
+
 _MAX_PATHS = 1_000_000
 _MAX_LISTED = 10
 
@@ -88,6 +91,40 @@ def find_sources(
                     seen.add(real)
                     source.append(file)
         sources.append(tuple(source))
+    _expect_none(problems)
+    if not seen:
+        raise InputNotFoundError("there are no shards", "data.shards is empty", "name at least one tar file")
+    return tuple(sources)
+
+
+def find_streams(patterns: str | tuple[str, ...], schemes: tuple[str, ...]) -> tuple[str, ...]:
+    """What `patterns` mean where shards are read as they come: files, named pipes, addresses and commands, each as
+    often as it is named.
+
+    Args:
+        patterns: what the recipe says.
+        schemes: of the addresses that may be read; `pipe` allows commands.
+
+    Raises:
+        InputNotFoundError, UnavailableError: as `find_sources`.
+    """
+    found: list[str] = []
+    problems: list[str] = []
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        remote = _is_remote(pattern, schemes, streamed=True)
+        for path in expand_braces(pattern):
+            files = [] if remote else _local_files(path)
+            if not files and not remote:
+                problems.append(f"'{path}' ({_absence(path)})")
+            problems += [f"'{file}' (no permission to read)" for file in files if not os.access(file, os.R_OK)]
+            found += [path] if remote else map(str, files)
+    _expect_none(problems)
+    if not found:
+        raise InputNotFoundError("there are no shards", "data.shards is empty", "name at least one tar file")
+    return tuple(found)
+
+
+def _expect_none(problems: list[str]) -> None:
     if problems:
         listed = ", ".join(problems[:_MAX_LISTED])
         more = f" and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
@@ -95,24 +132,30 @@ def find_sources(
         raise InputNotFoundError(
             f"cannot read {noun}", listed + more, "correct data.shards, or make or fetch the files"
         )
-    if not seen:
-        raise InputNotFoundError("there are no shards", "data.shards is empty", "name at least one tar file")
-    return tuple(sources)
 
 
-def _is_remote(pattern: str, schemes: tuple[str, ...]) -> bool:
+def shown_command(source: str) -> str:
+    """A `pipe:COMMAND` as it may be shown: the program alone, as its arguments may be secret."""
+    return f"{PIPE}{source[len(PIPE) :].strip().partition(' ')[0]} …"
+
+
+def _is_remote(pattern: str, schemes: tuple[str, ...], streamed: bool = False) -> bool:
     """Whether a pattern is an address, and then an allowed one."""
     match = _SCHEME.match(pattern)
     if match is None:
         return False
     scheme = (match[1] or match[2]).lower()
-    if scheme == "pipe" or scheme not in schemes:
-        shown = pattern if scheme == "pipe" else without_credentials(pattern)
-        remedy = "copy the shards to a local folder and name that"
-        if scheme != "pipe":
-            remedy += f", or allow it by data.remote_schemes=[{scheme}]"
-        raise UnavailableError(f"cannot read shards '{shown}'", f"'{scheme}:' is not allowed", remedy)
-    return True
+    if scheme in schemes and (streamed or scheme != "pipe"):
+        return True
+    remedy = "copy the shards to a local folder and name that"
+    if scheme == "pipe":
+        shown, remedy = (
+            shown_command(pattern),
+            f"{remedy}, or allow commands by data.stream=true data.remote_schemes=[pipe]",
+        )
+    else:
+        shown, remedy = without_credentials(pattern), f"{remedy}, or allow it by data.remote_schemes=[{scheme}]"
+    raise UnavailableError(f"cannot read shards '{shown}'", f"'{scheme}:' is not allowed", remedy)
 
 
 def _local_files(path: str) -> list[Path]:

@@ -22,14 +22,14 @@ _NUM_FREQUENT = 10
 
 
 def check(shards: ShardSet, config: DataConfig, reporter: Reporter) -> dict[str, Any]:
-    """Decode every sample as training would, but at its full size.
+    """Decode every sample as training would.
 
     Returns:
         `ok`, `samples`, `good`, `bad` (reason to count), `bad_samples` (shard, key, reason, detail of each),
         `remarks` (what had to be done to captions, counted), `ignored` (members passed over, by reason) and
         `damaged_shards` (path to damage).
     """
-    decoder = SampleDecoder(shards, config, Wanted(image=False))
+    decoder = SampleDecoder(shards, config, Wanted())
     bad: list[BadSample] = []
     remarks: Counter[str] = Counter()
     with reporter.progress("checking samples", shards.num_samples, unit="sample") as progress:
@@ -38,7 +38,6 @@ def check(shards: ShardSet, config: DataConfig, reporter: Reporter) -> dict[str,
             for number in range(index.num_samples):
                 try:
                     remarks.update(decoder.decode(shard, number, Draw()).remarks)
-                    decoder.full_image(shard, number)
                 except BadSampleError as error:
                     path = str(shards.paths[shard])
                     bad.append(BadSample(path, index.key(number), error.reason, error.detail))
@@ -68,7 +67,7 @@ def stats(shards: ShardSet, config: DataConfig, reporter: Reporter) -> dict[str,
         (min, median, max), `captions`: how many, `distinct`, `length` in characters (min, median, max) and
         the most `frequent` ones, `unusable` (reason to count), `ignored`.
     """
-    decoder = SampleDecoder(shards, config, Wanted(image=False))
+    decoder = SampleDecoder(shards, config, Wanted())
     extensions, formats, captions, unusable = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     sizes: list[tuple[int, int]] = []
     with reporter.progress("reading samples", shards.num_samples, unit="sample") as progress:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ldm_cli.data.bad_samples import BadSampleError
@@ -86,31 +86,56 @@ class Sample:
     encoding: Encoding | None = None
 
 
-class SampleDecoder:
-    """Reads samples of a shard set.
+class Members(ABC):
+    """The members of one sample."""
+
+    _metadata: dict[str, Any] | None = None
+
+    @abstractmethod
+    def read(self, extension: str) -> bytes | None:
+        """The bytes of a member, or None if the sample has none of that extension."""
+
+    def image(self) -> bytes:
+        """The bytes of the image, of the preferred format if there are several."""
+        for extension in IMAGE_EXTENSIONS:
+            data = self.read(extension)
+            if data is not None:
+                return data
+        raise BadSampleError("missing image")
+
+    def metadata(self) -> dict[str, Any] | None:
+        """The parsed JSON member, or None if there is none."""
+        if self._metadata is None:
+            data = self.read("json")
+            self._metadata = None if data is None else parse_json(data)
+        return self._metadata
+
+
+class MembersDecoder:
+    """Makes a sample of its members.
 
     Args:
-        shards: where samples are read.
         config: which members, and how images become tensors.
         wanted: parts to read; the others are None, or the empty caption.
     """
 
-    def __init__(self, shards: ShardSet, config: DataConfig, wanted: Wanted) -> None:
-        self._shards, self._config, self._wanted = shards, config, wanted
-        self._reader = ShardReader(shards)
+    def __init__(self, config: DataConfig, wanted: Wanted) -> None:
+        self._config, self._wanted = config, wanted
 
-    def close(self) -> None:
-        """Close the files."""
-        self._reader.close()
+    def extensions(self) -> set[str]:
+        """Of all members that may be read."""
+        named = [self._config.caption] if self._wanted.caption else []
+        named += [self._config.label] if self._wanted.label and self._config.label else []
+        needed = {"json" if name.startswith(_JSON) else name for name in named}
+        return needed | (set(IMAGE_EXTENSIONS) if self._wanted.image else set())
 
-    def decode(self, shard: int, sample: int, draw: Draw) -> Sample:
+    def decode_members(self, members: Members, draw: Draw) -> Sample:
         """The sample with its image cropped and flipped as `draw` says.
 
         Raises:
             BadSampleError: it cannot be used.
-            DataError, StorageError: the shard has changed or cannot be read.
+            DataError, StorageError: a member cannot be read.
         """
-        members = _Members(self._reader, self._shards, shard, sample, self._config.max_member_bytes)
         caption, remarks = self._caption(members, draw) if self._wanted.caption else ("", ())
         label = self._label(members) if self._wanted.label and self._config.label else None
         metadata = (members.metadata() or {}) if self._wanted.metadata else None
@@ -118,32 +143,11 @@ class SampleDecoder:
         if self._wanted.image:
             mirror = draw.flip < self._config.flip_probability
             shape = draw.shape or (self._config.image_size, self._config.image_size)
-            image = to_rectangle(self._image(members, max(shape)), shape, self._config.crop, draw.place, mirror)
+            picture = decode_rgb(members.image(), self._config.background, self._config.max_pixels, max(shape))
+            image = to_rectangle(picture, shape, self._config.crop, draw.place, mirror)
         return Sample(image, caption, label, metadata, remarks)
 
-    def captions(self, shard: int, sample: int) -> list[str]:
-        """Every caption that `decode` may choose for a sample; none if it cannot be used; else raises as `decode`."""
-        found: list[str] = []
-        with suppress(BadSampleError):
-            members = _Members(self._reader, self._shards, shard, sample, self._config.max_member_bytes)
-            for choice in self._caption_choices(members):
-                with suppress(BadSampleError):
-                    found.append(self._caption(members, Draw(caption=choice))[0])
-        return found
-
-    def full_image(self, shard: int, sample: int) -> Image.Image:
-        """The sample's picture in RGB at its own size; raises as `decode`."""
-        members = _Members(self._reader, self._shards, shard, sample, self._config.max_member_bytes)
-        return self._image(members, None)
-
-    def image_bytes(self, shard: int, sample: int) -> bytes:
-        """The sample's image file; raises as `decode`."""
-        return _Members(self._reader, self._shards, shard, sample, self._config.max_member_bytes).image()
-
-    def _image(self, members: _Members, min_side: int | None) -> Image.Image:
-        return decode_rgb(members.image(), self._config.background, self._config.max_pixels, min_side)
-
-    def _caption_choices(self, members: _Members) -> list[float]:
+    def _caption_choices(self, members: Members) -> list[float]:
         """A number in [0, 1) for each caption of a sample."""
         number = 1
         if self._config.caption.startswith(_JSON):
@@ -152,7 +156,7 @@ class SampleDecoder:
                 number = max(1, len(caption_candidates(value)))
         return [(i + 0.5) / number for i in range(number)]
 
-    def _caption(self, members: _Members, draw: Draw) -> tuple[str, tuple[str, ...]]:
+    def _caption(self, members: Members, draw: Draw) -> tuple[str, tuple[str, ...]]:
         """The caption by the recipe's rule, and remarks about it."""
         remarks: tuple[str, ...] = ()
         try:
@@ -175,7 +179,7 @@ class SampleDecoder:
             raise BadSampleError("missing caption" if text is None else "blank caption")
         return "", (*remarks, "empty caption")
 
-    def _label(self, members: _Members) -> int:
+    def _label(self, members: Members) -> int:
         where = self._config.label or ""
         if where.startswith(_JSON):
             return parse_label(field_of(members.metadata() or {}, where.removeprefix(_JSON)))
@@ -183,19 +187,56 @@ class SampleDecoder:
         return parse_label(None if data is None else decode_text(data).text.strip())
 
 
-class _Members:
-    """The members of one sample, each read at most once."""
+class SampleDecoder(MembersDecoder):
+    """Reads samples of a shard set.
+
+    Args:
+        shards: where samples are read.
+        config, wanted: as for any `MembersDecoder`.
+    """
+
+    def __init__(self, shards: ShardSet, config: DataConfig, wanted: Wanted) -> None:
+        super().__init__(config, wanted)
+        self._shards = shards
+        self._reader = ShardReader(shards)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._reader.close()
+
+    def decode(self, shard: int, sample: int, draw: Draw) -> Sample:
+        """As `decode_members`, of the sample with this number in its shard; a shard that has changed is a DataError."""
+        return self.decode_members(self._members(shard, sample), draw)
+
+    def captions(self, shard: int, sample: int) -> list[str]:
+        """Every caption that `decode` may choose for a sample; none if it cannot be used; else raises as `decode`."""
+        found: list[str] = []
+        with suppress(BadSampleError):
+            members = self._members(shard, sample)
+            for choice in self._caption_choices(members):
+                with suppress(BadSampleError):
+                    found.append(self._caption(members, Draw(caption=choice))[0])
+        return found
+
+    def image_bytes(self, shard: int, sample: int) -> bytes:
+        """The sample's image file; raises as `decode`."""
+        return self._members(shard, sample).image()
+
+    def _members(self, shard: int, sample: int) -> _IndexedMembers:
+        return _IndexedMembers(self._reader, self._shards, shard, sample, self._config.max_member_bytes)
+
+
+class _IndexedMembers(Members):
+    """Members that are read where the index says they are."""
 
     def __init__(self, reader: ShardReader, shards: ShardSet, shard: int, sample: int, max_bytes: int) -> None:
         self._reader, self._shard, self._max_bytes = reader, shard, max_bytes
         self._members = shards.indexes[shard].sample(sample)
-        self._metadata: dict[str, Any] | None = None
         for extension, found in self._members.items():
             if len(found) > 1:
                 raise BadSampleError("duplicate members", f"{len(found)} × .{extension}")
 
     def read(self, extension: str) -> bytes | None:
-        """The bytes of a member, or None if the sample has none of that extension."""
         found = self._members.get(extension)
         if not found:
             return None
@@ -205,18 +246,3 @@ class _Members:
                 f".{extension} of {found[0].size} bytes, data.max_member_bytes={self._max_bytes}",
             )
         return self._reader.read(self._shard, found[0])
-
-    def image(self) -> bytes:
-        """The bytes of the image, of the preferred format if there are several."""
-        for extension in IMAGE_EXTENSIONS:
-            data = self.read(extension)
-            if data is not None:
-                return data
-        raise BadSampleError("missing image")
-
-    def metadata(self) -> dict[str, Any] | None:
-        """The parsed JSON member, or None if there is none."""
-        if self._metadata is None:
-            data = self.read("json")
-            self._metadata = None if data is None else parse_json(data)
-        return self._metadata

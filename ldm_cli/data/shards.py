@@ -21,7 +21,7 @@ from ldm_cli.data.patterns import find_sources
 from ldm_cli.data.remote import StagingArea, forget_fetched
 from ldm_cli.data.tar_format import BLOCK
 from ldm_cli.data.tar_index import Member, ShardIndex, index_tar
-from ldm_cli.errors import DataError, InputNotFoundError, StorageError
+from ldm_cli.errors import DataError, InputNotFoundError, RecipeError, StorageError
 from ldm_cli.reporting import Reporter
 
 _MAX_OPEN_FILES = 64
@@ -83,7 +83,12 @@ def open_shards(shards: str | tuple[str, ...], config: DataConfig, reporter: Rep
         DataError: a shard is damaged and `on_bad_shard` is `stop`.
         UnavailableError: a remote source is named that is not allowed, or whose back end is missing.
         StorageError: reading failed.
+        RecipeError: `shards` are to be streamed.
     """
+    if config.stream and shards == config.shards:
+        raise RecipeError(
+            "data.stream=true serves training alone", "here shards must be indexed", "name shards that can be"
+        )
     staging = StagingArea(config.max_fetched_bytes, reporter)
     found = find_sources(shards, config.remote_schemes, staging.fetch)
     ends = (0, *itertools.accumulate(map(len, found)))

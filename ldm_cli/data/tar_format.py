@@ -32,7 +32,8 @@ _WITHOUT_DATA = frozenset((b"1", b"2", b"3", b"4", b"5", b"6"))
 _EXTENDED = frozenset((b"L", b"K", b"x", b"g", b"X"))
 _REGULAR = frozenset((b"0", b"\0", b"7"))
 _NO_TAR, _BAD_HEADER = "not a tar archive: no header", "damaged header"
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+"""How files begin that are no plain tars."""
 
 
 class TarMember(NamedTuple):
@@ -128,7 +129,7 @@ class TarScan:
 
     def _refuse_compressed(self) -> None:
         start = os.pread(self._fd, 8, 0)
-        for magic, name in _COMPRESSED.items():
+        for magic, name in COMPRESSED.items():
             if start.startswith(magic):
                 raise TarDamage(0, f"compressed with {name}")
 

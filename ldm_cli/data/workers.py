@@ -39,7 +39,13 @@ Item = TypeVar("Item")
 
 
 def made_by_workers(
-    make: Callable[[int], Item], numbers: Sequence[int], *, num_workers: int, num_ahead: int, timeout: float
+    make: Callable[[int], Item],
+    numbers: Sequence[int],
+    *,
+    num_workers: int,
+    num_ahead: int,
+    timeout: float,
+    with_children: bool = False,
 ) -> Generator[Item]:
     """`make(n)` for each n of `numbers`, in their order.
 
@@ -50,6 +56,7 @@ def made_by_workers(
         num_workers: processes (N).
         num_ahead: items that each worker may be ahead.
         timeout: seconds without any news after which a worker that is waited for is taken to hang.
+        with_children: workers start processes, which signals to our group must not reach and which end with them.
 
     Raises:
         WorkerError: a worker died or hangs, or none could be started.
@@ -59,7 +66,8 @@ def made_by_workers(
     workers: list[_Worker[Item]] = []
     try:
         for number in range(num_workers):
-            workers.append(_Worker(number, make, numbers[number::num_workers], num_ahead, workers))
+            part = numbers[number::num_workers]
+            workers.append(_Worker(number, make, part, num_ahead, workers, with_children))
         for count in range(len(numbers)):
             yield workers[count % num_workers].receive(timeout)
     finally:
@@ -77,8 +85,9 @@ class _Worker(Generic[Item]):
         numbers: Sequence[int],
         num_ahead: int,
         others: Sequence[_Worker[Item]],
+        with_children: bool,
     ) -> None:
-        self._number = number
+        self._number, self._with_children = number, with_children
         self._exit_code: int | None = None
         self._memory = _anonymous_file()
         self._socket, theirs = socket.socketpair()
@@ -93,6 +102,8 @@ class _Worker(Generic[Item]):
             if self._pid == 0:
                 for other in (*others, self):
                     other._socket.close()
+                if with_children:
+                    os.setsid()
                 _work(lambda: _make_all(make, numbers, num_ahead, self._memory, theirs), parent, in_main_thread)
 
     def receive(self, timeout: float) -> Item:
@@ -113,6 +124,8 @@ class _Worker(Generic[Item]):
         if self._exit_code is None:
             with suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)
+                if self._with_children:  # its group, unless it had no time to found one
+                    os.killpg(self._pid, signal.SIGKILL)
             self._wait(0)
 
     def _read(self, length: int, timeout: float) -> bytearray:
@@ -164,6 +177,12 @@ class _Worker(Generic[Item]):
         return WorkerError(f"data worker {self._number} (pid {self._pid}) died", how, remedy)
 
 
+def die_with_parent() -> None:
+    """Let the system kill this process when the thread that started it is gone; on Linux alone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _anonymous_file() -> int:
     """Descriptor of a file in memory, or on disk where the system has none; the same number after a fork."""
     if hasattr(os, "memfd_create"):
@@ -191,8 +210,8 @@ def _work(make_all: Callable[[], None], parent: int, in_main_thread: bool) -> No
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         # A parent that is killed closes its socket, which ends us at the next item; this ends us at once. It
         # is bound to the thread that forked, so only the main thread's death means the parent's.
-        if in_main_thread and sys.platform == "linux":
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if in_main_thread:
+            die_with_parent()
         torch.set_num_threads(1)
         if os.getppid() == parent:
             make_all()

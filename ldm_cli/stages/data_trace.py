@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ldm_cli.data.loader import Batch
+from ldm_cli.data.batch import Batch
 from ldm_cli.errors import OutputError
 from ldm_cli.storage import storage_errors, write_whole
 from ldm_cli.training.distributed import Ranks

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPModel
-from ldm_cli.data.loader import Batch, sequential_batches
+from ldm_cli.data.batch import Batch
+from ldm_cli.data.loader import sequential_batches
 from ldm_cli.data.shards import ShardSet
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import DataError

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ldm_cli.core.models.autoencoder_kl import DiagonalGaussian
+from ldm_cli.data.batch import Batch
 from ldm_cli.data.latent_cache import CacheKey
-from ldm_cli.data.loader import Batch
 from ldm_cli.data.sample import Encoding
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import RecipeError

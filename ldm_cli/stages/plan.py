@@ -131,6 +131,9 @@ def _shards(data: DataConfig, notes: list[str], reporter: Reporter) -> dict[str,
     for prefix, pattern in (("", data.shards), ("val_", data.val_shards)):
         if pattern is None:
             continue
+        if data.stream and not prefix:
+            notes.append("data.shards: a stream, whose samples nobody has counted")
+            continue
         try:
             shards = open_shards(pattern, data, reporter)
         except InputNotFoundError as error:

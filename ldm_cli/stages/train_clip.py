@@ -15,7 +15,8 @@ from ldm_cli.core.clip_loss import contrastive_loss
 from ldm_cli.core.models.clip import IMAGE_MEAN, IMAGE_STD, CLIPModel, normalize_images
 from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.core.models.clip_resnet import StatisticsKept
-from ldm_cli.data.loader import Batch, sequential_batches
+from ldm_cli.data.batch import Batch
+from ldm_cli.data.loader import sequential_batches
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, load_weights, save_model, write_json
 from ldm_cli.recipe.schema import TrainClipRecipe

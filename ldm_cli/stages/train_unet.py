@@ -17,8 +17,8 @@ from ldm_cli.core.diffusion.schedule import NoiseSchedule
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL, DiagonalGaussian
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
+from ldm_cli.data.batch import Batch
 from ldm_cli.data.latent_cache import LatentCache, Manifest
-from ldm_cli.data.loader import Batch
 from ldm_cli.data.sample import Encoding
 from ldm_cli.errors import RecipeError
 from ldm_cli.formats.model_folder import load_weights

@@ -14,7 +14,8 @@ from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.core.models.clip_vision import CLIPVisionTransformer
 from ldm_cli.core.models.latent_space import standardized
 from ldm_cli.core.vae_loss import VAELoss
-from ldm_cli.data.loader import Batch, Loader
+from ldm_cli.data.batch import Batch
+from ldm_cli.data.loader import Loader
 from ldm_cli.errors import RecipeError
 from ldm_cli.evaluation.image_quality import psnr
 from ldm_cli.formats.model_folder import load_model, load_weights, save_model
@@ -122,13 +123,13 @@ class VAETask:
 
     def _latent_statistics(self) -> tuple[Tensor, Tensor, float]:
         """Means [C], deviations [C] and the overall deviation of sampled latents of the first training images."""
-        size = min(64, self.recipe.train.batch_size)
+        size, known = min(64, self.recipe.train.batch_size), self.bench.shards.num_samples
         loader = Loader(
             self.bench.shards, self.recipe.data, seed=self.recipe.seed, batch_size=size, with_captions=False
         )
         latents = [
             self.vae.encode(to_signed(batch.images, self.bench.device)).sample(self._posterior_noise(batch)).double()
-            for batch in loader.batches(0, max(1, min(_NUM_MEASURED, self.bench.shards.num_samples) // size))
+            for batch in loader.batches(0, max(1, min(_NUM_MEASURED, known or _NUM_MEASURED) // size))
         ]
         stack = torch.cat(latents)
         return stack.mean(dim=(0, 2, 3)), stack.std(dim=(0, 2, 3)), stack.std().item()

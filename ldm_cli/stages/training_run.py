@@ -14,9 +14,12 @@ import torch
 from ldm_cli import __version__
 from ldm_cli.core.allocator import keep_freed_memory
 from ldm_cli.data.bad_samples import BadSampleLog
+from ldm_cli.data.batch import Batch
+from ldm_cli.data.config import DataConfig
 from ldm_cli.data.latent_cache import LatentCache
-from ldm_cli.data.loader import Batch, Loader, sequential_batches
+from ldm_cli.data.loader import Loader, sequential_batches
 from ldm_cli.data.shards import ShardSet, open_shards
+from ldm_cli.data.streaming import Stream, open_stream
 from ldm_cli.formats.model_folder import weights_sha256
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.data_trace import traced
@@ -34,7 +37,7 @@ class Workbench:
     """What a task is built from."""
 
     run: RunFolder
-    shards: ShardSet
+    shards: ShardSet | Stream
     held_out: tuple[Batch, ...]
     """The first `train.validation_samples` samples of `data.val_shards`, in order; empty without them, and on all
     ranks but the first.
@@ -55,7 +58,7 @@ def run_training(
     *,
     uses: Mapping[str, str] | None = None,
     facts: Mapping[str, str] | None = None,
-    open_cache: Callable[[ShardSet], LatentCache] | None = None,
+    open_cache: Callable[[ShardSet | Stream], LatentCache] | None = None,
     with_captions: bool = True,
 ) -> dict[str, Any]:
     """Train, continue or recognise as finished the run `recipe` describes.
@@ -80,7 +83,7 @@ def run_training(
             torch.set_num_threads(1)  # sums depend on the number of threads, and ranks share the cores
         # What is indexed stays indexed: the time limit counts from where the run folder can remember it.
         with _nothing_to_save(stop, ranks, with_limit=False), ranks.first_then_others():
-            shards = open_shards(recipe.data.shards, recipe.data, reporter)
+            shards = open_data(recipe.data, reporter)
         run = RunFolder(options.out or Path("runs") / recipe.name, reporter)
         resolved, fingerprints = recipe.to_mapping(), {"data": shards.fingerprint}
         fingerprints |= {name: weights_sha256(Path(folder)) for name, folder in (uses or {}).items()}
@@ -143,6 +146,11 @@ def _train(
         start=None if options.resume in ("auto", "never") else Path(options.resume),
         title=recipe.name,
     )
+
+
+def open_data(config: DataConfig, reporter: Reporter) -> ShardSet | Stream:
+    """The training shards of a recipe; raises as `open_shards` and `open_stream`."""
+    return open_stream(config, reporter) if config.stream else open_shards(config.shards, config, reporter)
 
 
 def _nothing_to_save(stop: StopRequest, ranks: Ranks, *, with_limit: bool = True) -> AbstractContextManager[None]:

@@ -49,6 +49,7 @@ _HARMLESS = {
     "data.worker_timeout",
     "data.max_bad_fraction",
     "data.remote_schemes",
+    "data.stream_buffer",
     "data.max_fetched_bytes",
     "data.shards",  # data and models may move; their contents are compared by fingerprint
     "data.val_shards",

@@ -100,7 +100,8 @@ def test_recipes_of_published_sizes_can_be_measured() -> None:
 @pytest.mark.longest
 def test_data_and_starts_are_measured(tmp_path: Path) -> None:
     rows = input_pipeline.measure(48, 1, compared=False)
-    assert {row["contender"] for row in rows} == {"ldm"}
+    assert {row["contender"] for row in rows} == {"ldm", "ldm at epoch 100"}
+    assert {row["work"] for row in rows} >= {"reading alone", "indexing", "first batch after a start"}
     assert all(row["per_second"] > 0 for row in rows)
     folder = picture.random_pipeline(tmp_path / "model")
     (begun,) = picture.start(folder, 2, 1, compared=False)

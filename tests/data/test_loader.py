@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 
 from ldm_cli.data.bad_samples import BadSample, BadSampleLog, read_bad_samples
-from ldm_cli.data.loader import Batch, Loader, sequential_batches
+from ldm_cli.data.batch import Batch
+from ldm_cli.data.loader import Loader, sequential_batches
 from ldm_cli.data.prefetch import prefetched
 from ldm_cli.errors import DataError, WorkerError
 from tests.data.tars import numbered_sample, numbered_shards, opened, png, write_tar

@@ -16,7 +16,8 @@ from .matrix import Tally, different, rows
 
 pytestmark = pytest.mark.slow
 
-QUICK = ["kill-at-random", "signal-to-group", "file-size-limit", "damaged-checkpoint", "other-owner", "secrets"]
+# Runs killed at random are tested beside this, in test_kill.py.
+QUICK = ["signal-to-group", "file-size-limit", "damaged-checkpoint", "other-owner", "secrets"]
 
 
 def matrix(*arguments: str) -> subprocess.CompletedProcess[str]:

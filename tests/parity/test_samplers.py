@@ -150,10 +150,10 @@ def test_signal_shares_equal_those_of_diffusers(beta_schedule, zero_snr):
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_levels_equal_those_of_diffusers_for_every_number_of_steps(spacing):
+def test_levels_equal_those_of_diffusers_for_nearly_every_number_of_steps(spacing):
     process = NoiseSchedule.from_config(DiffusionConfig())
     scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing, steps_offset=0)
-    for steps in range(1, 1001):
+    for steps in (*range(1, 101), *range(101, 1000, 7), 1000):
         scheduler.set_timesteps(steps)
         expected = scheduler.timesteps.tolist()[:steps]  # for 62 counts numpy's arange is one too long, and ends at -1
         assert [*trajectory.ddpm_trajectory(process, steps, spacing, 0).timesteps] == expected

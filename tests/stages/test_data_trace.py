@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm_cli.data.loader import Batch
+from ldm_cli.data.batch import Batch
 from ldm_cli.errors import OutputError
 from ldm_cli.stages.data_trace import traced
 from ldm_cli.training.distributed import Ranks

@@ -16,8 +16,9 @@ from safetensors.torch import load
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip_text import CLIPTextModel
 from ldm_cli.data import cache_writer
+from ldm_cli.data.batch import Batch
 from ldm_cli.data.latent_cache import MANIFEST, LatentCache
-from ldm_cli.data.loader import Batch, Loader
+from ldm_cli.data.loader import Loader
 from ldm_cli.data.scenes import write_scenes
 from ldm_cli.data.shards import open_shards
 from ldm_cli.errors import DataError, InputNotFoundError, LdmError, OutputError, Preempted, RecipeError, StuckError

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ldm_cli.core.clip_loss import contrastive_loss
 from ldm_cli.core.models.clip import CLIPModel, normalize_images
 from ldm_cli.core.models.clip_resnet import ModifiedResNet
-from ldm_cli.data.loader import Batch, Loader
+from ldm_cli.data.batch import Batch
+from ldm_cli.data.loader import Loader
 from ldm_cli.data.shards import open_shards
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError, InputNotFoundError

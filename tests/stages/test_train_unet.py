@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_cli.data.loader import Batch, Loader
+from ldm_cli.data.batch import Batch
+from ldm_cli.data.loader import Loader
 from ldm_cli.data.scenes import write_scenes
 from ldm_cli.data.shards import open_shards
 from ldm_cli.errors import CheckpointError, Preempted, RecipeError

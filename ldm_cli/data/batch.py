@@ -1,0 +1,123 @@
+"""Samples put together to a batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_cli.data.bad_samples import BadSample
+from ldm_cli.data.sample import Encoding, Sample
+from ldm_cli.errors import LdmError, printable
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one step (B of them).
+
+    Attributes:
+        images: uint8 [B, 3, H, W], H = W = S without aspect buckets; B × 0 × 0 × 0 if no images were asked for.
+        captions: B texts, empty if no captions were asked for.
+        labels: class indexes int64 [B], if the recipe says where they are.
+        keys: B names `shard/key`.
+        epoch: int64 [B].
+        position: int64 [B], within the epoch; with `epoch` the counter of all random numbers of a sample.
+        metadata: B parsed JSON members, if asked for; {} where a sample has none.
+        encoding: what the frozen encoders make of them, if it comes out of a cache; there are no images then.
+    """
+
+    images: Tensor
+    captions: list[str]
+    labels: Tensor | None
+    keys: list[str]
+    epoch: Tensor
+    position: Tensor
+    metadata: list[dict[str, Any]] | None = None
+    encoding: Encoding | None = None
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.keys)
+
+    def trace(self, step: int) -> Iterator[str]:
+        """A line `step shard key` for each sample, by which two runs are compared."""
+        for name in self.keys:
+            shard, _, key = name.partition("/")
+            yield f"{step} {printable(shard)} {printable(key)}"
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """A batch on its way, with what has to be told about it; or the error that prevented it.
+
+    Attributes:
+        batch: None if there is an error.
+        bad: samples that could not be used.
+        remarks: what had to be done to captions, counted.
+        error: kind, what, cause and remedy.
+    """
+
+    batch: Batch | None
+    bad: list[BadSample]
+    remarks: Counter[str]
+    error: tuple[type[LdmError], str, str, str] | None = None
+
+
+def filled(
+    step: int,
+    places: slice,
+    epoch: Tensor,
+    position: Tensor,
+    find: Callable[[int, list[BadSample]], tuple[Sample, str]],
+) -> Delivery:
+    """The part of a step's batch in `places`.
+
+    Args:
+        epoch, position: int64 [B], of the samples.
+        find: gives sample and name for one of the places, counted from the first, and notes the bad ones it met.
+    """
+    samples: list[Sample] = []
+    keys: list[str] = []
+    bad: list[BadSample] = []
+    remarks: Counter[str] = Counter()
+    try:
+        for number in range(len(epoch)):
+            found: list[BadSample] = []
+            try:
+                sample, key = find(number, found)
+            finally:
+                bad += [replace(one, step=step, place=places.start + number) for one in found]
+            samples.append(sample)
+            keys.append(key)
+            remarks.update(sample.remarks)
+    except LdmError as error:
+        return Delivery(None, bad, remarks, (type(error), error.what, error.cause, error.remedy))
+    return Delivery(collate(samples, keys, epoch, position), bad, remarks)
+
+
+def collate(samples: list[Sample], keys: list[str], epoch: Tensor, position: Tensor) -> Batch:
+    """The batch of these samples; arguments as the attributes of `Batch`."""
+    images = [sample.image for sample in samples if sample.image is not None]
+    labels = [sample.label for sample in samples if sample.label is not None]
+    has_metadata = bool(samples) and samples[0].metadata is not None
+    return Batch(
+        images=torch.stack(images) if images else torch.empty(len(samples), 0, 0, 0, dtype=torch.uint8),
+        captions=[sample.caption for sample in samples],
+        labels=torch.tensor(labels, dtype=torch.int64) if labels else None,
+        keys=keys,
+        epoch=epoch,
+        position=position,
+        metadata=[sample.metadata or {} for sample in samples] if has_metadata else None,
+        encoding=_stacked([sample.encoding for sample in samples if sample.encoding is not None]),
+    )
+
+
+def _stacked(encodings: list[Encoding]) -> Encoding | None:
+    if not encodings:
+        return None
+    fields = zip(*((one.mean, one.logvar, one.states) for one in encodings), strict=True)
+    return Encoding(*(torch.stack(tensors) for tensors in fields))

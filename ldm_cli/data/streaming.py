@@ -1,0 +1,241 @@
+"""Samples out of shards that are not indexed but read once, from beginning to end: the output of commands, named pipes,
+sets that no disk here can hold.
+
+webdataset walks the tars and shuffles through a buffer. What a place of the order holds depends on how many readers
+there are and on where a run was continued; all else (decoding, counting of bad samples, random numbers of a step) is as
+for indexed shards. A stream without the end of its tar, or whose command failed, is damaged.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+
+from ldm_cli import philox
+from ldm_cli.data.bad_samples import BadSample, BadSampleError
+from ldm_cli.data.batch import Delivery, filled
+from ldm_cli.data.config import DataConfig
+from ldm_cli.data.order import rank_slice
+from ldm_cli.data.patterns import PIPE, find_streams, shown_command
+from ldm_cli.data.remote import without_credentials
+from ldm_cli.data.sample import Draw, Members, MembersDecoder, Sample, Wanted
+from ldm_cli.data.tar_stream import members_of
+from ldm_cli.errors import DataError, LdmError
+from ldm_cli.reporting import Reporter
+
+_MAX_BAD_TOGETHER = 64
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Shards that are read as they come, in place of a `ShardSet`.
+
+    Attributes:
+        addresses: paths, `pipe:COMMAND`, or addresses that fsspec opens.
+        num_samples: nobody knows how many there are.
+    """
+
+    addresses: tuple[str, ...]
+    num_samples: None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """What a run is told about the content: nothing."""
+        return "stream"
+
+    def name(self, number: int) -> str:
+        """How a shard is called in names of samples."""
+        address = self.addresses[number]
+        if address.startswith(PIPE):
+            return f"pipe-{number}"
+        return Path(urlsplit(address).path if "://" in address else address).stem
+
+    def shown(self, number: int) -> str:
+        """How a shard is called in messages."""
+        address = self.addresses[number]
+        if address.startswith(PIPE):
+            return f"pipe-{number} ({shown_command(address)})"
+        return without_credentials(address) if "://" in address else address
+
+
+def open_stream(config: DataConfig, reporter: Reporter) -> Stream:
+    """The shards of a recipe that says `stream: true`; nothing is read yet.
+
+    Raises:
+        InputNotFoundError: files are missing.
+        UnavailableError: a remote source or a command is named, and not allowed.
+    """
+    stream = Stream(find_streams(config.shards, config.remote_schemes))
+    reporter.warn(
+        "data.stream: shards are read as they come, so a run that is continued takes other samples than one that was "
+        "not interrupted, and so does one with other workers or ranks"
+    )
+    return stream
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A sample before it is decoded."""
+
+    shard: int
+    key: str
+    members: dict[str, bytes]
+    problem: str = ""
+
+
+class StreamedSteps:
+    """The delivery of each step, out of streams of which every reader has its own.
+
+    Args:
+        stream: what `open_stream` gave.
+        config: how samples become tensors.
+        wanted: which parts.
+        seed: of the run.
+        batch_size: samples per step over all ranks.
+        rank, world_size: of this process.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        config: DataConfig,
+        wanted: Wanted,
+        seed: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self._stream, self._config, self._seed = stream, config, seed
+        self._decoder = MembersDecoder(config, wanted)
+        self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
+        self._places = rank_slice(batch_size, rank, world_size)
+        self._draw_key = philox.key(seed, "data/draw")
+        self._samples: Generator[RawSample | BadSample] | None = None
+        self._first, self._num_readers = 0, 1
+
+    def begin(self, steps: range, num_workers: int) -> None:
+        """These steps come now, step number n of them to worker n mod `num_workers`, a process of its own."""
+        self._first, self._num_readers = steps.start, min(num_workers, len(steps))
+
+    def __call__(self, step: int) -> Delivery:
+        """The part of `step`'s batch that belongs to this rank."""
+        if self._samples is None:
+            reader = self._rank * self._num_readers + (step - self._first) % self._num_readers
+            self._samples = self._endless(reader, self._world_size * self._num_readers)
+        position = step * self._batch_size + torch.arange(self._places.start, self._places.stop)
+        epoch = torch.zeros_like(position)
+        draws = philox.uniform(self._draw_key, epoch, position, 3).tolist()
+        return filled(step, self._places, epoch, position, lambda number, bad: self._good_sample(draws[number], bad))
+
+    def _good_sample(self, draw: list[float], bad: list[BadSample]) -> tuple[Sample, str]:
+        """The next sample that can be used."""
+        assert self._samples is not None
+        while len(bad) <= _MAX_BAD_TOGETHER:
+            raw = next(self._samples)
+            found = (
+                raw
+                if isinstance(raw, BadSample)
+                else decoded(self._stream, raw, self._decoder, Draw(draw[0], draw[1], draw[2]))
+            )
+            if not isinstance(found, BadSample):
+                return found
+            bad.append(found)
+        last = bad[-1]
+        raise DataError(
+            f"cannot use any of {len(bad)} samples, the last one '{last.key}' in '{last.shard}'",
+            f"{last.reason} {last.detail}".strip(),
+            "look at what the streams deliver",
+        )
+
+    def _endless(self, reader: int, num_readers: int) -> Generator[RawSample | BadSample]:
+        """What one of the readers gets, pass after pass: shards of its own, or where they are too few, every so many-th
+        sample of all.
+        """
+        from webdataset.filters import shuffle  # a slow import, needed for streams alone
+
+        addresses = range(len(self._stream.addresses))
+        for number in itertools.count():
+            dice = random.Random(f"{self._seed}/{self._first}/{number}")  # the same for all readers
+            order = dice.sample(addresses, len(addresses))
+            whole = len(order) >= num_readers
+            samples = read_stream(
+                self._stream, self._config, self._decoder, order[reader::num_readers] if whole else order
+            )
+            if not whole:
+                samples = itertools.islice(samples, reader, None, num_readers)
+            is_empty = True
+            buffer = self._config.stream_buffer
+            for sample in shuffle(buffer, initial=buffer, seed=dice.randrange(2**63) + reader)(samples):
+                is_empty = False
+                yield sample
+            if is_empty:
+                raise DataError("there are no samples in the streams", f"first one: '{self._stream.shown(order[0])}'")
+
+
+def decoded(stream: Stream, raw: RawSample, decoder: MembersDecoder, draw: Draw) -> tuple[Sample, str] | BadSample:
+    """The sample and its name, or why it cannot be used."""
+    try:
+        if raw.problem:
+            raise BadSampleError("duplicate members", raw.problem)
+        return decoder.decode_members(_StreamedMembers(raw.members), draw), f"{stream.name(raw.shard)}/{raw.key}"
+    except BadSampleError as error:
+        return BadSample(stream.shown(raw.shard), raw.key, error.reason, error.detail)
+
+
+def read_stream(
+    stream: Stream, config: DataConfig, decoder: MembersDecoder, numbers: Iterable[int]
+) -> Iterator[RawSample | BadSample]:
+    """The samples of these shards, one after the other; members of one key stand together. Where `on_bad_shard` is
+    `skip`, a bad sample without a key tells of damage behind them.
+
+    Raises:
+        DataError, StorageError: a stream is damaged, or fails, and `on_bad_shard` is `stop`.
+    """
+    for number in numbers:
+        try:
+            yield from _samples(stream, number, config.max_member_bytes, decoder.extensions())
+        except LdmError as error:
+            if config.on_bad_shard == "stop":
+                raise
+            yield BadSample(stream.shown(number), "", "damaged shard", error.cause)
+
+
+def _samples(stream: Stream, number: int, max_bytes: int, needed: set[str]) -> Iterator[RawSample]:
+    """The samples of one shard; the last one only when all of the shard was there."""
+    from webdataset.tariterators import base_plus_ext  # a slow import, needed for streams alone
+
+    current: RawSample | None = None
+    for name, data in members_of(stream.addresses[number], stream.shown(number), max_bytes):
+        key, extension = base_plus_ext(name)
+        if key is None:  # a name without extension
+            continue
+        if current is None or key != current.key:
+            if current is not None:
+                yield current
+            current = RawSample(number, key, {})
+        current = _with_member(current, extension.lower(), data, needed)
+    if current is not None:
+        yield current
+
+
+def _with_member(sample: RawSample, extension: str, data: bytes, needed: set[str]) -> RawSample:
+    if extension in sample.members:
+        return RawSample(sample.shard, sample.key, sample.members, f"2 × .{extension}")
+    sample.members[extension] = data if extension in needed else b""
+    return sample
+
+
+class _StreamedMembers(Members):
+    """Members that are at hand."""
+
+    def __init__(self, members: dict[str, bytes]) -> None:
+        self._members = members
+
+    def read(self, extension: str) -> bytes | None:
+        return self._members.get(extension)
