@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from ldm_cli.allocator import keep_freed_memory
 from ldm_cli.bench import peers
 from ldm_cli.bench.race import Contender, race, speedup
 from ldm_cli.bench.workload import build_model
-from ldm_cli.core.allocator import keep_freed_memory
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm_cli.core.allocator import keep_freed_memory
+from ldm_cli.allocator import keep_freed_memory
 from ldm_cli.core.clip_loss import contrastive_loss
 from ldm_cli.core.diffusion.loss import diffusion_loss
 from ldm_cli.core.diffusion.schedule import NoiseSchedule

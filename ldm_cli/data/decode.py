@@ -8,6 +8,7 @@ animation. What a header claims is checked before anything is decoded, and a tru
 from __future__ import annotations
 
 import io
+import math
 import struct
 from collections.abc import Callable
 from typing import Literal
@@ -17,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from ldm_cli.allocator import give_back_memory
 from ldm_cli.data.bad_samples import BadSampleError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -37,7 +39,8 @@ _TRANSPOSE = {
 _ORIENTATION = 0x0112
 _MUCH_LARGER = 6  # times the side of the result
 _BAND_PIXELS = 1 << 20
-_HUGE_PIXELS = 1 << 24
+_HUGE_PIXELS = 1 << 22
+_WEBP_WEIGHT = 4.0  # two canvases, a copy as bytes and the picture
 
 # The limit is data.max_pixels, checked for every image; Pillow's own would warn or raise at another one.
 Image.MAX_IMAGE_PIXELS = None
@@ -67,11 +70,15 @@ def decode_rgb(data: bytes, background: Color, max_pixels: int, min_side: int | 
         image.load()
         transpose = _TRANSPOSE.get(_orientation(image))  # Pillow has already applied it to TIFFs
         result = _to_rgb(image, background, _reduction(image.size, min_side))
-        return result if transpose is None else result.transpose(transpose)
+        result = result if transpose is None else result.transpose(transpose)
     except BadSampleError:
         raise
     except Exception as error:  # Pillow's plugins raise nearly every kind of exception on damaged files
         raise BadSampleError("damaged image", str(error)) from error
+    if image.width * image.height > _HUGE_PIXELS and result is not image:
+        del image
+        give_back_memory()
+    return result
 
 
 def image_header(data: bytes, max_pixels: int) -> tuple[str, int, int]:
@@ -150,30 +157,48 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     """Read the header, and refuse what is no image of the known formats or claims too much."""
     if not data:
         raise BadSampleError("empty image")
-    _check_size(_webp_size(data), max_pixels)
+    _check_size(_webp_size(data), max_pixels, _WEBP_WEIGHT)
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError as error:
         raise BadSampleError("not an image", "none of " + ", ".join(_FORMATS)) from error
     except Exception as error:
         raise BadSampleError("damaged image", str(error)) from error
-    _check_size(image.size, max_pixels)
+    _check_size(image.size, max_pixels, _weight(image))
     return image
 
 
-def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+def _check_size(size: tuple[int, int], max_pixels: int, weight: float) -> None:
     width, height = size
-    if width * height > max_pixels:
-        raise BadSampleError("too many pixels", f"{width}×{height}, more than data.max_pixels={max_pixels}")
+    if width * height * weight > max_pixels:
+        counted = f", which count {weight:g} times in this kind of file," if weight > 1 else ","
+        raise BadSampleError("too many pixels", f"{width}×{height}{counted} more than data.max_pixels={max_pixels}")
+
+
+def _weight(image: Image.Image) -> float:
+    """How many times the usual four bytes decoding holds for each pixel."""
+    if image.format == "WEBP":
+        return _WEBP_WEIGHT
+    if image.format == "TIFF" and _orientation(image) > 1:
+        return 2.0  # Pillow turns it while loading
+    if image.info.get("progressive"):
+        return max(1.0, len(image.getbands()) / 2)  # all coefficients, of two bytes
+    return 1.0
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
-    """The canvas that an extended WebP header claims: Pillow allocates it while opening, before it can be
-    asked.
-    """
-    if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X" and len(data) >= 30:
+    """The canvas that a WebP header claims: Pillow allocates it while opening, before it can be asked."""
+    if data[:4] != b"RIFF" or len(data) < 30:
+        return 0, 0
+    if data[8:16] == b"WEBPVP8X":
         low, high = struct.unpack("<IH", data[24:30])
         return (low & 0xFFFFFF) + 1, (low >> 24 | high << 8) + 1
+    if data[8:16] == b"WEBPVP8 ":
+        width, height = struct.unpack("<HH", data[26:30])
+        return width & 0x3FFF, height & 0x3FFF
+    if data[8:16] == b"WEBPVP8L":
+        (bits,) = struct.unpack("<I", data[21:25])
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
     return 0, 0
 
 
@@ -187,9 +212,9 @@ def _orientation(image: Image.Image) -> int:
 
 def _reduction(size: tuple[int, int], min_side: int | None) -> int:
     """Side of the blocks over which a picture is averaged: of a huge one, a copy in full would be too much to hold."""
-    if min_side is None or size[0] * size[1] <= _HUGE_PIXELS:
+    if min_side is None:
         return 1
-    return max(1, min(size) // (3 * min_side))
+    return max(1, min(math.ceil(math.sqrt(size[0] * size[1] / _HUGE_PIXELS)), min(size) // (3 * min_side)))
 
 
 def _to_rgb(image: Image.Image, background: Color, reduction: int) -> Image.Image:

@@ -143,8 +143,9 @@ class MembersDecoder:
         if self._wanted.image:
             mirror = draw.flip < self._config.flip_probability
             shape = draw.shape or (self._config.image_size, self._config.image_size)
-            picture = decode_rgb(members.image(), self._config.background, self._config.max_pixels, max(shape))
-            image = to_rectangle(picture, shape, self._config.crop, draw.place, mirror)
+            config = self._config
+            picture = decode_rgb(members.image(), config.background, config.max_pixels, max(shape))
+            image = to_rectangle(picture, shape, config.crop, draw.place, mirror)
         return Sample(image, caption, label, metadata, remarks)
 
     def _caption_choices(self, members: Members) -> list[float]:

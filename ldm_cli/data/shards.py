@@ -25,6 +25,7 @@ from ldm_cli.errors import DataError, InputNotFoundError, RecipeError, StorageEr
 from ldm_cli.reporting import Reporter
 
 _MAX_OPEN_FILES = 64
+_LARGE_MEMBER = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -163,19 +164,24 @@ class ShardReader:
             StorageError: reading failed.
         """
         path = self._shards.paths[shard]
-        length = BLOCK + member.size
         with self._lock:
             try:
-                block = os.pread(self._descriptor(shard), length, member.offset - BLOCK)
+                descriptor = self._descriptor(shard)
+                if member.size <= _LARGE_MEMBER:
+                    block = os.pread(descriptor, BLOCK + member.size, member.offset - BLOCK)
+                    header, data = block[:BLOCK], block[BLOCK:]
+                else:  # a copy would be too much to hold
+                    header = os.pread(descriptor, BLOCK, member.offset - BLOCK)
+                    data = os.pread(descriptor, member.size, member.offset)
             except OSError as error:
                 raise StorageError(f"cannot read shard '{path}'", os.strerror(error.errno or 0)) from error
-        if len(block) != length or zlib.crc32(block[:BLOCK]) != member.header_crc:
+        if len(data) != member.size or zlib.crc32(header) != member.header_crc:
             raise DataError(
                 f"shard '{path}' has changed since it was indexed",
                 f"other content at byte {member.offset - BLOCK}",
                 "leave shards alone while they are in use; then run the same command again",
             )
-        return block[BLOCK:]
+        return data
 
     def close(self) -> None:
         """Close all files."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ldm_cli import __version__
-from ldm_cli.core.allocator import keep_freed_memory
+from ldm_cli.allocator import keep_freed_memory
 from ldm_cli.data.bad_samples import BadSampleLog
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.config import DataConfig

@@ -327,3 +327,48 @@ def test_a_rectangle_is_the_largest_part_of_its_shape() -> None:
     assert to_rectangle(image, (30, 10), "random", 0.0, mirror=True, out=out) is out
     assert torch.equal(out, tall)
     assert to_rectangle(_ramp(1, 30), (8, 64), "center").shape == (3, 8, 64)
+
+
+def _webp_frame_claiming(width: int, height: int, lossless: bool) -> bytes:
+    if lossless:
+        frame, kind = b"\x2f" + struct.pack("<I", (width - 1) | (height - 1) << 14) + bytes(20), b"VP8L"
+    else:
+        frame, kind = b"\x10\0\0\x9d\x01\x2a" + struct.pack("<HH", width, height) + bytes(20), b"VP8 "
+    body = b"WEBP" + kind + struct.pack("<I", len(frame)) + frame
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def test_what_takes_more_memory_than_its_pixels_counts_for_more() -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    at_half, at_two_thirds = Image.new("RGB", (75, 75)), Image.new("RGB", (85, 85))
+    for data, times in {
+        _encoded(at_half, "WEBP"): "4",
+        _webp_frame_claiming(60, 60, lossless=False): "4",
+        _webp_frame_claiming(60, 60, lossless=True): "4",
+        _encoded(at_half, "TIFF", exif=turned): "2",
+        _encoded(at_two_thirds, "JPEG", progressive=True): "1.5",
+        _encoded(at_half.convert("CMYK"), "JPEG", progressive=True): "2",
+    }.items():
+        with pytest.raises(BadSampleError, match=f"which count {times} times in this kind of file"):
+            decode_rgb(data, BACKGROUND, MAX_PIXELS)
+    for data in (_encoded(at_half, "TIFF"), _encoded(at_two_thirds, "JPEG"), _encoded(at_half.convert("CMYK"), "JPEG")):
+        assert min(decode_rgb(data, BACKGROUND, MAX_PIXELS).size) >= 75
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "I;16"])
+def test_a_huge_picture_is_averaged_before_it_is_turned(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = _photo((230, 170))
+    image = photo.convert("L").convert("I").point(lambda value: value * 257).convert(mode) if mode == "I;16" else None
+    image = image or (photo.quantize(256) if mode == "P" else photo.convert(mode))
+    data = _encoded(image, exif=exif)
+    whole = decode_rgb(data, BACKGROUND, 10**6)
+    assert whole.size == (170, 230)
+    monkeypatch.setattr(decode, "_HUGE_PIXELS", 10_000)
+    monkeypatch.setattr(decode, "_BAND_PIXELS", 230 * 25)
+    reduced = decode_rgb(data, BACKGROUND, 10**6, 13)
+    assert reduced.size == (85, 115)
+    difference = to_square(whole, 13, "center").float() - to_square(reduced, 13, "center").float()
+    assert difference.square().mean().sqrt() < 2

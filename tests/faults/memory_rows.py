@@ -12,6 +12,9 @@ import tarfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from PIL import Image
 
 from ..data.tars import Members, numbered_sample, png, png_chunk, png_with, write_tar
 from .lives import Life
@@ -35,6 +38,18 @@ def animation(frames: int, side: int) -> bytes:
     return b"GIF89a" + screen + frame * frames + b"\x3b"
 
 
+def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def _turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
 def _tiff(side: int) -> bytes:
     """An uncompressed TIFF that claims a size and holds one strip of nothing."""
     entries = [(256, side), (257, side), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, side), (279, side**2)]
@@ -50,7 +65,12 @@ def members_of_bombs() -> dict[str, Members]:
         "pixels-by-20kB.png": png_with(16_000, 16_000, png_chunk(b"IDAT", zlib.compress(bytes(1 << 24), 9))),
         "text.png": png_with(8, 8, *[png_chunk(b"zTXt", b"a\0\0" + zeros)] * 4),
         "profile.png": png_with(8, 8, png_chunk(b"iCCP", b"a\0\0" + zeros)),
-        "transparent.png": transparent_png(5000),
+        "transparent.png": transparent_png(7990),
+        "canvases.webp": _encoded(Image.new("RGB", (3990, 3990)), "WEBP", method=0),
+        "canvas.webp": _encoded(Image.new("RGB", (7990, 7990)), "WEBP", method=0),
+        "coefficients.jpg": _encoded(Image.new("RGB", (6500, 6500)), "JPEG", progressive=True, subsampling=0),
+        "turned.png": _encoded(Image.new("RGB", (7990, 7990)), "PNG", exif=_turned(), compress_level=1),
+        "ink.jpg": _encoded(Image.new("CMYK", (7990, 7990)), "JPEG"),
         "frames.gif": animation(30_000, 4000),
         "strip.tif": _tiff(40_000),
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from contextlib import suppress
 from typing import Any
 
 # malloc.h and asm-generic/mman-common.h
@@ -44,3 +45,10 @@ def keep_freed_memory() -> bool:
         return end <= start or bool(libc.madvise(start, end - start, _MADV_HUGEPAGE) == 0)
     except (OSError, AttributeError):
         return False
+
+
+def give_back_memory() -> None:
+    """Give freed memory back to the kernel, after something huge that will hardly come again."""
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
