@@ -39,8 +39,10 @@ def kill_at_random(bench: Bench) -> None:
                 computed += life.took
                 break
             life.send(signal.SIGKILL)
-            bench.tally.judge(life, {-signal.SIGKILL}, f"{name}, kill {kills}")
+            bench.tally.judge(life, {-signal.SIGKILL, 0}, f"{name}, kill {kills}")
             computed += life.took
+            if life.code == 0:  # it was done a moment before
+                break
             bench.tally.trials += 1
             kills += 1
         computed += bench.finish(name, out, f"{name} after {kills} kills")
