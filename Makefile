@@ -13,9 +13,11 @@ FAULTS_FLAGS ?=
 
 BIN := $(VENV)/bin
 LDM := $(BIN)/ldm
-# Every version is pinned, torch's too. pip would compile on one core; torch/testing has files for other Pythons.
+# Every version is pinned, torch's too. pip would compile on one core, and with torch/testing files for other Pythons; of
+# transformers and diffusers, two thirds are models and pipelines that nothing here imports.
 INSTALL = $(BIN)/python -m pip install --quiet --no-compile $(PIP_FLAGS) --constraint constraints.txt --editable
-COMPILE = $(BIN)/python -m compileall -q -j 0 -x torch/testing $(VENV)/lib
+UNUSED := torch/testing|/pip/|/setuptools/|transformers/models/(?!auto/|clip/|siglip/)\w+/|diffusers/pipelines/(?!stable_diffusion/)\w+/
+COMPILE = $(BIN)/python -m compileall -q -j 0 -x '$(UNUSED)' $(VENV)/lib
 INSTALLED := $(VENV)/.installed
 TESTED := $(VENV)/.installed-test
 
@@ -25,19 +27,21 @@ SHELL := /bin/bash -o pipefail
 
 setup: $(TESTED)
 
-# The stamp comes last: an interrupted installation is done again, a finished one is not.
-$(INSTALLED): pyproject.toml constraints.txt
+# The stamps come last: an interrupted installation is done again, a finished one is not.
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ldm needs Python 3.11 or newer: make PYTHON=...")'
-	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) .
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) $(1)
 	$(COMPILE)
-	@touch $@
+	@touch $(2)
+endef
 
-# What only tests and style checks need, diffusers and transformers among it.
-$(TESTED): $(INSTALLED)
-	$(INSTALL) ".[test]"
-	$(COMPILE)
-	@touch $@
+$(INSTALLED): pyproject.toml constraints.txt
+	$(call install,.,$@)
+
+# With what only tests and style checks need, diffusers and transformers among it.
+$(TESTED): pyproject.toml constraints.txt
+	$(call install,".[test]",$(INSTALLED) $@)
 
 # Two ranks of one thread each train faster than two threads: the demo's operations are too small to be shared out.
 demo: $(INSTALLED)

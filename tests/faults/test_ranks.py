@@ -57,20 +57,16 @@ def trace(out: Path) -> str:
     return text
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
-def test_elastic_training_has_the_same_bits_and_samples_on_one_and_two_ranks(
-    scenes: Path, tmp_path: Path, optimizer: str
-) -> None:
-    recipe = vae_recipe(scenes, loss=ADVERSARIAL, data={"flip_probability": 0.5}, optimizer=optimizer, **ELASTIC)
+def test_elastic_training_has_the_same_bits_and_samples_on_one_and_two_ranks(scenes: Path, tmp_path: Path) -> None:
+    recipe = vae_recipe(scenes, loss=ADVERSARIAL, data={"flip_probability": 0.5}, **ELASTIC)
     one, two = (trained(recipe, tmp_path / str(count), count) for count in (1, 2))
     assert different(one, two) is None
     assert trace(one) == trace(two)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_clip_has_the_same_bits_on_one_two_and_four_ranks(scenes: Path, tmp_path: Path, optimizer: str) -> None:
-    recipe = clip_recipe(scenes, RESNET, optimizer=optimizer, **ELASTIC)
+def test_clip_has_the_same_bits_on_one_two_and_four_ranks(scenes: Path, tmp_path: Path) -> None:
+    recipe = clip_recipe(scenes, RESNET, optimizer="muon", **ELASTIC)  # which leaves what is no matrix to AdamW
     one, two, four = (trained(recipe, tmp_path / str(count), count) for count in (1, 2, 4))
     assert different(one, two) is None
     assert different(one, four) is None
@@ -78,11 +74,8 @@ def test_clip_has_the_same_bits_on_one_two_and_four_ranks(scenes: Path, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_without_elastic_two_ranks_log_the_losses_of_one_to_rounding(
-    scenes: Path, tmp_path: Path, optimizer: str
-) -> None:
-    recipe = vae_recipe(scenes, optimizer=optimizer, **ELASTIC | {"deterministic": "run", "lr": 1e-3})
+def test_without_elastic_two_ranks_log_the_losses_of_one_to_rounding(scenes: Path, tmp_path: Path) -> None:
+    recipe = vae_recipe(scenes, optimizer="muon", **ELASTIC | {"deterministic": "run", "lr": 1e-3})
     one, two = (trained(recipe, tmp_path / str(count), count) for count in (1, 2))
     for before, after in zip(metrics(one), metrics(two), strict=True):
         assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
