@@ -170,7 +170,7 @@ class StagingArea:
             raise StorageError(
                 f"cannot fetch shard '{shown}' of {size} bytes",
                 f"shards in use take {sum(held.values())} bytes already, data.max_fetched_bytes={self._max_bytes}",
-                "raise it, or copy the shards to a local folder",
+                "raise it, or read them as they come by data.stream=true",
             )
 
     def _hold(self, place: Path) -> None:

@@ -97,12 +97,16 @@ def test_recipes_of_published_sizes_can_be_measured() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.longest
-def test_data_and_starts_are_measured(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("forked")
+def test_loaders_readers_indexing_and_resuming_are_measured() -> None:
     rows = input_pipeline.measure(48, 1, compared=False)
     assert {row["contender"] for row in rows} == {"ldm", "ldm at epoch 100"}
     assert {row["work"] for row in rows} >= {"reading alone", "indexing", "first batch after a start"}
     assert all(row["per_second"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_starts_are_measured(tmp_path: Path) -> None:
     folder = picture.random_pipeline(tmp_path / "model")
     (begun,) = picture.start(folder, 2, 1, compared=False)
     assert begun["seconds"] > 0

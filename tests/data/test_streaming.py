@@ -193,7 +193,7 @@ def test_only_what_the_recipe_allows_is_opened(folder: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_a_run_over_a_stream_is_trained_continued_and_finished(tmp_path: Path) -> None:
-    shards = numbered_shards(tmp_path / "shards", [6, 6])
+    shards = numbered_shards(tmp_path / "shards", [64, 64])
     data = {"shards": f"pipe:cat {shards}/{{000,001}}.tar", "stream": True, "remote_schemes": ["pipe"]}
     recipe = vae_recipe(shards, data=data | {"val_shards": None}, steps=4, save_every=2, lr_schedule="constant")
     (tmp_path / "r.json").write_text(json.dumps(recipe))
