@@ -6,6 +6,7 @@ webdataset walks it; what it lets pass is noticed here: a missing end, compressi
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import tarfile
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import IO
 
 from ldm_cli.data.patterns import PIPE
 from ldm_cli.data.tar_format import COMPRESSED
-from ldm_cli.data.workers import die_with_parent
+from ldm_cli.data.workers import SIGNALS, die_with_parent
 from ldm_cli.errors import DataError, StorageError
 
 _END = bytes(1024)
@@ -126,11 +127,18 @@ def _running(command: str) -> Iterator[IO[bytes]]:
     with os.fdopen(end, "rb") as output:
         try:
             process = subprocess.Popen(
-                command, shell=True, stdin=subprocess.DEVNULL, stdout=beginning, preexec_fn=die_with_parent
+                command, shell=True, stdin=subprocess.DEVNULL, stdout=beginning, preexec_fn=_prepare
             )
         finally:
             os.close(beginning)
         yield from _until_it_ends(process, output)
+
+
+def _prepare() -> None:
+    """In the process that becomes the command: what a worker ignores is the command's own affair again."""
+    die_with_parent()
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _until_it_ends(process: subprocess.Popen[bytes], output: IO[bytes]) -> Iterator[IO[bytes]]:

@@ -30,7 +30,10 @@ import torch
 from ldm_cli.data.parcel import pack, unpack
 from ldm_cli.errors import WorkerError
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""Which workers ignore."""
+
+_PARENT_IS_GONE = signal.SIGUSR2
 _LENGTH_BYTES = 8
 _PR_SET_PDEATHSIG = 1
 _REMEDY = "run the same command again; if it recurs, lower data.num_workers"
@@ -104,7 +107,13 @@ class _Worker(Generic[Item]):
                     other._socket.close()
                 if with_children:
                     os.setsid()
-                _work(lambda: _make_all(make, numbers, num_ahead, self._memory, theirs), parent, in_main_thread)
+                    signal.signal(_PARENT_IS_GONE, _kill_group)
+                at_parents_end = _PARENT_IS_GONE if with_children else signal.SIGKILL
+                _work(
+                    lambda: _make_all(make, numbers, num_ahead, self._memory, theirs),
+                    parent,
+                    at_parents_end if in_main_thread else None,
+                )
 
     def receive(self, timeout: float) -> Item:
         """The next item."""
@@ -177,10 +186,10 @@ class _Worker(Generic[Item]):
         return WorkerError(f"data worker {self._number} (pid {self._pid}) died", how, remedy)
 
 
-def die_with_parent() -> None:
-    """Let the system kill this process when the thread that started it is gone; on Linux alone."""
+def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """Let the system send this process a signal when the thread that started it is gone; on Linux alone."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _anonymous_file() -> int:
@@ -193,25 +202,30 @@ def _anonymous_file() -> int:
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
-def _work(make_all: Callable[[], None], parent: int, in_main_thread: bool) -> NoReturn:
+def _kill_group(number: int, frame: object) -> None:
+    """Take along the processes that a worker started."""
+    os.killpg(0, signal.SIGKILL)
+
+
+def _work(make_all: Callable[[], None], parent: int, at_parents_end: signal.Signals | None) -> NoReturn:
     """The life of a worker; it never returns into the code that forked it."""
     code = 1
     try:
         gc.freeze()  # what the parent left to be collected is not ours to finalise
-        for number in _SIGNALS:
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         # A parent that is killed closes its socket, which ends us at the next item; this ends us at once. It
         # is bound to the thread that forked, so only the main thread's death means the parent's.
-        if in_main_thread:
-            die_with_parent()
+        if at_parents_end is not None:
+            die_with_parent(at_parents_end)
         torch.set_num_threads(1)
         if os.getppid() == parent:
             make_all()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,18 @@ def numbers(batches: list[Batch]) -> list[int]:
             assert (caption, key.partition("/")[2]) == (f"caption {number}", f"{number:04d}")
             found.append(number)
     return found
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def expect_gone(pids: list[int]) -> None:
+    assert pids
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
 
 
 @pytest.fixture
@@ -133,12 +147,21 @@ def test_an_endless_command_ends_with_its_loader(folder: Path, tmp_path: Path, n
     batches = loader(config, batch_size=2).batches(0, 4)
     assert len(next(batches)) == 2
     batches.close()
-    deadline = time.monotonic() + 20
-    pids = [int(line) for line in (tmp_path / "pids").read_text().split()]
-    assert pids
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    expect_gone([int(line) for line in (tmp_path / "pids").read_text().split()])
+
+
+def test_a_waiting_command_ends_with_a_killed_run(tmp_path: Path) -> None:
+    script, pids = tmp_path / "waits", tmp_path / "pids"
+    script.write_text(f"sleep 1000 & echo $! $$ > {pids}.part; mv {pids}.part {pids}; wait\n")
+    config = settings(f"pipe:true | sh {script}; true")
+    trainer = os.fork()
+    if trainer == 0:
+        next(loader(config).batches(0, 1))
+        os._exit(1)
+    wait_until(pids.exists)
+    os.kill(trainer, signal.SIGKILL)
+    os.waitpid(trainer, 0)
+    expect_gone([int(pid) for pid in pids.read_text().split()])
 
 
 def test_what_is_no_plain_tar_or_too_large_is_refused(folder: Path, tmp_path: Path) -> None:
