@@ -16,7 +16,8 @@ LDM := $(BIN)/ldm
 # Every version is pinned, torch's too. pip would compile on one core, and with torch/testing files for other Pythons; of
 # transformers and diffusers, two thirds are models and pipelines that nothing here imports.
 INSTALL = $(BIN)/python -m pip install --quiet --no-compile $(PIP_FLAGS) --constraint constraints.txt --editable
-UNUSED := torch/testing|/pip/|/setuptools/|transformers/models/(?!auto/|clip/|siglip/)\w+/|diffusers/pipelines/(?!stable_diffusion/)\w+/
+UNUSED := torch/testing|/(tests|pip|setuptools|mypy)/
+UNUSED := $(UNUSED)|transformers/models/(?!auto/|clip/|siglip/)\w+/|diffusers/pipelines/(?!stable_diffusion/)\w+/
 COMPILE = $(BIN)/python -m compileall -q -j 0 -x '$(UNUSED)' $(VENV)/lib
 INSTALLED := $(VENV)/.installed
 TESTED := $(VENV)/.installed-test
