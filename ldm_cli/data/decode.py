@@ -39,7 +39,7 @@ _TRANSPOSE = {
 _ORIENTATION = 0x0112
 _MUCH_LARGER = 6  # times the side of the result
 _BAND_PIXELS = 1 << 20
-_HUGE_PIXELS = 1 << 22
+_HUGE_PIXELS = 1 << 21
 _WEBP_WEIGHT = 4.0  # two canvases, a copy as bytes and the picture
 
 # The limit is data.max_pixels, checked for every image; Pillow's own would warn or raise at another one.

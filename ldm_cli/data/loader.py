@@ -23,7 +23,7 @@ from ldm_cli.data.sample import Draw, MembersDecoder, Sample, SampleDecoder, Wan
 from ldm_cli.data.shards import ShardSet
 from ldm_cli.data.streaming import Stream, StreamedSteps, decoded, read_stream
 from ldm_cli.data.workers import made_by_workers
-from ldm_cli.errors import DataError, RecipeError
+from ldm_cli.errors import DataError
 
 _NUM_AHEAD = 2
 _MAX_REPLACEMENTS = 64
@@ -42,7 +42,7 @@ class Loader:
         rank, world_size: this process takes the `rank`-th of `world_size` equal parts of every batch.
         with_captions, with_images: parts not wanted are neither read nor checked.
         report_bad: called with every bad sample, e.g. a `BadSampleLog`.
-        cache: gives encodings in place of images.
+        cache: gives encodings in place of images, of indexed shards.
 
     Attributes:
         account: bad samples met so far.
@@ -50,7 +50,7 @@ class Loader:
 
     Raises:
         ValueError: `world_size` does not divide `batch_size`.
-        RecipeError: there are a cache and aspect buckets, or a cache and a stream.
+        RecipeError: there are both a cache and aspect buckets.
         InputNotFoundError: a source that has a weight has no samples.
     """
 
@@ -77,8 +77,6 @@ class Loader:
         self._is_cached = cache is not None  # nothing is decoded then: a thread is ahead of any trainer
         self._steps: _Steps | StreamedSteps
         if isinstance(shards, Stream):
-            if cache:
-                raise RecipeError("a cache cannot be used with data.stream", "its samples are numbered", "remove one")
             self._steps = StreamedSteps(shards, config, wanted, seed, batch_size, rank, world_size)
         else:
             decoder = cache.decoder(config, wanted) if cache else SampleDecoder(shards, config, wanted)

@@ -30,6 +30,7 @@ from ldm_cli.errors import DataError, LdmError
 from ldm_cli.reporting import Reporter
 
 _MAX_BAD_TOGETHER = 64
+_MAX_EMPTY_PASSES = 10  # of one reader, whose shards may be empty while others are not
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class StreamedSteps:
         """
         from webdataset.filters import shuffle  # a slow import, needed for streams alone
 
-        addresses = range(len(self._stream.addresses))
+        addresses, num_empty = range(len(self._stream.addresses)), 0
         for number in itertools.count():
             dice = random.Random(f"{self._seed}/{self._first}/{number}")  # the same for all readers
             order = dice.sample(addresses, len(addresses))
@@ -169,12 +170,12 @@ class StreamedSteps:
             )
             if not whole:
                 samples = itertools.islice(samples, reader, None, num_readers)
-            is_empty = True
+            num_empty += 1
             buffer = self._config.stream_buffer
             for sample in shuffle(buffer, initial=buffer, seed=dice.randrange(2**63) + reader)(samples):
-                is_empty = False
+                num_empty = 0
                 yield sample
-            if is_empty:
+            if num_empty == _MAX_EMPTY_PASSES:
                 raise DataError("there are no samples in the streams", f"first one: '{self._stream.shown(order[0])}'")
 
 

@@ -20,6 +20,7 @@ from ldm_cli.data.latent_cache import LatentCache
 from ldm_cli.data.loader import Loader, sequential_batches
 from ldm_cli.data.shards import ShardSet, open_shards
 from ldm_cli.data.streaming import Stream, open_stream
+from ldm_cli.errors import RecipeError
 from ldm_cli.formats.model_folder import weights_sha256
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.data_trace import traced
@@ -58,7 +59,7 @@ def run_training(
     *,
     uses: Mapping[str, str] | None = None,
     facts: Mapping[str, str] | None = None,
-    open_cache: Callable[[ShardSet | Stream], LatentCache] | None = None,
+    open_cache: Callable[[ShardSet], LatentCache] | None = None,
     with_captions: bool = True,
 ) -> dict[str, Any]:
     """Train, continue or recognise as finished the run `recipe` describes.
@@ -96,7 +97,11 @@ def run_training(
             return _result(run, status["step"], status["figures"])
         if device.type == "cpu" and recipe.train.precision != "fp32" and ranks.is_first:
             reporter.warn(f"{recipe.train.precision} is slower than fp32 on most CPUs: see train.precision=fp32")
-        cache = open_cache(shards) if open_cache else None
+        cache = None
+        if open_cache:
+            if isinstance(shards, Stream):
+                raise RecipeError("a cache cannot be used with data.stream", "its samples are numbered", "remove one")
+            cache = open_cache(shards)
         with run if ranks.is_first else nullcontext():
             if ranks.is_first and options.resume == "never":
                 run.expect_unused()

@@ -164,6 +164,12 @@ def test_a_waiting_command_ends_with_a_killed_run(tmp_path: Path) -> None:
     expect_gone([int(pid) for pid in pids.read_text().split()])
 
 
+def test_a_reader_whose_shard_is_empty_gets_samples_from_the_next_pass(folder: Path, tmp_path: Path) -> None:
+    empty = write_tar(tmp_path / "empty.tar", [])
+    config = settings(folder / "000.tar", empty, num_workers=2)
+    assert set(numbers([*loader(config).batches(0, 10)])) == set(range(5))
+
+
 def test_what_is_no_plain_tar_or_too_large_is_refused(folder: Path, tmp_path: Path) -> None:
     large = write_tar(tmp_path / "large.tar", [("a.png", bytes(300_000)), ("a.txt", b"a")])
     (tmp_path / "page.tar").write_bytes(b"<html>" * 500)

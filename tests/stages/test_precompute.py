@@ -307,6 +307,15 @@ def test_random_crops_are_refused_before_anything_is_written(parts: Parts, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_stream_has_no_cache(parts: Parts, tmp_path: Path) -> None:
+    recipe = unet_recipe(*parts) | {"cache": str(tmp_path / "cache")}
+    recipe["data"]["stream"] = True
+    with pytest.raises(RecipeError, match=r"data\.stream=true serves training alone"):
+        result_of(recipe)
+    with pytest.raises(RecipeError, match=r"a cache cannot be used with data\.stream"):
+        trained(recipe, tmp_path / "run")
+
+
 def test_a_cache_that_is_not_there_is_named(parts: Parts, tmp_path: Path) -> None:
     with pytest.raises(InputNotFoundError, match=r"no cache in '.*'.*ldm precompute"):
         trained(unet_recipe(*parts) | {"cache": str(tmp_path / "cache")}, tmp_path / "run")
