@@ -176,9 +176,7 @@ def _check_size(size: tuple[int, int], max_pixels: int, weight: float) -> None:
 
 
 def _weight(image: Image.Image) -> float:
-    """How many times the usual four bytes decoding holds for each pixel."""
-    if image.format == "WEBP":
-        return _WEBP_WEIGHT
+    """How many times the usual four bytes decoding holds for each pixel; a WebP was weighed before it was opened."""
     if image.format == "TIFF" and _orientation(image) > 1:
         return 2.0  # Pillow turns it while loading
     if image.info.get("progressive"):

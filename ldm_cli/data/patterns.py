@@ -149,12 +149,11 @@ def _is_remote(pattern: str, schemes: tuple[str, ...], streamed: bool = False) -
         return True
     remedy = "copy the shards to a local folder and name that"
     if scheme == "pipe":
-        shown, remedy = (
-            shown_command(pattern),
-            f"{remedy}, or allow commands by data.stream=true data.remote_schemes=[pipe]",
-        )
+        shown = shown_command(pattern)
+        remedy += ", or allow commands by data.stream=true data.remote_schemes=[pipe]"
     else:
-        shown, remedy = without_credentials(pattern), f"{remedy}, or allow it by data.remote_schemes=[{scheme}]"
+        shown = without_credentials(pattern)
+        remedy += f", or allow it by data.remote_schemes=[{scheme}]"
     raise UnavailableError(f"cannot read shards '{shown}'", f"'{scheme}:' is not allowed", remedy)
 
 

@@ -67,7 +67,7 @@ def stats(shards: ShardSet, config: DataConfig, reporter: Reporter) -> dict[str,
         (min, median, max), `captions`: how many, `distinct`, `length` in characters (min, median, max) and
         the most `frequent` ones, `unusable` (reason to count), `ignored`.
     """
-    decoder = SampleDecoder(shards, config, Wanted())
+    decoder = SampleDecoder(shards, config, Wanted(image=False))
     extensions, formats, captions, unusable = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     sizes: list[tuple[int, int]] = []
     with reporter.progress("reading samples", shards.num_samples, unit="sample") as progress:
