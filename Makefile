@@ -1,5 +1,5 @@
 # make demo   pictures drawn from text by models trained on this machine, in minutes on two CPU cores
-# make test   every test but those that need a GPU;  make check   style, types and the fast tests
+# make test   the tests;  make check   style, types and the fast tests;  make exhaustive   what `make test` leaves out
 # make faults kills, signals, full disks, damaged files: everything a run must survive, in a table
 #
 # Where PyPI's torch would bring CUDA along and is not wanted:
@@ -24,7 +24,7 @@ TESTED := $(VENV)/.installed-test
 
 SHELL := /bin/bash -o pipefail
 
-.PHONY: faults setup demo test check lint bench gpu-check clean
+.PHONY: faults setup demo test exhaustive check lint bench gpu-check clean
 
 setup: $(TESTED)
 
@@ -57,10 +57,14 @@ demo: $(INSTALLED)
 
 # One thread per process: the processes share the cores, and results do not depend on the machine.
 test: $(TESTED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not exhaustive and not gpu"
+
+# Every sampler, number of ranks and kind of loss where `make test` takes one of each, and the longest tests.
+exhaustive: $(TESTED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) -m "exhaustive and not gpu"
 
 check: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow and not exhaustive and not gpu"
 
 lint: $(TESTED)
 	$(BIN)/ruff check

@@ -105,7 +105,7 @@ def test_loaders_readers_indexing_and_resuming_are_measured() -> None:
     assert all(row["per_second"] > 0 for row in rows)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_starts_are_measured(tmp_path: Path) -> None:
     folder = picture.random_pipeline(tmp_path / "model")
     (begun,) = picture.start(folder, 2, 1, compared=False)

@@ -25,7 +25,7 @@ def matrix(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
 
 
-@pytest.mark.longest
+@pytest.mark.exhaustive
 def test_a_sample_of_every_kind_of_fault_is_survived(tmp_path: Path) -> None:
     quick = [*QUICK, "io-error-at-system-call"] if shutil.which("strace") else QUICK
     result = matrix("--trials", "1", "--seed", "7", "--only", *quick, "--keep", str(tmp_path))

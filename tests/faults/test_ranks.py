@@ -64,7 +64,7 @@ def test_elastic_training_has_the_same_bits_and_samples_on_one_and_two_ranks(sce
     assert trace(one) == trace(two)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_clip_has_the_same_bits_on_one_two_and_four_ranks(scenes: Path, tmp_path: Path) -> None:
     recipe = clip_recipe(scenes, RESNET, optimizer="muon", **ELASTIC)  # which leaves what is no matrix to AdamW
     one, two, four = (trained(recipe, tmp_path / str(count), count) for count in (1, 2, 4))
@@ -82,7 +82,7 @@ def test_without_elastic_two_ranks_log_the_losses_of_one_to_rounding(scenes: Pat
     assert trace(one) == trace(two)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_workers_change_neither_bits_nor_samples(scenes: Path, tmp_path: Path) -> None:
     recipe = vae_recipe(scenes, data={"flip_probability": 0.5}, **ELASTIC)
     none, one, three = (trained(recipe, tmp_path / str(n), 2, f"data.num_workers={n}") for n in (0, 1, 3))
@@ -160,9 +160,12 @@ def undisturbed(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("number", "victim", "code", "message"),
     [
-        (signal.SIGTERM, None, 75, "received SIGTERM; checkpoint saved"),
+        pytest.param(signal.SIGTERM, None, 75, "received SIGTERM; checkpoint saved", marks=pytest.mark.exhaustive),
         (signal.SIGKILL, 1, 82, "rank 1 of 2 was killed by SIGKILL"),
-        (signal.SIGSTOP, 0, 82, "rank 0 of 2 is lost: it gave no sign of life for 4 s"),
+        pytest.param(
+            *(signal.SIGSTOP, 0, 82, "rank 0 of 2 is lost: it gave no sign of life for 4 s"),
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_a_job_that_loses_a_rank_ends_with_one_line_and_continues_to_the_bits_of_one_process(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from ldm_cli.formats.png_metadata import parse_parameters, read_record
 from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import SampleRecipe
 from ldm_cli.reporting import SilentReporter
+from ldm_cli.sampling.config import SamplerName
 from ldm_cli.sampling.images import read_image, save_image
 from ldm_cli.sampling.record import recipe_of
 from ldm_cli.stages.options import RunOptions
@@ -25,10 +27,8 @@ from ldm_cli.stages.sample import Latents, run
 from tests.conftest import REPOSITORY
 from tests.sampling.tiny import tiny_pipeline
 
-SAMPLERS = (
-    *("ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpm2", "lms", "dpmpp_2m", "dpmpp_2m_sde"),
-    *("dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_3m_sde", "unipc", "pndm", "lcm"),
-)
+USUAL_SAMPLERS = ("ddim", "dpmpp_2m_sde")
+OTHER_SAMPLERS = [sampler for sampler in get_args(SamplerName) if sampler not in USUAL_SAMPLERS]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,9 @@ def everything_in(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    "sampler", [*USUAL_SAMPLERS, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in OTHER_SAMPLERS)]
+)
 def test_files_of_every_sampler_are_the_same_for_any_batch_order_and_subset(model, tmp_path, sampler):
     prompts = ["a red circle", "a blue square", ""]
     together = draw(model, tmp_path / "a", prompts=prompts, sampling={"sampler": sampler, "images_per_prompt": 3})
@@ -119,7 +121,7 @@ def various(pictures, tmp_path):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_picture_of_any_kind_is_repeated_from_itself_alone(model, pictures, tmp_path, monkeypatch):
     jobs = various(pictures, tmp_path)
     assert len(jobs) == 20
@@ -384,8 +386,7 @@ def test_ctrl_c_leaves_whole_pictures_and_the_same_command_completes_them(model,
     assert check_interruptions(model, tmp_path, times) >= 1
 
 
-@pytest.mark.slow
-@pytest.mark.longest
+@pytest.mark.exhaustive
 def test_ctrl_c_at_random_times_always_completes_to_the_same_bytes(model, tmp_path):
     generator = random.Random()
     assert check_interruptions(model, tmp_path, [generator.random() for _ in range(5)]) >= 1

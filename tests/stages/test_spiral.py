@@ -24,7 +24,7 @@ def lesson(tmp_path_factory):
     return spiral.run(out, 0, 700, 3.0, SilentReporter()), out
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_ddpm_draws_the_data_and_without_its_noise_everything_collapses_into_the_middle(lesson):
     methods = lesson[0]["methods"]
     assert methods["ddpm"]["distance_to_spiral"] < 0.15
@@ -35,7 +35,7 @@ def test_ddpm_draws_the_data_and_without_its_noise_everything_collapses_into_the
     assert methods["quiet"]["energy_distance"] > 20 * methods["ddpm"]["energy_distance"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_ddim_draws_the_data_from_the_same_field(lesson):
     ddim = lesson[0]["methods"]["ddim"]
     assert ddim["distance_to_spiral"] < 0.2
@@ -43,7 +43,7 @@ def test_ddim_draws_the_data_from_the_same_field(lesson):
     assert ddim["energy_distance"] < 0.02
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_arrows_lead_to_the_mean_in_strong_noise_and_to_the_data_in_weak_noise(lesson):
     field = lesson[0]["field"]
     strong, weak = field[f"t={DIFFUSION.num_train_timesteps - 1}"], field["t=5"]
@@ -52,7 +52,7 @@ def test_arrows_lead_to_the_mean_in_strong_noise_and_to_the_data_in_weak_noise(l
     assert weak["learned_to_best"] > 0.6
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_guidance_draws_classes_apart(lesson):
     guidance = lesson[0]["guidance"]
     data, plain, guided = guidance["data"], guidance["scale_1"], guidance["scale_3"]
@@ -61,7 +61,7 @@ def test_guidance_draws_classes_apart(lesson):
     assert guided["class_spread"] < 0.8 * plain["class_spread"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_figures_are_pictures_and_facts_are_kept(lesson):
     result, out = lesson
     for name in FIGURES:
@@ -94,7 +94,7 @@ class Page(HTMLParser):
             self.captions.append((self.open[-1][1], data))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_page_loads_nothing_and_says_each_thing_in_english_and_chinese(lesson):
     text = (lesson[1] / "index.html").read_text(encoding="utf-8")
     page = Page()
@@ -111,7 +111,7 @@ def test_the_page_loads_nothing_and_says_each_thing_in_english_and_chinese(lesso
     assert len(text) < 2_000_000
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_labels_stay_inside_of_their_figure_in_the_large_letters_of_narrow_pages(lesson):
     text = (lesson[1] / "index.html").read_text(encoding="utf-8")
     letter = 0.6 * max(int(size) for size in re.findall(r"--label:(\d+)px", text))

@@ -86,7 +86,7 @@ def test_a_sharded_run_goes_on_with_another_number_of_ranks(tmp_path: Path, worl
     assert_close_runs(trained(tmp_path / "other", config, world_size), trained(tmp_path / "whole", config, 2))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_denoiser_cut_into_many_units_trains_as_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scenes = tmp_path / "scenes"
     write_scenes(scenes, 20, 32, 0, SilentReporter(), val_samples=4)
