@@ -157,6 +157,9 @@ def as_ldm_error(error: BaseException) -> LdmError | None:
         return OutOfMemoryError("out of memory", _memory_asked_for(error), remedy)
     if isinstance(error, OSError) and error.errno is not None:
         return _storage_error(error)
+    if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
+        remedy = "it needs a C++ compiler, and triton on a GPU: install them, or set compile=false"
+        return UnavailableError("torch cannot compile the model", first_line(error), remedy)
     return None
 
 

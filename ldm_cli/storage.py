@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,17 @@ _REMEDIES = {
 }
 # What file systems answer that cannot sync a folder.
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
+
+
+def user_cache() -> Path:
+    """`$XDG_CACHE_HOME/ldm` or `~/.cache/ldm`; in the system's temporary folder when the user has no home."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    if not base:
+        try:
+            base = str(Path.home() / ".cache")
+        except RuntimeError:
+            base = str(Path(tempfile.gettempdir()) / f"ldm-{os.getuid()}")
+    return Path(base) / "ldm"
 
 
 def fsync_path(path: Path) -> None:

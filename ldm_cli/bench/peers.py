@@ -76,6 +76,8 @@ def their_step(work: Workload, channels_last: bool = False) -> PeerStep:
     if recipe.train.gradient_checkpointing:
         enable = getattr(model, "gradient_checkpointing_enable", None) or model.enable_gradient_checkpointing
         enable()  # type: ignore[operator]
+    if recipe.train.compile:
+        model.compile(dynamic=False)  # the whole: what its documentation does
     batch = {name: value.to(device) for name, value in random_batch(work).items()}
     loss: Callable[[], Tensor]
     if isinstance(recipe, TrainClipRecipe):
@@ -133,13 +135,19 @@ def _their_model(work: Workload) -> nn.Module:
 class TheirPictures:
     """diffusers' pipeline, loaded, with DDIM; a step draws all pictures."""
 
-    def __init__(self, folder: str, images: int, steps: int, device: str, prompt: str, guidance: float) -> None:
+    def __init__(
+        self, folder: str, images: int, steps: int, device: str, compiled: bool, prompt: str, guidance: float
+    ) -> None:
         diffusers = importlib.import_module("diffusers")
         dtype = torch.float32 if device == "cpu" else torch.float16
         pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, torch_dtype=dtype)
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
         self.pipeline = pipeline.to(device)
+        if compiled:  # as its documentation does
+            pipeline.unet.to(memory_format=torch.channels_last).compile(fullgraph=True, dynamic=False)
+            pipeline.vae.to(memory_format=torch.channels_last)
+            pipeline.vae.decode = torch.compile(pipeline.vae.decode, fullgraph=True, dynamic=False)
         self.images = images
         self.settings = {"num_inference_steps": steps, "guidance_scale": guidance, "num_images_per_prompt": images}
         self.prompt = prompt

@@ -38,15 +38,18 @@ _GUIDANCE = 7.5
 
 
 def sample(
-    model: str | None, images: int, steps: int, rounds: int, compared: bool, device: str
+    model: str | None, images: int, steps: int, rounds: int, compared: bool, device: str, compiled: bool = False
 ) -> list[dict[str, Any]]:
-    """`images` pictures of one prompt, DDIM, guidance 7.5, in a process that has its model: one row per contender."""
+    """`images` pictures of one prompt, DDIM, guidance 7.5, in a process that has its model: one row per contender, and
+    with `compiled` another one for each compiled."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = model or random_pipeline(Path(scratch) / "model")
-        arguments = (folder, images, steps, device)
-        field = [Contender("ldm", OurPictures, arguments)]
-        if compared:
-            field.append(Contender("diffusers", peers.TheirPictures, (*arguments, PROMPT, _GUIDANCE)))
+        field = []
+        for is_compiled in (False, True) if compiled else (False,):
+            arguments, suffix = (folder, images, steps, device, is_compiled), " compiled" if is_compiled else ""
+            field.append(Contender(f"ldm{suffix}", OurPictures, arguments))
+            if compared:
+                field.append(Contender(f"diffusers{suffix}", peers.TheirPictures, (*arguments, PROMPT, _GUIDANCE)))
         laps = race(field, rounds=rounds, warmup=1, device=device)
     return [
         {
@@ -63,11 +66,11 @@ def sample(
 class OurPictures:
     """Our pipeline, loaded; a step draws all pictures."""
 
-    def __init__(self, folder: str, images: int, steps: int, device: str) -> None:
+    def __init__(self, folder: str, images: int, steps: int, device: str, compiled: bool) -> None:
         if device == "cpu":
             keep_freed_memory()
         precision = "fp32" if device == "cpu" else "fp16"
-        self.pipeline = Pipeline.load(Path(folder), device, precision)
+        self.pipeline = Pipeline.load(Path(folder), device, precision, compiled=compiled)
         self.config = SamplingConfig.from_mapping(
             {"sampler": "ddim", "steps": steps, "images_per_prompt": images, "batch_size": min(images, 16)}
         )

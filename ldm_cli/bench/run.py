@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ class BenchOptions:
         model: pipeline folder that `sample` and `start` draw with; None: one of random weights.
         images: pictures of `sample`, or samples of `data`.
         steps: denoising steps of `sample`, or training steps of `memory`.
+        compiled: whether each contender also runs compiled, ours and the peers', where that is possible.
     """
 
     against: frozenset[str] = frozenset()
@@ -73,6 +74,7 @@ class BenchOptions:
     model: str | None = None
     images: int | None = None
     steps: int | None = None
+    compiled: bool = False
 
 
 def check_peers(subject: str, against: Sequence[str]) -> frozenset[str]:
@@ -132,7 +134,13 @@ def _measure(
         return compare(subject, recipes[subject], options, gflops, compared)
     others: dict[str, Callable[[], Any]] = {
         "sample": lambda: picture.sample(
-            options.model, options.images or 8, options.steps or 50, options.rounds, compared, options.device
+            options.model,
+            options.images or 8,
+            options.steps or 50,
+            options.rounds,
+            compared,
+            options.device,
+            options.compiled,
         ),
         "start": lambda: picture.start(options.model, options.steps or 50, options.rounds, compared),
         "data": lambda: input_pipeline.measure(options.images or 1024, options.rounds, compared),
@@ -161,7 +169,10 @@ def published(options: BenchOptions, gflops: float, reporter: Reporter) -> dict[
     with tempfile.TemporaryDirectory() as scratch:
         folder = picture.random_pipeline(Path(scratch) / "model", *PUBLISHED_PIPELINE)
         works: list[tuple[str, Callable[[], Any]]] = [
-            (f"sample {n}", partial(picture.sample, folder, n, steps, options.rounds, compared, options.device))
+            (
+                f"sample {n}",
+                partial(picture.sample, folder, n, steps, options.rounds, compared, options.device, options.compiled),
+            )
             for n in _PUBLISHED_PICTURES
         ]
         works += [(f"{work[0]} {work[1]}", partial(training, *work)) for work in PUBLISHED]
@@ -177,7 +188,8 @@ def published(options: BenchOptions, gflops: float, reporter: Reporter) -> dict[
 def compare(
     subject: str, recipe: TrainRecipe, options: BenchOptions, gflops: float, compared: bool
 ) -> list[dict[str, Any]]:
-    """One row per contender: ours, and with `compared` the peer as it comes and in channels-last order.
+    """One row per contender: ours, and with `compared` the peer as it comes and in channels-last order; with
+    `options.compiled` ours compiled, and the peer in its best order.
 
     Args:
         gflops: what a matrix product reaches on this machine.
@@ -189,6 +201,12 @@ def compare(
         field.append(Contender(PEERS[subject], theirs, (work,)))
         if subject != "train-clip":  # a CLIP has next to no convolutions
             field.append(Contender(f"{PEERS[subject]} channels_last", theirs, (work, True)))
+    if options.compiled and subject != "encode-vae":
+        train = recipe.train.model_copy(update={"compile": True})
+        work = replace(work, recipe=recipe.model_copy(update={"train": train}))
+        field.append(Contender("ldm compiled", ours, (work,)))
+        if compared:
+            field.append(Contender(f"{PEERS[subject]} compiled", theirs, (work, subject != "train-clip")))
     laps = race(field, rounds=options.rounds, device=options.device)
     return [row(name, lap, laps["ldm"], gflops) for name, lap in laps.items()]
 

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_cli.allocator import keep_freed_memory
 from ldm_cli.core.clip_loss import contrastive_loss
+from ldm_cli.core.compiling import compile_regions, eagerly
 from ldm_cli.core.diffusion.loss import diffusion_loss
 from ldm_cli.core.diffusion.schedule import NoiseSchedule
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
@@ -144,6 +145,8 @@ def our_step(work: Workload) -> TrainingStep:
         model.enable_gradient_checkpointing()  # type: ignore[operator]
     if recipe.train.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if recipe.train.compile:
+        compile_regions(model)
     batch = {name: value.to(device) for name, value in random_batch(work).items()}
     return TrainingStep(model, _our_loss(recipe, model, batch), recipe.train, recipe.train.batch_size)
 
@@ -203,7 +206,7 @@ def count_flops(do: Callable[[], object]) -> int:
 
     Attention runs as plain products meanwhile, because the counter does not know the CPU's fused kernel.
     """
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with eagerly(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         do()
     return int(counter.get_total_flops())
 

@@ -44,6 +44,9 @@ def _bench(
         int | None, typer.Option("--steps", metavar="N", min=1, help="Steps of sample, start and memory.", **_QUIET)
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="Text tokens of train-unet.")] = 77,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Let each contender also run compiled.", **_QUIET)
+    ] = False,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Also write the JSON here.", **_QUIET)
     ] = None,
@@ -68,7 +71,7 @@ def _bench(
     for name in bench.RECIPES if subject == "all" else {subject} & set(bench.RECIPES):
         loaded = load_recipe(recipe or bench.RECIPES[name], changes, expected_command=bench.COMMANDS[name])
         recipes[name] = cast("TrainRecipe", loaded.recipe)
-    options = bench.BenchOptions(peers, rounds, where.type, tokens, model, images, steps)
+    options = bench.BenchOptions(peers, rounds, where.type, tokens, model, images, steps, compiled)
     result = bench.run(subject, recipes, options, make_reporter())
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -79,6 +79,10 @@ def _sample(
     precision: Annotated[
         str | None, typer.Option("--precision", metavar="P", help="fp32, bf16 or fp16.", **_QUIET)
     ] = None,
+    compiled: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Compile the model: worth it for many pictures.", **_QUIET),
+    ] = None,
     init: Annotated[str | None, typer.Option("--init", metavar="IMAGE", help="Picture to work on.", **_EDITING)] = None,
     strength: Annotated[
         float | None,
@@ -157,6 +161,7 @@ def _sample(
         ("--size", "sampling.height", pixels and pixels[1]),
         ("--batch-size", "sampling.batch_size", batch_size),
         ("--precision", "sampling.precision", precision),
+        ("--compile", "sampling.compile", compiled),
         ("--init", "edit.image", init),
         ("--strength", "edit.strength", strength),
         ("--mask", "edit.mask", mask),

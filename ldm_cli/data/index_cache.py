@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import zlib
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 
 from ldm_cli.data.tar_format import BLOCK
 from ldm_cli.data.tar_index import ShardIndex
+from ldm_cli.storage import user_cache
 
 _VERSION = 1
 _NUM_PROBES = 16
@@ -29,14 +29,8 @@ _TENSORS = ("key_bytes", "key_ends", "sample_starts", "members")
 
 
 def cache_folder() -> Path:
-    """Where indexes are kept; the system's temporary folder when the user has no home."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    if not base:
-        try:
-            base = str(Path.home() / ".cache")
-        except RuntimeError:
-            base = str(Path(tempfile.gettempdir()) / f"ldm-{os.getuid()}")
-    return Path(base) / "ldm" / "index"
+    """Where indexes are kept."""
+    return user_cache() / "index"
 
 
 def load_index(shard: Path, folder: Path) -> ShardIndex | None:

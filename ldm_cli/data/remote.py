@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urldefrag, urlsplit, urlunsplit
 
-from ldm_cli.data.index_cache import cache_folder
 from ldm_cli.errors import InputNotFoundError, LdmError, StorageError, UnavailableError
 from ldm_cli.reporting import Reporter
-from ldm_cli.storage import storage_errors, whole_file, write_whole
+from ldm_cli.storage import storage_errors, user_cache, whole_file, write_whole
 
 _FACTS = "facts.json"
 _LEASE = ".lease-"
@@ -52,7 +51,7 @@ def forget_fetched(file: Path) -> None:
 
 
 def _folder() -> Path:
-    return cache_folder().parent / "shards"
+    return user_cache() / "shards"
 
 
 class _FetchingFailed(Exception):

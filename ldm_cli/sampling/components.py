@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
+from ldm_cli.core.compiling import compile_regions
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPTextModel
 from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig
@@ -13,6 +17,8 @@ from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.errors import InputNotFoundError
 from ldm_cli.formats.model_folder import CONFIG_NAME, load_model
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_model(path: Path) -> Path:
@@ -49,6 +55,16 @@ def load_autoencoder(folder: Path) -> AutoencoderKL:
 def load_text_encoder(folder: Path) -> CLIPTextModel:
     """A CLIPTextModel folder, or the text tower of a CLIPModel folder, as `load_unet`."""
     return load_model(CLIPTextModel, folder, _text_config, allow_extra=True)
+
+
+def place(module: nn.Module, device: torch.device | str, precision: str, *, compiled: bool = False) -> None:
+    """Bring a module that is not trained to where and how it computes: in `fp32`, `bf16` or `fp16`."""
+    module.requires_grad_(False).eval()
+    module.to(device=device, dtype=_DTYPES[precision])
+    # NHWC: a third faster on a CPU, and what tensor cores want.
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if compiled:
+        compile_regions(module)
 
 
 def _text_config(mapping: Mapping[str, Any]) -> CLIPTextConfig:

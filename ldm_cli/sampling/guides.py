@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm_cli.core.compiling import eagerly
 from ldm_cli.core.diffusion.config import GuidanceConfig, PerturbationConfig
 from ldm_cli.core.diffusion.guidance import Network
 from ldm_cli.core.diffusion.level import Level
@@ -155,7 +156,8 @@ def spoilt_network(network: Network, unet: nn.Module, config: PerturbationConfig
     """`network`, which runs `unet`, with that one's layers spoilt; errors as in `spoilt_layers`."""
 
     def spoilt(x: Tensor, level: Level, context: Tensor) -> Tensor:
-        with spoilt_layers(unet, config):
+        # Compiled regions would not see that their layers are changed.
+        with spoilt_layers(unet, config), eagerly():
             return network(x, level, context)
 
     return spoilt

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.diffusion.guidance import Network, along_score, guided
@@ -27,7 +27,7 @@ from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, save_model, weigh
 from ldm_cli.formats.pipeline_folder import SchedulerSettings
 from ldm_cli.reporting import Reporter, SilentReporter
 from ldm_cli.sampling.canvas import Canvas, LatentCanvas, adain, latent_mask
-from ldm_cli.sampling.components import load_autoencoder, load_text_encoder, load_unet, resolve_model
+from ldm_cli.sampling.components import load_autoencoder, load_text_encoder, load_unet, place, resolve_model
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.denoising import Start, denoise
 from ldm_cli.sampling.extras import PLAIN, Extras, Look
@@ -41,7 +41,6 @@ from ldm_cli.sampling.tiling import in_parts
 
 # With fewer steps than this, finding out how few rows will do costs more than it saves.
 _STEPS_WORTH_A_TRIAL = 8
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -53,6 +52,7 @@ class Pipeline:
         tokenizer: of the text encoder.
         settings: noise schedule, prediction type, default time spacing.
         folder: where it was loaded from, if it was.
+        is_compiled: whether `unet` and `vae` are.
     """
 
     unet: UNet2DConditionModel
@@ -61,15 +61,19 @@ class Pipeline:
     tokenizer: Tokenizer
     settings: SchedulerSettings
     folder: Path | None = None
+    is_compiled: bool = False
 
     @classmethod
-    def load(cls, path: Path, device: torch.device | str = "cpu", precision: str = "fp32") -> Pipeline:
+    def load(
+        cls, path: Path, device: torch.device | str = "cpu", precision: str = "fp32", *, compiled: bool = False
+    ) -> Pipeline:
         """Read a Stable Diffusion folder (from anywhere), a run of `train-unet` or one of its checkpoints.
 
         Args:
             path: the folder.
             device: where to put the networks.
             precision: `fp32`, `bf16` or `fp16`; an autoencoder with `force_upcast` is not put in fp16.
+            compiled: whether U-Net and autoencoder are compiled.
 
         Raises:
             InputNotFoundError: the folder or a part of it is missing.
@@ -90,17 +94,13 @@ class Pipeline:
             tokenizer=Tokenizer.load(folder / layout.TOKENIZER),
             settings=settings,
             folder=folder,
+            is_compiled=compiled,
         )
         pipeline._check_fit()
-        dtype = _DTYPES[precision]
+        place(pipeline.unet, device, precision, compiled=compiled)
+        place(pipeline.text_encoder, device, precision)
         keep_fp32 = precision == "fp16" and pipeline.vae.config.force_upcast
-        vae_dtype = torch.float32 if keep_fp32 else dtype
-        modules: tuple[nn.Module, ...] = pipeline.unet, pipeline.text_encoder, pipeline.vae
-        for module, its_dtype in zip(modules, (dtype, dtype, vae_dtype), strict=True):
-            module.requires_grad_(False).eval()
-            # NHWC: a third faster on a CPU, and what tensor cores want.
-            module.to(device=device, dtype=its_dtype)
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        place(pipeline.vae, device, "fp32" if keep_fp32 else precision, compiled=compiled)
         return pipeline
 
     def save(self, folder: Path) -> None:
@@ -333,7 +333,8 @@ class Pipeline:
         def network(x: Tensor, level: Level, context: Tensor) -> Tensor:
             # Timesteps stay float32: half precision cannot tell 998 from 999.
             timesteps = torch.full((len(x),), level.t, device=x.device)
-            seen = fixed.setdefault(id(context), FixedContext(context))
+            # Compiled code knows no object that remembers: it is all computed again.
+            seen = context if self.is_compiled else fixed.setdefault(id(context), FixedContext(context))
             prediction: Tensor = unet(x.to(dtype), timesteps, seen)
             return prediction.float()
 
@@ -365,7 +366,8 @@ class Pipeline:
     ) -> int:
         """How many images a group of `count` is filled up to."""
         guidance = config.guidance
-        others = (guidance.model, guidance.perturb, guidance.clip, extras.window)
+        # Each number of rows would be compiled.
+        others = (guidance.model, guidance.perturb, guidance.clip, extras.window, self.is_compiled)
         if count == size or self.device.type != "cpu" or config.steps < _STEPS_WORTH_A_TRIAL or any(others):
             return size
         halves = {1} if guidance.scale in (0.0, 1.0) else {1, 2} if guidance.interval else {2}

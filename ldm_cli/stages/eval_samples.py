@@ -71,7 +71,9 @@ def load_models(config: EvalSection, device: torch.device) -> Models:
         vae = load_model(AutoencoderKL, folder).to(device).eval()
         hashes["vae"] = {"folder": str(folder), "sha256": weights_sha256(folder)}
     if config.pipeline is not None and _DRAWING_METRICS & set(config.metrics):
-        pipeline = Pipeline.load(Path(config.pipeline), device, config.sampling.precision)
+        pipeline = Pipeline.load(
+            Path(config.pipeline), device, config.sampling.precision, compiled=config.sampling.compile
+        )
         hashes["pipeline"] = {"folder": str(pipeline.folder), "sha256": pipeline.weights_sha256}
     return Models(clip, vae, pipeline, device, hashes)
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ldm_cli.core.compiling import NOTICE
 from ldm_cli.core.diffusion.config import GuidanceConfig
 from ldm_cli.errors import CheckpointError, InputNotFoundError, UsageError
 from ldm_cli.formats.weight_files import refuse_foreign_content, tensors_sha256
@@ -90,7 +91,11 @@ def run(
         job = Wildcards(Path(recipe.wildcards)).filled_in(job)
     device = resolve_device(options.device, local_rank())
     with joined(device, _SECONDS_OF_SILENCE) as ranks:
-        pipeline = Pipeline.load(Path(recipe.model), device, recipe.sampling.precision)
+        pipeline = Pipeline.load(
+            Path(recipe.model), device, recipe.sampling.precision, compiled=recipe.sampling.compile
+        )
+        if recipe.sampling.compile:
+            reporter.info(NOTICE)
         desk = _Desk(pipeline, recipe, latents, len(job.items))
         desk.check(job.items)
         if repeated is not None:

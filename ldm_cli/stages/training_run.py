@@ -13,6 +13,7 @@ import torch
 
 from ldm_cli import __version__
 from ldm_cli.allocator import keep_freed_memory
+from ldm_cli.core.compiling import NOTICE
 from ldm_cli.data.bad_samples import BadSampleLog
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.config import DataConfig
@@ -97,6 +98,8 @@ def run_training(
             return _result(run, status["step"], status["figures"])
         if device.type == "cpu" and recipe.train.precision != "fp32" and ranks.is_first:
             reporter.warn(f"{recipe.train.precision} is slower than fp32 on most CPUs: see train.precision=fp32")
+        if recipe.train.compile and ranks.is_first:
+            reporter.info(NOTICE)
         cache = None
         if open_cache:
             if isinstance(shards, Stream):

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ldm_cli.core.compiling import compile_regions, eagerly
 from ldm_cli.errors import (
     CheckpointError,
     DivergedError,
@@ -222,8 +223,8 @@ class Trainer:
             )
 
     def present(self, act: Callable[[], T], *, averaged: bool = False) -> T | None:
-        """What rank 0 finds with the whole weights, or their averages, in the task's modules; all ranks call, and the
-        others find None."""
+        """What rank 0 finds with the whole weights, or their averages, in the task's modules, uncompiled; all ranks
+        call, and the others find None."""
         ranks = self.part_sum.ranks
         if not (ranks.is_first or self.weights.is_sharded):
             return None
@@ -231,6 +232,7 @@ class Trainer:
             if averaged and self.ema is not None:
                 stack.enter_context(self.ema.averaged())
             stack.enter_context(self.weights.whole())
+            stack.enter_context(eagerly())
             return act() if ranks.is_first else None
 
     def save(self) -> None:
@@ -361,6 +363,8 @@ def _held(task: Task[Any], config: TrainConfig, device: torch.device, ranks: Ran
         module.to(device)
         if config.channels_last:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.compile:
+            compile_regions(module)
     return Weights(trained, ranks)
 
 

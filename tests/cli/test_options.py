@@ -72,7 +72,7 @@ def test_options_of_sample_override_the_recipe(sampled: dict[str, Any], tmp_path
     arguments = ["sample", "demo/sample", "sampling.steps=7", "--steps", "9", "-n", "2", "--seed", "5"]
     arguments += ["--guidance", "2", "--size", "64x32", "--sampler", "euler", "--negative", "blurry"]
     arguments += ["--batch-size", "3", "--eta", "0.5", "--prompts", str(prompts), "-p", "last", "-p", ""]
-    arguments += ["--latents", "z.safetensors", "--out", "here", "--precision", "bf16", "--overwrite"]
+    arguments += ["--latents", "z.safetensors", "--out", "here", "--precision", "bf16", "--overwrite", "--compile"]
     arguments += ["--device", "cpu", "prompts=[zeroth]"]
     assert app.run(arguments) == 0
     from ldm_cli.stages.sample import Latents
@@ -93,6 +93,7 @@ def test_options_of_sample_override_the_recipe(sampled: dict[str, Any], tmp_path
         "height": 32,
         "batch_size": 3,
         "precision": "bf16",
+        "compile": True,
     }
     assert (options.out, options.device, options.overwrite) == (Path("here"), "cpu", True)
     assert sampled["latents"] == Latents(Path("z.safetensors"))

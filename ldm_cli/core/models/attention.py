@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm_cli.core.compiling import Region
 from ldm_cli.core.models.checkpointing import Checkpointed
 from ldm_cli.core.models.recompute import geglu_linear
 
@@ -136,7 +137,7 @@ class BasicTransformerBlock(nn.Module):
         return hidden
 
 
-class Transformer2DModel(Checkpointed):
+class Transformer2DModel(Region, Checkpointed):
     """Transformer blocks over the pixels of a feature map, added to it (Rombach et al. 2022, E.2.1).
 
     Args:
@@ -175,7 +176,7 @@ class Transformer2DModel(Checkpointed):
         return F.linear(tokens, weight, layer.bias)  # type: ignore[arg-type]
 
 
-class AttentionBlock2D(Attention):
+class AttentionBlock2D(Region, Attention):
     """One-headed self-attention over the pixels of a feature map, added to it: the autoencoder's."""
 
     def __init__(self, channels: int, *, groups: int, eps: float) -> None:

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ldm_cli.core.compiling import Region
 from ldm_cli.core.models.attention import attend, tokens_of
 from ldm_cli.core.models.checkpointing import Checkpointed
 from ldm_cli.core.models.clip_config import ModifiedResNetConfig
 from ldm_cli.core.models.clip_vision import VisionOutput
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Region):
     """1×1, 3×3, 1×1 convolutions, around which the input is added (He et al. 2016); strides are pools."""
 
     expansion = 4

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm_cli.core.compiling import Region
 from ldm_cli.core.models.attention import attend
 from ldm_cli.core.models.checkpointing import Checkpointed
 from ldm_cli.core.models.clip_config import Activation
@@ -62,7 +63,7 @@ class CLIPMLP(nn.Module):
         return F.linear(hidden, self.fc2.weight / _QUICK, self.fc2.bias)
 
 
-class CLIPEncoderLayer(nn.Module):
+class CLIPEncoderLayer(Region):
     """Self-attention and feed-forward, each after a layer norm and added to its input."""
 
     def __init__(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm_cli.core.compiling import Region
 from ldm_cli.core.models.recompute import norm_silu_conv, upsample_conv
 
 
@@ -60,7 +61,7 @@ def pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return tokens.permute(0, 3, 1, 2)
 
 
-class ResnetBlock2D(nn.Module):
+class ResnetBlock2D(Region):
     """Two 3×3 convolutions, each after group norm and SiLU, around which the input is added.
 
     Args:

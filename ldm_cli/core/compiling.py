@@ -1,0 +1,49 @@
+"""Models compiled by torch, region by region and in place.
+
+A region is a block of which a model has many. Compiled one by one, those of the same shapes share their code, so that
+compiling takes a part of the time of a whole model. Weights and the keys of a state dict stay as they are. Every shape
+has code of its own: the results of one never depend on which others came before.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ldm_cli.storage import user_cache
+
+NOTICE = "torch compiles the model as it first runs: minutes at the first start, seconds later"
+_MOST_SHAPES = 1024
+"""Of one kind of block; torch's own limit is 8, beyond which it would no longer compile."""
+
+
+class Region(nn.Module):
+    """A module that is compiled as a whole, without calls back to Python."""
+
+
+def compile_regions(model: nn.Module) -> None:
+    """Compile every region of a model when it first runs, and again for each shape; none lies in another one.
+
+    Code is kept between processes in the user's cache, unless TORCHINDUCTOR_CACHE_DIR says where.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(user_cache() / "compiled"))
+    torch._dynamo.config.recompile_limit = _MOST_SHAPES
+    torch._dynamo.config.accumulated_recompile_limit = _MOST_SHAPES
+    for module in model.modules():
+        if isinstance(module, Region):
+            module.compile(dynamic=False, fullgraph=True)
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Within, nothing is compiled and compiled regions run as if they were not: what runs once is not worth it."""
+    if "torch._dynamo" not in sys.modules:  # torch's compiler takes seconds to import
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
