@@ -1,8 +1,8 @@
-"""Models compiled by torch, region by region and in place.
+"""Models compiled by torch in place: weights and the keys of a state dict stay as they are.
 
-A region is a block of which a model has many. Compiled one by one, those of the same shapes share their code, so that
-compiling takes a part of the time of a whole model. Weights and the keys of a state dict stay as they are. Every shape
-has code of its own: the results of one never depend on which others came before.
+For training region by region: a region is a block of which a model has many, those of the same shapes share their code,
+and the backward pass doubles what is to be compiled. For drawing whole, which leaves less to Python. Every shape has
+code of its own: the results of one never depend on which others came before.
 """
 
 from __future__ import annotations
@@ -31,12 +31,16 @@ def compile_regions(model: nn.Module) -> None:
 
     Code is kept between processes in the user's cache, unless TORCHINDUCTOR_CACHE_DIR says where.
     """
+    compile_whole(*(module for module in model.modules() if isinstance(module, Region)))
+
+
+def compile_whole(*modules: nn.Module) -> None:
+    """Compile each of some modules as one; all else as in `compile_regions`."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(user_cache() / "compiled"))
     torch._dynamo.config.recompile_limit = _MOST_SHAPES
     torch._dynamo.config.accumulated_recompile_limit = _MOST_SHAPES
-    for module in model.modules():
-        if isinstance(module, Region):
-            module.compile(dynamic=False, fullgraph=True)
+    for module in modules:
+        module.compile(dynamic=False, fullgraph=True)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm_cli.core.compiling import compile_regions
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPTextModel
 from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig
@@ -57,14 +56,13 @@ def load_text_encoder(folder: Path) -> CLIPTextModel:
     return load_model(CLIPTextModel, folder, _text_config, allow_extra=True)
 
 
-def place(module: nn.Module, device: torch.device | str, precision: str, *, compiled: bool = False) -> None:
-    """Bring a module that is not trained to where and how it computes: in `fp32`, `bf16` or `fp16`."""
-    module.requires_grad_(False).eval()
-    module.to(device=device, dtype=_DTYPES[precision])
-    # NHWC: a third faster on a CPU, and what tensor cores want.
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if compiled:
-        compile_regions(module)
+def place(device: torch.device | str, precision: str, *modules: nn.Module) -> None:
+    """Bring modules that are not trained to where and how they compute: in `fp32`, `bf16` or `fp16`."""
+    for module in modules:
+        module.requires_grad_(False).eval()
+        module.to(device=device, dtype=_DTYPES[precision])
+        # NHWC: a third faster on a CPU, and what tensor cores want.
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _text_config(mapping: Mapping[str, Any]) -> CLIPTextConfig:

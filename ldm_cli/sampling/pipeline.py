@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from ldm_cli.core.compiling import compile_whole
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.diffusion.guidance import Network, along_score, guided
 from ldm_cli.core.diffusion.level import Level
@@ -97,10 +98,10 @@ class Pipeline:
             is_compiled=compiled,
         )
         pipeline._check_fit()
-        place(pipeline.unet, device, precision, compiled=compiled)
-        place(pipeline.text_encoder, device, precision)
-        keep_fp32 = precision == "fp16" and pipeline.vae.config.force_upcast
-        place(pipeline.vae, device, "fp32" if keep_fp32 else precision, compiled=compiled)
+        place(device, precision, pipeline.unet, pipeline.text_encoder)
+        place(device, "fp32" if precision == "fp16" and pipeline.vae.config.force_upcast else precision, pipeline.vae)
+        if compiled:
+            compile_whole(pipeline.unet, pipeline.vae.decoder, pipeline.vae.encoder)
         return pipeline
 
     def save(self, folder: Path) -> None:
@@ -326,14 +327,13 @@ class Pipeline:
         return in_parts(self.vae.decode, z, window, 1, self.vae.downscale_factor)
 
     def _network(self, unet: UNet2DConditionModel, canvas: LatentCanvas | None, extras: Extras) -> Network:
-        """A U-Net, in windows, shown the mask if it takes one."""
+        """A U-Net, in windows, shown the mask if it takes one; compiled it cannot look into a `FixedContext`."""
         dtype = next(unet.parameters()).dtype
         fixed: dict[int, FixedContext] = {}  # keeps the contexts, and so their ids
 
         def network(x: Tensor, level: Level, context: Tensor) -> Tensor:
             # Timesteps stay float32: half precision cannot tell 998 from 999.
             timesteps = torch.full((len(x),), level.t, device=x.device)
-            # Compiled code knows no object that remembers: it is all computed again.
             seen = context if self.is_compiled else fixed.setdefault(id(context), FixedContext(context))
             prediction: Tensor = unet(x.to(dtype), timesteps, seen)
             return prediction.float()
