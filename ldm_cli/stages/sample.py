@@ -183,6 +183,14 @@ class _Desk:
     def check(self, items: Sequence[Item]) -> None:
         """Find out before drawing that sizes, steps and pictures can be."""
         for sampling, edit in {(item.sampling, item.edit): None for item in items}:
+            for name in ("precision", "compile"):
+                asked, shared = getattr(sampling, name), getattr(self.recipe.sampling, name)
+                if asked != shared:
+                    raise UsageError(
+                        f"{name}={asked} for some pictures",
+                        f"the model is loaded once, with {name}={shared}",
+                        "draw them by a command of their own",
+                    )
             sized = self._sized(sampling, self._canvas(sampling, edit))
             self.pipeline.image_size(sized)
             plan(self.pipeline.schedule, self.pipeline.settings, sized)
@@ -267,6 +275,8 @@ class _Desk:
         sized = sampling if edit.image is not None else self._sized(sampling, None)
         guidance = with_absolute_paths(sampling.guidance).to_mapping()
         recorded = sized.to_mapping() | {"sampler": sampler_of(self.pipeline.settings, sampling), "guidance": guidance}
+        if not sampling.compile:  # as it was recorded before there was a choice
+            del recorded["compile"]
         return {name: value for name, value in recorded.items() if name not in _NOT_RECORDED}
 
     def _guide_hashes(self, sampling: SamplingConfig) -> dict[str, str]:

@@ -6,10 +6,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from ldm_cli import __version__
 from ldm_cli.allocator import keep_freed_memory
@@ -86,7 +88,7 @@ def run_training(
         # What is indexed stays indexed: the time limit counts from where the run folder can remember it.
         with _nothing_to_save(stop, ranks, with_limit=False), ranks.first_then_others():
             shards = open_data(recipe.data, reporter)
-        run = RunFolder(options.out or Path("runs") / recipe.name, reporter)
+        run = RunFolder(options.out or Path("runs") / recipe.name, reporter, partial(_completed, type(recipe)))
         resolved, fingerprints = recipe.to_mapping(), {"data": shards.fingerprint}
         fingerprints |= {name: weights_sha256(Path(folder)) for name, folder in (uses or {}).items()}
         fingerprints |= facts or {}
@@ -182,6 +184,14 @@ def _held_out(recipe: TrainRecipe, reporter: Reporter, with_captions: bool) -> I
         part = recipe.train.chunk()
     limit = recipe.train.validation_samples
     yield from sequential_batches(shards, recipe.data, part, limit=limit, with_captions=with_captions)
+
+
+def _completed(kind: type[TrainRecipe], mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recipe that an older version wrote, with the defaults of newer fields; as it is where it is no longer valid."""
+    try:
+        return kind.from_mapping(mapping).to_mapping()
+    except ValidationError:
+        return mapping
 
 
 def _result(run: RunFolder, step: int, figures: dict[str, float]) -> dict[str, Any]:

@@ -78,10 +78,15 @@ class RunFolder:
     Holds recipe.yaml (as written by the user), recipe.resolved.yaml (JSON, hence YAML: every field),
     env.json, status.json, failures.jsonl, log.txt, metrics.jsonl, checkpoints/, samples/, frozen/ (parts of the
     model that are not trained, to which checkpoints link) and, at the end, model/.
+
+    Args:
+        path: where; it need not be there yet.
+        reporter: hears what the log does.
+        complete: a recipe as an older version wrote it → with the fields that it did not know.
     """
 
-    def __init__(self, path: Path, reporter: Reporter) -> None:
-        self.path, self._reporter = path, reporter
+    def __init__(self, path: Path, reporter: Reporter, complete: Callable[[Any], Mapping[str, Any]] = dict) -> None:
+        self.path, self._reporter, self._complete = path, reporter, complete
         self._lock = RunLock(path / ".lock")
         self._failures = FailureJournal(path / "failures.jsonl")
         self._progress: dict[str, int] = {}
@@ -222,7 +227,7 @@ class RunFolder:
         if not self._identity.exists():
             return []
         before = _read_object(self._identity)
-        old, new = flatten(before.get("recipe", {})), flatten(resolved)
+        old, new = flatten(self._complete(before.get("recipe", {}))), flatten(resolved)
         differing = _differing(old, new)
         harmful = [name for name in differing if name not in _HARMLESS and not _is_extension(name, old, new)]
         causes = [_change(name, old, new) for name in harmful]

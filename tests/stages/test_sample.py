@@ -72,6 +72,19 @@ def repeat(picture, out, **changes):
     return result["images"][0]["file"], reporter.messages
 
 
+@pytest.mark.parametrize("axis", ["precision=fp32,bf16", "compile=false,true"])
+def test_pictures_of_one_job_cannot_differ_in_how_the_model_is_loaded(model, tmp_path, axis):
+    with pytest.raises(UsageError, match=f"{axis.split('=')[0]}=.* for some pictures: the model is loaded once"):
+        draw(model, tmp_path / "out", xy=[axis])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_job_that_an_older_version_began_is_completed(model, tmp_path):
+    draw(model, tmp_path / "out", sampling={"images_per_prompt": 2})
+    assert "compile" not in (tmp_path / "out" / "images.json").read_text()
+    assert draw(model, tmp_path / "out", sampling={"images_per_prompt": 2})["drawn"] == 0
+
+
 def pictures_in(folder):
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name[0].isdigit()}
 

@@ -166,6 +166,20 @@ def test_another_perceptual_clip_under_the_same_path_is_another_run(scenes: Path
         trained(vae_recipe(scenes, loss=loss, steps=1), tmp_path / "vae")
 
 
+def test_a_run_that_an_older_version_began_goes_on(scenes: Path, tmp_path: Path) -> None:
+    recipe = vae_recipe(scenes, steps=6, save_every=3)
+    lose_after(3, recipe, tmp_path)
+    identity = tmp_path / "recipe.resolved.yaml"
+    document = json.loads(identity.read_text())
+    assert document["recipe"]["train"].pop("compile") is False  # that version did not know it
+    identity.write_text(json.dumps(document))
+    assert trained(recipe, tmp_path)["step"] == 6
+    document["recipe"]["train"]["betas"] = [0.5, 0.5]
+    identity.write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match=r"changed train\.betas: \[0\.5, 0\.5\] →"):
+        trained(recipe, tmp_path)
+
+
 def test_a_resnet_is_refused_as_perceptual_tower(scenes: Path, tmp_path: Path) -> None:
     trained(clip_recipe(scenes, RESNET, steps=1), tmp_path / "clip")
     loss = {"perceptual_weight": 1.0, "perceptual_clip": str(tmp_path / "clip/model")}
