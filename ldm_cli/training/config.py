@@ -64,7 +64,7 @@ class TrainConfig(Config):
     """Keep convolution weights and activations in NHWC memory order."""
     compile: bool = False
     """Compile residual blocks, Transformers and layers by torch.compile: minutes at the first start, seconds at later
-    ones, then less time and memory per step. Validation and sample pictures run uncompiled."""
+    ones. Meant for GPUs: on a CPU it gains nothing. Validation and sample pictures run uncompiled."""
     log_every: Positive = 10
     """Steps between lines in metrics.jsonl."""
     save_every: Positive = 500
