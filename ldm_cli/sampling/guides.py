@@ -156,7 +156,7 @@ def spoilt_network(network: Network, unet: nn.Module, config: PerturbationConfig
     """`network`, which runs `unet`, with that one's layers spoilt; errors as in `spoilt_layers`."""
 
     def spoilt(x: Tensor, level: Level, context: Tensor) -> Tensor:
-        # Compiled regions would not see that their layers are changed.
+        # Code that was compiled without hooks is run without them.
         with spoilt_layers(unet, config), eagerly():
             return network(x, level, context)
 
