@@ -160,7 +160,7 @@ def _of_class(trained: Trained, labels: Tensor, scale: float, path: Trajectory, 
     """Samples [N, 2] of `labels`, with classifier-free guidance; scale 1 is without."""
 
     def network(x: Tensor, level: Level, label: Tensor) -> Tensor:
-        return trained.network.forward(x, level.t, label)
+        return trained.network.forward(x.repeat(len(label) // len(x), 1), level.t, label)
 
     kind, none = trained.schedule.prediction_type, torch.full_like(labels, NO_CLASS)
     return _backward(guided(network, labels, none, GuidanceConfig(scale=scale), kind), path, seed, eta=1.0).end

@@ -32,7 +32,7 @@ from ldm_cli.sampling.components import load_autoencoder, load_text_encoder, loa
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.denoising import Start, denoise
 from ldm_cli.sampling.extras import PLAIN, Extras, Look
-from ldm_cli.sampling.fixed_rows import enough, filled, images_per_call, latents_per_call, trial
+from ldm_cli.sampling.fixed_rows import enough, filled, images_per_call, latents_per_call, not_alone, trial
 from ldm_cli.sampling.guides import Guides, spoilt_network
 from ldm_cli.sampling.network import in_windows, keep_known_region, with_inpainting_channels
 from ldm_cli.sampling.noise import initial_noise, step_noise
@@ -333,9 +333,9 @@ class Pipeline:
 
         def network(x: Tensor, level: Level, context: Tensor) -> Tensor:
             # Timesteps stay float32: half precision cannot tell 998 from 999.
-            timesteps = torch.full((len(x),), level.t, device=x.device)
+            timestep = torch.full((1,), level.t, device=x.device)
             seen = context if self.is_compiled else fixed.setdefault(id(context), FixedContext(context))
-            prediction: Tensor = unet(x.to(dtype), timesteps, seen)
+            prediction: Tensor = unet(not_alone(x.to(dtype), context), timestep, seen)
             return prediction.float()
 
         shown: Network = network if extras.window is None else in_windows(network, extras.window)

@@ -20,7 +20,8 @@ from ldm_cli.core.diffusion.prediction import to_x0
 from ldm_cli.core.diffusion.samplers import Denoiser
 
 Network = Callable[[Tensor, Level, Tensor], Tensor]
-"""(x_t [B, …], its level, context [B, L, D]) → what the network predicts, [B, …]."""
+"""(x_t [B, …], its level, contexts [R·B, L, D]) → what the network predicts, [R·B, …]: for all of x_t with the first
+context of each row, then with the second, …"""
 
 
 def guided(
@@ -34,8 +35,8 @@ def guided(
 ) -> Denoiser:
     """The network with its contexts fixed, as a denoiser that is pushed as `config` says.
 
-    Conditional and unconditional half go through the network as one batch; at scale 1 and 0, and outside of the
-    interval, only the one that counts does. The denoiser is for one run: APG's momentum remembers the last call.
+    Conditional and unconditional half are one call of the network, which sees x_t once; at scale 1 and 0, and outside
+    of the interval, only the half that counts is. The denoiser is for one run: APG's momentum remembers the last call.
 
     Args:
         network: takes a context.
@@ -57,7 +58,7 @@ def guided(
             return (away, None) if scale == 0.0 else (network(x, level, conditional), away)
         if scale == 0.0:
             return network(x, level, unconditional), None
-        away, toward = network(torch.cat([x, x]), level, both).chunk(2)
+        away, toward = network(x, level, both).chunk(2)
         return toward, away
 
     def denoise(x: Tensor, level: Level) -> Tensor:

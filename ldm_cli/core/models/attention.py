@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from ldm_cli.core.compiling import Region
 from ldm_cli.core.models.checkpointing import Checkpointed
+from ldm_cli.core.models.layers import repeated
+from ldm_cli.core.models.linear import Linear, linear
 from ldm_cli.core.models.recompute import geglu_linear
 
 
@@ -23,6 +25,25 @@ def image_of(tokens: Tensor, height: int, width: int) -> Tensor:
     """[B, H·W, C] → [B, C, H, W]; a view, in channels-last order for contiguous tokens."""
     batch, _, channels = tokens.shape
     return tokens.transpose(1, 2).view(batch, channels, height, width)
+
+
+_LANES = 16
+"""float32 numbers of the widest vector of a CPU. torch's attention takes the exponentials of what is left over one by
+one: of 77 keys, 13, which takes as long as 64 more."""
+
+
+def in_lanes(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values [B, M, D] with a few more where these fill the vectors, and the mask that hides them.
+
+    Returns:
+        Keys and values [B, M', D], and the mask to be added to scores, [1, 1, 1, M'], or None where M' = M.
+    """
+    num_keys, spare = key.shape[1], -key.shape[1] % _LANES
+    if key.device.type != "cpu" or not 0 < spare < _LANES // 2:
+        return key, value, None
+    mask = key.new_zeros(1, 1, 1, num_keys + spare)
+    mask[..., num_keys:] = -torch.inf
+    return F.pad(key, (0, 0, 0, spare)), F.pad(value, (0, 0, 0, spare)), mask
 
 
 def attend(
@@ -40,11 +61,15 @@ def attend(
         query: [B, L, D]; `num_heads` divides D.
         key, value: [B, M, D].
         is_causal: token i sees tokens 0..i only.
-        mask: bool, expandable to [B, heads, L, M]; True where a query sees a key; not together with `is_causal`.
+        mask: expandable to [B, heads, L, M], not together with `is_causal`; bool, True where a query sees a key, or
+            to be added to the scores.
 
     Returns:
         [B, L, D].
     """
+    if mask is None:
+        key, value, hidden = in_lanes(key, value)
+        mask = None if is_causal else hidden  # later keys are hidden from all queries
     q, k, v = (x.view(*x.shape[:2], num_heads, -1).transpose(1, 2) for x in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal).transpose(1, 2).flatten(2)
 
@@ -58,14 +83,17 @@ class FixedContext:
 
     def __init__(self, states: Tensor) -> None:
         self.states = states
-        self._made: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self._made: dict[nn.Module, tuple[Tensor, Tensor, Tensor | None]] = {}
 
-    def seen_by(self, layer: Attention) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, M, D] of a layer whose weights stay as they are."""
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def seen_by(self, layer: Attention) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values of a layer whose weights stay as they are, as `in_lanes` gives them."""
         made = self._made.get(layer)
         # What was made in inference mode cannot be kept for a backward pass.
         if made is None or (made[0].is_inference() and torch.is_grad_enabled()):
-            made = self._made[layer] = layer.to_k(self.states), layer.to_v(self.states)
+            made = self._made[layer] = in_lanes(layer.to_k(self.states), layer.to_v(self.states))
         return made
 
 
@@ -82,19 +110,20 @@ class Attention(nn.Module):
     def __init__(self, dim: int, context_dim: int | None, num_heads: int, *, bias: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.to_q = nn.Linear(dim, dim, bias=bias)
-        self.to_k = nn.Linear(context_dim or dim, dim, bias=bias)
-        self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_q = Linear(dim, dim, bias=bias)
+        self.to_k = Linear(context_dim or dim, dim, bias=bias)
+        self.to_v = Linear(context_dim or dim, dim, bias=bias)
+        self.to_out = nn.ModuleList([Linear(dim, dim)])
 
     def forward(self, x: Tensor, context: Tensor | FixedContext | None = None) -> Tensor:
-        """[B, L, D] and [B, M, context_dim] → [B, L, D]."""
+        """[B, L, D] and [R·B, M, context_dim] → [R·B, L, D]: each query meets R contexts."""
+        mask = None
         if isinstance(context, FixedContext):
-            key, value = context.seen_by(self)
+            key, value, mask = context.seen_by(self)
         else:
             context = x if context is None else context
             key, value = self.to_k(context), self.to_v(context)
-        hidden = attend(self.to_q(x), key, value, self.num_heads)
+        hidden = attend(repeated(self.to_q(x), len(key)), key, value, self.num_heads, mask=mask)
         projected: Tensor = self.to_out[0](hidden)
         return projected
 
@@ -128,11 +157,11 @@ class BasicTransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
 
     def forward(self, x: Tensor, context: Tensor | FixedContext) -> Tensor:
-        """[B, L, D] and [B, M, context_dim] → [B, L, D]."""
+        """[B, L, D] and [R·B, M, context_dim] → [R·B, L, D]."""
         # A sum takes the memory order of its first term. The tokens of an NCHW image are strided, those after
         # a linear layer are not, so in this order the strides vanish without a copy of their own.
         x = self.attn1(self.norm1(x)) + x
-        x = self.attn2(self.norm2(x), context) + x
+        x = self.attn2(self.norm2(x), context) + repeated(x, len(context))
         hidden: Tensor = self.ff(self.norm3(x)) + x
         return hidden
 
@@ -162,18 +191,18 @@ class Transformer2DModel(Region, Checkpointed):
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor | FixedContext) -> Tensor:
-        """[B, C, H, W] and [B, M, context_dim] → [B, C, H, W]."""
+        """[B, C, H, W] and [R·B, M, context_dim] → [R·B, C, H, W]."""
         height, width = x.shape[-2:]
         hidden = self.norm(x)
         tokens = self._project(self.proj_in, tokens_of(hidden))
         for block in self.transformer_blocks:
             tokens = self.run(block, tokens, context)
-        return x + image_of(self._project(self.proj_out, tokens), height, width)
+        return repeated(x, len(tokens)) + image_of(self._project(self.proj_out, tokens), height, width)
 
     def _project(self, layer: nn.Module, tokens: Tensor) -> Tensor:
         """A linear layer, or a 1×1 convolution as one: on a CPU its own kernel has a third of the speed."""
         weight = layer.weight if self.linear else layer.weight.flatten(1)  # type: ignore[operator]
-        return F.linear(tokens, weight, layer.bias)  # type: ignore[arg-type]
+        return linear(tokens, weight, layer.bias)  # type: ignore[arg-type]
 
 
 class AttentionBlock2D(Region, Attention):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm_cli.core.compiling import Region
+from ldm_cli.core.models.linear import linear
 from ldm_cli.core.models.recompute import norm_silu_conv, upsample_conv
 
 
@@ -33,6 +34,11 @@ def timestep_embedding(timesteps: Tensor, dim: int, *, flip_sin_to_cos: bool, fr
     angles = timesteps.float()[:, None] * frequencies
     sin, cos = angles.sin(), angles.cos()
     return torch.cat((cos, sin) if flip_sin_to_cos else (sin, cos), dim=-1)
+
+
+def repeated(x: Tensor, rows: int) -> Tensor:
+    """[B, …] → [rows, …], in the same memory order: all of x again for each of rows / B contexts."""
+    return x if len(x) == rows else torch.cat([x] * (rows // len(x)))
 
 
 class TimestepEmbedding(nn.Module):
@@ -57,7 +63,7 @@ def pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
     A convolution of that size runs at a third of a matrix product's speed on a CPU.
     """
-    tokens = F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias)
+    tokens = linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias)
     return tokens.permute(0, 3, 1, 2)
 
 
@@ -82,13 +88,13 @@ class ResnetBlock2D(Region):
         self.conv_shortcut = None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        """[B, C, H, W] and the *activated* timestep embedding silu(e) [B, E] → [B, C', H, W].
+        """[R·B, C, H, W] and the *activated* timestep embedding silu(e) [B, E] or [1, E] → [R·B, C', H, W].
 
         The activation is the same for every block of a network, so the network applies it once.
         """
         hidden = norm_silu_conv(x, self.norm1, self.conv1)
         if self.time_emb_proj is not None:
-            hidden = hidden + self.time_emb_proj(embedding)[:, :, None, None]
+            hidden = hidden + repeated(self.time_emb_proj(embedding), len(hidden))[:, :, None, None]
         hidden = norm_silu_conv(hidden, self.norm2, self.conv2)
         if self.conv_shortcut is not None:
             x = pointwise(self.conv_shortcut, x)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm_cli.core.models.linear import linear
+
 # Up to this many pixels and from this many channels on, oneDNN's convolution spends its time on reordering the kernel.
 _SMALL_MAP, _MANY_CHANNELS = 16, 64
 
@@ -51,6 +53,9 @@ def geglu_linear(x: Tensor, proj: nn.Linear, out: nn.Linear) -> Tensor:
     Returns:
         [B, L, D].
     """
+    if not torch.is_grad_enabled():
+        (w_value, w_gate), (b_value, b_gate) = proj.weight.chunk(2), proj.bias.chunk(2)
+        return linear(linear(x, w_gate, b_gate, gelu=True).mul_(linear(x, w_value, b_value)), out.weight, out.bias)
     if _plain(x):
         value, gate = proj(x).chunk(2, dim=-1)
         plain: Tensor = out(value * F.gelu(gate))
@@ -138,7 +143,7 @@ def _conv3x3(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     if not _is_small(x, kernel):
         return F.conv2d(x, kernel, bias, padding=1)
     batch, _, height, width = x.shape
-    rows = F.linear(_neighbourhoods(x), _as_matrix(kernel), bias)
+    rows = linear(_neighbourhoods(x), _as_matrix(kernel), bias)
     return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ldm_cli.core.models.attention import FixedContext, Transformer2DModel
 from ldm_cli.core.models.checkpointing import Checkpointable
-from ldm_cli.core.models.layers import ResnetBlock2D, TimestepEmbedding, timestep_embedding
+from ldm_cli.core.models.layers import ResnetBlock2D, TimestepEmbedding, repeated, timestep_embedding
 from ldm_cli.core.models.recompute import norm_silu_conv
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.core.models.unet_blocks import DownBlock, LevelSpec, MidBlock, UpBlock
@@ -116,15 +116,17 @@ class UNet2DConditionModel(Checkpointable):
 
         Args:
             sample: [B, C, h, w]; any h and w.
-            timestep: number, [] or [B]; in units of training steps, not necessarily whole.
-            encoder_hidden_states: text states [B, M, D], fixed where many calls see the same; may be left out by a
-                network without attention.
+            timestep: number, [] or [1], the same for all rows and embedded once, or [B]; in units of training steps,
+                not necessarily whole.
+            encoder_hidden_states: text states [B, M, D], fixed where many calls see the same; or [R·B, M, D], R states
+                for each latent, all first ones before all second ones: what does not depend on them is computed
+                once. May be left out by a network without attention.
             class_labels: [B], or [B, n] for `class_embed_type: projection`, or [B, E] for `identity`.
             text_embeds, time_ids: [B, P] and [B, 6], for `addition_embed_type: text_time`.
             timestep_cond: [B, time_cond_proj_dim].
 
         Returns:
-            [B, C', h, w].
+            [B, C', h, w], or [R·B, C', h, w].
 
         Raises:
             ValueError: a condition that the network needs is missing, or one it has no use for is given.
@@ -142,7 +144,7 @@ class UNet2DConditionModel(Checkpointable):
         for block in self.up_blocks:
             hidden = block(hidden, embedding, encoder_hidden_states, skips)
         prediction: Tensor = norm_silu_conv(hidden, self.conv_norm_out, self.conv_out)
-        return prediction
+        return prediction if encoder_hidden_states is None else repeated(prediction, len(encoder_hidden_states))
 
     def _embedding(
         self,
@@ -153,9 +155,9 @@ class UNet2DConditionModel(Checkpointable):
         time_ids: Tensor | None,
         timestep_cond: Tensor | None,
     ) -> Tensor:
-        """silu of the sum of all embedded scalars and vectors: [B, E]."""
+        """silu of the sum of all embedded scalars and vectors: [B, E], or [1, E] if all rows have the same."""
         self._check_conditions(class_labels, text_embeds, time_ids, timestep_cond)
-        timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1)
         embedding: Tensor = self.time_embedding(
             self._sinusoids(timesteps, self.config.block_out_channels[0], sample), timestep_cond
         )

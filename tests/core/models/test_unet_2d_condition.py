@@ -216,3 +216,34 @@ def test_a_fixed_context_gives_the_same_bits_and_is_looked_at_once() -> None:
     (found,) = torch.autograd.grad(model(seen, timesteps, fixed).sum(), seen)
     (expected,) = torch.autograd.grad(model(seen, timesteps, states).sum(), seen)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("levels", [("CrossAttnDownBlock2D", "DownBlock2D"), ("DownBlock2D", "CrossAttnDownBlock2D")])
+@pytest.mark.parametrize("timestep", [[7.0], [1.0, 900.0]])
+@torch.no_grad()
+def test_several_contexts_of_a_latent_share_what_lies_before_them(
+    levels: tuple[str, ...], timestep: list[float]
+) -> None:
+    up = tuple(name.replace("Down", "Up") for name in reversed(levels))
+    model, (sample, _, states) = small(down_block_types=levels, up_block_types=up), inputs()
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    rows: dict[str, int] = {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda _m, _in, out, name=name: rows.update({name: len(out)}))
+    contexts = torch.cat([states, 2 * states, -states])
+    at = torch.tensor(timestep)
+    for given in (contexts, FixedContext(contexts)):
+        together = model(sample, at, given)
+        assert together.is_contiguous(memory_format=torch.channels_last)
+        assert rows["conv_in"] == rows["down_blocks.0.resnets.0"] == 2
+        assert rows["time_embedding"] == len(timestep)
+        assert rows["conv_norm_out"] == 6
+    apart = torch.cat([model(sample, at.expand(2), part) for part in contexts.split(2)])
+    torch.testing.assert_close(together, apart, atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_plain_network_answers_once_for_every_context() -> None:
+    plain = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    model, (sample, _, states) = small(**plain, mid_block_type="UNetMidBlock2D"), inputs()
+    assert torch.equal(model(sample, 3, torch.cat([states, states])), torch.cat([model(sample, 3)] * 2))
