@@ -52,7 +52,7 @@ def build_optimizers(parameters: Mapping[str, nn.Parameter], config: TrainConfig
     optimizers: list[AdamW | Muon] = []
     if others:
         filled = [group for group in groups if group["params"]]
-        optimizers.append(AdamW(filled, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
+        optimizers.append(AdamW(filled, lr=config.lr, betas=config.betas, eps=config.eps))
     if hidden:
         optimizers.append(Muon(hidden, config.lr, config.weight_decay, ranks=ranks))
     return optimizers
@@ -106,7 +106,7 @@ class GuardedOptimizers:
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                optimizer.grad_scale, optimizer.found_inf = scale * clip, found_inf  # type: ignore[union-attr]
+                optimizer.grad_scale, optimizer.found_inf = scale * clip, found_inf
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         self.nonfinite_run = (self.nonfinite_run + 1.0) * found_inf

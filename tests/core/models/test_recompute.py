@@ -86,13 +86,13 @@ def kept_bytes(do: Callable[[], object]) -> int:
     return sum(kept.values())
 
 
-def test_a_third_of_the_activations_of_a_norm_a_silu_and_a_convolution_is_kept() -> None:
+def test_two_thirds_of_the_activations_of_a_norm_a_silu_and_a_convolution_are_kept() -> None:
     norm, conv, _ = norm_and_conv(32, 32)
     x = random_map(32, 16)
     weights = conv.weight.nbytes
     ours = kept_bytes(lambda: norm_silu_conv(x, norm, conv)) - weights
     plain = kept_bytes(lambda: conv(F.silu(norm(x)))) - weights
-    assert ours < 1.1 * x.nbytes
+    assert ours < 2.1 * x.nbytes
     assert plain > 2.9 * x.nbytes
 
 
