@@ -9,6 +9,7 @@ import typer
 from ldm_cli.cli import options as given
 from ldm_cli.cli.report import make_reporter
 from ldm_cli.cli.show import show_plan, show_result
+from ldm_cli.cli.startup import importing
 
 if TYPE_CHECKING:
     from ldm_cli.recipe.schema import EvalRecipe
@@ -34,13 +35,15 @@ def _eval(
     from ldm_cli.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, changes, expected_command="eval")
-    from ldm_cli.stages.options import RunOptions  # imports torch: a faulty recipe is refused before
+    with importing():
+        from ldm_cli.stages.options import RunOptions  # imports torch: a faulty recipe is refused before
 
     options = RunOptions(out, device, recipe_text=loaded.text, overrides=changes, overwrite=overwrite)
     if dry_run:
         show_plan(loaded, json)
         return
-    from ldm_cli.stages import evaluate
+    with importing():
+        from ldm_cli.stages import evaluate
 
     result = evaluate.run(cast("EvalRecipe", loaded.recipe), options, make_reporter())
     show_result(result if json else _for_people(result), json)

@@ -9,6 +9,7 @@ import typer
 from ldm_cli.cli import options as given
 from ldm_cli.cli.report import make_reporter
 from ldm_cli.cli.show import show_result
+from ldm_cli.cli.startup import importing
 from ldm_cli.errors import UsageError
 
 _DTYPES = ("fp32", "fp16", "bf16")
@@ -46,8 +47,9 @@ def _precompute(
     from ldm_cli.recipe.load import load_recipe
 
     loaded: Any = load_recipe(recipe, changes, expected_command="train-unet")
-    from ldm_cli.stages import precompute  # imports torch: a faulty recipe is refused before
-    from ldm_cli.stages.options import RunOptions
+    with importing():
+        from ldm_cli.stages import precompute  # imports torch: a faulty recipe is refused before
+        from ldm_cli.stages.options import RunOptions
 
     options = RunOptions(out, device, max_time=limit, recipe_text=loaded.text, overwrite=overwrite)
     do: Any = precompute.plan if dry_run else precompute.run

@@ -12,6 +12,7 @@ from ldm_cli.cli import options as given
 from ldm_cli.cli.launch import bind_to_launcher, expect_as_many, is_first_rank, is_rank, launch
 from ldm_cli.cli.report import make_reporter
 from ldm_cli.cli.show import show_plan, show_result
+from ldm_cli.cli.startup import importing
 from ldm_cli.errors import RecipeError, UsageError
 from ldm_cli.reporting import Reporter, SilentReporter
 
@@ -184,13 +185,15 @@ def _sample(
     loaded = _load(recipe, changes, options_given, record)
     reporter = make_reporter() if is_first_rank() else SilentReporter()
     loaded = _with_prompts(loaded, _read_prompts(prompts, reporter) + [_clean(text) for text in prompt or ()], record)
-    from ldm_cli.stages.options import RunOptions
+    with importing():
+        from ldm_cli.stages.options import RunOptions
 
     options = RunOptions(out, device, recipe_text=loaded.text, overrides=changes, overwrite=overwrite)
     if dry_run:
         show_plan(loaded, json)
         return
-    from ldm_cli.stages import sample
+    with importing():
+        from ldm_cli.stages import sample
 
     noise = None if latents is None else sample.Latents(latents)
     if record is not None and noise is None and "latents" in record.get("sources", {}):

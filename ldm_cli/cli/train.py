@@ -10,6 +10,7 @@ from ldm_cli.cli import options as given
 from ldm_cli.cli.launch import bind_to_launcher, expect_as_many, is_first_rank, is_rank, launch
 from ldm_cli.cli.report import make_reporter
 from ldm_cli.cli.show import show_plan, show_result
+from ldm_cli.cli.startup import importing
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.training.interruption import release_signals
 
@@ -50,7 +51,8 @@ def _train(
 
     command = str(context.info_name)
     loaded = load_recipe(recipe, changes, expected_command=command)
-    from ldm_cli.stages.options import RunOptions  # imports torch: a faulty recipe is refused before
+    with importing():
+        from ldm_cli.stages.options import RunOptions  # imports torch: a faulty recipe is refused before
 
     options = RunOptions(out, device, resume, limit, data_trace=data_trace, recipe_text=loaded.text, overrides=changes)
     if dry_run:
@@ -66,13 +68,16 @@ def _run(command: str, recipe: Any, options: Any) -> dict[str, Any]:
     """Run the stage; each is imported only when it is the one."""
     reporter = make_reporter() if is_first_rank() else SilentReporter()
     if command == "train-clip":
-        from ldm_cli.stages import train_clip
+        with importing():
+            from ldm_cli.stages import train_clip
 
         return train_clip.run(recipe, options, reporter)
     if command == "train-vae":
-        from ldm_cli.stages import train_vae
+        with importing():
+            from ldm_cli.stages import train_vae
 
         return train_vae.run(recipe, options, reporter)
-    from ldm_cli.stages import train_unet
+    with importing():
+        from ldm_cli.stages import train_unet
 
     return train_unet.run(recipe, options, reporter)
