@@ -57,6 +57,21 @@ def test_peers_do_the_same_work(subject: str) -> None:
         assert row["peak_mib"] > 50
 
 
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("forked")
+def test_compiled_contenders_do_the_same_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    name, size = TINY["train-clip"]
+    recipe: Any = load_recipe(name, [*size, "clip.vision_config.num_hidden_layers=1"]).recipe
+    rows = run.compare("train-clip", recipe, run.BenchOptions(rounds=1, compiled=True), 10.0, compared=True)
+    names = ["ldm", "transformers", "ldm compiled", "transformers compiled"]
+    assert [row["contender"] for row in rows] == names
+    for row in rows:
+        assert row["first_loss"] == pytest.approx(rows[0]["first_loss"], rel=1e-4)
+    assert any(tmp_path.rglob("*.so")), "something was compiled"
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("subject", ["train-vae", "encode-vae"])
