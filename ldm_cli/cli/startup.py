@@ -49,9 +49,11 @@ def importing() -> Iterator[None]:
 
 def leave(code: int) -> NoReturn:
     """End the process as `sys.exit` does, but let the kernel have back what Python would first take apart: 0.4 s."""
-    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are not daemons
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # closed, or nobody reads: `run` has said so
-            stream.flush()
-    os._exit(code)
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are not daemons
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # closed, or nobody reads: `run` has said so
+                stream.flush()
+    finally:  # also if there is a Ctrl-C: everything is done
+        os._exit(code)

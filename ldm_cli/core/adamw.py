@@ -68,7 +68,7 @@ class AdamW(torch.optim.Optimizer):
             total += 1
             torch._fused_adamw_(
                 [_in_memory_order(p, p) for p in moved],
-                [_in_memory_order(p.grad, p) for p in moved],
+                [_in_memory_order(_laid_like(p.grad, p), p) for p in moved],
                 [_in_memory_order(s["exp_avg"], p) for s, p in zip(states, moved, strict=True)],
                 [_in_memory_order(s["exp_avg_sq"], p) for s, p in zip(states, moved, strict=True)],
                 [],
@@ -117,8 +117,15 @@ class _Counts:
 def _in_memory_order(x: Tensor, parameter: nn.Parameter) -> Tensor:
     """A kernel [O, I, H, W] that lies in channels-last order as [O, H, W, I]; what lies otherwise as it is.
 
-    The fused kernel copies what is not contiguous, once more for each step.
+    The fused kernel copies what is not contiguous, once more for each step. x lies as the parameter does.
     """
-    if parameter.ndim != 4 or parameter.is_contiguous():
-        return x
-    return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+    return x.permute(0, 2, 3, 1) if _is_channels_last(parameter) else x
+
+
+def _laid_like(gradient: Tensor, parameter: nn.Parameter) -> Tensor:
+    """The gradient in the parameter's memory order."""
+    return gradient.contiguous(memory_format=torch.channels_last) if _is_channels_last(parameter) else gradient
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)

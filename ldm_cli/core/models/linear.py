@@ -1,4 +1,4 @@
-"""Linear layers of a network that draws, on a CPU: large ones by oneDNN, whose sums do not depend on the batch.
+"""Linear layers without autograd, on a CPU: large ones by oneDNN, whose sums do not depend on the batch.
 
 Where rows are few, MKL adds up each in an order that depends on their number (1,024 → 256: up to 160 rows, torch
 2.13, AVX-512). oneDNN does not, adds the bias without a pass of its own, and applies GELU on the way. Calling it costs
@@ -17,7 +17,7 @@ _LARGE = 1 << 15
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
     """x Wᵀ + b, or the GELU of it: [..., I] and [O, I] → [..., O]."""
-    if (gelu or weight.numel() >= _LARGE) and _draws(x):
+    if (gelu or weight.numel() >= _LARGE) and _is_plain(x):
         name, variant = ("gelu", "none") if gelu else ("none", "")
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, name, [], variant)
         return result
@@ -25,8 +25,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False
     return F.gelu(product) if gelu else product
 
 
-def _draws(x: Tensor) -> bool:
-    """Whether a network draws on a CPU, as it is and in float32."""
+def _is_plain(x: Tensor) -> bool:
+    """Whether x is float32 on a CPU and nobody looks on: a network draws, or a function has a backward of its own."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
