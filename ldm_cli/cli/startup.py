@@ -6,6 +6,7 @@ import atexit
 import ctypes
 import gc
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ def load_torch_libraries() -> None:
     """Begin to load what `import torch` will load, beside all else that is imported before: 0.3 s on two cores."""
     spec = find_spec("torch") if sys.platform == "linux" and "torch" not in sys.modules else None
     if spec is not None and spec.origin is not None:
-        threading.Thread(target=_load, args=(Path(spec.origin).parent / "lib",), daemon=True).start()
+        with _interrupt_held():  # the thread inherits it: an interrupt is the main thread's
+            threading.Thread(target=_load, args=(Path(spec.origin).parent / "lib",), daemon=True).start()
 
 
 def _load(folder: Path) -> None:
@@ -33,18 +35,30 @@ def _load(folder: Path) -> None:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Within, the search for reference cycles rests; what is there at the end is never searched again.
+    """Within, Ctrl-C waits and the search for reference cycles rests; what is there at the end is never searched.
 
     Imports make hundreds of thousands of objects that stay: searching them over and over is a tenth of `import torch`.
+    An interrupt that comes while torch's compiled part imports numpy would be forgotten there, and numpy with it.
     """
     was_searching = gc.isenabled()
-    gc.disable()
+    with _interrupt_held():
+        gc.disable()
+        try:
+            yield
+        finally:
+            gc.freeze()
+            if was_searching:
+                gc.enable()
+
+
+@contextmanager
+def _interrupt_held() -> Iterator[None]:
+    """Within, SIGINT waits."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        gc.freeze()
-        if was_searching:
-            gc.enable()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def leave(code: int) -> NoReturn:

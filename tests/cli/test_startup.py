@@ -117,3 +117,21 @@ assert ("libtorch_cpu" in Path("/proc/self/maps").read_text()) is {loaded}
 import os; os._exit(0)  # the end of a process that has the libraries and no torch is not what is tested
 """)
     assert result.returncode == 0, result.stderr
+
+
+def test_an_interrupt_waits_for_imports_to_end() -> None:
+    result = python("""
+import os, signal
+from ldm_cli.cli.startup import importing
+try:
+    with importing():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            print("imported")
+        except BaseException:
+            print("a library forgot the interrupt")
+    print("never")
+except KeyboardInterrupt:
+    print("interrupted")
+""")
+    assert result.stdout == "imported\ninterrupted\n"
