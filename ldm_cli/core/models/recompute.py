@@ -2,7 +2,7 @@
 
 Autograd would keep the result of every SiLU, GELU, product and enlargement. Here one function spans the pointwise work
 and the convolution or matrix product after it; its backward repeats the pointwise part. A group norm is not cheap: in
-channels-last order it takes as long as ten times the SiLU.
+channels-last order it takes three to six times as long as the SiLU.
 The numbers are those of the plain layers, forward and backward. Measured on a U-Net of 12.6 M parameters: see
 docs/performance.md.
 
