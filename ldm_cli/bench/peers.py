@@ -104,7 +104,7 @@ def their_encoding(work: Workload, channels_last: bool = False) -> EncodingStep:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = random_batch(work)["images"].to(device)
     encode = lambda: model.encode(images).latent_dist.mean  # type: ignore[operator]  # noqa: E731
-    return EncodingStep(encode, device, work.recipe.train.precision, len(images))
+    return EncodingStep(work, encode, images)
 
 
 def _autoencoder_loss(model: Any, images: Tensor, noise: Tensor, kl_weight: float) -> Tensor:

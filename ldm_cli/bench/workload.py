@@ -25,7 +25,6 @@ from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.vae_loss import VAELoss
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
-from ldm_cli.training.config import TrainConfig
 from ldm_cli.training.optim import GuardedOptimizers
 from ldm_cli.training.weights import Weights
 
@@ -53,18 +52,20 @@ class Workload:
 def build_model(recipe: TrainRecipe) -> nn.Module:
     """The recipe's model with weights that depend on the recipe alone; none of its layers is silent."""
     torch.manual_seed(recipe.seed)
-    model: nn.Module
-    if isinstance(recipe, TrainClipRecipe):
-        model = CLIPModel(recipe.clip)
-    elif isinstance(recipe, TrainVaeRecipe):
-        model = AutoencoderKL(recipe.vae)
-    else:
-        model = UNet2DConditionModel(recipe.unet)
+    model = _model(recipe)
     with torch.no_grad():
         for parameter in model.parameters():
             if not bool(parameter.any()):  # the last layers of residual branches start at zero
                 parameter.normal_(std=0.02)
     return model
+
+
+def _model(recipe: TrainRecipe) -> nn.Module:
+    if isinstance(recipe, TrainClipRecipe):
+        return CLIPModel(recipe.clip)
+    if isinstance(recipe, TrainVaeRecipe):
+        return AutoencoderKL(recipe.vae)
+    return UNet2DConditionModel(recipe.unet)
 
 
 def random_batch(work: Workload) -> dict[str, Tensor]:
@@ -107,18 +108,18 @@ class TrainingStep:
     """Forward, backward, gradient norm, clipping and AdamW, as the trainers do them.
 
     Args:
+        work: what is trained.
         model: on its device, in its memory order.
-        loss: scalar loss of the batch.
-        train: precision, clipping, optimizer.
-        num_units: images (or pairs) a step.
+        batch: of `random_batch`, on the same device.
     """
 
-    def __init__(self, model: nn.Module, loss: Callable[[], Tensor], train: TrainConfig, num_units: int) -> None:
-        self.model, self.loss, self.train, self.num_units = model, loss, train, num_units
+    def __init__(self, work: Workload, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        self.recipe, self.train = work.recipe, work.recipe.train
+        self.model, self.batch, self.loss = model, batch, _our_loss(work.recipe, model, batch)
         self.device = next(model.parameters()).device
-        self.optimizers = GuardedOptimizers(Weights({"model": model}), train, self.device)
-        with torch.no_grad(), autocast(self.device, train.precision):
-            self.first_loss = loss().item()
+        self.optimizers = GuardedOptimizers(Weights({"model": model}), self.train, self.device)
+        with torch.no_grad(), autocast(self.device, self.train.precision):
+            self.first_loss = self.loss().item()
 
     def step(self) -> None:
         """One optimizer step."""
@@ -130,9 +131,12 @@ class TrainingStep:
     def facts(self) -> dict[str, Any]:
         """Units and counted operations a step, parameters, and the first loss."""
         parameters = sum(p.numel() for p in self.model.parameters())
-        flops = count_flops(lambda: self.loss().backward())  # type: ignore[no-untyped-call]
-        self.model.zero_grad(set_to_none=True)
-        return {"units": self.num_units, "flops": flops, "parameters": parameters, "first_loss": self.first_loss}
+        return {
+            "units": self.train.batch_size,
+            "flops": training_flops(self.recipe, self.batch),
+            "parameters": parameters,
+            "first_loss": self.first_loss,
+        }
 
 
 def our_step(work: Workload) -> TrainingStep:
@@ -148,7 +152,7 @@ def our_step(work: Workload) -> TrainingStep:
     if recipe.train.compile:
         compile_regions(model)
     batch = {name: value.to(device) for name, value in random_batch(work).items()}
-    return TrainingStep(model, _our_loss(recipe, model, batch), recipe.train, recipe.train.batch_size)
+    return TrainingStep(work, model, batch)
 
 
 def _our_loss(recipe: TrainRecipe, model: nn.Module, batch: Mapping[str, Tensor]) -> Callable[[], Tensor]:
@@ -175,18 +179,19 @@ def _clip_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 class EncodingStep:
     """Images to latents, as `ldm precompute` does it: no gradients."""
 
-    def __init__(self, encode: Callable[[], object], device: torch.device, precision: str, num_units: int) -> None:
-        self.encode, self.device, self.precision, self.num_units = encode, device, precision, num_units
+    def __init__(self, work: Workload, encode: Callable[[], object], images: Tensor) -> None:
+        self.recipe, self.device = work.recipe, torch.device(work.device)
+        self.encode, self.images = encode, images
 
     @torch.inference_mode()
     def step(self) -> None:
         """One batch."""
-        with autocast(self.device, self.precision):
+        with autocast(self.device, self.recipe.train.precision):
             self.encode()
 
     def facts(self) -> dict[str, Any]:
         """Images and counted operations a batch."""
-        return {"units": self.num_units, "flops": count_flops(self.step)}
+        return {"units": len(self.images), "flops": encoding_flops(self.recipe, self.images)}
 
 
 def our_encoding(work: Workload) -> EncodingStep:
@@ -198,14 +203,33 @@ def our_encoding(work: Workload) -> EncodingStep:
         keep_freed_memory()
     vae = build_model(recipe).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = random_batch(work)["images"].to(device)
-    return EncodingStep(lambda: vae.encode(images).mean, device, recipe.train.precision, len(images))
+    return EncodingStep(work, lambda: vae.encode(images).mean, images)
 
 
-def count_flops(do: Callable[[], object]) -> int:
-    """Floating-point operations of matrix products and convolutions, 2 per multiply-add, counted as they run.
+def training_flops(recipe: TrainRecipe, batch: Mapping[str, Tensor]) -> int:
+    """Floating-point operations of matrix products and convolutions, 2 per multiply-add, forward and backward.
 
-    Attention runs as plain products meanwhile, because the counter does not know the CPU's fused kernel.
+    They are counted on torch's meta device, where nothing is computed: those of the plain layers, whatever is saved on
+    a processor, and without what is computed twice to save memory. So fractions of peers and of papers compare.
     """
+    loss = _our_loss(recipe, _hollow(recipe), {name: value.to("meta") for name, value in batch.items()})
+    return _count(lambda: loss().backward())  # type: ignore[no-untyped-call]
+
+
+def encoding_flops(recipe: TrainRecipe, images: Tensor) -> int:
+    """The same of encoding images [B, 3, H, W]."""
+    model = _hollow(recipe)
+    with torch.no_grad():
+        return _count(lambda: model.encode(images.to("meta")))  # type: ignore[operator]
+
+
+def _hollow(recipe: TrainRecipe) -> nn.Module:
+    """The recipe's model without numbers, on the meta device."""
+    with torch.device("meta"):
+        return _model(recipe)
+
+
+def _count(do: Callable[[], object]) -> int:
     with eagerly(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         do()
     return int(counter.get_total_flops())

@@ -33,7 +33,8 @@ def contrastive_loss(
     image = F.normalize(image_features.float(), dim=-1)
     text = F.normalize(text_features.float(), dim=-1)
     chosen = slice(0, len(image)) if rows is None else rows
-    with torch.autocast(image.device.type, enabled=False):  # bf16 rounds a logit of 100 to a multiple of 0.5
+    device = "cpu" if image.is_meta else image.device.type  # the meta device has no autocast to switch off
+    with torch.autocast(device, enabled=False):  # bf16 rounds a logit of 100 to a multiple of 0.5
         of_images = logit_scale * image[chosen] @ text.T
         of_texts = logit_scale * text[chosen] @ image.T
     index = torch.arange(len(image), device=image.device)

@@ -81,13 +81,14 @@ def test_autoencoders_are_measured(subject: str) -> None:
     assert row["gflop_per_unit"] > 0
 
 
-def test_operations_are_counted_as_torch_counts_those_of_forward_and_backward() -> None:
+def test_operations_are_counted_as_torch_counts_those_of_the_peer_forward_and_backward() -> None:
+    diffusers = pytest.importorskip("diffusers")
     recipe = tiny("train-unet")
     facts = our_step(Workload(recipe, context_length=5)).facts()
-    unet, size = build_model(recipe), recipe.unet.sample_size
-    x = torch.randn(2, 4, size, size, requires_grad=True)
+    unet, size = diffusers.UNet2DConditionModel(**recipe.unet.to_mapping()), recipe.unet.sample_size
+    x, context = torch.randn(2, 4, size, size), torch.randn(2, 5, recipe.unet.cross_attention_dim)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        unet(x.detach(), torch.tensor([1.0, 2.0]), torch.randn(2, 5, recipe.unet.cross_attention_dim)).sum().backward()
+        unet(x, torch.tensor([1.0, 2.0]), context).sample.sum().backward()
     assert facts["units"] == 2
     assert facts["flops"] == pytest.approx(counter.get_total_flops(), rel=1e-3)
 

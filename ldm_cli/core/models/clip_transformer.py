@@ -13,6 +13,7 @@ from ldm_cli.core.compiling import Region
 from ldm_cli.core.models.attention import attend
 from ldm_cli.core.models.checkpointing import Checkpointed
 from ldm_cli.core.models.clip_config import Activation
+from ldm_cli.core.models.linear import Linear, linear
 
 _QUICK = 1.702
 
@@ -23,10 +24,10 @@ class CLIPAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, *, is_causal: bool) -> None:
         super().__init__()
         self.num_heads, self.is_causal = num_heads, is_causal
-        self.k_proj = nn.Linear(dim, dim)
-        self.v_proj = nn.Linear(dim, dim)
-        self.q_proj = nn.Linear(dim, dim)
-        self.out_proj = nn.Linear(dim, dim)
+        self.k_proj = Linear(dim, dim)
+        self.v_proj = Linear(dim, dim)
+        self.q_proj = Linear(dim, dim)
+        self.out_proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, at: Tensor | None = None) -> Tensor:
         """[B, L, D] → [B, L, D]; with `at` [B], of that token of each sequence alone: [B, 1, D]."""
@@ -51,16 +52,16 @@ class CLIPMLP(nn.Module):
     def __init__(self, dim: int, inner_dim: int, activation: Activation) -> None:
         super().__init__()
         self.is_quick = activation == "quick_gelu"
-        self.fc1 = nn.Linear(dim, inner_dim)
-        self.fc2 = nn.Linear(inner_dim, dim)
+        self.fc1 = Linear(dim, inner_dim)
+        self.fc2 = Linear(inner_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, D] → [B, L, D]."""
         if not self.is_quick:
             projected: Tensor = self.fc2(F.gelu(self.fc1(x)))
             return projected
-        hidden = F.silu(F.linear(x, _QUICK * self.fc1.weight, _QUICK * self.fc1.bias))
-        return F.linear(hidden, self.fc2.weight / _QUICK, self.fc2.bias)
+        hidden = F.silu(linear(x, _QUICK * self.fc1.weight, _QUICK * self.fc1.bias))
+        return linear(hidden, self.fc2.weight / _QUICK, self.fc2.bias)
 
 
 class CLIPEncoderLayer(Region):
@@ -136,11 +137,11 @@ def _tokens(x: Tensor, at: Tensor) -> Tensor:
 def _initialise(layer: CLIPEncoderLayer, dim: int, num_layers: int) -> None:
     attention, mlp = layer.self_attn, layer.mlp
     residual_std = dim**-0.5 * (2 * num_layers) ** -0.5
-    for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
-        nn.init.normal_(linear.weight, std=dim**-0.5)
+    for layer_of_tokens in (attention.q_proj, attention.k_proj, attention.v_proj):
+        nn.init.normal_(layer_of_tokens.weight, std=dim**-0.5)
     nn.init.normal_(mlp.fc1.weight, std=(2 * dim) ** -0.5)
-    for linear in (attention.out_proj, mlp.fc2):
-        nn.init.normal_(linear.weight, std=residual_std)
+    for last in (attention.out_proj, mlp.fc2):
+        nn.init.normal_(last.weight, std=residual_std)
     for module in layer.modules():
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)

@@ -6,7 +6,8 @@ channels-last order it takes three to six times as long as the SiLU.
 The numbers are those of the plain layers, forward and backward. Measured on a U-Net of 12.6 M parameters: see
 docs/performance.md.
 
-Under autocast, in torch.compile (which decides for itself what to keep) and without gradients the plain layers run.
+Under autocast, in torch.compile (which decides for itself what to keep), on the meta device and without gradients the
+plain layers run.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm_cli.core.models.linear import linear
+from ldm_cli.core.models.doubling import can_double, doubled_conv
+from ldm_cli.core.models.linear import input_gradient, linear, weight_gradient
 
 # Up to this many pixels and from this many channels on, oneDNN's convolution spends its time on reordering the kernel.
 _SMALL_MAP, _MANY_CHANNELS = 16, 64
+# From this many pixels on, and up to this many channels a group, torch's group norm takes long for its gradient.
+_LARGE_MAP, _NARROW_GROUP = 1024, 4
 
 
 def norm_silu_conv(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
     """`conv(silu(norm(x)))` of a 3×3 convolution with padding 1; keeps x [B, C, H, W] and norm(x)."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if _is_watched(x):
         projected: Tensor = conv(F.silu(norm(x)))
         return projected
     if not torch.is_grad_enabled():
@@ -36,6 +40,8 @@ def norm_silu_conv(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
 
 def upsample_conv(x: Tensor, size: tuple[int, int], conv: nn.Conv2d) -> Tensor:
     """`conv` (3×3, padding 1) of the nearest-neighbour enlargement of x [B, C, H, W] to `size`; keeps x."""
+    if can_double(x, size):
+        return doubled_conv(x, conv.weight, conv.bias)
     if _plain(x):
         enlarged: Tensor = conv(F.interpolate(x, size=size, mode="nearest"))
         return enlarged
@@ -66,7 +72,12 @@ def geglu_linear(x: Tensor, proj: nn.Linear, out: nn.Linear) -> Tensor:
 
 
 def _plain(x: Tensor) -> bool:
-    return not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+    return not torch.is_grad_enabled() or _is_watched(x)
+
+
+def _is_watched(x: Tensor) -> bool:
+    """Whether torch's own operators are wanted: by autocast, the compiler, or who counts on the meta device."""
+    return x.is_meta or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
 
 
 def _order(x: Tensor) -> torch.memory_format:
@@ -92,10 +103,53 @@ class _NormSiluConv(torch.autograd.Function):
         gradient, d_kernel, d_shift = _conv_backward(gradients[0], F.silu(normed), kernel)
         # The kernels of a group norm read the gradient in the order of its input, whatever its own is.
         gradient = torch.ops.aten.silu_backward(gradient, normed).contiguous(memory_format=_order(x))
-        d_x, d_gain, d_bias = torch.ops.aten.native_group_norm_backward(
-            gradient, x, mean, rstd, gain, *ctx.size, ctx.groups, [ctx.needs_input_grad[0], True, True]
-        )
+        if _has_narrow_groups(x, ctx.groups):
+            d_x, d_gain, d_bias = _group_norm_backward(gradient, x, mean, rstd, gain)
+        else:
+            d_x, d_gain, d_bias = torch.ops.aten.native_group_norm_backward(
+                gradient, x, mean, rstd, gain, *ctx.size, ctx.groups, [ctx.needs_input_grad[0], True, True]
+            )
         return d_x, d_gain, d_bias, d_kernel, d_shift, None, None
+
+
+def _has_narrow_groups(x: Tensor, groups: int) -> bool:
+    """Whether torch's backward pass of a group norm would go over large maps in steps of a few channels."""
+    return (
+        x.device.type == "cpu"
+        and _order(x) == torch.channels_last
+        and x.shape[2] * x.shape[3] >= _LARGE_MAP
+        and x.shape[1] // groups <= _NARROW_GROUP
+    )
+
+
+def _group_norm_backward(gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, gain: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of a group norm for its input, gain and bias, in passes over all channels of a pixel.
+
+    With x̂ = (x − μ) / σ and γ the gain, d_x = (γ d_y − mean(γ d_y) − x̂ mean(γ d_y x̂)) / σ, means over the group.
+
+    Args:
+        gradient: d_y, [B, C, H, W] in channels-last order, as x is.
+        mean, rstd: μ and 1 / σ, [B, G].
+        gain: [C].
+    """
+    batch, channels, height, width = x.shape
+    groups = mean.shape[1]
+    per_group = (batch, groups, channels // groups)
+    pixels = height * width * per_group[2]
+    d_y, pixels_of_x = (t.permute(0, 2, 3, 1).reshape(batch, -1, channels) for t in (gradient, x))
+
+    product = d_y * pixels_of_x
+    along_x, total = product.sum(1), d_y.sum(1)  # [B, C]
+    weighted_x = (along_x * gain).view(per_group).sum(2)
+    weighted = (total * gain).view(per_group).sum(2)
+    # d_x is linear in d_y and x, with coefficients per channel and per group.
+    of_x = (weighted * mean - weighted_x) * rstd**3 / pixels
+    constant = -of_x * mean - weighted * rstd / pixels
+    of_gradient = (rstd[:, :, None] * gain.view(groups, -1)).view(batch, 1, channels)
+    of_x, constant = (c[:, :, None].expand(per_group).reshape(batch, 1, channels) for c in (of_x, constant))
+    d_x = torch.addcmul(constant, pixels_of_x, of_x, out=product).addcmul_(d_y, of_gradient)
+    d_gain = ((along_x.view(per_group) - total.view(per_group) * mean[:, :, None]) * rstd[:, :, None]).sum(0)
+    return d_x.view(batch, height, width, channels).permute(0, 3, 1, 2), d_gain.view(channels), total.sum(0)
 
 
 class _UpsampleConv(torch.autograd.Function):
@@ -117,10 +171,10 @@ class _UpsampleConv(torch.autograd.Function):
 class _GegluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> Tensor:
-        both = F.linear(x, w_in, b_in)
+        both = linear(x, w_in, b_in)
         ctx.save_for_backward(x, both, w_in, w_out)
         value, gate = both.chunk(2, dim=-1)
-        return F.linear(F.gelu(gate).mul_(value), w_out, b_out)
+        return linear(F.gelu(gate).mul_(value), w_out, b_out)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -128,14 +182,14 @@ class _GegluLinear(torch.autograd.Function):
         d_y = gradients[0].flatten(0, -2)
         value, gate = both.flatten(0, -2).chunk(2, dim=-1)
         activated = F.gelu(gate)
-        d_hidden = d_y @ w_out
+        d_hidden = input_gradient(d_y, w_out)
         d_both = torch.empty_like(both).flatten(0, -2)
         d_value, d_gate = d_both.chunk(2, dim=-1)
         torch.mul(d_hidden, activated, out=d_value)
         torch.ops.aten.gelu_backward.grad_input(d_hidden.mul_(value), gate, grad_input=d_gate)
-        d_w_out = d_y.t() @ activated.mul_(value)
-        d_w_in = d_both.t() @ x.flatten(0, -2)
-        return (d_both @ w_in).view(x.shape), d_w_in, d_both.sum(0), d_w_out, d_y.sum(0)
+        d_w_out = weight_gradient(d_y, activated.mul_(value))
+        d_w_in = weight_gradient(d_both, x.flatten(0, -2))
+        return input_gradient(d_both, w_in).view(x.shape), d_w_in, d_both.sum(0), d_w_out, d_y.sum(0)
 
 
 def _conv3x3(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
@@ -173,8 +227,8 @@ def _conv_backward(gradient: Tensor, x: Tensor, kernel: Tensor) -> tuple[Tensor,
         return d_x, d_kernel, d_bias
     batch, channels, height, width = x.shape
     rows = gradient.permute(0, 2, 3, 1).reshape(-1, len(kernel))
-    d_kernel = (rows.t() @ _neighbourhoods(x)).view(len(kernel), 3, 3, channels).permute(0, 3, 1, 2)
-    parts = (rows @ _as_matrix(kernel)).view(batch, height, width, 3, 3, channels)
+    d_kernel = weight_gradient(rows, _neighbourhoods(x)).view(len(kernel), 3, 3, channels).permute(0, 3, 1, 2)
+    parts = input_gradient(rows, _as_matrix(kernel)).view(batch, height, width, 3, 3, channels)
     padded = x.new_zeros(batch, height + 2, width + 2, channels)
     for i in range(3):
         for j in range(3):

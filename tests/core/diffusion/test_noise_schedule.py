@@ -44,7 +44,7 @@ def test_zero_snr_schedule_ends_in_pure_noise_and_starts_as_before(name):
     zero = schedule(beta_schedule=name, prediction_type="v_prediction", rescale_betas_zero_snr=True)
     assert zero.alphas_cumprod[-1] == 0
     assert zero.snr(torch.tensor([999])) == 0
-    assert zero.alphas_cumprod[0].item() == pytest.approx(plain.alphas_cumprod[0].item(), rel=1e-7)
+    assert zero.alphas_cumprod[0].item() == pytest.approx(plain.alphas_cumprod[0].item(), rel=1e-6)  # in float32
 
 
 def test_adding_noise_and_velocity_rotate_signal_and_noise():

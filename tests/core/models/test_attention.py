@@ -1,4 +1,4 @@
-"""Attention against that of torch on the same keys, whatever is added to fill vectors; linear layers of both kinds."""
+"""Attention against that of torch on the same keys, whatever is added to fill vectors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm_cli.core.models.attention import Attention, FixedContext, attend, in_lanes
-from ldm_cli.core.models.linear import Linear, linear
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -48,34 +47,3 @@ def test_each_query_meets_several_contexts(fixed: bool) -> None:
         actual = layer(x, FixedContext(contexts) if fixed else contexts)
         expected = torch.cat([layer(x, part) for part in contexts.split(2)])
     torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("gelu", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("outputs", [4, 512])
-def test_linear_layers_are_those_of_torch(outputs: int, bias: bool, gelu: bool) -> None:
-    torch.manual_seed(0)
-    layer, x = Linear(128, outputs, bias=bias), torch.randn(3, 7, 256)[..., ::2]
-    plain = F.linear(x, layer.weight, layer.bias)
-    with torch.no_grad():
-        assert torch.equal(layer(x), linear(x, layer.weight, layer.bias))
-        drawn = linear(x, layer.weight, layer.bias, gelu=gelu)
-    expected = F.gelu(plain) if gelu else plain
-    torch.testing.assert_close(drawn, expected.detach(), atol=1e-5, rtol=1e-5)
-    assert torch.equal(linear(x, layer.weight, layer.bias, gelu=gelu), expected), "with gradients torch's own layer"
-    transposed = torch.randn(512, outputs).t()[:, :128]
-    with torch.no_grad():
-        torch.testing.assert_close(linear(x, transposed, None), F.linear(x, transposed), atol=1e-4, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_large_linear_layers_do_not_see_the_size_of_the_batch() -> None:
-    torch.manual_seed(0)
-    layer, rows = Linear(1024, 256), torch.randn(256, 1024)
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(2)  # MKL's order of adding depends on the rows with several threads
-    try:
-        together = layer(rows)
-        assert all(torch.equal(layer(rows[:count].clone()), together[:count]) for count in (16, 32, 48, 96, 160))
-    finally:
-        torch.set_num_threads(num_threads)

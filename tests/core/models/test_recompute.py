@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm_cli.core.models import recompute
 from ldm_cli.core.models.recompute import geglu_linear, norm_silu_conv, upsample_conv
 
 Layer = Callable[[Tensor], Tensor]
@@ -52,11 +53,42 @@ def test_norm_silu_and_convolution_are_those_of_torch(
     assert_same(lambda x: norm_silu_conv(x, norm, conv), lambda x: conv(F.silu(norm(x))), x, both)
 
 
+@pytest.mark.parametrize("channels", [4, 8, 20])
+def test_norms_of_large_maps_are_those_of_torch(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 groups: of 1, 2 and 5 channels, the last beyond what our own backward pass is for."""
+    calls: list[int] = []
+    own = recompute._group_norm_backward
+    monkeypatch.setattr(recompute, "_group_norm_backward", lambda *a: calls.append(1) or own(*a))
+    norm, conv, both = norm_and_conv(channels, 6)
+    x = random_map(channels, 32)
+    with torch.no_grad():
+        x.mul_(3).add_(5)
+    assert_same(lambda x: norm_silu_conv(x, norm, conv), lambda x: conv(F.silu(norm(x))), x, both)
+    assert bool(calls) is (channels < 20)
+
+
 def test_enlargement_and_convolution_are_those_of_torch() -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(8, 6, 3, padding=1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     plain = lambda x: conv(F.interpolate(x, size=(7, 9), mode="nearest"))  # noqa: E731
     assert_same(lambda x: upsample_conv(x, (7, 9), conv), plain, random_map(8, 4), conv)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize(("side", "one_convolution"), [(9, True), (5, False)])
+def test_enlargement_by_two_and_convolution_are_those_of_torch(
+    side: int, one_convolution: bool, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 6, 3, padding=1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    size = (2 * side, 2 * side + 2)
+    plain = lambda x: conv(F.interpolate(x, size=size, mode="nearest"))  # noqa: E731
+    x = random_map(8, side, channels_last=channels_last)
+    assert_same(lambda x: upsample_conv(x, size, conv), plain, x, conv)
+    enlarged: list[object] = []
+    monkeypatch.setattr(F, "interpolate", lambda *a, **k: enlarged.append(a) or torch.zeros(3, 8, *size))
+    upsample_conv(x, size, conv)
+    assert bool(enlarged) is not one_convolution
 
 
 def test_geglu_and_linear_are_those_of_torch() -> None:
