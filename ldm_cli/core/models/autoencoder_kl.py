@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ldm_cli.core.models.attention import AttentionBlock2D
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.checkpointing import Checkpointable, Checkpointed
+from ldm_cli.core.models.convolution import norm_silu_conv
 from ldm_cli.core.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
-from ldm_cli.core.models.recompute import norm_silu_conv
 
 _EPS = 1e-6
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm_cli.core.compiling import Region
+from ldm_cli.core.models.convolution import norm_silu_conv, upsample_conv
 from ldm_cli.core.models.linear import linear
-from ldm_cli.core.models.recompute import norm_silu_conv, upsample_conv
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shift: int) -> Tensor:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 _LARGE = 1 << 15
 """Weights from which on a layer is large: a matter of the layer alone, not of its input."""
-_LARGE_FOR_SLOW_MKL = 1 << 12
+_LARGE_FOR_SLOW_MKL = 1 << 11
 _LONG_SIDE = 256
 """Side of a kernel from which on oneDNN is the faster one for its gradient, a product with a long inner side."""
 

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from ldm_cli.core.models.attention import FixedContext, Transformer2DModel
 from ldm_cli.core.models.checkpointing import Checkpointable
+from ldm_cli.core.models.convolution import norm_silu_conv
 from ldm_cli.core.models.layers import ResnetBlock2D, TimestepEmbedding, repeated, timestep_embedding
-from ldm_cli.core.models.recompute import norm_silu_conv
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.core.models.unet_blocks import DownBlock, LevelSpec, MidBlock, UpBlock
 
