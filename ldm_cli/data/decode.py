@@ -49,6 +49,11 @@ Color = tuple[int, int, int]
 Crop = Literal["center", "random", "squash"]
 
 
+def load_codecs() -> None:
+    """Import Pillow's readers of the usual formats, which it would do at the first picture: in each worker anew."""
+    Image.preinit()
+
+
 def decode_rgb(data: bytes, background: Color, max_pixels: int, min_side: int | None = None) -> Image.Image:
     """The picture in a file, as 8-bit RGB.
 

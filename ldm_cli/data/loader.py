@@ -15,6 +15,7 @@ from ldm_cli import philox
 from ldm_cli.data.bad_samples import BadSample, BadSampleAccount, BadSampleError, BadSampleLog
 from ldm_cli.data.batch import Batch, Delivery, collate, filled
 from ldm_cli.data.config import DataConfig
+from ldm_cli.data.decode import load_codecs
 from ldm_cli.data.latent_cache import CachedDecoder, LatentCache
 from ldm_cli.data.order import global_positions, rank_slice
 from ldm_cli.data.plan import Place, Plan
@@ -102,6 +103,7 @@ class Loader:
             self._steps.begin(steps, num_workers)
         source: AbstractContextManager[Iterator[Delivery]]
         if num_workers:
+            load_codecs()
             source = closing(
                 made_by_workers(
                     self._steps,
