@@ -10,6 +10,7 @@ import ctypes
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,6 +52,8 @@ _SETTLING = 200
 _FEWEST = 4
 _FLAT = 1.0
 """MiB per 1,000 steps that are still called flat: 1 GiB in a million steps."""
+_LARGE_PAGE = 2.125
+"""MiB by which resident memory grows at once where the heap is backed by large pages, and a few small ones."""
 _MIB = 2**20
 
 
@@ -180,19 +183,29 @@ def trend(points: Sequence[tuple[int, int]]) -> dict[str, Any]:
     Returns:
         `steps`; `mib`, about ten of the readings that count, the last one included; the least-squares slope of all,
         `mib_per_1000_steps`, and of those in the second half of the run, `in_second_half`; whether the latter is
-        `flat`: a leak goes on, gaps in the heap fill up.
+        `flat`: a leak goes on, gaps in the heap fill up. One large page that is used for the first time is a jump, no
+        slope.
     """
     last = points[-1][0]
     settled = [(step, size / _MIB) for step, size in points if step > min(_SETTLING, last // 2)]
     every = max(1, len(settled) // 10)
-    second_half = _per_1000_steps([point for point in settled if point[0] >= last // 2])
+    second_half = [point for point in settled if point[0] >= last // 2]
     return {
         "steps": last,
         "mib": [round(size, 1) for _, size in settled[::-every][::-1]],
         "mib_per_1000_steps": _per_1000_steps(settled),
-        "in_second_half": second_half,
-        "flat": second_half <= _FLAT,
+        "in_second_half": _per_1000_steps(second_half),
+        "flat": _per_1000_steps(_without_a_page(second_half)) <= _FLAT,
     }
+
+
+def _without_a_page(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The readings without the largest rise from one to the next, if that may be a large page."""
+    rises = [later - earlier for (_, earlier), (_, later) in pairwise(points)]
+    largest = max(rises)
+    jump = largest if _LARGE_PAGE / 2 < largest <= _LARGE_PAGE else 0.0
+    at = rises.index(largest)
+    return [(step, size - jump if number > at else size) for number, (step, size) in enumerate(points)]
 
 
 def _per_1000_steps(points: Sequence[tuple[int, float]]) -> float:

@@ -119,6 +119,11 @@ def test_memory_is_flat_unless_it_goes_on_growing() -> None:
     assert found["in_second_half"] == pytest.approx(4e6 / _MIB)
     assert found["mib"][-1] == pytest.approx(300 + 8e6 / _MIB, abs=0.06)
     assert found["mib_per_1000_steps"] < found["in_second_half"]
+    page = begin + [(step, (300 + 2 * (step > 1500)) * _MIB) for step in range(210, 2001, 10)]
+    assert memory.trend(page)["in_second_half"] > 1
+    assert memory.trend(page)["flat"]
+    two_pages = [(step, size + 2 * _MIB * (step > 1200)) for step, size in page]
+    assert not memory.trend(two_pages)["flat"]
     assert not memory.trend([(step, step * 2000) for step in range(1, 2000)])["flat"]
     assert not memory.trend([(step, step * _MIB) for step in range(1, 9)])["flat"]
 

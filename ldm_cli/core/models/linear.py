@@ -6,7 +6,7 @@ the way. Calling it costs more, so that small layers are left to MKL. Why the ba
 `sampling/fixed_rows.py`.
 
 On AVX-512 processors that are not Intel's, in training too: MKL uses half of their vector units' width there, and
-oneDNN's products are twice as fast (AMD EPYC 9005: 180 and 390 GFLOP/s on two cores).
+oneDNN's products are twice as fast (AMD EPYC, Zen 5: 180 and 390 GFLOP/s on two cores).
 """
 
 from __future__ import annotations
