@@ -31,13 +31,13 @@ def test_enlargement_and_convolution_are_those_of_torch() -> None:
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-@pytest.mark.parametrize(("side", "one_convolution"), [(9, True), (5, False)])
+@pytest.mark.parametrize(("side", "odd", "one_convolution"), [(9, 0, True), (9, 1, False), (5, 0, False)])
 def test_enlargement_by_two_and_convolution_are_those_of_torch(
-    side: int, one_convolution: bool, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+    side: int, odd: int, one_convolution: bool, channels_last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(8, 6, 3, padding=1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    size = (2 * side, 2 * side + 2)
+    size = (2 * side - odd, 2 * side + 2)
     plain = lambda x: conv(F.interpolate(x, size=size, mode="nearest"))  # noqa: E731
     x = random_map(8, side, channels_last=channels_last)
     assert_same(lambda x: upsample_conv(x, size, conv), plain, x, conv)
