@@ -124,6 +124,7 @@ def test_memory_is_flat_unless_it_goes_on_growing() -> None:
     assert memory.trend(page)["flat"]
     two_pages = [(step, size + 2 * _MIB * (step > 1200)) for step, size in page]
     assert not memory.trend(two_pages)["flat"]
+    assert not memory.trend([(step, size + 50 * _MIB * (step > 1500)) for step, size in level])["flat"]
     assert not memory.trend([(step, step * 2000) for step in range(1, 2000)])["flat"]
     assert not memory.trend([(step, step * _MIB) for step in range(1, 9)])["flat"]
 
