@@ -12,6 +12,7 @@ enlarged map. Forward and backward take a little more than half the time; see do
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,8 +52,8 @@ def conv3x3(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 def upsample_conv(x: Tensor, size: tuple[int, int], conv: nn.Conv2d) -> Tensor:
     """`conv` (3×3, padding 1) of the nearest-neighbour enlargement of x [B, C, H, W] to `size`; keeps x."""
-    if can_double(x, size):
-        return doubled_conv(x, conv.weight, conv.bias)
+    if _can_double(x, size):
+        return _doubled_conv(x, conv.weight, conv.bias)
     if not torch.is_grad_enabled() or is_watched(x):
         plain: Tensor = conv(F.interpolate(x, size=size, mode="nearest"))
         return plain
@@ -60,8 +61,8 @@ def upsample_conv(x: Tensor, size: tuple[int, int], conv: nn.Conv2d) -> Tensor:
     return trained
 
 
-def can_double(x: Tensor, size: tuple[int, int]) -> bool:
-    """Whether `doubled_conv` computes the enlargement of x [B, C, H, W] to `size` and is the faster way.
+def _can_double(x: Tensor, size: tuple[int, int]) -> bool:
+    """Whether `_doubled_conv` computes the enlargement of x [B, C, H, W] to `size` and is the faster way.
 
     The batch has no say: a picture must come out the same whatever is drawn beside it.
     """
@@ -75,7 +76,7 @@ def can_double(x: Tensor, size: tuple[int, int]) -> bool:
     )
 
 
-def doubled_conv(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+def _doubled_conv(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     """A 3×3 convolution (padding 1) of the nearest-neighbour enlargement of x by two.
 
     Args:
@@ -102,8 +103,7 @@ class _Conv3x3(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, kernel = ctx.saved_tensors
-        d_x, d_kernel, d_bias = _conv_backward(gradients[0], x, kernel)
-        return d_x, d_kernel, d_bias if ctx.needs_input_grad[2] else None
+        return _conv_backward(gradients[0], x, kernel, ctx.needs_input_grad)
 
 
 class _UpsampleConv(torch.autograd.Function):
@@ -114,11 +114,12 @@ class _UpsampleConv(torch.autograd.Function):
         return F.conv2d(F.interpolate(x, size=size, mode="nearest"), kernel, shift, padding=1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, kernel = ctx.saved_tensors
         enlarged = F.interpolate(x, size=ctx.size, mode="nearest")
-        gradient, d_kernel, d_shift = _conv_backward(gradients[0], enlarged, kernel)
-        d_x = torch.ops.aten.upsample_nearest2d_backward(gradient, ctx.size, x.shape)
+        gradient, d_kernel, d_shift = _conv_backward(gradients[0], enlarged, kernel, ctx.needs_input_grad[:3])
+        d_x = None if gradient is None else torch.ops.aten.upsample_nearest2d_backward(gradient, ctx.size, x.shape)
         return d_x, d_kernel, d_shift, None
 
 
@@ -187,19 +188,30 @@ def _neighbourhoods(x: Tensor) -> Tensor:
     return windows.reshape(batch * height * width, 9 * channels)
 
 
-def _conv_backward(gradient: Tensor, x: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a 3×3 convolution of padding 1 with a bias, for input, kernel and bias."""
+def _conv_backward(
+    gradient: Tensor, x: Tensor, kernel: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of a 3×3 convolution of padding 1 for input, kernel and bias, those that are wanted."""
+    wants_x, wants_kernel, wants_bias = wanted
+    d_bias = gradient.sum((0, 2, 3)) if wants_bias else None  # oneDNN takes longer for it than a sum does
     if not _is_small(x, kernel):
         d_x, d_kernel, _ = torch.ops.aten.convolution_backward(
-            gradient, x, kernel, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
+            gradient, x, kernel, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [wants_x, wants_kernel, False]
         )
-        return d_x, d_kernel, gradient.sum((0, 2, 3))  # oneDNN takes longer for the bias than a sum does
-    batch, channels, height, width = x.shape
+        return d_x, d_kernel, d_bias
     rows = gradient.permute(0, 2, 3, 1).reshape(-1, len(kernel))
-    d_kernel = weight_gradient(rows, _neighbourhoods(x)).view(len(kernel), 3, 3, channels).permute(0, 3, 1, 2)
+    d_kernel = None
+    if wants_kernel:
+        d_kernel = weight_gradient(rows, _neighbourhoods(x)).view(len(kernel), 3, 3, -1).permute(0, 3, 1, 2)
+    return _small_input_gradient(rows, kernel, x) if wants_x else None, d_kernel, d_bias
+
+
+def _small_input_gradient(rows: Tensor, kernel: Tensor, x: Tensor) -> Tensor:
+    """Of a small map x, from the gradients of all pixels, [B·H·W, O]."""
+    batch, channels, height, width = x.shape
     parts = input_gradient(rows, _as_matrix(kernel)).view(batch, height, width, 3, 3, channels)
     padded = x.new_zeros(batch, height + 2, width + 2, channels)
     for i in range(3):
         for j in range(3):
             padded[:, i : i + height, j : j + width] += parts[:, :, :, i, j]
-    return padded[:, 1:-1, 1:-1].permute(0, 3, 1, 2), d_kernel, rows.sum(0)
+    return padded[:, 1:-1, 1:-1].permute(0, 3, 1, 2)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ldm_cli.core.models import group_norm
-from ldm_cli.core.models.convolution import norm_silu_conv, upsample_conv
+from ldm_cli.core.models.convolution import conv3x3, norm_silu_conv, upsample_conv
 from tests.core.models.layer_checks import assert_same, kept_bytes, norm_and_conv, random_map
 
 
@@ -68,6 +68,31 @@ def test_of_an_enlargement_the_small_map_alone_is_kept() -> None:
         ours = kept_bytes(lambda size=size: upsample_conv(x, size, conv))
         assert ours <= x.nbytes + 16 / 9 * conv.weight.nbytes
         assert kept_bytes(lambda size=size: conv(F.interpolate(x, size=size, mode="nearest"))) > 3 * x.nbytes
+
+
+@pytest.mark.parametrize("side", [3, 9])
+@pytest.mark.parametrize("enlarged", [None, 0, 1])
+def test_gradients_that_nobody_wants_are_not_computed(side: int, enlarged: int | None) -> None:
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(64, 8, 3, padding=1), random_map(64, side)
+
+    def plain_and_ours() -> tuple[torch.Tensor, torch.Tensor]:
+        if enlarged is None:
+            return conv(x), conv3x3(x, conv)
+        size = (2 * side - enlarged, 2 * side + 2)
+        return conv(F.interpolate(x, size=size, mode="nearest")), upsample_conv(x, size, conv)
+
+    wanted = [x, conv.weight, conv.bias]
+    for chosen in wanted:
+        assert chosen is not None
+        for tensor in wanted:
+            assert tensor is not None
+            tensor.requires_grad_(tensor is chosen)
+        plain, ours = plain_and_ours()
+        found = ours.grad_fn.apply(torch.ones_like(ours))[:3]  # type: ignore[misc]
+        assert [gradient is not None for gradient in found] == [tensor is chosen for tensor in wanted]
+        (expected,) = torch.autograd.grad(plain.sum(), chosen)
+        torch.testing.assert_close(next(g for g in found if g is not None), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_under_autocast_the_plain_layers_run() -> None:
