@@ -15,7 +15,7 @@ import torch
 from ldm_cli.bench import growth, input_pipeline, memory, peers, picture
 from ldm_cli.bench.machine import ceiling, describe
 from ldm_cli.bench.race import Contender, Lap, race, speedup
-from ldm_cli.bench.workload import TrainRecipe, Workload, our_encoding, our_step
+from ldm_cli.bench.workload import TrainRecipe, Workload, our_encoding, our_step, with_known_ids
 from ldm_cli.errors import UsageError
 from ldm_cli.recipe.load import load_recipe
 from ldm_cli.reporting import Reporter
@@ -194,6 +194,7 @@ def compare(
     Args:
         gflops: what a matrix product reaches on this machine.
     """
+    recipe = with_known_ids(recipe)
     work = Workload(recipe, options.device, options.context_length)
     ours, theirs = (our_encoding, peers.their_encoding) if subject == "encode-vae" else (our_step, peers.their_step)
     field = [Contender("ldm", ours, (work,))]

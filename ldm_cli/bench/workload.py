@@ -49,6 +49,18 @@ class Workload:
     context_length: int = CONTEXT_LENGTH
 
 
+def with_known_ids(recipe: TrainRecipe) -> TrainRecipe:
+    """The recipe with a text that can end: training takes special ids from the tokenizer, which is not there yet."""
+    if not isinstance(recipe, TrainClipRecipe):
+        return recipe
+    text = recipe.clip.text_config
+    if text.eos_token_id < text.vocab_size:
+        return recipe
+    last = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), text.vocab_size - 1)
+    clip = recipe.clip.model_copy(update={"text_config": text.model_copy(update=last)})
+    return recipe.model_copy(update={"clip": clip})
+
+
 def build_model(recipe: TrainRecipe) -> nn.Module:
     """The recipe's model with weights that depend on the recipe alone; none of its layers is silent."""
     torch.manual_seed(recipe.seed)

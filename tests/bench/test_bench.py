@@ -57,8 +57,17 @@ def test_peers_do_the_same_work(subject: str) -> None:
         assert row["peak_mib"] > 50
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked")
+def test_a_recipe_whose_tokenizer_is_not_there_yet_can_be_timed() -> None:
+    words = ["train.batch_size=4", "clip.text_config.num_hidden_layers=1", "clip.vision_config.num_hidden_layers=1"]
+    recipe = load_recipe("demo/clip", words).recipe
+    assert recipe.clip.text_config.eos_token_id >= recipe.clip.text_config.vocab_size
+    rows = run.compare("train-clip", recipe, run.BenchOptions(rounds=1), 10.0, compared=False)
+    assert rows[0]["first_loss"] > 0
+
+
+@pytest.mark.exhaustive
 def test_compiled_contenders_do_the_same_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
