@@ -36,7 +36,7 @@ from ldm_cli.sampling.progress import PartOfProgress
 from ldm_cli.sampling.record import check_repeatable
 from ldm_cli.sampling.sheets import Sheets
 from ldm_cli.sampling.wildcards import Wildcards
-from ldm_cli.stages.options import RunOptions, resolve_device
+from ldm_cli.stages.options import RunOptions, device_of_process
 from ldm_cli.storage import storage_errors
 from ldm_cli.training.distributed import Ranks, joined, local_rank
 from ldm_cli.training.run_lock import RunLock
@@ -89,7 +89,7 @@ def run(
     job = plan_job(recipe.prompts, recipe.sampling, recipe.edit, recipe.variation, recipe.interpolate, recipe.xy)
     if recipe.wildcards is not None:
         job = Wildcards(Path(recipe.wildcards)).filled_in(job)
-    device = resolve_device(options.device, local_rank())
+    device = device_of_process(options.device, local_rank())
     with joined(device, _SECONDS_OF_SILENCE) as ranks:
         pipeline = Pipeline.load(
             Path(recipe.model), device, recipe.sampling.precision, compiled=recipe.sampling.compile

@@ -14,7 +14,6 @@ import torch
 from pydantic import ValidationError
 
 from ldm_cli import __version__
-from ldm_cli.allocator import keep_freed_memory
 from ldm_cli.core.compiling import NOTICE
 from ldm_cli.data.bad_samples import BadSampleLog
 from ldm_cli.data.batch import Batch
@@ -28,7 +27,7 @@ from ldm_cli.formats.model_folder import weights_sha256
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.data_trace import traced
 from ldm_cli.stages.model_sizes import TrainRecipe, expect_memory
-from ldm_cli.stages.options import RunOptions, resolve_device
+from ldm_cli.stages.options import RunOptions, device_of_process
 from ldm_cli.training.distributed import Ranks, joined, local_rank
 from ldm_cli.training.interruption import StopRequest
 from ldm_cli.training.loop import train
@@ -77,9 +76,7 @@ def run_training(
     Returns:
         `run`, `model`, `state`, `step` and the final figures.
     """
-    device = resolve_device(options.device, local_rank())
-    if device.type == "cpu":
-        keep_freed_memory()
+    device = device_of_process(options.device, local_rank())
     with StopRequest(options.max_time) as stop, joined(device, recipe.train.rank_timeout) as ranks:
         recipe.train.parts_per_rank(ranks.world_size)
         expect_memory(recipe, device, ranks.world_size)
