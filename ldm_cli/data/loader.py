@@ -115,7 +115,7 @@ class Loader:
                 )
             )
         else:
-            source = prefetched((self._steps(step) for step in steps), _NUM_AHEAD)
+            source = prefetched((self._steps(step) for step in steps), _NUM_AHEAD, alone=True)
         with source as deliveries:
             for delivery in deliveries:
                 yield _accept(delivery, self.account, self.remarks)
@@ -153,7 +153,7 @@ def sequential_batches(
     account, remarks = BadSampleAccount(config.max_bad_fraction, report_bad), Counter[str]()
     wanted = Wanted(image=with_images, caption=with_captions, metadata=with_json)
     made = _in_order(shards, config, wanted, batch_size, limit)
-    source: AbstractContextManager[Iterator[Delivery | None]] = prefetched(made, _NUM_AHEAD)
+    source: AbstractContextManager[Iterator[Delivery | None]] = prefetched(made, _NUM_AHEAD, alone=True)
     if isinstance(shards, Stream):
         one = made_by_workers(
             lambda number: next(made, None),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import queue
 import threading
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import TypeVar
+
+import torch
 
 Item = TypeVar("Item")
 
@@ -18,10 +21,20 @@ class _End:
         self.error = error
 
 
+def _compute_alone() -> None:
+    """Let torch use no other thread from the calling one: `torch.set_num_threads` would be for all of them."""
+    torch.get_num_threads()  # torch sets the number of a thread when it is first asked for
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(torch._C.__file__).omp_set_num_threads(1)
+
+
 @contextmanager
-def prefetched(source: Generator[Item], depth: int) -> Iterator[Iterator[Item]]:
+def prefetched(source: Generator[Item], depth: int, *, alone: bool = False) -> Iterator[Iterator[Item]]:
     """Run `source` in a thread, at most `depth` items ahead; leaving the context stops the thread and waits
     for it.
+
+    With `alone` torch computes in that thread by itself. A second team of threads would be one too many for the cores:
+    OpenMP's threads then go to sleep between operations, in the thread that trains as well.
 
     An exception of `source` is raised in the consumer, after the items before it.
     """
@@ -30,6 +43,8 @@ def prefetched(source: Generator[Item], depth: int) -> Iterator[Iterator[Item]]:
 
     def produce() -> None:
         error: BaseException | None = None
+        if alone:
+            _compute_alone()
         try:
             with closing(source):
                 for item in source:

@@ -69,7 +69,7 @@ class Chunks:
         """All of them in order, made by a thread or by `data.num_workers` processes."""
         numbers = range(len(self._chunks))
         if not self._config.num_workers:
-            return prefetched((self(number) for number in numbers), NUM_AHEAD)
+            return prefetched((self(number) for number in numbers), NUM_AHEAD, alone=True)
         return closing(
             made_by_workers(
                 self,
