@@ -101,7 +101,7 @@ def test_no_encoder_runs_in_a_step_from_a_cache(parts: Parts, tmp_path: Path, mo
 
 
 def test_encoding_keeps_the_memory_that_it_frees(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without, a batch of the demo takes 330,000 page faults a second, and two thirds more time."""
+    """Without, a batch of the demo takes 310,000 page faults a second, and 1.6 times as long."""
     kept: list[bool] = []
     monkeypatch.setattr(stage_options, "keep_freed_memory", lambda: kept.append(True))
     cached(unet_recipe(*parts), tmp_path / "cache")
