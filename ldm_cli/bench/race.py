@@ -78,7 +78,13 @@ class Lap:
 
 
 def race(
-    contenders: Sequence[Contender], *, rounds: int, steps: int = 1, warmup: int = 2, device: str = "cpu"
+    contenders: Sequence[Contender],
+    *,
+    rounds: int,
+    steps: int = 1,
+    warmup: int = 2,
+    device: str = "cpu",
+    one_processor: bool = False,
 ) -> dict[str, Lap]:
     """Run all contenders in turn; the first one begins every round.
 
@@ -88,6 +94,8 @@ def race(
         steps: steps per turn, each timed.
         warmup: steps of each before the first turn, not timed.
         device: where the work is done: `cpu` or `cuda`.
+        one_processor: all on the same one, where the system can say so: work of a single thread otherwise stays on
+            whichever it began on, and one whose sibling is busy is slower by half.
 
     Raises:
         LdmError: what a contender raised.
@@ -97,7 +105,7 @@ def race(
     if len(laps) != len(contenders):
         raise ValueError(f"contenders share a name: {[c.name for c in contenders]}")
     with ExitStack() as stack:
-        workers = {c.name: stack.enter_context(_Worker(c, device)) for c in contenders}
+        workers = {c.name: stack.enter_context(_Worker(c, device, one_processor)) for c in contenders}
         for name, worker in workers.items():
             laps[name].base_bytes = worker.ask("memory")
             worker.ask("run", warmup)
@@ -120,11 +128,11 @@ def speedup(ours: Lap, theirs: Lap) -> float:
 class _Worker:
     """A contender's process, and questions to it."""
 
-    def __init__(self, contender: Contender, device: str) -> None:
+    def __init__(self, contender: Contender, device: str, one_processor: bool) -> None:
         self._name = contender.name
         context = multiprocessing.get_context("spawn")
         self._here, there = context.Pipe()
-        arguments = (there, contender.build, contender.arguments, device, torch.get_num_threads())
+        arguments = (there, contender.build, contender.arguments, device, torch.get_num_threads(), one_processor)
         self._process = context.Process(target=_serve, args=arguments)
         self._process.start()
         there.close()
@@ -160,10 +168,17 @@ class _Worker:
 
 
 def _serve(
-    connection: Connection, build: Callable[..., Runner], arguments: tuple[Any, ...], device: str, num_threads: int
+    connection: Connection,
+    build: Callable[..., Runner],
+    arguments: tuple[Any, ...],
+    device: str,
+    num_threads: int,
+    one_processor: bool,
 ) -> None:
     """Life of a contender's process: build, answer questions, end when the other side closes."""
-    torch.set_num_threads(num_threads)
+    if one_processor and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    torch.set_num_threads(1 if one_processor else num_threads)
     try:
         runner = build(*arguments)
     except Exception as error:

@@ -143,7 +143,7 @@ def _measure(
             options.compiled,
         ),
         "start": lambda: picture.start(options.model, options.steps or 50, options.rounds, compared),
-        "data": lambda: input_pipeline.measure(options.images or 1024, options.rounds, compared),
+        "data": lambda: input_pipeline.measure(options.images or 2048, options.rounds, compared),
         "growth": lambda: growth.growth(options.rounds, options.device, reporter),
         "memory": lambda: memory.memory(options.steps or 2000, options.device, reporter),
     }

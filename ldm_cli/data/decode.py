@@ -99,20 +99,12 @@ def upright_size(data: bytes, max_pixels: int) -> tuple[int, int]:
     return (height, width) if _orientation(image) >= 5 and image.format != "TIFF" else (width, height)
 
 
-def to_square(
-    image: Image.Image, size: int, crop: Crop, place: float = 0.5, mirror: bool = False, out: Tensor | None = None
-) -> Tensor:
-    """`to_rectangle` with equal sides; uint8 [3, S, S]."""
-    return to_rectangle(image, (size, size), crop, place, mirror, out)
-
-
 def to_rectangle(
     image: Image.Image,
     size: tuple[int, int],
     crop: Crop,
     place: float = 0.5,
     mirror: bool = False,
-    out: Tensor | None = None,
 ) -> Tensor:
     """Cut the largest part that has the shape of the result, and resize it: bicubic, antialiased, once.
 
@@ -123,7 +115,6 @@ def to_rectangle(
         place: where the part lies along the side that is too long, from 0 (left or top) to 1; 0.5 is the
             centre.
         mirror: flip left to right.
-        out: where to write the result, uint8 [3, H, W].
 
     Returns:
         uint8 [3, H, W].
@@ -143,7 +134,7 @@ def to_rectangle(
         result = interpolate(result, size, mode="bicubic", antialias=True)
     if mirror:
         result = result.flip(-1)
-    return result[0].contiguous() if out is None else out.copy_(result[0])
+    return result[0].contiguous()
 
 
 def _part(size: tuple[int, int], width: int, height: int, place: float) -> tuple[int, int, int, int]:

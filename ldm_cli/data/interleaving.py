@@ -37,6 +37,8 @@ class Interleaving:
 
     def __call__(self, place: int) -> tuple[int, int]:
         """Stream, and number within it, at a place of the woven stream."""
+        if len(self._rates) == 1:
+            return 0, place
         block = place // self._block
         while self._start(block + 1) <= place:
             block += 1

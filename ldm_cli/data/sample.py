@@ -23,6 +23,7 @@ from ldm_cli.data.captions import (
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.decode import IMAGE_EXTENSIONS, decode_rgb, to_rectangle
 from ldm_cli.data.shards import ShardReader, ShardSet
+from ldm_cli.data.tar_index import Member
 
 _JSON = "json:"
 
@@ -126,6 +127,7 @@ class MembersDecoder:
         """Of all members that may be read."""
         named = [self._config.caption] if self._wanted.caption else []
         named += [self._config.label] if self._wanted.label and self._config.label else []
+        named += [_JSON] if self._wanted.metadata else []
         needed = {"json" if name.startswith(_JSON) else name for name in named}
         return needed | (set(IMAGE_EXTENSIONS) if self._wanted.image else set())
 
@@ -200,6 +202,7 @@ class SampleDecoder(MembersDecoder):
         super().__init__(config, wanted)
         self._shards = shards
         self._reader = ShardReader(shards)
+        self._wanted_extensions = self.extensions()
 
     def close(self) -> None:
         """Close the files."""
@@ -224,26 +227,39 @@ class SampleDecoder(MembersDecoder):
         return self._members(shard, sample).image()
 
     def _members(self, shard: int, sample: int) -> _IndexedMembers:
-        return _IndexedMembers(self._reader, self._shards, shard, sample, self._config.max_member_bytes)
+        where = (self._reader, shard, self._shards.indexes[shard].sample(sample))
+        return _IndexedMembers(*where, self._wanted_extensions, self._config.max_member_bytes)
 
 
 class _IndexedMembers(Members):
-    """Members that are read where the index says they are."""
+    """Members that are read where the index says they are, those wanted together."""
 
-    def __init__(self, reader: ShardReader, shards: ShardSet, shard: int, sample: int, max_bytes: int) -> None:
-        self._reader, self._shard, self._max_bytes = reader, shard, max_bytes
-        self._members = shards.indexes[shard].sample(sample)
-        for extension, found in self._members.items():
+    def __init__(
+        self, reader: ShardReader, shard: int, members: dict[str, list[Member]], wanted: set[str], max_bytes: int
+    ) -> None:
+        self._reader, self._shard, self._wanted, self._max_bytes = reader, shard, wanted, max_bytes
+        self._members: dict[str, Member] = {}
+        self._data: dict[str, bytes] = {}
+        for extension, found in members.items():
             if len(found) > 1:
                 raise BadSampleError("duplicate members", f"{len(found)} × .{extension}")
+            self._members[extension] = found[0]
 
     def read(self, extension: str) -> bytes | None:
-        found = self._members.get(extension)
-        if not found:
+        member = self._members.get(extension)
+        if member is None:
             return None
-        if found[0].size > self._max_bytes:
+        if member.size > self._max_bytes:
             raise BadSampleError(
-                "member too large",
-                f".{extension} of {found[0].size} bytes, data.max_member_bytes={self._max_bytes}",
+                "member too large", f".{extension} of {member.size} bytes, data.max_member_bytes={self._max_bytes}"
             )
-        return self._reader.read(self._shard, found[0])
+        if extension not in self._data:
+            places = {
+                name: place for name, place in self._members.items() if name == extension or self._joins(name, place)
+            }
+            self._data.update(zip(places, self._reader.read_all(self._shard, [*places.values()]), strict=True))
+        return self._data[extension]
+
+    def _joins(self, extension: str, member: Member) -> bool:
+        """Whether to read this member with whichever is asked for first."""
+        return extension in self._wanted and extension not in self._data and member.size <= self._max_bytes

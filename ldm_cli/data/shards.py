@@ -8,6 +8,7 @@ import os
 import threading
 import zlib
 from collections import Counter, OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,7 @@ from ldm_cli.errors import DataError, InputNotFoundError, RecipeError, StorageEr
 from ldm_cli.reporting import Reporter
 
 _MAX_OPEN_FILES = 64
-_LARGE_MEMBER = 1 << 20
+_LARGE_PIECE = 1 << 20  # what is larger is not copied once more
 
 
 @dataclass(frozen=True)
@@ -163,25 +164,47 @@ class ShardReader:
             DataError: the shard is no longer what was indexed.
             StorageError: reading failed.
         """
-        path = self._shards.paths[shard]
+        return self.read_all(shard, (member,))[0]
+
+    def read_all(self, shard: int, members: Sequence[Member]) -> list[bytes]:
+        """The data of one or more members, taken in one piece where they lie together; raises as `read`."""
+        start, last = min(members).offset - BLOCK, max(members)
+        size = last.offset + last.size - start
+        if size > _LARGE_PIECE or size > 2 * sum([member.size + 2 * BLOCK for member in members]):
+            return [self._read_alone(shard, member) for member in members]
+        piece = self._bytes(shard, start, size)
+        found = []
+        for member in members:
+            begin = member.offset - start
+            data = piece[begin : begin + member.size]
+            if zlib.crc32(piece[begin - BLOCK : begin]) != member.header_crc or len(data) != member.size:
+                raise self._changed(shard, member)
+            found.append(data)
+        return found
+
+    def _read_alone(self, shard: int, member: Member) -> bytes:
+        """The data of a member that is large, or lies apart: header and data in two reads, for a copy is too much."""
+        header = self._bytes(shard, member.offset - BLOCK, BLOCK)
+        data = self._bytes(shard, member.offset, member.size)
+        if zlib.crc32(header) != member.header_crc or len(data) != member.size:
+            raise self._changed(shard, member)
+        return data
+
+    def _bytes(self, shard: int, start: int, size: int) -> bytes:
+        """That part of a shard's file, as far as it is there."""
         with self._lock:
             try:
-                descriptor = self._descriptor(shard)
-                if member.size <= _LARGE_MEMBER:
-                    block = os.pread(descriptor, BLOCK + member.size, member.offset - BLOCK)
-                    header, data = block[:BLOCK], block[BLOCK:]
-                else:  # a copy would be too much to hold
-                    header = os.pread(descriptor, BLOCK, member.offset - BLOCK)
-                    data = os.pread(descriptor, member.size, member.offset)
+                return os.pread(self._descriptor(shard), size, start)
             except OSError as error:
+                path = self._shards.paths[shard]
                 raise StorageError(f"cannot read shard '{path}'", os.strerror(error.errno or 0)) from error
-        if len(data) != member.size or zlib.crc32(header) != member.header_crc:
-            raise DataError(
-                f"shard '{path}' has changed since it was indexed",
-                f"other content at byte {member.offset - BLOCK}",
-                "leave shards alone while they are in use; then run the same command again",
-            )
-        return data
+
+    def _changed(self, shard: int, member: Member) -> DataError:
+        return DataError(
+            f"shard '{self._shards.paths[shard]}' has changed since it was indexed",
+            f"other content at byte {member.offset - BLOCK}",
+            "leave shards alone while they are in use; then run the same command again",
+        )
 
     def close(self) -> None:
         """Close all files."""

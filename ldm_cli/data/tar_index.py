@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from struct import Struct
 from typing import Literal, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from ldm_cli.errors import DataError, InputNotFoundError, StorageError
 
 _KEY_AND_EXTENSION = re.compile(rb"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _META = re.compile(rb"__[^/]*__($|/)")
+_ROW = Struct("4q")  # of `ShardIndex.members`
 _NEVER_READ = frozenset(("pkl", "pickle", "pyd", "pth", "npy"))
 
 
@@ -96,9 +98,9 @@ class ShardIndex:
     def sample(self, sample: int) -> dict[str, list[Member]]:
         """The members of a sample by extension; a list of two is a duplicate that makes it unusable."""
         _, _, starts, members = self._views
+        rows = members[starts[sample] * _ROW.size : starts[sample + 1] * _ROW.size]
         found: dict[str, list[Member]] = {}
-        for first in range(4 * starts[sample], 4 * starts[sample + 1], 4):
-            extension, offset, size, header_crc = members[first : first + 4]
+        for extension, offset, size, header_crc in _ROW.iter_unpack(rows):
             found.setdefault(self.extensions[extension], []).append(Member(offset, size, header_crc))
         return found
 
@@ -125,7 +127,7 @@ class ShardIndex:
             ctypes.string_at(self.key_bytes.data_ptr(), self.key_bytes.nbytes),
             _view(self.key_ends),
             _view(self.sample_starts),
-            _view(self.members),
+            _view(self.members).cast("B"),
         )
 
     def fingerprint(self) -> str:

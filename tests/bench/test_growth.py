@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from multiprocessing import Pipe
 from pathlib import Path
@@ -152,10 +153,25 @@ def test_a_contender_does_not_begin_at_the_peak_of_this_process() -> None:
     assert 50 * _MIB < lap.peak_bytes < len(large)
 
 
+class Where(Idle):
+    """Tells where it runs."""
+
+    def facts(self) -> dict[str, Any]:
+        return {"processors": os.sched_getaffinity(0), "threads": torch.get_num_threads()}
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system does not bind processes")
+def test_contenders_of_one_thread_run_on_the_same_processor() -> None:
+    laps = race([Contender("a", Where), Contender("b", Where)], rounds=1, warmup=0, one_processor=True)
+    assert [laps[name].facts for name in "ab"] == [{"processors": {min(os.sched_getaffinity(0))}, "threads": 1}] * 2
+    (free,) = race([Contender("a", Where)], rounds=1, warmup=0).values()
+    assert free.facts["processors"] == os.sched_getaffinity(0)
+
+
 def test_what_fails_in_a_race_is_told_as_it_is() -> None:
     here, there = Pipe()
     here.send(("run", 1))
-    thread = Thread(target=_serve, args=(there, Failing, (), "cpu", torch.get_num_threads()))
+    thread = Thread(target=_serve, args=(there, Failing, (), "cpu", torch.get_num_threads(), False))
     thread.start()
     assert here.recv() == ("ready", None)
     kind, error = here.recv()

@@ -10,10 +10,11 @@ import pytest
 
 from ldm_cli.data.index_cache import cache_folder
 from ldm_cli.data.patterns import expand_braces, find_shards
+from ldm_cli.data.sample import Draw, SampleDecoder, Wanted
 from ldm_cli.data.shards import ShardReader, open_shards
 from ldm_cli.errors import DataError, InputNotFoundError, RecipeError, UnavailableError
 from ldm_cli.reporting import SilentReporter
-from tests.data.tars import numbered_sample, numbered_shards, opened, write_tar
+from tests.data.tars import numbered_sample, numbered_shards, opened, png, write_tar
 
 
 @pytest.mark.parametrize(
@@ -185,6 +186,57 @@ def test_a_member_that_changed_after_indexing_is_noticed_when_it_is_read(tmp_pat
     (folder / "000.tar").write_bytes(b"short")
     with pytest.raises(DataError, match="changed"):
         ShardReader(shards).read(0, member)
+
+
+def _reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of all reads from now on."""
+    sizes: list[int] = []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, offset: sizes.append(size) or pread(file, size, offset))
+    return sizes
+
+
+@pytest.mark.parametrize("gap", [0, 5000, 2 << 20])
+def test_members_that_lie_together_are_read_at_once(tmp_path: Path, gap: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    between = [("b.bin", bytes(gap))] if gap else []
+    write_tar(tmp_path / "x.tar", [("a.txt", b"one"), *between, ("a.json", b"{}"), ("a.bin", bytes(range(256)) * 4)])
+    shards, _ = opened(tmp_path, label=None)
+    members = [found[0] for found in shards.indexes[0].sample(0).values()]
+    reader, sizes = ShardReader(shards), _reads(monkeypatch)
+    assert reader.read_all(0, members[::-1]) == [bytes(range(256)) * 4, b"{}", b"one"]
+    assert len(sizes) == (6 if gap else 1)
+    assert sum(sizes) < 8 * 1024
+    assert reader.read_all(0, members[1:]) == [b"{}", bytes(range(256)) * 4]
+
+
+@pytest.mark.parametrize("size", [100, 2 << 20])
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_change_of_any_member_read_at_once_is_noticed(tmp_path: Path, number: int, size: int) -> None:
+    members = [("a.bin", bytes(size)), ("a.txt", b"text")]
+    path = write_tar(tmp_path / "x.tar", members)
+    shards, _ = opened(tmp_path, label=None)
+    places = [found[0] for found in shards.indexes[0].sample(0).values()]
+    members[number] = (f"c{members[number][0][1:]}", members[number][1])
+    write_tar(path, members)
+    with pytest.raises(DataError, match=f"changed.*byte {places[number].offset - 512};"):
+        ShardReader(shards).read_all(0, places)
+    os.truncate(path, places[1].offset + 2)
+    with pytest.raises(DataError, match="changed"):
+        ShardReader(shards).read_all(0, places[1:])
+
+
+def test_a_sample_is_read_at_once_and_nothing_beyond_what_is_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture, long = png(size=(64, 64)), bytes(20_000)
+    write_tar(tmp_path / "x.tar", [("a.png", picture), ("a.txt", b"text"), ("a.cls", b"7"), ("a.bin", long)])
+    shards, config = opened(tmp_path)
+    decoder, sizes = SampleDecoder(shards, config, Wanted()), _reads(monkeypatch)
+    sample = decoder.decode(0, 0, Draw())
+    assert (sample.caption, sample.label) == ("text", 7)
+    assert len(sizes) == 1
+    assert sizes[0] < len(picture) + 2500
+    assert SampleDecoder(shards, config, Wanted(image=False)).image_bytes(0, 0) == picture
 
 
 def test_more_shards_than_open_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,12 @@ def test_a_named_pipe_is_a_shard(folder: Path, tmp_path: Path) -> None:
     assert batches[0].keys[0] == "fifo/0009"
 
 
+def test_json_members_come_along_where_they_are_wanted(folder: Path) -> None:
+    stream = open_stream(config := settings(folder), SilentReporter())
+    (batch,) = sequential_batches(stream, config, 4, limit=4, with_json=True)
+    assert batch.metadata == [{"number": number} for number in range(4)]
+
+
 def test_captions_alone_may_be_read(folder: Path) -> None:
     stream = open_stream(config := settings(folder), SilentReporter())
     batches = sequential_batches(stream, config, 3, limit=7, with_images=False)
