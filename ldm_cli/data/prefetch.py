@@ -21,7 +21,7 @@ class _End:
         self.error = error
 
 
-def _compute_alone() -> None:
+def compute_alone() -> None:
     """Let torch use no other thread from the calling one: `torch.set_num_threads` would be for all of them."""
     torch.get_num_threads()  # torch sets the number of a thread when it is first asked for
     with suppress(OSError, AttributeError):
@@ -44,7 +44,7 @@ def prefetched(source: Generator[Item], depth: int, *, alone: bool = False) -> I
     def produce() -> None:
         error: BaseException | None = None
         if alone:
-            _compute_alone()
+            compute_alone()
         try:
             with closing(source):
                 for item in source:

@@ -14,6 +14,7 @@ from ldm_cli.sampling.job_folder import GRID, PREVIEW, JobFolder
 
 _MOST_IN_GRID = 400
 _SECONDS_BETWEEN_GRIDS = 2.0
+_REST = 20  # times as long as the last grid took
 _MILLISECONDS_PER_FRAME = 100
 _WIDEST_PREVIEW = 8
 
@@ -23,13 +24,15 @@ class Sheets:
 
     def __init__(self, folder: JobFolder, job: Job) -> None:
         self._folder, self._job = folder, job
-        self._written_at = time.monotonic()
+        self._next = time.monotonic() + _SECONDS_BETWEEN_GRIDS
 
     def refresh(self) -> None:
-        """Draw the grid as it is now, unless that was done a moment ago; costs nothing in most calls."""
-        if time.monotonic() - self._written_at >= _SECONDS_BETWEEN_GRIDS:
+        """Draw the grid as it is now, unless that was done a moment ago; costs next to nothing in the long run."""
+        started = time.monotonic()
+        if started >= self._next:
             self.write_grid()
-            self._written_at = time.monotonic()
+            ended = time.monotonic()
+            self._next = ended + max(_SECONDS_BETWEEN_GRIDS, _REST * (ended - started))
 
     def write_grid(self) -> Path:
         """grid.png of the job's first pictures, sheet by sheet; returns its path.

@@ -36,6 +36,7 @@ from ldm_cli.sampling.progress import PartOfProgress
 from ldm_cli.sampling.record import check_repeatable
 from ldm_cli.sampling.sheets import Sheets
 from ldm_cli.sampling.wildcards import Wildcards
+from ldm_cli.sampling.writer import written_meanwhile
 from ldm_cli.stages.options import RunOptions, device_of_process
 from ldm_cli.storage import storage_errors
 from ldm_cli.training.distributed import Ranks, joined, local_rank
@@ -137,11 +138,16 @@ def _draw(
 ) -> list[Path]:
     """Draw this rank's share of what is missing; the first one draws sheets, too, and gets the animations."""
     sheets = Sheets(folder, job)
+
+    def write(index: int, pixels: Tensor) -> None:
+        folder.add(pixels, index)
+        if ranks.is_first:
+            sheets.refresh()
+
     try:
-        for index, pixels in desk.drawn(job.items, missing[ranks.rank :: ranks.world_size], reporter, sheets):
-            folder.add(pixels, index)
-            if ranks.is_first:
-                sheets.refresh()
+        with written_meanwhile(write) as hand_over:
+            for index, pixels in desk.drawn(job.items, missing[ranks.rank :: ranks.world_size], reporter, sheets):
+                hand_over(index, pixels)
         ranks.wait()
         if not ranks.is_first:
             return []
