@@ -94,6 +94,7 @@ def launch(arguments: Sequence[str], num_ranks: int, program: Sequence[str] = _P
     """
     if num_ranks < 1:
         raise UsageError(f"--nproc {num_ranks} is less than 1")
+    _warn_of_a_crowd(num_ranks)
     with _Forwarding() as forwarding:
         forwarding.ranks = _start([*program, *arguments], num_ranks)
         try:
@@ -131,6 +132,21 @@ class _Forwarding:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
+def _fair_threads(num_ranks: int) -> int:
+    """Threads of each rank where the processors are shared out."""
+    return max(1, len(os.sched_getaffinity(0)) // num_ranks)
+
+
+def _warn_of_a_crowd(num_ranks: int) -> None:
+    """Say so if the user asks for more threads than there are processors: they wait for one another."""
+    asked, fair = os.environ.get("OMP_NUM_THREADS", ""), _fair_threads(num_ranks)
+    if asked.isdecimal() and int(asked) > fair:
+        write_line(
+            f"warning: {num_ranks} ranks with OMP_NUM_THREADS={asked} have more threads than there are processors, "
+            f"which on a CPU takes several times as long; unset it, or set it to {fair}"
+        )
+
+
 def _start(command: Sequence[str], num_ranks: int) -> list[_Rank]:
     """All ranks, started; the signals that came meanwhile reach them afterwards."""
     listening = socket.socket()
@@ -144,8 +160,11 @@ def _start(command: Sequence[str], num_ranks: int) -> list[_Rank]:
         "LDM_LAUNCHER_PID": str(os.getpid()),
         "LDM_STORE_FD": str(listening.fileno()),
     }
-    threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
-    defaults = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    defaults = {
+        "OMP_NUM_THREADS": str(_fair_threads(num_ranks)),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
     ranks = []
     for number in range(num_ranks):
         words, told = os.pipe()

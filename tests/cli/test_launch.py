@@ -10,6 +10,8 @@ import textwrap
 import time
 from pathlib import Path
 
+import pytest
+
 _LAUNCHER = """
 import sys
 from ldm_cli.cli import launch
@@ -67,6 +69,17 @@ def test_all_ranks_done_is_success_and_the_cores_are_shared(tmp_path: Path) -> N
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     for rank in range(2):
         assert (tmp_path / f"env{rank}").read_text() == f"{rank} {rank} 2 2 127.0.0.1 {threads}"
+
+
+def test_more_threads_than_processors_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fair = max(1, len(os.sched_getaffinity(0)) // 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", str(fair))
+    assert ended(start("", tmp_path)) == (0, [])
+    monkeypatch.setenv("OMP_NUM_THREADS", str(fair + 1))
+    code, (line,) = ended(start("", tmp_path))
+    assert code == 0
+    assert line.startswith(f"warning: 2 ranks with OMP_NUM_THREADS={fair + 1} have more threads than")
+    assert line.endswith(f"set it to {fair}")
 
 
 def test_the_first_failing_rank_gives_code_and_words(tmp_path: Path) -> None:
