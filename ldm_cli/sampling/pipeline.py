@@ -32,16 +32,14 @@ from ldm_cli.sampling.components import load_autoencoder, load_text_encoder, loa
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.denoising import Start, denoise
 from ldm_cli.sampling.extras import PLAIN, Extras, Look
-from ldm_cli.sampling.fixed_rows import enough, filled, images_per_call, latents_per_call, not_alone, trial
+from ldm_cli.sampling.fixed_rows import filled, images_per_call, latents_per_call, not_alone
 from ldm_cli.sampling.guides import Guides, spoilt_network
+from ldm_cli.sampling.known_rows import rows_that_do
 from ldm_cli.sampling.network import in_windows, keep_known_region, with_inpainting_channels
 from ldm_cli.sampling.noise import initial_noise, step_noise
 from ldm_cli.sampling.request import GeneratedImage, ImageRequest
 from ldm_cli.sampling.text_states import TextStates
 from ldm_cli.sampling.tiling import in_parts
-
-# With fewer steps than this, finding out how few rows will do costs more than it saves.
-_STEPS_WORTH_A_TRIAL = 8
 
 
 @dataclass
@@ -368,11 +366,11 @@ class Pipeline:
         guidance = config.guidance
         # Each number of rows would be compiled.
         others = (guidance.model, guidance.perturb, guidance.clip, extras.window, self.is_compiled)
-        if count == size or self.device.type != "cpu" or config.steps < _STEPS_WORTH_A_TRIAL or any(others):
+        if count == size or self.device.type != "cpu" or any(others):
             return size
         halves = {1} if guidance.scale in (0.0, 1.0) else {1, 2} if guidance.interval else {2}
         context_shape = self.context_length, self.text_encoder.config.hidden_size
-        return enough(trial(self.unet, size, latent_shape[1:], context_shape, halves), count, size)
+        return rows_that_do(self.unet, count, size, latent_shape[1:], context_shape, halves)
 
     def _check_fit(self) -> None:
         """Raise a CheckpointError where the components do not belong together."""
