@@ -162,7 +162,12 @@ class Where(Idle):
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system does not bind processes")
 def test_contenders_of_one_thread_run_on_the_same_processor() -> None:
-    laps = race([Contender("a", Where), Contender("b", Where)], rounds=1, warmup=0, one_processor=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        laps = race([Contender("a", Where), Contender("b", Where)], rounds=1, warmup=0, one_processor=True)
+    finally:
+        torch.set_num_threads(before)
     assert [laps[name].facts for name in "ab"] == [{"processors": {min(os.sched_getaffinity(0))}, "threads": 1}] * 2
     (free,) = race([Contender("a", Where)], rounds=1, warmup=0).values()
     assert free.facts["processors"] == os.sched_getaffinity(0)

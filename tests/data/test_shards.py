@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.index_cache import cache_folder
 from ldm_cli.data.patterns import expand_braces, find_shards
 from ldm_cli.data.sample import Draw, SampleDecoder, Wanted
@@ -237,6 +238,17 @@ def test_a_sample_is_read_at_once_and_nothing_beyond_what_is_wanted(
     assert len(sizes) == 1
     assert sizes[0] < len(picture) + 2500
     assert SampleDecoder(shards, config, Wanted(image=False)).image_bytes(0, 0) == picture
+
+
+def test_a_member_that_is_too_large_is_not_read_with_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tar(tmp_path / "x.tar", [("a.txt", b"text"), ("a.png", bytes(9000)), ("a.cls", b"7")])
+    shards, config = opened(tmp_path, max_member_bytes=5000)
+    sizes = _reads(monkeypatch)
+    with pytest.raises(BadSampleError, match="member too large"):
+        SampleDecoder(shards, config, Wanted()).decode(0, 0, Draw())
+    assert 0 < sum(sizes) < 5000
 
 
 def test_more_shards_than_open_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
