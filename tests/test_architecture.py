@@ -14,7 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Each group may import the groups before it; rooms of one group never import one another.
 GROUPS = (
-    {"errors", "config", "reporting", "philox", "storage", "allocator"},
+    {"errors", "config", "reporting", "philox", "storage", "allocator", "threads"},
     {"core", "data", "formats"},
     {"training", "sampling", "evaluation", "lesson"},
     {"recipe"},

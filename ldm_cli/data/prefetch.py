@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import queue
 import threading
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from typing import TypeVar
 
-import torch
+from ldm_cli.threads import compute_alone
 
 Item = TypeVar("Item")
 
@@ -19,13 +18,6 @@ class _End:
 
     def __init__(self, error: BaseException | None) -> None:
         self.error = error
-
-
-def compute_alone() -> None:
-    """Let torch use no other thread from the calling one: `torch.set_num_threads` would be for all of them."""
-    torch.get_num_threads()  # torch sets the number of a thread when it is first asked for
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(torch._C.__file__).omp_set_num_threads(1)
 
 
 @contextmanager

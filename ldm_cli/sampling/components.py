@@ -13,7 +13,8 @@ from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPTextModel
 from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
-from ldm_cli.errors import InputNotFoundError
+from ldm_cli.data.tokenizer import Tokenizer
+from ldm_cli.errors import CheckpointError, InputNotFoundError
 from ldm_cli.formats.model_folder import CONFIG_NAME, load_model
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
 
@@ -54,6 +55,33 @@ def load_autoencoder(folder: Path) -> AutoencoderKL:
 def load_text_encoder(folder: Path) -> CLIPTextModel:
     """A CLIPTextModel folder, or the text tower of a CLIPModel folder, as `load_unet`."""
     return load_model(CLIPTextModel, folder, _text_config, allow_extra=True)
+
+
+def takes_mask(unet: UNet2DConditionModel, vae: AutoencoderKL) -> bool:
+    """Whether the U-Net is one for inpainting, which takes a mask and the masked latents as further channels."""
+    return unet.config.in_channels == 2 * vae.config.latent_channels + 1
+
+
+def check_fit(
+    folder: Path, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: Tokenizer
+) -> None:
+    """Raise a CheckpointError where the components of a folder do not belong together."""
+    latent_channels, width = vae.config.latent_channels, unet.config.cross_attention_dim
+    latent_inputs = latent_channels if takes_mask(unet, vae) else unet.config.in_channels
+    pairs = [
+        ("unet.in_channels", latent_inputs, "vae.latent_channels", latent_channels),
+        ("unet.out_channels", unet.config.out_channels, "vae.latent_channels", latent_channels),
+    ]
+    text = text_encoder.config
+    if isinstance(width, int):
+        pairs.append(("unet.cross_attention_dim", width, "text_encoder.hidden_size", text.hidden_size))
+    for left, left_value, right, right_value in pairs:
+        if left_value != right_value:
+            cause = f"{left}={left_value}, {right}={right_value}"
+            raise CheckpointError(f"the parts of '{folder}' do not fit", cause)
+    if tokenizer.vocab_size > text.vocab_size:
+        cause = f"the tokenizer has {tokenizer.vocab_size} tokens, the text encoder {text.vocab_size}"
+        raise CheckpointError(f"the parts of '{folder}' do not fit", cause)
 
 
 def place(device: torch.device | str, precision: str, *modules: nn.Module) -> None:

@@ -43,18 +43,20 @@ class Look:
     """Watches a group of pictures come to be: counts its steps, and shows it every now and then.
 
     Attributes:
-        progress: hears of every step.
+        progress: hears of every step; None: another group is watched.
         done: pictures before this group.
         steps: steps to come.
         extras: how often to show it.
         show: is given the x_0 that the network sees, [N, C, h, w].
+        go_on: called at every step; raises where it should be the last.
     """
 
-    progress: Progress
+    progress: Progress | None
     done: int
     steps: int
     extras: Extras
     show: Callable[[Tensor], None]
+    go_on: Callable[[], None]
 
     def at(self, model: Denoiser) -> Denoiser:
         """The model, watched."""
@@ -63,7 +65,9 @@ class Look:
         def watched(x: Tensor, level: Level) -> Tensor:
             nonlocal calls
             calls += 1
-            self.progress.update(self.done, {"step": f"{calls}/{self.steps}"})
+            self.go_on()
+            if self.progress is not None:
+                self.progress.update(self.done, {"step": f"{calls}/{self.steps}"})
             x0 = model(x, level)
             if every and calls % every == 0:
                 self.show(x0)

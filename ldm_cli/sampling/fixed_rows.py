@@ -13,12 +13,15 @@ with 8, 11.3 with 16 and 10.5 with 32 (2 threads). Large images gain nothing: th
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ldm_cli.core.models.layers import repeated
+from ldm_cli.core.models.prepared import PreparedWeights
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
+from ldm_cli.sampling.groups import by_one_thread
 
 _LATENT_PIXELS_PER_CALL = 2048
 _IMAGE_PIXELS_PER_CALL = 16384
@@ -67,18 +70,21 @@ def trial(
     dtype, random = next(unet.parameters()).dtype, torch.Generator().manual_seed(0)
     x = torch.randn(size, unet.config.in_channels, *latent_size, generator=random).to(dtype)
     contexts = torch.randn(2, size, *context_shape, generator=random).to(dtype)
+    prepared = PreparedWeights()
 
+    @torch.inference_mode()
     def outputs(n: int) -> list[Tensor]:
         results: list[Tensor] = []
-        for rows in sorted(halves):
-            context = contexts[:rows, :n].flatten(0, 1)
-            results += unet(not_alone(x[:n].clone(), context), torch.full((1,), 500.0), context).chunk(rows)
+        with prepared.in_use():
+            for rows in sorted(halves):
+                context = contexts[:rows, :n].flatten(0, 1)
+                results += unet(not_alone(x[:n].clone(), context), torch.full((1,), 500.0), context).chunk(rows)
         return results
 
     return outputs
 
 
-def enough(outputs: Callable[[int], list[Tensor]], count: int, size: int) -> int:
+def enough(outputs: Callable[[int], list[Tensor]], count: int, size: int, *, alone: bool = False) -> int:
     """How many images to give to a network so that `count` of them come out as they do among `size`, bit for bit.
 
     Which kernels run, and in which order they add, is decided by shapes and not by values: one call of each number on
@@ -88,18 +94,19 @@ def enough(outputs: Callable[[int], list[Tensor]], count: int, size: int) -> int
         outputs: number n of images → results [n, …] of every kind of call that will be made, for the first n of
             always the same images.
         count, size: 1 ≤ `count` ≤ `size`.
+        alone: whether one thread is to do it, for the same as all threads do among `size`.
 
     Returns:
-        The least of `count` and the powers of two between it and `size` that will do, else `size`.
+        The least of `count`, the powers of two above it and `size` that will do. Alone, 0 if none does.
     """
     fewer = [n for n in sorted({count, 2, 4}) if count <= n < size]
-    if not fewer:
-        return size
-    whole = [result[:count] for result in outputs(size)]
-    for n in fewer:
-        if all(torch.equal(a, b[:count]) for a, b in zip(whole, outputs(n), strict=True)):
+    tried = [*fewer, size] if alone else fewer
+    whole = [result[:count] for result in outputs(size)] if tried else []
+    for n in tried:
+        results = by_one_thread(partial(outputs, n)) if alone else outputs(n)
+        if all(torch.equal(a, b[:count]) for a, b in zip(whole, results, strict=True)):
             return n
-    return size
+    return 0 if alone else size
 
 
 def filled(rows: Tensor, size: int) -> Tensor:

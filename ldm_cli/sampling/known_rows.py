@@ -33,15 +33,19 @@ def rows_that_do(
     latent_size: tuple[int, int],
     context_shape: tuple[int, int],
     halves: set[int],
+    *,
+    alone: bool = False,
 ) -> int:
     """How many images to give to a U-Net; arguments as of `enough` and `trial`, which are asked once."""
-    question = [count, size, latent_size, context_shape, sorted(halves)]
+    if count == size and not alone:
+        return size
+    question = [count, size, latent_size, context_shape, sorted(halves), alone]
     file = user_cache() / "rows" / _digest(unet, question)
     with suppress(OSError, ValueError):
         known = int(file.read_text(encoding="ascii"))
-        if count <= known <= size:
+        if count <= known <= size or (alone and known == 0):
             return known
-    found = enough(trial(unet, size, latent_size, context_shape, halves), count, size)
+    found = enough(trial(unet, size, latent_size, context_shape, halves), count, size, alone=alone)
     with suppress(OSError, LdmError):  # then the next one asks again
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, str(found))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,19 +20,29 @@ from ldm_cli.core.models.attention import FixedContext
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPTextModel
 from ldm_cli.core.models.latent_space import standardized
+from ldm_cli.core.models.prepared import PreparedWeights
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError, UsageError
 from ldm_cli.formats import pipeline_folder as layout
 from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, save_model, weights_sha256
 from ldm_cli.formats.pipeline_folder import SchedulerSettings
-from ldm_cli.reporting import Reporter, SilentReporter
+from ldm_cli.reporting import Progress, Reporter, SilentReporter
 from ldm_cli.sampling.canvas import Canvas, LatentCanvas, adain, latent_mask
-from ldm_cli.sampling.components import load_autoencoder, load_text_encoder, load_unet, place, resolve_model
+from ldm_cli.sampling.components import (
+    check_fit,
+    load_autoencoder,
+    load_text_encoder,
+    load_unet,
+    place,
+    resolve_model,
+    takes_mask,
+)
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.denoising import Start, denoise
 from ldm_cli.sampling.extras import PLAIN, Extras, Look
 from ldm_cli.sampling.fixed_rows import filled, images_per_call, latents_per_call, not_alone
+from ldm_cli.sampling.groups import Group, Lanes, lanes_here, rounds
 from ldm_cli.sampling.guides import Guides, spoilt_network
 from ldm_cli.sampling.known_rows import rows_that_do
 from ldm_cli.sampling.network import in_windows, keep_known_region, with_inpainting_channels
@@ -95,7 +105,7 @@ class Pipeline:
             folder=folder,
             is_compiled=compiled,
         )
-        pipeline._check_fit()
+        check_fit(folder, pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer)
         place(device, precision, pipeline.unet, pipeline.text_encoder)
         place(device, "fp32" if precision == "fp16" and pipeline.vae.config.force_upcast else precision, pipeline.vae)
         if compiled:
@@ -218,20 +228,27 @@ class Pipeline:
         guides = Guides.load(config.guidance, self.unet)
         texts = [*(r.prompt for r in requests), *(r.blend.prompt for r in requests if r.blend), config.negative]
         contexts = self.text_states(extras.weighted).encode(texts, reporter)
-        size = self._images_per_call(config, shape, extras.window)
-        with reporter.progress("sampling", len(requests), unit="image") as progress:
-            for start in range(0, len(requests), size):
-                group = list(requests[start : start + size])
-                count = len(group)
-                rows = self._rows_for(count, size, config, shape, extras)
-                group += [group[-1]] * (rows - count)
-                noise = initial_noise(group, shape) if latents is None else filled(latents[start : start + count], rows)
-                look = Look(progress, start, config.steps, extras, partial(self._preview, count, extras))
-                x0 = self._draw(group, config, contexts, noise, canvas, extras, guides, look)
-                for offset, pixels in enumerate(self.decode(x0[:count], extras.window)):
+        prepared = PreparedWeights()
+
+        def draw(group: Group, progress: Progress | None, go_on: Callable[[], None]) -> Tensor:
+            drawn = list(requests[group.start : group.start + group.count])
+            padded = drawn + [drawn[-1]] * (group.rows - group.count)
+            given = None if latents is None else latents[group.start : group.start + group.count]
+            noise = initial_noise(padded, shape) if given is None else filled(given, group.rows)
+            show = partial(self._preview, group.count, extras)
+            look = Look(progress, group.start, config.steps, extras, show, go_on)
+            with prepared.in_use():
+                return self._draw(padded, config, contexts, noise, canvas, extras, guides, look)[: group.count]
+
+        side_by_side = Lanes(lanes_here())
+        with reporter.progress("sampling", len(requests), unit="image") as progress, side_by_side:
+            for groups in self._rounds(len(requests), config, shape, extras):
+                watched = [progress, *[None] * (len(groups) - 1)]
+                x0 = torch.cat(side_by_side.run([partial(draw, g, p) for g, p in zip(groups, watched, strict=True)]))
+                for index, pixels in enumerate(self.decode(x0, extras.window), start=groups[0].start):
                     shown = pixels if extras.canvas is None else extras.canvas.pasted(pixels)
-                    yield GeneratedImage(start + offset, group[offset], shown)
-                progress.update(start + count)
+                    yield GeneratedImage(index, requests[index], shown)
+                progress.update(groups[0].start + len(x0))
 
     def text_states(self, weighted: bool = False) -> TextStates:
         """What encodes prompts, with or without weighted words."""
@@ -341,8 +358,8 @@ class Pipeline:
 
     @property
     def takes_mask(self) -> bool:
-        """Whether the U-Net is one for inpainting, which takes a mask and the masked latents as further channels."""
-        return self.unet.config.in_channels == 2 * self.vae.config.latent_channels + 1
+        """Whether the U-Net is one for inpainting."""
+        return takes_mask(self.unet, self.vae)
 
     def _preview(self, count: int, extras: Extras, x0: Tensor) -> None:
         if extras.on_preview is not None:
@@ -353,43 +370,24 @@ class Pipeline:
         if self.takes_mask and (extras.canvas is None or extras.canvas.mask is None):
             raise UsageError("this model fills masks", "no mask is given", "add --init and --mask, or --extend")
 
-    def _images_per_call(self, config: SamplingConfig, latent_shape: tuple[int, int, int], window: int | None) -> int:
-        if self.device.type != "cpu":
-            return config.batch_size
-        return latents_per_call(*(size if window is None else min(size, window) for size in latent_shape[1:]))
-
-    @torch.inference_mode()
-    def _rows_for(
-        self, count: int, size: int, config: SamplingConfig, latent_shape: tuple[int, int, int], extras: Extras
-    ) -> int:
-        """How many images a group of `count` is filled up to."""
-        guidance = config.guidance
+    def _rounds(
+        self, total: int, config: SamplingConfig, latent_shape: tuple[int, int, int], extras: Extras
+    ) -> Iterator[list[Group]]:
+        """Which of `total` images are drawn together."""
+        guidance, window, on_cpu = config.guidance, extras.window, self.device.type == "cpu"
+        height, width = (side if window is None else min(side, window) for side in latent_shape[1:])
+        size = latents_per_call(height, width) if on_cpu else config.batch_size
         # Each number of rows would be compiled.
-        others = (guidance.model, guidance.perturb, guidance.clip, extras.window, self.is_compiled)
-        if count == size or self.device.type != "cpu" or any(others):
-            return size
+        if not on_cpu or guidance.model or guidance.perturb or guidance.clip or window or self.is_compiled:
+            return rounds(total, size, 1, lambda count: size, lambda count: 0)
         halves = {1} if guidance.scale in (0.0, 1.0) else {1, 2} if guidance.interval else {2}
         context_shape = self.context_length, self.text_encoder.config.hidden_size
-        return rows_that_do(self.unet, count, size, latent_shape[1:], context_shape, halves)
 
-    def _check_fit(self) -> None:
-        """Raise a CheckpointError where the components do not belong together."""
-        vae, unet, text = self.vae.config, self.unet.config, self.text_encoder.config
-        latent_inputs = vae.latent_channels if self.takes_mask else unet.in_channels
-        pairs = [
-            ("unet.in_channels", latent_inputs, "vae.latent_channels", vae.latent_channels),
-            ("unet.out_channels", unet.out_channels, "vae.latent_channels", vae.latent_channels),
-        ]
-        widths = unet.cross_attention_dim
-        if isinstance(widths, int):
-            pairs.append(("unet.cross_attention_dim", widths, "text_encoder.hidden_size", text.hidden_size))
-        for left, left_value, right, right_value in pairs:
-            if left_value != right_value:
-                cause = f"{left}={left_value}, {right}={right_value}"
-                raise CheckpointError(f"the parts of '{self.folder}' do not fit", cause)
-        if self.tokenizer.vocab_size > text.vocab_size:
-            cause = f"the tokenizer has {self.tokenizer.vocab_size} tokens, the text encoder {text.vocab_size}"
-            raise CheckpointError(f"the parts of '{self.folder}' do not fit", cause)
+        def rows(count: int, *, alone: bool = False) -> int:
+            return rows_that_do(self.unet, count, size, latent_shape[1:], context_shape, halves, alone=alone)
+
+        is_watched = extras.on_preview is not None and extras.preview_every > 0
+        return rounds(total, size, 1 if is_watched else lanes_here(), rows, partial(rows, alone=True))
 
 
 def _context(request: ImageRequest, contexts: dict[str, Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from ldm_cli.data.prefetch import compute_alone
+from ldm_cli.threads import compute_alone
 
 _MOST_WAITING_BYTES = 64 << 20
 

@@ -24,11 +24,11 @@ class Asked:
     """Stands in for `enough`: answers 2, and counts."""
 
     def __init__(self) -> None:
-        self.times = 0
+        self.times, self.answer = 0, 2
 
-    def __call__(self, outputs: object, count: int, size: int) -> int:
+    def __call__(self, outputs: object, count: int, size: int, *, alone: bool) -> int:
         self.times += 1
-        return 2
+        return self.answer
 
 
 @pytest.fixture
@@ -39,8 +39,10 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asked:
     return answer
 
 
-def rows(unet: UNet2DConditionModel, count: int = 1, size: int = 8, halves: tuple[int, ...] = (2,)) -> int:
-    return rows_that_do(unet, count, size, (8, 8), (40, 24), set(halves))
+def rows(
+    unet: UNet2DConditionModel, count: int = 1, size: int = 8, halves: tuple[int, ...] = (2,), *, alone: bool = False
+) -> int:
+    return rows_that_do(unet, count, size, (8, 8), (40, 24), set(halves), alone=alone)
 
 
 def test_the_same_question_is_asked_once(asked: Asked) -> None:
@@ -56,6 +58,21 @@ def test_other_shapes_networks_and_types_are_other_questions(asked: Asked) -> No
     rows(network(layers_per_block=2))
     rows(network().to(torch.bfloat16))
     assert asked.times == 6
+
+
+def test_what_one_thread_does_is_another_question(asked: Asked) -> None:
+    rows(network())
+    asked.answer = 0  # one thread may not
+    assert rows(network(), alone=True) == rows(network(), alone=True) == 0
+    assert rows(network()) == 2
+    assert asked.times == 2
+
+
+def test_a_whole_group_is_a_question_for_one_thread_only(asked: Asked) -> None:
+    assert rows(network(), count=8) == 8
+    assert asked.times == 0
+    rows(network(), count=8, alone=True)
+    assert asked.times == 1
 
 
 def test_another_machine_switch_or_version_is_asked_again(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:

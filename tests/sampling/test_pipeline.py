@@ -1,15 +1,19 @@
 import random
+import threading
 
 import pytest
 import torch
 
 from ldm_cli import philox
 from ldm_cli.core.diffusion.config import DiffusionConfig
+from ldm_cli.core.models import convolution
 from ldm_cli.errors import CheckpointError, InputNotFoundError, UsageError
 from ldm_cli.formats.json_file import read_json, write_json
 from ldm_cli.reporting import SilentReporter
-from ldm_cli.sampling.components import load_text_encoder, resolve_model
+from ldm_cli.sampling import pipeline as pipeline_module
+from ldm_cli.sampling.components import check_fit, load_text_encoder, resolve_model
 from ldm_cli.sampling.config import SamplingConfig
+from ldm_cli.sampling.extras import Extras
 from ldm_cli.sampling.fixed_rows import enough
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import ImageRequest, requests_for
@@ -61,6 +65,81 @@ def test_picture_of_a_prompt_and_seed_is_the_same_bit_for_bit_in_any_company(sav
             part = pictures(pipeline, shuffled[start : start + batch_size], batch_size=batch_size, **fields)
             for request, pixels in part.items():
                 assert torch.equal(pixels, together[request])
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(
+    "fields",
+    [{"sampler": "ddim"}, {"sampler": "euler_ancestral", "width": 32, "height": 32}, {"guidance": 1.0}],
+    ids=["guided", "larger", "unguided"],
+)
+def test_pictures_drawn_side_by_side_are_those_of_one_after_the_other(saved, fields, monkeypatch):
+    pipeline, lanes = Pipeline.load(saved), set()
+    draw = pipeline._draw
+
+    def watched(*arguments):
+        lanes.add((threading.current_thread().name, torch.get_num_threads()))
+        return draw(*arguments)
+
+    monkeypatch.setattr(pipeline, "_draw", watched)
+    requests = requests_for(["a red circle", "a blue square"], SamplingConfig(images_per_prompt=10))
+    together = pictures(pipeline, requests, **fields)
+    if len(lanes) < 3:
+        pytest.skip("one thread draws other bits than two here")
+    assert lanes == {("ldm-lane_0", 1), ("ldm-lane_1", 1), ("MainThread", 2)}
+    monkeypatch.setattr(pipeline_module, "lanes_here", lambda: 1)
+    in_turn = pictures(pipeline, requests, **fields)
+    assert list(together) == list(in_turn) == requests
+    assert all(torch.equal(together[request], in_turn[request]) for request in requests)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_no_lane_draws_on_when_one_has_failed(pipeline, monkeypatch):
+    forward, calls, lock = pipeline.unet.forward, [], threading.Lock()
+
+    def fails_in_one_lane(x, timestep, context):
+        with lock:
+            calls.append(threading.current_thread().name)
+        if calls[-1] == "ldm-lane_1" and calls.count("ldm-lane_1") == 3:
+            raise ValueError("out of luck")
+        return forward(x, timestep, context)
+
+    requests = [ImageRequest("a red circle", seed) for seed in range(16)]
+    list(pipeline.generate(requests, SamplingConfig(**QUICK)))  # so that no trial is counted
+    monkeypatch.setattr(pipeline.unet, "forward", fails_in_one_lane)
+    with pytest.raises(ValueError, match="out of luck"):
+        list(pipeline.generate(requests, SamplingConfig(**QUICK | {"steps": 900})))
+    assert len(calls) < 500
+
+
+def test_weights_are_prepared_once_for_all_steps_and_groups(pipeline, monkeypatch):
+    times = []
+    spread = convolution._spread
+    monkeypatch.setattr(convolution, "_spread", lambda kernel: (times.append(kernel.shape), spread(kernel))[1])
+    monkeypatch.setattr(pipeline_module, "lanes_here", lambda: 1)  # two may make the same at once
+    monkeypatch.setattr(pipeline, "decode", lambda x, window: torch.zeros(len(x), 3, 32, 32, dtype=torch.uint8))
+    requests = [ImageRequest("a red circle", seed) for seed in range(16)]
+    for steps in (3, 9):
+        times.clear()
+        pictures(pipeline, requests, width=32, height=32, steps=steps)
+    assert times == [(32, 32, 3, 3)]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_pictures_that_are_looked_at_on_the_way_are_drawn_by_all_threads(pipeline, monkeypatch):
+    seen = []
+    extras = Extras(preview_every=2, on_preview=lambda images: seen.append((len(images), torch.get_num_threads())))
+    requests = [ImageRequest("a red circle", seed) for seed in range(17)]
+    assert len(list(pipeline.generate(requests, SamplingConfig(**QUICK), extras=extras))) == 17
+    assert seen == [(8, 2), (8, 2), (1, 2)]
 
 
 def test_pictures_depend_on_seed_prompt_negative_prompt_guidance_steps_and_eta(pipeline):
@@ -211,11 +290,9 @@ def test_parts_that_do_not_fit_together_are_named(tmp_path):
     write_json(folder / "model_index.json", {"_class_name": "StableDiffusionXLPipeline"})
     with pytest.raises(CheckpointError, match="StableDiffusionXLPipeline"):
         Pipeline.load(folder)
-    pipeline.text_encoder = load_text_encoder(folder / "text_encoder")
     pipeline.unet.config = pipeline.unet.config.model_copy(update={"cross_attention_dim": 32})
-    pipeline.folder = folder
     with pytest.raises(CheckpointError, match=r"cross_attention_dim=32, text_encoder.hidden_size=24"):
-        pipeline._check_fit()
+        check_fit(folder, pipeline.unet, pipeline.vae, load_text_encoder(folder / "text_encoder"), pipeline.tokenizer)
 
 
 def test_zero_snr_model_is_sampled_from_its_last_level(tmp_path):

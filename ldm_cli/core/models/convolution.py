@@ -21,7 +21,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ldm_cli.core.models.group_norm import group_norm
-from ldm_cli.core.models.linear import input_gradient, linear, weight_gradient
+from ldm_cli.core.models.linear import input_gradient, is_plain, linear, weight_gradient
+from ldm_cli.core.models.prepared import prepared, prepared_weights
 from ldm_cli.core.models.recompute import is_watched
 
 _SMALL_MAP, _MANY_CHANNELS = 16, 64
@@ -90,7 +91,8 @@ def _doubled_conv(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         trained: Tensor = _DoubledConv.apply(x, kernel, bias)  # type: ignore[no-untyped-call]
         return trained
-    return F.conv_transpose2d(x, _spread(kernel), bias, stride=2, padding=1)
+    spread = prepared(kernel, "spread", lambda: _spread(kernel))
+    return F.conv_transpose2d(x, spread, bias, stride=2, padding=1)
 
 
 class _Conv3x3(torch.autograd.Function):
@@ -165,14 +167,34 @@ def _gathered(d_spread: Tensor) -> Tensor:
 def _convolved(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     """A 3×3 convolution of padding 1: of a small map one matrix product over its neighbourhoods."""
     if not _is_small(x, kernel):
-        return F.conv2d(x, kernel, bias, padding=1)
+        return _by_blocks(x, kernel, bias)
     batch, _, height, width = x.shape
-    rows = linear(_neighbourhoods(x), _as_matrix(kernel), bias)
+    matrix = _as_matrix(kernel)
+    if not _is_channels_last(kernel):  # then it is a copy, which would be another weight at every call
+        matrix = prepared(kernel, "matrix", lambda: matrix)
+    rows = linear(_neighbourhoods(x), matrix, bias)
     return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _by_blocks(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    """The same of any map, with the kernel in oneDNN's blocks where what is made of weights is kept."""
+    store = prepared_weights()
+    # Of a single row, or in another order, torch's own choice is another algorithm.
+    if store is None or len(x) == 1 or not _is_channels_last(kernel) or not is_plain(x):
+        return F.conv2d(x, kernel, bias, padding=1)
+    ones, shape = [1, 1], list(x.shape)
+    reorder, convolve = torch.ops.mkldnn._reorder_convolution_weight, torch.ops.mkldnn._convolution_pointwise
+    blocks = store.get(kernel, x.shape, lambda: reorder(kernel, ones, ones, ones, 1, shape))
+    result: Tensor = convolve(x, blocks, bias, ones, ones, ones, 1, "none", [], "")
+    return result
 
 
 def _is_small(x: Tensor, kernel: Tensor) -> bool:
     return x.device.type == "cpu" and x.shape[2] * x.shape[3] <= _SMALL_MAP and kernel.shape[1] >= _MANY_CHANNELS
+
+
+def _is_channels_last(kernel: Tensor) -> bool:
+    return kernel.is_contiguous(memory_format=torch.channels_last)
 
 
 def _as_matrix(kernel: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ldm_cli.core.models.prepared import prepared_weights
+
 _LARGE = 1 << 15
 """Weights from which on a layer is large: a matter of the layer alone, not of its input."""
 _LARGE_FOR_SLOW_MKL = 1 << 11
@@ -29,20 +31,21 @@ _LONG_SIDE = 256
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
     """x Wᵀ + b, or the GELU of it: [..., I] and [O, I] → [..., O]."""
-    if _is_plain(x):
+    if is_plain(x):
         if torch.is_grad_enabled():
             if not gelu and _favours_onednn(weight):
                 trained: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
                 return trained
         elif gelu or weight.numel() >= _LARGE or _favours_onednn(weight):
-            return _by_onednn(x.contiguous(), weight, bias, gelu=gelu)
+            x = x.contiguous()
+            return _by_onednn(x, _in_blocks(weight, x.numel() // x.shape[-1]), bias, gelu=gelu)
     result = F.linear(x, weight, bias)
     return F.gelu(result) if gelu else result
 
 
 def input_gradient(d_y: Tensor, weight: Tensor) -> Tensor:
     """The gradient d_y W of a linear layer's input, without autograd: [M, O] and [O, I] → [M, I]."""
-    if _is_plain(d_y) and _favours_onednn(weight):
+    if is_plain(d_y) and _favours_onednn(weight):
         return _by_onednn(d_y.contiguous(), weight.t(), None)
     return d_y @ weight
 
@@ -50,7 +53,7 @@ def input_gradient(d_y: Tensor, weight: Tensor) -> Tensor:
 def weight_gradient(d_y: Tensor, x: Tensor) -> Tensor:
     """The gradient d_yᵀ x of a linear layer's weight, without autograd: [M, O] and [M, I] → [O, I]."""
     outputs, inputs = d_y.shape[1], x.shape[1]
-    if _is_plain(x) and max(outputs, inputs) >= _LONG_SIDE and _mkl_is_slow():
+    if is_plain(x) and max(outputs, inputs) >= _LONG_SIDE and _mkl_is_slow():
         d_y, x = d_y.contiguous(), x.contiguous()
         # The shorter side is the one that is taken in rows.
         return _by_onednn(d_y.t(), x.t(), None) if outputs <= inputs else _by_onednn(x.t(), d_y.t(), None).t()
@@ -90,7 +93,15 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = F
     return result
 
 
-def _is_plain(x: Tensor) -> bool:
+def _in_blocks(weight: Tensor, rows: int) -> Tensor:
+    """A weight as oneDNN multiplies so many rows with it, where what is made of weights is kept."""
+    store = prepared_weights()
+    if store is None:
+        return weight
+    return store.get(weight, rows, lambda: torch.ops.mkldnn._reorder_linear_weight(weight, rows))
+
+
+def is_plain(x: Tensor) -> bool:
     """Whether x is float32 on a CPU with oneDNN, and nothing looks on that wants torch's own operators."""
     return (
         x.device.type == "cpu"
