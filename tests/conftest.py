@@ -38,3 +38,14 @@ def ldm(tmp_path: Path) -> Ldm:
         return subprocess.run(command, env=environment, check=False, **settings)  # type: ignore[call-overload, no-any-return]
 
     return call
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """torch computes with two threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

@@ -54,6 +54,7 @@ def test_there_is_a_lane_for_each_of_few_threads(threads: int, lanes: int, monke
     assert lanes_here() == lanes
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_lanes_work_at_the_same_time_each_with_one_thread() -> None:
     meeting = threading.Barrier(2, timeout=20)
 
@@ -65,14 +66,9 @@ def test_lanes_work_at_the_same_time_each_with_one_thread() -> None:
 
         return work
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with Lanes(2) as lanes:
-            results = [lanes.run([task(10 * i), task(10 * i + 1)]) for i in range(2)]
-            alone = lanes.run([lambda go_on: torch.tensor([torch.get_num_threads()])])
-    finally:
-        torch.set_num_threads(before)
+    with Lanes(2) as lanes:
+        results = [lanes.run([task(10 * i), task(10 * i + 1)]) for i in range(2)]
+        alone = lanes.run([lambda go_on: torch.tensor([torch.get_num_threads()])])
     assert [[r.tolist() for r in pair] for pair in results] == [[[0, 1], [1, 1]], [[10, 1], [11, 1]]]
     assert alone[0].item() == 2
 
@@ -97,17 +93,12 @@ def test_what_one_lane_raises_stops_the_others_at_once() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ldm-lane")]
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_one_thread_may_draw_what_it_draws_as_all_do() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-
     def agreeing(*numbers: int) -> Callable[[int], list[Tensor]]:
         return lambda n: [torch.arange(n) + (1e-6 if torch.get_num_threads() == 1 and n not in numbers else 0.0)]
 
-    try:
-        assert by_one_thread(lambda: [torch.tensor(torch.get_num_threads())])[0].item() == 1
-        assert [enough(agreeing(3, 8), count, 8, alone=True) for count in (1, 2, 3, 4, 8)] == [8, 8, 3, 8, 8]
-        assert [enough(agreeing(4), count, 8, alone=True) for count in (3, 4, 5, 8)] == [4, 4, 0, 0]
-        assert [enough(agreeing(4), count, 8) for count in (3, 8)] == [3, 8]
-    finally:
-        torch.set_num_threads(before)
+    assert by_one_thread(lambda: [torch.tensor(torch.get_num_threads())])[0].item() == 1
+    assert [enough(agreeing(3, 8), count, 8, alone=True) for count in (1, 2, 3, 4, 8)] == [8, 8, 3, 8, 8]
+    assert [enough(agreeing(4), count, 8, alone=True) for count in (3, 4, 5, 8)] == [4, 4, 0, 0]
+    assert [enough(agreeing(4), count, 8) for count in (3, 8)] == [3, 8]

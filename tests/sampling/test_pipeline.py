@@ -67,14 +67,6 @@ def test_picture_of_a_prompt_and_seed_is_the_same_bit_for_bit_in_any_company(sav
                 assert torch.equal(pixels, together[request])
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(
     "fields",
