@@ -169,9 +169,9 @@ def _convolved(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     if not _is_small(x, kernel):
         return _by_blocks(x, kernel, bias)
     batch, _, height, width = x.shape
-    matrix = _as_matrix(kernel)
-    if not _is_channels_last(kernel):  # then it is a copy, which would be another weight at every call
-        matrix = prepared(kernel, "matrix", lambda: matrix)
+    # In another order it is a copy, which would be another weight at every call.
+    is_view = _is_channels_last(kernel)
+    matrix = _as_matrix(kernel) if is_view else prepared(kernel, "matrix", lambda: _as_matrix(kernel))
     rows = linear(_neighbourhoods(x), matrix, bias)
     return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
