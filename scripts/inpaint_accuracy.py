@@ -16,12 +16,12 @@ import torch
 
 from ldm_cli.data.scenes import Scene, scene
 from ldm_cli.evaluation.scene_detector import read_scenes
-from ldm_cli.sampling.canvas import Canvas
+from ldm_cli.pictures.images import from_pillow
 from ldm_cli.sampling.config import SamplingConfig
-from ldm_cli.sampling.extras import Extras
-from ldm_cli.sampling.images import from_pillow
+from ldm_cli.sampling.edit_input import Canvas
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import ImageRequest
+from ldm_cli.sampling.sample_options import Extras
 
 MARGIN = 2
 """Pixels around the circle that are drawn anew, too."""

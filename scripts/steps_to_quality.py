@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import torch
 
-from ldm_cli.data.shards import open_shards
+from ldm_cli.data.open_shards import open_shards
 from ldm_cli.errors import UsageError
 from ldm_cli.evaluation.attribute_accuracy import score_scenes
 from ldm_cli.evaluation.frechet import FeatureStatistics, frechet_distance
@@ -22,7 +22,7 @@ from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import EvalRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplerName
-from ldm_cli.stages.eval_samples import Gathered, Models, load_models, measure_drawn, measure_real
+from ldm_cli.stages.support.eval_samples import Gathered, Models, load_models, measure_drawn, measure_real
 
 
 def measured(recipe: EvalRecipe, models: Models, real: Gathered, sampler: str, steps: int) -> dict[str, float]:

@@ -17,8 +17,9 @@ from ldm_cli.bench import peers
 from ldm_cli.bench.race import Contender, race, speedup
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.loader import Loader
+from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.pack import pack
-from ldm_cli.data.shards import ShardReader, open_shards
+from ldm_cli.data.shards import ShardReader
 from ldm_cli.data.tar_index import index_tar
 from ldm_cli.reporting import SilentReporter
 

@@ -25,7 +25,7 @@ from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainVaeRecipe
 from ldm_cli.reporting import Figure, Reporter, SilentReporter
 from ldm_cli.stages import train_clip, train_unet, train_vae
-from ldm_cli.stages.options import RunOptions
+from ldm_cli.stages.support.options import RunOptions
 
 _SMALL: Mapping[str, tuple[str, ...]] = {
     "demo/clip": (

@@ -61,7 +61,7 @@ def _bench(
     from ldm_cli.bench import run as bench
     from ldm_cli.formats.json_file import write_json
     from ldm_cli.recipe.load import load_recipe
-    from ldm_cli.stages.options import resolve_device
+    from ldm_cli.stages.support.options import resolve_device
 
     peers = bench.check_peers(subject, [name for name in against.split(",") if name])
     if (recipe or changes) and subject not in bench.RECIPES:

@@ -36,7 +36,7 @@ def _eval(
 
     loaded = load_recipe(recipe, changes, expected_command="eval")
     with importing():
-        from ldm_cli.stages.options import RunOptions  # imports torch: a faulty recipe is refused before
+        from ldm_cli.stages.support.options import RunOptions  # imports torch: a faulty recipe is refused before
 
     options = RunOptions(out, device, recipe_text=loaded.text, overrides=changes, overwrite=overwrite)
     if dry_run:

@@ -49,7 +49,7 @@ def _precompute(
     loaded: Any = load_recipe(recipe, changes, expected_command="train-unet")
     with importing():
         from ldm_cli.stages import precompute  # imports torch: a faulty recipe is refused before
-        from ldm_cli.stages.options import RunOptions
+        from ldm_cli.stages.support.options import RunOptions
 
     options = RunOptions(out, device, max_time=limit, recipe_text=loaded.text, overwrite=overwrite)
     do: Any = precompute.plan if dry_run else precompute.run

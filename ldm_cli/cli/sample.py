@@ -17,9 +17,9 @@ from ldm_cli.errors import RecipeError, UsageError
 from ldm_cli.reporting import Reporter, SilentReporter
 
 if TYPE_CHECKING:
+    from ldm_cli.pictures.job import PromptEntry
     from ldm_cli.recipe.load import LoadedRecipe
     from ldm_cli.recipe.schema import SampleRecipe
-    from ldm_cli.sampling.job import PromptEntry
 
 Arguments = Annotated[
     list[str] | None,
@@ -186,7 +186,7 @@ def _sample(
     reporter = make_reporter() if is_first_rank() else SilentReporter()
     loaded = _with_prompts(loaded, _read_prompts(prompts, reporter) + [_clean(text) for text in prompt or ()], record)
     with importing():
-        from ldm_cli.stages.options import RunOptions
+        from ldm_cli.stages.support.options import RunOptions
 
     options = RunOptions(out, device, recipe_text=loaded.text, overrides=changes, overwrite=overwrite)
     if dry_run:
@@ -237,7 +237,7 @@ def _load(
 
     base = None
     if record is not None:
-        from ldm_cli.sampling.record import recipe_of  # imports torch
+        from ldm_cli.pictures.provenance import recipe_of  # imports torch
 
         base = recipe_of(record)
     try:
@@ -268,6 +268,6 @@ def _read_prompts(path: Path | None, reporter: Reporter) -> list[str | PromptEnt
     """The prompts of a file."""
     if path is None:
         return []
-    from ldm_cli.sampling.prompt_files import read_prompt_file
+    from ldm_cli.pictures.prompt_files import read_prompt_file
 
     return list(read_prompt_file(path, reporter.warn))

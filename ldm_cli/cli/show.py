@@ -42,7 +42,7 @@ def show_plan(loaded: LoadedRecipe, as_json: bool, num_ranks: int = 1) -> None:
     """`--dry-run`: the resolved recipe and what it would take on each of so many ranks."""
     from ldm_cli.cli.report import make_reporter
     from ldm_cli.recipe.yaml_source import to_yaml
-    from ldm_cli.stages.plan import plan
+    from ldm_cli.stages.support.dry_run import plan
 
     result = plan(loaded.recipe, make_reporter(), num_ranks)
     if as_json:

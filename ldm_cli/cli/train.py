@@ -52,7 +52,7 @@ def _train(
     command = str(context.info_name)
     loaded = load_recipe(recipe, changes, expected_command=command)
     with importing():
-        from ldm_cli.stages.options import RunOptions  # imports torch: a faulty recipe is refused before
+        from ldm_cli.stages.support.options import RunOptions  # imports torch: a faulty recipe is refused before
 
     options = RunOptions(out, device, resume, limit, data_trace=data_trace, recipe_text=loaded.text, overrides=changes)
     if dry_run:

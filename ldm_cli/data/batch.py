@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm_cli.data.bad_samples import BadSample
-from ldm_cli.data.sample import Encoding, Sample
+from ldm_cli.data.sample_decoder import Encoding, Sample
 from ldm_cli.errors import LdmError, printable
 
 

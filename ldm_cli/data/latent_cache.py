@@ -28,8 +28,9 @@ from torch import Tensor
 
 from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.config import DataConfig
-from ldm_cli.data.sample import Draw, Encoding, Sample, SampleDecoder, Wanted
-from ldm_cli.data.shards import ShardReader, ShardSet, index_shards
+from ldm_cli.data.open_shards import index_shards
+from ldm_cli.data.sample_decoder import Draw, Encoding, Sample, SampleDecoder, Wanted
+from ldm_cli.data.shards import ShardReader, ShardSet
 from ldm_cli.data.tar_index import Member
 from ldm_cli.errors import DataError, InputNotFoundError, StorageError
 from ldm_cli.reporting import Reporter

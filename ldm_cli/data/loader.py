@@ -18,10 +18,10 @@ from ldm_cli.data.config import DataConfig
 from ldm_cli.data.decode import load_codecs
 from ldm_cli.data.latent_cache import CachedDecoder, LatentCache
 from ldm_cli.data.order import global_positions, rank_slice
-from ldm_cli.data.plan import Place, Plan
 from ldm_cli.data.prefetch import prefetched
-from ldm_cli.data.sample import Draw, MembersDecoder, Sample, SampleDecoder, Wanted
+from ldm_cli.data.sample_decoder import Draw, MembersDecoder, Sample, SampleDecoder, Wanted
 from ldm_cli.data.shards import ShardSet
+from ldm_cli.data.step_plan import Place, Plan
 from ldm_cli.data.streaming import Stream, StreamedSteps, decoded, read_stream
 from ldm_cli.data.workers import made_by_workers
 from ldm_cli.errors import DataError

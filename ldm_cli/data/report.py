@@ -13,7 +13,7 @@ from typing import Any
 from ldm_cli.data.bad_samples import BadSample, BadSampleError
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.decode import IMAGE_EXTENSIONS, image_header
-from ldm_cli.data.sample import Draw, SampleDecoder, Wanted
+from ldm_cli.data.sample_decoder import Draw, SampleDecoder, Wanted
 from ldm_cli.data.shards import ShardSet
 from ldm_cli.errors import OutputError
 from ldm_cli.reporting import Reporter

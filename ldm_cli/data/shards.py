@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import threading
 import zlib
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor
 
-from ldm_cli.data.config import DataConfig
-from ldm_cli.data.index_cache import cache_folder, load_index, save_index
-from ldm_cli.data.patterns import find_sources
-from ldm_cli.data.remote import StagingArea, forget_fetched
+from ldm_cli.data.remote import StagingArea
 from ldm_cli.data.tar_format import BLOCK
-from ldm_cli.data.tar_index import Member, ShardIndex, index_tar
-from ldm_cli.errors import DataError, InputNotFoundError, RecipeError, StorageError
-from ldm_cli.reporting import Reporter
+from ldm_cli.data.tar_index import Member, ShardIndex
+from ldm_cli.errors import DataError, StorageError
 
 _MAX_OPEN_FILES = 64
 _LARGE_PIECE = 1 << 20  # what is larger is not copied once more
@@ -67,86 +61,6 @@ class ShardSet:
     def name(self, shard: int, sample: int) -> str:
         """How a sample is called in batches and reports: `shard/key`, the shard without its suffix."""
         return f"{self.paths[shard].stem}/{self.indexes[shard].key(sample)}"
-
-
-def open_shards(shards: str | tuple[str, ...], config: DataConfig, reporter: Reporter) -> ShardSet:
-    """Find and index shards, and choose samples by `config.filter` and `config.quarantine`; without these, nothing is
-    read but headers.
-
-    Args:
-        shards: a path, glob, folder or brace pattern, or several; usually `config.shards` or
-            `config.val_shards`.
-        config: how to treat damage, and which samples to choose.
-        reporter: told about damaged shards that are used in part, and about a cache that cannot be written.
-
-    Raises:
-        InputNotFoundError: shards are missing, empty or unreadable (all of them are listed), or hold no
-            samples; or none are chosen.
-        DataError: a shard is damaged and `on_bad_shard` is `stop`.
-        UnavailableError: a remote source is named that is not allowed, or whose back end is missing.
-        StorageError: reading failed.
-        RecipeError: `shards` are to be streamed.
-    """
-    if config.stream and shards == config.shards:
-        raise RecipeError(
-            "data.stream=true serves training alone", "here shards must be indexed", "name shards that can be"
-        )
-    staging = StagingArea(config.max_fetched_bytes, reporter)
-    found = find_sources(shards, config.remote_schemes, staging.fetch)
-    ends = (0, *itertools.accumulate(map(len, found)))
-    result = replace(
-        index_shards(tuple(itertools.chain.from_iterable(found)), config.on_bad_shard, reporter),
-        sources=tuple(itertools.starmap(range, itertools.pairwise(ends))),
-        staging=staging,
-    )
-    if not result.num_samples:
-        raise InputNotFoundError(
-            f"there are no samples in {len(result.paths)} shards", f"first one: '{result.paths[0]}'"
-        )
-    if config.filter or config.aspect_buckets or config.quarantine:
-        from ldm_cli.data.survey import choose_samples  # it reads samples, and so builds on this module
-
-        result = choose_samples(result, config, reporter)
-    ignored = sum((Counter(index.ignored) for index in result.indexes), Counter())
-    if ignored:
-        counts = ", ".join(f"{count} × {reason}" for reason, count in sorted(ignored.items()))
-        reporter.info(f"ignored members of shards: {counts}")
-    return result
-
-
-def index_shards(paths: tuple[Path, ...], on_bad_shard: Literal["stop", "skip"], reporter: Reporter) -> ShardSet:
-    """These files as a set of shards, which may hold no samples; arguments and errors otherwise as `open_shards`."""
-    folder: Path | None = cache_folder()
-    indexes: list[ShardIndex] = []
-    with reporter.progress("indexing shards", total=len(paths), unit="shard") as progress:
-        for number, path in enumerate(paths, start=1):
-            index = load_index(path, folder) if folder else None
-            if index is None:
-                try:
-                    index = index_tar(path, on_bad_shard)
-                except DataError:
-                    forget_fetched(path)
-                    raise
-                if index.damage:
-                    forget_fetched(path)
-                    reporter.warn(
-                        f"shard '{path}' is damaged ({index.damage}): using {index.num_samples} whole samples"
-                    )
-                elif folder:
-                    folder = _keep(path, index, folder, reporter)
-            indexes.append(index)
-            progress.update(number)
-    return ShardSet(paths, tuple(indexes))
-
-
-def _keep(path: Path, index: ShardIndex, folder: Path, reporter: Reporter) -> Path | None:
-    """Cache the index; where that fails, say so once and give up the cache."""
-    try:
-        save_index(path, index, folder)
-    except OSError as error:
-        reporter.warn(f"cannot keep shard indexes in '{folder}': {error}; they are made anew in every run")
-        return None
-    return folder
 
 
 class ShardReader:

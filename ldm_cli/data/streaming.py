@@ -24,7 +24,7 @@ from ldm_cli.data.config import DataConfig
 from ldm_cli.data.order import rank_slice
 from ldm_cli.data.patterns import PIPE, find_streams, shown_command
 from ldm_cli.data.remote import without_credentials
-from ldm_cli.data.sample import Draw, Members, MembersDecoder, Sample, Wanted
+from ldm_cli.data.sample_decoder import Draw, Members, MembersDecoder, Sample, Wanted
 from ldm_cli.data.tar_stream import members_of
 from ldm_cli.errors import DataError, LdmError
 from ldm_cli.reporting import Reporter

@@ -27,7 +27,7 @@ from typing import Generic, NoReturn, TypeVar
 
 import torch
 
-from ldm_cli.data.parcel import pack, unpack
+from ldm_cli.data.worker_transfer import pack, unpack
 from ldm_cli.errors import WorkerError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)

@@ -13,7 +13,7 @@ from ldm_cli.core.diffusion.config import GuidanceConfig
 from ldm_cli.core.diffusion.guidance import guided
 from ldm_cli.core.diffusion.level import Level
 from ldm_cli.core.diffusion.samplers import Denoiser, denoiser, euler
-from ldm_cli.core.diffusion.trajectory import Trajectory, ddpm_trajectory
+from ldm_cli.core.diffusion.timesteps import Trajectory, ddpm_trajectory
 from ldm_cli.lesson import measures
 from ldm_cli.lesson.network import NO_CLASS, Trained
 from ldm_cli.lesson.spiral import NUM_CLASSES, Points

@@ -15,9 +15,9 @@ from ldm_cli.core.vae_loss_config import VAELossConfig, min_image_size
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.tokenizer_config import TokenizerConfig
 from ldm_cli.evaluation.config import EvalConfig
+from ldm_cli.pictures.job import PromptEntry
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.edit_config import EditConfig
-from ldm_cli.sampling.job import PromptEntry
 from ldm_cli.training.config import TrainConfig
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]

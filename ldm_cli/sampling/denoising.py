@@ -11,7 +11,7 @@ from torch import Tensor
 from ldm_cli.core.diffusion import exponential_samplers, samplers
 from ldm_cli.core.diffusion.samplers import Denoiser, NoiseSource
 from ldm_cli.core.diffusion.schedule import NoiseSchedule
-from ldm_cli.core.diffusion.trajectory import (
+from ldm_cli.core.diffusion.timesteps import (
     Spacing,
     Trajectory,
     ddim_trajectory,

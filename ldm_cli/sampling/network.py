@@ -8,7 +8,7 @@ from torch import Tensor
 from ldm_cli.core.diffusion.guidance import Network
 from ldm_cli.core.diffusion.level import Level
 from ldm_cli.core.diffusion.samplers import Denoiser
-from ldm_cli.sampling.canvas import LatentCanvas
+from ldm_cli.sampling.edit_input import LatentCanvas
 from ldm_cli.sampling.tiling import tiled
 
 

@@ -28,7 +28,6 @@ from ldm_cli.formats import pipeline_folder as layout
 from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, save_model, weights_sha256
 from ldm_cli.formats.pipeline_folder import SchedulerSettings
 from ldm_cli.reporting import Progress, Reporter, SilentReporter
-from ldm_cli.sampling.canvas import Canvas, LatentCanvas, adain, latent_mask
 from ldm_cli.sampling.components import (
     check_fit,
     load_autoencoder,
@@ -40,14 +39,15 @@ from ldm_cli.sampling.components import (
 )
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.denoising import Start, denoise
-from ldm_cli.sampling.extras import PLAIN, Extras, Look
+from ldm_cli.sampling.edit_input import Canvas, LatentCanvas, adain, latent_mask
 from ldm_cli.sampling.fixed_rows import filled, images_per_call, latents_per_call, not_alone
 from ldm_cli.sampling.groups import Group, Lanes, lanes_here, rounds
-from ldm_cli.sampling.guides import Guides, spoilt_network
+from ldm_cli.sampling.guidance_models import Guides, spoilt_network
 from ldm_cli.sampling.known_rows import rows_that_do
 from ldm_cli.sampling.network import in_windows, keep_known_region, with_inpainting_channels
 from ldm_cli.sampling.noise import initial_noise, step_noise
 from ldm_cli.sampling.request import GeneratedImage, ImageRequest
+from ldm_cli.sampling.sample_options import PLAIN, Extras, Look
 from ldm_cli.sampling.text_states import TextStates
 from ldm_cli.sampling.tiling import in_parts
 

@@ -11,7 +11,7 @@ from typing import Any
 from ldm_cli.data import pack as packing
 from ldm_cli.data import report, scenes
 from ldm_cli.data.config import DataConfig
-from ldm_cli.data.shards import open_shards
+from ldm_cli.data.open_shards import open_shards
 from ldm_cli.reporting import Reporter
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ldm_cli.data.captions import field_of
-from ldm_cli.data.shards import ShardSet, open_shards
+from ldm_cli.data.open_shards import open_shards
+from ldm_cli.data.shards import ShardSet
 from ldm_cli.errors import DataError, OutputError, RecipeError
 from ldm_cli.evaluation.attribute_accuracy import score_scenes
 from ldm_cli.evaluation.clip_features import CLIPFeatures
@@ -31,8 +32,8 @@ from ldm_cli.evaluation.scene_detector import WORKING_SIZE
 from ldm_cli.formats.model_folder import write_json
 from ldm_cli.recipe.schema import EvalRecipe, EvalSection
 from ldm_cli.reporting import Reporter
-from ldm_cli.stages.eval_samples import Gathered, Models, load_models, measure_drawn, measure_real
-from ldm_cli.stages.options import RunOptions, device_of_process
+from ldm_cli.stages.support.eval_samples import Gathered, Models, load_models, measure_drawn, measure_real
+from ldm_cli.stages.support.options import RunOptions, device_of_process
 from ldm_cli.training.run_folder import environment
 
 RESULT_NAME = "eval.json"

@@ -32,16 +32,17 @@ from ldm_cli.data.latent_cache import (
     file_sha256,
     known_captions,
 )
+from ldm_cli.data.open_shards import index_shards, open_shards
 from ldm_cli.data.prefetch import prefetched
-from ldm_cli.data.sample import SampleDecoder, Wanted
-from ldm_cli.data.shards import ShardSet, index_shards, open_shards
+from ldm_cli.data.sample_decoder import SampleDecoder, Wanted
+from ldm_cli.data.shards import ShardSet
 from ldm_cli.errors import DataError, InputNotFoundError, OutputError, Preempted
 from ldm_cli.formats.model_folder import read_config
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import Progress, Reporter
-from ldm_cli.stages.cache_encoding import NUM_AHEAD, CacheEncoder, Chunks, EncodedChunk
-from ldm_cli.stages.frozen_encoders import FrozenEncoders, cache_key
-from ldm_cli.stages.options import RunOptions, device_of_process
+from ldm_cli.stages.support.cache_encoding import NUM_AHEAD, CacheEncoder, Chunks, EncodedChunk
+from ldm_cli.stages.support.frozen_encoders import FrozenEncoders, cache_key
+from ldm_cli.stages.support.options import RunOptions, device_of_process
 from ldm_cli.training.failures import FailureJournal
 from ldm_cli.training.interruption import TIME_LIMIT, StopRequest
 

@@ -20,24 +20,24 @@ from ldm_cli.core.compiling import NOTICE
 from ldm_cli.core.diffusion.config import GuidanceConfig
 from ldm_cli.errors import CheckpointError, InputNotFoundError, UsageError
 from ldm_cli.formats.weight_files import refuse_foreign_content, tensors_sha256
+from ldm_cli.pictures.images import slug
+from ldm_cli.pictures.job import Item, Job, plan_job
+from ldm_cli.pictures.job_folder import GRID, JobFolder
+from ldm_cli.pictures.progress import PartOfProgress
+from ldm_cli.pictures.provenance import check_repeatable
+from ldm_cli.pictures.sheets import Sheets
+from ldm_cli.pictures.wildcards import Wildcards
+from ldm_cli.pictures.writer import written_meanwhile
 from ldm_cli.recipe.schema import SampleRecipe
 from ldm_cli.reporting import Reporter
-from ldm_cli.sampling.canvas import Canvas, open_canvas
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.denoising import plan, sampler_of
 from ldm_cli.sampling.edit_config import EditConfig
-from ldm_cli.sampling.extras import Extras
-from ldm_cli.sampling.guides import guide_hashes, with_absolute_paths
-from ldm_cli.sampling.images import slug
-from ldm_cli.sampling.job import Item, Job, plan_job
-from ldm_cli.sampling.job_folder import GRID, JobFolder
+from ldm_cli.sampling.edit_input import Canvas, open_canvas
+from ldm_cli.sampling.guidance_models import guide_hashes, with_absolute_paths
 from ldm_cli.sampling.pipeline import Pipeline
-from ldm_cli.sampling.progress import PartOfProgress
-from ldm_cli.sampling.record import check_repeatable
-from ldm_cli.sampling.sheets import Sheets
-from ldm_cli.sampling.wildcards import Wildcards
-from ldm_cli.sampling.writer import written_meanwhile
-from ldm_cli.stages.options import RunOptions, device_of_process
+from ldm_cli.sampling.sample_options import Extras
+from ldm_cli.stages.support.options import RunOptions, device_of_process
 from ldm_cli.storage import storage_errors
 from ldm_cli.training.distributed import Ranks, joined, local_rank
 from ldm_cli.training.run_lock import RunLock

@@ -19,19 +19,19 @@ from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.latent_cache import LatentCache, Manifest
-from ldm_cli.data.sample import Encoding
+from ldm_cli.data.sample_decoder import Encoding
 from ldm_cli.errors import RecipeError
 from ldm_cli.formats.model_folder import load_weights
 from ldm_cli.formats.pipeline_folder import our_settings
+from ldm_cli.pictures.grid import image_grid
+from ldm_cli.pictures.images import save_image
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import Reporter
-from ldm_cli.sampling.grid import image_grid
-from ldm_cli.sampling.images import save_image
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import requests_for
-from ldm_cli.stages.frozen_encoders import FrozenEncoders, cache_key
-from ldm_cli.stages.options import RunOptions
-from ldm_cli.stages.training_run import Workbench, run_training, split
+from ldm_cli.stages.support.frozen_encoders import FrozenEncoders, cache_key
+from ldm_cli.stages.support.options import RunOptions
+from ldm_cli.stages.support.training_run import Workbench, run_training, split
 from ldm_cli.training.checkpoint import link_folder
 from ldm_cli.training.task import Losses, in_parts
 

@@ -19,12 +19,12 @@ from ldm_cli.data.loader import Loader
 from ldm_cli.errors import RecipeError
 from ldm_cli.evaluation.image_quality import psnr
 from ldm_cli.formats.model_folder import load_model, load_weights, save_model
+from ldm_cli.pictures.grid import image_grid
+from ldm_cli.pictures.images import save_image
 from ldm_cli.recipe.schema import TrainVaeRecipe
 from ldm_cli.reporting import Reporter
-from ldm_cli.sampling.grid import image_grid
-from ldm_cli.sampling.images import save_image
-from ldm_cli.stages.options import RunOptions
-from ldm_cli.stages.training_run import Workbench, run_training, split
+from ldm_cli.stages.support.options import RunOptions
+from ldm_cli.stages.support.training_run import Workbench, run_training, split
 from ldm_cli.training.task import Losses, in_parts
 
 _NUM_PICTURES = 8

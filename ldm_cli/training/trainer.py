@@ -30,8 +30,8 @@ from ldm_cli.training.checkpoint import checkpoint_name, checkpoints, commit_fol
 from ldm_cli.training.config import TrainConfig
 from ldm_cli.training.distributed import Ranks
 from ldm_cli.training.ema import ExponentialMovingAverage
+from ldm_cli.training.gradient_sum import part_sum
 from ldm_cli.training.optim import GuardedOptimizers, learning_rate
-from ldm_cli.training.part_sum import part_sum
 from ldm_cli.training.run_folder import RunFolder
 from ldm_cli.training.skipped_steps import SkippedSteps
 from ldm_cli.training.task import Task, sample_names
@@ -300,7 +300,7 @@ class Trainer:
         for name, module in self.task.auxiliary.items():
             tensors |= {f"auxiliary.{name}.{key}": value for key, value in module.state_dict().items()}
         if self.weights.is_sharded:
-            from ldm_cli.training.shard_files import is_part, write_parts  # takes seconds to import
+            from ldm_cli.training.sharded_files import is_part, write_parts  # takes seconds to import
 
             parts = {name: value for name, value in tensors.items() if is_part(value)}
             tensors = {name: value for name, value in tensors.items() if name not in parts}
@@ -325,7 +325,7 @@ class Trainer:
                     self.task.restore(folder / "ema")
             tensors, state = read_tensors(folder / _TENSORS), read_json(folder / _STATE)
             if (folder / _PARTS).is_dir():
-                from ldm_cli.training.shard_files import read_parts  # takes seconds to import
+                from ldm_cli.training.sharded_files import read_parts  # takes seconds to import
 
                 moments = self.optimizers.empty_moments(_below("optimizer.", tensors))
                 parts = {f"optimizer.{n}": value for n, value in moments.items() if f"optimizer.{n}" not in tensors}
@@ -355,7 +355,7 @@ class Trainer:
 def _held(task: Task[Any], config: TrainConfig, device: torch.device, ranks: Ranks) -> Weights:
     """Bring the task's modules to the device, as the recipe says."""
     if config.strategy == "sharded" and ranks.world_size > 1:
-        from ldm_cli.training.shards import Shards  # takes seconds to import
+        from ldm_cli.training.sharded_weights import Shards  # takes seconds to import
 
         return Shards(task.modules, task.auxiliary, device, ranks)
     trained = {**task.modules, **task.auxiliary}

@@ -14,7 +14,8 @@ from typing import Any
 from PIL import Image
 
 from ldm_cli.data.config import DataConfig
-from ldm_cli.data.shards import ShardSet, open_shards
+from ldm_cli.data.open_shards import open_shards
+from ldm_cli.data.shards import ShardSet
 from ldm_cli.reporting import SilentReporter
 
 Members = Sequence[tuple[str, bytes]]

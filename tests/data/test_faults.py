@@ -75,7 +75,7 @@ def test_bombs_are_refused_or_read_within_bounded_memory(tmp_path: Path) -> None
         import json, resource, sys
         from ldm_cli.data.config import DataConfig
         from ldm_cli.data.loader import sequential_batches
-        from ldm_cli.data.shards import open_shards
+        from ldm_cli.data.open_shards import open_shards
         from ldm_cli.reporting import SilentReporter
         bad = []
         config = DataConfig(shards=sys.argv[1], image_size=8, max_bad_fraction=1.0)

@@ -15,8 +15,9 @@ import pytest
 from ldm_cli.data import remote
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.loader import Loader
+from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.remote import StagingArea, without_credentials
-from ldm_cli.data.shards import ShardSet, open_shards
+from ldm_cli.data.shards import ShardSet
 from ldm_cli.errors import DataError, InputNotFoundError, LdmError, StorageError, UnavailableError
 from ldm_cli.reporting import SilentReporter
 from tests.data.tars import numbered_shards, opened

@@ -10,9 +10,10 @@ import pytest
 
 from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.index_cache import cache_folder
+from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.patterns import expand_braces, find_shards
-from ldm_cli.data.sample import Draw, SampleDecoder, Wanted
-from ldm_cli.data.shards import ShardReader, open_shards
+from ldm_cli.data.sample_decoder import Draw, SampleDecoder, Wanted
+from ldm_cli.data.shards import ShardReader
 from ldm_cli.errors import DataError, InputNotFoundError, RecipeError, UnavailableError
 from ldm_cli.reporting import SilentReporter
 from tests.data.tars import numbered_sample, numbered_shards, opened, png, write_tar
@@ -98,7 +99,7 @@ def test_an_index_is_made_once_and_equals_a_fresh_one(
     folder = numbered_shards(tmp_path / "d", [3, 2])
     first, _ = opened(folder)
     assert len(list(index_cache.iterdir())) == 2
-    monkeypatch.setattr("ldm_cli.data.shards.index_tar", None)  # whoever indexes again fails
+    monkeypatch.setattr("ldm_cli.data.open_shards.index_tar", None)  # whoever indexes again fails
     again, _ = opened(folder)
     assert again.fingerprint == first.fingerprint
     assert [again.name(s, i) for s in range(2) for i in range(again.sizes[s])] == [

@@ -19,7 +19,7 @@ from ldm_cli.cli.app import run as ldm_run
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.loader import Loader, sequential_batches
-from ldm_cli.data.shards import open_shards
+from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.streaming import open_stream
 from ldm_cli.errors import DataError, InputNotFoundError, RecipeError, StorageError, UnavailableError
 from ldm_cli.reporting import SilentReporter

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_cli.data.parcel import pack, unpack
+from ldm_cli.data.worker_transfer import pack, unpack
 from ldm_cli.data.workers import made_by_workers
 from ldm_cli.errors import DataError, RecipeError, WorkerError
 

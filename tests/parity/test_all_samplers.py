@@ -8,7 +8,7 @@ import torch
 from ldm_cli.core.diffusion import exponential_samplers, samplers
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.diffusion.schedule import NoiseSchedule
-from ldm_cli.core.diffusion.trajectory import euler_trajectory
+from ldm_cli.core.diffusion.timesteps import euler_trajectory
 from ldm_cli.formats.pipeline_folder import SchedulerSettings
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.denoising import denoise, plan

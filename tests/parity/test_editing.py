@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from ldm_cli.sampling.canvas import Canvas
 from ldm_cli.sampling.config import SamplingConfig
-from ldm_cli.sampling.extras import Extras
+from ldm_cli.sampling.edit_input import Canvas
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import ImageRequest
+from ldm_cli.sampling.sample_options import Extras
 from tests.parity.their_pipeline import NEGATIVE, PROMPTS, latents, scheduler, their_folder
 
 diffusers = pytest.importorskip("diffusers")

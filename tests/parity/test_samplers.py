@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ldm_cli.core.diffusion import exponential_samplers, samplers, trajectory
+from ldm_cli.core.diffusion import exponential_samplers, samplers, timesteps
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.diffusion.schedule import NoiseSchedule
 
@@ -47,15 +47,15 @@ def step_noise(i):
 def ours(name, network, noise, process, steps, spacing, offset, eta, alpha_to_one):
     denoise = samplers.denoiser(network, network.prediction_type)
     if name == "ddpm":
-        path = trajectory.ddpm_trajectory(process, steps, spacing, offset)
+        path = timesteps.ddpm_trajectory(process, steps, spacing, offset)
         return samplers.euler(denoise, noise, path, step_noise, 1.0)
     if name == "ddim":
-        path = trajectory.ddim_trajectory(process, steps, spacing, offset, alpha_to_one)
+        path = timesteps.ddim_trajectory(process, steps, spacing, offset, alpha_to_one)
         return samplers.euler(denoise, noise, path, step_noise, eta)
     if name == "euler":
-        path = trajectory.euler_trajectory(process, steps, spacing, offset)
+        path = timesteps.euler_trajectory(process, steps, spacing, offset)
         return samplers.euler(denoise, path.start_scale * noise, path, step_noise)
-    path = trajectory.dpmpp_trajectory(process, steps, spacing, offset)
+    path = timesteps.dpmpp_trajectory(process, steps, spacing, offset)
     return exponential_samplers.dpmpp_2m(denoise, noise, path, step_noise)
 
 
@@ -115,7 +115,7 @@ def test_zero_snr_trajectory_equals_that_of_diffusers(monkeypatch, name, predict
 @pytest.mark.parametrize("steps", STEPS)
 def test_euler_from_zero_snr_loses_no_digits(steps):
     process = NoiseSchedule.from_config(DiffusionConfig(prediction_type="v_prediction", rescale_betas_zero_snr=True))
-    path = trajectory.euler_trajectory(process, steps, "trailing", 0)
+    path = timesteps.euler_trajectory(process, steps, "trailing", 0)
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
     denoise = samplers.denoiser(ToyNetwork("v_prediction"), "v_prediction")
     single = samplers.euler(denoise, path.start_scale * noise, path, step_noise)
@@ -156,4 +156,4 @@ def test_levels_equal_those_of_diffusers_for_nearly_every_number_of_steps(spacin
     for steps in (*range(1, 101), *range(101, 1000, 7), 1000):
         scheduler.set_timesteps(steps)
         expected = scheduler.timesteps.tolist()[:steps]  # for 62 counts numpy's arange is one too long, and ends at -1
-        assert [*trajectory.ddpm_trajectory(process, steps, spacing, 0).timesteps] == expected
+        assert [*timesteps.ddpm_trajectory(process, steps, spacing, 0).timesteps] == expected

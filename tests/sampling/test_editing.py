@@ -6,10 +6,10 @@ import torch
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.errors import UsageError
-from ldm_cli.sampling.canvas import Canvas
 from ldm_cli.sampling.config import SamplingConfig
-from ldm_cli.sampling.extras import Extras
+from ldm_cli.sampling.edit_input import Canvas
 from ldm_cli.sampling.request import Blend, ImageRequest
+from ldm_cli.sampling.sample_options import Extras
 from tests.sampling.tiny import UNET, randomize, tiny_pipeline
 
 REQUESTS = [ImageRequest("a red circle", 3), ImageRequest("a blue square", 4)]

@@ -99,7 +99,7 @@ def test_settings_that_change_nothing_give_the_plain_pictures(pipeline):
 
 def test_clip_guidance_raises_the_clip_score_of_the_unconditional_model(pipeline, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    from ldm_cli.sampling.guides import Guides
+    from ldm_cli.sampling.guidance_models import Guides
 
     config = SamplingConfig.from_mapping({"guidance": GUIDANCE["clip alone"]}).guidance
     clip = Guides.load(config, pipeline.unet).clip

@@ -13,10 +13,10 @@ from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling import pipeline as pipeline_module
 from ldm_cli.sampling.components import check_fit, load_text_encoder, resolve_model
 from ldm_cli.sampling.config import SamplingConfig
-from ldm_cli.sampling.extras import Extras
 from ldm_cli.sampling.fixed_rows import enough
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import ImageRequest, requests_for
+from ldm_cli.sampling.sample_options import Extras
 from tests.sampling.tiny import tiny_pipeline
 
 QUICK = {"steps": 3, "images_per_prompt": 1}

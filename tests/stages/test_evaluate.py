@@ -28,7 +28,7 @@ from ldm_cli.recipe.schema import EvalRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.stages.evaluate import run
-from ldm_cli.stages.options import RunOptions
+from ldm_cli.stages.support.options import RunOptions
 
 ALL = ["clip_score", "zero_shot", "retrieval", "reconstruction", "frechet_distance", "attribute_accuracy"]
 
@@ -177,14 +177,14 @@ def test_the_ith_caption_is_drawn_with_the_ith_seed(home: Path, monkeypatch: pyt
         return generate(self, requests, *args, **options)
 
     monkeypatch.setattr(Pipeline, "generate", watched)
-    monkeypatch.setattr("ldm_cli.stages.eval_samples._REQUESTS_PER_CALL", 4)
+    monkeypatch.setattr("ldm_cli.stages.support.eval_samples._REQUESTS_PER_CALL", 4)
     found = evaluate(home, ["attribute_accuracy"], sampling={"steps": 1, "seed": 40})["metrics"]
     assert seen == [(scene(0, i, "val", 32).caption, 40 + i) for i in range(6)]
     assert found["attribute_accuracy"]["generated"]["all"]["num_images"] == 6
 
 
 def test_an_autoencoder_that_returns_its_input_is_perfect(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ldm_cli.stages.eval_samples._reconstructed", lambda vae, images: images)
+    monkeypatch.setattr("ldm_cli.stages.support.eval_samples._reconstructed", lambda vae, images: images)
     found = evaluate(home, ["reconstruction"])["metrics"]["reconstruction"]
     assert found == {"psnr": 100.0, "ssim": pytest.approx(1.0), "num_samples": 20}
 
@@ -196,7 +196,7 @@ def test_a_pipeline_that_draws_the_truth_is_perfect(home: Path, monkeypatch: pyt
         flat = [torch.frombuffer(bytearray(p.image.tobytes()), dtype=torch.uint8) for p in pictures]
         yield torch.stack([pixels.view(32, 32, 3).permute(2, 0, 1) for pixels in flat])
 
-    monkeypatch.setattr("ldm_cli.stages.eval_samples._drawn", draw)
+    monkeypatch.setattr("ldm_cli.stages.support.eval_samples._drawn", draw)
     found = evaluate(home, ["attribute_accuracy", "frechet_distance"], num_generated=20)["metrics"]
     rates = found["attribute_accuracy"]["generated"]["all"]
     assert {name: rate for name, rate in rates.items() if not name.startswith("num_") and rate not in (1, None)} == {}
@@ -257,6 +257,6 @@ def test_samples_without_ground_truth_are_named_before_anything_is_drawn(
     Image.new("RGB", (32, 32)).save(png, format="PNG")
     with TarWriter(str(tmp_path / "plain.tar"), encoder=False) as tar:
         tar.write({"__key__": "only", "png": png.getvalue(), "txt": b"a photo", "json": b"{}"})
-    monkeypatch.setattr("ldm_cli.stages.eval_samples._drawn", lambda *_: pytest.fail("drew pictures"))
+    monkeypatch.setattr("ldm_cli.stages.support.eval_samples._drawn", lambda *_: pytest.fail("drew pictures"))
     with pytest.raises(DataError, match="plain/only"):
         evaluate(home, ["attribute_accuracy"], data={"shards": str(tmp_path / "plain.tar")})

@@ -19,15 +19,15 @@ from ldm_cli.data import cache_writer
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.latent_cache import MANIFEST, LatentCache
 from ldm_cli.data.loader import Loader
+from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.scenes import write_scenes
-from ldm_cli.data.shards import open_shards
 from ldm_cli.errors import DataError, InputNotFoundError, LdmError, OutputError, Preempted, RecipeError, StuckError
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
-from ldm_cli.stages import options as stage_options
 from ldm_cli.stages import precompute
-from ldm_cli.stages.frozen_encoders import FrozenEncoders, cache_key
-from ldm_cli.stages.options import RunOptions
+from ldm_cli.stages.support import options as stage_options
+from ldm_cli.stages.support.frozen_encoders import FrozenEncoders, cache_key
+from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.training.failures import MAX_LIVES
 from tests.data.tars import png, write_tar
 

@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 
 from ldm_cli.errors import CheckpointError, DataError, OutputError, UsageError
 from ldm_cli.formats.png_metadata import parse_parameters, read_record
+from ldm_cli.pictures.images import read_image, save_image
+from ldm_cli.pictures.provenance import recipe_of
 from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import SampleRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplerName
-from ldm_cli.sampling.images import read_image, save_image
-from ldm_cli.sampling.record import recipe_of
-from ldm_cli.stages.options import RunOptions
 from ldm_cli.stages.sample import Latents, run
+from ldm_cli.stages.support.options import RunOptions
 from tests.conftest import REPOSITORY
 from tests.sampling.tiny import tiny_pipeline
 

@@ -15,14 +15,14 @@ from ldm_cli.core.models.clip import CLIPModel, normalize_images
 from ldm_cli.core.models.clip_resnet import ModifiedResNet
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import Loader
-from ldm_cli.data.shards import open_shards
+from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError, InputNotFoundError
 from ldm_cli.formats.model_folder import load_model
 from ldm_cli.recipe.schema import TrainClipRecipe
 from ldm_cli.reporting import SilentReporter
+from ldm_cli.stages.support.training_run import Workbench
 from ldm_cli.stages.train_clip import CLIPTask
-from ldm_cli.stages.training_run import Workbench
 from ldm_cli.training.run_folder import RunFolder
 
 from ..faults.runs import assert_same_run, tensors

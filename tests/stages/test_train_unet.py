@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import Loader
+from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.scenes import write_scenes
-from ldm_cli.data.shards import open_shards
 from ldm_cli.errors import CheckpointError, Preempted, RecipeError
 from ldm_cli.formats.weight_files import load_tensors
 from ldm_cli.recipe.schema import TrainUnetRecipe
@@ -25,8 +25,8 @@ from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import ImageRequest
+from ldm_cli.stages.support.training_run import Workbench
 from ldm_cli.stages.train_unet import DenoiserTask
-from ldm_cli.stages.training_run import Workbench
 from ldm_cli.training.run_folder import RunFolder
 
 from ..faults.runs import assert_same_run, metrics, status

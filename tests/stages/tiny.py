@@ -12,7 +12,7 @@ import pytest
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.reporting import Reporter, SilentReporter
 from ldm_cli.stages import train_clip, train_unet, train_vae
-from ldm_cli.stages.options import RunOptions
+from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.training.run_folder import RunFolder
 
 _TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

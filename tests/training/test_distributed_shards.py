@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ldm_cli.cli.app import run as ldm_run
 from ldm_cli.data.scenes import write_scenes
 from ldm_cli.reporting import SilentReporter
-from ldm_cli.training import shards
+from ldm_cli.training import sharded_weights as shards
 from ldm_cli.training.config import TrainConfig
 from ldm_cli.training.distributed import Ranks, joined
 from ldm_cli.training.interruption import StopRequest

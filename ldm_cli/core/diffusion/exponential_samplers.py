@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldm_cli.core.diffusion.level import Level
 from ldm_cli.core.diffusion.samplers import Denoiser, NoiseSource, split, toward
-from ldm_cli.core.diffusion.trajectory import Trajectory
+from ldm_cli.core.diffusion.timesteps import Trajectory
 
 
 def dpmpp_2m(denoise: Denoiser, x: Tensor, path: Trajectory, step_noise: NoiseSource, eta: float = 0.0) -> Tensor:

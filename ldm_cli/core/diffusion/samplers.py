@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ldm_cli.core.diffusion.level import Level
 from ldm_cli.core.diffusion.prediction import to_epsilon, to_x0
-from ldm_cli.core.diffusion.trajectory import Trajectory
+from ldm_cli.core.diffusion.timesteps import Trajectory
 
 Network = Callable[[Tensor, float], Tensor]
 """(x_t [B, …], t) → what the network predicts, [B, …]."""

@@ -12,7 +12,7 @@ import torch
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.diffusion.level import Levels
 from ldm_cli.core.diffusion.schedule import NoiseSchedule
-from ldm_cli.core.diffusion.trajectory import Trajectory
+from ldm_cli.core.diffusion.timesteps import Trajectory
 
 WEIGHTS = torch.tensor([0.3, 0.7], dtype=torch.float64)
 MEANS = torch.tensor([-1.0, 0.8], dtype=torch.float64)

@@ -7,7 +7,7 @@ import torch
 
 from ldm_cli.core.diffusion import exponential_samplers, samplers
 from ldm_cli.core.diffusion.level import Level
-from ldm_cli.core.diffusion.trajectory import Trajectory
+from ldm_cli.core.diffusion.timesteps import Trajectory
 from tests.core.diffusion import mixture, order_of_accuracy
 
 PAGE = Path(__file__).parents[3] / "docs" / "samplers.md"

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ldm_cli.core.diffusion import exponential_samplers, samplers, trajectory
+from ldm_cli.core.diffusion import exponential_samplers, samplers, timesteps
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.diffusion.schedule import NoiseSchedule
 
@@ -32,15 +32,15 @@ def sample(name, model, noise, steps, spacing="leading", step_noise=None):
 
     denoise = samplers.denoiser(model, "epsilon")
     if name == "ddpm":
-        path = trajectory.ddpm_trajectory(PROCESS, steps, spacing, 0)
+        path = timesteps.ddpm_trajectory(PROCESS, steps, spacing, 0)
         return samplers.euler(denoise, noise, path, step_noise, 1.0)
     if name.startswith("ddim"):
-        path = trajectory.ddim_trajectory(PROCESS, steps, spacing, 0, True)
+        path = timesteps.ddim_trajectory(PROCESS, steps, spacing, 0, True)
         return samplers.euler(denoise, noise, path, step_noise, 1.0 if name.endswith("eta") else 0.0)
     if name == "euler":
-        path = trajectory.euler_trajectory(PROCESS, steps, spacing, 0)
+        path = timesteps.euler_trajectory(PROCESS, steps, spacing, 0)
         return samplers.euler(denoise, path.start_scale * noise, path, step_noise)
-    path = trajectory.dpmpp_trajectory(PROCESS, steps, spacing, 0)
+    path = timesteps.dpmpp_trajectory(PROCESS, steps, spacing, 0)
     return exponential_samplers.dpmpp_2m(denoise, noise, path, step_noise)
 
 
@@ -103,5 +103,5 @@ def test_more_steps_than_levels_are_refused_with_both_numbers():
 
 
 def test_leading_offset_never_leads_past_the_last_level():
-    assert trajectory.ddpm_trajectory(PROCESS, 1000, "leading", 1).timesteps == tuple(range(999, -1, -1))
-    assert trajectory.ddpm_trajectory(PROCESS, 500, "leading", 1).timesteps == tuple(range(999, 0, -2))
+    assert timesteps.ddpm_trajectory(PROCESS, 1000, "leading", 1).timesteps == tuple(range(999, -1, -1))
+    assert timesteps.ddpm_trajectory(PROCESS, 500, "leading", 1).timesteps == tuple(range(999, 0, -2))

@@ -7,7 +7,7 @@ from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.errors import CheckpointError, UsageError
 from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, save_model
-from ldm_cli.sampling.guides import Guides, spoilt_layers
+from ldm_cli.sampling.guidance_models import Guides, spoilt_layers
 from tests.sampling.tiny import TEXT, randomize, special_ids, tiny_pipeline, tiny_tokenizer
 
 VISION = {

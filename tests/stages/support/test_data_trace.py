@@ -10,7 +10,7 @@ import torch
 
 from ldm_cli.data.batch import Batch
 from ldm_cli.errors import OutputError
-from ldm_cli.stages.data_trace import traced
+from ldm_cli.stages.support.data_trace import traced
 from ldm_cli.training.distributed import Ranks
 
 

@@ -20,14 +20,15 @@ from ldm_cli.data.batch import Batch
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.latent_cache import LatentCache
 from ldm_cli.data.loader import Loader, sequential_batches
-from ldm_cli.data.shards import ShardSet, open_shards
+from ldm_cli.data.open_shards import open_shards
+from ldm_cli.data.shards import ShardSet
 from ldm_cli.data.streaming import Stream, open_stream
 from ldm_cli.errors import RecipeError
 from ldm_cli.formats.model_folder import weights_sha256
 from ldm_cli.reporting import Reporter
-from ldm_cli.stages.data_trace import traced
-from ldm_cli.stages.model_sizes import TrainRecipe, expect_memory
-from ldm_cli.stages.options import RunOptions, device_of_process
+from ldm_cli.stages.support.data_trace import traced
+from ldm_cli.stages.support.model_sizes import TrainRecipe, expect_memory
+from ldm_cli.stages.support.options import RunOptions, device_of_process
 from ldm_cli.training.distributed import Ranks, joined, local_rank
 from ldm_cli.training.interruption import StopRequest
 from ldm_cli.training.loop import train

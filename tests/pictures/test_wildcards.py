@@ -1,10 +1,10 @@
 import pytest
 
 from ldm_cli.errors import InputNotFoundError, UsageError
+from ldm_cli.pictures.job import plan_job
+from ldm_cli.pictures.wildcards import Wildcards
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.edit_config import EditConfig
-from ldm_cli.sampling.job import plan_job
-from ldm_cli.sampling.wildcards import Wildcards
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from ldm_cli.errors import DataError, InputNotFoundError
-from ldm_cli.sampling.prompt_files import read_prompt_file
+from ldm_cli.pictures.prompt_files import read_prompt_file
 
 
 def read(path, data, warnings=None):

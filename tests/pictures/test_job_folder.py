@@ -7,13 +7,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ldm_cli.errors import CheckpointError, InputNotFoundError, OutputError, UsageError
+from ldm_cli.pictures.images import read_image
 from ldm_cli.recipe.schema import SampleRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.edit_config import EditConfig
-from ldm_cli.sampling.images import read_image
-from ldm_cli.stages.options import RunOptions
 from ldm_cli.stages.sample import Latents, run
+from ldm_cli.stages.support.options import RunOptions
 from tests.sampling.tiny import tiny_pipeline
 
 PROMPTS = ("a red circle", "../é/\x1b[31m a blue\nsquare, 猫")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_cli.sampling.grid import image_grid
-from ldm_cli.sampling.images import read_image, save_image, slug
+from ldm_cli.pictures.grid import image_grid
+from ldm_cli.pictures.images import read_image, save_image, slug
 
 
 def test_png_keeps_every_pixel_and_follows_the_umask(tmp_path):

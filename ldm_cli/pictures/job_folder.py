@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ldm_cli.errors import OutputError
 from ldm_cli.formats.json_file import write_json
-from ldm_cli.sampling.images import save_image, slug
-from ldm_cli.sampling.record import VERSIONS, full_record, texts_of
+from ldm_cli.pictures.images import save_image, slug
+from ldm_cli.pictures.provenance import VERSIONS, full_record, texts_of
 from ldm_cli.storage import TEMPORARY_PREFIX, storage_errors
 
 RECORD = "images.json"

@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm_cli.errors import RecipeError
 from ldm_cli.training.config import TrainConfig
 from ldm_cli.training.distributed import Ranks
-from ldm_cli.training.part_sum import Block, PartSum, TreeSum, blocks
+from ldm_cli.training.gradient_sum import Block, PartSum, TreeSum, blocks
 
 
 class ThreadRanks(Ranks):

@@ -10,7 +10,7 @@ from torch import Tensor
 from ldm_cli.core.diffusion.level import Level
 from ldm_cli.core.diffusion.samplers import Denoiser
 from ldm_cli.reporting import Progress
-from ldm_cli.sampling.canvas import Canvas
+from ldm_cli.sampling.edit_input import Canvas
 
 OnPreview = Callable[[Tensor], None]
 """(what a group of pictures looks like so far: uint8 [N, 3, H, W])."""

@@ -13,13 +13,13 @@ from torch import Tensor
 from ldm_cli.core.models.autoencoder_kl import DiagonalGaussian
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.latent_cache import CacheKey
-from ldm_cli.data.sample import Encoding
+from ldm_cli.data.sample_decoder import Encoding
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import RecipeError
 from ldm_cli.formats.model_folder import read_config, weights_sha256
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.sampling.components import load_autoencoder, load_text_encoder
-from ldm_cli.stages.caption_tokens import CaptionTokens
+from ldm_cli.stages.support.caption_tokens import CaptionTokens
 from ldm_cli.stages.train_vae import to_signed
 
 # What config.json of an autoencoder says and the moments do not depend on.

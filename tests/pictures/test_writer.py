@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ldm_cli.errors import StorageError
-from ldm_cli.sampling import sheets, writer
-from ldm_cli.sampling.job import Job
-from ldm_cli.sampling.job_folder import JobFolder
-from ldm_cli.sampling.sheets import Sheets
-from ldm_cli.sampling.writer import written_meanwhile
+from ldm_cli.pictures import sheets, writer
+from ldm_cli.pictures.job import Job
+from ldm_cli.pictures.job_folder import JobFolder
+from ldm_cli.pictures.sheets import Sheets
+from ldm_cli.pictures.writer import written_meanwhile
 
 PICTURE = torch.zeros(3, 8, 8, dtype=torch.uint8)
 

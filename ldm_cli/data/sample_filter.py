@@ -22,7 +22,7 @@ from ldm_cli.data.captions import field_of
 from ldm_cli.data.config import DataConfig, FieldRule, SampleFilter
 from ldm_cli.data.decode import upright_size
 from ldm_cli.data.index_cache import cache_folder
-from ldm_cli.data.sample import Draw, SampleDecoder, Wanted
+from ldm_cli.data.sample_decoder import Draw, SampleDecoder, Wanted
 from ldm_cli.data.shards import ShardSet
 from ldm_cli.errors import InputNotFoundError, StorageError
 from ldm_cli.reporting import Reporter

@@ -12,7 +12,7 @@ import torch
 from ldm_cli.cli.app import run
 from ldm_cli.errors import RecipeError, as_ldm_error
 from ldm_cli.recipe.load import load_recipe
-from ldm_cli.stages.model_sizes import expect_memory, memory_bytes
+from ldm_cli.stages.support.model_sizes import expect_memory, memory_bytes
 
 CPU = torch.device("cpu")
 BLOCKS = (

@@ -3,9 +3,9 @@ import torch
 from PIL import Image
 
 from ldm_cli.errors import DataError, InputNotFoundError, UsageError
-from ldm_cli.sampling.canvas import adain, latent_mask, open_canvas
+from ldm_cli.pictures.images import from_pillow, save_image
 from ldm_cli.sampling.edit_config import EditConfig
-from ldm_cli.sampling.images import from_pillow, save_image
+from ldm_cli.sampling.edit_input import adain, latent_mask, open_canvas
 
 
 def picture(path, height, width, seed=0):

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ldm_cli.errors import printable
-from ldm_cli.sampling.images import from_pillow
+from ldm_cli.pictures.images import from_pillow
 
 _LINE_HEIGHT = 14
 _CHARACTER_WIDTH = 6

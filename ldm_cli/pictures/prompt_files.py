@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_cli.errors import DataError, InputNotFoundError
-from ldm_cli.sampling.job import PromptEntry, value_of
+from ldm_cli.pictures.job import PromptEntry, value_of
 
 _MOST_BYTES = 2**28
 _OPTION = re.compile(r"\s--(\w+)(?=\s|$)")

@@ -15,8 +15,8 @@ from ldm_cli import philox
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.interleaving import Interleaving
 from ldm_cli.data.loader import Loader
-from ldm_cli.data.plan import bucket_shapes
-from ldm_cli.data.shards import open_shards
+from ldm_cli.data.open_shards import open_shards
+from ldm_cli.data.step_plan import bucket_shapes
 from ldm_cli.errors import InputNotFoundError
 from ldm_cli.reporting import SilentReporter
 from tests.data.tars import numbered_shards, opened, png, write_tar
@@ -168,7 +168,7 @@ def test_a_filter_leaves_what_meets_all_of_its_rules(
     shards, _ = opened(tmp_path, filter=rules)
     found = {int(shards.indexes[0].key(k)) for k in range(shards.num_samples)}
     assert found == expected, "what cannot be read stays, to be counted where it is met"
-    monkeypatch.setattr("ldm_cli.data.survey._survey", None)  # whoever looks again fails
+    monkeypatch.setattr("ldm_cli.data.sample_filter._survey", None)  # whoever looks again fails
     assert opened(tmp_path, filter=rules)[0].fingerprint == shards.fingerprint
     with pytest.raises(TypeError):
         opened(tmp_path, filter={**rules, "max_aspect": 9.0})

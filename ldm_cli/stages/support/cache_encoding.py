@@ -14,12 +14,12 @@ from ldm_cli.data.cache_writer import moments_files
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.latent_cache import DTYPES, CacheKey
 from ldm_cli.data.prefetch import prefetched
-from ldm_cli.data.sample import Draw, SampleDecoder, Wanted
+from ldm_cli.data.sample_decoder import Draw, SampleDecoder, Wanted
 from ldm_cli.data.shards import ShardSet
 from ldm_cli.data.workers import made_by_workers
 from ldm_cli.errors import DivergedError
 from ldm_cli.recipe.schema import TrainUnetRecipe
-from ldm_cli.stages.frozen_encoders import FrozenEncoders
+from ldm_cli.stages.support.frozen_encoders import FrozenEncoders
 
 NUM_AHEAD = 2
 """Chunks that each thread may be ahead of the next one."""

@@ -11,7 +11,7 @@ import torch
 
 from ldm_cli import philox
 from ldm_cli.errors import InputNotFoundError
-from ldm_cli.sampling.job import Item, Job
+from ldm_cli.pictures.job import Item, Job
 
 # No separators and no dots: a prompt cannot name a file elsewhere.
 _WILDCARD = re.compile(r"__([A-Za-z0-9](?:[A-Za-z0-9-]|_(?!_))*)__")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ldm_cli.sampling.grid import image_grid, labelled_grid, placeholder, stacked
-from ldm_cli.sampling.images import read_image, save_animation, save_image
-from ldm_cli.sampling.job import Job, Sheet
-from ldm_cli.sampling.job_folder import GRID, PREVIEW, JobFolder
+from ldm_cli.pictures.grid import image_grid, labelled_grid, placeholder, stacked
+from ldm_cli.pictures.images import read_image, save_animation, save_image
+from ldm_cli.pictures.job import Job, Sheet
+from ldm_cli.pictures.job_folder import GRID, PREVIEW, JobFolder
 
 _MOST_IN_GRID = 400
 _SECONDS_BETWEEN_GRIDS = 2.0

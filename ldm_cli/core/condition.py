@@ -1,0 +1,78 @@
+"""All that a denoiser is told beside the noisy sample and the time.
+
+Letters: B batch, M tokens, D width, P width of a pooled vector, C channels, h w size of the latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What one batch is conditioned on; each field has B rows, or is None where the denoiser has no use for it.
+
+    Attributes:
+        tokens: [B, M, D], seen by cross- or joint-attention.
+        pooled: [B, P], added to the time embedding: pooled text and, for SDXL, the six sizes after it; an image
+            embedding; or class indices, int64 [B].
+        image_tokens: [B, M', D], tokens of image prompts.
+        concat: [B, C', h, w], joined to the noisy sample as further channels: a mask and the masked latents, or a
+            low-resolution image.
+        guidance: [B, P'], embedding of the guidance scale, for denoisers that were distilled with guidance.
+    """
+
+    tokens: Tensor | None = None
+    pooled: Tensor | None = None
+    image_tokens: Tensor | None = None
+    concat: Tensor | None = None
+    guidance: Tensor | None = None
+
+    @classmethod
+    def combined(cls, function: Callable[[Sequence[Tensor]], Tensor], conditions: Sequence[Condition]) -> Self:
+        """Apply `function` to each field of several conditions.
+
+        Raises:
+            ValueError: a field is a tensor in one condition and None in another.
+        """
+        values: dict[str, Tensor | None] = {}
+        for field in fields(cls):
+            tensors = [tensor for c in conditions if (tensor := getattr(c, field.name)) is not None]
+            if 0 < len(tensors) < len(conditions):
+                raise ValueError(f"Condition.combined: {len(tensors)} of {len(conditions)} have '{field.name}'")
+            values[field.name] = function(tensors) if tensors else None
+        return cls(**values)
+
+    @classmethod
+    def cat(cls, conditions: Sequence[Condition]) -> Self:
+        """The rows of several conditions, one after the other."""
+        return cls.combined(lambda tensors: torch.cat(list(tensors)), conditions)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Apply `function` to each field that is not None."""
+        return self.combined(lambda tensors: function(tensors[0]), [self])
+
+    def __getitem__(self, rows: slice) -> Self:
+        """Some rows."""
+        return self.map(lambda tensor: tensor[rows])
+
+
+class Denoiser(Protocol):
+    """A network that predicts noise, velocity or the clean sample from a noisy one."""
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Predict.
+
+        Args:
+            x: noisy samples [B, C, h, w].
+            t: float [B] or [1], in the unit that the network was trained with (`Process.at`).
+            condition: B rows.
+
+        Returns:
+            [B, C, h, w].
+        """

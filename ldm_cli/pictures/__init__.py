@@ -1,0 +1,1 @@
+"""What `ldm sample` does around the drawing: jobs, sheets, grids, files, provenance."""

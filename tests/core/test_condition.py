@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ldm_cli.core.condition import Condition
+
+
+def test_map_applies_to_every_field_that_is_there() -> None:
+    condition = Condition(tokens=torch.ones(2, 3, 4), pooled=torch.ones(2, 5)).map(lambda t: t * 2)
+    assert torch.equal(condition.tokens, torch.full((2, 3, 4), 2.0))  # type: ignore[arg-type]
+    assert torch.equal(condition.pooled, torch.full((2, 5), 2.0))  # type: ignore[arg-type]
+    assert condition.image_tokens is None
+    assert condition.concat is None
+
+
+def test_cat_puts_rows_after_one_another_and_a_slice_takes_them_back() -> None:
+    first, second = (Condition(tokens=torch.full((n, 1, 2), float(n)), concat=torch.zeros(n, 1, 4, 4)) for n in (1, 2))
+    both = Condition.cat([first, second])
+    assert both.tokens is not None
+    assert both.tokens[:, 0, 0].tolist() == [1.0, 2.0, 2.0]
+    assert both.concat is not None
+    assert both.concat.shape == (3, 1, 4, 4)
+    assert torch.equal(both[1:].tokens, second.tokens)  # type: ignore[arg-type]
+
+
+def test_conditions_with_different_fields_cannot_be_combined() -> None:
+    with pytest.raises(ValueError, match="1 of 2 have 'pooled'"):
+        Condition.cat([Condition(pooled=torch.ones(1, 2)), Condition()])
