@@ -11,7 +11,7 @@ from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, save_model
 from ldm_cli.sampling.config import SamplerName, SamplingConfig
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import ImageRequest
-from tests.sampling.test_guides import VISION
+from tests.sampling.test_guidance_models import VISION
 from tests.sampling.tiny import TEXT, randomize, special_ids, tiny_pipeline, tiny_tokenizer
 
 REQUESTS = [ImageRequest(prompt, seed) for prompt in ("a red circle", "a blue square") for seed in (0, 7)]
