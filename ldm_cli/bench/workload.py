@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm_cli.allocator import keep_freed_memory
 from ldm_cli.core.clip_loss import contrastive_loss
 from ldm_cli.core.compiling import compile_regions, eagerly
+from ldm_cli.core.condition import Condition
 from ldm_cli.core.diffusion.loss import diffusion_loss
 from ldm_cli.core.diffusion.schedule import NoiseSchedule
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
@@ -177,7 +178,7 @@ def _our_loss(recipe: TrainRecipe, model: nn.Module, batch: Mapping[str, Tensor]
     x0, noise, t = batch["latents"], batch["noise"], batch["t"]
 
     def loss() -> Tensor:
-        output = model(schedule.add_noise(x0, noise, t), t, batch["context"])
+        output = model(schedule.add_noise(x0, noise, t), t, Condition(tokens=batch["context"]))
         return diffusion_loss(schedule, output, x0, noise, t, recipe.diffusion.snr_gamma).mean()
 
     return loss
@@ -215,7 +216,7 @@ def our_encoding(work: Workload) -> EncodingStep:
         keep_freed_memory()
     vae = build_model(recipe).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = random_batch(work)["images"].to(device)
-    return EncodingStep(work, lambda: vae.encode(images).mean, images)
+    return EncodingStep(work, lambda: vae.posterior(images), images)
 
 
 def training_flops(recipe: TrainRecipe, batch: Mapping[str, Tensor]) -> int:
@@ -232,7 +233,7 @@ def encoding_flops(recipe: TrainRecipe, images: Tensor) -> int:
     """The same of encoding images [B, 3, H, W]."""
     model = _hollow(recipe)
     with torch.no_grad():
-        return _count(lambda: model.encode(images.to("meta")))  # type: ignore[operator]
+        return _count(lambda: model.posterior(images.to("meta")))  # type: ignore[operator]
 
 
 def _hollow(recipe: TrainRecipe) -> nn.Module:

@@ -89,8 +89,8 @@ def check_repeatable(shared: Mapping[str, Any], repeated: Mapping[str, Any], war
     for name in ("weights", "scheduler"):
         if shared[name] != repeated.get(name):
             raise CheckpointError("cannot repeat the picture", f"the model's {name} have changed since", "give --model")
-    for name, digest in repeated.get("guides", {}).items():
-        if shared.get("guides", {}).get(name, digest) != digest:
+    for name, digest in repeated.get("guidance_models", {}).items():
+        if shared.get("guidance_models", {}).get(name, digest) != digest:
             raise CheckpointError("cannot repeat the picture", f"the weights of guidance.{name} have changed since")
     ours, theirs = shared.get("edit") or {}, repeated.get("edit") or {}
     for name in ("image", "mask", "style"):

@@ -34,7 +34,7 @@ OTHER_SAMPLERS = [sampler for sampler in get_args(SamplerName) if sampler not in
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    tiny_pipeline().save(folder)
+    tiny_pipeline().family.save(folder)
     return folder
 
 
@@ -77,12 +77,6 @@ def test_pictures_of_one_job_cannot_differ_in_how_the_model_is_loaded(model, tmp
     with pytest.raises(UsageError, match=f"{axis.split('=')[0]}=.* for some pictures: the model is loaded once"):
         draw(model, tmp_path / "out", xy=[axis])
     assert not (tmp_path / "out").exists()
-
-
-def test_a_job_that_an_older_version_began_is_completed(model, tmp_path):
-    draw(model, tmp_path / "out", sampling={"images_per_prompt": 2})
-    assert "compile" not in (tmp_path / "out" / "images.json").read_text()
-    assert draw(model, tmp_path / "out", sampling={"images_per_prompt": 2})["drawn"] == 0
 
 
 def pictures_in(folder):
@@ -149,16 +143,16 @@ def test_a_picture_of_any_kind_is_repeated_from_itself_alone(model, pictures, tm
 
 def test_a_guided_picture_is_repeated_from_anywhere_with_the_same_guide_only(model, tmp_path, monkeypatch):
     weaker = tiny_pipeline()
-    torch.nn.init.ones_(weaker.unet.conv_out.bias)
-    weaker.save(tmp_path / "weaker")
+    torch.nn.init.ones_(weaker.family.denoiser.conv_out.bias)
+    weaker.family.save(tmp_path / "weaker")
     monkeypatch.chdir(tmp_path)
     guided = {"guidance": {"scale": 3.0, "model": "weaker"}}
     drawn = tmp_path / draw(model, Path("a"), sampling=guided)["images"][0]["file"]
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert Path(repeat(drawn, Path("b"))[0]).read_bytes() == drawn.read_bytes()
-    torch.nn.init.zeros_(weaker.unet.conv_out.bias)
-    weaker.save(tmp_path / "weaker")
+    torch.nn.init.zeros_(weaker.family.denoiser.conv_out.bias)
+    weaker.family.save(tmp_path / "weaker")
     with pytest.raises(CheckpointError, match=r"weights of guidance\.model have changed"):
         repeat(drawn, Path("c"))
 
@@ -175,8 +169,8 @@ def test_a_repeated_picture_needs_what_it_was_drawn_with(model, pictures, tmp_pa
         repeat(drawn, tmp_path / "d")
     other = tmp_path / "other"
     pipeline = tiny_pipeline()
-    torch.nn.init.ones_(pipeline.unet.conv_out.bias)
-    pipeline.save(other)
+    torch.nn.init.ones_(pipeline.family.denoiser.conv_out.bias)
+    pipeline.family.save(other)
     with pytest.raises(CheckpointError, match="the model's weights have changed"):
         repeat(draw(model, tmp_path / "e")["images"][0]["file"], tmp_path / "f", model=str(other))
 
@@ -309,7 +303,7 @@ def test_a_folder_in_use_is_left_alone(model, tmp_path):
         finally:
             owner.communicate(b"\n")
     assert everything_in(tmp_path) == before
-    assert draw(model, tmp_path)["drawn"] == 0
+    assert draw(model, tmp_path)["generated"] == 0
 
 
 def test_what_a_killed_process_left_half_written_is_cleared_away(model, tmp_path):
@@ -414,5 +408,5 @@ def test_two_processes_draw_the_same_files_as_one(model, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["drawn"] == one["drawn"] == 9
+    assert json.loads(result.stdout)["generated"] == one["generated"] == 9
     assert everything_in(tmp_path / "two") == everything_in(tmp_path / "one")

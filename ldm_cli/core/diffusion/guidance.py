@@ -2,7 +2,7 @@
 
 Classifier-free (Ho & Salimans 2022, arXiv:2207.12598), with rescaling (Lin et al. 2023), within an interval of noise
 levels (Kynkäänniemi et al. 2024), projected (APG, Sadat et al. 2024), thresholded (Saharia et al. 2022), away from a
-weaker network (Karras et al. 2024) or a spoilt one (Ahn et al. 2024), and along the gradient of a score (Dhariwal &
+weaker network (Karras et al. 2024) or a perturbed one (Ahn et al. 2024), and along the gradient of a score (Dhariwal &
 Nichol 2021). Predictions of ε, v, x_0 and u are affine in x_0, so that differences of any of them mean the same;
 rescaling works on what the network predicts, projecting and thresholding on x_0, as their authors do.
 """
@@ -14,40 +14,41 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ldm_cli.core.condition import Condition
 from ldm_cli.core.diffusion.config import GuidanceConfig, ProjectionConfig, ThresholdConfig
 from ldm_cli.core.diffusion.level import Level
 from ldm_cli.core.diffusion.prediction import to_x0
 from ldm_cli.core.diffusion.samplers import Denoiser
 
-Network = Callable[[Tensor, Level, Tensor], Tensor]
-"""(x_t [B, …], its level, contexts [R·B, L, D]) → what the network predicts, [R·B, …]: for all of x_t with the first
-context of each row, then with the second, …"""
+Network = Callable[[Tensor, Level, Condition], Tensor]
+"""(x_t [B, …], its level, B rows of conditions) → the prediction of a network, [B, …]."""
 
 
 def guided(
     network: Network,
-    conditional: Tensor,
-    unconditional: Tensor,
+    conditional: Condition,
+    unconditional: Condition,
     config: GuidanceConfig,
     prediction_type: str,
     weaker: Network | None = None,
-    spoilt: Network | None = None,
+    perturbed: Network | None = None,
 ) -> Denoiser:
-    """The network with its contexts fixed, as a denoiser that is pushed as `config` says.
+    """The network with its conditions fixed, as a denoiser that is pushed as `config` says.
 
-    Conditional and unconditional half are one call of the network, which sees x_t once; at scale 1 and 0, and outside
-    of the interval, only the half that counts is. The denoiser is for one run: APG's momentum remembers the last call.
+    Conditional and unconditional half are one call of the network with twice the rows; at scale 1 and 0, and outside of
+    the interval, only the half that counts is computed. The denoiser is for one run: APG's momentum remembers the last
+    call.
 
     Args:
-        network: takes a context.
-        conditional, unconditional: contexts [B, L, D], row by row; a negative prompt takes the place of the empty one.
+        network: takes a condition.
+        conditional, unconditional: B rows each; a negative prompt takes the place of the empty one.
         config: scale and the rest; `model`, `clip` and the layers of `perturb` are the caller's business.
         prediction_type: what the networks predict.
-        weaker: network that, with the conditional context, takes the unconditional one's place (autoguidance).
-        spoilt: network with `config.perturb` applied.
+        weaker: network that, with the conditional rows, takes the unconditional prediction's place (autoguidance).
+        perturbed: network with `config.perturb` applied.
     """
     project = None if config.apg is None else _Projection(config.apg)
-    both = torch.cat([unconditional, conditional])
+    both = Condition.cat([unconditional, conditional])
 
     def predict(x: Tensor, level: Level, scale: float) -> tuple[Tensor, Tensor | None]:
         """The prediction that counts, and the one to move away from."""
@@ -58,7 +59,7 @@ def guided(
             return (away, None) if scale == 0.0 else (network(x, level, conditional), away)
         if scale == 0.0:
             return network(x, level, unconditional), None
-        away, toward = network(x, level, both).chunk(2)
+        away, toward = network(torch.cat([x, x]), level, both).chunk(2)
         return toward, away
 
     def denoise(x: Tensor, level: Level) -> Tensor:
@@ -74,9 +75,9 @@ def guided(
             x0 = project(x0_of(output), x0_of(away), scale)
         else:
             x0 = x0_of(rescaled(guide(away, output, scale), output, config.rescale))
-        if active and spoilt is not None and config.perturb is not None and config.perturb.scale > 0.0:
-            context = unconditional if scale == 0.0 else conditional
-            x0 = x0 + config.perturb.scale * (x0_of(output) - x0_of(spoilt(x, level, context)))
+        if active and perturbed is not None and config.perturb is not None and config.perturb.scale > 0.0:
+            condition = unconditional if scale == 0.0 else conditional
+            x0 = x0 + config.perturb.scale * (x0_of(output) - x0_of(perturbed(x, level, condition)))
         return x0 if config.threshold is None else thresholded(x0, config.threshold)
 
     return denoise

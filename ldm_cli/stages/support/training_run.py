@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from ldm_cli import __version__
 from ldm_cli.core.compiling import NOTICE
@@ -215,7 +216,12 @@ def split(batch: Batch, num_parts: int) -> list[Batch]:
             position=batch.position[i : i + size],
             labels=None if batch.labels is None else batch.labels[i : i + size],
             metadata=None if batch.metadata is None else batch.metadata[i : i + size],
-            encoding=None if batch.encoding is None else batch.encoding[i : i + size],
+            moments=_rows(batch.moments, slice(i, i + size)),
+            condition=_rows(batch.condition, slice(i, i + size)),
         )
         for i in range(0, len(batch.keys), size)
     ]
+
+
+def _rows(tensors: Mapping[str, Tensor] | None, rows: slice) -> dict[str, Tensor] | None:
+    return None if tensors is None else {name: tensor[rows] for name, tensor in tensors.items()}
