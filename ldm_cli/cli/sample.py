@@ -194,10 +194,11 @@ def _sample(
         return
     with importing():
         from ldm_cli.stages import sample
+        from ldm_cli.stages.support.picture_generator import Latents
 
-    noise = None if latents is None else sample.Latents(latents)
+    noise = None if latents is None else Latents(latents)
     if record is not None and noise is None and "latents" in record.get("sources", {}):
-        noise = sample.Latents(Path(record["sources"]["latents"]), record.get("latents_row"))
+        noise = Latents(Path(record["sources"]["latents"]), record.get("latents_row"))
     result = sample.run(cast("SampleRecipe", loaded.recipe), options, reporter, noise, record)
     if is_first_rank():
         show_result(result, json)
@@ -224,9 +225,9 @@ def _record(picture: Path, recipe: str | None) -> dict[str, Any]:
     """How the picture of `--repeat` was drawn."""
     if recipe is not None:
         raise UsageError(f"--repeat and the recipe '{recipe}'", "a picture brings its own", "leave one of them out")
-    from ldm_cli.formats.png_metadata import read_record
+    from ldm_cli.formats.png_metadata import read_provenance
 
-    return read_record(picture)
+    return read_provenance(picture)
 
 
 def _load(

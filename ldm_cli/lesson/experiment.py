@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm_cli import philox
+from ldm_cli.core.condition import Condition
 from ldm_cli.core.diffusion.config import GuidanceConfig
 from ldm_cli.core.diffusion.guidance import guided
 from ldm_cli.core.diffusion.level import Level
@@ -159,11 +160,13 @@ def _backward(denoise: Denoiser, path: Trajectory, seed: int, eta: float, noise_
 def _of_class(trained: Trained, labels: Tensor, scale: float, path: Trajectory, seed: int) -> Tensor:
     """Samples [N, 2] of `labels`, with classifier-free guidance; scale 1 is without."""
 
-    def network(x: Tensor, level: Level, label: Tensor) -> Tensor:
-        return trained.network.forward(x.repeat(len(label) // len(x), 1), level.t, label)
+    def network(x: Tensor, level: Level, condition: Condition) -> Tensor:
+        assert condition.pooled is not None
+        return trained.network.forward(x, level.t, condition.pooled)
 
-    kind, none = trained.schedule.prediction_type, torch.full_like(labels, NO_CLASS)
-    return _backward(guided(network, labels, none, GuidanceConfig(scale=scale), kind), path, seed, eta=1.0).end
+    kind, none = trained.schedule.prediction_type, Condition(pooled=torch.full_like(labels, NO_CLASS))
+    model = guided(network, Condition(pooled=labels), none, GuidanceConfig(scale=scale), kind)
+    return _backward(model, path, seed, eta=1.0).end
 
 
 def facts(lesson: Lesson) -> dict[str, object]:

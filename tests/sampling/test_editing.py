@@ -9,7 +9,7 @@ from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.errors import UsageError
 from ldm_cli.sampling.config import SamplingConfig
-from ldm_cli.sampling.edit_input import EditInput
+from ldm_cli.sampling.edit_input import EditInput, latent_mask
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.pixels import decode_pixels, encode_pixels
 from ldm_cli.sampling.request import Blend, ImageRequest
@@ -140,6 +140,20 @@ def test_a_unet_for_inpainting_is_given_mask_and_masked_latents_and_nothing_else
     assert not torch.equal(pixels[:, mask], other[:, mask])
     with pytest.raises(UsageError, match="fills masks"):
         draw(inpainting)
+
+
+def test_windows_of_a_unet_for_inpainting_see_their_own_part_of_the_mask(pipeline):
+    denoiser = randomize(UNet2DConditionModel(UNet2DConditionConfig(**UNET, in_channels=9)), 4)
+    inpainting = Pipeline(replace(pipeline.family, denoiser=denoiser))
+    mask, seen = half_mask(16, 24), []
+    denoiser.conv_in.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    options = SampleOptions(edit_input=EditInput(image(0, 16, 24), mask, (16, 24), 1.0), window=8)
+    draw(inpainting, options=options, width=24, height=16, steps=1)
+    expected = latent_mask(mask, 2)[0, 0]
+    found = [part[0, 4] for part in seen]
+    assert len({part.shape for part in found}) == 1
+    for part, start in zip(found[-2:], (0, 4), strict=True):
+        assert torch.equal(part, expected[:, start : start + 8])
 
 
 def test_previews_show_each_group_on_its_way(pipeline):

@@ -44,13 +44,13 @@ def test_a_block_attends_to_itself_alone_only_within(pipeline):
         before = pipeline.family.denoiser(x, t, context)
         tokens = torch.randn(1, 6, block.norm1.normalized_shape[0])
         with perturbed_layers(pipeline.family.denoiser, PerturbationConfig(layers=(name,))):
-            spoilt = block.attn1(tokens)
+            perturbed = block.attn1(tokens)
             alone = torch.cat([block.attn1(tokens[:, i : i + 1]) for i in range(6)], dim=1)
             whole = pipeline.family.denoiser(x, t, context)
         # A token that sees only itself gives what it gives alone, where the map of attention is 1.
-        torch.testing.assert_close(spoilt, torch.cat([block.attn1(tokens[:, i : i + 1]) for i in range(6)], dim=1))
-        torch.testing.assert_close(spoilt, alone)
-        assert not torch.allclose(spoilt, block.attn1(tokens))
+        torch.testing.assert_close(perturbed, torch.cat([block.attn1(tokens[:, i : i + 1]) for i in range(6)], dim=1))
+        torch.testing.assert_close(perturbed, alone)
+        assert not torch.allclose(perturbed, block.attn1(tokens))
         assert not torch.allclose(whole, before)
         assert torch.equal(pipeline.family.denoiser(x, t, context), before)
 

@@ -15,15 +15,16 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ldm_cli.errors import CheckpointError, DataError, OutputError, UsageError
-from ldm_cli.formats.png_metadata import parse_parameters, read_record
+from ldm_cli.formats.png_metadata import parse_parameters, read_provenance
 from ldm_cli.pictures.images import read_image, save_image
 from ldm_cli.pictures.provenance import recipe_of
 from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import SampleRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplerName
-from ldm_cli.stages.sample import Latents, run
+from ldm_cli.stages.sample import run
 from ldm_cli.stages.support.options import RunOptions
+from ldm_cli.stages.support.picture_generator import Latents
 from tests.conftest import REPOSITORY
 from tests.sampling.tiny import tiny_pipeline
 
@@ -62,7 +63,7 @@ def draw(model, out, latents=None, record=None, overwrite=False, **fields):
 
 def repeat(picture, out, **changes):
     """As `ldm sample --repeat picture`."""
-    record = read_record(picture)
+    record = read_provenance(picture)
     loaded = load_recipe(None, (), "sample", [(k, k, v) for k, v in changes.items()], base=recipe_of(record))
     latents = None
     if "latents" in record["sources"]:
@@ -184,7 +185,7 @@ def test_every_format_can_be_repeated_and_be_without_metadata(model, tmp_path, s
     bare = draw(model, tmp_path / "c", format=suffix, metadata=False)["images"][0]["file"]
     assert torch.equal(read_image(bare), read_image(drawn))
     with pytest.raises(DataError, match="does not say"):
-        read_record(bare)
+        read_provenance(bare)
     with Image.open(bare) as image:
         assert not image.getexif()
         assert not getattr(image, "text", {})
@@ -195,7 +196,7 @@ def test_the_text_for_web_uis_names_what_they_know(model, pictures, tmp_path):
     drawn = draw(model, tmp_path, edit={"image": pictures["image"], "strength": 0.5}, **fields)["images"][0]["file"]
     with Image.open(drawn) as image:
         found = parse_parameters(image.text["parameters"])
-    assert found.pop("Model hash") == read_record(drawn)["weights"]["unet"][:10]
+    assert found.pop("Model hash") == read_provenance(drawn)["weights"]["unet"][:10]
     assert found.pop("Version").startswith("ldm_cli ")
     assert found.pop("Model") == model.name
     assert found == {
@@ -219,7 +220,7 @@ def test_hostile_prompts_are_kept_verbatim_under_safe_names(model, tmp_path):
         assert name.isascii()
         assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-.")
         assert len(name) <= 64
-        assert read_record(tmp_path / name)["prompt"] == prompt
+        assert read_provenance(tmp_path / name)["prompt"] == prompt
     assert any("'xxxx" in message and "was cut" in message for message in result["messages"])
     assert all(len(message) < 600 for message in result["messages"])
     names = [image["file"] for image in result["images"]]
@@ -230,7 +231,7 @@ def test_grids_have_a_picture_for_each_pair_of_values(model, tmp_path):
     result = draw(model, tmp_path, xy=["steps=1,2,3", "guidance.scale=1,5"], prompts=["a red circle"])
     assert len(result["images"]) == 6
     steps = [
-        (s["steps"], s["guidance"]["scale"]) for s in (read_record(i["file"])["sampling"] for i in result["images"])
+        (s["steps"], s["guidance"]["scale"]) for s in (read_provenance(i["file"])["sampling"] for i in result["images"])
     ]
     assert steps == [(1, 1.0), (2, 1.0), (3, 1.0), (1, 5.0), (2, 5.0), (3, 5.0)]
     grid = read_image(tmp_path / "grid.png")

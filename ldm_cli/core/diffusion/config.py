@@ -73,7 +73,7 @@ class ProjectionConfig(Config):
 
 
 class PerturbationConfig(Config):
-    """Guidance away from the same network with some of its layers spoilt."""
+    """Guidance away from the same network with some of its layers perturbed."""
 
     kind: Literal["attention", "layer"] = "attention"
     """`attention`: self-attention looks at nothing but itself (PAG, Ahn et al. 2024, arXiv:2403.17377); `layer`: the

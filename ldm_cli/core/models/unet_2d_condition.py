@@ -177,7 +177,7 @@ class UNet2DConditionModel(Checkpointable):
                 f"condition.pooled has {pooled.shape[1]} numbers, but addition_time_embed_dim={dim} and "
                 f"projection_class_embeddings_input_dim={width} leave no whole number of sizes among them"
             )
-        text, sizes = pooled.split([pooled.shape[1] - num_sizes, num_sizes], dim=1)
+        text, sizes = pooled.tensor_split([pooled.shape[1] - num_sizes], dim=1)
         embedded = self._sinusoids(sizes.flatten(), dim, x).reshape(len(sizes), -1)
         result: Tensor = self.add_embedding(torch.cat((text.to(x.dtype), embedded), dim=1))
         return result
