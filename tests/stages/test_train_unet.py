@@ -175,7 +175,7 @@ def test_min_snr_weights_each_sample_by_its_level(parts: tuple[Path, Path, Path]
             keys=batch.keys[i : i + 1], epoch=batch.epoch[i : i + 1], position=batch.position[i : i + 1],
         )  # fmt: skip
         (a, _), (b, _) = next(plain.losses(one, 1, 1)), next(weighted.losses(one, 1, 1))
-        alpha = plain.schedule.alphas_cumprod[spy.seen[-1][0].long()].double()
+        alpha = plain.process.alphas_cumprod[spy.seen[-1][0].long()].double()
         snr = alpha / (1 - alpha)
         assert (b / a).item() == pytest.approx((snr.clamp(max=5.0) / snr).item(), rel=1e-5)
 

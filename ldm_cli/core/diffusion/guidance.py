@@ -1,4 +1,4 @@
-"""Guidance: pushing what the network predicts further than it would go by itself.
+"""Guidance: pushing the network's prediction further than it would go by itself.
 
 Classifier-free (Ho & Salimans 2022, arXiv:2207.12598), with rescaling (Lin et al. 2023), within an interval of noise
 levels (Kynkäänniemi et al. 2024), projected (APG, Sadat et al. 2024), thresholded (Saharia et al. 2022), away from a
@@ -15,24 +15,24 @@ import torch
 from torch import Tensor
 
 from ldm_cli.core.diffusion.config import GuidanceConfig, ProjectionConfig, ThresholdConfig
-from ldm_cli.core.diffusion.level import Level
-from ldm_cli.core.diffusion.prediction import to_x0
-from ldm_cli.core.diffusion.samplers import Denoiser
+from ldm_cli.core.diffusion.prediction import Prediction
+from ldm_cli.core.diffusion.process import Level
+from ldm_cli.core.diffusion.samplers import CleanPredictor
 
-Network = Callable[[Tensor, Level, Tensor], Tensor]
-"""(x_t [B, …], its level, contexts [R·B, L, D]) → what the network predicts, [R·B, …]: for all of x_t with the first
+ConditionalNetwork = Callable[[Tensor, Level, Tensor], Tensor]
+"""(x_t [B, …], its level, contexts [R·B, L, D]) → the network's prediction, [R·B, …]: for all of x_t with the first
 context of each row, then with the second, …"""
 
 
 def guided(
-    network: Network,
+    network: ConditionalNetwork,
     conditional: Tensor,
     unconditional: Tensor,
     config: GuidanceConfig,
-    prediction_type: str,
-    weaker: Network | None = None,
-    spoilt: Network | None = None,
-) -> Denoiser:
+    prediction: Prediction,
+    weaker: ConditionalNetwork | None = None,
+    spoilt: ConditionalNetwork | None = None,
+) -> CleanPredictor:
     """The network with its contexts fixed, as a denoiser that is pushed as `config` says.
 
     Conditional and unconditional half are one call of the network, which sees x_t once; at scale 1 and 0, and outside
@@ -42,7 +42,7 @@ def guided(
         network: takes a context.
         conditional, unconditional: contexts [B, L, D], row by row; a negative prompt takes the place of the empty one.
         config: scale and the rest; `model`, `clip` and the layers of `perturb` are the caller's business.
-        prediction_type: what the networks predict.
+        prediction: what the networks predict.
         weaker: network that, with the conditional context, takes the unconditional one's place (autoguidance).
         spoilt: network with `config.perturb` applied.
     """
@@ -63,7 +63,7 @@ def guided(
 
     def denoise(x: Tensor, level: Level) -> Tensor:
         def x0_of(output: Tensor) -> Tensor:
-            return to_x0(output, x, level.signal, level.noise, prediction_type)
+            return prediction.x0(output, x, level.signal, level.noise)
 
         active = config.interval is None or config.interval[0] <= level.sigma <= config.interval[1]
         scale = config.scale if active else 1.0
@@ -106,7 +106,7 @@ def thresholded(x0: Tensor, config: ThresholdConfig) -> Tensor:
     return torch.clamp(x0, -bound, bound) * (config.limit / bound)
 
 
-def along_score(denoise: Denoiser, score: Callable[[Tensor], Tensor], scale: float) -> Denoiser:
+def along_score(denoise: CleanPredictor, score: Callable[[Tensor], Tensor], scale: float) -> CleanPredictor:
     """The denoiser, moved along the gradient of a score of what it shows.
 
     x_0 + scale · (b²/a) ∇_x score(x_0(x)): ε − b · scale · ∇ of Dhariwal & Nichol 2021, algorithm 2, arXiv:2105.05233,
