@@ -77,8 +77,9 @@ class DenoiserTask:
         """The loss on equal parts of the batch; each sample has its own level, noise and dropout."""
 
         def loss(part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-            dropped = philox.uniform(self._keys["caption dropout"], part.epoch, part.position, 1)[:, 0]
-            u = self._levels(part)
+            epoch, position = part.epoch, part.position
+            u = self._shares(epoch, position)
+            dropped = philox.uniform(self._keys["caption dropout"], epoch, position, 1)[:, 0]
             encoding = self._encoding(part)
             is_dropped = (dropped < self.recipe.diffusion.caption_dropout).to(self.bench.device)
             context = torch.where(is_dropped[:, None, None], self._empty, encoding.states)
@@ -86,12 +87,12 @@ class DenoiserTask:
 
         return in_parts(loss, split(batch, num_parts))
 
-    def _levels(self, batch: Batch) -> Tensor:
-        """The noise level of each sample as a share of the levels, float32 [B], in (0, 1)."""
+    def _shares(self, epoch: Tensor, position: Tensor) -> Tensor:
+        """u of `Process.at` for each sample: float32 [B], in (0, 1)."""
         key = self._keys["timestep"]
         if self.recipe.diffusion.timestep_sampling == "uniform":
-            return philox.uniform(key, batch.epoch, batch.position, 1)[:, 0]
-        return torch.sigmoid(philox.normal(key, batch.epoch, batch.position, (1,))[:, 0])
+            return philox.uniform(key, epoch, position, 1)[:, 0]
+        return torch.sigmoid(philox.normal(key, epoch, position, (1,))[:, 0])
 
     def _denoising_error(self, batch: Batch, encoding: Encoding, u: Tensor, keys: dict[str, philox.Key]) -> Tensor:
         """Weighted squared error per sample, float32 [B]."""

@@ -1,4 +1,4 @@
-"""DPM-Solver++ and its kin: in λ = log(a / b) the linear part of ODE and SDE is solved exactly, x_0 is extrapolated.
+"""DPM-Solver++ and related samplers: exact in λ = log(a / b) for the linear part of ODE and SDE; x_0 is extrapolated.
 
 With h = λ' − λ and η the share of the reverse process's noise (Lu et al. 2022, eq. 9 and 18, arXiv:2211.01095),
 

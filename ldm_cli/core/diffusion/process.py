@@ -1,4 +1,4 @@
-"""The forward process: a noise level is x_t = a x_0 + b ε, with the number that the network takes for it, its time.
+"""The forward process x_t = a x_0 + b ε: its noise levels (a, b), and the time that the network is given at each.
 
 Variance preserving: a = √ᾱ_t, b = √(1 − ᾱ_t), ᾱ_t = Π_{s ≤ t} (1 − β_s)  (Ho et al. 2020, eq. 4, arXiv:2006.11239)
 Flow matching:       a = 1 − s, b = s, the straight line from data to noise (Lipman et al. 2023, arXiv:2210.02747),
@@ -6,7 +6,7 @@ Flow matching:       a = 1 − s, b = s, the straight line from data to noise (L
                      arXiv:2403.03206)
 SNR = a² / b²                                                      (Kingma et al. 2021, arXiv:2107.00630)
 
-Training asks for the levels of random numbers u; samplers ask for the levels at a σ = b / a, at a time, of a spacing.
+Training draws u in [0, 1) and asks for its level. Samplers ask for the level of a σ = b / a or a time, or for spacings.
 """
 
 from __future__ import annotations
@@ -24,13 +24,7 @@ from torch import Tensor
 from ldm_cli.core.diffusion.betas import alphas_cumprod
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.diffusion.prediction import PREDICTIONS, Prediction
-from ldm_cli.core.diffusion.spacing import (
-    LinearSpacing,
-    fractional_timesteps,
-    from_to,
-    open_timesteps,
-    whole_timesteps,
-)
+from ldm_cli.core.diffusion.spacing import LinearSpacing, fractional_timesteps, from_to, whole_timesteps
 
 # Samplers in σ-space cannot start at infinite σ: zero signal counts as this ᾱ, the least positive float16.
 LEAST_ALPHA_BAR = 2.0**-24
@@ -38,8 +32,8 @@ MAX_SIGMA = math.sqrt(1.0 / LEAST_ALPHA_BAR - 1.0)
 
 Number = TypeVar("Number", float, Tensor)
 Cut = Literal["whole", "fractional", "open"]
-"""How a variance-preserving process cuts a spacing: `whole_timesteps`, these but `linspace` by `fractional_timesteps`,
-or `open_timesteps`."""
+"""How a variance-preserving process cuts a spacing: into whole timesteps; `linspace` into fractions; or so that the
+end stays open, which drops the last timestep of `linspace` and `leading`."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +41,7 @@ class Level:
     """One noise level: x = signal · x_0 + noise · ε.
 
     Attributes:
-        t: the time given to the network; fractions lie between two training levels.
+        t: the time that the network is given; fractions lie between two training levels.
         signal: a in [0, 1].
         noise: b in [0, 1].
     """
@@ -86,20 +80,20 @@ class Process(Protocol):
 
     @property
     def is_straight(self) -> bool:
-        """Whether x moves along straight lines in b / (a + b) rather than x / a in b / a."""
+        """Whether Heun's method and its like step in b / (a + b), where flow's paths are straight, or in σ."""
 
     def at(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The levels that training visits.
+        """The training levels at u, which is the share of levels with less noise.
 
         Args:
-            u: the share of the levels below, float, in [0, 1).
+            u: float, any shape, in [0, 1).
 
         Returns:
             a and b, float64, and the time, float32, each of u's shape and on its device.
         """
 
     def training_level(self, index: int) -> Level:
-        """Level `index` of T equally likely ones, 0 (almost clean) … T − 1 (almost or exactly pure noise)."""
+        """Training level 0 (almost clean) … T − 1 (almost, or exactly, pure noise)."""
 
     def at_sigma(self, sigma: float) -> Level:
         """The level of noise-to-signal ratio σ ≥ 0."""
@@ -108,17 +102,17 @@ class Process(Protocol):
         """The level of a time in [0, T]; its σ is at most MAX_SIGMA where variance is preserved."""
 
     def in_training(self, level: Level) -> Level:
-        """The level, its time replaced by the nearest one that training visits."""
+        """The same level with the nearest time that training visits."""
 
     def levels(self, num_steps: int, spacing: LinearSpacing, offset: int, cut: Cut) -> list[Level]:
-        """`num_steps` levels, falling; flow matching has one cut for all spacings.
+        """`num_steps` levels, noise falling. Flow matching ignores spacing, offset and cut.
 
         Raises:
             ValueError: more steps than levels.
         """
 
     def ddim_ends(self, starts: Sequence[Level], last: Level) -> list[Level]:
-        """Where DDIM's steps from `starts` end; `last` takes the place of levels below the first one."""
+        """The levels where DDIM's steps from `starts` end; `last` where there is no level so low."""
 
 
 def process_of(config: DiffusionConfig) -> Process:
@@ -131,7 +125,7 @@ def process_of(config: DiffusionConfig) -> Process:
 
 @dataclass(frozen=True, eq=False)
 class VariancePreserving:
-    """A process of T discrete levels, a² + b² = 1; methods as in `Process`.
+    """T discrete levels, a² + b² = 1; methods as in `Process`.
 
     Attributes:
         alphas_cumprod: ᾱ_t, the signal's share of the variance, float64 [T], falling, in [0, 1).
@@ -164,7 +158,7 @@ class VariancePreserving:
         return Level(float(index), signal, noise)
 
     def at_sigma(self, sigma: float) -> Level:
-        """The time is interpolated in log σ, within those of training."""
+        """The time is interpolated in log σ, within [0, T − 1]."""
         signal = 1.0 / math.sqrt(1.0 + sigma**2)
         return Level(self._time(sigma), signal, sigma * signal)
 
@@ -182,10 +176,9 @@ class VariancePreserving:
         """Only `whole` cuts reach zero signal."""
         if cut == "fractional" and spacing == "linspace":
             return [self.at_time(t) for t in fractional_timesteps(self.num_timesteps, num_steps)]
-        if cut == "open":
-            return [self.at_time(t) for t in open_timesteps(self.num_timesteps, num_steps, spacing, offset)]
-        at = self.training_level if cut == "whole" else self.at_time
-        return [at(t) for t in whole_timesteps(self.num_timesteps, num_steps, spacing, offset)]
+        level_at = self.training_level if cut == "whole" else self.at_time
+        timesteps = whole_timesteps(self.num_timesteps, num_steps, spacing, offset, drop_last=cut == "open")
+        return [level_at(t) for t in timesteps]
 
     def ddim_ends(self, starts: Sequence[Level], last: Level) -> list[Level]:
         """T // steps levels below.
@@ -221,7 +214,7 @@ class VariancePreserving:
 
 @dataclass(frozen=True)
 class Flow:
-    """A process of continuous levels on straight lines, a + b = 1, whose time is T b; methods as in `Process`.
+    """Continuous levels on a straight line, a + b = 1, time T b; methods as in `Process`.
 
     Attributes:
         num_timesteps: T, the time of pure noise.
