@@ -18,9 +18,9 @@ from torch import nn
 from ldm_cli.core.codec import Codec
 from ldm_cli.core.condition import Condition
 from ldm_cli.core.diffusion.config import DiffusionConfig
-from ldm_cli.core.diffusion.schedule import NoiseSchedule
+from ldm_cli.core.diffusion.process import Process, process_of
 from ldm_cli.formats.model_folder import weights_sha256
-from ldm_cli.formats.pipeline_folder import SchedulerSettings
+from ldm_cli.formats.scheduler_file import SchedulerSettings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """By the names of `precision`."""
@@ -74,9 +74,9 @@ class Family(ABC):
     """Subfolders that hold weights."""
 
     @cached_property
-    def process(self) -> NoiseSchedule:
+    def process(self) -> Process:
         """The noise levels that the denoiser was trained at."""
-        return NoiseSchedule.from_config(DiffusionConfig.from_mapping(self.settings.diffusion))
+        return process_of(DiffusionConfig.from_mapping(self.settings.diffusion))
 
     @cached_property
     def weights_sha256(self) -> dict[str, str]:

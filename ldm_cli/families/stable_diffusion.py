@@ -20,6 +20,7 @@ from ldm_cli.families.family import DTYPES, Family, place
 from ldm_cli.formats import pipeline_folder as layout
 from ldm_cli.formats.json_file import read_json
 from ldm_cli.formats.model_folder import load_model, save_model
+from ldm_cli.formats.scheduler_file import SCHEDULER_FILE, read_scheduler, write_scheduler
 
 _PIPELINES = (layout.PIPELINE_CLASS, "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 
@@ -62,7 +63,7 @@ class StableDiffusion(Family):
                 weights, config = folded, config.model_copy(update={"shift_factor": None})
         save_model(folder / layout.VAE, weights, config.to_hugging_face())
         self.encoder.save(folder / layout.TEXT_ENCODER, folder / layout.TOKENIZER)
-        layout.write_scheduler(folder, self.settings)
+        write_scheduler(folder, self.settings)
         layout.write_index(folder, self.settings)
 
 
@@ -74,12 +75,12 @@ def is_mine(folder: Path) -> bool:
 
 def open_folder(folder: Path, device: torch.device | str, precision: str, *, compiled: bool = False) -> StableDiffusion:
     """Read a folder; see `open_family`. An autoencoder with `force_upcast` is not put in fp16."""
-    settings = layout.read_scheduler(folder)
+    settings = read_scheduler(folder)
     try:
         DiffusionConfig.from_mapping(settings.diffusion)
     except ValidationError as error:
         causes = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise CheckpointError(f"cannot use '{folder / layout.SCHEDULER_FILE}'", "; ".join(causes)) from error
+        raise CheckpointError(f"cannot use '{folder / SCHEDULER_FILE}'", "; ".join(causes)) from error
     family = StableDiffusion(
         denoiser=load_model(UNet2DConditionModel, folder / layout.UNET),
         codec=load_model(AutoencoderKL, folder / layout.VAE),

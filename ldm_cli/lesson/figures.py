@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm_cli.core.diffusion.level import Level
+from ldm_cli.core.diffusion.process import Level
 from ldm_cli.lesson.drawing import Arrows, Dots, Figure, Line, Mark, Panel, Text
 from ldm_cli.lesson.experiment import Lesson, Walk
 from ldm_cli.lesson.spiral import NUM_CLASSES, nearest

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from ldm_cli.core.compiling import eagerly
 from ldm_cli.core.condition import Condition
 from ldm_cli.core.diffusion.config import GuidanceConfig, PerturbationConfig
-from ldm_cli.core.diffusion.guidance import Network
-from ldm_cli.core.diffusion.level import Level
+from ldm_cli.core.diffusion.guidance import ConditionalNetwork
+from ldm_cli.core.diffusion.process import Level
 from ldm_cli.core.models.attention import Attention, BasicTransformerBlock
 from ldm_cli.core.models.clip import CLIPModel, normalize_images
 from ldm_cli.data.tokenizer import Tokenizer
@@ -162,7 +162,9 @@ def perturbed_layers(denoiser: nn.Module, config: PerturbationConfig) -> Iterato
             handle.remove()
 
 
-def perturbed_network(network: Network, denoiser: nn.Module, config: PerturbationConfig) -> Network:
+def perturbed_network(
+    network: ConditionalNetwork, denoiser: nn.Module, config: PerturbationConfig
+) -> ConditionalNetwork:
     """`network`, which runs `denoiser`, with layers of that one perturbed; errors as in `perturbed_layers`."""
 
     def perturbed(x: Tensor, level: Level, condition: Condition) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm_cli.core.condition import Condition
-from ldm_cli.core.diffusion.guidance import Network, along_score, guided
-from ldm_cli.core.diffusion.level import Level
-from ldm_cli.core.diffusion.samplers import Denoiser
+from ldm_cli.core.diffusion.guidance import ConditionalNetwork, along_score, guided
+from ldm_cli.core.diffusion.process import Level
+from ldm_cli.core.diffusion.samplers import CleanPredictor
 from ldm_cli.families.family import Encoder, Family
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.denoising import Start, denoise
@@ -23,7 +23,7 @@ from ldm_cli.sampling.noise import step_noise
 from ldm_cli.sampling.pixels import decode_images
 from ldm_cli.sampling.request import ImageRequest
 
-Watch = Callable[[Denoiser], Denoiser]
+Watch = Callable[[CleanPredictor], CleanPredictor]
 """Wraps the x_0 predictor of a group, to count its calls or to look at its results."""
 
 
@@ -73,7 +73,7 @@ class LatentSampler:
         )
         return x0 if edit is None or mask is None else torch.where(mask > 0, x0, edit.latents)
 
-    def predictor(self, requests: Sequence[ImageRequest]) -> Denoiser:
+    def predictor(self, requests: Sequence[ImageRequest]) -> CleanPredictor:
         """x_t [N, C, h, w] and its level → guided x_0, of some requests."""
         guidance, family = self.config.guidance, self.family
         conditional = Condition.cat([self._condition(request) for request in requests])
@@ -84,7 +84,7 @@ class LatentSampler:
             self._with_mask(conditional, len(requests)),
             self._with_mask(unconditional, len(requests)),
             guidance,
-            family.process.prediction_type,
+            family.process.prediction,
             None if self.models.weaker is None else self._network(self.models.weaker),
             None if guidance.perturb is None else perturbed_network(network, family.denoiser, guidance.perturb),
         )
@@ -109,7 +109,7 @@ class LatentSampler:
             return condition
         return replace(condition, concat=torch.cat([edit.mask, edit.masked_latents], dim=1).expand(rows, -1, -1, -1))
 
-    def _network(self, denoiser: nn.Module) -> Network:
+    def _network(self, denoiser: nn.Module) -> ConditionalNetwork:
         """A denoiser in its own type, in windows if asked for."""
         dtype = next(denoiser.parameters()).dtype
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ldm_cli.core.condition import Condition
-from ldm_cli.core.diffusion.guidance import Network
-from ldm_cli.core.diffusion.level import Level
-from ldm_cli.core.diffusion.samplers import Denoiser
+from ldm_cli.core.diffusion.guidance import ConditionalNetwork
+from ldm_cli.core.diffusion.process import Level
+from ldm_cli.core.diffusion.samplers import CleanPredictor
 from ldm_cli.sampling.tiling import tiled
 
 
-def keep_known_region(denoise: Denoiser, known: Tensor, mask: Tensor, noise: Tensor) -> Denoiser:
+def keep_known_region(denoise: CleanPredictor, known: Tensor, mask: Tensor, noise: Tensor) -> CleanPredictor:
     """The denoiser, given the known picture at the noise level of each call wherever the mask is 0.
 
     This is inpainting with any model (Lugmayr et al. 2022, eq. 8, arXiv:2201.09865). Samplers are pointwise, so that it
@@ -39,7 +39,7 @@ def keep_known_region(denoise: Denoiser, known: Tensor, mask: Tensor, noise: Ten
     return masked
 
 
-def in_windows(network: Network, window: int) -> Network:
+def in_windows(network: ConditionalNetwork, window: int) -> ConditionalNetwork:
     """The network on windows of `window` × `window` latents that overlap by half, blended."""
 
     def windowed(x: Tensor, level: Level, condition: Condition) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ldm_cli.core.diffusion.config import GuidanceConfig
-from ldm_cli.core.diffusion.level import Level
-from ldm_cli.core.diffusion.samplers import Denoiser
+from ldm_cli.core.diffusion.process import Level
+from ldm_cli.core.diffusion.samplers import CleanPredictor
 from ldm_cli.errors import UsageError
 from ldm_cli.families.family import Family
 from ldm_cli.reporting import Progress, Reporter, SilentReporter
@@ -143,8 +143,8 @@ class Pipeline:
         return row_groups(len(requests), DENOISED_PIXELS, size, device, config.batch_size, enough if can_try else None)
 
     def _watched(
-        self, predict: Denoiser, progress: Progress, images: slice, config: SamplingConfig, options: SampleOptions
-    ) -> Denoiser:
+        self, predict: CleanPredictor, progress: Progress, images: slice, config: SamplingConfig, options: SampleOptions
+    ) -> CleanPredictor:
         """The predictor of x_0 for a group of images, which reports each call and shows previews."""
         calls, every, on_preview = 0, options.preview_every, options.on_preview
 

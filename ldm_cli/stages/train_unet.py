@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm_cli import philox
 from ldm_cli.core.codec import Codec
 from ldm_cli.core.condition import Condition
-from ldm_cli.core.diffusion.loss import diffusion_loss
+from ldm_cli.core.diffusion.loss import add_noise, diffusion_loss
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.data.batch import Batch
@@ -22,7 +22,7 @@ from ldm_cli.data.latent_cache import LatentCache
 from ldm_cli.errors import RecipeError
 from ldm_cli.families.stable_diffusion import StableDiffusion
 from ldm_cli.formats.model_folder import load_weights
-from ldm_cli.formats.pipeline_folder import our_settings
+from ldm_cli.formats.scheduler_file import our_settings
 from ldm_cli.pictures.grid import image_grid
 from ldm_cli.pictures.images import save_image
 from ldm_cli.recipe.schema import TrainUnetRecipe
@@ -79,35 +79,35 @@ class DenoiserTask:
             dropped = philox.uniform(self._keys["caption dropout"], part.epoch, part.position, 1)[:, 0]
             is_dropped = (dropped < self.recipe.diffusion.caption_dropout).to(self.bench.device)
             condition = condition.replaced(is_dropped, self._empty)
-            t = self._timesteps(part.epoch, part.position)
-            return self._denoising_error(part, moments, condition, t, self._keys).mean(), {}
+            u = self._shares(part.epoch, part.position)
+            return self._denoising_error(part, moments, condition, u, self._keys).mean(), {}
 
         return in_parts(loss, split(batch, num_parts))
 
-    def _timesteps(self, epoch: Tensor, position: Tensor) -> Tensor:
-        """A noise level for each sample: int64 [B]."""
-        key, num = self._keys["timestep"], self.family.process.num_timesteps
+    def _shares(self, epoch: Tensor, position: Tensor) -> Tensor:
+        """u of `Process.at` for each sample: float32 [B], in (0, 1)."""
+        key = self._keys["timestep"]
         if self.recipe.diffusion.timestep_sampling == "uniform":
-            return philox.integers(key, epoch, position, 1, num)[:, 0]
-        fraction = torch.sigmoid(philox.normal(key, epoch, position, (1,))[:, 0])
-        return (fraction * num).long().clamp(max=num - 1)
+            return philox.uniform(key, epoch, position, 1)[:, 0]
+        return torch.sigmoid(philox.normal(key, epoch, position, (1,))[:, 0])
 
     def _denoising_error(
         self,
         batch: Batch,
         moments: dict[str, Tensor],
         condition: Condition,
-        t: Tensor,
+        u: Tensor,
         keys: dict[str, philox.Key],
     ) -> Tensor:
         """Weighted squared error per sample, float32 [B]."""
         family = self.family
         mode = family.codec.latents(moments)
         latents = family.codec.latents(moments, self._normal(keys["posterior noise"], batch, mode))
-        noise, t = self._normal(keys["noise"], batch, latents), t.to(self.bench.device)
-        noised = family.process.add_noise(latents, noise, t)
-        prediction = family.denoiser(noised, family.process.told(t), condition)
-        return diffusion_loss(family.process, prediction, latents, noise, t, self.recipe.diffusion.snr_gamma)
+        noise = self._normal(keys["noise"], batch, latents)
+        a, b, time = family.process.at(u.to(self.bench.device))
+        output = family.denoiser(add_noise(latents, noise, a, b), time, condition)
+        gamma = self.recipe.diffusion.snr_gamma
+        return diffusion_loss(family.process.prediction, output, latents, noise, a, b, gamma)
 
     def _normal(self, key: philox.Key, batch: Batch, like: Tensor) -> Tensor:
         return philox.normal(key, batch.epoch, batch.position, tuple(like.shape[1:])).to(like.device)
@@ -118,14 +118,13 @@ class DenoiserTask:
         return [(batch, *self.encoder(batch)) for batch in self.bench.held_out]
 
     def validate(self) -> dict[str, float]:
-        """Held-out loss with fixed noise at fixed levels, the middles of equal ranges of t: mean and each."""
+        """Held-out loss with fixed noise at fixed levels, the middles of equal ranges of u: mean and each."""
         sums = torch.zeros(_NUM_NOISE_LEVELS, dtype=torch.float64, device=self.bench.device)
         count = 0
         for batch, moments, condition in self._held_out:
             for level in range(_NUM_NOISE_LEVELS):
-                middle = int((level + 0.5) / _NUM_NOISE_LEVELS * self.family.process.num_timesteps)
-                t = torch.full((len(batch),), middle)
-                errors = self._denoising_error(batch, moments, condition, t, self._fixed_keys)
+                u = torch.full((len(batch),), (level + 0.5) / _NUM_NOISE_LEVELS)
+                errors = self._denoising_error(batch, moments, condition, u, self._fixed_keys)
                 sums[level] += errors.double().sum()
             count += len(batch)
         if count == 0:

@@ -14,7 +14,7 @@ from ldm_cli.data.tokenizer_config import TokenizerConfig
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
 from ldm_cli.families.open_family import open_family
 from ldm_cli.families.stable_diffusion import StableDiffusion
-from ldm_cli.formats.pipeline_folder import our_settings
+from ldm_cli.formats.scheduler_file import our_settings
 from ldm_cli.sampling.pipeline import Pipeline
 
 UNET = {
