@@ -142,7 +142,7 @@ class DenoiserTask:
             return
         requests = requests_for(prompts, samples.sampling)
         images = [image.pixels for image in self._pipeline().generate(requests, samples.sampling)]
-        save_image(folder / "grid.png", image_grid(images, columns=min(8, len(images))))
+        save_image(folder / "grid.png", image_grid(images))
         (folder / "prompts.json").write_text(json.dumps(prompts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _pipeline(self) -> Pipeline:
