@@ -1,10 +1,11 @@
-"""The house rules, read off the source: who may import whom, who may speak, what must be explained."""
+"""The rules of docs/architecture.md, checked on the source: imports, output, docstrings, sizes."""
 
 from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,8 @@ BOTTOM = GROUPS[0]
 FORBIDDEN_LIBRARIES = {"numpy", "torchvision", "diffusers", "transformers", "pickle", "marshal", "shelve"}
 CLI_LIBRARIES = {"typer", "rich", "click"}
 CORE_LIBRARIES = {"torch", "pydantic", "ldm_cli"}
-MAX_LINES = 400
+MAX_LINES = 300
+MAX_FUNCTION_LINES = 60
 
 
 def room_of(module: str) -> str:
@@ -81,7 +83,7 @@ def import_violations(module: str, source: str) -> list[str]:
 
 
 def speech_violations(module: str, source: str) -> list[str]:
-    """`print(…)`, `sys.stdout` and `sys.stderr` outside of cli."""
+    """`print(…)`, `sys.stdout` and `sys.stderr` outside cli."""
     if room_of(module) == "cli":
         return []
     found = []
@@ -118,7 +120,35 @@ def size_violations(module: str, source: str) -> list[str]:
     return [f"{module}: {num_lines} lines, more than {MAX_LINES}"] if num_lines > MAX_LINES else []
 
 
-CHECKS = (import_violations, speech_violations, docstring_violations, size_violations)
+def function_violations(module: str, source: str) -> list[str]:
+    """Functions that do not fit a screen; decorators do not count."""
+    return [
+        f"{module}.{node.name}: {length} lines, more than {MAX_FUNCTION_LINES}"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if (length := (node.end_lineno or 0) - node.lineno + 1) > MAX_FUNCTION_LINES
+    ]
+
+
+def cycles(sources: Mapping[str, str]) -> list[str]:
+    """Groups of modules that import one another, by module name; lazy imports and TYPE_CHECKING count."""
+    graph = {
+        module: {
+            # `from package import name` names a module of the package, or something in its __init__.
+            imported if imported in sources else imported.rpartition(".")[0]
+            for imported in imported_modules(ast.parse(source))
+        }
+        & sources.keys() - {module}
+        for module, source in sources.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return [" -> ".join(error.args[1])]
+    return []
+
+
+CHECKS = (import_violations, speech_violations, docstring_violations, size_violations, function_violations)
 
 
 def test_the_package_was_found_with_all_its_rooms() -> None:
@@ -130,6 +160,31 @@ def test_the_package_was_found_with_all_its_rooms() -> None:
 def test_every_module_keeps_the_rule(check) -> None:  # type: ignore[no-untyped-def]
     violations = [v for path in MODULES for v in check(module_name(path), path.read_text(encoding="utf-8"))]
     assert violations == []
+
+
+def test_no_modules_import_one_another() -> None:
+    assert cycles({module_name(path): path.read_text(encoding="utf-8") for path in MODULES}) == []
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "import ldm_cli.data.order",
+        "from ldm_cli.data import order",
+        "from ldm_cli.data.order import permuted",
+        "def f():\n    from ldm_cli.data.order import permuted",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ldm_cli.data import order",
+    ],
+)
+def test_a_planted_cycle_is_found(back: str) -> None:
+    sources = {
+        "ldm_cli.data.order": "from ldm_cli.data import shards",
+        "ldm_cli.data.shards": "from ldm_cli.data.tar_index import TarIndex",
+        "ldm_cli.data.tar_index": back,
+    }
+    (cycle,) = cycles(sources)
+    assert all(module in cycle for module in sources)
+    assert cycles({**sources, "ldm_cli.data.tar_index": "import torch"}) == []
 
 
 @pytest.mark.parametrize(
@@ -157,6 +212,12 @@ def test_every_module_keeps_the_rule(check) -> None:  # type: ignore[no-untyped-
             '"""Doc."""\nclass A:\n    """Doc."""\n    def f(self): ...',
         ),
         (size_violations, "ldm_cli.stages.support.dry_run", "\n" * (MAX_LINES + 1)),
+        (function_violations, "ldm_cli.stages.support.dry_run", "def f():\n" + MAX_FUNCTION_LINES * "    x = 1\n"),
+        (
+            function_violations,
+            "ldm_cli.stages.support.dry_run",
+            "class A:\n    async def f(self):\n" + MAX_FUNCTION_LINES * "        x = 1\n",
+        ),
     ],
 )
 def test_a_planted_violation_is_found(check, module: str, source: str) -> None:  # type: ignore[no-untyped-def]
@@ -179,6 +240,7 @@ def test_a_planted_violation_is_found(check, module: str, source: str) -> None: 
             '"""Doc."""\nimport rich\nfrom ldm_cli import __version__\nprint(1)\ndef _f(): ...',
         ),
         ("ldm_cli.recipe.load", '"""Doc."""\nfrom ldm_cli.errors import LdmError'),
+        ("ldm_cli.recipe.load", '"""Doc."""\ndef _f():\n' + "    x = 1\n" * (MAX_FUNCTION_LINES - 1)),
     ],
 )
 def test_clean_code_is_not_blamed(module: str, source: str) -> None:
