@@ -1,4 +1,4 @@
-"""One sample: its members read, checked and decoded as the recipe says."""
+"""Read, check and decode the members of one sample as the recipe says."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Members(ABC):
 
 
 class MembersDecoder:
-    """Makes a sample of its members.
+    """Decodes the members of a sample.
 
     Args:
         config: which members, and how images become tensors.
@@ -124,7 +124,7 @@ class MembersDecoder:
         self._config, self._wanted = config, wanted
 
     def extensions(self) -> set[str]:
-        """Of all members that may be read."""
+        """The extensions of all members that may be read."""
         named = [self._config.caption] if self._wanted.caption else []
         named += [self._config.label] if self._wanted.label and self._config.label else []
         named += [_JSON] if self._wanted.metadata else []
@@ -154,7 +154,7 @@ class MembersDecoder:
         """A number in [0, 1) for each caption of a sample."""
         number = 1
         if self._config.caption.startswith(_JSON):
-            with suppress(BadSampleError):  # `_caption` decides what that means
+            with suppress(BadSampleError):  # `_caption` handles the damage
                 value = field_of(members.metadata() or {}, self._config.caption.removeprefix(_JSON))
                 number = max(1, len(caption_candidates(value)))
         return [(i + 0.5) / number for i in range(number)]
@@ -209,11 +209,12 @@ class SampleDecoder(MembersDecoder):
         self._reader.close()
 
     def decode(self, shard: int, sample: int, draw: Draw) -> Sample:
-        """As `decode_members`, of the sample with this number in its shard; a shard that has changed is a DataError."""
+        """`decode_members` of the sample with this number in its shard. A changed shard raises DataError."""
         return self.decode_members(self._members(shard, sample), draw)
 
     def captions(self, shard: int, sample: int) -> list[str]:
-        """Every caption that `decode` may choose for a sample; none if it cannot be used; else raises as `decode`."""
+        """Every caption that `decode` may choose for a sample; none if it is bad. Other errors are those of
+        `decode`."""
         found: list[str] = []
         with suppress(BadSampleError):
             members = self._members(shard, sample)
@@ -232,7 +233,7 @@ class SampleDecoder(MembersDecoder):
 
 
 class _IndexedMembers(Members):
-    """Members that are read where the index says they are, those wanted together."""
+    """Members at the places of the index; all wanted ones are read together."""
 
     def __init__(
         self, reader: ShardReader, shard: int, members: dict[str, list[Member]], wanted: set[str], max_bytes: int
@@ -261,5 +262,5 @@ class _IndexedMembers(Members):
         return self._data[extension]
 
     def _joins(self, extension: str, member: Member) -> bool:
-        """Whether to read this member with whichever is asked for first."""
+        """Whether to read this member together with the first one that is requested."""
         return extension in self._wanted and extension not in self._data and member.size <= self._max_bytes

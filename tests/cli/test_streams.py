@@ -113,7 +113,7 @@ def test_a_terminal_gets_colour_bars_and_tables_as_wide_as_itself(tmp_path: Path
     code, screen = on_terminal("data", "synth", "scenes", "--samples", "300", folder=tmp_path, NO_COLOR="")
     assert code == 0
     assert "\x1b[" in screen
-    assert "drawing scenes" in screen
+    assert "writing scenes" in screen
     assert "scene/s" in screen
 
 

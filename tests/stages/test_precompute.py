@@ -319,7 +319,7 @@ def test_random_crops_are_refused_before_anything_is_written(parts: Parts, tmp_p
 def test_a_stream_has_no_cache(parts: Parts, tmp_path: Path) -> None:
     recipe = unet_recipe(*parts) | {"cache": str(tmp_path / "cache")}
     recipe["data"]["stream"] = True
-    with pytest.raises(RecipeError, match=r"data\.stream=true serves training alone"):
+    with pytest.raises(RecipeError, match=r"data\.stream=true is for training only"):
         result_of(recipe)
     with pytest.raises(RecipeError, match=r"a cache cannot be used with data\.stream"):
         trained(recipe, tmp_path / "run")
