@@ -24,7 +24,7 @@ Shards = Annotated[
         show_default=False,
     ),
 ]
-Output = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards.", show_default=False)]
+Output = Annotated[Path, typer.Argument(metavar="OUT", help="Output folder for the shards.", show_default=False)]
 
 
 def register(app: typer.Typer) -> None:
@@ -50,7 +50,7 @@ def synth(
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:
-    """Draw scenes of coloured shapes with captions and ground truth."""
+    """Generate scenes of coloured shapes with captions and ground truth."""
     from ldm_cli.stages import data
 
     reporter = make_reporter()
@@ -84,7 +84,7 @@ def pack(
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:
-    """Make shards of a folder with .txt captions, an imagefolder with metadata.jsonl, or a CSV."""
+    """Make shards from a folder with .txt captions, an imagefolder with metadata.jsonl, or a CSV."""
     from ldm_cli.stages import data
 
     result = data.pack(
@@ -101,7 +101,7 @@ def pack(
 
 @commands.command()
 def check(arguments: Shards, json: given.Json = False, debug: given.Debug = False) -> None:
-    """Decode every sample and report what is damaged; exit code 65 if anything is."""
+    """Decode every sample and report all damage; exit code 65 if there is any."""
     config = _config(arguments)
     from ldm_cli.stages import data
 
@@ -110,7 +110,7 @@ def check(arguments: Shards, json: given.Json = False, debug: given.Debug = Fals
     if not result["ok"]:
         num_bad, num_damaged = len(result["bad_samples"]), len(result["damaged_shards"])
         cause = f"{num_bad} bad samples, {num_damaged} damaged shards"
-        raise DataError("the data is not sound", cause, "the report names each")
+        raise DataError("the data is damaged", cause, "the report lists each")
 
 
 @commands.command()

@@ -1,4 +1,4 @@
-"""The options that several commands share, and how their texts are read."""
+"""The options that several commands share, and the parsers of their values."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe: train.lr=1e-4", show_default=False),
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Output folder.", show_default=False)]
-Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to compute.")]
+Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Device to compute on.")]
 Resume = Annotated[
     str,
     typer.Option(
         "--resume",
         metavar="auto|never|PATH",
-        help="Continue the earlier run, refuse to, or start at a checkpoint.",
+        help="Continue an interrupted run, refuse to, or start at a checkpoint.",
     ),
 ]
 MaxTime = Annotated[
@@ -47,7 +47,7 @@ DataTrace = Annotated[
     Path | None,
     typer.Option("--data-trace", metavar="FILE", help="Write a line `step shard key` per sample.", show_default=False),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what the command would do, without doing it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]

@@ -12,7 +12,7 @@ from ldm_cli.cli import options as given
 from ldm_cli.cli import sample_arguments as arg
 from ldm_cli.cli.launch import bind_to_launcher, expect_as_many, is_first_rank, is_rank, launch
 from ldm_cli.cli.report import make_reporter
-from ldm_cli.cli.show import show_plan, show_result
+from ldm_cli.cli.show import show_dry_run, show_result
 from ldm_cli.cli.startup import importing
 from ldm_cli.errors import RecipeError, UsageError
 from ldm_cli.reporting import Reporter, SilentReporter
@@ -81,7 +81,7 @@ def _sample(
     given_prompts = _read_prompts(prompts, reporter) + [arg.readable(text) for text in prompt or ()]
     loaded = _with_prompts(loaded, given_prompts, provenance)
     if dry_run:
-        show_plan(loaded, json)
+        show_dry_run(loaded, json)
         return
     result = _run(loaded, changes, out, device, overwrite, reporter, latents, provenance)
     if is_first_rank():

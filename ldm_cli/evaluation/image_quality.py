@@ -1,4 +1,4 @@
-"""How near an image is to its original: PSNR and SSIM."""
+"""Similarity of an image to its original: PSNR and SSIM."""
 
 from __future__ import annotations
 

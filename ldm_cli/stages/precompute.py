@@ -89,7 +89,7 @@ def run(
     return {"cache": str(folder), "dtype": key.dtype, **counts, "bytes": size, "seconds": seconds}
 
 
-def plan(
+def dry_run(
     recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter, dtype: Dtype | None = None
 ) -> dict[str, Any]:
     """What `run` would write: samples, and bytes for each; errors as in `run`."""

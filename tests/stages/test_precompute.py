@@ -385,8 +385,8 @@ def test_workers_and_ranks_change_nothing(parts: Parts, tmp_path: Path) -> None:
 
 def test_the_plan_names_the_room_that_the_files_take(parts: Parts, tmp_path: Path) -> None:
     recipe = TrainUnetRecipe.from_mapping(unet_recipe(*parts) | {"cache": str(tmp_path / "cache")})
-    planned = precompute.plan(recipe, RunOptions(), SilentReporter())
+    expected = precompute.dry_run(recipe, RunOptions(), SilentReporter())
     assert not (tmp_path / "cache").exists()
     precompute.run(recipe, RunOptions(device="cpu"), SilentReporter())
     written = sum(path.stat().st_size for path in (tmp_path / "cache").glob("latents-*.tar"))
-    assert planned["bytes_of_latents"] == pytest.approx(written, rel=0.2)
+    assert expected["bytes_of_latents"] == pytest.approx(written, rel=0.2)

@@ -33,7 +33,7 @@ from ldm_cli.training.config import TrainConfig
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
-def plan(recipe: Recipe, reporter: Reporter, num_ranks: int = 1) -> dict[str, Any]:
+def dry_run(recipe: Recipe, reporter: Reporter, num_ranks: int = 1) -> dict[str, Any]:
     """Parameters, memory, shards and epochs of `recipe`; models are built on the meta device.
 
     Args:
