@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm_cli.bench.workload import EncodingStep, Workload, autocast, build_model, random_batch
-from ldm_cli.core.diffusion.schedule import NoiseSchedule
+from ldm_cli.core.diffusion.loss import add_noise, diffusion_loss
+from ldm_cli.core.diffusion.process import process_of
 from ldm_cli.errors import UnavailableError
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainVaeRecipe
 from ldm_cli.training.config import TrainConfig
@@ -86,12 +87,13 @@ def their_step(work: Workload, channels_last: bool = False) -> PeerStep:
         weight = recipe.loss.kl_weight
         loss = lambda: _autoencoder_loss(model, batch["images"], batch["noise"], weight)  # noqa: E731
     else:
-        schedule = NoiseSchedule.from_config(recipe.diffusion)
-        x0, noise, t = batch["latents"], batch["noise"], batch["t"]
+        process = process_of(recipe.diffusion)
+        x0, noise = batch["latents"], batch["noise"]
 
         def loss() -> Tensor:
-            output = model(schedule.add_noise(x0, noise, t), t, batch["context"]).sample
-            return F.mse_loss(output.float(), schedule.target(x0, noise, t))
+            a, b, time = process.at(batch["u"])
+            output = model(add_noise(x0, noise, a, b), time, batch["context"]).sample
+            return diffusion_loss(process.prediction, output, x0, noise, a, b).mean()
 
     return PeerStep(model, loss, recipe.train, recipe.train.batch_size)
 

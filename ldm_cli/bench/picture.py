@@ -26,7 +26,7 @@ from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.data.tokenizer_config import TokenizerConfig
 from ldm_cli.errors import WorkerError
-from ldm_cli.formats.pipeline_folder import our_settings
+from ldm_cli.formats.scheduler_file import our_settings
 from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.sampling.config import SamplingConfig

@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm_cli.allocator import keep_freed_memory
 from ldm_cli.core.clip_loss import contrastive_loss
 from ldm_cli.core.compiling import compile_regions, eagerly
-from ldm_cli.core.diffusion.loss import diffusion_loss
-from ldm_cli.core.diffusion.schedule import NoiseSchedule
+from ldm_cli.core.diffusion.loss import add_noise, diffusion_loss
+from ldm_cli.core.diffusion.process import process_of
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
@@ -84,7 +84,7 @@ def random_batch(work: Workload) -> dict[str, Tensor]:
     """One batch, on the CPU.
 
     Returns:
-        Of CLIP `pixels` and `ids`, of the autoencoder `images` and `noise`, of the U-Net `latents`, `noise`, `t` and
+        Of CLIP `pixels` and `ids`, of the autoencoder `images` and `noise`, of the U-Net `latents`, `noise`, `u` and
         `context`.
     """
     recipe, size = work.recipe, work.recipe.train.batch_size
@@ -111,7 +111,7 @@ def random_batch(work: Workload) -> dict[str, Tensor]:
     return {
         "latents": normal(*shape_of_latents),
         "noise": normal(*shape_of_latents),
-        "t": torch.randint(0, recipe.diffusion.num_train_timesteps, (size,), generator=generator),
+        "u": torch.rand(size, generator=generator),
         "context": normal(size, work.context_length, width_of_text),
     }
 
@@ -173,12 +173,13 @@ def _our_loss(recipe: TrainRecipe, model: nn.Module, batch: Mapping[str, Tensor]
     if isinstance(recipe, TrainVaeRecipe):
         terms = VAELoss(recipe.loss.model_copy(update={"perceptual_weight": 0.0, "adversarial_weight": 0.0}))
         return lambda: terms(model, batch["images"], batch["noise"], 1)[0]
-    schedule = NoiseSchedule.from_config(recipe.diffusion)
-    x0, noise, t = batch["latents"], batch["noise"], batch["t"]
+    process = process_of(recipe.diffusion)
+    x0, noise = batch["latents"], batch["noise"]
 
     def loss() -> Tensor:
-        output = model(schedule.add_noise(x0, noise, t), t, batch["context"])
-        return diffusion_loss(schedule, output, x0, noise, t, recipe.diffusion.snr_gamma).mean()
+        a, b, time = process.at(batch["u"])
+        output = model(add_noise(x0, noise, a, b), time, batch["context"])
+        return diffusion_loss(process.prediction, output, x0, noise, a, b, recipe.diffusion.snr_gamma).mean()
 
     return loss
 

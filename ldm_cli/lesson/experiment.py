@@ -11,9 +11,9 @@ from torch import Tensor
 from ldm_cli import philox
 from ldm_cli.core.diffusion.config import GuidanceConfig
 from ldm_cli.core.diffusion.guidance import guided
-from ldm_cli.core.diffusion.level import Level
-from ldm_cli.core.diffusion.samplers import Denoiser, denoiser, euler
-from ldm_cli.core.diffusion.timesteps import Trajectory, ddpm_trajectory
+from ldm_cli.core.diffusion.process import Level
+from ldm_cli.core.diffusion.samplers import CleanPredictor, clean_predictor, euler
+from ldm_cli.core.diffusion.timesteps import Timesteps, ddpm_timesteps
 from ldm_cli.lesson import measures
 from ldm_cli.lesson.network import NO_CLASS, Trained
 from ldm_cli.lesson.spiral import NUM_CLASSES, Points
@@ -88,21 +88,21 @@ def experiment(trained: Trained, data: Points, guidance: float, seed: int) -> Le
     """Run all experiments with a trained network.
 
     Args:
-        trained: network and schedule.
+        trained: network and process.
         data: its training data, at least NUM_SAMPLES points.
         guidance: the guidance scale to compare with 1, which means no guidance.
         seed: of all noise.
     """
-    schedule = trained.schedule
-    all_levels = ddpm_trajectory(schedule, schedule.num_timesteps, "leading", 0)
-    few_levels = ddpm_trajectory(schedule, DDIM_STEPS, "trailing", 0)
+    process = trained.process
+    all_levels = ddpm_timesteps(process, process.num_timesteps, "leading", 0)
+    few_levels = ddpm_timesteps(process, DDIM_STEPS, "trailing", 0)
     levels = tuple(start for start, _ in all_levels.steps)[::-1]
     chosen = data.xy[torch.linspace(0, len(data.xy) - 1, NUM_SAMPLES).long()]
 
     def network(x: Tensor, t: float) -> Tensor:
         return trained.network.forward(x, t, torch.full((len(x),), NO_CLASS))
 
-    denoise = denoiser(network, schedule.prediction_type)
+    denoise = clean_predictor(network, process.prediction)
     axis = torch.linspace(-GRID_REACH, GRID_REACH, GRID_SIZE)
     grid = torch.cartesian_prod(axis, axis)
     forward = _forward(chosen, levels, seed)
@@ -141,7 +141,7 @@ def _noised(forward: Walk, levels: tuple[Level, ...]) -> list[tuple[Level, Tenso
     return list(zip(levels, forward.stops[1:], strict=True))
 
 
-def _backward(denoise: Denoiser, path: Trajectory, seed: int, eta: float, noise_scale: float = 1.0) -> Walk:
+def _backward(denoise: CleanPredictor, timesteps: Timesteps, seed: int, eta: float, noise_scale: float = 1.0) -> Walk:
     """Sample by the sampler of `ldm sample` and keep every stop; `noise_scale` scales the noise that it adds."""
     stops: list[Tensor] = []
 
@@ -152,18 +152,19 @@ def _backward(denoise: Denoiser, path: Trajectory, seed: int, eta: float, noise_
     def step_noise(i: int) -> Tensor:
         return noise_scale * normal(seed, "spiral sampling noise", NUM_SAMPLES, i)
 
-    end = euler(watched, normal(seed, "spiral initial noise", NUM_SAMPLES), path, step_noise, eta)
-    return Walk((*path.timesteps, -1.0), torch.stack([*stops, end]))
+    end = euler(watched, normal(seed, "spiral initial noise", NUM_SAMPLES), timesteps, step_noise, eta)
+    return Walk((*timesteps.times, -1.0), torch.stack([*stops, end]))
 
 
-def _of_class(trained: Trained, labels: Tensor, scale: float, path: Trajectory, seed: int) -> Tensor:
+def _of_class(trained: Trained, labels: Tensor, scale: float, timesteps: Timesteps, seed: int) -> Tensor:
     """Samples [N, 2] of the classes `labels`, with classifier-free guidance; scale 1 means none."""
 
     def network(x: Tensor, level: Level, label: Tensor) -> Tensor:
         return trained.network.forward(x.repeat(len(label) // len(x), 1), level.t, label)
 
-    kind, none = trained.schedule.prediction_type, torch.full_like(labels, NO_CLASS)
-    return _backward(guided(network, labels, none, GuidanceConfig(scale=scale), kind), path, seed, eta=1.0).end
+    none = torch.full_like(labels, NO_CLASS)
+    model = guided(network, labels, none, GuidanceConfig(scale=scale), trained.process.prediction)
+    return _backward(model, timesteps, seed, eta=1.0).end
 
 
 def facts(lesson: Lesson) -> dict[str, object]:

@@ -11,7 +11,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from ldm_cli.core.diffusion.level import Level
+from ldm_cli.core.diffusion.process import Level
 from ldm_cli.lesson.experiment import Lesson, Walk
 from ldm_cli.lesson.plotting import LIGHT, Panel, dots, line
 from ldm_cli.lesson.spiral import NUM_CLASSES, nearest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ldm_cli.core.diffusion.level import Level
+from ldm_cli.core.diffusion.process import Level
 from ldm_cli.lesson.spiral import NUM_CLASSES, class_probabilities, nearest
 
 

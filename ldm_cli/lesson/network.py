@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from ldm_cli import philox
 from ldm_cli.core.adamw import AdamW
 from ldm_cli.core.diffusion.config import DiffusionConfig
-from ldm_cli.core.diffusion.loss import diffusion_loss
-from ldm_cli.core.diffusion.schedule import NoiseSchedule
+from ldm_cli.core.diffusion.loss import add_noise, diffusion_loss
+from ldm_cli.core.diffusion.process import Process, process_of
 from ldm_cli.core.models.layers import timestep_embedding
 from ldm_cli.lesson.spiral import NUM_CLASSES, Points
 
@@ -75,16 +75,16 @@ class SpiralNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained network, its schedule, and its training loss.
+    """A trained network, its process, and its training loss.
 
     Attributes:
         network: in evaluation mode.
-        schedule: the levels it was trained at.
+        process: the noise levels it was trained at.
         losses: mean loss of each hundredth of the training.
     """
 
     network: SpiralNetwork
-    schedule: NoiseSchedule
+    process: Process
     losses: tuple[float, ...]
 
 
@@ -102,7 +102,7 @@ def train(data: Points, num_steps: int, seed: int, on_step: Callable[[int, float
     """
     if num_steps < 1:
         raise ValueError(f"train: num_steps={num_steps} is less than 1")
-    schedule = NoiseSchedule.from_config(DIFFUSION)
+    process = process_of(DIFFUSION)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = SpiralNetwork()
@@ -113,8 +113,10 @@ def train(data: Points, num_steps: int, seed: int, on_step: Callable[[int, float
     per_mean = max(1, num_steps // 100)
     sums, losses = 0.0, []
     for step in range(num_steps):
-        x0, label, noise, t = _batch(data, schedule, seed, step)
-        loss = diffusion_loss(schedule, network(schedule.add_noise(x0, noise, t), t, label), x0, noise, t).mean()
+        x0, label, noise, u = _batch(data, seed, step)
+        a, b, time = process.at(u)
+        output = network(add_noise(x0, noise, a, b), time, label)
+        loss = diffusion_loss(process.prediction, output, x0, noise, a, b).mean()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -124,16 +126,16 @@ def train(data: Points, num_steps: int, seed: int, on_step: Callable[[int, float
             losses.append(sums / per_mean)
             sums = 0.0
         on_step(step + 1, loss.item())
-    return Trained(network.eval().requires_grad_(False), schedule, tuple(losses))
+    return Trained(network.eval().requires_grad_(False), process, tuple(losses))
 
 
-def _batch(data: Points, schedule: NoiseSchedule, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x_0 [B, 2], labels, half of them dropped [B], ε [B, 2] and levels [B] of one step."""
+def _batch(data: Points, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x_0 [B, 2], labels, half of them dropped [B], ε [B, 2] and u of `Process.at` [B] of one step."""
     epoch, place = torch.full((_BATCH_SIZE,), step), torch.arange(_BATCH_SIZE)
     chance = philox.uniform(philox.key(seed, "spiral batch"), epoch, place, 3).double()
     noise = philox.normal(philox.key(seed, "spiral training noise"), epoch, place, (2,))
     index = (chance[:, 0] * len(data.xy)).long()
     # Small t more often: the field has fine detail there, while at large t it is almost −x.
-    t = (chance[:, 1].square() * schedule.num_timesteps).long()
+    u = chance[:, 1].square()
     label = torch.where(chance[:, 2] < _CLASS_DROPOUT, NO_CLASS, data.labels[index])
-    return data.xy[index], label, noise, t
+    return data.xy[index], label, noise, u

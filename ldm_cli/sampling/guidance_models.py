@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from ldm_cli.core.compiling import eagerly
 from ldm_cli.core.diffusion.config import GuidanceConfig, PerturbationConfig
-from ldm_cli.core.diffusion.guidance import Network
-from ldm_cli.core.diffusion.level import Level
+from ldm_cli.core.diffusion.guidance import ConditionalNetwork
+from ldm_cli.core.diffusion.process import Level
 from ldm_cli.core.models.attention import Attention, BasicTransformerBlock
 from ldm_cli.core.models.clip import CLIPModel, normalize_images
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
@@ -152,7 +152,7 @@ def spoilt_layers(unet: nn.Module, config: PerturbationConfig) -> Iterator[None]
             handle.remove()
 
 
-def spoilt_network(network: Network, unet: nn.Module, config: PerturbationConfig) -> Network:
+def spoilt_network(network: ConditionalNetwork, unet: nn.Module, config: PerturbationConfig) -> ConditionalNetwork:
     """`network`, which runs `unet`, with that one's layers spoilt; errors as in `spoilt_layers`."""
 
     def spoilt(x: Tensor, level: Level, context: Tensor) -> Tensor:

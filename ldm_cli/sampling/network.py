@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ldm_cli.core.diffusion.guidance import Network
-from ldm_cli.core.diffusion.level import Level
-from ldm_cli.core.diffusion.samplers import Denoiser
+from ldm_cli.core.diffusion.guidance import ConditionalNetwork
+from ldm_cli.core.diffusion.process import Level
+from ldm_cli.core.diffusion.samplers import CleanPredictor
 from ldm_cli.sampling.edit_input import LatentCanvas
 from ldm_cli.sampling.tiling import tiled
 
 
-def keep_known_region(denoise: Denoiser, canvas: LatentCanvas, noise: Tensor) -> Denoiser:
+def keep_known_region(denoise: CleanPredictor, canvas: LatentCanvas, noise: Tensor) -> CleanPredictor:
     """The denoiser shown the known picture, at the noise level of each call, wherever the mask is 0.
 
     This is inpainting with any model (Lugmayr et al. 2022, eq. 8, arXiv:2201.09865). Samplers are pointwise, so that it
@@ -38,7 +38,7 @@ def keep_known_region(denoise: Denoiser, canvas: LatentCanvas, noise: Tensor) ->
     return shown
 
 
-def with_inpainting_channels(network: Network, canvas: LatentCanvas) -> Network:
+def with_inpainting_channels(network: ConditionalNetwork, canvas: LatentCanvas) -> ConditionalNetwork:
     """A network that also takes the mask and the masked picture, as further channels: [x, mask, masked latents]."""
     mask, masked = canvas.mask, canvas.masked_latents
     assert mask is not None
@@ -51,7 +51,7 @@ def with_inpainting_channels(network: Network, canvas: LatentCanvas) -> Network:
     return shown
 
 
-def in_windows(network: Network, window: int) -> Network:
+def in_windows(network: ConditionalNetwork, window: int) -> ConditionalNetwork:
     """The network on windows of `window` × `window` latents that overlap by half, blended."""
 
     def shown(x: Tensor, level: Level, context: Tensor) -> Tensor:

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ldm_cli.core.compiling import compile_whole
 from ldm_cli.core.diffusion.config import DiffusionConfig
-from ldm_cli.core.diffusion.guidance import Network, along_score, guided
-from ldm_cli.core.diffusion.level import Level
-from ldm_cli.core.diffusion.schedule import NoiseSchedule
+from ldm_cli.core.diffusion.guidance import ConditionalNetwork, along_score, guided
+from ldm_cli.core.diffusion.process import Level, Process, process_of
 from ldm_cli.core.models.attention import FixedContext
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPTextModel
@@ -26,7 +25,7 @@ from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError, UsageError
 from ldm_cli.formats import pipeline_folder as layout
 from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, save_model, weights_sha256
-from ldm_cli.formats.pipeline_folder import SchedulerSettings
+from ldm_cli.formats.scheduler_file import SCHEDULER_FILE, SchedulerSettings, read_scheduler, write_scheduler
 from ldm_cli.reporting import Progress, Reporter, SilentReporter
 from ldm_cli.sampling.components import (
     check_fit,
@@ -90,12 +89,12 @@ class Pipeline:
         """
         folder = resolve_model(path)
         layout.check_index(folder)
-        settings = layout.read_scheduler(folder)
+        settings = read_scheduler(folder)
         try:
             DiffusionConfig.from_mapping(settings.diffusion)
         except ValidationError as error:
             causes = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-            raise CheckpointError(f"cannot use '{folder / layout.SCHEDULER_FILE}'", "; ".join(causes)) from error
+            raise CheckpointError(f"cannot use '{folder / SCHEDULER_FILE}'", "; ".join(causes)) from error
         pipeline = cls(
             unet=load_unet(folder / layout.UNET),
             vae=load_autoencoder(folder / layout.VAE),
@@ -145,13 +144,13 @@ class Pipeline:
         # diffusers pads to what the tokenizer says; the text encoder takes no more than it has positions.
         self.tokenizer.model_max_length = self.context_length
         self.tokenizer.save(folder / layout.TOKENIZER)
-        layout.write_scheduler(folder, self.settings)
+        write_scheduler(folder, self.settings)
         layout.write_index(folder, self.settings)
 
     @cached_property
-    def schedule(self) -> NoiseSchedule:
+    def process(self) -> Process:
         """The noise levels the U-Net was trained at."""
-        return NoiseSchedule.from_config(DiffusionConfig.from_mapping(self.settings.diffusion))
+        return process_of(DiffusionConfig.from_mapping(self.settings.diffusion))
 
     @cached_property
     def weights_sha256(self) -> dict[str, str]:
@@ -311,11 +310,11 @@ class Pipeline:
         device, noise = self.device, noise.to(device=self.device, dtype=torch.float32)
         conditional = torch.cat([_context(r, contexts) for r in group])
         unconditional = contexts[config.negative].expand_as(conditional)
-        guidance, kind = config.guidance, self.schedule.prediction_type
+        guidance, prediction = config.guidance, self.process.prediction
         network = self._network(self.unet, canvas, extras)
         weaker = None if guides.weaker is None else self._network(guides.weaker, canvas, extras)
         spoilt = None if guidance.perturb is None else spoilt_network(network, self.unet, guidance.perturb)
-        model = guided(network, conditional, unconditional, guidance, kind, weaker, spoilt)
+        model = guided(network, conditional, unconditional, guidance, prediction, weaker, spoilt)
         if guidance.clip is not None and guides.clip is not None:
             score = guides.clip.of([r.prompt for r in group], partial(self._decoded, window=extras.window))
             model = along_score(model, score, guidance.clip.scale)
@@ -326,7 +325,7 @@ class Pipeline:
         x0 = denoise(
             model,
             noise,
-            self.schedule,
+            self.process,
             self.settings,
             config,
             lambda i: step_noise(group, i, tuple(noise.shape[1:])).to(device),
@@ -341,7 +340,7 @@ class Pipeline:
         z = self.vae.from_latents(latents).to(next(self.vae.parameters()).dtype)
         return in_parts(self.vae.decode, z, window, 1, self.vae.downscale_factor)
 
-    def _network(self, unet: UNet2DConditionModel, canvas: LatentCanvas | None, extras: Extras) -> Network:
+    def _network(self, unet: UNet2DConditionModel, canvas: LatentCanvas | None, extras: Extras) -> ConditionalNetwork:
         """A U-Net, in windows, shown the mask if it takes one; compiled it cannot look into a `FixedContext`."""
         dtype = next(unet.parameters()).dtype
         fixed: dict[int, FixedContext] = {}  # keeps the contexts, and so their ids
@@ -353,7 +352,7 @@ class Pipeline:
             prediction: Tensor = unet(not_alone(x.to(dtype), context), timestep, seen)
             return prediction.float()
 
-        shown: Network = network if extras.window is None else in_windows(network, extras.window)
+        shown: ConditionalNetwork = network if extras.window is None else in_windows(network, extras.window)
         return with_inpainting_channels(shown, canvas) if canvas is not None and self.takes_mask else shown
 
     @property

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ldm_cli.core.diffusion.level import Level
-from ldm_cli.core.diffusion.samplers import Denoiser
+from ldm_cli.core.diffusion.process import Level
+from ldm_cli.core.diffusion.samplers import CleanPredictor
 from ldm_cli.reporting import Progress
 from ldm_cli.sampling.edit_input import Canvas
 
@@ -58,7 +58,7 @@ class Look:
     show: Callable[[Tensor], None]
     go_on: Callable[[], None]
 
-    def at(self, model: Denoiser) -> Denoiser:
+    def at(self, model: CleanPredictor) -> CleanPredictor:
         """The model, watched."""
         calls, every = 0, self.extras.preview_every if self.extras.on_preview is not None else 0
 

@@ -199,7 +199,7 @@ class _Desk:
                     )
             sized = self._sized(sampling, self._canvas(sampling, edit))
             self.pipeline.image_size(sized)
-            plan(self.pipeline.schedule, self.pipeline.settings, sized)
+            plan(self.pipeline.process, self.pipeline.settings, sized)
 
     @cached_property
     def shared(self) -> dict[str, Any]:

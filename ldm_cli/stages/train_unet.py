@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ldm_cli import philox
-from ldm_cli.core.diffusion.loss import diffusion_loss
-from ldm_cli.core.diffusion.schedule import NoiseSchedule
+from ldm_cli.core.diffusion.loss import add_noise, diffusion_loss
+from ldm_cli.core.diffusion.process import process_of
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL, DiagonalGaussian
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
@@ -22,7 +22,7 @@ from ldm_cli.data.latent_cache import LatentCache, Manifest
 from ldm_cli.data.sample_decoder import Encoding
 from ldm_cli.errors import RecipeError
 from ldm_cli.formats.model_folder import load_weights
-from ldm_cli.formats.pipeline_folder import our_settings
+from ldm_cli.formats.scheduler_file import our_settings
 from ldm_cli.pictures.grid import image_grid
 from ldm_cli.pictures.images import save_image
 from ldm_cli.recipe.schema import TrainUnetRecipe
@@ -63,7 +63,7 @@ class DenoiserTask:
         self.unet = UNet2DConditionModel(config)
         if recipe.train.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
-        self.schedule = NoiseSchedule.from_config(recipe.diffusion)
+        self.process = process_of(recipe.diffusion)
         self.modules = {"unet": self.unet}
         self.auxiliary: dict[str, torch.nn.Module] = {}
         keys = ("posterior noise", "noise", "timestep", "caption dropout")
@@ -78,33 +78,31 @@ class DenoiserTask:
 
         def loss(part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             epoch, position = part.epoch, part.position
-            t = self._timesteps(epoch, position)
+            u = self._shares(epoch, position)
             dropped = philox.uniform(self._keys["caption dropout"], epoch, position, 1)[:, 0]
             encoding = self._encoding(part)
             is_dropped = (dropped < self.recipe.diffusion.caption_dropout).to(self.bench.device)
             context = torch.where(is_dropped[:, None, None], self._empty, encoding.states)
-            return self._denoising_error(part, replace(encoding, states=context), t, self._keys).mean(), {}
+            return self._denoising_error(part, replace(encoding, states=context), u, self._keys).mean(), {}
 
         return in_parts(loss, split(batch, num_parts))
 
-    def _timesteps(self, epoch: Tensor, position: Tensor) -> Tensor:
-        """A noise level for each sample: int64 [B]."""
-        key, num = self._keys["timestep"], self.schedule.num_timesteps
+    def _shares(self, epoch: Tensor, position: Tensor) -> Tensor:
+        """u of `Process.at` for each sample: float32 [B], in (0, 1)."""
+        key = self._keys["timestep"]
         if self.recipe.diffusion.timestep_sampling == "uniform":
-            return philox.integers(key, epoch, position, 1, num)[:, 0]
-        fraction = torch.sigmoid(philox.normal(key, epoch, position, (1,))[:, 0])
-        return (fraction * num).long().clamp(max=num - 1)
+            return philox.uniform(key, epoch, position, 1)[:, 0]
+        return torch.sigmoid(philox.normal(key, epoch, position, (1,))[:, 0])
 
-    def _denoising_error(self, batch: Batch, encoding: Encoding, t: Tensor, keys: dict[str, philox.Key]) -> Tensor:
+    def _denoising_error(self, batch: Batch, encoding: Encoding, u: Tensor, keys: dict[str, philox.Key]) -> Tensor:
         """Weighted squared error per sample, float32 [B]."""
         posterior = DiagonalGaussian(encoding.mean, encoding.logvar)
         z = posterior.sample(self._normal(keys["posterior noise"], batch, posterior.mean))
         latents = self.vae.to_latents(z)
         noise = self._normal(keys["noise"], batch, latents)
-        t = t.to(self.bench.device)
-        noised = self.schedule.add_noise(latents, noise, t)
-        output = self.unet(noised, self.schedule.told(t), encoding.states)
-        return diffusion_loss(self.schedule, output, latents, noise, t, self.recipe.diffusion.snr_gamma)
+        a, b, time = self.process.at(u.to(self.bench.device))
+        output = self.unet(add_noise(latents, noise, a, b), time, encoding.states)
+        return diffusion_loss(self.process.prediction, output, latents, noise, a, b, self.recipe.diffusion.snr_gamma)
 
     def _encoding(self, batch: Batch) -> Encoding:
         """Out of the cache, or of the encoders."""
@@ -119,14 +117,13 @@ class DenoiserTask:
         return [(batch, self.encoders(batch)) for batch in self.bench.held_out]
 
     def validate(self) -> dict[str, float]:
-        """Held-out loss with fixed noise at fixed levels, the middles of equal ranges of t: mean and each."""
+        """Held-out loss with fixed noise at fixed levels, the middles of equal ranges of u: mean and each."""
         sums = torch.zeros(_NUM_NOISE_LEVELS, dtype=torch.float64, device=self.bench.device)
         count = 0
         for batch, encoding in self._held_out:
             for level in range(_NUM_NOISE_LEVELS):
-                middle = int((level + 0.5) / _NUM_NOISE_LEVELS * self.schedule.num_timesteps)
-                t = torch.full((len(batch),), middle)
-                sums[level] += self._denoising_error(batch, encoding, t, self._fixed_keys).double().sum()
+                u = torch.full((len(batch),), (level + 0.5) / _NUM_NOISE_LEVELS)
+                sums[level] += self._denoising_error(batch, encoding, u, self._fixed_keys).double().sum()
             count += len(batch)
         if count == 0:
             return {}

@@ -9,7 +9,7 @@ import torch
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.errors import CheckpointError
 from ldm_cli.formats.json_file import write_json
-from ldm_cli.formats.pipeline_folder import read_scheduler
+from ldm_cli.formats.scheduler_file import read_scheduler
 from ldm_cli.sampling.config import SamplerName, SamplingConfig
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import ImageRequest

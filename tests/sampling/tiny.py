@@ -11,7 +11,7 @@ from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.data.tokenizer_config import TokenizerConfig
-from ldm_cli.formats.pipeline_folder import our_settings
+from ldm_cli.formats.scheduler_file import our_settings
 from ldm_cli.sampling.pipeline import Pipeline
 
 UNET = {

@@ -23,7 +23,7 @@ from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.data.tokenizer_config import TokenizerConfig
 from ldm_cli.errors import DataError, OutputError, RecipeError
 from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, save_model, weights_sha256
-from ldm_cli.formats.pipeline_folder import our_settings
+from ldm_cli.formats.scheduler_file import our_settings
 from ldm_cli.recipe.schema import EvalRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.pipeline import Pipeline

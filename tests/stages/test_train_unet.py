@@ -175,7 +175,7 @@ def test_min_snr_weights_each_sample_by_its_level(parts: tuple[Path, Path, Path]
             keys=batch.keys[i : i + 1], epoch=batch.epoch[i : i + 1], position=batch.position[i : i + 1],
         )  # fmt: skip
         (a, _), (b, _) = next(plain.losses(one, 1, 1)), next(weighted.losses(one, 1, 1))
-        alpha = plain.schedule.alphas_cumprod[spy.seen[-1][0].long()].double()
+        alpha = plain.process.alphas_cumprod[spy.seen[-1][0].long()].double()
         snr = alpha / (1 - alpha)
         assert (b / a).item() == pytest.approx((snr.clamp(max=5.0) / snr).item(), rel=1e-5)
 
@@ -295,8 +295,8 @@ def test_logit_normal_levels_follow_the_logistic_of_a_normal_and_stay_in_range(
 ) -> None:
     task, _ = make_task(parts, tmp_path / "run", diffusion={"timestep_sampling": "logit_normal"})
     position = torch.arange(20_000)
-    t = task._timesteps(torch.zeros_like(position), position)
-    assert t.dtype == torch.int64
+    _, _, t = task.process.at(task._shares(torch.zeros_like(position), position))
+    assert bool((t == t.long()).all())
     assert 0 <= t.min() < 40
     assert 960 < t.max() <= 999
     # P(t < 500) = ½, and P(t < 1000/(1+e)) = P(normal < −1) = 0.1587
