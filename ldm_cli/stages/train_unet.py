@@ -31,9 +31,8 @@ from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import requests_for
 from ldm_cli.stages.support.frozen_encoders import FrozenEncoders, cache_key
 from ldm_cli.stages.support.options import RunOptions
-from ldm_cli.stages.support.training_run import Workbench, run_training, split
+from ldm_cli.stages.support.training_run import Workbench, run_training
 from ldm_cli.training.checkpoint import link_folder
-from ldm_cli.training.task import Losses, in_parts
 
 _NUM_NOISE_LEVELS = 5
 
@@ -73,19 +72,19 @@ class DenoiserTask:
         self._empty = empty.to(bench.device, torch.float32)
         bench.run.share(self._pipeline().save_companions)
 
-    def losses(self, batch: Batch, num_parts: int, step: int) -> Losses:
-        """The loss on equal parts of the batch; each sample has its own level, noise and dropout."""
+    def parts(self, batch: Batch, num_parts: int) -> list[Batch]:
+        """Samples do not depend on one another."""
+        return batch.parts(num_parts)
 
-        def loss(part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-            epoch, position = part.epoch, part.position
-            t = self._timesteps(epoch, position)
-            dropped = philox.uniform(self._keys["caption dropout"], epoch, position, 1)[:, 0]
-            encoding = self._encoding(part)
-            is_dropped = (dropped < self.recipe.diffusion.caption_dropout).to(self.bench.device)
-            context = torch.where(is_dropped[:, None, None], self._empty, encoding.states)
-            return self._denoising_error(part, replace(encoding, states=context), t, self._keys).mean(), {}
-
-        return in_parts(loss, split(batch, num_parts))
+    def loss(self, part: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean denoising error; each sample has its own level, noise and dropout."""
+        epoch, position = part.epoch, part.position
+        t = self._timesteps(epoch, position)
+        dropped = philox.uniform(self._keys["caption dropout"], epoch, position, 1)[:, 0]
+        encoding = self._encoding(part)
+        is_dropped = (dropped < self.recipe.diffusion.caption_dropout).to(self.bench.device)
+        context = torch.where(is_dropped[:, None, None], self._empty, encoding.states)
+        return self._denoising_error(part, replace(encoding, states=context), t, self._keys).mean(), {}
 
     def _timesteps(self, epoch: Tensor, position: Tensor) -> Tensor:
         """A noise level for each sample: int64 [B]."""

@@ -24,8 +24,7 @@ from ldm_cli.pictures.images import save_image
 from ldm_cli.recipe.schema import TrainVaeRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.options import RunOptions
-from ldm_cli.stages.support.training_run import Workbench, run_training, split
-from ldm_cli.training.task import Losses, in_parts
+from ldm_cli.stages.support.training_run import Workbench, run_training
 
 _NUM_PICTURES = 8
 _NUM_MEASURED = 1024
@@ -47,20 +46,19 @@ class VAETask:
         self.vae = AutoencoderKL(config)
         if recipe.train.gradient_checkpointing:
             self.vae.enable_gradient_checkpointing()
-        self.loss = VAELoss(recipe.loss, _perceptual_tower(recipe.loss.perceptual_clip)).to(bench.device)
+        self.terms = VAELoss(recipe.loss, _perceptual_tower(recipe.loss.perceptual_clip)).to(bench.device)
         self.modules = {"vae": self.vae}
-        self.auxiliary = {} if self.loss.discriminator is None else {"discriminator": self.loss.discriminator}
+        self.auxiliary = {} if self.terms.discriminator is None else {"discriminator": self.terms.discriminator}
         self._noise_key = philox.key(recipe.seed, "posterior noise")
 
-    def losses(self, batch: Batch, num_parts: int, step: int) -> Losses:
-        """The autoencoder's loss on equal parts of the batch."""
+    def parts(self, batch: Batch, num_parts: int) -> list[Batch]:
+        """Samples do not depend on one another."""
+        return batch.parts(num_parts)
 
-        def loss(part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-            images = to_signed(part.images, self.bench.device)
-            noise = self._posterior_noise(part)
-            return self.loss(self.vae, images, noise, step)  # type: ignore[no-any-return]
-
-        return in_parts(loss, split(batch, num_parts))
+    def loss(self, part: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """All terms of `VAELoss`."""
+        images = to_signed(part.images, self.bench.device)
+        return self.terms(self.vae, images, self._posterior_noise(part), step)  # type: ignore[no-any-return]
 
     def _posterior_noise(self, batch: Batch) -> Tensor:
         side = self.recipe.data.image_size // self.vae.downscale_factor
