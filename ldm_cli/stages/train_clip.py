@@ -18,15 +18,22 @@ from ldm_cli.core.models.clip_resnet import StatisticsKept
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import sequential_batches
 from ldm_cli.data.tokenizer import Tokenizer
-from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, load_weights, save_model, write_json
+from ldm_cli.formats.model_folder import (
+    TRANSFORMERS_WEIGHTS,
+    load_weights,
+    save_frozen,
+    save_model,
+    write_json,
+)
 from ldm_cli.pictures.grid import image_grid
 from ldm_cli.pictures.images import save_image
 from ldm_cli.recipe.schema import TrainClipRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.caption_tokens import CaptionTokens
 from ldm_cli.stages.support.options import RunOptions
+from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start
 from ldm_cli.stages.support.training_run import Workbench, run_training
-from ldm_cli.training.checkpoint import commit_folder
+from ldm_cli.training.checkpoint import commit_folder, link_folder
 from ldm_cli.training.gradient_sum import gradient_sum
 from ldm_cli.training.weights import Weights
 
@@ -36,7 +43,10 @@ _NUM_FOUND = 8
 
 def run(recipe: TrainClipRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
     """Train the CLIP of `recipe`; the result is a CLIPModel folder with its tokenizer."""
-    return run_training(recipe, options, reporter, lambda bench: CLIPTask(recipe, bench))
+    recipe = resolve_start(recipe, reporter.warn)
+    path = recipe.tokenizer.path
+    facts = {} if path is None else {"tokenizer": Tokenizer.load(path).fingerprint}
+    return run_training(recipe, options, reporter, lambda bench: CLIPTask(recipe, bench), facts=facts)
 
 
 @dataclass(frozen=True)
@@ -66,8 +76,12 @@ class CLIPTask:
     def __init__(self, recipe: TrainClipRecipe, bench: Workbench) -> None:
         self.recipe, self.bench = recipe, bench
         self.tokenizer = _tokenizer(recipe, bench)
-        self.tokenizer.model_max_length = recipe.clip.text_config.max_position_embeddings
-        self.model = CLIPModel(fit_to_tokenizer(recipe.clip, self.tokenizer))
+        self.tokenizer.model_max_length = recipe.model.text_config.max_position_embeddings
+        config = recipe.model if recipe.start_from else fit_to_tokenizer(recipe.model, self.tokenizer)
+        self.model = build_model(CLIPModel, config, recipe)
+        self._frozen = frozen_names(self.model)
+        state = self.model.state_dict()
+        bench.run.share(lambda folder: save_frozen(folder, state, self._frozen, TRANSFORMERS_WEIGHTS))
         if recipe.train.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         length = self.model.config.text_config.max_position_embeddings
@@ -154,9 +168,8 @@ class CLIPTask:
         sums: dict[str, float] = {}
         whole = [batch for batch in self.bench.held_out if len(batch.keys) == size]
         for batch in whole:
-            loss, figures = contrastive_loss(
-                *self._features(batch).chunk(2, dim=1), self.model.clamped_logit_scale, groups=self._groups(batch)
-            )
+            images, texts = self._features(batch).chunk(2, dim=1)
+            loss, figures = contrastive_loss(images, texts, self.model.clamped_logit_scale, groups=self._groups(batch))
             for name, value in {"val_loss": loss, "val_accuracy": figures["accuracy"]}.items():
                 sums[name] = sums.get(name, 0.0) + value.item() / len(whole)
         return sums
@@ -182,7 +195,9 @@ class CLIPTask:
     def export(self, folder: Path) -> None:
         """Write the CLIPModel folder with tokenizer and image processor."""
         config = self.model.config
-        save_model(folder, self.model.state_dict(), config.to_hugging_face(), TRANSFORMERS_WEIGHTS)
+        if self._frozen:
+            link_folder(self.bench.run.frozen, folder)
+        save_model(folder, self.model.state_dict(), config.to_hugging_face(), TRANSFORMERS_WEIGHTS, self._frozen)
         self.tokenizer.save(folder)
         write_json(folder / "preprocessor_config.json", image_processor(config.vision_config.image_size))
 

@@ -28,6 +28,8 @@ _HARMLESS = {
     "data.quarantine",
     "vae",
     "text_encoder",
+    "tokenizer.path",
+    "start_from",
     "cache",
     "loss.perceptual_clip",
 }
@@ -47,7 +49,8 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def recipe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """In what two recipes, as plain data, differ: the harmless changes, and those that make another run."""
     before, after = flatten(old), flatten(new)
-    harmless, harmful = [], []
+    harmless: list[str] = []
+    harmful: list[str] = []
     for name in _differing(before, after):
         is_harmless = name in _HARMLESS or _is_extension(name, before, after)
         (harmless if is_harmless else harmful).append(_change(name, before, after))

@@ -48,6 +48,7 @@ class Trainer:
         self.parts_per_rank = config.parts_per_rank(ranks.world_size)
         self.modules: Mapping[str, nn.Module] = {**task.modules, **task.auxiliary}
         self.weights = _placed(task, config, device, ranks)
+        self._frozen = [part for module in self.modules.values() for part in module.modules() if _is_frozen(part)]
         self.optimizers = GuardedOptimizers(self.weights, config, device)
         self.ema: ExponentialMovingAverage | None = None
         if config.ema_decay is not None:
@@ -97,9 +98,11 @@ class Trainer:
         )
 
     def set_training(self, mode: bool) -> None:
-        """Put the modules into training or evaluation mode."""
+        """Put the modules into training or evaluation mode; frozen parts stay in evaluation mode."""
         for module in self.modules.values():
             module.train(mode)
+        for part in self._frozen:
+            part.training = False
 
     def expect_same_weights(self) -> None:
         """Make sure that all ranks hold the same weights, by a sum over each parameter.
@@ -153,6 +156,12 @@ class Trainer:
             stack.enter_context(self.weights.gathered())
             stack.enter_context(eagerly())
             return act() if self.ranks.is_first else None
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """Whether none of the module's parameters is trained: its running statistics must not move either."""
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
 def _placed(task: Task[Any], config: TrainConfig, device: torch.device, ranks: Ranks) -> Weights:

@@ -25,8 +25,9 @@ from ldm_cli.errors import RecipeError
 from ldm_cli.formats.model_folder import weights_sha256
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.data_trace import traced
-from ldm_cli.stages.support.model_sizes import TrainRecipe, expect_memory
+from ldm_cli.stages.support.model_sizes import expect_memory
 from ldm_cli.stages.support.options import RunOptions, device_of_process
+from ldm_cli.stages.support.start import TrainRecipe, start_folder
 from ldm_cli.training.distributed import joined, local_rank
 from ldm_cli.training.interruption import StopRequest
 from ldm_cli.training.loop import train
@@ -88,7 +89,10 @@ def run_training(
             shards = open_data(recipe.data, reporter)
         run = RunFolder(options.out or Path("runs") / recipe.name, reporter)
         resolved, fingerprints = recipe.to_mapping(), {"data": shards.fingerprint}
-        fingerprints |= {name: weights_sha256(Path(folder)) for name, folder in (uses or {}).items()}
+        folders = {name: Path(folder) for name, folder in (uses or {}).items()}
+        if recipe.start_from is not None:
+            folders["start_from"] = start_folder(recipe)
+        fingerprints |= {name: weights_sha256(folder) for name, folder in folders.items()}
         fingerprints |= facts or {}
         ranks.expect_equal(_facts(resolved, fingerprints))
         status = json.loads(ranks.from_first(json.dumps(run.finished() if ranks.is_first else None)))
@@ -151,6 +155,7 @@ def _train(
         device=bench.device,
         stop=stop,
         ranks=ranks,
+        validates_start=recipe.start_from is not None,
         start=None if options.resume in ("auto", "never") else Path(options.resume),
         title=recipe.name,
     )
