@@ -122,11 +122,11 @@ def _their_model(work: Workload) -> nn.Module:
     their: nn.Module
     if isinstance(recipe, TrainClipRecipe):
         transformers = importlib.import_module("transformers")
-        their = transformers.CLIPModel(transformers.CLIPConfig(**recipe.clip.to_hugging_face()))
+        their = transformers.CLIPModel(transformers.CLIPConfig(**recipe.model.to_hugging_face()))
     elif isinstance(recipe, TrainVaeRecipe):
-        their = importlib.import_module("diffusers").AutoencoderKL(**recipe.vae.to_mapping())
+        their = importlib.import_module("diffusers").AutoencoderKL(**recipe.model.to_mapping())
     else:
-        their = importlib.import_module("diffusers").UNet2DConditionModel(**recipe.unet.to_mapping())
+        their = importlib.import_module("diffusers").UNet2DConditionModel(**recipe.model.to_mapping())
     missing, unexpected = their.load_state_dict(ours.state_dict(), strict=False)
     lost = [name for name in missing if not name.endswith("position_ids")] + list(unexpected)
     if lost:

@@ -166,7 +166,7 @@ def random_pipeline(folder: Path, unet_recipe: str = "bench/unet", vae_recipe: s
     if vae_recipe is not None:
         its_recipe = load_recipe(vae_recipe).recipe
         assert isinstance(its_recipe, TrainVaeRecipe)
-        vae = its_recipe.vae
+        vae = its_recipe.model
     torch.manual_seed(0)
     pipeline = Pipeline(
         unet=unet,

@@ -53,11 +53,11 @@ def with_known_ids(recipe: TrainRecipe) -> TrainRecipe:
     """The recipe with a text that can end: training takes special ids from the tokenizer, which is not there yet."""
     if not isinstance(recipe, TrainClipRecipe):
         return recipe
-    text = recipe.clip.text_config
+    text = recipe.model.text_config
     if text.eos_token_id < text.vocab_size:
         return recipe
     last = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), text.vocab_size - 1)
-    clip = recipe.clip.model_copy(update={"text_config": text.model_copy(update=last)})
+    clip = recipe.model.model_copy(update={"text_config": text.model_copy(update=last)})
     return recipe.model_copy(update={"clip": clip})
 
 
@@ -74,10 +74,10 @@ def build_model(recipe: TrainRecipe) -> nn.Module:
 
 def _model(recipe: TrainRecipe) -> nn.Module:
     if isinstance(recipe, TrainClipRecipe):
-        return CLIPModel(recipe.clip)
+        return CLIPModel(recipe.model)
     if isinstance(recipe, TrainVaeRecipe):
-        return AutoencoderKL(recipe.vae)
-    return UNet2DConditionModel(recipe.unet)
+        return AutoencoderKL(recipe.model)
+    return UNet2DConditionModel(recipe.model)
 
 
 def random_batch(work: Workload) -> dict[str, Tensor]:
@@ -94,17 +94,17 @@ def random_batch(work: Workload) -> dict[str, Tensor]:
         return torch.randn(*shape, generator=generator)
 
     if isinstance(recipe, TrainClipRecipe):
-        text, side = recipe.clip.text_config, recipe.clip.vision_config.image_size
+        text, side = recipe.model.text_config, recipe.model.vision_config.image_size
         shape = (size, text.max_position_embeddings)
         ids = torch.randint(0, max(1, text.vocab_size - 2), shape, generator=generator)
         ids[:, -1] = text.eos_token_id
         return {"pixels": normal(size, 3, side, side), "ids": ids}
     if isinstance(recipe, TrainVaeRecipe):
         side = recipe.data.image_size
-        latent = side >> (len(recipe.vae.block_out_channels) - 1)
-        images = normal(size, recipe.vae.in_channels, side, side).clamp(-1, 1)
-        return {"images": images, "noise": normal(size, recipe.vae.latent_channels, latent, latent)}
-    unet = recipe.unet
+        latent = side >> (len(recipe.model.block_out_channels) - 1)
+        images = normal(size, recipe.model.in_channels, side, side).clamp(-1, 1)
+        return {"images": images, "noise": normal(size, recipe.model.latent_channels, latent, latent)}
+    unet = recipe.model
     height, width = unet.sample_size if isinstance(unet.sample_size, tuple) else (unet.sample_size or 64,) * 2
     width_of_text = max(unet.per_level(unet.cross_attention_dim))
     shape_of_latents = (size, unet.in_channels, height, width)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,13 @@ class Batch:
     def __len__(self) -> int:
         """Number of samples."""
         return len(self.keys)
+
+    def parts(self, num_parts: int) -> list[Batch]:
+        """The batch as `num_parts` equal parts, in order."""
+        size = len(self) // num_parts
+        names = [f.name for f in fields(self) if getattr(self, f.name) is not None]
+        starts = range(0, len(self), size)
+        return [replace(self, **{name: getattr(self, name)[i : i + size] for name in names}) for i in starts]
 
     def trace(self, step: int) -> Iterator[str]:
         """A line `step shard key` for each sample, to compare two runs."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -19,6 +19,7 @@ from ldm_cli.formats.weight_files import (
     TRANSFORMERS_WEIGHTS,
     load_tensors,
     named,
+    shard_names,
     weights_sha256,
     write_tensors,
 )
@@ -30,7 +31,9 @@ __all__ = [
     "TRANSFORMERS_WEIGHTS",
     "load_model",
     "load_weights",
+    "parse_config",
     "read_config",
+    "save_frozen",
     "save_model",
     "weights_sha256",
     "without_weights",
@@ -44,6 +47,7 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 # What DDP, compile and FSDP put into parameter names.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
 
+ConfigT = TypeVar("ConfigT")
 ModuleT_co = TypeVar("ModuleT_co", bound=nn.Module, covariant=True)
 
 
@@ -67,29 +71,35 @@ def load_model(
     parse: Callable[[Mapping[str, Any]], Any] | None = None,
     allow_extra: bool = False,
 ) -> ModuleT_co:
-    """A model folder as a module, float32 on the CPU; errors as in `read_config` and `load_weights`.
+    """A model folder as a module, float32 on the CPU; errors as in `parse_config` and `load_weights`.
 
     Args:
         model_class: the class of the module.
         folder: the model folder.
         parse: makes the configuration of config.json's content; None: `from_hugging_face`.
         allow_extra: as in `load_weights`.
+    """
+    config = parse_config(folder, parse or model_class.config_class.from_hugging_face)
+    with without_weights():
+        module = model_class(config)
+    load_weights(module, folder, allow_extra=allow_extra)
+    return module
+
+
+def parse_config(folder: Path, parse: Callable[[Mapping[str, Any]], ConfigT]) -> ConfigT:
+    """The folder's config.json, parsed; errors as in `read_config`.
 
     Raises:
-        CheckpointError: config.json is of another model, or asks for something that is not implemented.
+        CheckpointError: it is of another model, or asks for something that is not implemented.
     """
     mapping = read_config(folder)
     try:
-        config = (parse or model_class.config_class.from_hugging_face)(mapping)
+        return parse(mapping)
     except ValidationError as error:
         causes = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise CheckpointError(f"cannot use '{folder / CONFIG_NAME}'", named(causes, "; ")) from error
     except ValueError as error:
         raise CheckpointError(f"cannot use '{folder / CONFIG_NAME}'", str(error)) from error
-    with without_weights():
-        module = model_class(config)
-    load_weights(module, folder, allow_extra=allow_extra)
-    return module
 
 
 @contextmanager
@@ -192,6 +202,7 @@ def save_model(
     state_dict: Mapping[str, Tensor],
     config: Mapping[str, Any],
     weights_name: str = DIFFUSERS_WEIGHTS,
+    frozen: Collection[str] = (),
 ) -> None:
     """Write config.json and float32 weights, each file whole or not at all, with the mode the umask says.
 
@@ -200,6 +211,7 @@ def save_model(
         state_dict: name → tensor, on any device; prefixes of wrappers (DDP, compile, FSDP) are taken off.
         config: content of config.json.
         weights_name: `DIFFUSERS_WEIGHTS` or `TRANSFORMERS_WEIGHTS`.
+        frozen: tensors that `save_frozen` has written as the first of two shards: the others become the second.
 
     Raises:
         OutputError, StorageError: writing failed.
@@ -207,7 +219,32 @@ def save_model(
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG_NAME, config)
-    write_tensors(folder / weights_name, {_unwrapped(name): _for_file(tensor) for name, tensor in state_dict.items()})
+    tensors = {_unwrapped(name): _for_file(tensor) for name, tensor in state_dict.items()}
+    if not frozen:
+        write_tensors(folder / weights_name, tensors)
+        return
+    first, second = shard_names(weights_name, 2)
+    write_tensors(folder / second, {name: tensor for name, tensor in tensors.items() if name not in frozen})
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+        "weight_map": {name: first if name in frozen else second for name in sorted(tensors)},
+    }
+    write_json(folder / f"{weights_name}.index.json", index)
+
+
+def save_frozen(
+    folder: Path, state_dict: Mapping[str, Tensor], frozen: Collection[str], weights_name: str = DIFFUSERS_WEIGHTS
+) -> None:
+    """Write the first of two shards of a model: the tensors that training leaves alone; arguments as in `save_model`.
+
+    Raises:
+        OutputError, StorageError: writing failed.
+    """
+    if frozen:
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        first, _ = shard_names(weights_name, 2)
+        write_tensors(folder / first, {name: _for_file(state_dict[name]) for name in frozen})
 
 
 def _unwrapped(name: str) -> str:

@@ -63,6 +63,12 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     )
 
 
+def shard_names(weights_name: str, num_shards: int) -> list[str]:
+    """`model.safetensors` → `model-00001-of-00002.safetensors`, …"""
+    stem = weights_name.removesuffix(".safetensors")
+    return [f"{stem}-{number:05d}-of-{num_shards:05d}.safetensors" for number in range(1, num_shards + 1)]
+
+
 def _shards(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

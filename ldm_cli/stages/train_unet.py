@@ -21,7 +21,8 @@ from ldm_cli.data.batch import Batch
 from ldm_cli.data.latent_cache import LatentCache, Manifest
 from ldm_cli.data.sample_decoder import Encoding
 from ldm_cli.errors import RecipeError
-from ldm_cli.formats.model_folder import load_weights
+from ldm_cli.formats.model_folder import load_weights, save_frozen, save_model
+from ldm_cli.formats.pipeline_folder import UNET
 from ldm_cli.formats.scheduler_file import our_settings
 from ldm_cli.pictures.grid import image_grid
 from ldm_cli.pictures.images import save_image
@@ -31,15 +32,16 @@ from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import requests_for
 from ldm_cli.stages.support.frozen_encoders import FrozenEncoders, cache_key
 from ldm_cli.stages.support.options import RunOptions
-from ldm_cli.stages.support.training_run import Workbench, run_training, split
+from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start
+from ldm_cli.stages.support.training_run import Workbench, run_training
 from ldm_cli.training.checkpoint import link_folder
-from ldm_cli.training.task import Losses, in_parts
 
 _NUM_NOISE_LEVELS = 5
 
 
 def run(recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
     """Train the denoiser of `recipe`; the result is a whole Stable Diffusion pipeline folder."""
+    recipe = resolve_start(recipe, reporter.warn)
     uses = {"vae": recipe.vae, "text_encoder": recipe.text_encoder}
     build = lambda bench: DenoiserTask(recipe, bench)  # noqa: E731
     if recipe.cache is None:
@@ -60,7 +62,8 @@ class DenoiserTask:
         self.encoders = FrozenEncoders(recipe, bench.device, bench.run.warn)
         self.vae = self.encoders.vae
         config = fitted_config(recipe, self.vae, self.encoders.text_encoder.config.hidden_size)
-        self.unet = UNet2DConditionModel(config)
+        self.unet = build_model(UNet2DConditionModel, config, recipe)
+        self._frozen = frozen_names(self.unet)
         if recipe.train.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.process = process_of(recipe.diffusion)
@@ -71,21 +74,21 @@ class DenoiserTask:
         self._fixed_keys = {purpose: philox.key(recipe.seed, f"validation {purpose}") for purpose in keys}
         empty = bench.cache.states("")[None] if bench.cache else self.encoders.states([""])
         self._empty = empty.to(bench.device, torch.float32)
-        bench.run.share(self._pipeline().save_companions)
+        bench.run.share(self._save_unchanged)
 
-    def losses(self, batch: Batch, num_parts: int, step: int) -> Losses:
-        """The loss on equal parts of the batch; each sample has its own level, noise and dropout."""
+    def parts(self, batch: Batch, num_parts: int) -> list[Batch]:
+        """Samples do not depend on one another."""
+        return batch.parts(num_parts)
 
-        def loss(part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-            epoch, position = part.epoch, part.position
-            u = self._shares(epoch, position)
-            dropped = philox.uniform(self._keys["caption dropout"], epoch, position, 1)[:, 0]
-            encoding = self._encoding(part)
-            is_dropped = (dropped < self.recipe.diffusion.caption_dropout).to(self.bench.device)
-            context = torch.where(is_dropped[:, None, None], self._empty, encoding.states)
-            return self._denoising_error(part, replace(encoding, states=context), u, self._keys).mean(), {}
-
-        return in_parts(loss, split(batch, num_parts))
+    def loss(self, part: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean denoising error; each sample has its own level, noise and dropout."""
+        epoch, position = part.epoch, part.position
+        u = self._shares(epoch, position)
+        dropped = philox.uniform(self._keys["caption dropout"], epoch, position, 1)[:, 0]
+        encoding = self._encoding(part)
+        is_dropped = (dropped < self.recipe.diffusion.caption_dropout).to(self.bench.device)
+        context = torch.where(is_dropped[:, None, None], self._empty, encoding.states)
+        return self._denoising_error(part, replace(encoding, states=context), u, self._keys).mean(), {}
 
     def _shares(self, epoch: Tensor, position: Tensor) -> Tensor:
         """u of `Process.at` for each sample: float32 [B], in (0, 1)."""
@@ -151,14 +154,20 @@ class DenoiserTask:
             settings=our_settings(self.recipe.diffusion.to_mapping()),
         )
 
+    def _save_unchanged(self, folder: Path) -> None:
+        """Write all of the pipeline folder that training leaves alone."""
+        self._pipeline().save_companions(folder)
+        save_frozen(folder / UNET, self.unet.state_dict(), self._frozen)
+
     def export(self, folder: Path) -> None:
-        """Write the pipeline folder: this denoiser, and links to its autoencoder and text encoder."""
+        """Write the pipeline folder: the trained weights of this denoiser, and links to all else."""
         link_folder(self.bench.run.frozen, folder)
-        self._pipeline().save_denoiser(folder)
+        config = self.unet.config.to_hugging_face()
+        save_model(folder / UNET, self.unet.state_dict(), config, frozen=self._frozen)
 
     def restore(self, folder: Path) -> None:
         """Read the denoiser's weights of `export` back."""
-        load_weights(self.unet, folder / "unet")
+        load_weights(self.unet, folder / UNET)
 
     def finalize(self) -> dict[str, float]:
         """Nothing is left to do."""
@@ -171,7 +180,7 @@ def fitted_config(recipe: TrainUnetRecipe, vae: AutoencoderKL, text_width: int) 
     Raises:
         RecipeError: channels or widths do not fit together.
     """
-    config = recipe.unet
+    config = recipe.model
     problems = []
     channels = vae.config.latent_channels
     if config.in_channels != channels or config.out_channels != channels:

@@ -54,7 +54,7 @@ ZOO = [
     (
         "name: tiny",
         "name: tiny\nzzz: 1",
-        "r.yaml:3:1: zzz: unknown key; expected one of command, name, seed, data, vae, loss, train",
+        "r.yaml:3:1: zzz: unknown key; expected one of command, name, seed, data, vae, start_from, freeze, loss, train",
     ),
     ("  steps: 10\n", "", "r.yaml:6:1: train: missing required key 'steps'"),
     ("name: tiny\n", "", "r.yaml:1:1: missing required key 'name'"),

@@ -28,7 +28,7 @@ from ldm_cli.stages import precompute
 from ldm_cli.stages.support import options as stage_options
 from ldm_cli.stages.support.frozen_encoders import FrozenEncoders, cache_key
 from ldm_cli.stages.support.options import RunOptions
-from ldm_cli.training.failures import MAX_LIVES
+from ldm_cli.training.failures import MAX_ATTEMPTS
 from tests.data.tars import png, write_tar
 
 from ..faults.runs import assert_same_run, metrics
@@ -176,7 +176,7 @@ def test_the_time_limit_stops_with_what_is_written(parts: Parts, tmp_path: Path)
 
 def test_a_time_limit_that_leaves_room_for_no_file_ends_in_a_word_not_in_a_loop(parts: Parts, tmp_path: Path) -> None:
     recipe = {**unet_recipe(*parts), "cache": str(tmp_path / "cache")}
-    for _ in range(MAX_LIVES):
+    for _ in range(MAX_ATTEMPTS):
         with pytest.raises(Preempted, match="no file was finished in it"):
             result_of(recipe, max_time=1e-9)
     with pytest.raises(StuckError, match=r"5 times in file 1: .*do not requeue"):

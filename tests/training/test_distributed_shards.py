@@ -16,9 +16,10 @@ from ldm_cli.data.scenes import write_scenes
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.training import sharded_weights as shards
 from ldm_cli.training.config import TrainConfig
-from ldm_cli.training.distributed import Ranks, joined
+from ldm_cli.training.distributed import joined
 from ldm_cli.training.interruption import StopRequest
 from ldm_cli.training.loop import train
+from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.run_folder import RunFolder
 
 from ..faults.runs import assert_same_run, configured, metrics, tensors
@@ -125,7 +126,7 @@ def test_a_parameter_with_two_names_is_refused() -> None:
     layer = nn.Linear(4, 4)
     tied = nn.Sequential(layer, nn.Sequential(layer))
     with pytest.raises(ValueError, match=r"'1\.0\.weight' and '0\.weight' are one parameter"):
-        shards.Shards({"model": tied}, {}, CPU, Ranks())
+        shards.ShardedWeights({"model": tied}, {}, CPU, Ranks())
 
 
 @pytest.mark.parametrize("other", [{"deterministic": "elastic"}, {"optimizer": "muon"}])

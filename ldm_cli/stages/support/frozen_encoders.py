@@ -17,6 +17,7 @@ from ldm_cli.data.sample_decoder import Encoding
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import RecipeError
 from ldm_cli.formats.model_folder import read_config, weights_sha256
+from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TOKENIZER
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.sampling.components import load_autoencoder, load_text_encoder
 from ldm_cli.stages.support.caption_tokens import CaptionTokens
@@ -39,7 +40,7 @@ class FrozenEncoders:
     def __init__(self, recipe: TrainUnetRecipe, device: torch.device, warn: Callable[[str], None]) -> None:
         self.vae = load_autoencoder(Path(recipe.vae)).to(device).requires_grad_(False).eval()
         self.text_encoder = load_text_encoder(Path(recipe.text_encoder)).to(device).requires_grad_(False).eval()
-        self.tokenizer = Tokenizer.load(Path(recipe.text_encoder))
+        self.tokenizer = load_tokenizer(Path(recipe.text_encoder))
         if recipe.train.channels_last:
             self.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._device, self._dtype = device, _AUTOCAST.get(recipe.train.precision)
@@ -69,6 +70,12 @@ class FrozenEncoders:
         return torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None)
 
 
+def load_tokenizer(text_encoder: Path) -> Tokenizer:
+    """The tokenizer in the folder of a text encoder, or in `tokenizer` beside it, as in pipelines."""
+    beside = text_encoder.parent / TOKENIZER
+    return Tokenizer.load(beside if text_encoder.name == TEXT_ENCODER and beside.is_dir() else text_encoder)
+
+
 def cache_key(recipe: TrainUnetRecipe) -> CacheKey:
     """What decides the cache of a recipe: the weights and configurations of its models, its preprocessing.
 
@@ -89,7 +96,7 @@ def cache_key(recipe: TrainUnetRecipe) -> CacheKey:
     probability = data.flip_probability
     return CacheKey(
         latents={"vae": _model_sha256(vae), **preparation, **precision},
-        text={"text_encoder": _model_sha256(text), "tokenizer": Tokenizer.load(text).fingerprint, **precision},
+        text={"text_encoder": _model_sha256(text), "tokenizer": load_tokenizer(text).fingerprint, **precision},
         flips=tuple(flip for flip in (False, True) if probability != (0.0 if flip else 1.0)),
     )
 
