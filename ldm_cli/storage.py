@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ldm_cli.errors import NOT_WRITABLE, LdmError, OutputError, StorageError
+from ldm_cli.errors import NOT_WRITABLE, CheckpointError, InputNotFoundError, LdmError, OutputError, StorageError
 
 TEMPORARY_PREFIX = ".tmp-"
 """What begins like this is unfinished, and may be deleted by whoever owns the folder."""
@@ -34,6 +34,28 @@ def user_cache() -> Path:
         except RuntimeError:
             base = str(Path(tempfile.gettempdir()) / f"ldm-{os.getuid()}")
     return Path(base) / "ldm"
+
+
+def resolve_model_folder(path: Path) -> Path:
+    """The folder that the path of a model means: itself, or in the Hugging Face cache the snapshot of `main`.
+
+    The root of a cached model is `models--ORG--NAME`, with `refs/main` and `snapshots/COMMIT`.
+
+    Raises:
+        CheckpointError: the path is a single file.
+        InputNotFoundError: the path is the root of a cached model without that snapshot.
+    """
+    if path.is_file():
+        remedy = "give a folder with config.json and its weights"
+        raise CheckpointError(f"cannot use '{path}'", "it is a single file, not a model folder", remedy)
+    if not (path / "snapshots").is_dir():
+        return path
+    main = path / "refs" / "main"
+    commits = [main.read_text().strip()] if main.is_file() else [p.name for p in (path / "snapshots").iterdir()]
+    if len(commits) != 1 or not (path / "snapshots" / Path(commits[0]).name).is_dir():
+        cause = f"refs/main names {commits[0]!r}" if main.is_file() else f"no refs/main, and {len(commits)} snapshots"
+        raise InputNotFoundError(f"no snapshot to use in '{path}'", cause, "give one of the folders in snapshots/")
+    return path / "snapshots" / Path(commits[0]).name
 
 
 def fsync_path(path: Path) -> None:
