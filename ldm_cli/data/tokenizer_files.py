@@ -61,8 +61,11 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     if "added_tokens_decoder" in settings:
         by_id = {int(i): _added_token(entry) for i, entry in settings["added_tokens_decoder"].items()}
     else:
+        extra = settings.get("additional_special_tokens")
         settings |= _read_object(folder / "special_tokens_map.json", optional=True)
-        special = {_content(token) for token in _special_tokens(settings)}
+        # Additional tokens of special_tokens_map.json alone do not count as special here.
+        named = _special_tokens(settings | {"additional_special_tokens": extra})
+        special = {_content(token) for token in named}
         by_id = {
             i: AddedToken(token, normalized=token not in special, special=token in special)
             for token, i in _read_object(folder / "added_tokens.json", optional=True).items()
@@ -74,7 +77,7 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
         found = settings.get(name)
         if found is not None and _content(found) != expected:
             raise ValueError(f"{name}={_content(found)!r} is not supported, only {expected!r}")
-    length = settings.get("model_max_length")
+    length = settings.get("model_max_length", settings.get("max_len"))
     return TokenizerFiles(
         vocab,
         merges,

@@ -100,7 +100,7 @@ def their_folder(tmp_path: Path, tokens: list[Any]) -> Path:
 
 
 def random_texts() -> list[str]:
-    pieces = ["<cat-toy>", "sks", "SKS", "<s1>", "é", "É", "猫", "!", "toy", "a", " ", "  ", ",", "x", "<", "\t"]
+    pieces = ["<cat-toy>", "sks", "SKS", "<s1>", "<S1>", "é", "É", "猫", "!", "toy", "a", " ", "  ", ",", "<", "\t"]
     choose = random.Random(0)
     return ["".join(choose.choice(pieces) for _ in range(12)) for _ in range(200)]
 
