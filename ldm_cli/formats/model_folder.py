@@ -30,6 +30,7 @@ __all__ = [
     "TRANSFORMERS_WEIGHTS",
     "load_model",
     "load_weights",
+    "read_as",
     "read_config",
     "save_model",
     "weights_sha256",
@@ -46,6 +47,7 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *_FLOAT8
 # What DDP, compile and FSDP put into parameter names.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
 
+T = TypeVar("T")
 ModuleT_co = TypeVar("ModuleT_co", bound=nn.Module, covariant=True)
 
 
@@ -69,7 +71,7 @@ def load_model(
     parse: Callable[[Mapping[str, Any]], Any] | None = None,
     allow_extra: bool = False,
 ) -> ModuleT_co:
-    """A model folder as a module, float32 on the CPU; errors as in `read_config` and `load_weights`.
+    """A model folder as a module, float32 on the CPU; errors as in `resolve_model_folder` and `load_weights`.
 
     Args:
         model_class: the class of the module.
@@ -80,18 +82,28 @@ def load_model(
     Raises:
         CheckpointError: config.json is of another model, or asks for something that is not implemented.
     """
-    mapping = read_config(folder)
-    try:
-        config = (parse or model_class.config_class.from_hugging_face)(mapping)
-    except ValidationError as error:
-        causes = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise CheckpointError(f"cannot use '{folder / CONFIG_NAME}'", named(causes, "; ")) from error
-    except ValueError as error:
-        raise CheckpointError(f"cannot use '{folder / CONFIG_NAME}'", str(error)) from error
+    folder = resolve_model_folder(folder)
+    config = read_as(parse or model_class.config_class.from_hugging_face, folder / CONFIG_NAME)
     with without_weights():
         module = model_class(config)
     load_weights(module, folder, allow_extra=allow_extra)
     return module
+
+
+def read_as(parse: Callable[[Mapping[str, Any]], T], file: Path) -> T:
+    """What `parse` makes of a JSON file, such as the `from_hugging_face` of a configuration; errors as in `read_json`.
+
+    Raises:
+        CheckpointError: the file is of another model, or asks for something that is not implemented.
+    """
+    mapping = read_json(file)
+    try:
+        return parse(mapping)
+    except ValidationError as error:
+        causes = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise CheckpointError(f"cannot use '{file}'", named(causes, "; ")) from error
+    except ValueError as error:
+        raise CheckpointError(f"cannot use '{file}'", str(error)) from error
 
 
 @contextmanager

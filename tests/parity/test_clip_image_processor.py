@@ -34,7 +34,7 @@ CONTENTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("height, width", [(33, 57), (57, 33), (40, 40), (64, 47)])
+@pytest.mark.parametrize(("height", "width"), [(33, 57), (57, 33), (40, 40), (64, 47)])
 @pytest.mark.parametrize("content", CONTENTS)
 def test_pixels_equal_those_of_transformers(content: str, height: int, width: int) -> None:
     generator = np.random.default_rng(height)
@@ -43,6 +43,7 @@ def test_pixels_equal_those_of_transformers(content: str, height: int, width: in
     processor = CLIPImageProcessor.from_hugging_face(CONTENTS[content])
     found = processor(torch.from_numpy(image).permute(2, 0, 1)[None])
     assert found.shape == expected.shape
+    assert processor.side in (None, found.shape[2])
     scale = (processor.rescale_factor if processor.do_rescale else 1) / (
         min(processor.image_std) if processor.do_normalize else 1
     )
@@ -53,6 +54,8 @@ def test_pixels_equal_those_of_transformers(content: str, height: int, width: in
 
 def test_defaults_are_those_of_our_own_normalisation() -> None:
     images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    assert CLIPImageProcessor.for_side(224) == CLIPImageProcessor()
+    assert CLIPImageProcessor().side == 224
     assert torch.allclose(CLIPImageProcessor()(images), normalize_images(images), atol=1e-6)
 
 

@@ -104,6 +104,17 @@ class CLIPImageProcessor(Config):
         used = {k: v for k, v in mapping.items() if v is not None and not (k.startswith("_") or k in _BOOKKEEPING)}
         return cls.from_mapping(used)
 
+    @classmethod
+    def for_side(cls, side: int) -> Self:
+        """The one of a CLIP without the file: images of `side` × `side` pixels, else as OpenAI's."""
+        return cls(size=ShortestEdge(shortest_edge=side), crop_size=HeightWidth(height=side, width=side))
+
+    @property
+    def side(self) -> int | None:
+        """Height and width of every result; None where they are not square, or hang on the image."""
+        size = self.crop_size if self.do_center_crop else self.size if self.do_resize else None
+        return size.height if isinstance(size, HeightWidth) and size.height == size.width else None
+
     def __call__(self, images: Tensor) -> Tensor:
         """Images as the image tower wants them.
 
@@ -141,11 +152,7 @@ class CLIPImageProcessor(Config):
 
     def _cropped(self, pixels: Tensor) -> Tensor:
         """The middle; where a side is too short, the image in the middle of black."""
-        padding: list[int] = []
-        for found, wanted in zip(
-            reversed(pixels.shape[-2:]), (self.crop_size.width, self.crop_size.height), strict=True
-        ):
-            # Of an odd difference, the first side gets the larger half of a margin and the smaller of a cut.
-            first = (wanted - found + 1) // 2
-            padding += [first, wanted - found - first]
-        return F.pad(pixels, padding)
+        height, width = pixels.shape[-2:]
+        margins = (self.crop_size.width - width, self.crop_size.height - height)
+        # F.pad crops where a number is negative.
+        return F.pad(pixels, [part for margin in margins for part in ((margin + 1) // 2, margin // 2)])
