@@ -39,7 +39,8 @@ def user_cache() -> Path:
 def resolve_model_folder(path: Path) -> Path:
     """The folder that the path of a model means: itself, or in the Hugging Face cache the snapshot of `main`.
 
-    The root of a cached model is `models--ORG--NAME`, with `refs/main` and `snapshots/COMMIT`.
+    The root of a cached model is `models--ORG--NAME`, with `refs/main` and `snapshots/COMMIT`. Without that file, its
+    only snapshot is taken.
 
     Raises:
         CheckpointError: the path is a single file.
@@ -50,12 +51,14 @@ def resolve_model_folder(path: Path) -> Path:
         raise CheckpointError(f"cannot use '{path}'", "it is a single file, not a model folder", remedy)
     if not (path / "snapshots").is_dir():
         return path
-    main = path / "refs" / "main"
-    commits = [main.read_text().strip()] if main.is_file() else [p.name for p in (path / "snapshots").iterdir()]
-    if len(commits) != 1 or not (path / "snapshots" / Path(commits[0]).name).is_dir():
-        cause = f"refs/main names {commits[0]!r}" if main.is_file() else f"no refs/main, and {len(commits)} snapshots"
+    main, snapshots = path / "refs" / "main", sorted((path / "snapshots").iterdir())
+    cause = f"{len(snapshots)} snapshots and no refs/main"
+    if main.is_file():
+        commit = main.read_text().strip()
+        snapshots, cause = [p for p in snapshots if p.name == commit], f"refs/main names {commit!r}"
+    if len(snapshots) != 1:
         raise InputNotFoundError(f"no snapshot to use in '{path}'", cause, "give one of the folders in snapshots/")
-    return path / "snapshots" / Path(commits[0]).name
+    return snapshots[0]
 
 
 def fsync_path(path: Path) -> None:

@@ -183,6 +183,9 @@ def without_bookkeeping(config_class: type[Config], mapping: Mapping[str, Any]) 
     return {
         name: value
         for name, value in mapping.items()
-        if (name in config_class.model_fields and (name, value) != ("projection_dim", None))
-        or not (name.startswith("_") or name in _TRANSFORMERS_BOOKKEEPING or name == "pruned_heads")
+        if (name, value) != ("projection_dim", None)
+        and (
+            name in config_class.model_fields
+            or not (name.startswith("_") or name in _TRANSFORMERS_BOOKKEEPING or name == "pruned_heads")
+        )
     }
