@@ -17,6 +17,7 @@ from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError, InputNotFoundError
 from ldm_cli.formats.model_folder import CONFIG_NAME, load_model
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
+from ldm_cli.storage import resolve_model_folder
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,7 +30,9 @@ def resolve_model(path: Path) -> Path:
 
     Raises:
         InputNotFoundError: there is no such folder, or no model in it.
+        CheckpointError: the path is a single file.
     """
+    path = resolve_model_folder(path)
     if not path.is_dir():
         raise InputNotFoundError(f"model folder '{path}' not found", remedy="check --model, or train it first")
     manifests = sorted((path / "checkpoints").glob("step-*/manifest.json"))
