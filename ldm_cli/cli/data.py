@@ -69,14 +69,19 @@ def synth(
 
 @commands.command()
 def pack(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of images, or a CSV file.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="Folder of pictures, or a CSV, JSON or Parquet file.")
+    ],
     out: Output,
     image_column: Annotated[
-        str | None, typer.Option("--image-column", metavar="NAME", help="CSV column of the image paths.")
+        str | None, typer.Option("--image-column", metavar="NAME", help="Column of the pictures.")
     ] = None,
     caption_column: Annotated[
-        str | None, typer.Option("--caption-column", metavar="NAME", help="CSV column of the captions.")
+        str | None, typer.Option("--caption-column", metavar="NAME", help="Column of the captions; '' for none.")
     ] = None,
+    caption_template: Annotated[
+        str, typer.Option("--caption-template", metavar="TEXT", help="Caption where only a class is known.")
+    ] = "a photo of a {}",
     shard_samples: Annotated[
         int, typer.Option("--shard-samples", metavar="N", min=1, help="Samples per shard.")
     ] = 10_000,
@@ -84,15 +89,14 @@ def pack(
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:
-    """Make shards of a folder with .txt captions, an imagefolder with metadata.jsonl, or a CSV."""
+    """Make shards of a folder of pictures with captions, of class folders, or of a table that names pictures."""
     from ldm_cli.stages import data
 
     result = data.pack(
         source,
         out,
         make_reporter(),
-        image_column=image_column,
-        caption_column=caption_column,
+        choices=data.Choices(image_column, caption_column, caption_template),
         shard_samples=shard_samples,
         prefix=prefix,
     )

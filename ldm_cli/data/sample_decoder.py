@@ -147,7 +147,8 @@ class MembersDecoder:
             shape = draw.shape or (self._config.image_size, self._config.image_size)
             config = self._config
             picture = decode_rgb(members.image(), config.background, config.max_pixels, max(shape))
-            image = to_rectangle(picture, shape, config.crop, draw.place, mirror)
+            remarks += picture.remarks
+            image = to_rectangle(picture.image, shape, config.crop, draw.place, mirror)
         return Sample(image, caption, label, metadata, remarks)
 
     def _caption_choices(self, members: Members) -> list[float]:
