@@ -34,6 +34,13 @@ class Conversion(NamedTuple):
         return converted
 
 
+def color_mode(mode: str) -> str:
+    """Which of "L", "RGB" and "CMYK" the colours of Pillow's mode are."""
+    if mode in ("1", "L", "LA", "La") or mode.startswith("I"):
+        return "L"
+    return "CMYK" if mode == "CMYK" else "RGB"
+
+
 @lru_cache(maxsize=64)
 def conversion(profile: bytes | None, mode: str) -> Conversion:
     """The conversion for pixels of `mode` ("L", "RGB" or "CMYK") under an embedded profile, broken ones included.

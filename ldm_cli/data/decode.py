@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 
 from ldm_cli.allocator import give_back_memory
 from ldm_cli.data.bad_samples import BadSampleError
-from ldm_cli.data.color_profiles import Conversion, conversion
+from ldm_cli.data.color_profiles import Conversion, color_mode, conversion
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 """Members that hold an image, the preferred ones first."""
@@ -63,7 +63,7 @@ class Picture(NamedTuple):
 
 
 def load_codecs() -> None:
-    """Import Pillow's readers of the usual formats, which it would do at the first picture: in each worker anew."""
+    """Import Pillow's readers of the usual formats, so that not each worker does."""
     Image.preinit()
 
 
@@ -87,8 +87,10 @@ def decode_rgb(data: bytes, background: Color, max_pixels: int, min_side: int | 
             image.draft(None, (2 * min_side, 2 * min_side))
         image.load()
         transpose = _TRANSPOSE.get(_orientation(image))  # Pillow has already applied it to TIFFs
-        to_srgb = conversion(image.info.get("icc_profile"), _color_mode(image.mode))
-        result = _to_rgb(image, to_srgb, background, _reduction(image.size, min_side), _transparent_level(data, image))
+        to_srgb = conversion(image.info.get("icc_profile"), color_mode(image.mode))
+        if image.format == "PNG":
+            _scale_transparent_color(image, depth=data[24])
+        result = _to_rgb(image, to_srgb, background, _reduction(image.size, min_side))
         result = result if transpose is None else result.transpose(transpose)
     except BadSampleError:
         raise
@@ -227,36 +229,25 @@ def _reduction(size: tuple[int, int], min_side: int | None) -> int:
     return max(1, min(math.ceil(math.sqrt(size[0] * size[1] / _HUGE_PIXELS)), min(size) // (3 * min_side)))
 
 
-def _color_mode(mode: str) -> str:
-    """Which of "L", "RGB" and "CMYK" the colours of a mode are."""
-    if mode in _SIXTEEN_BIT or mode in ("1", "L", "LA", "La"):
-        return "L"
-    return "CMYK" if mode == "CMYK" else "RGB"
+def _scale_transparent_color(image: Image.Image, depth: int) -> None:
+    """Bring the colour that a PNG of `depth` bits calls transparent to the scale of the loaded pixels."""
+    color = image.info.get("transparency")
+    if isinstance(color, int) and depth in (2, 4) and image.mode == "L":
+        image.info["transparency"] = color * 255 // (2**depth - 1)
+    elif isinstance(color, tuple) and depth == 16:
+        image.info["transparency"] = tuple(level >> 8 for level in color)
 
 
-def _transparent_level(data: bytes, image: Image.Image) -> int | None:
-    """The level that a grey PNG calls transparent, on the scale of the loaded pixels; Pillow tells that of the file."""
-    level = image.info.get("transparency")
-    if image.format != "PNG" or not isinstance(level, int) or image.mode == "P":
-        return None
-    depth = data[24]
-    return level if depth >= 8 else level * 255 // (2**depth - 1)
-
-
-def _to_rgb(
-    image: Image.Image, to_srgb: Conversion, background: Color, reduction: int, transparent_level: int | None
-) -> Image.Image:
+def _to_rgb(image: Image.Image, to_srgb: Conversion, background: Color, reduction: int) -> Image.Image:
     """8-bit sRGB of any pixel format, averaged over blocks."""
     if image.mode == "F":
         raise BadSampleError("unsupported pixel format", "floating-point pixels have no defined range")
-    if image.mode == "RGB" and "transparency" not in image.info and to_srgb.transform is None and reduction == 1:
-        return image
-    if transparent_level is not None:
-        return _in_bands(image, lambda band: _grey_over(background, to_srgb, band, transparent_level), reduction)
-    if image.mode in _SIXTEEN_BIT:
-        return _in_bands(image, lambda band: to_srgb(_eight_bit(band)), reduction)
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
         return _in_bands(image, lambda band: _over(background, to_srgb, band), reduction)
+    if image.mode in _SIXTEEN_BIT:
+        return _in_bands(image, lambda band: to_srgb(_eight_bit(band)), reduction)
+    if image.mode == "RGB" and to_srgb.transform is None and reduction == 1:
+        return image
     return _in_bands(image, to_srgb, reduction)
 
 
@@ -278,25 +269,16 @@ def _averaged(image: Image.Image, reduction: int) -> Image.Image:
 
 def _over(background: Color, to_srgb: Conversion, image: Image.Image) -> Image.Image:
     """A picture with transparent pixels over a colour."""
-    with_alpha = image.convert("LA" if _color_mode(image.mode) == "L" else "RGBA")
-    return _composed(background, to_srgb(with_alpha.convert(with_alpha.mode[:-1])), with_alpha.getchannel("A"))
-
-
-def _grey_over(background: Color, to_srgb: Conversion, image: Image.Image, transparent_level: int) -> Image.Image:
-    """A grey picture of which one level is transparent, over a colour."""
-    wide = image.convert("I")
-    opaque = ImageMath.lambda_eval(
-        lambda args: args["convert"]((args["wide"] != transparent_level) * 255, "L"), wide=wide
-    )
-    grey = _eight_bit(image) if image.mode in _SIXTEEN_BIT else image.convert("L")
-    return _composed(background, to_srgb(grey), opaque)
-
-
-def _composed(background: Color, color: Image.Image, alpha: Image.Image) -> Image.Image:
-    canvas = Image.new("RGBA", color.size, (*background, 255))
-    color = color.convert("RGBA")
+    if image.mode in _SIXTEEN_BIT:
+        hidden, levels = image.info["transparency"], image.convert("I")
+        alpha = ImageMath.lambda_eval(lambda v: v["convert"]((v["levels"] != hidden) * 255, "L"), levels=levels)
+        color = _eight_bit(image)
+    else:
+        with_alpha = image.convert("LA" if color_mode(image.mode) == "L" else "RGBA")
+        color, alpha = with_alpha.convert(with_alpha.mode[:-1]), with_alpha.getchannel("A")
+    color = to_srgb(color).convert("RGBA")
     color.putalpha(alpha)
-    return Image.alpha_composite(canvas, color).convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), color).convert("RGB")
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
