@@ -114,6 +114,8 @@ def check(arguments: Shards, json: given.Json = False, debug: given.Debug = Fals
     if not result["ok"]:
         num_bad, num_damaged = len(result["bad_samples"]), len(result["damaged_shards"])
         cause = f"{num_bad} bad samples, {num_damaged} damaged shards"
+        if hidden := result["hidden_samples"]:
+            cause += f", {len(hidden)} samples hidden in others by a dot in their keys, such as {hidden[0]}"
         raise DataError("the data is not sound", cause, "the report names each")
 
 

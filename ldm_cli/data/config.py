@@ -80,6 +80,8 @@ class DataConfig(Config):
     """Chance that a training image is mirrored left to right."""
     background: tuple[ColorByte, ColorByte, ColorByte] = (255, 255, 255)
     """Colour that transparent pixels are laid over."""
+    image: str | None = None
+    """Which member is the picture, by its extension, such as `input.jpg`; null: `jpg`, `png` or another usual one."""
     caption: str = "txt"
     """Where the caption is: a member's extension (`txt`) or a field of a JSON member (`json:caption`)."""
     label: str | None = None

@@ -142,7 +142,7 @@ def _file(shards: ShardSet, shard: int, config: DataConfig) -> Path:
     """Where the survey of a shard is kept: its name tells the content and everything that was asked."""
     rules = config.filter.to_mapping() if config.filter else None
     facts = [_VERSION, shards.indexes[shard].fingerprint(), rules, config.caption, config.max_pixels]
-    facts.append(config.max_member_bytes)
+    facts += [config.max_member_bytes, config.image]
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     return cache_folder() / f"{name}.survey.safetensors"
 
