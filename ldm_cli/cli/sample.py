@@ -50,7 +50,9 @@ def _sample(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option("--prompts", metavar="FILE", help="A file of prompts: .txt, .jsonl or .csv.", **_QUIET),
+        typer.Option(
+            "--prompts", metavar="FILE", help="A file of prompts: .txt, .json, .jsonl, .csv or .tsv.", **_QUIET
+        ),
     ] = None,
     negative: Annotated[str | None, typer.Option("--negative", metavar="TEXT", help="What to avoid.")] = None,
     number: Annotated[int | None, typer.Option("-n", metavar="N", help="Images per prompt.", **_QUIET)] = None,
@@ -184,7 +186,8 @@ def _sample(
         raise UsageError("no model given", remedy="add --model DIR, or a recipe")
     loaded = _load(recipe, changes, options_given, record)
     reporter = make_reporter() if is_first_rank() else SilentReporter()
-    loaded = _with_prompts(loaded, _read_prompts(prompts, reporter) + [_clean(text) for text in prompt or ()], record)
+    texts = [_clean(text) for text in prompt or ()]
+    loaded = _with_prompts(loaded, _read_prompts(prompts, texts, reporter), record)
     with importing():
         from ldm_cli.stages.support.options import RunOptions
 
@@ -264,10 +267,12 @@ def _clean(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _read_prompts(path: Path | None, reporter: Reporter) -> list[str | PromptEntry]:
-    """The prompts of a file."""
-    if path is None:
+def _read_prompts(path: Path | None, texts: list[str], reporter: Reporter) -> list[str | PromptEntry]:
+    """The prompts of a file, then `texts`; warns of options in these."""
+    if path is None and not texts:
         return []
-    from ldm_cli.pictures.prompt_files import read_prompt_file
+    from ldm_cli.pictures.prompt_files import read_prompt_file, stray_option
 
-    return list(read_prompt_file(path, reporter.warn))
+    if stray := next((text for text in texts if stray_option(text)), None):
+        reporter.warn(f"'{stray_option(stray)}' is part of the prompt '{stray}': see ldm sample --help for options")
+    return [*(read_prompt_file(path, reporter.warn) if path else ()), *texts]

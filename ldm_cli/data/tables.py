@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -109,15 +110,13 @@ def text_lines(file: Path, remark: Callable[[str], None]) -> Iterator[str]:
         DataError: a line is in no known encoding.
     """
     with file.open("rb") as data:
-        encoding = encoding_of(data.read(4096))
-        data.seek(0)
+        encoding = encoding_of(data.peek(4096))
         if encoding is not None and not encoding.startswith("utf-8"):
             remark(f"{encoding[:6].upper()} text")
-            with file.open(encoding=encoding, newline="") as text:
-                try:
-                    yield from text
-                except UnicodeError as error:
-                    raise DataError(f"cannot read '{file}'", str(error)) from error
+            try:
+                yield from io.TextIOWrapper(data, encoding, newline="")
+            except UnicodeError as error:
+                raise DataError(f"cannot read '{file}'", str(error)) from error
             return
         for number, line in enumerate(data, start=1):
             try:
