@@ -147,11 +147,12 @@ def index(
 
 def _config(arguments: list[str]) -> DataConfig:
     """Data settings from patterns and `key=value` arguments."""
-    patterns = [argument for argument in arguments if "=" not in argument or Path(argument).exists()]
-    changes = [argument for argument in arguments if argument not in patterns]
-    if not patterns:
-        raise UsageError("no shards given", remedy="name a path, a glob or a brace pattern")
     from ldm_cli.data.config import DataConfig
     from ldm_cli.recipe.load import load_section
+
+    changes = [argument for argument in arguments if given.is_setting(argument, DataConfig.model_fields)]
+    patterns = [argument for argument in arguments if argument not in changes]
+    if not patterns:
+        raise UsageError("no shards given", remedy="name a path, a glob or a brace pattern")
 
     return load_section(DataConfig, changes, [("SHARDS", "shards", patterns)])

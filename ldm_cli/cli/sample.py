@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from ldm_cli.cli import options as given
-from ldm_cli.cli.launch import bind_to_launcher, expect_as_many, is_first_rank, is_rank, launch
+from ldm_cli.cli.launch import bind_to_launcher, expect_as_many, is_first_rank, is_rank, launch, warn_of_copies
 from ldm_cli.cli.report import make_reporter
 from ldm_cli.cli.show import show_plan, show_result
 from ldm_cli.cli.startup import importing
@@ -186,6 +186,7 @@ def _sample(
         raise UsageError("no model given", remedy="add --model DIR, or a recipe")
     loaded = _load(recipe, changes, options_given, record)
     reporter = make_reporter() if is_first_rank() else SilentReporter()
+    warn_of_copies(reporter)
     texts = [_clean(text) for text in prompt or ()]
     loaded = _with_prompts(loaded, _read_prompts(prompts, texts, reporter), record)
     with importing():
