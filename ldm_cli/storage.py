@@ -21,8 +21,18 @@ _REMEDIES = {
     errno.EDQUOT: "free some space",
     errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
 }
+_HOME = re.compile(r"~[\w.-]*(/.*)?", re.DOTALL)
 # Errors of file systems that cannot sync a folder.
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
+
+
+def expand_home(path: str) -> str:
+    """`~/data` and `~name/data` with the home folder of the user in place of `~`; all other text stays.
+
+    >>> expand_home("a ~/b"), expand_home("~100")
+    ('a ~/b', '~100')
+    """
+    return os.path.expanduser(path) if _HOME.fullmatch(path) else path  # noqa: PTH111
 
 
 def user_cache() -> Path:

@@ -19,6 +19,7 @@ from types import FrameType
 
 from ldm_cli.cli.streams import write_line
 from ldm_cli.errors import LdmError, Preempted, UsageError, WorkerError
+from ldm_cli.reporting import Reporter
 from ldm_cli.training.interruption import SECONDS_APART
 
 _PROGRAM = (sys.executable, "-m", "ldm_cli")
@@ -45,6 +46,16 @@ def is_rank() -> bool:
 def is_first_rank() -> bool:
     """Whether this process reports to the user: it is rank 0, or the only one."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def warn_of_copies(reporter: Reporter) -> None:
+    """Warn if Slurm starts several processes that nothing joins: each would do the whole work."""
+    num_tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
+    if num_tasks not in ("", "1") and not is_rank():
+        reporter.warn(
+            f"Slurm starts {num_tasks} tasks, but RANK and WORLD_SIZE are not set: each process works alone on "
+            "the same output; use torchrun, or set them as scripts/train.slurm does"
+        )
 
 
 def expect_as_many(num_ranks: int | None) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ldm_cli.errors import UsageError
+from ldm_cli.storage import expand_home
 
 RecipeName = Annotated[
     str,
@@ -52,6 +53,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
 
+_TEXT_OPTIONS = frozenset(("-p", "--prompt", "--negative", "--caption-template", "--prefix"))
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
@@ -97,6 +99,27 @@ def size(text: str | None) -> tuple[int, int] | None:
         raise UsageError(f"--size '{text}' is no size", remedy="write WIDTHxHEIGHT, such as 512x512")
     width = int(found[1])
     return width, int(found[2] or width)
+
+
+def expand_homes(arguments: Sequence[str]) -> list[str]:
+    """The command line with `~` expanded where the shell leaves it, as in `--out=~/run`; prompts stay as they are."""
+    expanded = []
+    for before, argument in zip(("", *arguments), arguments, strict=False):
+        option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        is_text = (option or before) in _TEXT_OPTIONS
+        expanded.append(argument if is_text else f"{option}{equals}{expand_home(value)}")
+    return expanded
+
+
+def is_setting(argument: str, fields: Collection[str]) -> bool:
+    """Whether an argument among shards is `key=value`, and no file or address with an `=` in it.
+
+    What is neither a field nor looks like a path counts as a setting, so that a slip in its name is noticed.
+    """
+    key, equals, value = argument.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key) or Path(argument).exists():
+        return False
+    return key.partition(".")[0] in fields or not ("/" in value or value.endswith((".tar", "*")))
 
 
 def check_overrides(overrides: Sequence[str] | None) -> tuple[str, ...]:

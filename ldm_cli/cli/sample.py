@@ -10,7 +10,7 @@ import typer
 
 from ldm_cli.cli import options as given
 from ldm_cli.cli import sample_arguments as arg
-from ldm_cli.cli.launch import bind_to_launcher, expect_as_many, is_first_rank, is_rank, launch
+from ldm_cli.cli.launch import bind_to_launcher, expect_as_many, is_first_rank, is_rank, launch, warn_of_copies
 from ldm_cli.cli.report import make_reporter
 from ldm_cli.cli.show import show_dry_run, show_result
 from ldm_cli.cli.startup import importing
@@ -78,8 +78,9 @@ def _sample(
     provenance = None if repeat is None else _provenance(repeat, recipe)
     loaded = _load(recipe, changes, arg.recipe_fields(context.params), provenance)
     reporter = make_reporter() if is_first_rank() else SilentReporter()
-    given_prompts = _read_prompts(prompts, reporter) + [arg.readable(text) for text in prompt or ()]
-    loaded = _with_prompts(loaded, given_prompts, provenance)
+    warn_of_copies(reporter)
+    texts = [arg.readable(text) for text in prompt or ()]
+    loaded = _with_prompts(loaded, _read_prompts(prompts, texts, reporter), provenance)
     if dry_run:
         show_dry_run(loaded, json)
         return
@@ -158,10 +159,12 @@ def _with_prompts(
     return dataclasses.replace(loaded, recipe=recipe.model_copy(update={"prompts": together}))
 
 
-def _read_prompts(path: Path | None, reporter: Reporter) -> list[str | PromptEntry]:
-    """The prompts of a file."""
-    if path is None:
+def _read_prompts(path: Path | None, texts: list[str], reporter: Reporter) -> list[str | PromptEntry]:
+    """The prompts of a file, then `texts`; warns of options in these."""
+    if path is None and not texts:
         return []
-    from ldm_cli.pictures.prompt_files import read_prompt_file
+    from ldm_cli.pictures.prompt_files import read_prompt_file, stray_option
 
-    return list(read_prompt_file(path, reporter.warn))
+    if stray := next((text for text in texts if stray_option(text)), None):
+        reporter.warn(f"'{stray_option(stray)}' is part of the prompt '{stray}': see ldm sample --help for options")
+    return [*(read_prompt_file(path, reporter.warn) if path else ()), *texts]

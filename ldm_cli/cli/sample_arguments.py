@@ -25,7 +25,9 @@ Arguments = Annotated[
 ]
 Model = Annotated[Path | None, _option("--model", metavar="DIR", text="Pipeline or run folder.")]
 Prompt = Annotated[list[str] | None, _option("--prompt", "-p", text="A prompt; may be repeated.")]
-Prompts = Annotated[Path | None, _option("--prompts", metavar="FILE", text="File of prompts: .txt, .jsonl or .csv.")]
+Prompts = Annotated[
+    Path | None, _option("--prompts", metavar="FILE", text="File of prompts: txt, json, jsonl, csv or tsv.")
+]
 Negative = Annotated[str | None, _option("--negative", metavar="TEXT", text="What to avoid.")]
 Number = Annotated[int | None, _option("-n", metavar="N", text="Images per prompt.")]
 Seed = Annotated[int | None, _option("--seed", metavar="S", text="Image i of a prompt has seed S + i.")]

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from ldm_cli.cli import options as given
-from ldm_cli.cli.launch import bind_to_launcher, expect_as_many, is_first_rank, is_rank, launch
+from ldm_cli.cli.launch import bind_to_launcher, expect_as_many, is_first_rank, is_rank, launch, warn_of_copies
 from ldm_cli.cli.report import make_reporter
 from ldm_cli.cli.show import show_dry_run, show_result
 from ldm_cli.cli.startup import importing
@@ -67,6 +67,7 @@ def _train(
 def _run(command: str, recipe: Any, options: Any) -> dict[str, Any]:
     """Run the stage of a command; only that one is imported."""
     reporter = make_reporter() if is_first_rank() else SilentReporter()
+    warn_of_copies(reporter)
     if command == "train-clip":
         with importing():
             from ldm_cli.stages import train_clip

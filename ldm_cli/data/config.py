@@ -81,6 +81,8 @@ class DataConfig(Config):
     """Chance that a training image is mirrored left to right."""
     background: tuple[ColorByte, ColorByte, ColorByte] = (255, 255, 255)
     """Colour behind transparent pixels."""
+    image: str | None = None
+    """Extension of the member that is the picture, such as `input.jpg`; null: `jpg`, `png` or another usual one."""
     caption: str = "txt"
     """Place of the caption: a member's extension (`txt`) or a field of the JSON member (`json:caption`)."""
     label: str | None = None

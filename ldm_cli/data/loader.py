@@ -47,7 +47,7 @@ class Loader:
 
     Attributes:
         account: bad samples met so far.
-        remarks: how many captions were read as Latin-1, cut, cleaned, …
+        remarks: counts of captions cut or read as Windows-1252, of pictures converted to sRGB, …
 
     Raises:
         ValueError: `world_size` does not divide `batch_size`.

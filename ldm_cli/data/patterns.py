@@ -157,9 +157,12 @@ def _local_files(path: str) -> list[Path]:
         return sorted(Path(path).glob("*.tar"))
     if Path(path).exists():
         return [Path(path)]
-    if glob.has_magic(path):
-        return [Path(match) for match in sorted(glob.glob(path, recursive=True))]  # noqa: PTH207
-    return []
+    if not glob.has_magic(path):
+        return []
+    # Brackets in the name of a folder that is there are no pattern.
+    folder = next((parent for parent in Path(path).parents if parent.is_dir()), Path())
+    pattern = f"{glob.escape(str(folder))}/{os.path.relpath(path, folder)}"
+    return [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
 
 
 def _absence(path: str) -> str:

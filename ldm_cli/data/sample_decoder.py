@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -96,13 +97,13 @@ class Members(ABC):
     def read(self, extension: str) -> bytes | None:
         """The bytes of a member, or None if the sample has none of that extension."""
 
-    def image(self) -> bytes:
-        """The bytes of the image, of the preferred format if there are several."""
-        for extension in IMAGE_EXTENSIONS:
+    def image(self, extensions: Sequence[str]) -> bytes:
+        """The bytes of the image, of the first of these extensions that there is."""
+        for extension in extensions:
             data = self.read(extension)
             if data is not None:
                 return data
-        raise BadSampleError("missing image")
+        raise BadSampleError("missing image", f"no member .{', .'.join(extensions)}; data.image can name another")
 
     def metadata(self) -> dict[str, Any] | None:
         """The parsed JSON member, or None if there is none."""
@@ -110,6 +111,11 @@ class Members(ABC):
             data = self.read("json")
             self._metadata = None if data is None else parse_json(data)
         return self._metadata
+
+
+def image_extensions(config: DataConfig) -> tuple[str, ...]:
+    """Of the members that may be the picture, the preferred ones first."""
+    return IMAGE_EXTENSIONS if config.image is None else (config.image.lower(),)
 
 
 class MembersDecoder:
@@ -122,6 +128,7 @@ class MembersDecoder:
 
     def __init__(self, config: DataConfig, wanted: Wanted) -> None:
         self._config, self._wanted = config, wanted
+        self._image_extensions = image_extensions(config)
 
     def extensions(self) -> set[str]:
         """The extensions of all members that may be read."""
@@ -129,7 +136,7 @@ class MembersDecoder:
         named += [self._config.label] if self._wanted.label and self._config.label else []
         named += [_JSON] if self._wanted.metadata else []
         needed = {"json" if name.startswith(_JSON) else name for name in named}
-        return needed | (set(IMAGE_EXTENSIONS) if self._wanted.image else set())
+        return needed | (set(self._image_extensions) if self._wanted.image else set())
 
     def decode_members(self, members: Members, draw: Draw) -> Sample:
         """The sample with its image cropped and flipped as `draw` says.
@@ -146,8 +153,11 @@ class MembersDecoder:
             mirror = draw.flip < self._config.flip_probability
             shape = draw.shape or (self._config.image_size, self._config.image_size)
             config = self._config
-            picture = decode_rgb(members.image(), config.background, config.max_pixels, max(shape))
-            image = to_rectangle(picture, shape, config.crop, draw.place, mirror)
+            picture = decode_rgb(
+                members.image(self._image_extensions), config.background, config.max_pixels, max(shape)
+            )
+            remarks += picture.remarks
+            image = to_rectangle(picture.image, shape, config.crop, draw.place, mirror)
         return Sample(image, caption, label, metadata, remarks)
 
     def _caption_choices(self, members: Members) -> list[float]:
@@ -225,7 +235,7 @@ class SampleDecoder(MembersDecoder):
 
     def image_bytes(self, shard: int, sample: int) -> bytes:
         """The sample's image file; raises as `decode`."""
-        return self._members(shard, sample).image()
+        return self._members(shard, sample).image(self._image_extensions)
 
     def _members(self, shard: int, sample: int) -> _IndexedMembers:
         where = (self._reader, shard, self._shards.indexes[shard].sample(sample))

@@ -142,7 +142,7 @@ def _file(shards: ShardSet, shard: int, config: DataConfig) -> Path:
     """The file with the facts of a shard; its name is a hash of the shard's content and of all settings that matter."""
     rules = config.filter.to_mapping() if config.filter else None
     inputs = [_VERSION, shards.indexes[shard].fingerprint(), rules, config.caption, config.max_pixels]
-    inputs.append(config.max_member_bytes)
+    inputs += [config.max_member_bytes, config.image]
     name = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
     return cache_folder() / f"{name}.facts.safetensors"
 

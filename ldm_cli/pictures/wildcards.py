@@ -26,7 +26,7 @@ class Wildcards:
         Raises:
             InputNotFoundError: there is no such folder.
         """
-        self._folder = folder.expanduser()
+        self._folder = folder
         if not self._folder.is_dir():
             raise InputNotFoundError(f"wildcards '{folder}' not found", "no such folder", "check --wildcards")
         self._words = cache(self._read)

@@ -12,6 +12,7 @@ from ldm_cli.data import pack as packing
 from ldm_cli.data import report, scenes
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.open_shards import open_shards
+from ldm_cli.data.sources import Choices
 from ldm_cli.reporting import Reporter
 
 
@@ -44,21 +45,12 @@ def pack(
     out: Path,
     reporter: Reporter,
     *,
-    image_column: str | None = None,
-    caption_column: str | None = None,
+    choices: Choices = Choices(),
     shard_samples: int = 10_000,
     prefix: str = "train-",
 ) -> dict[str, Any]:
-    """Make shards of a folder of images, an imagefolder, or a CSV: `data.pack.pack`."""
-    return packing.pack(
-        source,
-        out,
-        reporter,
-        image_column=image_column,
-        caption_column=caption_column,
-        shard_samples=shard_samples,
-        prefix=prefix,
-    )
+    """Make shards of a folder of pictures, or of a table that names some: `data.pack.pack`."""
+    return packing.pack(source, out, reporter, choices=choices, shard_samples=shard_samples, prefix=prefix)
 
 
 def check(config: DataConfig, reporter: Reporter) -> dict[str, Any]:

@@ -50,6 +50,15 @@ def test_folders_globs_braces_and_lists_find_the_same_shards_in_order(tmp_path: 
     assert find_sources((str(expected[2]), f"{folder}/00*.tar")) == (expected[2:], expected[:2])
 
 
+@pytest.mark.parametrize("folder", ["photos [2021]", "a[b-d]", "x[!y]z/deep"])
+def test_brackets_in_the_name_of_a_folder_are_no_pattern(tmp_path: Path, folder: str) -> None:
+    numbered_shards(tmp_path / folder, [1, 1])
+    numbered_shards(tmp_path / "ab", [1])
+    expected = tuple(tmp_path / folder / name for name in ("000.tar", "001.tar"))
+    for pattern in ("*.tar", "00[01].tar", "00{0,1}.tar"):
+        assert find_shards(f"{tmp_path}/{folder}/{pattern}") == expected
+
+
 def test_all_holes_are_listed_at_once(tmp_path: Path) -> None:
     folder = numbered_shards(tmp_path / "d", [1, 1, 1])
     (folder / "001.tar").unlink()

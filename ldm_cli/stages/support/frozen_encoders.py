@@ -90,7 +90,7 @@ def cache_key(recipe: TrainUnetRecipe) -> CacheKey:
             "set data.crop=center or squash, or train without a cache",
         )
     data, vae, text = recipe.data, Path(recipe.vae), Path(recipe.text_encoder)
-    names = ("image_size", "crop", "background", "max_pixels", "max_member_bytes")
+    names = ("image", "image_size", "crop", "background", "max_pixels", "max_member_bytes")
     preparation = {f"data.{name}": value for name, value in data.to_mapping().items() if name in names}
     precision = {"train.precision": recipe.train.precision}
     probability = data.flip_probability
