@@ -28,14 +28,16 @@ def _bench(
     subject: Annotated[str, typer.Argument(metavar="SUBJECT", help=_SUBJECTS.replace("|", ", "), **_QUIET)],
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="RECIPE|KEY=VALUE", help="Another model, and changes to it.", **_QUIET),
+        typer.Argument(metavar="RECIPE|KEY=VALUE", help="Recipe of another model, and changes to it.", **_QUIET),
     ] = None,
     against: Annotated[
         str, typer.Option("--against", metavar="PEER,…", help="diffusers, transformers, webdataset or all.", **_QUIET)
     ] = "",
-    rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Turns of each after warm-up.")] = 5,
+    rounds: Annotated[
+        int, typer.Option("--rounds", metavar="N", min=1, help="Turns of each contender after warm-up.")
+    ] = 5,
     model: Annotated[
-        str | None, typer.Option("--model", metavar="DIR", help="What sample and start draw with.")
+        str | None, typer.Option("--model", metavar="DIR", help="Pipeline folder for sample and start.")
     ] = None,
     images: Annotated[
         int | None, typer.Option("-n", metavar="N", min=1, help="Images of sample and data.", **_QUIET)
@@ -44,9 +46,7 @@ def _bench(
         int | None, typer.Option("--steps", metavar="N", min=1, help="Steps of sample, start and memory.", **_QUIET)
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="Text tokens of train-unet.")] = 77,
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="Let each contender also run compiled.", **_QUIET)
-    ] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Also run each contender compiled.", **_QUIET)] = False,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Also write the JSON here.", **_QUIET)
     ] = None,
@@ -54,7 +54,7 @@ def _bench(
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:
-    """Measure speed and memory, beside the machine's limits and beside what others use."""
+    """Measure speed and memory against the machine's limits and against other libraries."""
     if subject not in _SUBJECTS.split("|"):
         raise UsageError(f"unknown subject '{subject}'", remedy=f"one of {_SUBJECTS.replace('|', ', ')}")
     recipe, changes = _split(arguments)
