@@ -118,11 +118,11 @@ class _MallocInfo(ctypes.Structure):
 def allocated_bytes() -> int | None:
     """Bytes that malloc has allocated and not freed, without gaps between them; None if it does not report them."""
     try:
-        tell = ctypes.CDLL("libc.so.6").mallinfo2
+        mallinfo = ctypes.CDLL("libc.so.6").mallinfo2
     except (OSError, AttributeError):
         return None
-    tell.restype = _MallocInfo
-    info = tell()
+    mallinfo.restype = _MallocInfo
+    info = mallinfo()
     return int(info.uordblks + info.hblkhd)
 
 

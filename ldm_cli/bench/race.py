@@ -239,9 +239,11 @@ def peak_resident_bytes() -> int:
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         lines = []
-    told = [1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+    peaks = [1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return told[0] if told else peak if sys.platform == "darwin" else 1024 * peak
+    if peaks:
+        return peaks[0]
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def resident_bytes() -> int:

@@ -196,9 +196,7 @@ def write_scenes(
     """
     num_val = max(64, samples // 10) if val_samples is None else val_samples
     if min(samples, num_val, shard_samples) < 1 or size < MIN_SIZE:
-        raise ValueError(
-            f"write_scenes: {samples=}, {num_val=}, {shard_samples=} at least 1, {size=} at least {MIN_SIZE}"
-        )
+        raise ValueError(f"{samples=}, {num_val=}, {shard_samples=} must be at least 1, {size=} at least {MIN_SIZE}")
     shards = [*_shards("train", samples, shard_samples), *_shards("val", num_val, shard_samples)]
     record: dict[str, Any] = {
         "generator": f"ldm scenes {VERSION}",
