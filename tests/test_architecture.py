@@ -31,7 +31,8 @@ LEVEL = {room: level for level, group in enumerate(GROUPS) for room in group}
 BOTTOM = GROUPS[0]
 
 FORBIDDEN_LIBRARIES = {"numpy", "torchvision", "diffusers", "transformers", "pickle", "marshal", "shelve"}
-CLI_LIBRARIES = {"typer", "rich", "click"}
+# The one room that may import each; matplotlib is slow to import, and only `ldm spiral` plots.
+ROOM_OF_LIBRARY = {"typer": "cli", "rich": "cli", "click": "cli", "matplotlib": "lesson"}
 CORE_LIBRARIES = {"torch", "pydantic", "ldm_cli"}
 MAX_LINES = 300
 MAX_FUNCTION_LINES = 60
@@ -67,8 +68,8 @@ def import_violations(module: str, source: str) -> list[str]:
             found.append(f"{module}: relative import {imported}")
         elif library in FORBIDDEN_LIBRARIES:
             found.append(f"{module} imports {library}")
-        elif library in CLI_LIBRARIES and room != "cli":
-            found.append(f"{module} imports {library}, which only cli may")
+        elif room != ROOM_OF_LIBRARY.get(library, room):
+            found.append(f"{module} imports {library}, which only {ROOM_OF_LIBRARY[library]} may")
         elif library == "ldm_cli" and other in LEVEL and room in LEVEL:
             sideways = LEVEL[other] == LEVEL[room] and other != room and room not in BOTTOM
             if LEVEL[other] > LEVEL[room] or sideways:
@@ -80,6 +81,22 @@ def import_violations(module: str, source: str) -> list[str]:
         if room == "core" and library not in CORE_LIBRARIES and library not in sys.stdlib_module_names:
             found.append(f"{module} imports {library}: core is torch only")
     return found
+
+
+def device_violations(module: str, source: str) -> list[str]:
+    """CPU kernels and hand-written gradients outside core.cpu, and branches on the kind of device in core.models."""
+    if module.startswith("ldm_cli.core.cpu"):
+        return []
+    names = {
+        (node.lineno, ast.unparse(node)) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)
+    }
+    in_models = module.startswith("ldm_cli.core.models")
+    return [
+        f"{module}:{line}: {name}"
+        for line, name in sorted(names)
+        if name in {"torch.ops", "torch.autograd.Function", "autograd.Function"}
+        or (in_models and name.endswith((".device.type", ".is_cuda", ".is_cpu")))
+    ]
 
 
 def speech_violations(module: str, source: str) -> list[str]:
@@ -148,7 +165,14 @@ def cycles(sources: Mapping[str, str]) -> list[str]:
     return []
 
 
-CHECKS = (import_violations, speech_violations, docstring_violations, size_violations, function_violations)
+CHECKS = (
+    import_violations,
+    device_violations,
+    speech_violations,
+    docstring_violations,
+    size_violations,
+    function_violations,
+)
 
 
 def test_the_package_was_found_with_all_its_rooms() -> None:
@@ -199,9 +223,13 @@ def test_a_planted_cycle_is_found(back: str) -> None:
         (import_violations, "ldm_cli.training.loop", "from ldm_cli.core.models.clip import CLIPModel"),
         (import_violations, "ldm_cli.data.loader", "import numpy as np"),
         (import_violations, "ldm_cli.stages.support.dry_run", "from rich.table import Table"),
+        (import_violations, "ldm_cli.pictures.grid", "def f():\n    from matplotlib.figure import Figure"),
         (import_violations, "ldm_cli.stages.support.dry_run", "from . import options"),
         (import_violations, "ldm_cli.stages.support.dry_run", "from ldm_cli.utils import chunks"),
         (import_violations, "ldm_cli.errors", "from ldm_cli.core.models.clip import CLIPModel"),
+        (device_violations, "ldm_cli.core.models.layers", "def f(x):\n    return x.device.type == 'cpu'"),
+        (device_violations, "ldm_cli.core.models.layers", "def f(x):\n    return torch.ops.mkldnn.linear(x)"),
+        (device_violations, "ldm_cli.core.diffusion.loss", "class F(torch.autograd.Function): ..."),
         (speech_violations, "ldm_cli.stages.support.dry_run", "print('hello')"),
         (speech_violations, "ldm_cli.stages.support.dry_run", "import sys\nsys.stderr.write('hello')"),
         (docstring_violations, "ldm_cli.stages.support.dry_run", "x = 1"),
@@ -235,6 +263,7 @@ def test_a_planted_violation_is_found(check, module: str, source: str) -> None: 
             "ldm_cli.stages.support.dry_run",
             '"""Doc."""\nfrom ldm_cli.data.loader import Loader\nfrom ldm_cli.stages.support import options',
         ),
+        ("ldm_cli.core.cpu.linear", '"""Doc."""\nimport torch\n\n\ndef _f(x): return torch.ops.mkldnn.linear(x)'),
         (
             "ldm_cli.cli.show",
             '"""Doc."""\nimport rich\nfrom ldm_cli import __version__\nprint(1)\ndef _f(): ...',

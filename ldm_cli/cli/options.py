@@ -5,22 +5,29 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ldm_cli.errors import UsageError
 from ldm_cli.storage import expand_home
 
-RecipeName = Annotated[
-    str,
-    typer.Argument(metavar="RECIPE", help="A recipe file, or a shipped one such as demo/clip.", show_default=False),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe: train.lr=1e-4", show_default=False),
-]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Output folder.", show_default=False)]
+
+def option(
+    *names: str, text: str, metavar: str | None = None, panel: str | None = None, least: int | None = None
+) -> Any:
+    """An option whose default is not shown, as it is None or empty."""
+    return typer.Option(*names, metavar=metavar, rich_help_panel=panel, min=least, help=text, show_default=False)
+
+
+def argument(metavar: str, text: str) -> Any:
+    """A positional argument whose default is not shown."""
+    return typer.Argument(metavar=metavar, help=text, show_default=False)
+
+
+RecipeName = Annotated[str, argument("RECIPE", "A recipe file, or a shipped one such as demo/clip.")]
+Overrides = Annotated[list[str] | None, argument("KEY=VALUE", "Changes to the recipe: train.lr=1e-4")]
+Out = Annotated[Path | None, option("--out", metavar="DIR", text="Output folder.")]
 Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Device to compute on.")]
 Resume = Annotated[
     str,
@@ -30,23 +37,12 @@ Resume = Annotated[
         help="Continue an interrupted run, refuse to, or start at a checkpoint.",
     ),
 ]
-MaxTime = Annotated[
-    str | None,
-    typer.Option("--max-time", metavar="TIME", help="Save and stop after 3h, 90m, 1:30:00, ...", show_default=False),
-]
-NumRanks = Annotated[
-    int | None,
-    typer.Option(
-        "--nproc",
-        min=1,
-        metavar="N",
-        help="Train with N processes on this machine, one per device.",
-        show_default=False,
-    ),
+MaxTime = Annotated[str | None, option("--max-time", metavar="TIME", text="Save and stop after 3h, 90m, 1:30:00, ...")]
+NumProcesses = Annotated[
+    int | None, option("--nproc", least=1, metavar="N", text="Use N processes on this machine, one per device.")
 ]
 DataTrace = Annotated[
-    Path | None,
-    typer.Option("--data-trace", metavar="FILE", help="Write a line `step shard key` per sample.", show_default=False),
+    Path | None, option("--data-trace", metavar="FILE", text="Write a line `step shard key` per sample.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what the command would do, without doing it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]

@@ -25,11 +25,10 @@ def _precompute(
     overrides: given.Overrides = None,
     dtype: Annotated[
         str | None,
-        typer.Option(
+        given.option(
             "--dtype",
             metavar="fp32|fp16|bf16",
-            help="Type of the stored numbers: fp32 changes no result, the others take half the space.",
-            show_default=False,
+            text="Type of the stored numbers: fp32 changes no result, the others take half the space.",
         ),
     ] = None,
     out: given.Out = None,

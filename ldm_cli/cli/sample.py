@@ -63,7 +63,7 @@ def _sample(
     out: given.Out = None,
     device: given.Device = "auto",
     overwrite: given.Overwrite = False,
-    nproc: arg.NumProcesses = None,
+    nproc: given.NumProcesses = None,
     dry_run: given.DryRun = False,
     json: given.Json = False,
     debug: given.Debug = False,

@@ -6,87 +6,72 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from ldm_cli.cli.options import size
+from ldm_cli.cli.options import argument, option, size
 from ldm_cli.errors import UsageError
 
 _EDITING = "Working on a picture"
 _SHOWING = "How results are shown"
 
 
-def _option(*names: str, metavar: str | None = None, panel: str | None = None, text: str) -> Any:
-    return typer.Option(*names, metavar=metavar, rich_help_panel=panel, help=text, show_default=False)
-
-
-Arguments = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="RECIPE|KEY=VALUE", help="A recipe, and changes to it; both optional.", show_default=False),
-]
-Model = Annotated[Path | None, _option("--model", metavar="DIR", text="Pipeline or run folder.")]
-Prompt = Annotated[list[str] | None, _option("--prompt", "-p", text="A prompt; may be repeated.")]
-Prompts = Annotated[
-    Path | None, _option("--prompts", metavar="FILE", text="File of prompts: txt, json, jsonl, csv or tsv.")
-]
-Negative = Annotated[str | None, _option("--negative", metavar="TEXT", text="What to avoid.")]
-Number = Annotated[int | None, _option("-n", metavar="N", text="Images per prompt.")]
-Seed = Annotated[int | None, _option("--seed", metavar="S", text="Image i of a prompt has seed S + i.")]
-Steps = Annotated[int | None, _option("--steps", metavar="N", text="Denoising steps.")]
-Sampler = Annotated[str | None, _option("--sampler", metavar="NAME", text="ddim, euler, dpmpp_2m, unipc, …")]
-Guidance = Annotated[float | None, _option("--guidance", metavar="G", text="Classifier-free guidance scale.")]
-Eta = Annotated[float | None, _option("--eta", metavar="E", text="DDIM: 0 adds no noise, 1 is DDPM.")]
-Size = Annotated[str | None, _option("--size", metavar="WxH", text="Image size in pixels.")]
-BatchSize = Annotated[int | None, _option("--batch-size", metavar="B", text="Images at a time; changes no image.")]
+Arguments = Annotated[list[str] | None, argument("RECIPE|KEY=VALUE", "A recipe, and changes to it; both optional.")]
+Model = Annotated[Path | None, option("--model", metavar="DIR", text="Pipeline or run folder.")]
+Prompt = Annotated[list[str] | None, option("--prompt", "-p", text="A prompt; may be repeated.")]
+Prompts = Annotated[Path | None, option("--prompts", metavar="FILE", text="txt, json, jsonl, csv or tsv.")]
+Negative = Annotated[str | None, option("--negative", metavar="TEXT", text="What to avoid.")]
+Number = Annotated[int | None, option("-n", metavar="N", text="Images per prompt.")]
+Seed = Annotated[int | None, option("--seed", metavar="S", text="Image i of a prompt has seed S + i.")]
+Steps = Annotated[int | None, option("--steps", metavar="N", text="Denoising steps.")]
+Sampler = Annotated[str | None, option("--sampler", metavar="NAME", text="ddim, euler, dpmpp_2m, unipc, …")]
+Guidance = Annotated[float | None, option("--guidance", metavar="G", text="Classifier-free guidance scale.")]
+Eta = Annotated[float | None, option("--eta", metavar="E", text="DDIM: 0 adds no noise, 1 is DDPM.")]
+Size = Annotated[str | None, option("--size", metavar="WxH", text="Image size in pixels.")]
+BatchSize = Annotated[int | None, option("--batch-size", metavar="B", text="Images at a time; changes no image.")]
 Latents = Annotated[
-    Path | None, _option("--latents", metavar="FILE", text="Initial noise: safetensors with the key 'latents'.")
+    Path | None, option("--latents", metavar="FILE", text="Initial noise: safetensors with the key 'latents'.")
 ]
-Precision = Annotated[str | None, _option("--precision", metavar="P", text="fp32, bf16 or fp16.")]
+Precision = Annotated[str | None, option("--precision", metavar="P", text="fp32, bf16 or fp16.")]
 Compiled = Annotated[
-    bool | None, _option("--compile/--no-compile", text="Compile the model; pays off with many pictures.")
+    bool | None, option("--compile/--no-compile", text="Compile the model; pays off with many pictures.")
 ]
-Init = Annotated[str | None, _option("--init", metavar="IMAGE", panel=_EDITING, text="Picture to start from.")]
+Init = Annotated[str | None, option("--init", metavar="IMAGE", panel=_EDITING, text="Picture to start from.")]
 Strength = Annotated[
     float | None,
-    _option("--strength", metavar="S", panel=_EDITING, text="How much of it may change: 0 nothing, 1 everything."),
+    option("--strength", metavar="S", panel=_EDITING, text="How much of it may change: 0 nothing, 1 everything."),
 ]
 Mask = Annotated[
-    str | None, _option("--mask", metavar="IMAGE", panel=_EDITING, text="White is generated, black is kept.")
+    str | None, option("--mask", metavar="IMAGE", panel=_EDITING, text="White is generated, black is kept.")
 ]
 Extend = Annotated[
     str | None,
-    _option("--extend", metavar="L,T,R,B", panel=_EDITING, text="Pixels to add at each edge, or one number for all."),
+    option("--extend", metavar="L,T,R,B", panel=_EDITING, text="Pixels to add at each edge, or one number for all."),
 ]
-Style = Annotated[str | None, _option("--style", metavar="IMAGE", panel=_EDITING, text="Picture whose style to use.")]
+Style = Annotated[str | None, option("--style", metavar="IMAGE", panel=_EDITING, text="Picture whose style to use.")]
 Variation = Annotated[
     float | None,
-    _option("--variation", metavar="V", panel=_EDITING, text="Distance from the first image of a prompt, 0 to 1."),
+    option("--variation", metavar="V", panel=_EDITING, text="Distance from the first image of a prompt, 0 to 1."),
 ]
 Tile = Annotated[
-    int | None, _option("--tile", metavar="PX", panel=_EDITING, text="Denoise larger pictures in windows of PX.")
+    int | None, option("--tile", metavar="PX", panel=_EDITING, text="Denoise larger pictures in windows of PX.")
 ]
 Interpolate = Annotated[
-    int | None, _option("--interpolate", metavar="N", panel=_SHOWING, text="N pictures from each prompt to the next.")
+    int | None, option("--interpolate", metavar="N", panel=_SHOWING, text="N pictures from each prompt to the next.")
 ]
 XY = Annotated[
-    list[str] | None, _option("--xy", metavar="FIELD=A,B,…", panel=_SHOWING, text="Grid over a field; twice for two.")
+    list[str] | None, option("--xy", metavar="FIELD=A,B,…", panel=_SHOWING, text="Grid over a field; twice for two.")
 ]
 PreviewEvery = Annotated[
-    int | None, _option("--preview-every", metavar="N", panel=_SHOWING, text="Update preview.png every N steps.")
+    int | None, option("--preview-every", metavar="N", panel=_SHOWING, text="Update preview.png every N steps.")
 ]
-ImageFormat = Annotated[str | None, _option("--format", metavar="F", panel=_SHOWING, text="png, jpg or webp.")]
+ImageFormat = Annotated[str | None, option("--format", metavar="F", panel=_SHOWING, text="png, jpg or webp.")]
 Metadata = Annotated[
-    bool | None, _option("--metadata/--no-metadata", panel=_SHOWING, text="Store settings in the pictures.")
+    bool | None, option("--metadata/--no-metadata", panel=_SHOWING, text="Store settings in the pictures.")
 ]
 Wildcards = Annotated[
-    str | None, _option("--wildcards", metavar="DIR", text="Folder of word lists for __name__ in prompts.")
+    str | None, option("--wildcards", metavar="DIR", text="Folder of word lists for __name__ in prompts.")
 ]
 Repeat = Annotated[
-    Path | None, _option("--repeat", metavar="IMAGE", text="Generate a picture again; options change it.")
+    Path | None, option("--repeat", metavar="IMAGE", text="Generate a picture again; options change it.")
 ]
-NumProcesses = Annotated[
-    int | None, typer.Option("--nproc", min=1, metavar="N", help="Use N processes, one per device.", show_default=False)
-]
-
 _FIELDS = {
     "model": ("--model", "model"),
     "negative": ("--negative", "sampling.negative"),

@@ -35,7 +35,7 @@ def _train(
     device: given.Device = "auto",
     resume: given.Resume = "auto",
     max_time: given.MaxTime = None,
-    nproc: given.NumRanks = None,
+    nproc: given.NumProcesses = None,
     data_trace: given.DataTrace = None,
     dry_run: given.DryRun = False,
     json: given.Json = False,

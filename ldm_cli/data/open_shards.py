@@ -93,6 +93,6 @@ def _keep(path: Path, index: ShardIndex, folder: Path, reporter: Reporter) -> Pa
     try:
         save_index(path, index, folder)
     except OSError as error:
-        reporter.warn(f"cannot keep shard indexes in '{folder}': {error}; they are made anew in every run")
+        reporter.warn(f"cannot keep shard indexes in '{folder}': {error}; every run builds them again")
         return None
     return folder

@@ -178,7 +178,7 @@ class StagingArea:
             if self._lease is None:
                 descriptor, _ = tempfile.mkstemp(prefix=_LEASE, dir=self._folder)
                 self._lease = os.fdopen(descriptor, "w")
-                fcntl.flock(self._lease, fcntl.LOCK_EX)  # until the last process that has it open is gone
+                fcntl.flock(self._lease, fcntl.LOCK_EX)  # until the last process that has it open ends
             self._lease.write(f"{place.name}\n")
             self._lease.flush()
 

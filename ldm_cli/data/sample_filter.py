@@ -91,7 +91,7 @@ def _facts_of_shards(shards: ShardSet, config: DataConfig, reporter: Reporter) -
             if facts is None:
                 facts = _read_facts(shards, shard, config, decoder)
                 if not _save(file, facts):
-                    reporter.warn(f"cannot keep the facts about samples in '{file.parent}'; every run reads them anew")
+                    reporter.warn(f"cannot keep the facts about samples in '{file.parent}'; every run reads them again")
             all_facts.append(facts)
             progress.update(shard + 1)
     decoder.close()

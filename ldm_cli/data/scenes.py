@@ -14,6 +14,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from ldm_cli.storage import TEMPORARY_PREFIX, whole_file, write_whole
 
 Split = Literal["train", "val"]
 Truth = dict[str, Any]
+_Shard = tuple[str, Split, range]
 
 VERSION = 2
 """Rises whenever the same seed gives other scenes."""
@@ -194,10 +196,7 @@ def write_scenes(
     """
     num_val = max(64, samples // 10) if val_samples is None else val_samples
     if min(samples, num_val, shard_samples) < 1 or size < MIN_SIZE:
-        raise ValueError(
-            f"write_scenes: samples={samples}, val_samples={num_val}, shard_samples={shard_samples} must be "
-            f"at least 1, size={size} at least {MIN_SIZE}"
-        )
+        raise ValueError(f"{samples=}, {num_val=}, {shard_samples=} must be at least 1, {size=} at least {MIN_SIZE}")
     shards = [*_shards("train", samples, shard_samples), *_shards("val", num_val, shard_samples)]
     record: dict[str, Any] = {
         "generator": f"ldm scenes {VERSION}",
@@ -208,24 +207,18 @@ def write_scenes(
         "two_object_fraction": two_object_fraction,
         "shards": {name: len(indices) for name, _, indices in shards},
     }
-    finished = {**record, "complete": True}
-    if not _prepare(out, record, overwrite):
+    if _prepare(out, record, overwrite):
+        write = partial(_write_shard, out, shards, seed, size, two_object_fraction)
+        with reporter.progress(f"writing scenes into {out}", samples + num_val, unit="scene") as progress:
+            for done in accumulate(_on_all_cores(write, len(shards))):
+                progress.update(done)
+        _write_record(out, {**record, "complete": True})
+    else:
         reporter.info(f"{out}: these scenes are already there")
-        return finished
-
-    def write(number: int) -> int:
-        name, split, indices = shards[number]
-        _write_shard(out / name, seed, split, indices, size, two_object_fraction)
-        return len(indices)
-
-    with reporter.progress(f"writing scenes into {out}", samples + num_val, unit="scene") as progress:
-        for done in accumulate(_on_all_cores(write, len(shards))):
-            progress.update(done)
-    _write_record(out, finished)
-    return finished
+    return {**record, "complete": True}
 
 
-def _shards(split: Split, count: int, shard_samples: int) -> list[tuple[str, Split, range]]:
+def _shards(split: Split, count: int, shard_samples: int) -> list[_Shard]:
     """Name, split and scene indices of each shard of a split."""
     starts = range(0, count, shard_samples)
     return [
@@ -272,9 +265,13 @@ def _prepare(out: Path, record: dict[str, Any], overwrite: bool) -> bool:
     return True
 
 
-def _write_shard(path: Path, seed: int, split: Split, indices: range, size: int, two_object_fraction: float) -> None:
+def _write_shard(
+    out: Path, shards: Sequence[_Shard], seed: int, size: int, two_object_fraction: float, number: int
+) -> int:
+    """Write shard `number` of `shards`; returns its number of scenes."""
     from webdataset import TarWriter  # a slow import, needed here alone
 
+    name, split, indices = shards[number]
     stream = io.BytesIO()
     # Fixed owner, mode and time: the same scenes are the same bytes.
     with TarWriter(stream, encoder=False, user="ldm", group="ldm", mode=0o644, mtime=0) as tar:
@@ -291,5 +288,6 @@ def _write_shard(path: Path, seed: int, split: Split, indices: range, size: int,
                     "json": text,
                 }
             )
-    with whole_file(path) as partial:
-        partial.write_bytes(stream.getvalue())
+    with whole_file(out / name) as temporary:
+        temporary.write_bytes(stream.getvalue())
+    return len(indices)
