@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 from torch import nn
@@ -49,10 +49,11 @@ def resolve_start(recipe: RecipeT, warn: Callable[[str], None]) -> RecipeT:
         return recipe
     folder = start_folder(recipe)
     try:
-        return type(recipe).from_mapping(recipe.to_mapping() | _taken_fields(recipe, folder, warn))
+        filled = type(recipe).from_mapping(recipe.to_mapping() | _taken_fields(recipe, folder, warn))
     except ValidationError as error:
         problems = tuple(str(one["msg"]) for one in error.errors())
         raise RecipeError(f"the recipe does not fit '{folder}'", "; ".join(problems), problems=problems) from error
+    return cast("RecipeT", filled)
 
 
 def _taken_fields(recipe: TrainRecipe, folder: Path, warn: Callable[[str], None]) -> dict[str, Any]:
