@@ -26,6 +26,9 @@ from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.data.tokenizer_config import TokenizerConfig
 from ldm_cli.errors import WorkerError
+from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
+from ldm_cli.families.open_family import open_family
+from ldm_cli.families.stable_diffusion import StableDiffusion
 from ldm_cli.formats.scheduler_file import our_settings
 from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import TrainUnetRecipe, TrainVaeRecipe
@@ -70,7 +73,7 @@ class OurPictures:
         if device == "cpu":
             keep_freed_memory()
         precision = "fp32" if device == "cpu" else "fp16"
-        self.pipeline = Pipeline.load(Path(folder), device, precision, compiled=compiled)
+        self.pipeline = Pipeline(open_family(Path(folder), device, precision, compiled=compiled))
         self.config = SamplingConfig.from_mapping(
             {"sampler": "ddim", "steps": steps, "images_per_prompt": images, "batch_size": min(images, 16)}
         )
@@ -168,12 +171,6 @@ def random_pipeline(folder: Path, unet_recipe: str = "bench/unet", vae_recipe: s
         assert isinstance(its_recipe, TrainVaeRecipe)
         vae = its_recipe.model
     torch.manual_seed(0)
-    pipeline = Pipeline(
-        unet=unet,
-        vae=AutoencoderKL(vae),
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        settings=our_settings(DiffusionConfig().to_mapping()),
-    )
-    pipeline.save(folder)
+    encoder = CLIPTextEncoder(CLIPTextModel(text), tokenizer)
+    StableDiffusion(unet, AutoencoderKL(vae), encoder, our_settings(DiffusionConfig().to_mapping())).save(folder)
     return str(folder)

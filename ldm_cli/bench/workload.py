@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm_cli.allocator import keep_freed_memory
 from ldm_cli.core.clip_loss import contrastive_loss
 from ldm_cli.core.compiling import compile_regions, eagerly
+from ldm_cli.core.condition import Condition
 from ldm_cli.core.diffusion.loss import add_noise, diffusion_loss
 from ldm_cli.core.diffusion.process import process_of
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
@@ -178,7 +179,7 @@ def _our_loss(recipe: TrainRecipe, model: nn.Module, batch: Mapping[str, Tensor]
 
     def loss() -> Tensor:
         a, b, time = process.at(batch["u"])
-        output = model(add_noise(x0, noise, a, b), time, batch["context"])
+        output = model(add_noise(x0, noise, a, b), time, Condition(tokens=batch["context"]))
         return diffusion_loss(process.prediction, output, x0, noise, a, b, recipe.diffusion.snr_gamma).mean()
 
     return loss
@@ -216,7 +217,7 @@ def our_encoding(work: Workload) -> EncodingStep:
         keep_freed_memory()
     vae = build_model(recipe).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = random_batch(work)["images"].to(device)
-    return EncodingStep(work, lambda: vae.encode(images).mean, images)
+    return EncodingStep(work, lambda: vae.posterior(images), images)
 
 
 def training_flops(recipe: TrainRecipe, batch: Mapping[str, Tensor]) -> int:
@@ -233,7 +234,7 @@ def encoding_flops(recipe: TrainRecipe, images: Tensor) -> int:
     """Floating-point operations of encoding images [B, 3, H, W]."""
     model = _meta_model(recipe)
     with torch.no_grad():
-        return _count(lambda: model.encode(images.to("meta")))  # type: ignore[operator]
+        return _count(lambda: model.posterior(images.to("meta")))  # type: ignore[operator]
 
 
 def _meta_model(recipe: TrainRecipe) -> nn.Module:

@@ -102,10 +102,11 @@ def _run(
     with importing():
         from ldm_cli.stages import sample
         from ldm_cli.stages.support.options import RunOptions
+        from ldm_cli.stages.support.picture_generator import Latents
 
-    noise = None if latents is None else sample.Latents(latents)
+    noise = None if latents is None else Latents(latents)
     if provenance is not None and noise is None and "latents" in provenance.get("sources", {}):
-        noise = sample.Latents(Path(provenance["sources"]["latents"]), provenance.get("latents_row"))
+        noise = Latents(Path(provenance["sources"]["latents"]), provenance.get("latents_row"))
     options = RunOptions(out, device, recipe_text=loaded.text, overrides=changes, overwrite=overwrite)
     return sample.run(cast("SampleRecipe", loaded.recipe), options, reporter, noise, provenance)
 
@@ -121,9 +122,9 @@ def _provenance(picture: Path, recipe: str | None) -> dict[str, Any]:
     """The settings that are stored in the picture of `--repeat`."""
     if recipe is not None:
         raise UsageError(f"--repeat and the recipe '{recipe}'", "a picture brings its own", "leave one of them out")
-    from ldm_cli.formats.png_metadata import read_record
+    from ldm_cli.formats.png_metadata import read_provenance
 
-    return read_record(picture)
+    return read_provenance(picture)
 
 
 def _load(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm_cli.data.bad_samples import BadSample
-from ldm_cli.data.sample_decoder import Encoding, Sample
+from ldm_cli.data.sample_decoder import Sample
 from ldm_cli.errors import LdmError, printable
 
 
@@ -27,7 +27,8 @@ class Batch:
         epoch: int64 [B].
         position: int64 [B], within the epoch; with `epoch` the counter of all random numbers of a sample.
         metadata: B parsed JSON members, if requested; {} where a sample has none.
-        encoding: the output of the frozen encoders, from a cache, in place of images.
+        moments: from a cache, in place of images: a codec's output, tensors [B, …] by name.
+        condition: from a cache: an encoder's output for the captions, tensors [B, …] by name.
     """
 
     images: Tensor
@@ -37,7 +38,8 @@ class Batch:
     epoch: Tensor
     position: Tensor
     metadata: list[dict[str, Any]] | None = None
-    encoding: Encoding | None = None
+    moments: dict[str, Tensor] | None = None
+    condition: dict[str, Tensor] | None = None
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -119,12 +121,12 @@ def collate(samples: list[Sample], keys: list[str], epoch: Tensor, position: Ten
         epoch=epoch,
         position=position,
         metadata=[sample.metadata or {} for sample in samples] if has_metadata else None,
-        encoding=_stacked([sample.encoding for sample in samples if sample.encoding is not None]),
+        moments=_stacked([sample.moments for sample in samples]),
+        condition=_stacked([sample.condition for sample in samples]),
     )
 
 
-def _stacked(encodings: list[Encoding]) -> Encoding | None:
-    if not encodings:
-        return None
-    fields = zip(*((one.mean, one.logvar, one.states) for one in encodings), strict=True)
-    return Encoding(*(torch.stack(tensors) for tensors in fields))
+def _stacked(samples: list[dict[str, Tensor] | None]) -> dict[str, Tensor] | None:
+    """The tensors of all samples, name by name; None where samples have none."""
+    found = [sample for sample in samples if sample is not None]
+    return {name: torch.stack([sample[name] for sample in found]) for name in found[0]} if found else None

@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ldm_cli.data.bad_samples import BadSampleError
@@ -52,32 +51,9 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Encoding:
-    """What frozen encoders make of a sample; of a batch with B in front.
-
-    Attributes:
-        mean, logvar: the posterior over the autoencoder's z, [C, h, w].
-        states: the text tower's last hidden states of the caption, [L, D].
-    """
-
-    mean: Tensor
-    logvar: Tensor
-    states: Tensor
-
-    def __getitem__(self, part: slice) -> Encoding:
-        """Some samples of a batch."""
-        return Encoding(self.mean[part], self.logvar[part], self.states[part])
-
-    def to(self, device: torch.device) -> Encoding:
-        """On the device, as float32."""
-        fields = (self.mean, self.logvar, self.states)
-        return Encoding(*(tensor.to(device, torch.float32, non_blocking=True) for tensor in fields))
-
-
-@dataclass(frozen=True)
 class Sample:
-    """A decoded sample: image uint8 [3, S, S], caption, class index, JSON member, remarks on its text; out of a
-    cache: encoding in place of the image.
+    """A decoded sample: image uint8 [3, S, S], caption, class index, JSON member, remarks on its text; from a cache,
+    in place of the image, the moments of the image and the condition of the caption, tensors by name.
     """
 
     image: Tensor | None
@@ -85,7 +61,8 @@ class Sample:
     label: int | None
     metadata: dict[str, Any] | None
     remarks: tuple[str, ...]
-    encoding: Encoding | None = None
+    moments: dict[str, Tensor] | None = None
+    condition: dict[str, Tensor] | None = None
 
 
 class Members(ABC):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ldm_cli.errors import CheckpointError, InputNotFoundError
-from ldm_cli.formats.json_file import read_json, write_json
+from ldm_cli.formats.json_file import write_json
 from ldm_cli.formats.scheduler_file import DIFFUSERS_VERSION, SchedulerSettings
 
 INDEX_NAME = "model_index.json"
@@ -33,21 +32,3 @@ def write_index(folder: Path, settings: SchedulerSettings) -> None:
         VAE: ["diffusers", "AutoencoderKL"],
     }
     write_json(folder / INDEX_NAME, content)
-
-
-def check_index(folder: Path) -> None:
-    """Make sure that the folder holds a Stable Diffusion pipeline.
-
-    Raises:
-        InputNotFoundError: it holds no pipeline.
-        CheckpointError: it holds another one.
-    """
-    if not (folder / INDEX_NAME).is_file():
-        raise InputNotFoundError(
-            f"no pipeline in '{folder}'",
-            f"{INDEX_NAME} is missing",
-            "give a Stable Diffusion folder, or a run of train-unet",
-        )
-    found = read_json(folder / INDEX_NAME).get("_class_name")
-    if found != PIPELINE_CLASS:
-        raise CheckpointError(f"cannot use '{folder}'", f"it holds a {found!r}, not a {PIPELINE_CLASS}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm_cli import philox
+from ldm_cli.core.condition import Condition
 from ldm_cli.core.diffusion.config import GuidanceConfig
 from ldm_cli.core.diffusion.guidance import guided
 from ldm_cli.core.diffusion.process import Level
@@ -159,11 +160,13 @@ def _backward(denoise: CleanPredictor, timesteps: Timesteps, seed: int, eta: flo
 def _of_class(trained: Trained, labels: Tensor, scale: float, timesteps: Timesteps, seed: int) -> Tensor:
     """Samples [N, 2] of the classes `labels`, with classifier-free guidance; scale 1 means none."""
 
-    def network(x: Tensor, level: Level, label: Tensor) -> Tensor:
-        return trained.network.forward(x.repeat(len(label) // len(x), 1), level.t, label)
+    def network(x: Tensor, level: Level, condition: Condition) -> Tensor:
+        assert condition.pooled is not None
+        return trained.network.forward(x, level.t, condition.pooled)
 
-    none = torch.full_like(labels, NO_CLASS)
-    model = guided(network, labels, none, GuidanceConfig(scale=scale), trained.process.prediction)
+    none = Condition(pooled=torch.full_like(labels, NO_CLASS))
+    config, prediction = GuidanceConfig(scale=scale), trained.process.prediction
+    model = guided(network, Condition(pooled=labels), none, config, prediction)
     return _backward(model, timesteps, seed, eta=1.0).end
 
 

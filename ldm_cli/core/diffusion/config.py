@@ -74,7 +74,7 @@ class ProjectionConfig(Config):
 
 
 class PerturbationConfig(Config):
-    """Guidance away from the same network with some of its layers disturbed."""
+    """Guidance away from the same network with some of its layers perturbed."""
 
     kind: Literal["attention", "layer"] = "attention"
     """`attention`: each token attends to itself only (PAG, Ahn et al. 2024, arXiv:2403.17377); `layer`: the transformer

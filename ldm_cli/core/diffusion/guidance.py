@@ -2,7 +2,7 @@
 
 Classifier-free (Ho & Salimans 2022, arXiv:2207.12598), with rescaling (Lin et al. 2023), within an interval of noise
 levels (Kynkäänniemi et al. 2024), projected (APG, Sadat et al. 2024), thresholded (Saharia et al. 2022), away from a
-weaker network (Karras et al. 2024) or a spoilt one (Ahn et al. 2024), and along the gradient of a score (Dhariwal &
+weaker network (Karras et al. 2024) or a perturbed one (Ahn et al. 2024), and along the gradient of a score (Dhariwal &
 Nichol 2021). Predictions of ε, v, x_0 and u are affine in x_0, so that differences of any of them mean the same.
 Rescaling works on the network's prediction, projecting and thresholding on x_0, as in the papers.
 """
@@ -14,41 +14,41 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ldm_cli.core.condition import Condition
 from ldm_cli.core.diffusion.config import GuidanceConfig, ProjectionConfig, ThresholdConfig
 from ldm_cli.core.diffusion.prediction import Prediction
 from ldm_cli.core.diffusion.process import Level
 from ldm_cli.core.diffusion.samplers import CleanPredictor
 
-ConditionalNetwork = Callable[[Tensor, Level, Tensor], Tensor]
-"""(x_t [B, …], its level, contexts [R·B, L, D]) → the network's prediction, [R·B, …]: for all of x_t with the first
-context of each row, then with the second, …"""
+ConditionalNetwork = Callable[[Tensor, Level, Condition], Tensor]
+"""(x_t [B, …], its level, B rows of conditions) → the network's prediction, [B, …]."""
 
 
 def guided(
     network: ConditionalNetwork,
-    conditional: Tensor,
-    unconditional: Tensor,
+    conditional: Condition,
+    unconditional: Condition,
     config: GuidanceConfig,
     prediction: Prediction,
     weaker: ConditionalNetwork | None = None,
-    spoilt: ConditionalNetwork | None = None,
+    perturbed: ConditionalNetwork | None = None,
 ) -> CleanPredictor:
-    """The guided prediction of x_0, for fixed contexts.
+    """The guided prediction of x_0, for fixed conditions.
 
-    One call of the network computes both predictions, conditional and unconditional, from one x_t. At scale 0 and 1,
-    and outside of the interval, it computes only the one that is used. The result serves one sampling run: APG's
+    One call of the network with twice the rows computes both predictions, conditional and unconditional. At scale 0 and
+    1, and outside of the interval, it computes only the one that is used. The result serves one sampling run: APG's
     momentum depends on the previous call.
 
     Args:
         network: the guided network.
-        conditional, unconditional: contexts [B, L, D]; a negative prompt takes the place of the empty one.
+        conditional, unconditional: B rows each; a negative prompt takes the place of the empty one.
         config: all but `model`, `clip` and the layers of `perturb`, which the caller applies.
         prediction: what the networks predict.
-        weaker: its prediction with the conditional context replaces the unconditional one (autoguidance).
-        spoilt: network with `config.perturb` applied.
+        weaker: its prediction with the conditional rows replaces the unconditional one (autoguidance).
+        perturbed: network with `config.perturb` applied.
     """
     project = None if config.apg is None else _Projection(config.apg)
-    both = torch.cat([unconditional, conditional])
+    both = Condition.cat([unconditional, conditional])
 
     def predict(x: Tensor, level: Level, scale: float) -> tuple[Tensor, Tensor | None]:
         """The prediction to start from, and the one to move away from."""
@@ -59,7 +59,7 @@ def guided(
             return (away, None) if scale == 0.0 else (network(x, level, conditional), away)
         if scale == 0.0:
             return network(x, level, unconditional), None
-        away, toward = network(x, level, both).chunk(2)
+        away, toward = network(torch.cat([x, x]), level, both).chunk(2)
         return toward, away
 
     def denoise(x: Tensor, level: Level) -> Tensor:
@@ -75,9 +75,9 @@ def guided(
             x0 = project(x0_of(output), x0_of(away), scale)
         else:
             x0 = x0_of(rescaled(guide(away, output, scale), output, config.rescale))
-        if active and spoilt is not None and config.perturb is not None and config.perturb.scale > 0.0:
-            context = unconditional if scale == 0.0 else conditional
-            x0 = x0 + config.perturb.scale * (x0_of(output) - x0_of(spoilt(x, level, context)))
+        if active and perturbed is not None and config.perturb is not None and config.perturb.scale > 0.0:
+            condition = unconditional if scale == 0.0 else conditional
+            x0 = x0 + config.perturb.scale * (x0_of(output) - x0_of(perturbed(x, level, condition)))
         return x0 if config.threshold is None else thresholded(x0, config.threshold)
 
     return denoise

@@ -170,6 +170,10 @@ class UNet2DConditionConfig(DiffusersConfig):
                 raise ValueError(f"{option} needs projection_class_embeddings_input_dim, which is null")
         if self.addition_embed_type == "text_time" and self.addition_time_embed_dim is None:
             raise ValueError("addition_embed_type: text_time needs addition_time_embed_dim, which is null")
+        if self.addition_time_embed_dim is not None and self.addition_time_embed_dim % 2:
+            raise ValueError(f"addition_time_embed_dim={self.addition_time_embed_dim} is odd; sinusoids come in pairs")
+        if self.addition_embed_type and (self.class_embed_type or self.num_class_embeds):
+            raise ValueError("addition_embed_type together with class_embed_type or num_class_embeds is not supported")
 
     def per_level(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
         """One number per level, outermost first."""

@@ -16,11 +16,11 @@ from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import InputNotFoundError, RecipeError
+from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.model_folder import CONFIG_NAME, ModelClass, load_model, read_as
 from ldm_cli.formats.pipeline_folder import INDEX_NAME, TEXT_ENCODER, UNET, VAE
 from ldm_cli.formats.scheduler_file import read_scheduler
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
-from ldm_cli.sampling.components import resolve_model
 from ldm_cli.training.run_identity import flatten
 
 TrainRecipe = TrainClipRecipe | TrainVaeRecipe | TrainUnetRecipe

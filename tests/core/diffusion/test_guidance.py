@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from ldm_cli.core.condition import Condition
 from ldm_cli.core.diffusion.config import (
     GuidanceConfig,
     PerturbationConfig,
@@ -17,21 +18,21 @@ from ldm_cli.core.diffusion.prediction import PREDICTIONS, SAMPLE, V_PREDICTION
 from ldm_cli.core.diffusion.process import Level
 
 LEVEL = Level(500.0, 0.6, 0.8)
-CONDITIONAL, UNCONDITIONAL = torch.full((2, 3, 4), 1.0), torch.zeros(2, 3, 4)
+CONDITIONAL, UNCONDITIONAL = Condition(tokens=torch.full((2, 3, 4), 1.0)), Condition(tokens=torch.zeros(2, 3, 4))
 KINDS = list(PREDICTIONS.values())
 
 
 class Network:
-    """Counts rows of the contexts; its output depends on all that it is given, row by row."""
+    """Counts rows; its output depends on all that it is given, row by row."""
 
     def __init__(self, factor=1.0):
         self.factor = factor
         self.rows = []
 
-    def __call__(self, x, level, context):
-        self.rows.append(len(context))
-        shift = context.mean(dim=(1, 2))[:, None]
-        x = x.repeat(len(context) // len(x), 1)
+    def __call__(self, x, level, condition):
+        assert len(x) == len(condition.tokens)
+        self.rows.append(len(x))
+        shift = condition.tokens.mean(dim=(1, 2))[:, None]
         return torch.sin(self.factor * (x + level.t / 1000) + shift * (1 + x.roll(1, -1)))
 
 
@@ -39,9 +40,9 @@ def draw(rows=2):
     return torch.randn(rows, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def run(kind=V_PREDICTION, level=LEVEL, network=None, weaker=None, spoilt=None, **config):
+def run(kind=V_PREDICTION, level=LEVEL, network=None, weaker=None, perturbed=None, **config):
     network = network or Network()
-    model = guided(network, CONDITIONAL, UNCONDITIONAL, GuidanceConfig(**config), kind, weaker, spoilt)
+    model = guided(network, CONDITIONAL, UNCONDITIONAL, GuidanceConfig(**config), kind, weaker, perturbed)
     return model(draw(), level)
 
 
@@ -72,7 +73,7 @@ def test_guidance_of_any_prediction_is_the_guidance_of_x0(kind):
 
 
 def test_every_row_has_its_own_negative_context():
-    negatives = torch.stack([torch.zeros(3, 4), torch.full((3, 4), 0.5)])
+    negatives = Condition(tokens=torch.stack([torch.zeros(3, 4), torch.full((3, 4), 0.5)]))
     config = GuidanceConfig(scale=4.0)
     together = guided(Network(), CONDITIONAL, negatives, config, SAMPLE)(draw(), LEVEL)
     for row in (0, 1):
@@ -92,7 +93,7 @@ def test_every_row_has_its_own_negative_context():
     ids=lambda fields: next(iter(fields)),
 )
 def test_neutral_settings_are_the_plain_path_bit_for_bit(neutral):
-    assert torch.equal(run(scale=5.0, spoilt=Network(2.0), **neutral), run(scale=5.0))
+    assert torch.equal(run(scale=5.0, perturbed=Network(2.0), **neutral), run(scale=5.0))
 
 
 def test_projection_that_keeps_everything_is_the_plain_guidance():
@@ -136,13 +137,13 @@ def test_projection_leaves_out_the_parallel_part_limits_the_step_and_remembers_i
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 4.0])
-def test_perturbation_pushes_away_from_the_spoilt_network_with_the_prompt_that_counts(scale):
-    spoilt = Network(2.0)
-    x0 = run(SAMPLE, scale=scale, spoilt=spoilt, perturb=PerturbationConfig(scale=2.5))
+def test_perturbation_pushes_away_from_the_perturbed_network_with_the_prompt_that_counts(scale):
+    perturbed = Network(2.0)
+    x0 = run(SAMPLE, scale=scale, perturbed=perturbed, perturb=PerturbationConfig(scale=2.5))
     context = UNCONDITIONAL if scale == 0.0 else CONDITIONAL
     difference = Network()(draw(), LEVEL, context) - Network(2.0)(draw(), LEVEL, context)
     torch.testing.assert_close(x0, run(SAMPLE, scale=scale) + 2.5 * difference)
-    assert spoilt.rows == [2]
+    assert perturbed.rows == [2]
 
 
 def test_autoguidance_extrapolates_from_the_weaker_network_with_the_same_prompt():
