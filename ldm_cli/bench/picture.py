@@ -1,4 +1,4 @@
-"""From prompts to pictures: denoising and decoding in a running process, and one picture from process start to PNG."""
+"""Speed of sampling in a running process, and of one picture from process start to PNG."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ _GUIDANCE = 7.5
 def sample(
     model: str | None, images: int, steps: int, rounds: int, compared: bool, device: str, compiled: bool = False
 ) -> list[dict[str, Any]]:
-    """`images` pictures of one prompt, DDIM, guidance 7.5, in a process that has its model: one row per contender, and
-    with `compiled` another one for each compiled."""
+    """`images` pictures of one prompt, DDIM, guidance 7.5, in a process with a loaded model: one row per contender, and
+    with `compiled` a further one for the compiled model of each."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = model or random_pipeline(Path(scratch) / "model")
         field = []
@@ -67,7 +67,7 @@ def sample(
 
 
 class OurPictures:
-    """Our pipeline, loaded; a step draws all pictures."""
+    """Our pipeline, loaded; a step generates all pictures."""
 
     def __init__(self, folder: str, images: int, steps: int, device: str, compiled: bool) -> None:
         if device == "cpu":
@@ -79,7 +79,7 @@ class OurPictures:
         )
 
     def step(self) -> None:
-        """Draw."""
+        """Generate the pictures."""
         for _ in self.pipeline.generate(requests_for([PROMPT], self.config), self.config):
             pass
 
@@ -140,7 +140,7 @@ def random_pipeline(folder: Path, unet_recipe: str = "bench/unet", vae_recipe: s
     """Write a pipeline folder of random weights around a recipe's U-Net.
 
     Args:
-        folder: to be written.
+        folder: the output folder.
         unet_recipe: of `train-unet`.
         vae_recipe: of `train-vae`; None: a small autoencoder of factor 4.
     """
@@ -169,7 +169,7 @@ def random_pipeline(folder: Path, unet_recipe: str = "bench/unet", vae_recipe: s
     if vae_recipe is not None:
         its_recipe = load_recipe(vae_recipe).recipe
         assert isinstance(its_recipe, TrainVaeRecipe)
-        vae = its_recipe.vae
+        vae = its_recipe.model
     torch.manual_seed(0)
     encoder = CLIPTextEncoder(CLIPTextModel(text), tokenizer)
     StableDiffusion(unet, AutoencoderKL(vae), encoder, our_settings(DiffusionConfig().to_mapping())).save(folder)

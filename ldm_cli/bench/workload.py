@@ -1,6 +1,6 @@
-"""The work of a training step, ours: a recipe's model on random data that stays in memory.
+"""Our training step on random data in memory, with the model of a recipe.
 
-Data and first weights are functions of the recipe alone, so that a peer can do the same work on the same numbers.
+Data and initial weights depend on the recipe alone, so that a peer can do the same work on the same numbers.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from ldm_cli.training.weights import Weights
 
 TrainRecipe = TrainClipRecipe | TrainVaeRecipe | TrainUnetRecipe
 CONTEXT_LENGTH = 77
-"""Text tokens per picture of a U-Net's work, unless its workload says otherwise: what every CLIP has."""
+"""Default text tokens per picture of a U-Net: the context length of every CLIP."""
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a contender trains.
+    """A model and its setting for a contender.
 
     Attributes:
         recipe: model, batch size, precision, memory order, checkpointing, compilation.
@@ -51,19 +51,19 @@ class Workload:
 
 
 def with_known_ids(recipe: TrainRecipe) -> TrainRecipe:
-    """The recipe with a text that can end: training takes special ids from the tokenizer, which is not there yet."""
+    """The recipe with special token ids within the vocabulary; training takes them from the tokenizer."""
     if not isinstance(recipe, TrainClipRecipe):
         return recipe
-    text = recipe.clip.text_config
+    text = recipe.model.text_config
     if text.eos_token_id < text.vocab_size:
         return recipe
     last = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), text.vocab_size - 1)
-    clip = recipe.clip.model_copy(update={"text_config": text.model_copy(update=last)})
+    clip = recipe.model.model_copy(update={"text_config": text.model_copy(update=last)})
     return recipe.model_copy(update={"clip": clip})
 
 
 def build_model(recipe: TrainRecipe) -> nn.Module:
-    """The recipe's model with weights that depend on the recipe alone; none of its layers is silent."""
+    """The recipe's model with weights that depend on the recipe alone; no parameter is all zero."""
     torch.manual_seed(recipe.seed)
     model = _model(recipe)
     with torch.no_grad():
@@ -75,17 +75,17 @@ def build_model(recipe: TrainRecipe) -> nn.Module:
 
 def _model(recipe: TrainRecipe) -> nn.Module:
     if isinstance(recipe, TrainClipRecipe):
-        return CLIPModel(recipe.clip)
+        return CLIPModel(recipe.model)
     if isinstance(recipe, TrainVaeRecipe):
-        return AutoencoderKL(recipe.vae)
-    return UNet2DConditionModel(recipe.unet)
+        return AutoencoderKL(recipe.model)
+    return UNet2DConditionModel(recipe.model)
 
 
 def random_batch(work: Workload) -> dict[str, Tensor]:
     """One batch, on the CPU.
 
     Returns:
-        Of CLIP `pixels` and `ids`, of the autoencoder `images` and `noise`, of the U-Net `latents`, `noise`, `u` and
+        For CLIP `pixels` and `ids`; for the autoencoder `images` and `noise`; for the U-Net `latents`, `noise`, `u` and
         `context`.
     """
     recipe, size = work.recipe, work.recipe.train.batch_size
@@ -95,17 +95,17 @@ def random_batch(work: Workload) -> dict[str, Tensor]:
         return torch.randn(*shape, generator=generator)
 
     if isinstance(recipe, TrainClipRecipe):
-        text, side = recipe.clip.text_config, recipe.clip.vision_config.image_size
+        text, side = recipe.model.text_config, recipe.model.vision_config.image_size
         shape = (size, text.max_position_embeddings)
         ids = torch.randint(0, max(1, text.vocab_size - 2), shape, generator=generator)
         ids[:, -1] = text.eos_token_id
         return {"pixels": normal(size, 3, side, side), "ids": ids}
     if isinstance(recipe, TrainVaeRecipe):
         side = recipe.data.image_size
-        latent = side >> (len(recipe.vae.block_out_channels) - 1)
-        images = normal(size, recipe.vae.in_channels, side, side).clamp(-1, 1)
-        return {"images": images, "noise": normal(size, recipe.vae.latent_channels, latent, latent)}
-    unet = recipe.unet
+        latent = side >> (len(recipe.model.block_out_channels) - 1)
+        images = normal(size, recipe.model.in_channels, side, side).clamp(-1, 1)
+        return {"images": images, "noise": normal(size, recipe.model.latent_channels, latent, latent)}
+    unet = recipe.model
     height, width = unet.sample_size if isinstance(unet.sample_size, tuple) else (unet.sample_size or 64,) * 2
     width_of_text = max(unet.per_level(unet.cross_attention_dim))
     shape_of_latents = (size, unet.in_channels, height, width)
@@ -121,9 +121,9 @@ class TrainingStep:
     """Forward, backward, gradient norm, clipping and AdamW, as the trainers do them.
 
     Args:
-        work: what is trained.
+        work: the workload.
         model: on its device, in its memory order.
-        batch: of `random_batch`, on the same device.
+        batch: from `random_batch`, on the same device.
     """
 
     def __init__(self, work: Workload, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
@@ -142,7 +142,7 @@ class TrainingStep:
         self.optimizers.step(self.train.lr, loss)
 
     def facts(self) -> dict[str, Any]:
-        """Units and counted operations a step, parameters, and the first loss."""
+        """Units and counted operations per step, parameters, and the first loss."""
         parameters = sum(p.numel() for p in self.model.parameters())
         return {
             "units": self.train.batch_size,
@@ -223,22 +223,22 @@ def our_encoding(work: Workload) -> EncodingStep:
 def training_flops(recipe: TrainRecipe, batch: Mapping[str, Tensor]) -> int:
     """Floating-point operations of matrix products and convolutions, 2 per multiply-add, forward and backward.
 
-    They are counted on torch's meta device, where nothing is computed: those of the plain layers, whatever is saved on
-    a processor, and without what is computed twice to save memory. So fractions of peers and of papers compare.
+    They are counted for the plain layers on torch's meta device: independent of CPU kernels, and without the second
+    computation of gradient checkpointing. So the fractions of peers and of papers are comparable.
     """
-    loss = _our_loss(recipe, _hollow(recipe), {name: value.to("meta") for name, value in batch.items()})
+    loss = _our_loss(recipe, _meta_model(recipe), {name: value.to("meta") for name, value in batch.items()})
     return _count(lambda: loss().backward())  # type: ignore[no-untyped-call]
 
 
 def encoding_flops(recipe: TrainRecipe, images: Tensor) -> int:
-    """The same of encoding images [B, 3, H, W]."""
-    model = _hollow(recipe)
+    """Floating-point operations of encoding images [B, 3, H, W]."""
+    model = _meta_model(recipe)
     with torch.no_grad():
         return _count(lambda: model.posterior(images.to("meta")))  # type: ignore[operator]
 
 
-def _hollow(recipe: TrainRecipe) -> nn.Module:
-    """The recipe's model without numbers, on the meta device."""
+def _meta_model(recipe: TrainRecipe) -> nn.Module:
+    """The recipe's model on the meta device, without storage."""
     with torch.device("meta"):
         return _model(recipe)
 

@@ -1,10 +1,10 @@
-"""Samples put together to a batch."""
+"""Collate samples into a batch."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -20,15 +20,15 @@ class Batch:
     """Samples of one step (B of them).
 
     Attributes:
-        images: uint8 [B, 3, H, W], H = W = S without aspect buckets; B × 0 × 0 × 0 if no images were asked for.
-        captions: B texts, empty if no captions were asked for.
-        labels: class indexes int64 [B], if the recipe says where they are.
+        images: uint8 [B, 3, H, W], H = W = S without aspect buckets; [B, 0, 0, 0] without images.
+        captions: B texts, empty without captions.
+        labels: class indexes int64 [B], if the recipe names their place.
         keys: B names `shard/key`.
         epoch: int64 [B].
         position: int64 [B], within the epoch; with `epoch` the counter of all random numbers of a sample.
-        metadata: B parsed JSON members, if asked for; {} where a sample has none.
-        moments: from a cache, in place of the images: what a codec makes of them, tensors [B, …] by name.
-        condition: from a cache: what an encoder makes of the captions, tensors [B, …] by name.
+        metadata: B parsed JSON members, if requested; {} where a sample has none.
+        moments: from a cache, in place of images: a codec's output, tensors [B, …] by name.
+        condition: from a cache: an encoder's output for the captions, tensors [B, …] by name.
     """
 
     images: Tensor
@@ -45,8 +45,15 @@ class Batch:
         """Number of samples."""
         return len(self.keys)
 
+    def parts(self, num_parts: int) -> list[Batch]:
+        """The batch as `num_parts` equal parts, in order."""
+        size = len(self) // num_parts
+        names = [f.name for f in fields(self) if getattr(self, f.name) is not None]
+        starts = range(0, len(self), size)
+        return [replace(self, **{name: getattr(self, name)[i : i + size] for name in names}) for i in starts]
+
     def trace(self, step: int) -> Iterator[str]:
-        """A line `step shard key` for each sample, by which two runs are compared."""
+        """A line `step shard key` for each sample, to compare two runs."""
         for name in self.keys:
             shard, _, key = name.partition("/")
             yield f"{step} {printable(shard)} {printable(key)}"
@@ -54,13 +61,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Delivery:
-    """A batch on its way, with what has to be told about it; or the error that prevented it.
+    """A batch and the findings made on the way, or the error that prevented it. It travels between processes.
 
     Attributes:
         batch: None if there is an error.
         bad: samples that could not be used.
-        remarks: what had to be done to captions, counted.
-        error: kind, what, cause and remedy.
+        remarks: counts of repairs to captions, by kind.
+        error: class, what, cause and remedy.
     """
 
     batch: Batch | None
@@ -80,7 +87,7 @@ def filled(
 
     Args:
         epoch, position: int64 [B], of the samples.
-        find: gives sample and name for one of the places, counted from the first, and notes the bad ones it met.
+        find: returns sample and name for the n-th of the places, and appends bad samples to the list.
     """
     samples: list[Sample] = []
     keys: list[str] = []

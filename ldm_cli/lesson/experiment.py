@@ -1,4 +1,4 @@
-"""The experiments of the lesson: noise in, noise out in three ways, and classes; all with the picture models' code."""
+"""The experiments of the lesson: noising, three ways of sampling, and classes, with the code of the picture models."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from ldm_cli.lesson.network import NO_CLASS, Trained
 from ldm_cli.lesson.spiral import NUM_CLASSES, Points
 
 NUM_SAMPLES = 900
-"""Points that each method draws: the same initial noise for all."""
+"""Points that each method generates, all from the same initial noise."""
 DDIM_STEPS = 50
 GRID_SIZE = 21
 GRID_REACH = 2.4
-"""The field is drawn on GRID_SIZE² points of the square [−GRID_REACH, GRID_REACH]²."""
+"""The field is plotted at GRID_SIZE² points of the square [−GRID_REACH, GRID_REACH]²."""
 
 
 @dataclass(frozen=True)
 class Walk:
-    """Points on their way.
+    """The same points at several times.
 
     Attributes:
-        times: t of each stop; −1 stands for clean points.
-        stops: the points at each, float32 [S, N, 2].
+        times: t of each stop; −1 means clean points.
+        stops: the points at these times, float32 [S, N, 2].
     """
 
     times: tuple[float, ...]
@@ -55,16 +55,16 @@ class Walk:
 
 @dataclass(frozen=True)
 class Lesson:
-    """Everything that the figures show.
+    """The data of all figures.
 
     Attributes:
         data: the data set.
         levels: the training levels, t = 0 … T − 1.
-        grid: where the field is drawn, [G, 2].
+        grid: the points at which the field is plotted, [G, 2].
         field: x̂_0 of the network at each level and grid point, [T, G, 2].
         directions: per level, the cosines of `measures.directions`.
-        forward: data turning into noise, t = −1 … T − 1.
-        backward: by method (`ddpm`, `quiet`, `ddim`), noise turning into data.
+        forward: from data to noise, t = −1 … T − 1.
+        backward: from noise to data, by method (`ddpm`, `quiet`: DDPM without its noise, `ddim`).
         classes: by guidance scale, samples [N, 2] of the labels in `labels`.
         labels: int64 [N].
     """
@@ -81,17 +81,17 @@ class Lesson:
 
 
 def normal(seed: int, purpose: str, count: int, step: int = 0) -> Tensor:
-    """Standard normal noise [count, 2] that belongs to (seed, purpose, step)."""
+    """Standard normal noise [count, 2], a function of (seed, purpose, step)."""
     return philox.normal(philox.key(seed, purpose), torch.full((count,), step), torch.arange(count), (2,))
 
 
 def experiment(trained: Trained, data: Points, guidance: float, seed: int) -> Lesson:
-    """Let the trained network show what it has learnt.
+    """Run all experiments with a trained network.
 
     Args:
         trained: network and process.
-        data: what it was trained on; at least NUM_SAMPLES points.
-        guidance: the guidance scale; it is compared with 1, which is none.
+        data: its training data, at least NUM_SAMPLES points.
+        guidance: the guidance scale to compare with 1, which means no guidance.
         seed: of all noise.
     """
     process = trained.process
@@ -143,7 +143,7 @@ def _noised(forward: Walk, levels: tuple[Level, ...]) -> list[tuple[Level, Tenso
 
 
 def _backward(denoise: CleanPredictor, timesteps: Timesteps, seed: int, eta: float, noise_scale: float = 1.0) -> Walk:
-    """Draw samples and keep every stop: the sampler is that of `ldm sample`, the noise it adds is scaled here."""
+    """Sample by the sampler of `ldm sample` and keep every stop; `noise_scale` scales the noise that it adds."""
     stops: list[Tensor] = []
 
     def watched(x: Tensor, level: Level) -> Tensor:
@@ -158,15 +158,15 @@ def _backward(denoise: CleanPredictor, timesteps: Timesteps, seed: int, eta: flo
 
 
 def _of_class(trained: Trained, labels: Tensor, scale: float, timesteps: Timesteps, seed: int) -> Tensor:
-    """Samples [N, 2] of `labels`, with classifier-free guidance; scale 1 is without."""
+    """Samples [N, 2] of the classes `labels`, with classifier-free guidance; scale 1 means none."""
 
     def network(x: Tensor, level: Level, condition: Condition) -> Tensor:
         assert condition.pooled is not None
         return trained.network.forward(x, level.t, condition.pooled)
 
     none = Condition(pooled=torch.full_like(labels, NO_CLASS))
-    guidance, prediction = GuidanceConfig(scale=scale), trained.process.prediction
-    model = guided(network, Condition(pooled=labels), none, guidance, prediction)
+    config, prediction = GuidanceConfig(scale=scale), trained.process.prediction
+    model = guided(network, Condition(pooled=labels), none, config, prediction)
     return _backward(model, timesteps, seed, eta=1.0).end
 
 

@@ -1,4 +1,4 @@
-"""The network of the lesson, and how it learns: the objective is that of every picture model in this program."""
+"""The network of the lesson and its training, with the objective of the picture models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ldm_cli.core.models.layers import timestep_embedding
 from ldm_cli.lesson.spiral import NUM_CLASSES, Points
 
 NO_CLASS = NUM_CLASSES
-"""The label that says nothing: what an empty prompt is to a picture model."""
+"""The label without a class, like the empty prompt of a picture model."""
 
 DIFFUSION = DiffusionConfig(num_train_timesteps=200, beta_schedule="linear", beta_start=0.0005, beta_end=0.1)
 """The schedule of Ho et al. 2020 with a fifth of its levels, each five times as strong."""
@@ -36,8 +36,8 @@ _CLASS_DROPOUT = 0.5
 class SpiralNetwork(nn.Module):
     """(x_t, t, class) → ε, by a residual multilayer perceptron of 60 thousand weights.
 
-    Time and class enter as they do in a picture model: one embedding, which scales and shifts every block's input
-    (Perez et al. 2018, arXiv:1709.07871). Sinusoids of x let so small a network draw a curve as fine as the arm.
+    Time and class enter as in a picture model: one embedding scales and shifts the input of every block (Perez et al.
+    2018, arXiv:1709.07871). With sinusoids of x, so small a network can follow the thin arm.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class SpiralNetwork(nn.Module):
         Returns:
             ε, float32 [B, 2].
         """
-        # In thousandths of the schedule, which is the scale that the sinusoids are made for.
+        # The sinusoids are made for 1000 levels.
         times = torch.as_tensor(t, dtype=torch.float32).reshape(-1) * (1000.0 / DIFFUSION.num_train_timesteps)
         embedded = self.time(timestep_embedding(times, _TIME_WIDTH, flip_sin_to_cos=True, freq_shift=0))
         parts = self.modulation(F.silu(embedded + self.label(label))).chunk(2 * _NUM_BLOCKS, dim=1)
@@ -75,12 +75,12 @@ class SpiralNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class Trained:
-    """A network that has learnt, its process, and its loss on the way.
+    """A trained network, its process, and its training loss.
 
     Attributes:
         network: in evaluation mode.
         process: the noise levels it was trained at.
-        losses: one mean per hundredth of the training.
+        losses: mean loss of each hundredth of the training.
     """
 
     network: SpiralNetwork
@@ -92,10 +92,10 @@ def train(data: Points, num_steps: int, seed: int, on_step: Callable[[int, float
     """Fit the network to the noise in noised data points (Ho et al. 2020, algorithm 1).
 
     Args:
-        data: what to learn.
+        data: the training data.
         num_steps: optimizer steps of 256 points, at least 1.
-        seed: of the weights and of everything drawn.
-        on_step: told (steps done, loss) after every step.
+        seed: of the weights and of all random numbers.
+        on_step: called with (finished steps, loss) after every step.
 
     Raises:
         ValueError: if `num_steps` is less than 1.
@@ -135,7 +135,7 @@ def _batch(data: Points, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor, 
     chance = philox.uniform(philox.key(seed, "spiral batch"), epoch, place, 3).double()
     noise = philox.normal(philox.key(seed, "spiral training noise"), epoch, place, (2,))
     index = (chance[:, 0] * len(data.xy)).long()
-    # Small t more often: there the field is fine, while at large t it is almost −x, and soon learnt.
+    # Small t more often: the field has fine detail there, while at large t it is almost −x.
     u = chance[:, 1].square()
     label = torch.where(chance[:, 2] < _CLASS_DROPOUT, NO_CLASS, data.labels[index])
     return data.xy[index], label, noise, u

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -20,7 +20,22 @@ from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.edit_config import EditConfig
 from ldm_cli.training.config import TrainConfig
 
+ConfigT = TypeVar("ConfigT", bound=Config)
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+StartFrom = Annotated[
+    str | None,
+    Field(
+        description="Begin at the trained weights of this folder: a model of this kind as we, diffusers or "
+        "transformers write it, a run or a checkpoint. null: fresh weights."
+    ),
+]
+Freeze = Annotated[
+    tuple[str, ...],
+    Field(
+        description="Parameters that stay as they are in `start_from`, by patterns of their names such as `encoder.*`. "
+        "A pattern that begins with `!` excepts what it matches; the last match wins."
+    ),
+]
 
 
 class TrainClipRecipe(Config):
@@ -36,8 +51,10 @@ class TrainClipRecipe(Config):
     """Shards and preprocessing."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """Train a vocabulary from the captions, or load one."""
-    clip: CLIPConfig
-    """The model; fields as in its Hugging Face config.json."""
+    clip: CLIPConfig | None = None
+    """The model; fields as in its Hugging Face config.json. null: that of `start_from`."""
+    start_from: StartFrom = None
+    freeze: Freeze = ()
     equal_captions_match: bool = False
     """Images of one batch whose captions are equal match each other's (Yang et al. 2022), instead of being told apart:
     for data whose captions repeat, such as class names. `accuracy` then counts a caption, not a pair; equal captions
@@ -45,10 +62,15 @@ class TrainClipRecipe(Config):
     train: TrainConfig
     """Optimization."""
 
+    @property
+    def model(self) -> CLIPConfig:
+        """The model's configuration, once `start_from` has been read."""
+        return _known(self.clip, "clip")
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        size = self.clip.vision_config.image_size
-        if size != self.data.image_size:
+        _check_start(self.start_from, self.freeze, clip=self.clip)
+        if self.clip is not None and (size := self.clip.vision_config.image_size) != self.data.image_size:
             raise ValueError(f"data.image_size={self.data.image_size} is not clip.vision_config.image_size={size}")
         return self
 
@@ -64,17 +86,25 @@ class TrainVaeRecipe(Config):
     """Seed of everything random."""
     data: DataConfig
     """Shards and preprocessing."""
-    vae: AutoencoderKLConfig
-    """The model; fields as in its Hugging Face config.json."""
+    vae: AutoencoderKLConfig | None = None
+    """The model; fields as in its Hugging Face config.json. null: that of `start_from`."""
+    start_from: StartFrom = None
+    freeze: Freeze = ()
     loss: VAELossConfig = VAELossConfig()
     """Reconstruction, KL, perceptual and adversarial terms."""
     train: TrainConfig
     """Optimization."""
 
+    @property
+    def model(self) -> AutoencoderKLConfig:
+        """The model's configuration, once `start_from` has been read."""
+        return _known(self.vae, "vae")
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        size, factor = self.data.image_size, 2 ** (len(self.vae.block_out_channels) - 1)
-        if size % factor:
+        _check_start(self.start_from, self.freeze, vae=self.vae)
+        size = self.data.image_size
+        if self.vae is not None and size % (factor := 2 ** (len(self.vae.block_out_channels) - 1)):
             raise ValueError(f"data.image_size={size} is no multiple of the autoencoder's factor {factor}")
         if self.train.strategy == "sharded" and self.loss.adversarial_weight > 0 and self.loss.adversarial_adaptive:
             raise ValueError("train.strategy=sharded has no whole last layer for loss.adversarial_adaptive")
@@ -109,20 +139,47 @@ class TrainUnetRecipe(Config):
     """Seed of everything random."""
     data: DataConfig
     """Shards and preprocessing."""
-    vae: str
-    """Folder of the trained AutoencoderKL (`runs/…/model`)."""
-    text_encoder: str
-    """Folder of the trained CLIPModel or CLIPTextModel, with its tokenizer (`runs/…/model`)."""
+    vae: str = ""
+    """Folder of the trained AutoencoderKL (`runs/…/model`). Empty: that of the pipeline in `start_from`."""
+    text_encoder: str = ""
+    """Folder of the trained CLIPModel or CLIPTextModel, with its tokenizer (`runs/…/model`). Empty: that of the
+    pipeline in `start_from`."""
     cache: str | None = None
     """Folder that `ldm precompute` wrote for this recipe, to read latents and text states from; null computes them."""
-    unet: UNet2DConditionConfig
-    """The model; fields as in its Hugging Face config.json."""
+    unet: UNet2DConditionConfig | None = None
+    """The model; fields as in its Hugging Face config.json. null: that of `start_from`."""
+    start_from: StartFrom = None
+    freeze: Freeze = ()
     diffusion: DiffusionConfig = DiffusionConfig()
-    """Noise schedule, prediction, loss weights, caption dropout."""
+    """Noise schedule, prediction, loss weights, caption dropout. A pipeline in `start_from` gives the defaults of
+    schedule and prediction."""
     train: TrainConfig
     """Optimization."""
     samples: SamplesConfig = SamplesConfig()
     """Pictures drawn on the way."""
+
+    @property
+    def model(self) -> UNet2DConditionConfig:
+        """The model's configuration, once `start_from` has been read."""
+        return _known(self.unet, "unet")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_start(self.start_from, self.freeze, unet=self.unet, vae=self.vae, text_encoder=self.text_encoder)
+        return self
+
+
+def _check_start(start_from: str | None, freeze: tuple[str, ...], **sections: object) -> None:
+    if start_from is None and (missing := [name for name, value in sections.items() if not value]):
+        raise ValueError(f"{' and '.join(missing)}: missing, and there is no start_from to take it from")
+    if start_from is None and freeze:
+        raise ValueError("freeze needs start_from: fresh weights would stay random")
+
+
+def _known(config: ConfigT | None, section: str) -> ConfigT:
+    if config is None:
+        raise ValueError(f"{section} is None: read start_from first")
+    return config
 
 
 class SampleRecipe(Config):

@@ -128,7 +128,8 @@ def adain(content: Tensor, style: Tensor, amount: float) -> Tensor:
 def _open(name: str, option: str, size: tuple[int, int] | None) -> Tensor:
     """A picture, uint8 [3, H, W]."""
     try:
-        image = decode_rgb(Path(name).expanduser().read_bytes(), _BLACK if option == "--mask" else _WHITE, _MOST_PIXELS)
+        data = Path(name).read_bytes()
+        image = decode_rgb(data, _BLACK if option == "--mask" else _WHITE, _MOST_PIXELS).image
     except FileNotFoundError as error:
         raise InputNotFoundError(f"picture '{name}' not found", remedy=f"check {option}") from error
     except OSError as error:

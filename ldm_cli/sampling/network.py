@@ -15,7 +15,7 @@ from ldm_cli.sampling.tiling import tiled
 
 
 def keep_known_region(denoise: CleanPredictor, known: Tensor, mask: Tensor, noise: Tensor) -> CleanPredictor:
-    """The denoiser, given the known picture at the noise level of each call wherever the mask is 0.
+    """The predictor of x_0, given the known picture at the noise level of each call wherever the mask is 0.
 
     This is inpainting with any model (Lugmayr et al. 2022, eq. 8, arXiv:2201.09865). Samplers are pointwise, so that it
     does not matter whether they or their denoiser put the known region in its place.

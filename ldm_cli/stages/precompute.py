@@ -34,6 +34,7 @@ from ldm_cli.reporting import Progress, Reporter
 from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
 from ldm_cli.stages.support.cache_encoding import NUM_AHEAD, CacheEncoder, Chunks, EncodedChunk
 from ldm_cli.stages.support.options import RunOptions, device_of_process
+from ldm_cli.stages.support.start import resolve_start
 from ldm_cli.training.failures import FailureJournal
 from ldm_cli.training.interruption import TIME_LIMIT, StopRequest
 
@@ -64,6 +65,7 @@ def run(
         StuckError: the time limit left room for no file, run after run.
     """
     started = time.perf_counter()
+    recipe = resolve_start(recipe, reporter.warn)
     with StopRequest(options.max_time) as stop:
         wanted = cache_key(recipe)
         shards = open_shards(recipe.data.shards, recipe.data, reporter)
@@ -80,10 +82,11 @@ def run(
     return {"cache": str(folder), "dtype": key.dtype, **counts, "bytes": size, "seconds": seconds}
 
 
-def plan(
+def dry_run(
     recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter, dtype: Dtype | None = None
 ) -> dict[str, Any]:
     """What `run` would write: samples, and bytes for each; errors as in `run`."""
+    recipe = resolve_start(recipe, reporter.warn)
     shards = open_shards(recipe.data.shards, recipe.data, reporter)
     folder = _folder(recipe, options, shards)
     key = _key_to_use(folder, Manifest.read(folder), cache_key(recipe), dtype, options.overwrite)

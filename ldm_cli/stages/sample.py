@@ -27,7 +27,8 @@ from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.stages.support.options import RunOptions, device_of_process
 from ldm_cli.stages.support.picture_generator import Latents, PictureGenerator
 from ldm_cli.storage import storage_errors
-from ldm_cli.training.distributed import Ranks, joined, local_rank
+from ldm_cli.training.distributed import joined, local_rank
+from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.run_lock import RunLock
 
 _SECONDS_OF_SILENCE = 60.0

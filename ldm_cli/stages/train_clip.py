@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,23 @@ from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import sequential_batches
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.families.caption_tokens import CaptionTokens
-from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, load_weights, save_model, write_json
+from ldm_cli.formats.model_folder import (
+    TRANSFORMERS_WEIGHTS,
+    load_weights,
+    save_frozen,
+    save_model,
+    write_json,
+)
 from ldm_cli.pictures.grid import image_grid
 from ldm_cli.pictures.images import save_image
 from ldm_cli.recipe.schema import TrainClipRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.options import RunOptions
-from ldm_cli.stages.support.training_run import Workbench, run_training, split
-from ldm_cli.training.checkpoint import commit_folder
-from ldm_cli.training.gradient_sum import PartSum
-from ldm_cli.training.task import Losses
+from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start
+from ldm_cli.stages.support.training_run import Workbench, run_training
+from ldm_cli.training.checkpoint import commit_folder, link_folder
+from ldm_cli.training.gradient_sum import gradient_sum
+from ldm_cli.training.weights import Weights
 
 _NUM_PICTURED = 6
 _NUM_FOUND = 8
@@ -36,7 +43,31 @@ _NUM_FOUND = 8
 
 def run(recipe: TrainClipRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
     """Train the CLIP of `recipe`; the result is a CLIPModel folder with its tokenizer."""
-    return run_training(recipe, options, reporter, lambda bench: CLIPTask(recipe, bench))
+    recipe = resolve_start(recipe, reporter.warn)
+    path = recipe.tokenizer.path
+    facts = {} if path is None else {"tokenizer": Tokenizer.load(path).fingerprint}
+    return run_training(recipe, options, reporter, lambda bench: CLIPTask(recipe, bench), facts=facts)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of a batch, with what the contrastive loss of the global batch says of it.
+
+    Attributes:
+        batch: its samples.
+        features: their features [B, 2·D] with their graph, if they are there already; None: to be computed.
+        gradient: of the loss with respect to them, [B, 2·D].
+        scale_gradient: of the loss with respect to the logit scale.
+        value: the loss of its rows, without gradient.
+        figures: of its rows.
+    """
+
+    batch: Batch
+    features: Tensor | None
+    gradient: Tensor
+    scale_gradient: Tensor
+    value: Tensor
+    figures: dict[str, Tensor]
 
 
 class CLIPTask:
@@ -45,8 +76,12 @@ class CLIPTask:
     def __init__(self, recipe: TrainClipRecipe, bench: Workbench) -> None:
         self.recipe, self.bench = recipe, bench
         self.tokenizer = _tokenizer(recipe, bench)
-        self.tokenizer.model_max_length = recipe.clip.text_config.max_position_embeddings
-        self.model = CLIPModel(fit_to_tokenizer(recipe.clip, self.tokenizer))
+        self.tokenizer.model_max_length = recipe.model.text_config.max_position_embeddings
+        config = recipe.model if recipe.start_from else fit_to_tokenizer(recipe.model, self.tokenizer)
+        self.model = build_model(CLIPModel, config, recipe)
+        self._frozen = frozen_names(self.model)
+        state = self.model.state_dict()
+        bench.run.share(lambda folder: save_frozen(folder, state, self._frozen, TRANSFORMERS_WEIGHTS))
         if recipe.train.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         length = self.model.config.text_config.max_position_embeddings
@@ -54,65 +89,70 @@ class CLIPTask:
         self.modules = {"clip": self.model}
         self.auxiliary: dict[str, torch.nn.Module] = {}
 
-    def losses(self, batch: Batch, num_parts: int, step: int) -> Losses:
-        """The contrastive loss of the *global* batch, also where it is run in parts, on one rank or on several.
+    def parts(self, batch: Batch, num_parts: int) -> list[_Part]:
+        """Equal parts of the batch, each with the gradient of its features.
 
-        Features of all parts come first; then the gradient of the loss with respect to them, to which every part of
-        every rank contributes the rows of its own samples; and then each part is given its features' gradient (Gao
-        et al. 2021, arXiv:2101.06983, section 3.2). So a part's activations are alive only while it is its turn, and
-        no rank holds more than its own rows of the logits.
+        The loss is that of the *global* batch, also where it is run in parts, on one rank or on several. So the
+        features of all parts come first, then the gradient of the loss with respect to them; `loss` computes the
+        features of a part once more and passes their gradient on (Gao et al. 2021, arXiv:2101.06983, section 3.2).
+        The activations of one part are in memory at a time, and each rank holds its own rows of the logits.
         """
-        parts = split(batch, num_parts)
+        batches = batch.parts(num_parts)
         if num_parts == 1:
-            cached = [self._features(batch)]
+            features = [self._features(batch)]
         else:
             # Batch norms count the second pass, which gives the gradient, and not this one.
             with torch.no_grad(), StatisticsKept(self.model):
-                cached = [self._features(part) for part in parts]
-            torch.clear_autocast_cache()  # it holds weights that were cast without gradient
-        own = torch.cat([torch.cat(sides, dim=1).detach().float() for sides in cached])
+                features = [self._features(part) for part in batches]
+        own = torch.cat([part.detach().float() for part in features])
         values, gradient, scale_gradient = self._feature_gradient(own, self._groups(batch), num_parts)
-        for part, sides, rows, (loss, figures) in zip(parts, cached, gradient.chunk(num_parts), values, strict=True):
-            features = torch.cat(sides if num_parts == 1 else self._features(part), dim=1)
-            # Its gradient counts, its value does not.
-            surrogate = (features.float() * rows).sum() + self.model.clamped_logit_scale * scale_gradient
-            yield loss + surrogate - surrogate.detach(), figures
+        rows = gradient.chunk(num_parts)
+        return [
+            _Part(one, features[i] if num_parts == 1 else None, rows[i], scale_gradient, *values[i])
+            for i, one in enumerate(batches)
+        ]
+
+    def loss(self, part: _Part, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The contrastive loss of the part's rows, with the gradient of the global batch's."""
+        features = self._features(part.batch) if part.features is None else part.features
+        # The gradient of the surrogate counts, its value does not.
+        surrogate = (features.float() * part.gradient).sum() + self.model.clamped_logit_scale * part.scale_gradient
+        return part.value + surrogate - surrogate.detach(), part.figures
 
     def _feature_gradient(
         self, own: Tensor, groups: Tensor | None, num_parts: int
     ) -> tuple[list[tuple[Tensor, dict[str, Tensor]]], Tensor, Tensor]:
-        """Loss and figures of each of this rank's parts, and the gradients of all parts' loss.
+        """Loss and figures of each part of this rank, and the gradient of the loss of all parts of all ranks.
 
         Args:
             own: image and text features side by side, float32 [B / ranks, 2·D].
-            groups: what `contrastive_loss` takes, for this rank's samples, int64 [B / ranks].
+            groups: `groups` of `contrastive_loss` for this rank's samples, int64 [B / ranks].
 
         Returns:
             Per part the loss of its rows and figures; the gradient with respect to `own`, summed over all parts of
             all ranks; the mean gradient with respect to the logit scale.
         """
-        add = PartSum(self.bench.ranks, num_parts, self.recipe.train.deterministic == "elastic")
-        features = self.bench.ranks.gathered(own).requires_grad_()
-        everyone = None if groups is None else self.bench.ranks.gathered(groups)
+        ranks = self.bench.ranks
+        total = gradient_sum(Weights({}, ranks), self.recipe.train)
+        features = ranks.gathered(own).requires_grad_()
+        everyone = None if groups is None else ranks.gathered(groups)
         scale = self.model.clamped_logit_scale.detach().requires_grad_()
-        size, start = len(own) // num_parts, self.bench.ranks.rank * len(own)
+        size, start = len(own) // num_parts, ranks.rank * len(own)
         values: list[tuple[Tensor, dict[str, Tensor]]] = []
+        for first in range(start, start + len(own), size):
+            images, texts = features.chunk(2, dim=1)
+            loss, figures = contrastive_loss(images, texts, scale, slice(first, first + size), everyone)
+            values.append((loss.detach(), figures))
+            total.add(torch.cat([gradient.reshape(-1) for gradient in torch.autograd.grad(loss, [features, scale])]))
+        summed = total.finish()
+        gradient = summed[:-1].view(features.shape)[start : start + len(own)]
+        return values, gradient, summed[-1] / (num_parts * ranks.world_size)
 
-        def contributions() -> Iterator[Tensor]:
-            for first in range(start, start + len(own), size):
-                images, texts = features.chunk(2, dim=1)
-                loss, figures = contrastive_loss(images, texts, scale, slice(first, first + size), everyone)
-                values.append((loss.detach(), figures))
-                yield torch.cat([gradient.reshape(-1) for gradient in torch.autograd.grad(loss, [features, scale])])
-
-        total = add(contributions())
-        gradient = total[:-1].view(features.shape)[start : start + len(own)]
-        return values, gradient, total[-1] / add.num_parts
-
-    def _features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _features(self, batch: Batch) -> Tensor:
+        """Image and text features side by side, [B, 2·D]."""
         pixels = normalize_images(batch.images.to(self.bench.device, non_blocking=True))
         ids = self._tokens(batch.captions).to(self.bench.device)
-        return self.model.get_image_features(pixels), self.model.get_text_features(ids)
+        return torch.cat([self.model.get_image_features(pixels), self.model.get_text_features(ids)], dim=1)
 
     def _groups(self, batch: Batch) -> Tensor | None:
         """A number for each caption, the same for equal ones, on all ranks: int64 [B]; None where only pairs match."""
@@ -128,9 +168,8 @@ class CLIPTask:
         sums: dict[str, float] = {}
         whole = [batch for batch in self.bench.held_out if len(batch.keys) == size]
         for batch in whole:
-            loss, figures = contrastive_loss(
-                *self._features(batch), self.model.clamped_logit_scale, groups=self._groups(batch)
-            )
+            images, texts = self._features(batch).chunk(2, dim=1)
+            loss, figures = contrastive_loss(images, texts, self.model.clamped_logit_scale, groups=self._groups(batch))
             for name, value in {"val_loss": loss, "val_accuracy": figures["accuracy"]}.items():
                 sums[name] = sums.get(name, 0.0) + value.item() / len(whole)
         return sums
@@ -140,9 +179,9 @@ class CLIPTask:
         batches = self.bench.held_out
         if not batches:
             return
-        features = [self._features(batch) for batch in batches]
-        images = torch.nn.functional.normalize(torch.cat([f[0] for f in features]), dim=-1)
-        texts = torch.nn.functional.normalize(torch.cat([f[1] for f in features]), dim=-1)[:_NUM_PICTURED]
+        features = torch.cat([self._features(batch) for batch in batches])
+        images, texts = (torch.nn.functional.normalize(side, dim=-1) for side in features.chunk(2, dim=1))
+        texts = texts[:_NUM_PICTURED]
         best = (texts @ images.T).topk(min(_NUM_FOUND, len(images)), dim=1).indices.tolist()
         pixels = torch.cat([batch.images for batch in batches])
         save_image(folder / "grid.png", image_grid([pixels[i] for row in best for i in row], columns=len(best[0])))
@@ -156,7 +195,9 @@ class CLIPTask:
     def export(self, folder: Path) -> None:
         """Write the CLIPModel folder with tokenizer and image processor."""
         config = self.model.config
-        save_model(folder, self.model.state_dict(), config.to_hugging_face(), TRANSFORMERS_WEIGHTS)
+        if self._frozen:
+            link_folder(self.bench.run.frozen, folder)
+        save_model(folder, self.model.state_dict(), config.to_hugging_face(), TRANSFORMERS_WEIGHTS, self._frozen)
         self.tokenizer.save(folder)
         write_json(folder / "preprocessor_config.json", image_processor(config.vision_config.image_size))
 
@@ -165,7 +206,7 @@ class CLIPTask:
         load_weights(self.model, folder)
 
     def finalize(self) -> dict[str, float]:
-        """Nothing is left to do; tells the logit scale."""
+        """The logit scale; nothing is left to do."""
         return {"logit_scale": self.model.clamped_logit_scale.item()}
 
 

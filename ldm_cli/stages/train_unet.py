@@ -21,7 +21,8 @@ from ldm_cli.data.cache_manifest import Manifest
 from ldm_cli.data.latent_cache import LatentCache
 from ldm_cli.errors import RecipeError
 from ldm_cli.families.stable_diffusion import StableDiffusion
-from ldm_cli.formats.model_folder import load_weights
+from ldm_cli.formats.model_folder import load_weights, save_frozen, save_model
+from ldm_cli.formats.pipeline_folder import UNET
 from ldm_cli.formats.scheduler_file import our_settings
 from ldm_cli.pictures.grid import image_grid
 from ldm_cli.pictures.images import save_image
@@ -31,15 +32,16 @@ from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import requests_for
 from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
 from ldm_cli.stages.support.options import RunOptions
-from ldm_cli.stages.support.training_run import Workbench, run_training, split
+from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start
+from ldm_cli.stages.support.training_run import Workbench, run_training
 from ldm_cli.training.checkpoint import link_folder
-from ldm_cli.training.task import Losses, in_parts
 
 _NUM_NOISE_LEVELS = 5
 
 
 def run(recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
     """Train the denoiser of `recipe`; the result is a complete Stable Diffusion folder."""
+    recipe = resolve_start(recipe, reporter.warn)
     uses = {"vae": recipe.vae, "text_encoder": recipe.text_encoder}
     build = lambda bench: DenoiserTask(recipe, bench)  # noqa: E731
     if recipe.cache is None:
@@ -59,7 +61,9 @@ class DenoiserTask:
         self.recipe, self.bench = recipe, bench
         self.encoder = BatchEncoder(recipe, bench.device, bench.run.warn)
         codec, encoder = self.encoder.codec, self.encoder.encoder
-        denoiser = UNet2DConditionModel(fitted_config(recipe, codec, encoder.model.config.hidden_size))
+        config = fitted_config(recipe, codec, encoder.model.config.hidden_size)
+        denoiser = build_model(UNet2DConditionModel, config, recipe)
+        self._frozen = frozen_names(denoiser)
         if recipe.train.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
         self.family = StableDiffusion(denoiser, codec, encoder, our_settings(recipe.diffusion.to_mapping()))
@@ -69,22 +73,22 @@ class DenoiserTask:
         self._keys = {purpose: philox.key(recipe.seed, purpose) for purpose in keys}
         self._fixed_keys = {purpose: philox.key(recipe.seed, f"validation {purpose}") for purpose in keys}
         self._empty = self.encoder.condition([""]) if bench.cache is None else self.encoder.cached(bench.cache, "")
-        bench.run.share(self.family.save_companions)
+        bench.run.share(self._save_unchanged)
 
-    def losses(self, batch: Batch, num_parts: int, step: int) -> Losses:
-        """The loss on equal parts of the batch; each sample has its own level, noise and dropout."""
+    def parts(self, batch: Batch, num_parts: int) -> list[Batch]:
+        """Samples do not depend on one another."""
+        return batch.parts(num_parts)
 
-        def loss(part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-            moments, condition = self.encoder(part)
-            dropped = philox.uniform(self._keys["caption dropout"], part.epoch, part.position, 1)[:, 0]
-            is_dropped = (dropped < self.recipe.diffusion.caption_dropout).to(self.bench.device)
-            condition = condition.replaced(is_dropped, self._empty)
-            u = self._shares(part.epoch, part.position)
-            return self._denoising_error(part, moments, condition, u, self._keys).mean(), {}
+    def loss(self, part: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean denoising error; each sample has its own level, noise and dropout."""
+        moments, condition = self.encoder(part)
+        dropped = philox.uniform(self._keys["caption dropout"], part.epoch, part.position, 1)[:, 0]
+        is_dropped = (dropped < self.recipe.diffusion.caption_dropout).to(self.bench.device)
+        condition = condition.replaced(is_dropped, self._empty)
+        u = self._levels(part.epoch, part.position)
+        return self._denoising_error(part, moments, condition, u, self._keys).mean(), {}
 
-        return in_parts(loss, split(batch, num_parts))
-
-    def _shares(self, epoch: Tensor, position: Tensor) -> Tensor:
+    def _levels(self, epoch: Tensor, position: Tensor) -> Tensor:
         """u of `Process.at` for each sample: float32 [B], in (0, 1)."""
         key = self._keys["timestep"]
         if self.recipe.diffusion.timestep_sampling == "uniform":
@@ -106,8 +110,8 @@ class DenoiserTask:
         noise = self._normal(keys["noise"], batch, latents)
         a, b, time = family.process.at(u.to(self.bench.device))
         output = family.denoiser(add_noise(latents, noise, a, b), time, condition)
-        gamma = self.recipe.diffusion.snr_gamma
-        return diffusion_loss(family.process.prediction, output, latents, noise, a, b, gamma)
+        prediction, gamma = family.process.prediction, self.recipe.diffusion.snr_gamma
+        return diffusion_loss(prediction, output, latents, noise, a, b, gamma)
 
     def _normal(self, key: philox.Key, batch: Batch, like: Tensor) -> Tensor:
         return philox.normal(key, batch.epoch, batch.position, tuple(like.shape[1:])).to(like.device)
@@ -141,17 +145,23 @@ class DenoiserTask:
             return
         requests = requests_for(prompts, samples.sampling)
         images = [image.pixels for image in Pipeline(self.family).generate(requests, samples.sampling)]
-        save_image(folder / "grid.png", image_grid(images, columns=min(8, len(images))))
+        save_image(folder / "grid.png", image_grid(images))
         (folder / "prompts.json").write_text(json.dumps(prompts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
+    def _save_unchanged(self, folder: Path) -> None:
+        """Write the parts of the model folder that training does not change."""
+        self.family.save_companions(folder)
+        save_frozen(folder / UNET, self.family.denoiser.state_dict(), self._frozen)
+
     def export(self, folder: Path) -> None:
-        """Write the model folder: this denoiser, and links to its codec and encoder."""
+        """Write the model folder: the trained weights of the denoiser, and links to all else."""
         link_folder(self.bench.run.frozen, folder)
-        self.family.save_denoiser(folder)
+        denoiser = self.family.denoiser
+        save_model(folder / UNET, denoiser.state_dict(), denoiser.config.to_hugging_face(), frozen=self._frozen)
 
     def restore(self, folder: Path) -> None:
         """Read the denoiser's weights of `export` back."""
-        load_weights(self.family.denoiser, folder / "unet")
+        load_weights(self.family.denoiser, folder / UNET)
 
     def finalize(self) -> dict[str, float]:
         """Nothing is left to do."""
@@ -164,7 +174,7 @@ def fitted_config(recipe: TrainUnetRecipe, codec: Codec, text_width: int) -> UNe
     Raises:
         RecipeError: channels or widths do not fit together.
     """
-    config = recipe.unet
+    config = recipe.model
     problems = []
     channels = codec.channels
     if config.in_channels != channels or config.out_channels != channels:

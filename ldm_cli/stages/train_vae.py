@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,15 @@ from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import Loader
 from ldm_cli.errors import RecipeError
 from ldm_cli.evaluation.image_quality import psnr
-from ldm_cli.formats.model_folder import load_model, load_weights, save_model
+from ldm_cli.formats.model_folder import load_model, load_weights, save_frozen, save_model
 from ldm_cli.pictures.grid import image_grid
 from ldm_cli.pictures.images import save_image
 from ldm_cli.recipe.schema import TrainVaeRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.options import RunOptions
-from ldm_cli.stages.support.training_run import Workbench, run_training, split
-from ldm_cli.training.task import Losses, in_parts
+from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start
+from ldm_cli.stages.support.training_run import Workbench, run_training
+from ldm_cli.training.checkpoint import link_folder
 
 _NUM_PICTURES = 8
 _NUM_MEASURED = 1024
@@ -33,6 +35,7 @@ _NUM_MEASURED = 1024
 
 def run(recipe: TrainVaeRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
     """Train the autoencoder of `recipe`; the result is an AutoencoderKL folder with a measured scale."""
+    recipe = resolve_start(recipe, reporter.warn)
     clip = recipe.loss.perceptual_clip
     uses = {} if clip is None else {"loss.perceptual_clip": clip}
     return run_training(recipe, options, reporter, lambda bench: VAETask(recipe, bench), uses=uses, with_captions=False)
@@ -43,24 +46,27 @@ class VAETask:
 
     def __init__(self, recipe: TrainVaeRecipe, bench: Workbench) -> None:
         self.recipe, self.bench = recipe, bench
-        config = recipe.vae.model_copy(update={"sample_size": recipe.data.image_size})
-        self.vae = AutoencoderKL(config)
+        config = recipe.model.model_copy(update={"sample_size": recipe.data.image_size})
+        self.vae = build_model(AutoencoderKL, config, recipe)
+        self._frozen = frozen_names(self.vae)
+        _expect_last_layer(recipe, self._frozen)
+        state = self.vae.state_dict()
+        bench.run.share(lambda folder: save_frozen(folder, state, self._frozen))
         if recipe.train.gradient_checkpointing:
             self.vae.enable_gradient_checkpointing()
-        self.loss = VAELoss(recipe.loss, _perceptual_tower(recipe.loss.perceptual_clip)).to(bench.device)
+        self.terms = VAELoss(recipe.loss, _perceptual_tower(recipe.loss.perceptual_clip)).to(bench.device)
         self.modules = {"vae": self.vae}
-        self.auxiliary = {} if self.loss.discriminator is None else {"discriminator": self.loss.discriminator}
+        self.auxiliary = {} if self.terms.discriminator is None else {"discriminator": self.terms.discriminator}
         self._noise_key = philox.key(recipe.seed, "posterior noise")
 
-    def losses(self, batch: Batch, num_parts: int, step: int) -> Losses:
-        """The autoencoder's loss on equal parts of the batch."""
+    def parts(self, batch: Batch, num_parts: int) -> list[Batch]:
+        """Samples do not depend on one another."""
+        return batch.parts(num_parts)
 
-        def loss(part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-            images = to_signed(part.images, self.bench.device)
-            noise = self._posterior_noise(part)
-            return self.loss(self.vae, images, noise, step)  # type: ignore[no-any-return]
-
-        return in_parts(loss, split(batch, num_parts))
+    def loss(self, part: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """All terms of `VAELoss`."""
+        images = to_signed(part.images, self.bench.device)
+        return self.terms(self.vae, images, self._posterior_noise(part), step)  # type: ignore[no-any-return]
 
     def _posterior_noise(self, batch: Batch) -> Tensor:
         side = self.recipe.data.image_size // self.vae.factor
@@ -93,7 +99,9 @@ class VAETask:
 
     def export(self, folder: Path) -> None:
         """Write the AutoencoderKL folder."""
-        save_model(folder, self.vae.state_dict(), self.vae.config.to_hugging_face())
+        if self._frozen:
+            link_folder(self.bench.run.frozen, folder)
+        save_model(folder, self.vae.state_dict(), self.vae.config.to_hugging_face(), frozen=self._frozen)
 
     def restore(self, folder: Path) -> None:
         """Read the weights of `export` back."""
@@ -104,21 +112,25 @@ class VAETask:
 
         Channels differ in deviation by an order of magnitude, and pipelines of Stable Diffusion 1 and 2 apply
         one scale and no shift. So mean and deviation of each channel go into the 1×1 convolutions around the
-        latent, which leaves every reconstruction as it was; what is measured then and stored as
-        `scaling_factor` and `shift_factor` is 1 and 0 but for rounding. Without those convolutions the overall
-        mean and deviation are stored, as in Stable Diffusion 3.
+        latent, which leaves every reconstruction as it was; the values measured then and stored as
+        `scaling_factor` and `shift_factor` are 1 and 0 but for rounding. Where those convolutions are missing or
+        frozen, the overall mean and deviation are stored, as in Stable Diffusion 3. Where encoder and latent are
+        frozen, all stays as it was.
         """
-        mean, deviation, _ = self._latent_statistics()
+        config = self.vae.config
+        trained = dict(self.vae.named_parameters()).keys() - self._frozen
+        if not any(name.startswith(("encoder.", "quant_conv.")) for name in trained):
+            return {"scaling_factor": config.scaling_factor, "shift_factor": config.shift_factor or 0.0}
+        mean, deviation, overall = self._latent_statistics()
         weights = standardized(self.vae.state_dict(), mean, deviation)
-        if weights is not None:
-            self.vae.load_state_dict(weights)
-            mean, _, overall = self._latent_statistics()
-            shift = 0.0
-        else:
-            mean, _, overall = self._latent_statistics()
+        if weights is None or any("quant_conv." in name for name in self._frozen):
             shift = mean.mean().item()
+        else:
+            self.vae.load_state_dict(weights)
+            _, _, overall = self._latent_statistics()
+            shift = 0.0
         scale = 1.0 / overall
-        self.vae.config = self.vae.config.model_copy(update={"scaling_factor": scale, "shift_factor": shift})
+        self.vae.config = config.model_copy(update={"scaling_factor": scale, "shift_factor": shift})
         return {"scaling_factor": scale, "shift_factor": shift}
 
     def _latent_statistics(self) -> tuple[Tensor, Tensor, float]:
@@ -156,3 +168,12 @@ def _perceptual_tower(folder: str | None) -> CLIPVisionTransformer | None:
             "give a CLIP with a ViT",
         )
     return tower
+
+
+def _expect_last_layer(recipe: TrainVaeRecipe, frozen: Collection[str]) -> None:
+    if recipe.loss.adversarial_weight > 0 and recipe.loss.adversarial_adaptive and "decoder.conv_out.weight" in frozen:
+        raise RecipeError(
+            "freeze: decoder.conv_out is frozen",
+            "loss.adversarial_adaptive weighs the terms by its gradient",
+            "set loss.adversarial_adaptive=false, or thaw it with '!decoder.conv_out.*'",
+        )

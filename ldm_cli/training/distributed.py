@@ -1,14 +1,13 @@
-"""The ranks of one job: who takes part, how they exchange, and how each of them notices that another is gone.
+"""The connection among the ranks of one job: how they find one another, exchange tensors, and notice a lost rank.
 
-Rank, world size and address come from the environment, in the words of torchrun (`RANK`, `LOCAL_RANK`, `WORLD_SIZE`,
-`MASTER_ADDR`, `MASTER_PORT`). What is decided on the host goes through gloo on the CPU, gradients go through NCCL
-where the device is CUDA. Nobody waits blindly: a rank that died closes its connections, and a rank that was stopped
-no longer gives the sign of life that each one leaves in the store every second.
+Rank, world size and address come from the environment, under torchrun's names (`RANK`, `LOCAL_RANK`, `WORLD_SIZE`,
+`MASTER_ADDR`, `MASTER_PORT`). Decisions of the host go through gloo; gradients on CUDA go through NCCL. No rank waits
+for a lost one: a process that died closes its connections, and a stopped one no longer renews the time stamp that each
+rank writes to the store every second.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -25,113 +24,16 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from ldm_cli.errors import LdmError, Preempted, UsageError, WorkerError
 from ldm_cli.training.rank_watch import POLL, TELLING, RankWatch, announce
+from ldm_cli.training.ranks import Ranks
 
 T = TypeVar("T")
 
 _PATIENCE = timedelta(hours=12)
-"""The others wait as long for rank 0 while it validates, draws or saves: its signs of life tell that it is well."""
+"""How long the others wait for rank 0 while it validates, draws or saves. The rank watch tells whether it is well."""
 _JOINING = timedelta(minutes=5)
 _BUCKET_SIZE = 2**24
 """Numbers per all-reduce: 64 MiB in float32."""
 _RUN_AGAIN = "run the same command again"
-
-
-class Ranks:
-    """The processes that train together; this class itself is one process on its own.
-
-    Attributes:
-        rank: number of this process, in [0, world_size).
-        world_size: number of processes.
-        local_rank: number of this process on its machine; its CUDA device.
-    """
-
-    def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank} is not in [0, world_size={world_size})")
-        self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is rank 0, which alone speaks, writes, validates and draws."""
-        return self.rank == 0
-
-    def sum_in_place(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over the ranks; all of one dtype and device."""
-
-    def copy_from(self, rank: int, tensor: Tensor) -> None:
-        """Replace `tensor` by that of `rank`, bit for bit."""
-
-    def gathered(self, tensor: Tensor) -> Tensor:
-        """[B, …] of each rank, all of one shape → [world_size × B, …] in the order of the ranks; no gradient."""
-        return tensor
-
-    def texts(self, text: str) -> list[str]:
-        """The texts that the ranks give here, in their order."""
-        return [text]
-
-    def largest(self, number: int) -> int:
-        """The largest of the integers that the ranks give here."""
-        return number
-
-    def from_first(self, text: str) -> str:
-        """The text that rank 0 gives here."""
-        return self.texts(text)[0]
-
-    def wait(self) -> None:
-        """Wait until every rank has come here."""
-        self.largest(0)
-
-    def device_group(self) -> dist.ProcessGroup:
-        """The connection for tensors on the device; for collectives that `complete` starts.
-
-        Raises:
-            ValueError: one process has none.
-        """
-        raise ValueError(f"no process group where world_size={self.world_size}")
-
-    def complete(self, start: Callable[[], dist.Work | None], tensor: Tensor) -> None:
-        """Start a collective that writes to `tensor` and wait for it, as long as the other ranks are well.
-
-        Raises:
-            WorkerError: one of them failed or is gone.
-        """
-        start()
-
-    def attended(self, work: Callable[[dist.ProcessGroup | None], T]) -> T:
-        """The result of blocking collectives on a group of the host's memory, which is None for one process.
-
-        Raises:
-            WorkerError: another rank failed or is gone.
-        """
-        return work(None)
-
-    @contextmanager
-    def first_then_others(self) -> Iterator[None]:
-        """Rank 0 goes through the block before the others enter it: what it caches, they find."""
-        if not self.is_first:
-            self.wait()
-        yield
-        if self.is_first:
-            self.wait()
-
-    def expect_equal(self, facts: dict[str, str]) -> None:
-        """Make sure that the ranks agree.
-
-        Args:
-            facts: what is compared → what it is on this rank.
-
-        Raises:
-            UsageError: two ranks differ; both values are named.
-        """
-        given = [json.loads(text) for text in self.texts(json.dumps(facts))]
-        for rank, others in enumerate(given):
-            for name, value in given[0].items():
-                if others.get(name) != value:
-                    raise UsageError(
-                        f"rank {rank} of {self.world_size} has another {name} than rank 0",
-                        f"'{others.get(name)}' instead of '{value}'",
-                        "start all ranks with the same command, files and versions",
-                    )
 
 
 class _ConnectedRanks(Ranks):
@@ -198,8 +100,8 @@ class _ConnectedRanks(Ranks):
             work = start()
         self._finish(work, tensor)
 
-    def attended(self, work: Callable[[dist.ProcessGroup | None], T]) -> T:
-        """In a thread of its own: this one looks after the other ranks meanwhile."""
+    def watched(self, work: Callable[[dist.ProcessGroup | None], T]) -> T:
+        """In a thread of its own, while this one watches the other ranks."""
         outcome: futures.Future[T] = futures.Future()
 
         def attempt() -> None:
@@ -284,22 +186,24 @@ def _environment() -> tuple[int, int, int]:
         return 0, 1, 0
     try:
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        local = int(os.environ.get("LOCAL_RANK", rank))
+        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", rank)))
     except (KeyError, ValueError):
         given = ", ".join(f"{name}={os.environ.get(name, '')}" for name in names)
         raise UsageError("cannot tell this process's rank", given, "set all three, as torchrun does") from None
     if not 0 <= rank < world_size or local < 0:
         raise UsageError("this process's rank is impossible", f"RANK={rank}, WORLD_SIZE={world_size}")
+    if "LOCAL_RANK" not in os.environ:  # a pod or a Slurm task may see fewer devices than there are ranks
+        local %= torch.cuda.device_count() or world_size
     return rank, world_size, local
 
 
 @contextmanager
 def joined(device: torch.device, timeout: float) -> Iterator[Ranks]:
-    """Take part in the job that the environment tells of; without one, be a job of one.
+    """Join the job that the environment describes; without one, the job has one rank.
 
     Args:
         device: where gradients lie.
-        timeout: seconds after which a rank without a sign of life counts as lost.
+        timeout: seconds without a time stamp after which a rank counts as lost.
 
     Raises:
         WorkerError: the others do not come.
@@ -340,8 +244,8 @@ def _rendezvous(rank: int, world_size: int) -> Store:
         wait_for_workers=False,
         master_listen_fd=int(listening) if rank == 0 and listening else None,
     )
-    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # an agent's store outlives its workers
-    return PrefixStore(f"ldm/{life}", store)
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # an agent's store outlives its workers
+    return PrefixStore(f"ldm/{restart}", store)
 
 
 def _own_connection(store: Store) -> Store:

@@ -31,9 +31,7 @@ class ExponentialMovingAverage:
     def update(self, step: int, kept: Tensor) -> None:
         """average ← average + (1 − decay)·kept·(weights − average); `kept` is 0 for a skipped step or 1."""
         weight = (1.0 - self.decay_at(step)) * kept
-        difference = torch._foreach_sub(self.live, self.average)
-        torch._foreach_mul_(difference, weight)
-        torch._foreach_add_(self.average, difference)
+        torch._foreach_lerp_(self.average, self.live, [weight] * len(self.live))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""In which steps the lives of a run ended, and when to give up: a queue that repeats whatever fails would for ever."""
+"""The steps in which processes of a run failed, and when to give up: a queue would repeat a failing job for ever."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from typing import Any
 from ldm_cli.errors import StuckError, printable
 from ldm_cli.storage import storage_errors
 
-MAX_LIVES = 5
-"""Lives that may end in the same step, one after the other."""
+MAX_ATTEMPTS = 5
+"""Processes of a run that may end in the same step, one after the other."""
 
 
 class FailureJournal:
-    """failures.jsonl: a line for each life that died while it computed a step, or whose time was over before its first.
+    """failures.jsonl: a line for each process that died in a step, or whose time limit came before its first step.
 
-    Lives that ended elsewhere (killed while saving or starting, stopped by a signal, disk full) say nothing about the
-    step.
+    Other ends (killed while saving or starting, stopped by a signal, disk full) are not the step's fault.
 
     Args:
         file: where it is.
@@ -30,7 +29,7 @@ class FailureJournal:
         self.file, self._unit = file, unit
 
     def add(self, step: int, cause: str) -> None:
-        """Note that a life ended in `step`.
+        """Note that a process ended in `step`.
 
         Raises:
             StorageError: writing failed.
@@ -40,15 +39,15 @@ class FailureJournal:
             stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def check(self) -> None:
-        """Make sure that the last lives did not all end in the same step.
+        """Make sure that the last processes did not all end in the same step.
 
         Raises:
             StuckError: they did.
         """
-        last = self._entries()[-MAX_LIVES:]
-        if len(last) == MAX_LIVES and len({entry["step"] for entry in last}) == 1:
+        last = self._entries()[-MAX_ATTEMPTS:]
+        if len(last) == MAX_ATTEMPTS and len({entry["step"] for entry in last}) == 1:
             raise StuckError(
-                f"'{self.file.parent}' ended {MAX_LIVES} times in {self._unit} {last[0]['step']}",
+                f"'{self.file.parent}' ended {MAX_ATTEMPTS} times in {self._unit} {last[0]['step']}",
                 f"the last time: {last[-1]['cause']}",
                 f"do not requeue; remove the cause, then delete '{self.file}' and run the same command again",
             )

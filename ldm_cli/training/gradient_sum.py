@@ -1,32 +1,31 @@
 """Sums over the parts of a batch and over the ranks: gradients, running statistics, figures.
 
-Addition of floats is not associative, so a sum depends on who adds what first. The plain sum adds a rank's parts in
-turn and leaves the ranks to the all-reduce. The canonical one adds chunks of a fixed size as the leaves of one binary
-tree over the whole batch, so that it does not depend on which rank computed a chunk, nor on how many there are: a rank
-adds up the subtrees that lie within its own chunks, and every rank adds up what all of them found.
+Addition of floats is not associative, so a sum depends on the order of its terms. The plain sum adds a rank's parts in
+turn and leaves the ranks to the all-reduce. The canonical sum treats the parts, which have a fixed size, as the leaves
+of one binary tree over the global batch. Its bits then depend neither on which rank computed a part nor on the number
+of ranks: a rank adds up the subtrees within its own parts, and every rank adds up the subtrees of all ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ldm_cli.training.config import TrainConfig
-from ldm_cli.training.distributed import Ranks
+from ldm_cli.training.weights import Weights
 
 
 class Block(NamedTuple):
-    """The chunks number·2^level … (number + 1)·2^level − 1: a subtree."""
+    """A subtree: the parts number·2^level … (number + 1)·2^level − 1."""
 
     level: int
     number: int
 
 
 def blocks(start: int, end: int) -> list[Block]:
-    """The largest subtrees that the chunks start … end − 1 consist of, in order.
+    """The largest subtrees that the parts start … end − 1 consist of, in order.
 
     >>> blocks(1, 6)
     [Block(level=0, number=1), Block(level=1, number=1), Block(level=1, number=2)]
@@ -48,7 +47,7 @@ class TreeSum:
         self._waiting: list[tuple[Block, Tensor]] = []
 
     def add(self, block: Block, value: Tensor) -> None:
-        """`value`, which is taken over and may be changed, is the sum of the chunks of `block`."""
+        """Add `value`, the sum of the parts of `block`. The tree keeps it and may change it in place."""
         while block.number % 2 and self._waiting and self._waiting[-1][0] == (block.level, block.number - 1):
             _, left = self._waiting.pop()
             value = left.add_(value)
@@ -56,7 +55,7 @@ class TreeSum:
         self._waiting.append((block, value))
 
     def subtrees(self) -> list[tuple[Block, Tensor]]:
-        """What has been added up so far, in order."""
+        """The sums so far, in the order of their parts."""
         return self._waiting
 
     def total(self) -> Tensor:
@@ -73,77 +72,92 @@ class TreeSum:
         return total
 
 
-@dataclass(frozen=True)
-class PartSum:
-    """Adds one tensor per part of the batch, over the parts of this rank and over all ranks.
+class PlainSum:
+    """Adds up in the order of arrival: gradients in `.grad`, as autograd does, and over the ranks by an all-reduce.
 
-    Attributes:
-        ranks: who computes the parts.
-        parts_per_rank: how many this rank and every other computes; rank r has the parts r·n … (r + 1)·n − 1.
-        is_canonical: whether the sum is to be the same bits for every number of ranks.
+    Args:
+        weights: the parameters, and the ranks.
     """
 
-    ranks: Ranks
-    parts_per_rank: int
-    is_canonical: bool
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._values: Tensor | None = None
 
-    @property
-    def num_parts(self) -> int:
-        """Parts of all ranks."""
-        return self.parts_per_rank * self.ranks.world_size
+    def add(self, values: Tensor) -> None:
+        """Add a part of the batch: the gradients that its backward pass left in `.grad`, and `values`, float32 [N]."""
+        self._values = values if self._values is None else self._values + values
 
-    def __call__(self, parts: Iterator[Tensor]) -> Tensor:
-        """The sum of all parts of all ranks, from this rank's parts, which are used up one by one.
-
-        Raises:
-            ValueError: these are not `parts_per_rank` parts.
-        """
-        if not self.is_canonical:
-            total = self.within_rank(parts)
-            self.ranks.sum_in_place([total])
-            return total
-        first = self.ranks.rank * self.parts_per_rank
-        own = TreeSum()
-        for number, part in enumerate(self._counted(parts), start=first):
-            own.add(Block(0, number), part)
-        return self._over_ranks(own)
-
-    def within_rank(self, parts: Iterator[Tensor]) -> Tensor:
-        """The plain sum of this rank's parts alone, for whoever adds up something else over the ranks besides.
+    def finish(self) -> Tensor:
+        """Leave the gradients of all parts and ranks in `.grad`; the sum of their values is returned.
 
         Raises:
-            ValueError: these are not `parts_per_rank` parts.
+            ValueError: nothing was added.
         """
-        counted = self._counted(parts)
-        total = next(counted)
-        for part in counted:
-            total.add_(part)
-        return total
+        if self._values is None:
+            raise ValueError("PlainSum.finish after 0 parts")
+        self._weights.sum_gradients(self._values)
+        return self._values
 
-    def _counted(self, parts: Iterator[Tensor]) -> Iterator[Tensor]:
-        count = 0
-        for part in parts:
-            count += 1
-            yield part
-        if count != self.parts_per_rank:
-            raise ValueError(f"PartSum: {count} parts where parts_per_rank={self.parts_per_rank}")
 
-    def _over_ranks(self, own: TreeSum) -> Tensor:
+class CanonicalSum:
+    """Adds up along one binary tree over the parts of all ranks: the same bits for any number of ranks.
+
+    Args:
+        weights: the parameters, replicated, and the ranks.
+        parts_per_rank: how many parts each rank adds; rank r has the parts r·n … (r + 1)·n − 1.
+    """
+
+    def __init__(self, weights: Weights, parts_per_rank: int) -> None:
+        self._ranks, self._parts_per_rank = weights.ranks, parts_per_rank
+        self._parameters = weights.replicas()
+        self._with_gradient: list[nn.Parameter] = []
+        self._tree = TreeSum()
+        self._count = 0
+
+    def add(self, values: Tensor) -> None:
+        """As `PlainSum.add`; `.grad` is emptied for the next part."""
+        self._with_gradient = [p for p in self._parameters if p.grad is not None]
+        gradients = [p.grad.reshape(-1) for p in self._with_gradient if p.grad is not None]
+        for parameter in self._with_gradient:
+            parameter.grad = None
+        number = self._ranks.rank * self._parts_per_rank + self._count
+        self._tree.add(Block(0, number), torch.cat([*gradients, values]))
+        self._count += 1
+
+    def finish(self) -> Tensor:
+        """As `PlainSum.finish`.
+
+        Raises:
+            ValueError: a number of parts other than `parts_per_rank` was added.
+        """
+        if self._count != self._parts_per_rank:
+            raise ValueError(f"CanonicalSum: {self._count} parts where parts_per_rank={self._parts_per_rank}")
+        total = self._over_ranks()
+        sizes = [parameter.numel() for parameter in self._with_gradient]
+        *gradients, values = torch.split(total, [*sizes, len(total) - sum(sizes)])
+        for parameter, gradient in zip(self._with_gradient, gradients, strict=True):
+            # empty_like keeps the parameter's memory order, on which the fused kernel depends
+            parameter.grad = torch.empty_like(parameter).copy_(gradient.view(parameter.shape))
+        return values
+
+    def _over_ranks(self) -> Tensor:
         """Every rank gets the subtrees of all others and adds them up itself."""
-        if self.ranks.world_size == 1:
-            return own.total()
-        mine = dict(own.subtrees())
-        like = next(iter(mine.values()))
+        if self._ranks.world_size == 1:
+            return self._tree.total()
+        own = dict(self._tree.subtrees())
+        like = next(iter(own.values()))
         tree = TreeSum()
-        for rank in range(self.ranks.world_size):
-            start = rank * self.parts_per_rank
-            for block in blocks(start, start + self.parts_per_rank):
-                value = mine[block] if rank == self.ranks.rank else like.new_empty(like.shape)
-                self.ranks.copy_from(rank, value)
+        for rank in range(self._ranks.world_size):
+            start = rank * self._parts_per_rank
+            for block in blocks(start, start + self._parts_per_rank):
+                value = own[block] if rank == self._ranks.rank else torch.empty_like(like)
+                self._ranks.copy_from(rank, value)
                 tree.add(block, value)
         return tree.total()
 
 
-def part_sum(config: TrainConfig, ranks: Ranks) -> PartSum:
-    """The sum over the parts that the recipe asks for."""
-    return PartSum(ranks, config.parts_per_rank(ranks.world_size), config.deterministic == "elastic")
+def gradient_sum(weights: Weights, config: TrainConfig) -> PlainSum | CanonicalSum:
+    """An empty sum of the kind that `train.deterministic` asks for."""
+    if config.deterministic == "elastic":
+        return CanonicalSum(weights, config.parts_per_rank(weights.ranks.world_size))
+    return PlainSum(weights)

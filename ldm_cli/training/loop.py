@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +17,11 @@ from ldm_cli.formats.weight_files import refuse_foreign_content
 from ldm_cli.reporting import Progress, Reporter
 from ldm_cli.training.checkpoint import checkpoint_name, commit_folder, latest_checkpoint, problem_with
 from ldm_cli.training.config import TrainConfig
-from ldm_cli.training.distributed import Ranks
 from ldm_cli.training.interruption import MORE_TIME, TIME_LIMIT, StopRequest, stop_reason
 from ldm_cli.training.optim import learning_rate
+from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.run_folder import RunFolder
+from ldm_cli.training.saving import check_room, restore, save
 from ldm_cli.training.task import BatchT, Task
 from ldm_cli.training.trainer import Trainer
 
@@ -46,7 +47,7 @@ class _Throughput:
 
 
 class _Due(NamedTuple):
-    """What follows a step."""
+    """The work that follows a step."""
 
     log: bool
     validate: bool
@@ -55,7 +56,7 @@ class _Due(NamedTuple):
 
     @classmethod
     def after(cls, step: int, config: TrainConfig) -> _Due:
-        """Everything is due after the last step."""
+        """The work due after `step`; all of it after the last one."""
         periods = (config.log_every, config.validate_every, config.sample_every, config.save_every)
         return cls(*(step == config.steps or (every > 0 and step % every == 0) for every in periods))
 
@@ -71,16 +72,18 @@ def train(
     stop: StopRequest,
     ranks: Ranks | None = None,
     start: Path | None = None,
+    validates_start: bool = False,
     title: str = "training",
 ) -> dict[str, Any]:
-    """Train to `config.steps`, or continue a run that was interrupted, and write the finished model folder.
+    """Train to `config.steps`, or continue an interrupted run, and write the finished model folder.
 
     Args:
         batches: (first step, end step) → one batch per step, of this rank's samples; steps count from 0.
         run: the run folder, locked and claimed already by rank 0, which alone writes to it.
         stop: entered already, so that a signal during the preparations is not lost.
-        ranks: who trains together; None: this process alone.
+        ranks: the processes that train together; None: this process alone.
         start: checkpoint where a run without checkpoints of its own begins; None: at step 0.
+        validates_start: whether a run that begins at step 0 validates the weights it begins with.
 
     Returns:
         The figures of the last step and of the finished model.
@@ -91,23 +94,17 @@ def train(
         StorageError: a checkpoint finds no room.
         WorkerError: another rank failed or is gone.
     """
-    ranks = ranks or Ranks()
-    trainer = Trainer(task, config, run, device, ranks)
-    _resume(trainer, start)
-    trainer.expect_same_weights()
+    trainer = Trainer(task, config, run, device, ranks or Ranks())
+    _begin(trainer, start, validates_start)
     first_step = trainer.step
-    if ranks.is_first:
-        run.rewind_metrics(trainer.step)
-        trainer.check_room()
-        run.status("running", step=trainer.step, steps=config.steps)
     with ExitStack() as stack:
         progress = stack.enter_context(reporter.progress(title, config.steps, trainer.step))
         stream = stack.enter_context(closing(batches(trainer.step, config.steps)))  # type: ignore[type-var]
         throughput = _Throughput()
         while trainer.step < config.steps:
-            if reason := stop_reason(ranks.largest(stop.code)):
+            if reason := stop_reason(trainer.ranks.largest(stop.code)):
                 _preempt(trainer, reason, trainer.step > first_step)
-            _set_training(task, True)
+            trainer.set_training(True)
             run.begin_step(trainer.step + 1)
             trainer.advance(next(stream))
             throughput.num_images += config.batch_size
@@ -117,29 +114,48 @@ def train(
                 run.begin_step(None)
             figures: dict[str, float] = {}
             if due.log:
-                figures |= trainer.meter.means()
+                figures |= trainer.means.take()
                 figures |= {"lr": learning_rate(config, trainer.step), "images_per_second": throughput.rate()}
-            if due.save:
-                trainer.expect_same_weights()
             with throughput.paused():
                 _follow_up(trainer, due, figures, progress)
     return _finish(trainer)
 
 
+def _begin(trainer: Trainer, start: Path | None, validates_start: bool) -> None:
+    """Bring a trainer to where its run is, and validate at step 0 if asked to."""
+    run, is_first = trainer.run, trainer.ranks.is_first
+    _resume(trainer, start)
+    trainer.expect_same_weights()
+    if is_first:
+        run.metrics.rewind(trainer.step)
+        check_room(trainer)
+        run.status("running", step=trainer.step, steps=trainer.config.steps)
+    if validates_start and trainer.step == 0:
+        figures = _validate(trainer)
+        if figures and is_first:
+            _log_figures(trainer, figures)
+
+
 def _follow_up(trainer: Trainer, due: _Due, figures: dict[str, float], progress: Progress) -> None:
     """Validate, log, draw and save after a step; saving comes last, when all else is done."""
-    run, step, is_first = trainer.run, trainer.step, trainer.part_sum.ranks.is_first
+    is_first = trainer.ranks.is_first
+    if due.save:
+        trainer.expect_same_weights()
     if due.validate:
         figures |= _validate(trainer)
     if figures and is_first:
-        run.append_metrics({"step": step, **{name: _rounded(value) for name, value in figures.items()}})
-        progress.update(step, {k: figures[k] for k in ("loss", "images_per_second") if k in figures})
+        _log_figures(trainer, figures)
+        progress.update(trainer.step, {k: figures[k] for k in ("loss", "images_per_second") if k in figures})
     if due.picture:
         _picture(trainer)
     if due.save:
-        trainer.save()
+        save(trainer)
         if is_first:
-            run.status("running", step=step, steps=trainer.config.steps)
+            trainer.run.status("running", step=trainer.step, steps=trainer.config.steps)
+
+
+def _log_figures(trainer: Trainer, figures: Mapping[str, float]) -> None:
+    trainer.run.metrics.append({"step": trainer.step, **{name: _rounded(value) for name, value in figures.items()}})
 
 
 def _resume(trainer: Trainer, start: Path | None) -> None:
@@ -149,7 +165,7 @@ def _resume(trainer: Trainer, start: Path | None) -> None:
         CheckpointError: none can be used, or the one given lies beyond the end of the run.
         InputNotFoundError: the one given does not exist.
     """
-    run, ranks = trainer.run, trainer.part_sum.ranks
+    run, ranks = trainer.run, trainer.ranks
     own = latest_checkpoint(run.checkpoints, run.warn, run.frozen) if ranks.is_first else None
     source = own or start
     if ranks.is_first and own is None and source is not None:
@@ -160,12 +176,12 @@ def _resume(trainer: Trainer, start: Path | None) -> None:
             raise InputNotFoundError(f"no checkpoint '{source}'", cause, "give a folder like …/step-00000500")
         if (problem := problem_with(source)) is not None:
             raise CheckpointError(f"cannot continue from '{source}'", problem, "give another checkpoint")
-    # Rank 0 has verified it and looked for a better one; the others take what it found.
+    # Rank 0 has verified the checkpoint, or found an earlier one; the others take the same.
     found, is_own = json.loads(ranks.from_first(json.dumps([str(source or ""), own is not None])))
     source = Path(found) if found else None
     if source is None:
         return
-    trainer.restore(source)
+    restore(trainer, source)
     if trainer.step > trainer.config.steps:
         raise CheckpointError(
             f"cannot continue from '{source}'",
@@ -179,29 +195,29 @@ def _resume(trainer: Trainer, start: Path | None) -> None:
 
 
 def _preempt(trainer: Trainer, reason: str, has_stepped: bool) -> None:
-    ranks = trainer.part_sum.ranks
-    trainer.save()
+    ranks = trainer.ranks
+    save(trainer)
     if ranks.is_first:
         trainer.run.status("running", step=trainer.step, steps=trainer.config.steps)
     ranks.wait()
-    in_vain = reason == TIME_LIMIT and not has_stepped
-    remedy = MORE_TIME if in_vain else "checkpoint saved: run the same command again to go on"
+    no_progress = reason == TIME_LIMIT and not has_stepped
+    remedy = MORE_TIME if no_progress else "checkpoint saved: run the same command again to go on"
     raise Preempted(f"stopped at step {trainer.step} of {trainer.config.steps}", reason, remedy)
 
 
 def _validate(trainer: Trainer) -> dict[str, float]:
     """Held-out figures of the raw weights and, with the suffix `_ema`, of their average."""
-    _set_training(trainer.task, False)
+    trainer.set_training(False)
     with torch.no_grad():
-        figures = trainer.present(trainer.task.validate) or {}
+        figures = trainer.on_first_rank(trainer.task.validate) or {}
         if trainer.ema is not None:
-            averaged = trainer.present(trainer.task.validate, averaged=True) or {}
+            averaged = trainer.on_first_rank(trainer.task.validate, averaged=True) or {}
             figures |= {f"{name}_ema": value for name, value in averaged.items()}
     return figures
 
 
 def _picture(trainer: Trainer) -> None:
-    _set_training(trainer.task, False)
+    trainer.set_training(False)
     target = trainer.run.samples / checkpoint_name(trainer.step)
 
     def draw() -> None:
@@ -210,31 +226,26 @@ def _picture(trainer: Trainer) -> None:
             commit_folder(target, trainer.task.picture)
 
     with torch.no_grad():
-        trainer.present(draw, averaged=True)
+        trainer.on_first_rank(draw, averaged=True)
 
 
 def _finish(trainer: Trainer) -> dict[str, float]:
     """Write `model/` from the averaged weights, if there are any, and mark the run finished."""
-    _set_training(trainer.task, False)
+    trainer.set_training(False)
 
     def conclude() -> dict[str, float]:
-        figures = trainer.run.last_metrics() | trainer.task.finalize()
+        figures = trainer.run.metrics.last() | trainer.task.finalize()
         commit_folder(trainer.run.model, trainer.task.export, replace=True, linked=trainer.run.frozen)
         return figures
 
     with torch.no_grad():
-        figures = trainer.present(conclude, averaged=True)
+        figures = trainer.on_first_rank(conclude, averaged=True)
     if figures is None:
         return {}
     trainer.run.status("finished", step=trainer.step, steps=trainer.config.steps, code=0, figures=figures)
     return figures
 
 
-def _set_training(task: Task[Any], mode: bool) -> None:
-    for module in (*task.modules.values(), *task.auxiliary.values()):
-        module.train(mode)
-
-
 def _rounded(value: float) -> float | None:
-    """Eight digits; null stands for what JSON has no number for."""
+    """Eight digits; null for a value that JSON cannot express."""
     return float(f"{value:.8g}") if math.isfinite(value) else None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ldm_cli.training.distributed import Ranks
+from ldm_cli.training.ranks import Ranks
 
 # Quintic with the steepest slope at 0 that still stays near 1 (Jordan et al.).
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ldm_cli.core.adamw import AdamW
 from ldm_cli.training.config import TrainConfig
-from ldm_cli.training.distributed import Ranks
 from ldm_cli.training.muon import Muon, is_hidden_matrix
+from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.weights import Weights
 
 _FIRST_LOSS_SCALE = 2.0**16
@@ -131,16 +131,16 @@ class GuardedOptimizers:
             "steps_since_overflow": self.steps_since_overflow,
             "nonfinite_run": self.nonfinite_run,
         }
-        for prefix, parameter, optimizer in self._placed():
+        for prefix, parameter, optimizer in self._locations():
             for field, value in optimizer.state.get(parameter, {}).items():
-                tensors[prefix + field] = value if field == "step" else self.weights.as_whole(parameter, value)
+                tensors[prefix + field] = value if field == "step" else self.weights.as_distributed(parameter, value)
         return tensors
 
     def empty_moments(self, names: Container[str]) -> dict[str, Tensor]:
         """Tensors to be filled with the moments of those parameters whose count of steps is among `names`."""
         return {
-            prefix + field: self.weights.as_whole(parameter, torch.empty_like(parameter.detach()))
-            for prefix, parameter, optimizer in self._placed()
+            prefix + field: self.weights.as_distributed(parameter, torch.empty_like(parameter.detach()))
+            for prefix, parameter, optimizer in self._locations()
             for field in _FIELDS[type(optimizer)]
             if field != "step" and f"{prefix}step" in names
         }
@@ -153,19 +153,19 @@ class GuardedOptimizers:
         """
         for field in ("loss_scale", "steps_since_overflow", "nonfinite_run"):
             setattr(self, field, tensors[field].to(self.loss_scale.device))
-        for prefix, parameter, optimizer in self._placed():
+        for prefix, parameter, optimizer in self._locations():
             fields = _FIELDS[type(optimizer)]
             if f"{prefix}{fields[0]}" not in tensors:
                 continue  # the parameter had received no gradient yet
             for field in fields:
                 value = tensors[f"{prefix}{field}"]
                 if field != "step":
-                    value = self.weights.own(parameter, value)
+                    value = self.weights.local_part(parameter, value)
                 # empty_like keeps the parameter's memory order, on which the fused kernel depends
                 place = torch.empty_like(parameter.detach() if field != "step" else value, device=parameter.device)
                 optimizer.state[parameter][field] = place.copy_(value)
 
-    def _placed(self) -> Iterator[tuple[str, nn.Parameter, AdamW | Muon]]:
+    def _locations(self) -> Iterator[tuple[str, nn.Parameter, AdamW | Muon]]:
         """(prefix of its names in a checkpoint, parameter, the optimizer it is in) of every trained parameter."""
         for module, names in self.names.items():
             home = {id(p): o for o in self.optimizers[module] for group in o.param_groups for p in group["params"]}

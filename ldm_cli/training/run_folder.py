@@ -1,4 +1,4 @@
-"""The folder of one training run: who owns it, what it is, how far it is."""
+"""The folder of one training run: its owner, its recipe, its progress."""
 
 from __future__ import annotations
 
@@ -27,49 +27,13 @@ from ldm_cli.errors import (
     printable,
 )
 from ldm_cli.reporting import Reporter
-from ldm_cli.storage import fsync_path, storage_errors, write_whole
+from ldm_cli.storage import storage_errors, write_whole
 from ldm_cli.training.checkpoint import checkpoints, commit_folder, problem_with, step_of, sweep
 from ldm_cli.training.failures import FailureJournal
 from ldm_cli.training.interruption import TIME_LIMIT
+from ldm_cli.training.metrics_file import MetricsFile
+from ldm_cli.training.run_identity import fingerprint_changes, recipe_changes
 from ldm_cli.training.run_lock import RunLock
-
-# What may differ between the lives of one run: nothing here changes a weight.
-_HARMLESS = {
-    "train.log_every",
-    "train.save_every",
-    "train.keep_checkpoints",
-    "train.validate_every",
-    "train.validation_samples",
-    "train.sample_every",
-    "train.max_nonfinite",
-    "train.gradient_accumulation",  # as other ranks: the last bits, unless train.deterministic is elastic
-    "train.strategy",
-    "train.rank_timeout",
-    "data.num_workers",
-    "data.worker_timeout",
-    "data.max_bad_fraction",
-    "data.remote_schemes",
-    "data.stream_buffer",
-    "data.max_fetched_bytes",
-    "data.shards",  # data and models may move; their contents are compared by fingerprint
-    "data.val_shards",
-    "data.quarantine",
-    "vae",
-    "text_encoder",
-    "cache",
-    "loss.perceptual_clip",
-}
-
-
-def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys: `{"a": {"b": 1}}` → `{"a.b": 1}`."""
-    flat: dict[str, Any] = {}
-    for name, value in mapping.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 class RunFolder:
@@ -80,17 +44,17 @@ class RunFolder:
     model that are not trained, to which checkpoints link) and, at the end, model/.
 
     Args:
-        path: where; it need not be there yet.
-        reporter: hears what the log does.
-        complete: a recipe as an older version wrote it → with the fields that it did not know.
+        path: where; it need not exist yet.
+        reporter: receives the messages that go to log.txt.
     """
 
-    def __init__(self, path: Path, reporter: Reporter, complete: Callable[[Any], Mapping[str, Any]] = dict) -> None:
-        self.path, self._reporter, self._complete = path, reporter, complete
+    def __init__(self, path: Path, reporter: Reporter) -> None:
+        self.path, self._reporter = path, reporter
+        self.metrics = MetricsFile(path / "metrics.jsonl")
         self._lock = RunLock(path / ".lock")
         self._failures = FailureJournal(path / "failures.jsonl")
         self._progress: dict[str, int] = {}
-        self._has_begun = False  # a command that is refused is no life of the run, and leaves its status alone
+        self._has_begun = False  # a command that is refused leaves the run's status alone
         self._step_under_way: int | None = None
         self._has_stepped = False
 
@@ -106,7 +70,7 @@ class RunFolder:
 
     @property
     def frozen(self) -> Path:
-        """What checkpoints have in common, written once."""
+        """Files that all checkpoints share, written once."""
         return self.path / "frozen"
 
     @property
@@ -114,13 +78,8 @@ class RunFolder:
         """The finished model folder."""
         return self.path / "model"
 
-    @property
-    def metrics(self) -> Path:
-        """One JSON object per logged step."""
-        return self.path / "metrics.jsonl"
-
     def __enter__(self) -> Self:
-        """Create and lock the folder, and clear away what a killed owner left half-written.
+        """Create and lock the folder, and delete the unfinished files of a killed owner.
 
         Raises:
             OutputError: the folder cannot be made or is owned by a live run.
@@ -154,7 +113,7 @@ class RunFolder:
         self._lock.release()
 
     def _note_end(self, error: BaseException) -> None:
-        """Leave in log.txt, status.json and failures.jsonl why this life ended."""
+        """Write to log.txt, status.json and failures.jsonl why this process ended."""
         known = as_ldm_error(error)
         message = str(known) if known is not None else printable(f"{type(error).__name__}: {error}")
         code = known.code if known is not None else 130 if isinstance(error, KeyboardInterrupt) else LdmError.code
@@ -174,24 +133,24 @@ class RunFolder:
         self.begin_step(None)
 
     def begin_step(self, step: int | None) -> None:
-        """Note which step is being computed, so that a next life knows in which one this life ended; None: none."""
+        """Note which step is being computed, so that the next process knows where this one ended; None: no step."""
         self._step_under_way = step
         self._has_stepped |= step is not None
         self._lock.note(step)
 
     def log(self, message: str) -> None:
-        """Tell the user and note it in log.txt."""
+        """Inform the user, and write the message to log.txt."""
         self._reporter.info(message)
         self.note(message)
 
     def warn(self, message: str) -> None:
-        """Warn the user and note it in log.txt."""
+        """Warn the user, and write the message to log.txt."""
         self._reporter.warn(message)
         self.note(f"warning: {message}")
 
     def note(self, message: str) -> None:
         """Write a line to log.txt, if this process owns the folder."""
-        if not self._lock.is_held:  # the owner notes, and not each of the ranks
+        if not self._lock.is_held:  # one process writes, not each rank
             return
         # A full disk is reported where it loses something.
         with suppress(OSError), (self.path / "log.txt").open("a", encoding="utf-8") as stream:
@@ -215,11 +174,11 @@ class RunFolder:
             )
 
     def changes(self, resolved: Mapping[str, Any], fingerprints: Mapping[str, str]) -> list[str]:
-        """In what the recipe differs from the one of the folder's run; nothing of it changes a weight.
+        """The fields in which the recipe differs from that of the folder's run, none of which changes a weight.
 
         Args:
             resolved: the whole recipe as plain data.
-            fingerprints: hash of the training data's index, and of the weights of each model that is used.
+            fingerprints: hash of the training data's index, and of the weights of each model that the run uses.
 
         Raises:
             CheckpointError: the folder belongs to a run with another recipe, other data or other models.
@@ -227,24 +186,18 @@ class RunFolder:
         if not self._identity.exists():
             return []
         before = _read_object(self._identity)
-        old, new = flatten(self._complete(before.get("recipe", {}))), flatten(resolved)
-        differing = _differing(old, new)
-        harmful = [name for name in differing if name not in _HARMLESS and not _is_extension(name, old, new)]
-        causes = [_change(name, old, new) for name in harmful]
-        known = before.get("fingerprints", {})
-        causes += [
-            f"the fingerprint of {_change(name, known, fingerprints)}" for name in _differing(known, fingerprints)
-        ]
+        harmless, causes = recipe_changes(before.get("recipe", {}), resolved)
+        causes += fingerprint_changes(before.get("fingerprints", {}), fingerprints)
         if causes:
             raise CheckpointError(
                 f"'{self.path}' belongs to another run",
                 "changed " + "; ".join(causes[:5]),
                 "undo the change, or choose another name or --out",
             )
-        return [_change(name, old, new) for name in differing]
+        return harmless
 
     def claim(self, resolved: Mapping[str, Any], source: str, fingerprints: Mapping[str, str]) -> None:
-        """Record what this run is, or check that it is the folder's; arguments and errors as in `changes`.
+        """Record recipe and fingerprints, or check them against the folder's; arguments and errors as in `changes`.
 
         Args:
             source: the recipe's text as the user wrote it.
@@ -262,7 +215,7 @@ class RunFolder:
 
         Args:
             state: `running`, `preempted`, `failed` or `finished`.
-            step: the last one that is done; None: as before.
+            step: the last completed one; None: as before.
             steps: of the whole run; None: as before.
             details: further entries; `code` is the exit code of a run that is over.
         """
@@ -276,7 +229,7 @@ class RunFolder:
         write_whole(self.path / "status.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     def share(self, write: Callable[[Path], None]) -> None:
-        """Let the owner of the folder fill `frozen` as `commit_folder` does, unless it is there and sound."""
+        """Fill `frozen` through `commit_folder`, unless it exists and verifies; only the owner of the folder writes."""
         if self._lock.is_held and problem_with(self.frozen) is not None:
             commit_folder(self.frozen, write, replace=True)
 
@@ -290,51 +243,6 @@ class RunFolder:
         except CheckpointError:
             return None
         return status if status.get("state") == "finished" and {"step", "steps", "figures"} <= status.keys() else None
-
-    def append_metrics(self, figures: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl."""
-        with storage_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(figures) + "\n")
-
-    def sync_metrics(self) -> None:
-        """Bring metrics.jsonl to the disk: a checkpoint on it must find the lines before it."""
-        if self.metrics.exists():
-            with storage_errors(self.metrics):
-                fsync_path(self.metrics)
-
-    def last_metrics(self) -> dict[str, Any]:
-        """The figures of the last line of metrics.jsonl."""
-        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
-        figures: dict[str, Any] = json.loads(lines[-1]) if lines else {}
-        figures.pop("step", None)
-        return figures
-
-    def rewind_metrics(self, step: int) -> None:
-        """Drop the lines after `step`, which an interrupted life wrote and this one writes again."""
-        if self.metrics.exists():
-            kept = []
-            for line in self.metrics.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line)
-                except (ValueError, KeyError, TypeError):
-                    continue  # the last line of a killed life may be cut short
-            write_whole(self.metrics, "".join(f"{line}\n" for line in kept))
-
-
-def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    names = sorted(old.keys() | new.keys())
-    return [name for name in names if old.get(name, "absent") != new.get(name, "absent")]
-
-
-def _change(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    return f"{name}: {old.get(name, 'absent')!r} → {new.get(name, 'absent')!r}"
-
-
-def _is_extension(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """More steps at a constant rate repeat the steps that were taken; with a cosine they would differ."""
-    is_constant = new.get("train.lr_schedule") == "constant"
-    return name == "train.steps" and is_constant and new[name] > old.get(name, new[name])
 
 
 def _read_object(file: Path) -> dict[str, Any]:

@@ -1,6 +1,8 @@
-"""What the ranks hold in parts, in files: each rank writes its own, as safetensors whose headers tell what part of
-which tensor they hold (`torch.distributed.checkpoint`). Any number of ranks reads them, and nothing is unpickled:
-torch's own metadata file, which is a pickle, is neither written nor read."""
+"""Files of tensors of which each rank holds a part, through `torch.distributed.checkpoint`.
+
+Each rank writes its parts as safetensors whose headers name the tensor and the place in it. Any number of ranks reads
+them. Nothing is unpickled: torch's own metadata file, which is a pickle, is neither written nor read.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
-from ldm_cli.training.distributed import Ranks
+from ldm_cli.training.ranks import Ranks
 
 
 def is_part(tensor: Tensor) -> bool:
@@ -37,7 +39,7 @@ def write_parts(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> No
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     content = _filled(tensors)
     with _causes():
-        ranks.attended(lambda group: save(content, storage_writer=writer, process_group=group))
+        ranks.watched(lambda group: save(content, storage_writer=writer, process_group=group))
 
 
 def read_parts(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
@@ -52,7 +54,7 @@ def read_parts(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> Non
     """
     content = _filled(tensors)
     with _causes():
-        ranks.attended(
+        ranks.watched(
             lambda group: load(
                 content,
                 storage_reader=HuggingFaceStorageReader(str(folder)),
@@ -63,13 +65,13 @@ def read_parts(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> Non
 
 
 def _filled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without those of which this rank holds nothing: there are more ranks than rows."""
+    """The tensors of which this rank holds rows; of small ones there may be fewer rows than ranks."""
     return {name: t for name, t in tensors.items() if not isinstance(t, DTensor) or t.to_local().numel()}
 
 
 @contextmanager
 def _causes() -> Iterator[None]:
-    """Raise what a rank failed of, and not the collection of it."""
+    """Raise the first error of a rank instead of torch's collection of errors."""
     try:
         yield
     except CheckpointException as error:

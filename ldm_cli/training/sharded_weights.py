@@ -1,9 +1,9 @@
 """Weights of which each rank holds a part (Rajbhandari et al. 2020, "ZeRO", stage 3, arXiv:1910.02054), through
 `torch.distributed.fsdp.fully_shard`.
 
-Every parameter is cut along its first dimension, one part per rank. A block of a model is put together before it runs
-and taken apart after; its gradients are added up and cut as soon as they are there. Optimizer and averages see plain
-tensors, the rank's parts: they need not know of any of this.
+Every parameter is cut along its first dimension, one part per rank. The ranks gather a block of a model before it runs
+and free it afterwards; they add up and cut its gradients as soon as backward has computed them. Optimizer and averages
+work on plain tensors, the rank's parts.
 
 Discriminators and other auxiliary modules, and scalars, are small and stay replicated.
 """
@@ -22,13 +22,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from ldm_cli.training.distributed import Ranks
+from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.weights import Weights
 
 _UNIT_SIZE = 2**24
-"""A module with so many parameters, or more, is put together for itself: 64 MiB in float32."""
+"""A module with so many parameters, or more, is gathered on its own: 64 MiB in float32."""
 _ENTRANCES = ("encode", "decode", "get_image_features", "get_text_features")
-"""Methods, beside `forward`, by which a model is entered, in the words of diffusers and transformers."""
+"""Methods beside `forward` that run a model, by their names in diffusers and transformers."""
 
 
 class _Part(NamedTuple):
@@ -36,10 +36,10 @@ class _Part(NamedTuple):
     whole: DTensor
     """The module's parameter."""
     local: nn.Parameter
-    """This rank's part of it, in the same memory."""
+    """This rank's part of `whole`, in the same memory."""
 
 
-class Shards(Weights):
+class ShardedWeights(Weights):
     """The parameters of some modules, cut among the ranks.
 
     Args:
@@ -77,7 +77,7 @@ class Shards(Weights):
         return [parameter for parameter in super().replicas() if id(parameter) not in self._of]
 
     def sum_gradients(self, figures: Tensor) -> None:
-        """Take over the parts' gradients, which are sums already; add up the others, and `figures`."""
+        """The gradients of parts are sums over the ranks already; those of replicas are added up, and `figures`."""
         for part in self._of.values():
             if part.whole.grad is not None:
                 gradient: Any = part.whole.grad
@@ -101,10 +101,10 @@ class Shards(Weights):
         return norm
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """While it is entered, by all ranks, the modules of rank 0 are plain ones that hold the whole weights.
+    def gathered(self) -> Iterator[None]:
+        """Within, the modules of rank 0 are plain ones with their full weights; all ranks enter.
 
-        Rank 0 needs room for them on the device; the others, for one parameter at a time.
+        Rank 0 needs memory for them on the device, the other ranks for one parameter at a time.
         """
         for name, parts in self._parts.items():
             for part in parts:
@@ -115,9 +115,9 @@ class Shards(Weights):
             yield
 
     @contextmanager
-    def refilled(self) -> Iterator[None]:
-        """While it is entered, the modules are plain ones on the CPU, on every rank; on leaving, each rank keeps its
-        parts of what they hold."""
+    def loading(self) -> Iterator[None]:
+        """Within, the modules of every rank are plain ones on the CPU, ready to load full weights; at the end each rank
+        keeps its parts of them."""
         for name, parts in self._parts.items():
             for part in parts:
                 _put(self._twins[name], part.name, torch.empty(part.whole.shape, dtype=part.whole.dtype))
@@ -127,10 +127,10 @@ class Shards(Weights):
                 for name, parts in self._parts.items():
                     for part in parts:
                         held = self._modules[name].get_parameter(part.name)
-                        part.local.copy_(self.own(part.local, held.detach()))
+                        part.local.copy_(self.local_part(part.local, held.detach()))
 
-    def as_whole(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
-        """A DTensor for what belongs to a part."""
+    def as_distributed(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """A DTensor where this rank holds a part of `parameter`."""
         part = self._of.get(id(parameter))
         if part is None:
             return value
@@ -139,8 +139,8 @@ class Shards(Weights):
             value, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
         )
 
-    def own(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
-        """This rank's part of `value`, which is whole or a DTensor and belongs to `parameter`."""
+    def local_part(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """This rank's part of `value`, which is a full tensor or a DTensor and belongs to `parameter`."""
         if isinstance(value, DTensor):
             local: Tensor = value.to_local()
             return local
@@ -150,7 +150,7 @@ class Shards(Weights):
         return pieces[self.ranks.rank] if self.ranks.rank < len(pieces) else value[:0]
 
     def _gathered(self, part: _Part) -> Tensor:
-        """The whole of a parameter, put together from the parts of all ranks."""
+        """A full parameter, gathered from the parts of all ranks."""
         length = -(-part.whole.shape[0] // self.ranks.world_size)
         padded = part.local.new_zeros(length, *part.whole.shape[1:])
         padded[: len(part.local)] = part.local.detach()
@@ -158,8 +158,8 @@ class Shards(Weights):
 
     @contextmanager
     def _twins_in_place(self) -> Iterator[None]:
-        """The modules become their plain twins, without the hooks that put blocks together; afterwards the twins'
-        weights are dropped."""
+        """Within, the modules are their plain twins, without the hooks of `fully_shard`; at the end the twins' weights
+        are freed."""
         self._swap()
         try:
             yield
@@ -170,7 +170,7 @@ class Shards(Weights):
                     _put(self._twins[name], part.name, torch.empty(part.whole.shape, device="meta"))
 
     def _swap(self) -> None:
-        # Others hold the module itself, not a reference that could be redirected: its content is exchanged.
+        # The task holds references to the modules, so the modules stay and exchange their content with the twins.
         for name, module in self._modules.items():
             twin = self._twins[name]
             module.__class__, twin.__class__ = twin.__class__, module.__class__
@@ -178,7 +178,7 @@ class Shards(Weights):
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """A copy for looking at: without weights, and with the module's own buffers and scalars."""
+    """A copy without weights, which shares the module's buffers and scalars."""
     weights = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) if p.ndim else p
         for p in module.parameters()
@@ -187,12 +187,16 @@ def _twin(module: nn.Module) -> nn.Module:
 
 
 def _expect_one_name_each(modules: Sequence[nn.Module]) -> None:
-    """A unit has its parameters to itself, and a twin is filled by name."""
+    """Make sure that no parameter is shared: `fully_shard` refuses that, and twins are filled by name.
+
+    Raises:
+        ValueError: two names stand for one parameter.
+    """
     named = [(n, p) for module in modules for n, p in module.named_parameters(remove_duplicate=False)]
     first: dict[int, str] = {}
     for name, parameter in named:
         if first.setdefault(id(parameter), name) != name:
-            raise ValueError(f"Shards: '{name}' and '{first[id(parameter)]}' are one parameter")
+            raise ValueError(f"ShardedWeights: '{name}' and '{first[id(parameter)]}' are one parameter")
 
 
 def _put(module: nn.Module, name: str, value: Tensor) -> None:
@@ -211,7 +215,7 @@ def _part(name: str, parameter: nn.Parameter) -> _Part:
 
 
 def _shard(module: nn.Module, mesh: DeviceMesh, device: torch.device, ranks: Ranks) -> None:
-    """Cut a model into units, the innermost first, and what they leave into one more."""
+    """Cut a model into units, the innermost first; the rest of it is one more unit."""
     scalars = {parameter for parameter in module.parameters() if parameter.ndim == 0}
     for scalar in scalars:
         scalar.data = scalar.data.to(device)
@@ -219,7 +223,7 @@ def _shard(module: nn.Module, mesh: DeviceMesh, device: torch.device, ranks: Ran
     def cut(unit: nn.Module) -> None:
         fully_shard(unit, mesh=mesh, ignored_params=scalars)
         assert isinstance(unit, FSDPModule)
-        # Sums, as everywhere: whoever steps divides once, by the number of parts.
+        # Gradients are sums everywhere: the optimizer step divides once, by the number of parts.
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
         if device.type == "cpu":
@@ -227,7 +231,7 @@ def _shard(module: nn.Module, mesh: DeviceMesh, device: torch.device, ranks: Ran
             unit.set_custom_reduce_scatter(_WatchedReduceScatter(ranks))  # type: ignore[arg-type]
 
     def visit(inner: nn.Module) -> int:
-        """Number of parameters that no unit holds yet."""
+        """Cut the units within `inner`; returns the number of its parameters outside of them."""
         size = sum(p.numel() for p in inner.parameters(recurse=False)) + sum(map(visit, inner.children()))
         is_layer = not any(True for _ in inner.children())
         if inner is module or is_layer or isinstance(inner, nn.ModuleList | nn.ModuleDict) or size < _UNIT_SIZE:
@@ -243,13 +247,13 @@ def _shard(module: nn.Module, mesh: DeviceMesh, device: torch.device, ranks: Ran
 
 
 class _Watched:
-    """A collective of `fully_shard` through gloo that ends when another rank is gone."""
+    """A collective of `fully_shard` through gloo that ends with an error when another rank is gone."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for its input or output."""
+        """Memory for the input or output."""
         return torch.empty(*size, dtype=dtype, device=device)
 
 

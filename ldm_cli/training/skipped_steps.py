@@ -1,4 +1,4 @@
-"""Which samples were in the steps that were skipped because their loss or gradient was not finite."""
+"""The samples of steps that were skipped because their loss or gradient was not finite."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import torch
 from torch import Tensor
 
-from ldm_cli.training.distributed import Ranks
+from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.run_folder import RunFolder
 
 
@@ -21,9 +21,9 @@ class SkippedSteps:
         """`names` are this rank's samples; `kept` is 1 if the step was taken, or 0, the same on all ranks."""
         self._unknown.append((step, names, kept))
 
-    def tell(self, run: RunFolder, ranks: Ranks, is_expected: bool) -> None:
-        """Note in log.txt the samples, of all ranks, of the steps that were skipped since the last call; all ranks
-        call, and wait for the device.
+    def report(self, run: RunFolder, ranks: Ranks, is_expected: bool) -> None:
+        """Write to log.txt the samples, of all ranks, of the steps skipped since the last call; all ranks call. Waits
+        for the device.
 
         Args:
             is_expected: a skipped step is no reason for a warning (fp16 finds its loss scale by overflows).

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 BatchT = TypeVar("BatchT")
 BatchT_contra = TypeVar("BatchT_contra", contravariant=True)
-Losses = Iterator[tuple[Tensor, dict[str, Tensor]]]
 
 
 class Task(Protocol[BatchT_contra]):
-    """What a trainer trains."""
+    """What a trainer trains: models, and what one step of them computes."""
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -24,38 +23,41 @@ class Task(Protocol[BatchT_contra]):
     def auxiliary(self) -> Mapping[str, nn.Module]:
         """Name → module that is trained only (a discriminator)."""
 
-    def losses(self, batch: BatchT_contra, num_parts: int, step: int) -> Losses:
-        """Yield a scalar for each of `num_parts` equal parts of the batch, with figures to log.
+    def parts(self, batch: BatchT_contra, num_parts: int) -> Sequence[Any]:
+        """This rank's samples of a step as equal parts, each an argument of `loss`.
 
-        The mean of the scalars has the gradient of the loss of the *global* batch when it is taken over the parts of
-        all ranks, of which `batch` holds this one's samples. So have the figures, and the scalars unless a figure
-        named `loss` takes their place. The caller runs `backward()` on each before asking for the next, so that only
-        one part's activations are alive at a time.
+        A loss that needs the whole batch (a contrastive one) computes here what its parts have to know of one another.
+        """
+
+    def loss(self, part: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one part, a scalar with gradient, and scalar figures to log.
+
+        The mean over the parts of all ranks has the gradient of the loss of the global batch. The mean of the figures
+        is logged, and that of the loss, unless a figure named `loss` takes its place.
+
+        Args:
+            part: one of `parts`. Its backward pass runs before the next part's loss, so that the activations of one
+                part are in memory at a time.
+            step: 1-based.
         """
 
     def validate(self) -> dict[str, float]:
-        """Figures of the modules' present weights on held-out data, a pure function of the weights."""
+        """Figures of the modules' current weights on held-out data, a pure function of the weights."""
 
     def picture(self, folder: Path) -> None:
-        """Draw samples of the modules' present weights into `folder`, if there is anything to draw."""
+        """Draw samples of the modules' current weights into `folder`, if there is anything to draw."""
 
     def export(self, folder: Path) -> None:
-        """Write the modules' present weights to `folder` in their standard layout."""
+        """Write the modules' current weights to `folder` in their standard layout."""
 
     def restore(self, folder: Path) -> None:
         """Inverse of `export`: read the modules' weights back, bit for bit."""
 
     def finalize(self) -> dict[str, float]:
-        """Last changes to the finished modules (measured latent statistics); returns figures to log."""
+        """Make the last changes to the finished modules (measured latent statistics); returns figures to log."""
 
 
 def sample_names(batch: object) -> list[str]:
     """`shard/key` of each sample of a batch, where it has names."""
     names = getattr(batch, "keys", None)
     return names if isinstance(names, list) else []
-
-
-def in_parts(loss: Callable[[BatchT], tuple[Tensor, dict[str, Tensor]]], parts: list[BatchT]) -> Losses:
-    """`Task.losses` of a loss that is a mean over independent samples."""
-    for part in parts:
-        yield loss(part)

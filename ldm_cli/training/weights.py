@@ -1,6 +1,6 @@
-"""The trained weights as one rank holds them: here all of them, as every other rank does.
+"""The parameters of a run on one rank, replicated: every rank holds all of them.
 
-`shards.Shards` is the other way: each rank holds its part of every parameter.
+`sharded_weights.ShardedWeights` is the alternative: each rank holds a part of every parameter.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ldm_cli.training.distributed import Ranks
+from ldm_cli.training.ranks import Ranks
 
 
 class Weights:
     """The parameters of some modules, replicated.
 
     Attributes:
-        ranks: who trains together.
-        parameters: module → name → what the optimizer steps on this rank.
-        is_sharded: whether those are parts of the parameters, so that all ranks must take part in what needs the whole.
+        ranks: the processes that train together.
+        parameters: module → name → the tensor that the optimizer of this rank updates.
+        is_sharded: whether those tensors are parts of the parameters, so that gathering them involves all ranks.
     """
 
     is_sharded = False
@@ -30,11 +30,11 @@ class Weights:
         self.parameters = {name: dict(module.named_parameters()) for name, module in modules.items()}
 
     def replicas(self) -> list[nn.Parameter]:
-        """The parameters that every rank holds as a whole."""
+        """The parameters of which every rank holds a full copy."""
         return [parameter for module in self.parameters.values() for parameter in module.values()]
 
     def sum_gradients(self, figures: Tensor) -> None:
-        """Add up over the ranks what each of them has found, and `figures` [N] in the same message."""
+        """Add up the gradients over the ranks, and `figures` [N] in the same message."""
         self.ranks.sum_in_place([*(p.grad for p in self.replicas() if p.grad is not None), figures])
 
     def grad_norm(self, module: str) -> Tensor:
@@ -45,19 +45,19 @@ class Weights:
         return norm
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """While it is entered, by all ranks, the modules of rank 0 hold the whole weights, to be looked at."""
+    def gathered(self) -> Iterator[None]:
+        """Within, the modules of rank 0 hold their full weights, to be read; all ranks enter."""
         yield
 
     @contextmanager
-    def refilled(self) -> Iterator[None]:
-        """While it is entered, the modules wait for the whole weights; on leaving, each rank keeps what it holds."""
+    def loading(self) -> Iterator[None]:
+        """Within, the modules of every rank accept full weights; at the end each rank keeps its part of them."""
         yield
 
-    def as_whole(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
-        """`value`, of the shape of `parameter`, as what it is of the whole: a DTensor where that is a part."""
+    def as_distributed(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """`value` of the shape of `parameter` as a DTensor, if this rank holds a part of that parameter."""
         return value
 
-    def own(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
-        """This rank's part of `value`, which is whole or a DTensor and belongs to `parameter`."""
+    def local_part(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """This rank's part of `value`, which is a full tensor or a DTensor and belongs to `parameter`."""
         return value

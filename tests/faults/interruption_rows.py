@@ -165,14 +165,14 @@ def max_time(bench: Bench) -> None:
 
 def too_little_time(bench: Bench) -> None:
     """--max-time below what preparing takes: 75 so often as a requeueing job may hope for better, then 80."""
-    from ldm_cli.training.failures import MAX_LIVES
+    from ldm_cli.training.failures import MAX_ATTEMPTS
 
     while bench.tally.trials < bench.trials:
         name = NAMES[bench.tally.trials % len(NAMES)]
         out = bench.copy_of(bench.home.half_done(name)) if bench.random.random() < 0.5 else bench.fresh()
         (out / ".lock").unlink(missing_ok=True)  # a kill that was noted there would count, too
-        for life in range(MAX_LIVES + 1):
-            allowed = {75} if life < MAX_LIVES else {80}
+        for life in range(MAX_ATTEMPTS + 1):
+            allowed = {75} if life < MAX_ATTEMPTS else {80}
             bench.tally.judge(bench.home.life(name, out, "--max-time", "0.001"), allowed, f"{name}: life {life}")
         (out / "failures.jsonl").unlink()
         bench.tally.trials += 1
@@ -197,12 +197,12 @@ def stopped_while_importing(bench: Bench) -> None:
 
 def crash_loop(bench: Bench) -> None:
     """A run that dies in the same step, life after life: 80 at last, and never before there is a reason."""
-    from ldm_cli.training.failures import MAX_LIVES
+    from ldm_cli.training.failures import MAX_ATTEMPTS
 
     while bench.tally.trials < bench.trials:
         out, step = bench.fresh(), bench.random.randint(2, STEPS - 1)
         more = ("train.save_every=1000", "train.batch_size=256")  # long enough to be caught in
-        for _ in range(MAX_LIVES):
+        for _ in range(MAX_ATTEMPTS):
             life = bench.home.life("vae", out, *more)
             # Not what the life before left there.
             inside = re.compile(rf"pid {life.pid} on .*, in step {step}$")
@@ -210,7 +210,7 @@ def crash_loop(bench: Bench) -> None:
                 pass
             life.send(signal.SIGKILL)
             bench.tally.judge(life, {-signal.SIGKILL}, f"killed in step {step}")
-        bench.tally.judge(bench.home.life("vae", out, *more), {80}, f"after {MAX_LIVES} lives")
+        bench.tally.judge(bench.home.life("vae", out, *more), {80}, f"after {MAX_ATTEMPTS} lives")
         (out / "failures.jsonl").unlink()
         bench.tally.judge(bench.home.life("vae", out, *more), {0}, "after the cause is gone")
         bench.tally.trials += 1

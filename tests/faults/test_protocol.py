@@ -106,14 +106,14 @@ def test_status_says_who_runs_and_how_it_ended(tmp_path: Path) -> None:
 
 
 class _Bug(ToyTask):
-    def losses(self, batch, num_parts, step):  # type: ignore[no-untyped-def]
+    def loss(self, part, step):  # type: ignore[no-untyped-def]
         if step == 8:
             raise ZeroDivisionError("always here")
-        yield from super().losses(batch, num_parts, step)
+        return super().loss(part, step)
 
 
 def test_a_run_that_fails_in_the_same_step_life_after_life_is_not_repeated_for_ever(tmp_path: Path) -> None:
-    for _ in range(failures.MAX_LIVES):
+    for _ in range(failures.MAX_ATTEMPTS):
         with pytest.raises(ZeroDivisionError):
             run(tmp_path, task=_Bug())
     with pytest.raises(StuckError, match=r"5 times in step 8.*always here.*do not requeue") as caught:
@@ -131,7 +131,7 @@ def test_interruptions_and_failures_in_different_steps_are_no_reason_to_give_up(
         journal.add(step, "killed")
     (tmp_path / "failures.jsonl").open("a").write('{"step": 3, "cau')
     journal.check()
-    for _ in range(2 * failures.MAX_LIVES):
+    for _ in range(2 * failures.MAX_ATTEMPTS):
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "run", source=until(7, die))
     run(tmp_path / "run")
@@ -144,11 +144,11 @@ def test_lives_too_short_for_a_step_are_not_repeated_for_ever(tmp_path: Path) ->
         with pytest.raises(Preempted, match="reached --max-time; no step fitted into it"):
             run(tmp_path, max_seconds=0.0)
 
-    for _ in range(failures.MAX_LIVES - 1):
+    for _ in range(failures.MAX_ATTEMPTS - 1):
         too_short()
     with pytest.raises(Preempted, match="stopped at step 9 of 20: received SIGTERM; checkpoint saved"):
         run(tmp_path, source=until(8, lambda: os.kill(os.getpid(), signal.SIGTERM)))
-    for _ in range(failures.MAX_LIVES):
+    for _ in range(failures.MAX_ATTEMPTS):
         too_short()
     with pytest.raises(StuckError, match=r"5 times in step 10: the last time: .*--max-time.*do not requeue"):
         run(tmp_path, max_seconds=0.0)

@@ -15,7 +15,6 @@ from ldm_cli.errors import CheckpointError, DivergedError, InputNotFoundError, P
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.training.checkpoint import checkpoint_name, checkpoints, problem_with
 from ldm_cli.training.run_folder import RunFolder
-from ldm_cli.training.task import Losses
 
 from ..training.toy import ToyTask
 from .runs import assert_same_run, configured, die, metrics, run, status, tensors, until
@@ -35,9 +34,9 @@ def test_metrics_are_the_same_after_resuming_between_validation_and_logging(tmp_
 class LateTask(ToyTask):
     """Has a figure, the number of the step, from step 5 on."""
 
-    def losses(self, batch: tuple[Tensor, Tensor], num_parts: int, step: int) -> Losses:
-        for loss, figures in super().losses(batch, num_parts, step):
-            yield loss, figures | ({"late": torch.tensor(float(step))} if step >= 5 else {})
+    def loss(self, part: tuple[Tensor, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, figures = super().loss(part, step)
+        return loss, figures | ({"late": torch.tensor(float(step))} if step >= 5 else {})
 
 
 def test_a_figure_is_averaged_over_the_steps_that_have_it_and_were_taken(tmp_path: Path) -> None:
@@ -84,9 +83,9 @@ class NormTask(ToyTask):
         self.model = nn.Sequential(nn.BatchNorm1d(4), *self.model)
         self.modules = {"model": self.model}
 
-    def losses(self, batch: tuple[Tensor, Tensor], num_parts: int, step: int) -> Losses:
-        x, y = batch
-        yield from super().losses((x * float("inf"), y) if step in self.poison else batch, num_parts, step)
+    def loss(self, part: tuple[Tensor, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        x, y = part
+        return super().loss((x * float("inf"), y) if step in self.poison else part, step)
 
 
 def test_batch_statistics_are_averaged_saved_and_restored(tmp_path: Path) -> None:

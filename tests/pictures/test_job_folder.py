@@ -48,7 +48,7 @@ def test_files_have_safe_sortable_names_and_say_how_to_draw_them_again(model, tm
     assert sorted(contents(out)) == [*names, "grid.png", "images.json"]
     assert [image["file"] for image in result["images"]] == [str(out / name) for name in names]
     assert result["generated"] == 4
-    assert read_image(out / "grid.png").shape == (3, 34, 34)
+    assert read_image(out / "grid.png").shape == (3, 2 * 128 + 4, 2 * 128 + 4)
     record = json.loads((out / "images.json").read_text())
     assert record["images"][3]["prompt"] == PROMPTS[1]
     assert record["job"]["sampling"]["width"] == 16

@@ -29,7 +29,7 @@ from ldm_cli.stages import precompute
 from ldm_cli.stages.support import options as stage_options
 from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
 from ldm_cli.stages.support.options import RunOptions
-from ldm_cli.training.failures import MAX_LIVES
+from ldm_cli.training.failures import MAX_ATTEMPTS
 from tests.data.tars import png, write_tar
 
 from ..faults.runs import assert_same_run, metrics
@@ -177,7 +177,7 @@ def test_the_time_limit_stops_with_what_is_written(parts: Parts, tmp_path: Path)
 
 def test_a_time_limit_that_leaves_room_for_no_file_ends_in_a_word_not_in_a_loop(parts: Parts, tmp_path: Path) -> None:
     recipe = {**unet_recipe(*parts), "cache": str(tmp_path / "cache")}
-    for _ in range(MAX_LIVES):
+    for _ in range(MAX_ATTEMPTS):
         with pytest.raises(Preempted, match="no file was finished in it"):
             result_of(recipe, max_time=1e-9)
     with pytest.raises(StuckError, match=r"5 times in file 1: .*do not requeue"):
@@ -320,7 +320,7 @@ def test_random_crops_are_refused_before_anything_is_written(parts: Parts, tmp_p
 def test_a_stream_has_no_cache(parts: Parts, tmp_path: Path) -> None:
     recipe = unet_recipe(*parts) | {"cache": str(tmp_path / "cache")}
     recipe["data"]["stream"] = True
-    with pytest.raises(RecipeError, match=r"data\.stream=true serves training alone"):
+    with pytest.raises(RecipeError, match=r"data\.stream=true is for training only"):
         result_of(recipe)
     with pytest.raises(RecipeError, match=r"a cache cannot be used with data\.stream"):
         trained(recipe, tmp_path / "run")
@@ -388,8 +388,8 @@ def test_workers_and_ranks_change_nothing(parts: Parts, tmp_path: Path) -> None:
 
 def test_the_plan_names_the_room_that_the_files_take(parts: Parts, tmp_path: Path) -> None:
     recipe = TrainUnetRecipe.from_mapping(unet_recipe(*parts) | {"cache": str(tmp_path / "cache")})
-    planned = precompute.plan(recipe, RunOptions(), SilentReporter())
+    expected = precompute.dry_run(recipe, RunOptions(), SilentReporter())
     assert not (tmp_path / "cache").exists()
     precompute.run(recipe, RunOptions(device="cpu"), SilentReporter())
     written = sum(path.stat().st_size for path in (tmp_path / "cache").glob("latents-*.tar"))
-    assert planned["bytes_of_latents"] == pytest.approx(written, rel=0.2)
+    assert expected["bytes_of_latents"] == pytest.approx(written, rel=0.2)

@@ -56,7 +56,8 @@ def make_task(parts: tuple[Path, Path, Path], path: Path, **changes: Any) -> tup
 def backward(task: DenoiserTask, batch: Batch, num_parts: int) -> tuple[float, dict[str, Tensor]]:
     task.family.denoiser.zero_grad()
     total = 0.0
-    for loss, _ in task.losses(batch, num_parts, 1):
+    for part in task.parts(batch, num_parts):
+        loss, _ = task.loss(part, 1)
         (loss / num_parts).backward()  # type: ignore[no-untyped-call]
         total += loss.item() / num_parts
     return total, {n: p.grad.clone() for n, p in task.family.denoiser.named_parameters() if p.grad is not None}
@@ -153,8 +154,7 @@ def test_caption_dropout_drops_its_fraction_and_leaves_the_rest_alone(
     captions = []
     for batch in loader.batches(0, num_steps):
         captions += batch.captions
-        for _ in task.losses(batch, 1, 1):
-            pass
+        task.loss(batch, 1)
     given = torch.cat([tokens for _, tokens in spy.seen])
     dropped = (given == task._empty.tokens).flatten(1).all(dim=1)
     sigma = math.sqrt(fraction * (1 - fraction) / (8 * num_steps))
@@ -180,7 +180,7 @@ def test_min_snr_weights_each_sample_by_its_level(parts: tuple[Path, Path, Path]
             batch, images=batch.images[i : i + 1], captions=batch.captions[i : i + 1],
             keys=batch.keys[i : i + 1], epoch=batch.epoch[i : i + 1], position=batch.position[i : i + 1],
         )  # fmt: skip
-        (a, _), (b, _) = next(plain.losses(one, 1, 1)), next(weighted.losses(one, 1, 1))
+        (a, _), (b, _) = plain.loss(one, 1), weighted.loss(one, 1)
         alpha = plain.family.process.alphas_cumprod[spy.seen[-1][0].long()].double()
         snr = alpha / (1 - alpha)
         assert (b / a).item() == pytest.approx((snr.clamp(max=5.0) / snr).item(), rel=1e-5)
@@ -203,8 +203,8 @@ def test_validation_is_the_same_in_two_calls_and_needs_no_global_generator(
 def test_the_loss_of_a_sample_does_not_depend_on_its_neighbours(parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
     task, loader = make_task(parts, tmp_path)
     batch = next(loader.batches(0, 1))
-    together = [loss.item() for loss, _ in task.losses(batch, 8, 1)]
-    whole, _ = next(task.losses(batch, 1, 1))
+    together = [task.loss(part, 1)[0].item() for part in task.parts(batch, 8)]
+    whole, _ = task.loss(batch, 1)
     assert sum(together) / 8 == pytest.approx(whole.item(), rel=1e-5)
     assert len({round(value, 6) for value in together}) == 8, "each sample has its own noise and level"
 
@@ -301,7 +301,7 @@ def test_logit_normal_levels_follow_the_logistic_of_a_normal_and_stay_in_range(
 ) -> None:
     task, _ = make_task(parts, tmp_path / "run", diffusion={"timestep_sampling": "logit_normal"})
     position = torch.arange(20_000)
-    _, _, t = task.family.process.at(task._shares(torch.zeros_like(position), position))
+    _, _, t = task.process.at(task._shares(torch.zeros_like(position), position))
     assert bool((t == t.long()).all())
     assert 0 <= t.min() < 40
     assert 960 < t.max() <= 999

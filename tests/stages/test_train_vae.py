@@ -22,7 +22,7 @@ from ldm_cli.recipe.schema import TrainVaeRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages.support.training_run import Workbench
 from ldm_cli.stages.train_vae import VAETask, to_signed
-from ldm_cli.training.failures import MAX_LIVES
+from ldm_cli.training.failures import MAX_ATTEMPTS
 from ldm_cli.training.run_folder import RunFolder
 
 from ..faults.runs import assert_same_run, metrics, tensors
@@ -105,8 +105,8 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole_batch(scenes: Path, tmp_
     results = []
     for parts in (1, num_parts):
         task.vae.zero_grad()
-        for loss, _ in task.losses(batch, parts, 1):
-            (loss / parts).backward()  # type: ignore[no-untyped-call]
+        for part in task.parts(batch, parts):
+            (task.loss(part, 1)[0] / parts).backward()  # type: ignore[no-untyped-call]
         results.append({name: p.grad.clone() for name, p in task.vae.named_parameters() if p.grad is not None})
     whole, split = results
     assert whole.keys() == split.keys() == dict(task.vae.named_parameters()).keys()
@@ -145,9 +145,10 @@ def test_a_perceptual_adversarial_run_that_is_lost_ends_the_same(
 def test_the_perceptual_tower_stays_as_it_is(scenes: Path, clip_run: Path, tmp_path: Path) -> None:
     loss = {"perceptual_weight": 1.0, "perceptual_clip": str(clip_run / "model")}
     task, loader = make_task(tmp_path, vae_recipe(scenes, loss=loss))
-    tower = task.loss.perceptual_tower
+    tower = task.terms.perceptual_tower
     assert tower is not None
-    for value, figures in task.losses(next(loader.batches(0, 1)), 2, 1):
+    for part in task.parts(next(loader.batches(0, 1)), 2):
+        value, figures = task.loss(part, 1)
         assert figures["perceptual"] > 0
         value.backward()  # type: ignore[no-untyped-call]
     assert all(p.grad is None for p in tower.parameters())
@@ -164,20 +165,6 @@ def test_another_perceptual_clip_under_the_same_path_is_another_run(scenes: Path
     clip.symlink_to(tmp_path / "two/model")
     with pytest.raises(CheckpointError, match=r"the fingerprint of loss\.perceptual_clip"):
         trained(vae_recipe(scenes, loss=loss, steps=1), tmp_path / "vae")
-
-
-def test_a_run_that_an_older_version_began_goes_on(scenes: Path, tmp_path: Path) -> None:
-    recipe = vae_recipe(scenes, steps=6, save_every=3)
-    lose_after(3, recipe, tmp_path)
-    identity = tmp_path / "recipe.resolved.yaml"
-    document = json.loads(identity.read_text())
-    assert document["recipe"]["train"].pop("compile") is False  # that version did not know it
-    identity.write_text(json.dumps(document))
-    assert trained(recipe, tmp_path)["step"] == 6
-    document["recipe"]["train"]["betas"] = [0.5, 0.5]
-    identity.write_text(json.dumps(document))
-    with pytest.raises(CheckpointError, match=r"changed train\.betas: \[0\.5, 0\.5\] →"):
-        trained(recipe, tmp_path)
 
 
 def test_a_resnet_is_refused_as_perceptual_tower(scenes: Path, tmp_path: Path) -> None:
@@ -212,7 +199,7 @@ def test_fewer_samples_than_a_batch_train_over_several_epochs_a_step(tmp_path: P
 
 def test_a_time_limit_that_preparing_takes_up_ends_in_a_word_not_in_a_loop(scenes: Path, tmp_path: Path) -> None:
     recipe, out = vae_recipe(scenes, steps=1), tmp_path / "run"
-    for _ in range(MAX_LIVES):
+    for _ in range(MAX_ATTEMPTS):
         with pytest.raises(Preempted, match=r"before the first step: reached --max-time; .*with more time"):
             trained(recipe, out, max_time=1e-9)
     with pytest.raises(StuckError, match="do not requeue"):

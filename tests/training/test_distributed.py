@@ -12,8 +12,9 @@ import torch
 
 from ldm_cli.errors import LdmError, Preempted, UsageError, WorkerError
 from ldm_cli.training import distributed
-from ldm_cli.training.distributed import Ranks, joined
+from ldm_cli.training.distributed import joined
 from ldm_cli.training.muon import Muon
+from ldm_cli.training.ranks import Ranks
 
 from .forked import ForkedRanks
 

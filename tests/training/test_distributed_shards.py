@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldm_cli.cli.app import run as ldm_run
@@ -16,9 +17,10 @@ from ldm_cli.data.scenes import write_scenes
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.training import sharded_weights as shards
 from ldm_cli.training.config import TrainConfig
-from ldm_cli.training.distributed import Ranks, joined
+from ldm_cli.training.distributed import joined
 from ldm_cli.training.interruption import StopRequest
 from ldm_cli.training.loop import train
+from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.run_folder import RunFolder
 
 from ..faults.runs import assert_same_run, configured, metrics, tensors
@@ -30,8 +32,14 @@ CPU = torch.device("cpu")
 SHARDED = configured(strategy="sharded", log_every=1, gradient_accumulation=2, validate_every=10, batch_size=12)
 
 
-def trained(path: Path, config: TrainConfig, world_size: int, poison: set[int] = frozenset()) -> Path:  # type: ignore[assignment]
-    """The run in `path` after `world_size` ranks have trained to `config.steps`."""
+def trained(
+    path: Path,
+    config: TrainConfig,
+    world_size: int,
+    poison: set[int] = frozenset(),  # type: ignore[assignment]
+    frozen: int | None = None,
+) -> Path:
+    """The run in `path` after `world_size` ranks have trained to `config.steps`, but for the layer `frozen`."""
 
     def work(rank: int) -> int:
         def batches(start: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -45,6 +53,8 @@ def trained(path: Path, config: TrainConfig, world_size: int, poison: set[int] =
                 folder.__enter__()
             ranks.wait()
             task: Any = ToyTask(poison)
+            if frozen is not None:
+                task.model[frozen].requires_grad_(False)
             train(task, batches, config, folder, SilentReporter(), device=CPU, stop=stop, ranks=ranks)
             if rank == 0:
                 folder.__exit__(None, None, None)
@@ -69,6 +79,16 @@ def assert_close_runs(one: Path, two: Path) -> None:
 def test_two_sharded_ranks_train_as_two_that_hold_everything(tmp_path: Path) -> None:
     whole = trained(tmp_path / "whole", SHARDED.model_copy(update={"strategy": "replicated"}), 2, poison={4})
     assert_close_runs(trained(tmp_path / "cut", SHARDED, 2, poison={4}), whole)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_frozen_layer_stays_as_it_is_where_weights_are_cut(tmp_path: Path, layer: int) -> None:
+    whole = trained(tmp_path / "whole", SHARDED.model_copy(update={"strategy": "replicated"}), 2, frozen=layer)
+    cut = trained(tmp_path / "cut", SHARDED, 2, frozen=layer)
+    assert_close_runs(cut, whole)
+    before, after = ToyTask().model.state_dict(), load_file(cut / "model/model.safetensors")
+    kept = {name for name in before if torch.equal(before[name], after[name])}
+    assert kept == {f"{layer}.weight", f"{layer}.bias"}
 
 
 @pytest.mark.slow
@@ -125,7 +145,7 @@ def test_a_parameter_with_two_names_is_refused() -> None:
     layer = nn.Linear(4, 4)
     tied = nn.Sequential(layer, nn.Sequential(layer))
     with pytest.raises(ValueError, match=r"'1\.0\.weight' and '0\.weight' are one parameter"):
-        shards.Shards({"model": tied}, {}, CPU, Ranks())
+        shards.ShardedWeights({"model": tied}, {}, CPU, Ranks())
 
 
 @pytest.mark.parametrize("other", [{"deterministic": "elastic"}, {"optimizer": "muon"}])

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ldm_cli.errors import RecipeError
 from ldm_cli.training.config import TrainConfig
-from ldm_cli.training.distributed import Ranks
-from ldm_cli.training.gradient_sum import Block, PartSum, TreeSum, blocks
+from ldm_cli.training.gradient_sum import Block, CanonicalSum, PlainSum, TreeSum, blocks
+from ldm_cli.training.ranks import Ranks
+from ldm_cli.training.weights import Weights
 
 
 class ThreadRanks(Ranks):
@@ -44,8 +45,11 @@ def summed(parts: list[Tensor], world_size: int, is_canonical: bool) -> list[Ten
 
     def work(rank: int) -> None:
         ranks = ThreadRanks(rank, world_size, barrier, board)
-        own = (part.clone() for part in parts[rank * per_rank : (rank + 1) * per_rank])
-        results[rank] = PartSum(ranks, per_rank, is_canonical)(own)
+        weights = Weights({}, ranks)
+        total = CanonicalSum(weights, per_rank) if is_canonical else PlainSum(weights)
+        for part in parts[rank * per_rank : (rank + 1) * per_rank]:
+            total.add(part.clone())
+        results[rank] = total.finish()
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
@@ -92,8 +96,11 @@ def test_the_tree_adds_pairs_of_pairs() -> None:
 
 
 def test_a_wrong_number_of_parts_is_misuse() -> None:
+    total = CanonicalSum(Weights({}, Ranks()), 3)
+    for part in random_parts(2):
+        total.add(part)
     with pytest.raises(ValueError, match="2 parts where parts_per_rank=3"):
-        PartSum(Ranks(), 3, True)(iter(random_parts(2)))
+        total.finish()
 
 
 def test_a_batch_that_cannot_be_divided_is_refused_with_its_sizes() -> None:

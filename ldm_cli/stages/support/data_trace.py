@@ -8,7 +8,7 @@ from pathlib import Path
 from ldm_cli.data.batch import Batch
 from ldm_cli.errors import OutputError
 from ldm_cli.storage import storage_errors, write_whole
-from ldm_cli.training.distributed import Ranks
+from ldm_cli.training.ranks import Ranks
 
 
 def traced(

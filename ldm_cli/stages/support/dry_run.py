@@ -27,13 +27,14 @@ from ldm_cli.stages.support.model_sizes import (
     training_bytes,
     unet_of,
 )
+from ldm_cli.stages.support.start import resolve_start
 from ldm_cli.stages.train_unet import fitted_config
 from ldm_cli.training.config import TrainConfig
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
-def plan(recipe: Recipe, reporter: Reporter, num_ranks: int = 1) -> dict[str, Any]:
+def dry_run(recipe: Recipe, reporter: Reporter, num_ranks: int = 1) -> dict[str, Any]:
     """Parameters, memory, shards and epochs of `recipe`; models are built on the meta device.
 
     Args:
@@ -59,6 +60,8 @@ def plan(recipe: Recipe, reporter: Reporter, num_ranks: int = 1) -> dict[str, An
         result |= _memory(_evaluated(recipe, notes))
         result |= _shards(recipe.data, notes, reporter)
     else:
+        recipe = resolve_start(recipe, notes.append)
+        result["recipe"] = recipe.to_mapping()
         if isinstance(recipe, TrainUnetRecipe):
             _expect_to_fit(recipe)
         recipe.train.parts_per_rank(num_ranks)

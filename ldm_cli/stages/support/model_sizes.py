@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from ldm_cli.errors import RecipeError, amount, first_line
 from ldm_cli.families.clip_text_encoder import text_config_of
 from ldm_cli.formats.model_folder import CONFIG_NAME, read_config, without_weights
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
+from ldm_cli.stages.support.start import TrainRecipe, freeze
 from ldm_cli.training.config import TrainConfig
 
+FROZEN = ".frozen"
 _LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
-
-TrainRecipe = TrainClipRecipe | TrainVaeRecipe | TrainUnetRecipe
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -44,28 +44,38 @@ def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def trainer_parameters(recipe: TrainRecipe, notes: list[str]) -> tuple[dict[str, int], dict[str, int]]:
-    """Parameters of the modules that are trained, and of those that are only used; `notes` says what is not there.
+    """Trained parameters by module, and those that are only used; `notes` says which models are missing.
+
+    Frozen parameters of a trained module NAME count as `NAME.frozen` among the latter.
 
     Raises:
-        RecipeError: a model is so large that not even its sizes can be written down.
+        RecipeError: a model is so large that not even its sizes can be written down; or `freeze` does not fit it.
     """
     if isinstance(recipe, TrainClipRecipe):
         if recipe.tokenizer.path is None:
             notes.append("clip: the trained vocabulary may have fewer tokens than text_config.vocab_size")
-        return {"clip": count_parameters(_on_meta(lambda: CLIPModel(recipe.clip)))}, {}
+        return _split("clip", _on_meta(lambda: CLIPModel(recipe.model)), recipe.freeze)
     if isinstance(recipe, TrainVaeRecipe):
         return _autoencoder_modules(recipe, notes)
-    unet = _on_meta(lambda: UNet2DConditionModel(recipe.unet))
+    trained, frozen = _split("unet", _on_meta(lambda: UNet2DConditionModel(recipe.model)), recipe.freeze)
     found = {
         "vae": model_at("vae", recipe.vae, autoencoder_of, notes),
         "text_encoder": model_at("text_encoder", recipe.text_encoder, text_encoder_of, notes),
     }
-    return {"unet": count_parameters(unet)}, {n: count_parameters(m) for n, m in found.items() if m is not None}
+    return trained, frozen | {n: count_parameters(m) for n, m in found.items() if m is not None}
+
+
+def _split(name: str, module: nn.Module, patterns: Sequence[str]) -> tuple[dict[str, int], dict[str, int]]:
+    """Counts of the trained and of the frozen parameters of a module."""
+    freeze(module, patterns)
+    total = count_parameters(module)
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    return {name: trained}, {f"{name}{FROZEN}": total - trained} if trained < total else {}
 
 
 def _autoencoder_modules(recipe: TrainVaeRecipe, notes: list[str]) -> tuple[dict[str, int], dict[str, int]]:
-    trained = {"vae": count_parameters(_on_meta(lambda: AutoencoderKL(recipe.vae)))}
-    loss, frozen = recipe.loss, {}
+    trained, frozen = _split("vae", _on_meta(lambda: AutoencoderKL(recipe.model)), recipe.freeze)
+    loss = recipe.loss
     if loss.adversarial_weight > 0:
         build = lambda: PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)  # noqa: E731
         trained["discriminator"] = count_parameters(_on_meta(build))
@@ -118,14 +128,15 @@ def training_bytes(
     optimizer state are in fp32.
 
     AdamW keeps two numbers per trained weight. The discriminator is not averaged. With `strategy: sharded` the ranks
-    share what is trained, but for the discriminator; each has all that is only used.
+    share the trained models, frozen parameters included, but not the discriminator; each holds all other models.
     """
     num_parts = num_ranks if train.strategy == "sharded" else 1
     held = {name: count if name == "discriminator" else -(-count // num_parts) for name, count in trained.items()}
+    used = {name: -(-count // num_parts) if name.endswith(FROZEN) else count for name, count in frozen.items()}
     num_trained = sum(held.values())
     num_averaged = sum(count for name, count in held.items() if name != "discriminator")
     return {
-        "weights": 4 * (num_trained + sum(frozen.values())),
+        "weights": 4 * (num_trained + sum(used.values())),
         "gradients": 4 * num_trained,
         "optimizer": 8 * num_trained,
         "ema": 4 * num_averaged if train.ema_decay is not None else 0,

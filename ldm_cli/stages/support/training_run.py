@@ -6,13 +6,10 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
-from torch import Tensor
 
 from ldm_cli import __version__
 from ldm_cli.core.compiling import NOTICE
@@ -28,12 +25,15 @@ from ldm_cli.errors import RecipeError
 from ldm_cli.formats.model_folder import weights_sha256
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.data_trace import traced
-from ldm_cli.stages.support.model_sizes import TrainRecipe, expect_memory
+from ldm_cli.stages.support.model_sizes import expect_memory
 from ldm_cli.stages.support.options import RunOptions, device_of_process
-from ldm_cli.training.distributed import Ranks, joined, local_rank
+from ldm_cli.stages.support.start import TrainRecipe, start_folder
+from ldm_cli.training.distributed import joined, local_rank
 from ldm_cli.training.interruption import StopRequest
 from ldm_cli.training.loop import train
-from ldm_cli.training.run_folder import RunFolder, flatten
+from ldm_cli.training.ranks import Ranks
+from ldm_cli.training.run_folder import RunFolder
+from ldm_cli.training.run_identity import flatten
 from ldm_cli.training.task import Task
 
 
@@ -87,9 +87,12 @@ def run_training(
         # What is indexed stays indexed: the time limit counts from where the run folder can remember it.
         with _nothing_to_save(stop, ranks, with_limit=False), ranks.first_then_others():
             shards = open_data(recipe.data, reporter)
-        run = RunFolder(options.out or Path("runs") / recipe.name, reporter, partial(_completed, type(recipe)))
+        run = RunFolder(options.out or Path("runs") / recipe.name, reporter)
         resolved, fingerprints = recipe.to_mapping(), {"data": shards.fingerprint}
-        fingerprints |= {name: weights_sha256(Path(folder)) for name, folder in (uses or {}).items()}
+        folders = {name: Path(folder) for name, folder in (uses or {}).items()}
+        if recipe.start_from is not None:
+            folders["start_from"] = start_folder(recipe)
+        fingerprints |= {name: weights_sha256(folder) for name, folder in folders.items()}
         fingerprints |= facts or {}
         ranks.expect_equal(_facts(resolved, fingerprints))
         status = json.loads(ranks.from_first(json.dumps(run.finished() if ranks.is_first else None)))
@@ -152,6 +155,7 @@ def _train(
         device=bench.device,
         stop=stop,
         ranks=ranks,
+        validates_start=recipe.start_from is not None,
         start=None if options.resume in ("auto", "never") else Path(options.resume),
         title=recipe.name,
     )
@@ -185,14 +189,6 @@ def _held_out(recipe: TrainRecipe, reporter: Reporter, with_captions: bool) -> I
     yield from sequential_batches(shards, recipe.data, part, limit=limit, with_captions=with_captions)
 
 
-def _completed(kind: type[TrainRecipe], mapping: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A recipe that an older version wrote, with the defaults of newer fields; as it is where it is no longer valid."""
-    try:
-        return kind.from_mapping(mapping).to_mapping()
-    except ValidationError:
-        return mapping
-
-
 def _result(run: RunFolder, step: int, figures: dict[str, float]) -> dict[str, Any]:
     return {
         "run": str(run.path),
@@ -201,27 +197,3 @@ def _result(run: RunFolder, step: int, figures: dict[str, float]) -> dict[str, A
         "step": step,
         "figures": figures,
     }
-
-
-def split(batch: Batch, num_parts: int) -> list[Batch]:
-    """The batch as `num_parts` equal parts, in order."""
-    size = len(batch.keys) // num_parts
-    return [
-        replace(
-            batch,
-            images=batch.images[i : i + size],
-            captions=batch.captions[i : i + size],
-            keys=batch.keys[i : i + size],
-            epoch=batch.epoch[i : i + size],
-            position=batch.position[i : i + size],
-            labels=None if batch.labels is None else batch.labels[i : i + size],
-            metadata=None if batch.metadata is None else batch.metadata[i : i + size],
-            moments=_rows(batch.moments, slice(i, i + size)),
-            condition=_rows(batch.condition, slice(i, i + size)),
-        )
-        for i in range(0, len(batch.keys), size)
-    ]
-
-
-def _rows(tensors: Mapping[str, Tensor] | None, rows: slice) -> dict[str, Tensor] | None:
-    return None if tensors is None else {name: tensor[rows] for name, tensor in tensors.items()}

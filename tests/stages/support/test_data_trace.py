@@ -11,7 +11,7 @@ import torch
 from ldm_cli.data.batch import Batch
 from ldm_cli.errors import OutputError
 from ldm_cli.stages.support.data_trace import traced
-from ldm_cli.training.distributed import Ranks
+from ldm_cli.training.ranks import Ranks
 
 
 def batches(start: int, end: int) -> Iterator[Batch]:

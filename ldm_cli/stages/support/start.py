@@ -1,0 +1,182 @@
+"""Training that begins at trained weights: what a recipe takes from `start_from`, and which parameters stay frozen."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from pydantic import ValidationError
+from torch import nn
+
+from ldm_cli.config import Config
+from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
+from ldm_cli.core.models.clip_config import CLIPConfig
+from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
+from ldm_cli.data.tokenizer import Tokenizer
+from ldm_cli.errors import InputNotFoundError, RecipeError
+from ldm_cli.families.open_family import resolve_model
+from ldm_cli.formats.model_folder import CONFIG_NAME, ModelClass, load_model, read_as
+from ldm_cli.formats.pipeline_folder import INDEX_NAME, TEXT_ENCODER, UNET, VAE
+from ldm_cli.formats.scheduler_file import read_scheduler
+from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
+from ldm_cli.training.run_identity import flatten
+
+TrainRecipe = TrainClipRecipe | TrainVaeRecipe | TrainUnetRecipe
+RecipeT = TypeVar("RecipeT", bound=TrainRecipe)
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+# Sizes of pictures and latents, which follow from data.image_size.
+_FREE = ("sample_size",)
+
+
+def resolve_start(recipe: RecipeT, warn: Callable[[str], None]) -> RecipeT:
+    """The recipe with the fields that it leaves out taken from `start_from`; without `start_from`, the recipe itself.
+
+    The model's configuration is the folder's. A pipeline also gives `train-unet` its autoencoder, text encoder and
+    process; a CLIP gives `train-clip` its tokenizer.
+
+    Args:
+        recipe: of any trainer.
+        warn: is told which given fields of the process differ from the pipeline's.
+
+    Raises:
+        InputNotFoundError, CheckpointError: the folder does not exist, or holds no model of this kind.
+        RecipeError: the recipe contradicts the folder.
+    """
+    if recipe.start_from is None:
+        return recipe
+    folder = start_folder(recipe)
+    try:
+        filled = type(recipe).from_mapping(recipe.to_mapping() | _taken_fields(recipe, folder, warn))
+    except ValidationError as error:
+        problems = tuple(str(one["msg"]) for one in error.errors())
+        raise RecipeError(f"the recipe does not fit '{folder}'", "; ".join(problems), problems=problems) from error
+    return cast("RecipeT", filled)
+
+
+def _taken_fields(recipe: TrainRecipe, folder: Path, warn: Callable[[str], None]) -> dict[str, Any]:
+    if isinstance(recipe, TrainClipRecipe):
+        clip = read_as(CLIPConfig.from_hugging_face, folder / CONFIG_NAME)
+        tokenizer = {**recipe.tokenizer.to_mapping(), "path": str(_agreed_tokenizer(recipe, folder))}
+        return {"clip": _agreed("clip", recipe.clip, clip, folder), "tokenizer": tokenizer}
+    if isinstance(recipe, TrainVaeRecipe):
+        vae = read_as(AutoencoderKLConfig.from_hugging_face, folder / CONFIG_NAME)
+        return {"vae": _agreed("vae", recipe.vae, vae, folder)}
+    unet = read_as(UNet2DConditionConfig.from_hugging_face, folder / CONFIG_NAME)
+    taken: dict[str, Any] = {"unet": _agreed("unet", recipe.unet, unet, folder)}
+    if _is_pipeline(pipeline := folder.parent):
+        taken["vae"] = recipe.vae or str(pipeline / VAE)
+        taken["text_encoder"] = recipe.text_encoder or str(pipeline / TEXT_ENCODER)
+        taken["diffusion"] = recipe.diffusion.to_mapping() | _process_defaults(recipe, pipeline, warn)
+    return taken
+
+
+def start_folder(recipe: TrainRecipe) -> Path:
+    """The model folder that `start_from` means: of a run or checkpoint its model, of a pipeline the part to train.
+
+    Raises:
+        ValueError: the recipe has no `start_from`.
+        InputNotFoundError: there is no such folder, or no model in it.
+    """
+    if recipe.start_from is None:
+        raise ValueError("start_from is None")
+    if not Path(recipe.start_from).is_dir():
+        remedy = "give the folder of a model, a run or a checkpoint"
+        raise InputNotFoundError(f"start_from: no folder '{recipe.start_from}'", remedy=remedy)
+    root = resolve_model(Path(recipe.start_from))
+    if not _is_pipeline(root) or isinstance(recipe, TrainClipRecipe):
+        return root
+    return root / (VAE if isinstance(recipe, TrainVaeRecipe) else UNET)
+
+
+def _is_pipeline(folder: Path) -> bool:
+    return (folder / INDEX_NAME).is_file()
+
+
+def _agreed(section: str, given: Config | None, found: Config, folder: Path) -> dict[str, Any]:
+    """The folder's configuration, if the fields that the recipe gives agree with it."""
+    mapping = found.to_mapping()
+    if given is not None:
+        theirs, ours = flatten(mapping), flatten(given.model_dump(mode="json", exclude_unset=True))
+        problems = tuple(
+            f"{section}.{name}={value!r}, but '{folder}' has {theirs.get(name)!r}"
+            for name, value in ours.items()
+            if name not in _FREE and theirs.get(name) != value
+        )
+        if problems:
+            remedy = f"leave {section} out, or correct it"
+            raise RecipeError("the recipe contradicts start_from", "; ".join(problems), remedy, problems=problems)
+    return mapping
+
+
+def _agreed_tokenizer(recipe: TrainClipRecipe, folder: Path) -> Path:
+    """Where the tokenizer lies with which the text tower was trained."""
+    given = recipe.tokenizer.path
+    if given is None or Tokenizer.load(given).fingerprint == Tokenizer.load(folder).fingerprint:
+        return folder
+    cause = f"the vocabulary of '{folder}' is another one, with which its text tower was trained"
+    raise RecipeError(f"tokenizer.path: '{given}' cannot be used with start_from", cause, "leave tokenizer out")
+
+
+def _process_defaults(recipe: TrainUnetRecipe, pipeline: Path, warn: Callable[[str], None]) -> dict[str, Any]:
+    """The fields of the pipeline's process that the recipe leaves out."""
+    found, given = read_scheduler(pipeline).diffusion, recipe.diffusion.model_fields_set
+    for name in sorted(given & found.keys()):
+        if (value := getattr(recipe.diffusion, name)) != found[name]:
+            warn(f"diffusion.{name}={value!r}, but the scheduler of '{pipeline}' has {found[name]!r}")
+    return {name: value for name, value in found.items() if name not in given}
+
+
+def build_model(model_class: ModelClass[ModuleT], config: Any, recipe: TrainRecipe) -> ModuleT:
+    """The model that a recipe trains: with fresh weights or those of `start_from`, frozen as the recipe says.
+
+    Args:
+        model_class: called with `config`.
+        config: of the model.
+        recipe: as `resolve_start` returns it.
+
+    Raises:
+        CheckpointError: the tensors of `start_from` do not fit; the first are named.
+        RecipeError: a pattern of `freeze` matches nothing.
+    """
+    if recipe.start_from is None:
+        return model_class(config)
+    module = load_model(model_class, start_folder(recipe), parse=lambda _: config)
+    freeze(module, recipe.freeze)
+    return module
+
+
+def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
+    """Freeze the parameters whose names match, as in a shell: `*` stands for any text, dots included.
+
+    Args:
+        module: its parameters no longer require gradients where they are frozen.
+        patterns: apply in order; one that begins with `!` thaws what it matches.
+
+    Raises:
+        RecipeError: a pattern matches nothing, or nothing is left to train.
+    """
+    parameters = dict(module.named_parameters())
+    frozen: set[str] = set()
+    unmatched = []
+    for pattern in patterns:
+        matched = {name for name in parameters if fnmatch.fnmatchcase(name, pattern.removeprefix("!"))}
+        frozen = frozen - matched if pattern.startswith("!") else frozen | matched
+        if not matched:
+            unmatched.append(pattern)
+    if unmatched:
+        there = dict.fromkeys(n if "." not in n else n.partition(".")[0] + ".*" for n in parameters)
+        raise RecipeError(
+            f"freeze: no parameter matches {', '.join(map(repr, unmatched))}", f"there are {', '.join(there)}"
+        )
+    if len(frozen) == len(parameters):
+        raise RecipeError("freeze leaves nothing to train", f"all {len(parameters)} parameters match")
+    for name in frozen:
+        parameters[name].requires_grad_(False)
+
+
+def frozen_names(module: nn.Module) -> frozenset[str]:
+    """Names of the parameters that `freeze` has frozen."""
+    return frozenset(name for name, parameter in module.named_parameters() if not parameter.requires_grad)

@@ -1,0 +1,43 @@
+"""Buffers that a training step changes: the running statistics of batch norms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+class RunningStatistics:
+    """The buffers of some modules, which must not depend on the order of a batch's parts.
+
+    Every part of a batch starts from the buffers as they were before the step. After the step they hold the mean of
+    the parts' results.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._buffers = [buffer for module in modules for buffer in module.buffers()]
+        self._before: list[Tensor] = []
+
+    def begin_step(self) -> None:
+        """Remember the buffers as they are."""
+        self._before = [buffer.clone() for buffer in self._buffers]
+
+    def take_change(self) -> list[Tensor]:
+        """What a part changed, flat float32 per buffer; the buffers are as before the step again."""
+        pairs = list(zip(self._buffers, self._before, strict=True))
+        changes = [(buffer - before).float().reshape(-1) for buffer, before in pairs]
+        for buffer, before in pairs:
+            buffer.copy_(before)
+        return changes
+
+    def apply(self, change: Tensor, kept: Tensor) -> None:
+        """End the step.
+
+        Args:
+            change: the mean of what the parts changed: all buffers in a row, float32.
+            kept: 1.0 if the step was taken, else 0.0, and the change, which may not be finite, is dropped.
+        """
+        changes = torch.split(change, [buffer.numel() for buffer in self._buffers])
+        for buffer, before, part in zip(self._buffers, self._before, changes, strict=True):
+            buffer.copy_(torch.where(kept > 0, before + part.view(before.shape), before))

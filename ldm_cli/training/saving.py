@@ -1,0 +1,195 @@
+"""Checkpoints of a trainer: what is in them, how much room they take, and how a trainer continues from one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm_cli.errors import (
+    CheckpointError,
+    DivergedError,
+    InputNotFoundError,
+    LdmError,
+    StorageError,
+    first_line,
+)
+from ldm_cli.formats.json_file import read_json, write_json
+from ldm_cli.formats.model_folder import check_tensors
+from ldm_cli.formats.weight_files import read_tensors, write_tensors
+from ldm_cli.storage import megabytes, storage_errors
+from ldm_cli.training.checkpoint import checkpoint_name, checkpoints, commit_folder, prune
+from ldm_cli.training.trainer import Trainer
+
+_TENSORS, _STATE, _PARTS = "training.safetensors", "state.json", "parts"
+_HEADER_BYTES = 2**20
+"""More than the headers of the files and the small files take."""
+
+
+def save(trainer: Trainer) -> None:
+    """Commit a checkpoint of this step, over a damaged one if there is any, and delete the oldest; all ranks call.
+
+    Raises:
+        DivergedError: the weights are not finite.
+        OutputError, StorageError: it cannot be written; the older ones are as they were.
+    """
+    if trainer.step == trainer.saved_step:
+        return
+    _expect_finite_weights(trainer)
+    run, num_bytes = trainer.run, num_checkpoint_bytes(trainer)
+    target = run.checkpoints / checkpoint_name(trainer.step)
+    if trainer.ranks.is_first:
+        _expect_room(run.checkpoints, num_bytes, "a checkpoint")
+        run.metrics.sync()
+        write = lambda folder: _write(trainer, folder)  # noqa: E731
+        commit_folder(target, write, replace=True, linked=run.frozen, num_bytes=num_bytes)
+        prune(run.checkpoints, trainer.config.keep_checkpoints)
+    elif trainer.weights.is_sharded:
+        with storage_errors(target, num_bytes):
+            _write(trainer, target)
+    trainer.saved_step = trainer.step
+
+
+def _expect_finite_weights(trainer: Trainer) -> None:
+    """Make sure that weights and averages can be loaded again: an update may overflow though its gradient is finite;
+    all ranks call.
+
+    Raises:
+        DivergedError: some are not finite.
+    """
+    held = [p.detach() for module in trainer.weights.parameters.values() for p in module.values()]
+    held += trainer.ema.average if trainer.ema is not None else []
+    sound = torch.stack([value.isfinite().all() for value in held]).all()
+    if trainer.ranks.largest(int(not sound)):
+        raise DivergedError(
+            f"step {trainer.step} of '{trainer.run.path}'",
+            "some weights are no longer finite",
+            "lower train.lr; no checkpoint was written, the one before is sound",
+        )
+
+
+def num_checkpoint_bytes(trainer: Trainer) -> int:
+    """Size of the next checkpoint without the files it links to: weights, two moments each, averages, and headers."""
+    num_averages = 1 if trainer.ema is not None else 0
+    num_bytes = _HEADER_BYTES
+    for name, module in trainer.modules.items():
+        parameters = dict(module.named_parameters())
+        frozen = {name for name, parameter in parameters.items() if not parameter.requires_grad}
+        written = sum(value.nbytes for key, value in module.state_dict().items() if key not in frozen)
+        num_bytes += written * (1 + (num_averages if name in trainer.task.modules else 0))
+        num_bytes += sum(8 * p.numel() for p in parameters.values() if p.requires_grad)
+    return num_bytes
+
+
+def check_room(trainer: Trainer) -> None:
+    """Make sure that the disk has room for the checkpoints that will be kept, and for one that is being written.
+
+    Raises:
+        StorageError: it has less.
+    """
+    folder, config = trainer.run.checkpoints, trainer.config
+    num_saved, steps_left = len(checkpoints(folder)), config.steps - trainer.step
+    num_most = min(num_saved + -(-steps_left // config.save_every), config.keep_checkpoints + 1)
+    if (count := num_most - num_saved) > 0:
+        what = f"{count} checkpoint{'s' if count > 1 else ''}"
+        _expect_room(folder, count * num_checkpoint_bytes(trainer), what)
+
+
+def _expect_room(folder: Path, num_bytes: int, what: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise StorageError(
+            f"no room for {what} in '{folder}'",
+            f"it takes {megabytes(num_bytes)}, and {megabytes(free)} are free",
+            "free some space and run the same command again",
+        )
+
+
+def _write(trainer: Trainer, folder: Path) -> None:
+    """Rank 0 writes full tensors; all ranks together write those of which each holds a part.
+
+    Args:
+        folder: where; that of rank 0 counts.
+    """
+    ranks, task = trainer.ranks, trainer.task
+    if trainer.weights.is_sharded:
+        folder = Path(ranks.from_first(str(folder)))
+    trainer.on_first_rank(lambda: task.export(folder / "model"))
+    if trainer.ema is not None:
+        trainer.on_first_rank(lambda: task.export(folder / "ema"), averaged=True)
+    tensors = _state(trainer)
+    if trainer.weights.is_sharded:
+        from ldm_cli.training.sharded_files import is_part, write_parts  # takes seconds to import
+
+        parts = {name: value for name, value in tensors.items() if is_part(value)}
+        tensors = {name: value for name, value in tensors.items() if name not in parts}
+        write_parts(folder / _PARTS, parts, ranks)
+    if not ranks.is_first:
+        return
+    write_tensors(folder / _TENSORS, tensors)
+    facts = {"step": trainer.step, "num_threads": torch.get_num_threads(), "torch": torch.__version__}
+    write_json(folder / _STATE, facts)
+
+
+def _state(trainer: Trainer) -> dict[str, Tensor]:
+    """The tensors of a checkpoint beside its model folders."""
+    tensors = {f"optimizer.{name}": value for name, value in trainer.optimizers.state().items()}
+    tensors |= {f"meter.sum.{name}": value for name, value in trainer.means.sums.items()}
+    tensors |= {f"meter.count.{name}": value for name, value in trainer.means.counts.items()}
+    for name, module in trainer.task.auxiliary.items():
+        tensors |= {f"auxiliary.{name}.{key}": value for key, value in module.state_dict().items()}
+    return tensors
+
+
+def restore(trainer: Trainer, folder: Path) -> None:
+    """Continue from a verified checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint is of another kind or shape.
+    """
+    try:
+        with trainer.weights.loading():
+            trainer.task.restore(folder / "model")
+        if trainer.ema is not None:
+            with trainer.ema.averaged(), trainer.weights.loading():
+                trainer.task.restore(folder / "ema")
+        tensors, state = _read(trainer, folder), read_json(folder / _STATE)
+        trainer.optimizers.load_state(_below("optimizer.", tensors))
+        for name, module in trainer.task.auxiliary.items():
+            found = _below(f"auxiliary.{name}.", tensors)
+            check_tensors(module.state_dict(), found, folder / _TENSORS)
+            module.load_state_dict(found)
+        step, threads, version = int(state["step"]), state["num_threads"], state["torch"]
+    except (InputNotFoundError, CheckpointError, KeyError, RuntimeError, ValueError, TypeError) as error:
+        cause = f"{error.what}: {error.cause}" if isinstance(error, LdmError) else first_line(error)
+        remedy = "it belongs to another model or recipe: choose another --out or --resume"
+        raise CheckpointError(f"cannot continue from '{folder}'", cause, remedy) from error
+    for kind, values in (("sum", trainer.means.sums), ("count", trainer.means.counts)):
+        values |= {n: v.to(trainer.device) for n, v in _below(f"meter.{kind}.", tensors).items()}
+    trainer.step = step
+    for what, then, now in (
+        ("the number of threads", threads, torch.get_num_threads()),
+        ("the version of torch", version, torch.__version__),
+    ):
+        if then != now:
+            trainer.run.warn(f"{what} was {then} and is now {now}: results may differ in the last bits")
+
+
+def _read(trainer: Trainer, folder: Path) -> dict[str, Tensor]:
+    """Inverse of `_state`; moments of which this rank holds a part are DTensors."""
+    tensors = read_tensors(folder / _TENSORS)
+    if (folder / _PARTS).is_dir():
+        from ldm_cli.training.sharded_files import read_parts  # takes seconds to import
+
+        moments = trainer.optimizers.empty_moments(_below("optimizer.", tensors))
+        parts = {f"optimizer.{n}": value for n, value in moments.items() if f"optimizer.{n}" not in tensors}
+        read_parts(folder / _PARTS, parts, trainer.ranks)
+        tensors |= parts
+    return tensors
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
