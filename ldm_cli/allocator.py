@@ -17,7 +17,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _MADV_HUGEPAGE = 14
 _LARGE_PAGE = 2 << 20
 _POOL = 1 << 30
-"""Address space taken at a time; memory is what is touched of it."""
+"""Address space reserved at a time; only touched pages take memory."""
 
 
 def keep_freed_memory() -> bool:
@@ -48,7 +48,7 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_memory() -> None:
-    """Give freed memory back to the kernel, after something huge that will hardly come again."""
+    """Return freed memory to the kernel, after a single operation that needed far more than the rest of the run."""
     if sys.platform.startswith("linux"):
         with suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)

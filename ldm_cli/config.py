@@ -6,7 +6,11 @@ import json
 from collections.abc import Mapping
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+
+from ldm_cli.storage import expand_home
+
+_TEXTS = frozenset(("prompt", "prompts", "negative"))
 
 
 class Config(BaseModel):
@@ -23,6 +27,16 @@ class Config(BaseModel):
         use_attribute_docstrings=True,
         ser_json_inf_nan="strings",
     )
+
+    @field_validator("*")
+    @classmethod
+    def _expand_homes(cls, value: Any, info: ValidationInfo) -> Any:
+        """Expand `~` in every field but those that hold prompts, so that all paths are treated alike."""
+        if info.field_name in _TEXTS:
+            return value
+        if isinstance(value, tuple):
+            return tuple(expand_home(entry) if isinstance(entry, str) else entry for entry in value)
+        return expand_home(value) if isinstance(value, str) else value
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:

@@ -1,4 +1,4 @@
-"""Every error a user may see, and the exit code of each.
+"""Every error that a user may see, and its exit code.
 
     LdmError                    70  a bug of ours
     ├── UsageError               2  wrong command line
@@ -10,12 +10,12 @@
     ├── Preempted               75  checkpoint saved: run the same command again
     ├── RecipeError             78  recipe invalid
     ├── DivergedError           80  non-finite loss, gradient or weights
-    ├── StuckError              80  fails at the same step life after life: do not requeue
+    ├── StuckError              80  fails at the same step run after run: do not requeue
     ├── OutOfMemoryError        81  the device's memory does not suffice
     ├── WorkerError             82  a rank or worker died
     └── CheckpointError         83  checkpoint or model corrupt, untrusted or of another kind
 
-Misuse of a function by a programmer is a `ValueError` that names both values; these are for users.
+Misuse of a function by a programmer is a `ValueError` that names both values; the errors here are for users.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def printable(text: str) -> str:
 
 
 class LdmError(Exception):
-    """What failed, on which object, why, and what to do: one line for the user and one exit code.
+    """A failure with its object, cause and remedy: one line for the user and one exit code.
 
     Attributes:
-        what: what failed, e.g. "cannot read shard 'a.tar'".
-        cause: why, e.g. "ends inside member '000012.png' at byte 51200".
-        remedy: what the user can do, e.g. "download it again, or set data.on_bad_shard=skip".
+        what: the failure and its object, e.g. "cannot read shard 'a.tar'".
+        cause: the reason, e.g. "ends inside member '000012.png' at byte 51200".
+        remedy: an action for the user, e.g. "download it again, or set data.on_bad_shard=skip".
     """
 
     code: ClassVar[int] = 70
@@ -73,7 +73,7 @@ class DataError(LdmError):
 
 
 class InputNotFoundError(LdmError):
-    """An input file, folder or pattern leads nowhere."""
+    """An input file or folder does not exist, or a pattern matches nothing."""
 
     code, tag = 66, "E-NOINPUT"
 
@@ -119,7 +119,7 @@ class DivergedError(LdmError):
 
 
 class StuckError(LdmError):
-    """A run fails at the same step life after life; repeating the command is no use."""
+    """Every attempt fails at the same step; repeating the command is no use."""
 
     code, tag = 80, "E-STUCK"
 
@@ -145,11 +145,11 @@ class CheckpointError(LdmError):
 NOT_WRITABLE = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 )
-"""The errno of a place that cannot be written to, whatever is written."""
+"""Values of errno that mean: this place cannot be written to."""
 
 
 def as_ldm_error(error: BaseException) -> LdmError | None:
-    """What a user should be told about an exception of Python or torch; None: it is a bug of ours."""
+    """The error to report for an exception of Python or torch; None if it is a bug of ours."""
     if isinstance(error, LdmError):
         return error
     if _is_out_of_memory(error):
@@ -169,7 +169,7 @@ def first_line(error: BaseException) -> str:
 
 
 def amount(num_bytes: float) -> str:
-    """A size to read.
+    """A number of bytes in a readable unit.
 
     >>> amount(1_514_000_000)
     '1.41 GiB'
@@ -189,7 +189,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _memory_asked_for(error: BaseException) -> str:
-    """How much could not be had, in units to read; otherwise what the library said."""
+    """The size of the failed allocation, or else the first line of the library's message."""
     found = re.search(r"tried to allocate (\d+) bytes", str(error))
     return f"tried to allocate {amount(int(found[1]))}" if found else first_line(error)
 

@@ -1,5 +1,5 @@
-"""How the inner rooms speak to the user without printing: a `Reporter` is handed in, and `cli/` has the only one that
-writes to a terminal."""
+"""Messages and progress without printing: functions take a `Reporter`, and only the one of `cli/` writes to a
+terminal."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Figure = float | int | str
 
 
 class Progress(Protocol):
-    """A task under way, counted in its own unit."""
+    """A running operation, counted in its own unit."""
 
     def update(self, done: int, figures: Mapping[str, Figure] | None = None) -> None:
         """`done` units are complete; `figures` (loss, rate, …) are shown beside the bar."""
 
 
 class Reporter(Protocol):
-    """Receives what a stage has to say."""
+    """Receives the messages and the progress of a stage."""
 
     def info(self, message: str) -> None:
         """One line of information."""
@@ -29,7 +29,7 @@ class Reporter(Protocol):
     def progress(
         self, title: str, total: int | None, done: int = 0, unit: str = "step"
     ) -> AbstractContextManager[Progress]:
-        """A counted task of `total` units (None: unknown), `done` of them already complete."""
+        """An operation of `total` units (None: unknown), `done` of them already complete."""
 
 
 class _Silence:

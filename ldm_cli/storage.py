@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and what the user is told when writing them fails."""
+"""Files that are complete or absent, and the errors for failed writes."""
 
 from __future__ import annotations
 
@@ -11,18 +11,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ldm_cli.errors import NOT_WRITABLE, LdmError, OutputError, StorageError
+from ldm_cli.errors import NOT_WRITABLE, CheckpointError, InputNotFoundError, LdmError, OutputError, StorageError
 
 TEMPORARY_PREFIX = ".tmp-"
-"""What begins like this is unfinished, and may be deleted by whoever owns the folder."""
+"""Prefix of unfinished files and folders; the owner of their folder may delete them."""
 
 _REMEDIES = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
     errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
 }
-# What file systems answer that cannot sync a folder.
+_HOME = re.compile(r"~[\w.-]*(/.*)?", re.DOTALL)
+# Errors of file systems that cannot sync a folder.
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
+
+
+def expand_home(path: str) -> str:
+    """`~/data` and `~name/data` with the home folder of the user in place of `~`; all other text stays.
+
+    >>> expand_home("a ~/b"), expand_home("~100")
+    ('a ~/b', '~100')
+    """
+    return os.path.expanduser(path) if _HOME.fullmatch(path) else path  # noqa: PTH111
 
 
 def user_cache() -> Path:
@@ -36,11 +46,36 @@ def user_cache() -> Path:
     return Path(base) / "ldm"
 
 
+def resolve_model_folder(path: Path) -> Path:
+    """The folder that the path of a model means: itself, or in the Hugging Face cache the snapshot of `main`.
+
+    The root of a cached model is `models--ORG--NAME`, with `refs/main` and `snapshots/COMMIT`. Without that file, its
+    only snapshot is taken.
+
+    Raises:
+        CheckpointError: the path is a single file.
+        InputNotFoundError: the path is the root of a cached model without that snapshot.
+    """
+    if path.is_file():
+        remedy = "give a folder with config.json and its weights"
+        raise CheckpointError(f"cannot use '{path}'", "it is a single file, not a model folder", remedy)
+    if not (path / "snapshots").is_dir():
+        return path
+    main, snapshots = path / "refs" / "main", sorted((path / "snapshots").iterdir())
+    cause = f"{len(snapshots)} snapshots and no refs/main"
+    if main.is_file():
+        commit = main.read_text().strip()
+        snapshots, cause = [p for p in snapshots if p.name == commit], f"refs/main names {commit!r}"
+    if len(snapshots) != 1:
+        raise InputNotFoundError(f"no snapshot to use in '{path}'", cause, "give one of the folders in snapshots/")
+    return snapshots[0]
+
+
 def fsync_path(path: Path) -> None:
     """Flush a file, or the entries of a folder, to the disk.
 
     Raises:
-        OSError: that failed.
+        OSError: the flush failed.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -54,9 +89,9 @@ def fsync_path(path: Path) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A name to write to; on leaving, what is there is synced and takes the place of `path`.
+    """A temporary name to write to. On leaving, that file is synced and replaces `path`.
 
-    A reader sees the old file or the new one, nothing between; after a failure, the old one.
+    A reader sees the old file or the new one, never a part; after a failure, the old one.
 
     Raises:
         OutputError, StorageError: as in `storage_errors`.
@@ -68,7 +103,7 @@ def whole_file(path: Path) -> Iterator[Path]:
             fsync_path(temporary)
             temporary.replace(path)
         except BaseException:
-            with suppress(OSError):  # what failed first is what should be reported
+            with suppress(OSError):  # the first failure is the one to report
                 temporary.unlink()
             raise
 
@@ -81,11 +116,11 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def storage_errors(target: Path, num_bytes: int | None = None) -> Iterator[None]:
-    """Turn what fails while writing `target` into an error that names it and the room left.
+    """Turn failures while writing `target` into an error that names it and the free space.
 
     Args:
-        target: the file or folder; its parent is where it goes.
-        num_bytes: how much it takes, if that is known; then errors of its parts become errors of the whole.
+        target: the file or folder to write.
+        num_bytes: its size, if that is known; then errors of its parts become errors of the whole.
 
     Raises:
         OutputError: the place cannot be written to.
@@ -107,7 +142,7 @@ def storage_errors(target: Path, num_bytes: int | None = None) -> Iterator[None]
 
 
 def error_number(error: BaseException) -> int | None:
-    """The errno of an OSError, or of what safetensors or torch make of one; None: it is something else."""
+    """The errno of an OSError, or of an error that safetensors or torch made of one; None for all others."""
     if isinstance(error, OSError):
         return error.errno or errno.EIO
     found = None
@@ -121,12 +156,12 @@ def error_number(error: BaseException) -> int | None:
 def _as_ldm_error(number: int, target: Path, num_bytes: int | None) -> LdmError:
     reason = os.strerror(number)
     if number in NOT_WRITABLE:
-        return OutputError(f"cannot write '{target}'", reason, "make the place writable, or choose another")
+        return OutputError(f"cannot write '{target}'", reason, "make it writable, or choose another place")
     sizes = [f"it takes {megabytes(num_bytes)}"] if num_bytes is not None else []
     with suppress(OSError):
         sizes.append(f"{megabytes(shutil.disk_usage(target.parent).free)} are free")
     cause = f"{reason} ({', '.join(sizes)})" if sizes else reason
-    remedy = _REMEDIES.get(number, "look after the disk")
+    remedy = _REMEDIES.get(number, "check the disk")
     return StorageError(f"cannot write '{target}'", cause, f"{remedy} and run the same command again")
 
 

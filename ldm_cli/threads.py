@@ -1,4 +1,4 @@
-"""How many threads torch computes with, from one thread of ours."""
+"""The number of threads that torch uses for a thread of ours."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 
 def compute_alone() -> None:
-    """Let torch use no other thread from the calling one: `torch.set_num_threads` would be for all of them.
+    """Let torch compute in the calling thread alone; `torch.set_num_threads` would change all threads.
 
-    Both who share out work are told: OpenMP, and MKL, to which torch has given a number of its own. Where a library is
-    another one than that of torch's builds for Linux, nothing happens.
+    This sets the number for both OpenMP and MKL, for which torch keeps separate numbers. It has no effect with
+    libraries other than those of torch's builds for Linux.
     """
-    torch.get_num_threads()  # torch sets the number of a thread when it is first asked for
+    torch.get_num_threads()  # torch initializes the number of a thread at its first query
     for name in ("omp_set_num_threads", "MKL_Set_Num_Threads_Local"):
         with suppress(OSError, AttributeError):
             getattr(ctypes.CDLL(torch._C.__file__), name)(1)

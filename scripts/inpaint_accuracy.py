@@ -16,12 +16,13 @@ import torch
 
 from ldm_cli.data.scenes import Scene, scene
 from ldm_cli.evaluation.scene_detector import read_scenes
+from ldm_cli.families.open_family import open_family
 from ldm_cli.pictures.images import from_pillow
 from ldm_cli.sampling.config import SamplingConfig
-from ldm_cli.sampling.edit_input import Canvas
+from ldm_cli.sampling.edit_input import EditInput
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import ImageRequest
-from ldm_cli.sampling.sample_options import Extras
+from ldm_cli.sampling.sample_options import SampleOptions
 
 MARGIN = 2
 """Pixels around the circle that are drawn anew, too."""
@@ -48,15 +49,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
     options = parser.parse_args()
-    pipeline = Pipeline.load(options.model)
+    pipeline = Pipeline(open_family(options.model))
     config = SamplingConfig.from_mapping({"steps": options.steps, "guidance": options.guidance})
     size = pipeline.image_size(config)[0]
     shapes = colors = both = kept = 0
     for number, drawn in enumerate(islice(circles(size), options.num_scenes)):
         pixels, mask = from_pillow(drawn.image), mask_of(drawn.truth, size)
-        canvas = Canvas(pixels, mask, (size, size), strength=1.0)
+        wanted = SampleOptions(edit_input=EditInput(pixels, mask, (size, size), strength=1.0))
         prompt = f"a {drawn.truth['color']} star"
-        (result,) = pipeline.generate([ImageRequest(prompt, number)], config, extras=Extras(canvas=canvas))
+        (result,) = pipeline.generate([ImageRequest(prompt, number)], config, options=wanted)
         kept += torch.equal(result.pixels[:, ~mask], pixels[:, ~mask])
         seen = read_scenes(result.pixels[None])[0].objects
         is_star, is_color = bool(seen) and seen[0].shape == "star", bool(seen) and seen[0].color == drawn.truth["color"]

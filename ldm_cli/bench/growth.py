@@ -1,4 +1,4 @@
-"""How a training step's time grows with batch, tokens, image side and width, beside how its operations grow."""
+"""Growth of a training step's time with batch, tokens, image side and width, beside the growth of its operations."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ldm_cli.reporting import Reporter
 
 @dataclass(frozen=True)
 class Axis:
-    """What one series varies, all else fixed.
+    """The quantity that one series varies.
 
     Attributes:
-        against: what the abscissas are: `parameters` are counted; all else follows from the values.
+        against: name of the abscissa; `parameters` are counted, all others follow from `size`.
         values: at least two.
-        changes: to the recipe, for a value.
+        changes: changes to the recipe for a value.
         size: abscissa of a value; unused for `parameters`.
-        tokens: text tokens per picture of a U-Net's work, for a value.
+        tokens: text tokens per picture of a U-Net for a value.
     """
 
     against: str
@@ -34,7 +34,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Work:
-    """A trainer's series: the recipe and changes that all points share, and what varies."""
+    """The series of a trainer: the recipe and changes that all points share, and the axes."""
 
     recipe: str
     changes: tuple[str, ...]
@@ -93,7 +93,7 @@ WORKS: Mapping[str, Work] = {
         ),
     ),
 }
-"""Trainer → its series, at sizes for a CPU; on a GPU such steps wait for their launches."""
+"""Trainer → its series, at sizes for a CPU; on a GPU, kernel launches would dominate such steps."""
 
 
 def exponent(x: Sequence[float], y: Sequence[float]) -> float:
@@ -104,19 +104,19 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Of the straight line through the points by least squares."""
+    """Slope of the least-squares line through the points."""
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     rise = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
     return rise / sum((a - mean_x) ** 2 for a in x)
 
 
 def growth(rounds: int, device: str, reporter: Reporter, works: Mapping[str, Work] = WORKS) -> list[dict[str, Any]]:
-    """One row per series; points of a series take turns, so that a disturbance falls on all of them.
+    """One row per series. The points of a series take turns, so that a disturbance affects all of them.
 
     Returns:
-        Of each: `work`, `against`, `points`, and at each point `step_ms`, `cpu_ms` (medians) and `gflop` a step;
-        `exponent` of the time by size, `cpu_exponent` of the processor time, `gflop_exponent` of the operations by
-        size, `exponent_by_gflop` of the time by operations.
+        For each series `work`, `against`, `points`; at each point `step_ms`, `cpu_ms` (medians) and `gflop` per step;
+        `exponent` of time over size, `cpu_exponent` of processor time, `gflop_exponent` of operations over size,
+        `exponent_by_gflop` of time over operations.
     """
     rows = []
     for name, work in works.items():

@@ -1,4 +1,4 @@
-"""From shards on disk to batches in memory: 256 px JPEGs to 64 and 224 px, reading alone, indexing and resuming."""
+"""Speed of the input pipeline: 256 px JPEGs to batches of 64 and 224 px, reading alone, indexing and resuming."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class OurLoader:
 
 
 class OurReader:
-    """Every member of every sample through the index; a step is an epoch, beginning with opening the shards."""
+    """Reads every member of every sample through the index; a step opens the shards and reads an epoch."""
 
     def __init__(self, folder: str, images: int) -> None:
         self.config = DataConfig(shards=folder)
@@ -69,7 +69,7 @@ class OurReader:
 
 
 class OurIndexer:
-    """The index of every shard, read from its headers; a step is so many passes over all shards."""
+    """Builds the index of every shard from its headers; a step is several passes over all shards."""
 
     def __init__(self, shards: list[str], images: int) -> None:
         self.shards = [Path(shard) for shard in shards]
@@ -87,7 +87,7 @@ class OurIndexer:
 
 
 class FirstBatch:
-    """What a resumed run does until it has its first batch, at the beginning of an epoch; the index is at hand."""
+    """The start of a resumed run until its first batch, at the beginning of an epoch and with a cached index."""
 
     def __init__(self, folder: str, images: int, epoch: int) -> None:
         self.config = DataConfig(shards=folder, image_size=64)
@@ -106,7 +106,7 @@ class FirstBatch:
 
 
 def measure(images: int, rounds: int, compared: bool) -> list[dict[str, Any]]:
-    """One row per work and contender; `cpu_ms` of the loaders leaves their workers out."""
+    """One row per work and contender."""
     images = max(_BATCH_SIZE, images // _BATCH_SIZE * _BATCH_SIZE)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:

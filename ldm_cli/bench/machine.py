@@ -1,4 +1,4 @@
-"""What this machine can do at best, measured, and what it is."""
+"""Description and measured peak performance of this machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Processor, threads, GPU and the versions of what decides speed."""
+    """Processor, threads, GPU and the versions of the libraries that decide speed."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("diffusers", "transformers", "webdataset"):
         try:
@@ -36,11 +36,11 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def ceiling(device: torch.device, precision: str = "fp32", rounds: int = 5) -> dict[str, float]:
-    """The best of several rounds of plain work that fits no cache.
+    """The best of several rounds of basic operations on tensors that exceed the caches.
 
     Returns:
-        `matmul`, by whichever library is faster, and `convolution` in GFLOP/s (2 per multiply-add), `copy` in GB/s,
-        read and written bytes together.
+        `matmul`, of the faster library, and `convolution` in GFLOP/s (2 per multiply-add), `copy` in GB/s of read and
+        written bytes.
     """
     dtype = _DTYPES[precision]
     large = device.type == "cuda"
@@ -71,7 +71,7 @@ def ceiling(device: torch.device, precision: str = "fp32", rounds: int = 5) -> d
 
 
 def _best(work: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
-    """Least seconds of each, taken in turn, the first round not counted."""
+    """Least seconds of each operation. They take turns, and the first round does not count."""
     best = dict.fromkeys(work, float("inf"))
     for number in range(rounds + 1):
         for name, do in work.items():

@@ -1,7 +1,7 @@
-"""Whether a long training keeps its size: the real commands on drawn scenes, with models as small as they come.
+"""Growth of memory in a long training: the real commands on synthetic scenes, with very small models.
 
-Loader, loss, optimizer, average, log, validation, pictures and checkpoints are those of any run; each training has a
-process of its own, whose memory is read whenever it logs.
+Loader, loss, optimizer, average, log, validation, pictures and checkpoints are those of any run. Each training has its
+own process, whose memory is read whenever it logs.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ _SMALL: Mapping[str, tuple[str, ...]] = {
         "samples.sampling.steps=2",
     ),
 }
-"""Recipe → changes that make a step take milliseconds; the U-Net comes last, for it uses the other two."""
+"""Recipe → changes for a step of milliseconds. The U-Net is the last one, as it uses the other two models."""
 _SETTLING = 200
-"""First steps that do not count: allocators, caches and pictures reach their size."""
+"""First steps that do not count, as allocators, caches and pictures still grow to their final size."""
 _FEWEST = 4
 _FLAT = 1.0
-"""MiB per 1,000 steps that are still called flat: 1 GiB in a million steps."""
+"""Largest growth that counts as flat, in MiB per 1,000 steps: 1 GiB in a million steps."""
 _LARGE_PAGE = 2.125
-"""MiB by which resident memory grows at once where the heap is backed by large pages, and a few small ones."""
+"""Growth of resident memory in MiB by one large page of the heap and a few small ones."""
 _MIB = 2**20
 
 
@@ -80,7 +80,7 @@ class LongRun:
 
 
 class Readings(SilentReporter):
-    """Reads this process's memory whenever the training of this title tells how far it is."""
+    """Reads this process's memory at every progress report of the training with this title."""
 
     def __init__(self, title: str, device: str) -> None:
         super().__init__()
@@ -89,12 +89,12 @@ class Readings(SilentReporter):
 
     @contextmanager
     def progress(self, title: str, total: int | None, done: int = 0, unit: str = "step") -> Iterator[Any]:
-        """The training's progress is heard, all else is silent."""
+        """Receive the progress of the training, and ignore all others."""
         with super().progress(title, total, done, unit) as silence:
             yield self if title == self.title else silence
 
     def update(self, done: int, figures: Mapping[str, Figure] | None = None) -> None:
-        """Read."""
+        """Read the memory."""
         sizes = {"resident": resident_bytes(), "allocated": allocated_bytes()}
         if self.device == "cuda":
             sizes["allocated_on_device"] = torch.cuda.memory_allocated()
@@ -116,13 +116,13 @@ class _MallocInfo(ctypes.Structure):
 
 
 def allocated_bytes() -> int | None:
-    """Bytes that malloc has handed out and not got back: without the gaps between them; None where it does not tell."""
+    """Bytes that malloc has allocated and not freed, without gaps between them; None if it does not report them."""
     try:
-        tell = ctypes.CDLL("libc.so.6").mallinfo2
+        mallinfo = ctypes.CDLL("libc.so.6").mallinfo2
     except (OSError, AttributeError):
         return None
-    tell.restype = _MallocInfo
-    info = tell()
+    mallinfo.restype = _MallocInfo
+    info = mallinfo()
     return int(info.uordblks + info.hblkhd)
 
 
@@ -133,13 +133,13 @@ def memory(steps: int, device: str, reporter: Reporter) -> list[dict[str, Any]]:
         steps: of each training.
 
     Returns:
-        Of each what `trend` tells.
+        The result of `trend` for each.
 
     Raises:
         UsageError: there are too few steps for a slope.
     """
     if steps < _FEWEST:
-        raise UsageError(f"{steps} steps tell no slope", remedy=f"--steps takes {_FEWEST} or more")
+        raise UsageError(f"{steps} steps are too few for a slope", remedy=f"--steps takes {_FEWEST} or more")
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -157,7 +157,7 @@ def memory(steps: int, device: str, reporter: Reporter) -> list[dict[str, Any]]:
 
 
 def _shared(folder: Path, steps: int) -> list[str]:
-    """Changes to every recipe: its data, a small batch, and all that follows steps, several times in a run."""
+    """Changes to every recipe: data, a small batch, and several validations, pictures and checkpoints in a run."""
     often, seldom = max(1, steps // 100), max(1, steps // 10)
     return [
         f"data.shards={folder}/data/train-*.tar",
@@ -175,16 +175,16 @@ def _shared(folder: Path, steps: int) -> list[str]:
 
 
 def trend(points: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """How memory went on after the first 200 steps, or the first half of a shorter run.
+    """Development of memory after the first 200 steps, or the first half of a shorter run.
 
     Args:
         points: (step, bytes), in order.
 
     Returns:
-        `steps`; `mib`, about ten of the readings that count, the last one included; the least-squares slope of all,
-        `mib_per_1000_steps`, and of those in the second half of the run, `in_second_half`; whether the latter is
-        `flat`: a leak goes on, gaps in the heap fill up. One large page that is used for the first time is a jump, no
-        slope.
+        `steps`; `mib`, about ten of the counted readings with the last one; `mib_per_1000_steps`, the least-squares
+        slope of all counted readings; `in_second_half`, the slope in the second half of the run; `flat`, whether the
+        latter is small. A leak continues in the second half, while gaps in the heap are filled by then. The first use
+        of one large page does not count.
     """
     last = points[-1][0]
     settled = [(step, size / _MIB) for step, size in points if step > min(_SETTLING, last // 2)]
@@ -200,7 +200,7 @@ def trend(points: Sequence[tuple[int, int]]) -> dict[str, Any]:
 
 
 def _without_a_page(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The readings without the largest rise from one to the next, if that may be a large page."""
+    """The readings without the largest rise between two of them, if it can be one large page."""
     rises = [later - earlier for (_, earlier), (_, later) in pairwise(points)]
     largest = max(rises)
     jump = largest if _LARGE_PAGE / 2 < largest <= _LARGE_PAGE else 0.0

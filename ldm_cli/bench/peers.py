@@ -1,7 +1,7 @@
-"""The same work done by diffusers, transformers and webdataset: the only place that imports them, and only if asked.
+"""The same work by diffusers, transformers and webdataset. Only this file imports them, and only for comparisons.
 
-Each peer runs as its own documentation would have it; where a setting of it is faster (memory order), that is a
-contender of its own, and the fastest counts.
+Each peer runs as in its own documentation. A faster setting of it (memory order) is a further contender, and the
+fastest one counts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm_cli.bench.workload import EncodingStep, Workload, autocast, build_model, random_batch
-from ldm_cli.core.diffusion.schedule import NoiseSchedule
+from ldm_cli.core.diffusion.loss import add_noise, diffusion_loss
+from ldm_cli.core.diffusion.process import process_of
 from ldm_cli.errors import UnavailableError
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainVaeRecipe
 from ldm_cli.training.config import TrainConfig
@@ -63,7 +64,7 @@ class PeerStep:
         self.optimizer.zero_grad(set_to_none=True)
 
     def facts(self) -> dict[str, Any]:
-        """Units a step and the first loss."""
+        """Units per step and the first loss."""
         return {"units": self.num_units, "first_loss": self.first_loss}
 
 
@@ -77,7 +78,7 @@ def their_step(work: Workload, channels_last: bool = False) -> PeerStep:
         enable = getattr(model, "gradient_checkpointing_enable", None) or model.enable_gradient_checkpointing
         enable()  # type: ignore[operator]
     if recipe.train.compile:
-        model.compile(dynamic=False)  # the whole: what its documentation does
+        model.compile(dynamic=False)  # the whole model, as in its documentation
     batch = {name: value.to(device) for name, value in random_batch(work).items()}
     loss: Callable[[], Tensor]
     if isinstance(recipe, TrainClipRecipe):
@@ -86,12 +87,13 @@ def their_step(work: Workload, channels_last: bool = False) -> PeerStep:
         weight = recipe.loss.kl_weight
         loss = lambda: _autoencoder_loss(model, batch["images"], batch["noise"], weight)  # noqa: E731
     else:
-        schedule = NoiseSchedule.from_config(recipe.diffusion)
-        x0, noise, t = batch["latents"], batch["noise"], batch["t"]
+        process = process_of(recipe.diffusion)
+        x0, noise = batch["latents"], batch["noise"]
 
         def loss() -> Tensor:
-            output = model(schedule.add_noise(x0, noise, t), t, batch["context"]).sample
-            return F.mse_loss(output.float(), schedule.target(x0, noise, t))
+            a, b, time = process.at(batch["u"])
+            output = model(add_noise(x0, noise, a, b), time, batch["context"]).sample
+            return diffusion_loss(process.prediction, output, x0, noise, a, b).mean()
 
     return PeerStep(model, loss, recipe.train, recipe.train.batch_size)
 
@@ -128,12 +130,12 @@ def _their_model(work: Workload) -> nn.Module:
     missing, unexpected = their.load_state_dict(ours.state_dict(), strict=False)
     lost = [name for name in missing if not name.endswith("position_ids")] + list(unexpected)
     if lost:
-        raise ValueError(f"weights that {type(their).__name__} has no like of: {lost[:3]}")
+        raise ValueError(f"weights without counterpart in {type(their).__name__}: {lost[:3]}")
     return their.train()
 
 
 class TheirPictures:
-    """diffusers' pipeline, loaded, with DDIM; a step draws all pictures."""
+    """diffusers' pipeline, loaded, with DDIM; a step generates all pictures."""
 
     def __init__(
         self, folder: str, images: int, steps: int, device: str, compiled: bool, prompt: str, guidance: float
@@ -153,7 +155,7 @@ class TheirPictures:
         self.prompt = prompt
 
     def step(self) -> None:
-        """Draw."""
+        """Generate the pictures."""
         self.pipeline(self.prompt, **self.settings)
 
     def facts(self) -> dict[str, Any]:
@@ -162,7 +164,7 @@ class TheirPictures:
 
 
 def script(folder: str, prompt: str, steps: int, guidance: float, target: str) -> str:
-    """The shortest diffusers program that draws one picture."""
+    """The shortest diffusers program that generates one picture."""
     return (
         "from diffusers import DDIMScheduler, StableDiffusionPipeline\n"
         f"p = StableDiffusionPipeline.from_pretrained({folder!r}, safety_checker=None)\n"
@@ -188,7 +190,7 @@ class TheirLoader:
 
         data = webdataset.WebDataset(shards, shardshuffle=False).decode("pil").to_tuple("jpg", "txt")
         data = data.map_tuple(partial(_square, size=size), str).batched(batch_size)
-        # Workers stay between epochs, and are forks: starting them is not what is compared.
+        # Workers persist between epochs and are forks, so that their start is not measured.
         self.loader = webdataset.WebLoader(
             data, batch_size=None, num_workers=workers, persistent_workers=True, multiprocessing_context="fork"
         )
@@ -204,7 +206,7 @@ class TheirLoader:
 
 
 class TheirReader:
-    """webdataset walking tars, nothing decoded."""
+    """webdataset reads tars without decoding."""
 
     def __init__(self, shards: str, images: int) -> None:
         self.data = importlib.import_module("webdataset").WebDataset(shards, shardshuffle=False)

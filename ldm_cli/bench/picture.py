@@ -1,4 +1,4 @@
-"""From prompts to pictures: denoising and decoding in a running process, and one picture from process start to PNG."""
+"""Speed of sampling in a running process, and of one picture from process start to PNG."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.data.tokenizer_config import TokenizerConfig
 from ldm_cli.errors import WorkerError
-from ldm_cli.formats.pipeline_folder import our_settings
+from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
+from ldm_cli.families.open_family import open_family
+from ldm_cli.families.stable_diffusion import StableDiffusion
+from ldm_cli.formats.scheduler_file import our_settings
 from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.sampling.config import SamplingConfig
@@ -40,8 +43,8 @@ _GUIDANCE = 7.5
 def sample(
     model: str | None, images: int, steps: int, rounds: int, compared: bool, device: str, compiled: bool = False
 ) -> list[dict[str, Any]]:
-    """`images` pictures of one prompt, DDIM, guidance 7.5, in a process that has its model: one row per contender, and
-    with `compiled` another one for each compiled."""
+    """`images` pictures of one prompt, DDIM, guidance 7.5, in a process with a loaded model: one row per contender, and
+    with `compiled` a further one for the compiled model of each."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = model or random_pipeline(Path(scratch) / "model")
         field = []
@@ -64,19 +67,19 @@ def sample(
 
 
 class OurPictures:
-    """Our pipeline, loaded; a step draws all pictures."""
+    """Our pipeline, loaded; a step generates all pictures."""
 
     def __init__(self, folder: str, images: int, steps: int, device: str, compiled: bool) -> None:
         if device == "cpu":
             keep_freed_memory()
         precision = "fp32" if device == "cpu" else "fp16"
-        self.pipeline = Pipeline.load(Path(folder), device, precision, compiled=compiled)
+        self.pipeline = Pipeline(open_family(Path(folder), device, precision, compiled=compiled))
         self.config = SamplingConfig.from_mapping(
             {"sampler": "ddim", "steps": steps, "images_per_prompt": images, "batch_size": min(images, 16)}
         )
 
     def step(self) -> None:
-        """Draw."""
+        """Generate the pictures."""
         for _ in self.pipeline.generate(requests_for([PROMPT], self.config), self.config):
             pass
 
@@ -137,7 +140,7 @@ def random_pipeline(folder: Path, unet_recipe: str = "bench/unet", vae_recipe: s
     """Write a pipeline folder of random weights around a recipe's U-Net.
 
     Args:
-        folder: to be written.
+        folder: the output folder.
         unet_recipe: of `train-unet`.
         vae_recipe: of `train-vae`; None: a small autoencoder of factor 4.
     """
@@ -168,12 +171,6 @@ def random_pipeline(folder: Path, unet_recipe: str = "bench/unet", vae_recipe: s
         assert isinstance(its_recipe, TrainVaeRecipe)
         vae = its_recipe.model
     torch.manual_seed(0)
-    pipeline = Pipeline(
-        unet=unet,
-        vae=AutoencoderKL(vae),
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        settings=our_settings(DiffusionConfig().to_mapping()),
-    )
-    pipeline.save(folder)
+    encoder = CLIPTextEncoder(CLIPTextModel(text), tokenizer)
+    StableDiffusion(unet, AutoencoderKL(vae), encoder, our_settings(DiffusionConfig().to_mapping())).save(folder)
     return str(folder)

@@ -1,6 +1,6 @@
-"""Contenders take turns (A B A B …), each in a process of its own, so that the machine's mood is the same for all.
+"""Contenders take turns (A B A B …), so that the machine's load is the same for all.
 
-A process of its own gives each contender its own peak of memory, its own allocator settings and its own imports.
+Each has its own process, and thereby its own peak of memory, allocator settings and imports.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from ldm_cli.errors import LdmError, UnavailableError, WorkerError
 
 
 class Runner(Protocol):
-    """What is timed."""
+    """The work to time."""
 
     def step(self) -> None:
-        """Do the work once; whatever it has put on the device is waited for by the caller."""
+        """Do the work once; the caller waits for the device."""
 
     def facts(self) -> dict[str, Any]:
-        """What should be known of the work: units a step, floating-point operations, a figure that all share."""
+        """Facts about the work: units per step, floating-point operations, a figure to compare."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Somebody who does the work.
+    """An implementation of the work.
 
     Attributes:
-        name: as it is shown.
+        name: unique, for the results.
         build: a function of a module, `build(*arguments)` → `Runner`; called in the contender's own process.
-        arguments: of `build`; they travel to another process.
+        arguments: of `build`; they must be picklable.
     """
 
     name: str
@@ -50,14 +50,14 @@ class Contender:
 
 @dataclass
 class Lap:
-    """What was measured of one contender.
+    """The measurements of one contender.
 
     Attributes:
         seconds: of every timed step, in order.
         cpu_seconds: processor time of the same steps, all threads together.
         peak_bytes: most memory held: resident, of the whole process, on a CPU; allocated on a GPU.
         base_bytes: resident before the first step, imports and weights included; 0 on a GPU.
-        facts: what the runner told.
+        facts: from the runner.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -94,11 +94,11 @@ def race(
         steps: steps per turn, each timed.
         warmup: steps of each before the first turn, not timed.
         device: where the work is done: `cpu` or `cuda`.
-        one_processor: all on the same one, where the system can say so: work of a single thread otherwise stays on
-            whichever it began on, and one whose sibling is busy is slower by half.
+        one_processor: run all on the same processor, where the system allows it. Single-threaded work otherwise stays
+            on the processor it began on, and one with a busy hyperthread sibling is slower by half.
 
     Raises:
-        LdmError: what a contender raised.
+        LdmError: of a contender.
         WorkerError: a contender's process died.
     """
     laps = {contender.name: Lap() for contender in contenders}
@@ -121,12 +121,12 @@ def race(
 
 
 def speedup(ours: Lap, theirs: Lap) -> float:
-    """Median over the rounds of their seconds by ours: above 1 we are faster."""
+    """Median over the rounds of their seconds divided by ours: above 1 we are faster."""
     return statistics.median(b / a for a, b in zip(ours.seconds, theirs.seconds, strict=True))
 
 
 class _Worker:
-    """A contender's process, and questions to it."""
+    """The process of a contender, and requests to it."""
 
     def __init__(self, contender: Contender, device: str, one_processor: bool) -> None:
         self._name = contender.name
@@ -175,7 +175,7 @@ def _serve(
     num_threads: int,
     one_processor: bool,
 ) -> None:
-    """Life of a contender's process: build, answer questions, end when the other side closes."""
+    """Run a contender's process: build the runner, answer requests, end when the other side closes."""
     if one_processor and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1 if one_processor else num_threads)
@@ -201,7 +201,7 @@ def _serve(
 
 
 def _portable(error: Exception) -> LdmError | str:
-    """One of ours with all three parts as arguments, as unpickling calls for; of another one, its line."""
+    """An LdmError that can be pickled, with its three parts as arguments; the text of any other error."""
     if not isinstance(error, LdmError):
         return f"{type(error).__name__}: {error}"
     error.args = (error.what, error.cause, error.remedy)
@@ -231,21 +231,23 @@ def _memory(device: str) -> int:
 
 
 def peak_resident_bytes() -> int:
-    """Most bytes that this program held at a time.
+    """Peak of this process's resident bytes.
 
-    From /proc where that tells: `ru_maxrss` begins at the peak of the process that started this one.
+    From /proc where it exists, as `ru_maxrss` includes the peak of the parent process.
     """
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         lines = []
-    told = [1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+    peaks = [1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return told[0] if told else peak if sys.platform == "darwin" else 1024 * peak
+    if peaks:
+        return peaks[0]
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def resident_bytes() -> int:
-    """Bytes resident now, where /proc tells; else the peak."""
+    """Resident bytes from /proc where it exists, else the peak."""
     try:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:

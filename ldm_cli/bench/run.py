@@ -1,4 +1,4 @@
-"""What `ldm bench SUBJECT` does: measure, count, compare, and say on which machine."""
+"""`ldm bench SUBJECT`: measure, count operations, compare, and describe the machine."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ PEERS = {
 """Subject → the peer that does the same work."""
 SUBJECTS = (*PEERS, "growth", "memory", "published", "all")
 RECIPES = {"train-clip": "bench/clip", "train-vae": "bench/vae", "encode-vae": "bench/vae", "train-unet": "bench/unet"}
-"""Subject → the recipe whose model is measured unless another one is given."""
+"""Subject → default recipe."""
 COMMANDS = {"train-clip": "train-clip", "train-vae": "train-vae", "encode-vae": "train-vae", "train-unet": "train-unet"}
-"""Subject → the command of the recipes it takes."""
+"""Subject → command of its recipes."""
 
 PUBLISHED = (
     ("train-unet", "unet/sd15", {"train.batch_size": 32}),
@@ -43,28 +43,28 @@ PUBLISHED = (
     ("train-clip", "clip/vit-l-14", {"train.batch_size": 128}),
     ("encode-vae", "vae/sd-vae", {"train.batch_size": 16, "data.image_size": 512}),
 )
-"""Training of published sizes: subject, recipe, changes to it; U-Nets at 512 px, as others are measured."""
+"""Training of published sizes: subject, recipe, changes to it; U-Nets at 512 px, as in published measurements."""
 PUBLISHED_PIPELINE = ("unet/sd15", "vae/sd-vae")
-"""Recipes of a U-Net and an autoencoder, with which pictures of a published size are drawn."""
+"""Recipes of the U-Net and the autoencoder for sampling at a published size."""
 _PUBLISHED_PICTURES = (1, 16)
 _AT_ONCE = {"train.gradient_accumulation": 1, "train.gradient_checkpointing": "false"}
 _PUBLISHED_SECONDS = 480.0
-"""After so long nothing else of published sizes is begun: the whole is to take less than ten minutes."""
+"""Seconds after which no further measurement of published sizes begins, so that all take less than ten minutes."""
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """How to measure.
+    """The settings of a measurement.
 
     Attributes:
         against: peers to run beside us.
         rounds: turns of each contender.
         device: `cpu` or `cuda`.
-        context_length: text tokens per picture of a U-Net's work.
-        model: pipeline folder that `sample` and `start` draw with; None: one of random weights.
+        context_length: text tokens per picture of a U-Net.
+        model: pipeline folder for `sample` and `start`; None: random weights.
         images: pictures of `sample`, or samples of `data`.
         steps: denoising steps of `sample`, or training steps of `memory`.
-        compiled: whether each contender also runs compiled, ours and the peers', where that is possible.
+        compiled: whether each contender, ours or a peer, also runs compiled where possible.
     """
 
     against: frozenset[str] = frozenset()
@@ -78,7 +78,7 @@ class BenchOptions:
 
 
 def check_peers(subject: str, against: Sequence[str]) -> frozenset[str]:
-    """The peers that were asked for, if they exist, do this work and are installed.
+    """The requested peers, if they exist, do this work and are installed.
 
     Raises:
         UsageError: no such peer, or it does not do this work.
@@ -103,11 +103,11 @@ def run(subject: str, recipes: Mapping[str, TrainRecipe], options: BenchOptions,
     Args:
         subject: one of `SUBJECTS`.
         recipes: subject → recipe of a training subject.
-        options: how.
-        reporter: hears which subject is under way.
+        options: the settings.
+        reporter: receives the name of each subject as it starts.
 
     Returns:
-        `machine`, `ceiling`, and under each subject's name its figures.
+        `machine`, `ceiling`, and the figures of each subject under its name.
 
     Raises:
         LdmError: a peer is missing, a process died, a recipe cannot be used.
@@ -151,9 +151,9 @@ def _measure(
 
 
 def published(options: BenchOptions, gflops: float, reporter: Reporter) -> dict[str, Any]:
-    """Sampling, training steps and encoding of published sizes, as far as the time allows.
+    """Sampling, training steps and encoding of published sizes, as many as the time allows.
 
-    Only sampling is compared: of training, two contenders and their optimizers would not fit into one device.
+    Only sampling is compared, as the models and optimizers of two trainers would not fit into one device.
 
     Args:
         gflops: as in `compare`.
@@ -188,11 +188,11 @@ def published(options: BenchOptions, gflops: float, reporter: Reporter) -> dict[
 def compare(
     subject: str, recipe: TrainRecipe, options: BenchOptions, gflops: float, compared: bool
 ) -> list[dict[str, Any]]:
-    """One row per contender: ours, and with `compared` the peer as it comes and in channels-last order; with
-    `options.compiled` ours compiled, and the peer in its best order.
+    """One row per contender: ours; with `compared` the peer in its default and in channels-last order; with
+    `options.compiled` ours compiled, and the peer compiled in its best order.
 
     Args:
-        gflops: what a matrix product reaches on this machine.
+        gflops: speed of a matrix product on this machine.
     """
     recipe = with_known_ids(recipe)
     work = Workload(recipe, options.device, options.context_length)
@@ -200,7 +200,7 @@ def compare(
     field = [Contender("ldm", ours, (work,))]
     if compared:
         field.append(Contender(PEERS[subject], theirs, (work,)))
-        if subject != "train-clip":  # a CLIP has next to no convolutions
+        if subject != "train-clip":  # CLIP has almost no convolutions
             field.append(Contender(f"{PEERS[subject]} channels_last", theirs, (work, True)))
     if options.compiled and subject != "encode-vae":
         train = recipe.train.model_copy(update={"compile": True})

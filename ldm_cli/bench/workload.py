@@ -1,6 +1,6 @@
-"""The work of a training step, ours: a recipe's model on random data that stays in memory.
+"""Our training step on random data in memory, with the model of a recipe.
 
-Data and first weights are functions of the recipe alone, so that a peer can do the same work on the same numbers.
+Data and initial weights depend on the recipe alone, so that a peer can do the same work on the same numbers.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm_cli.allocator import keep_freed_memory
 from ldm_cli.core.clip_loss import contrastive_loss
 from ldm_cli.core.compiling import compile_regions, eagerly
-from ldm_cli.core.diffusion.loss import diffusion_loss
-from ldm_cli.core.diffusion.schedule import NoiseSchedule
+from ldm_cli.core.condition import Condition
+from ldm_cli.core.diffusion.loss import add_noise, diffusion_loss
+from ldm_cli.core.diffusion.process import process_of
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
@@ -30,13 +31,13 @@ from ldm_cli.training.weights import Weights
 
 TrainRecipe = TrainClipRecipe | TrainVaeRecipe | TrainUnetRecipe
 CONTEXT_LENGTH = 77
-"""Text tokens per picture of a U-Net's work, unless its workload says otherwise: what every CLIP has."""
+"""Default text tokens per picture of a U-Net: the context length of every CLIP."""
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a contender trains.
+    """A model and its setting for a contender.
 
     Attributes:
         recipe: model, batch size, precision, memory order, checkpointing, compilation.
@@ -50,7 +51,7 @@ class Workload:
 
 
 def with_known_ids(recipe: TrainRecipe) -> TrainRecipe:
-    """The recipe with a text that can end: training takes special ids from the tokenizer, which is not there yet."""
+    """The recipe with special token ids within the vocabulary; training takes them from the tokenizer."""
     if not isinstance(recipe, TrainClipRecipe):
         return recipe
     text = recipe.model.text_config
@@ -62,7 +63,7 @@ def with_known_ids(recipe: TrainRecipe) -> TrainRecipe:
 
 
 def build_model(recipe: TrainRecipe) -> nn.Module:
-    """The recipe's model with weights that depend on the recipe alone; none of its layers is silent."""
+    """The recipe's model with weights that depend on the recipe alone; no parameter is all zero."""
     torch.manual_seed(recipe.seed)
     model = _model(recipe)
     with torch.no_grad():
@@ -84,7 +85,7 @@ def random_batch(work: Workload) -> dict[str, Tensor]:
     """One batch, on the CPU.
 
     Returns:
-        Of CLIP `pixels` and `ids`, of the autoencoder `images` and `noise`, of the U-Net `latents`, `noise`, `t` and
+        For CLIP `pixels` and `ids`; for the autoencoder `images` and `noise`; for the U-Net `latents`, `noise`, `u` and
         `context`.
     """
     recipe, size = work.recipe, work.recipe.train.batch_size
@@ -111,7 +112,7 @@ def random_batch(work: Workload) -> dict[str, Tensor]:
     return {
         "latents": normal(*shape_of_latents),
         "noise": normal(*shape_of_latents),
-        "t": torch.randint(0, recipe.diffusion.num_train_timesteps, (size,), generator=generator),
+        "u": torch.rand(size, generator=generator),
         "context": normal(size, work.context_length, width_of_text),
     }
 
@@ -120,9 +121,9 @@ class TrainingStep:
     """Forward, backward, gradient norm, clipping and AdamW, as the trainers do them.
 
     Args:
-        work: what is trained.
+        work: the workload.
         model: on its device, in its memory order.
-        batch: of `random_batch`, on the same device.
+        batch: from `random_batch`, on the same device.
     """
 
     def __init__(self, work: Workload, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
@@ -141,7 +142,7 @@ class TrainingStep:
         self.optimizers.step(self.train.lr, loss)
 
     def facts(self) -> dict[str, Any]:
-        """Units and counted operations a step, parameters, and the first loss."""
+        """Units and counted operations per step, parameters, and the first loss."""
         parameters = sum(p.numel() for p in self.model.parameters())
         return {
             "units": self.train.batch_size,
@@ -173,12 +174,13 @@ def _our_loss(recipe: TrainRecipe, model: nn.Module, batch: Mapping[str, Tensor]
     if isinstance(recipe, TrainVaeRecipe):
         terms = VAELoss(recipe.loss.model_copy(update={"perceptual_weight": 0.0, "adversarial_weight": 0.0}))
         return lambda: terms(model, batch["images"], batch["noise"], 1)[0]
-    schedule = NoiseSchedule.from_config(recipe.diffusion)
-    x0, noise, t = batch["latents"], batch["noise"], batch["t"]
+    process = process_of(recipe.diffusion)
+    x0, noise = batch["latents"], batch["noise"]
 
     def loss() -> Tensor:
-        output = model(schedule.add_noise(x0, noise, t), t, batch["context"])
-        return diffusion_loss(schedule, output, x0, noise, t, recipe.diffusion.snr_gamma).mean()
+        a, b, time = process.at(batch["u"])
+        output = model(add_noise(x0, noise, a, b), time, Condition(tokens=batch["context"]))
+        return diffusion_loss(process.prediction, output, x0, noise, a, b, recipe.diffusion.snr_gamma).mean()
 
     return loss
 
@@ -215,28 +217,28 @@ def our_encoding(work: Workload) -> EncodingStep:
         keep_freed_memory()
     vae = build_model(recipe).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = random_batch(work)["images"].to(device)
-    return EncodingStep(work, lambda: vae.encode(images).mean, images)
+    return EncodingStep(work, lambda: vae.posterior(images), images)
 
 
 def training_flops(recipe: TrainRecipe, batch: Mapping[str, Tensor]) -> int:
     """Floating-point operations of matrix products and convolutions, 2 per multiply-add, forward and backward.
 
-    They are counted on torch's meta device, where nothing is computed: those of the plain layers, whatever is saved on
-    a processor, and without what is computed twice to save memory. So fractions of peers and of papers compare.
+    They are counted for the plain layers on torch's meta device: independent of CPU kernels, and without the second
+    computation of gradient checkpointing. So the fractions of peers and of papers are comparable.
     """
-    loss = _our_loss(recipe, _hollow(recipe), {name: value.to("meta") for name, value in batch.items()})
+    loss = _our_loss(recipe, _meta_model(recipe), {name: value.to("meta") for name, value in batch.items()})
     return _count(lambda: loss().backward())  # type: ignore[no-untyped-call]
 
 
 def encoding_flops(recipe: TrainRecipe, images: Tensor) -> int:
-    """The same of encoding images [B, 3, H, W]."""
-    model = _hollow(recipe)
+    """Floating-point operations of encoding images [B, 3, H, W]."""
+    model = _meta_model(recipe)
     with torch.no_grad():
-        return _count(lambda: model.encode(images.to("meta")))  # type: ignore[operator]
+        return _count(lambda: model.posterior(images.to("meta")))  # type: ignore[operator]
 
 
-def _hollow(recipe: TrainRecipe) -> nn.Module:
-    """The recipe's model without numbers, on the meta device."""
+def _meta_model(recipe: TrainRecipe) -> nn.Module:
+    """The recipe's model on the meta device, without storage."""
     with torch.device("meta"):
         return _model(recipe)
 

@@ -1,4 +1,4 @@
-"""The command line: load a recipe, call one stage, show its result. Typer and Rich live here alone."""
+"""The command line: load a recipe, call one stage, show its result. Only this package uses Typer and Rich."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ldm_cli.training.interruption import hold_signals
 
 
 def main() -> NoReturn:
-    """The console script. Signals wait until it is known whether the command saves before it stops."""
+    """The console script. It holds signals until the command decides whether to save before it stops."""
     hold_signals()
     from ldm_cli.cli import app
 

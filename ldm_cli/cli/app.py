@@ -11,7 +11,7 @@ import typer
 from typer.main import get_command
 
 from ldm_cli import __version__
-from ldm_cli.cli import bench, data, evaluate, precompute, recipe, sample, spiral, streams, train
+from ldm_cli.cli import bench, data, evaluate, options, precompute, recipe, sample, spiral, streams, train
 from ldm_cli.cli.failures import exit_code_of, report
 from ldm_cli.cli.launch import is_rank
 from ldm_cli.cli.startup import leave, load_torch_libraries
@@ -73,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
                 streams.silence_library_warnings()
             command = get_command(app)
             # Not command.main(): that turns a broken pipe into exit code 1.
-            with command.make_context("ldm", list(arguments), obj=tuple(arguments)) as context:
+            with command.make_context("ldm", options.expand_homes(arguments), obj=tuple(arguments)) as context:
                 command.invoke(context)
             sys.stdout.flush()
     except BaseException as error:

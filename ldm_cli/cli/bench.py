@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -15,7 +15,6 @@ from ldm_cli.errors import UsageError
 if TYPE_CHECKING:
     from ldm_cli.bench.workload import TrainRecipe
 
-_QUIET: dict[str, Any] = {"show_default": False}
 _SUBJECTS = "train-clip|train-vae|train-unet|encode-vae|sample|data|start|growth|memory|published|all"
 
 
@@ -25,36 +24,31 @@ def register(app: typer.Typer) -> None:
 
 
 def _bench(
-    subject: Annotated[str, typer.Argument(metavar="SUBJECT", help=_SUBJECTS.replace("|", ", "), **_QUIET)],
+    subject: Annotated[str, given.argument("SUBJECT", _SUBJECTS.replace("|", ", "))],
     arguments: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="RECIPE|KEY=VALUE", help="Another model, and changes to it.", **_QUIET),
+        list[str] | None, given.argument("RECIPE|KEY=VALUE", "Recipe of another model, and changes to it.")
     ] = None,
     against: Annotated[
-        str, typer.Option("--against", metavar="PEER,…", help="diffusers, transformers, webdataset or all.", **_QUIET)
+        str, given.option("--against", metavar="PEER,…", text="diffusers, transformers, webdataset or all.")
     ] = "",
-    rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Turns of each after warm-up.")] = 5,
+    rounds: Annotated[
+        int, typer.Option("--rounds", metavar="N", min=1, help="Turns of each contender after warm-up.")
+    ] = 5,
     model: Annotated[
-        str | None, typer.Option("--model", metavar="DIR", help="What sample and start draw with.")
+        str | None, given.option("--model", metavar="DIR", text="Pipeline folder for sample and start.")
     ] = None,
-    images: Annotated[
-        int | None, typer.Option("-n", metavar="N", min=1, help="Images of sample and data.", **_QUIET)
-    ] = None,
+    images: Annotated[int | None, given.option("-n", metavar="N", least=1, text="Images of sample and data.")] = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", metavar="N", min=1, help="Steps of sample, start and memory.", **_QUIET)
+        int | None, given.option("--steps", metavar="N", least=1, text="Steps of sample, start and memory.")
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="Text tokens of train-unet.")] = 77,
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="Let each contender also run compiled.", **_QUIET)
-    ] = False,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Also write the JSON here.", **_QUIET)
-    ] = None,
+    compiled: Annotated[bool, given.option("--compile", text="Also run each contender compiled.")] = False,
+    out: Annotated[Path | None, given.option("--out", metavar="FILE", text="Also write the JSON here.")] = None,
     device: given.Device = "auto",
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:
-    """Measure speed and memory, beside the machine's limits and beside what others use."""
+    """Measure speed and memory against the machine's limits and against other libraries."""
     if subject not in _SUBJECTS.split("|"):
         raise UsageError(f"unknown subject '{subject}'", remedy=f"one of {_SUBJECTS.replace('|', ', ')}")
     recipe, changes = _split(arguments)

@@ -24,7 +24,7 @@ Shards = Annotated[
         show_default=False,
     ),
 ]
-Output = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards.", show_default=False)]
+Output = Annotated[Path, typer.Argument(metavar="OUT", help="Output folder for the shards.", show_default=False)]
 
 
 def register(app: typer.Typer) -> None:
@@ -50,7 +50,7 @@ def synth(
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:
-    """Draw scenes of coloured shapes with captions and ground truth."""
+    """Generate scenes of coloured shapes with captions and ground truth."""
     from ldm_cli.stages import data
 
     reporter = make_reporter()
@@ -69,14 +69,19 @@ def synth(
 
 @commands.command()
 def pack(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of images, or a CSV file.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="Folder of pictures, or a CSV, JSON or Parquet file.")
+    ],
     out: Output,
     image_column: Annotated[
-        str | None, typer.Option("--image-column", metavar="NAME", help="CSV column of the image paths.")
+        str | None, typer.Option("--image-column", metavar="NAME", help="Column of the pictures.")
     ] = None,
     caption_column: Annotated[
-        str | None, typer.Option("--caption-column", metavar="NAME", help="CSV column of the captions.")
+        str | None, typer.Option("--caption-column", metavar="NAME", help="Column of the captions; '' for none.")
     ] = None,
+    caption_template: Annotated[
+        str, typer.Option("--caption-template", metavar="TEXT", help="Caption where only a class is known.")
+    ] = "a photo of a {}",
     shard_samples: Annotated[
         int, typer.Option("--shard-samples", metavar="N", min=1, help="Samples per shard.")
     ] = 10_000,
@@ -84,15 +89,14 @@ def pack(
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:
-    """Make shards of a folder with .txt captions, an imagefolder with metadata.jsonl, or a CSV."""
+    """Make shards of a folder of pictures with captions, of class folders, or of a table that names pictures."""
     from ldm_cli.stages import data
 
     result = data.pack(
         source,
         out,
         make_reporter(),
-        image_column=image_column,
-        caption_column=caption_column,
+        choices=data.Choices(image_column, caption_column, caption_template),
         shard_samples=shard_samples,
         prefix=prefix,
     )
@@ -101,7 +105,7 @@ def pack(
 
 @commands.command()
 def check(arguments: Shards, json: given.Json = False, debug: given.Debug = False) -> None:
-    """Decode every sample and report what is damaged; exit code 65 if anything is."""
+    """Decode every sample and report all damage; exit code 65 if there is any."""
     config = _config(arguments)
     from ldm_cli.stages import data
 
@@ -110,6 +114,8 @@ def check(arguments: Shards, json: given.Json = False, debug: given.Debug = Fals
     if not result["ok"]:
         num_bad, num_damaged = len(result["bad_samples"]), len(result["damaged_shards"])
         cause = f"{num_bad} bad samples, {num_damaged} damaged shards"
+        if hidden := result["hidden_samples"]:
+            cause += f", {len(hidden)} samples hidden in others by a dot in their keys, such as {hidden[0]}"
         raise DataError("the data is not sound", cause, "the report names each")
 
 
@@ -141,11 +147,12 @@ def index(
 
 def _config(arguments: list[str]) -> DataConfig:
     """Data settings from patterns and `key=value` arguments."""
-    patterns = [argument for argument in arguments if "=" not in argument or Path(argument).exists()]
-    changes = [argument for argument in arguments if argument not in patterns]
-    if not patterns:
-        raise UsageError("no shards given", remedy="name a path, a glob or a brace pattern")
     from ldm_cli.data.config import DataConfig
     from ldm_cli.recipe.load import load_section
+
+    changes = [argument for argument in arguments if given.is_setting(argument, DataConfig.model_fields)]
+    patterns = [argument for argument in arguments if argument not in changes]
+    if not patterns:
+        raise UsageError("no shards given", remedy="name a path, a glob or a brace pattern")
 
     return load_section(DataConfig, changes, [("SHARDS", "shards", patterns)])

@@ -8,7 +8,7 @@ import typer
 
 from ldm_cli.cli import options as given
 from ldm_cli.cli.report import make_reporter
-from ldm_cli.cli.show import show_plan, show_result
+from ldm_cli.cli.show import show_dry_run, show_result
 from ldm_cli.cli.startup import importing
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def _eval(
 
     options = RunOptions(out, device, recipe_text=loaded.text, overrides=changes, overwrite=overwrite)
     if dry_run:
-        show_plan(loaded, json)
+        show_dry_run(loaded, json)
         return
     with importing():
         from ldm_cli.stages import evaluate
@@ -50,6 +50,6 @@ def _eval(
 
 
 def _for_people(result: dict[str, Any]) -> dict[str, Any]:
-    """The metrics and what they were measured on; the whole provenance is in the JSON."""
+    """The metrics and the data they were measured on; the JSON holds the whole provenance."""
     others = {name: value for name, value in result.items() if name not in ("metrics", "provenance")}
     return {**others, **result["metrics"], "measured_on": result["provenance"]["data"]}

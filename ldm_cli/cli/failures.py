@@ -13,7 +13,7 @@ from pathlib import Path
 import typer
 
 from ldm_cli import __version__
-from ldm_cli.cli.launch import leave_last_words
+from ldm_cli.cli.launch import send_to_launcher
 from ldm_cli.cli.streams import write_line
 from ldm_cli.errors import LdmError, RecipeError, UsageError, as_ldm_error, first_line
 
@@ -21,7 +21,7 @@ INTERRUPTED, READER_GONE = 130, 141
 
 
 def exit_code_of(error: BaseException) -> int | None:
-    """The exit code of what is no failure to report: a finished `--help`, a reader of stdout that left."""
+    """The exit code of an exception that is no failure, such as a finished `--help` or a closed stdout; else None."""
     if isinstance(error, typer.Exit):
         return error.exit_code
     if isinstance(error, BrokenPipeError):
@@ -33,13 +33,13 @@ def exit_code_of(error: BaseException) -> int | None:
 
 
 def report(error: BaseException, arguments: Sequence[str], debug: bool, interrupted: bool = False) -> int:
-    """Say what failed, as the last line on stderr, and return the exit code.
+    """Write the failure as the last line on stderr and return the exit code.
 
     Args:
-        error: what ended the command.
+        error: the exception that ended the command.
         arguments: the command line.
         debug: whether to show the traceback.
-        interrupted: whether an interrupt came before, of which `error` is what a library made.
+        interrupted: whether `error` is a library's reaction to an interrupt.
     """
     if debug:
         for line in traceback.format_exception(error):
@@ -49,14 +49,14 @@ def report(error: BaseException, arguments: Sequence[str], debug: bool, interrup
         return INTERRUPTED
     failure = user_error(error) or _bug(error, arguments)
     lines = _problems(failure) if isinstance(failure, RecipeError) and failure.problems else [f"ldm: error: {failure}"]
-    if not leave_last_words(lines):
+    if not send_to_launcher(lines):
         for line in lines:
             write_line(line)
     return failure.code
 
 
 def user_error(error: BaseException) -> LdmError | None:
-    """What a user should be told about any exception; None: it is a bug of ours."""
+    """The error to report for any exception; None if it is a bug of ours."""
     # Click's exceptions, under whatever name this version of Typer has them.
     format_message = getattr(error, "format_message", None)
     if callable(format_message):
@@ -84,7 +84,7 @@ def _problems(error: RecipeError) -> list[str]:
 
 
 def _bug(error: BaseException, arguments: Sequence[str]) -> LdmError:
-    """An error of ours, its traceback in a file; the environment stays out of it, tokens live there."""
+    """A bug of ours, with its traceback in a file; without environment variables, which may hold tokens."""
     torch = sys.modules.get("torch")
     lines = [
         f"ldm {__version__}, Python {platform.python_version()}, {platform.platform()}",

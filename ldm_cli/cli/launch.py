@@ -1,7 +1,7 @@
-"""`--nproc N`: N ranks of the same command on this machine, and what becomes of them.
+"""`--nproc N`: run N ranks of the same command on this machine.
 
-The launcher hands signals on, ends the others soon after one has failed, and tells in one line what the first one
-died of; its exit code is that rank's. It imports no torch. A rank dies with its launcher, whatever ends it.
+The launcher forwards signals. Soon after a rank fails it ends the others, reports the first failure in one line, and
+exits with the code of that rank. It imports no torch. A rank ends with its launcher in every case.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from types import FrameType
 
 from ldm_cli.cli.streams import write_line
 from ldm_cli.errors import LdmError, Preempted, UsageError, WorkerError
+from ldm_cli.reporting import Reporter
 from ldm_cli.training.interruption import SECONDS_APART
 
 _PROGRAM = (sys.executable, "-m", "ldm_cli")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _GRACE = 10.0
-"""Seconds that the others have to end on their own once a rank has failed."""
+"""Seconds that the other ranks have to end on their own after a failure."""
 _POLL = 0.05
 _PR_SET_PDEATHSIG = 1
 
@@ -33,8 +34,8 @@ _PR_SET_PDEATHSIG = 1
 class _Rank:
     number: int
     process: subprocess.Popen[bytes]
-    words: int
-    """Descriptor from which the rank's last line can be read."""
+    error_pipe: int
+    """Descriptor to read the rank's error lines from."""
 
 
 def is_rank() -> bool:
@@ -43,8 +44,18 @@ def is_rank() -> bool:
 
 
 def is_first_rank() -> bool:
-    """Whether this process may speak: it is rank 0, or the only one."""
+    """Whether this process reports to the user: it is rank 0, or the only one."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def warn_of_copies(reporter: Reporter) -> None:
+    """Warn if Slurm starts several processes that nothing joins: each would do the whole work."""
+    num_tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
+    if num_tasks not in ("", "1") and not is_rank():
+        reporter.warn(
+            f"Slurm starts {num_tasks} tasks, but RANK and WORLD_SIZE are not set: each process works alone on "
+            "the same output; use torchrun, or set them as scripts/train.slurm does"
+        )
 
 
 def expect_as_many(num_ranks: int | None) -> None:
@@ -59,18 +70,18 @@ def expect_as_many(num_ranks: int | None) -> None:
 
 
 def bind_to_launcher() -> None:
-    """Die with our own launcher, if it started this process."""
+    """Let this process end with our launcher, if that started it."""
     launcher = os.environ.get("LDM_LAUNCHER_PID")
     if launcher is None or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != int(launcher):  # it was gone before
+    if os.getppid() != int(launcher):  # it has ended before
         os._exit(WorkerError.code)
 
 
-def leave_last_words(lines: Sequence[str]) -> bool:
-    """Give the launcher the lines that tell of this rank's failure; False: there is none, say them yourself."""
-    descriptor = os.environ.get("LDM_LAST_WORDS_FD")
+def send_to_launcher(lines: Sequence[str]) -> bool:
+    """Send the error lines of this rank to the launcher, which prints one rank's; False if there is no launcher."""
+    descriptor = os.environ.get("LDM_ERROR_FD")
     if descriptor is None:
         return False
     os.set_blocking(int(descriptor), False)
@@ -86,15 +97,15 @@ def launch(arguments: Sequence[str], num_ranks: int, program: Sequence[str] = _P
 
     Args:
         arguments: of each rank's command line.
-        num_ranks: how many.
-        program: what is run with these arguments.
+        num_ranks: number of processes.
+        program: the command to run with these arguments.
 
     Raises:
         UsageError: fewer than one rank.
     """
     if num_ranks < 1:
         raise UsageError(f"--nproc {num_ranks} is less than 1")
-    _warn_of_a_crowd(num_ranks)
+    _warn_of_too_many_threads(num_ranks)
     with _Forwarding() as forwarding:
         forwarding.ranks = _start([*program, *arguments], num_ranks)
         try:
@@ -121,7 +132,7 @@ class _Forwarding:
                 rank.process.send_signal(signal.SIGKILL if self.second else number)
 
     def __enter__(self) -> _Forwarding:
-        # Ranks inherit the block and lift it when they can answer: no signal finds them unprepared.
+        # Ranks inherit the block and lift it once their handlers are installed.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         return self
@@ -133,12 +144,12 @@ class _Forwarding:
 
 
 def _fair_threads(num_ranks: int) -> int:
-    """Threads of each rank where the processors are shared out."""
+    """Threads of each rank if all ranks share the processors."""
     return max(1, len(os.sched_getaffinity(0)) // num_ranks)
 
 
-def _warn_of_a_crowd(num_ranks: int) -> None:
-    """Say so if the user asks for more threads than there are processors: they wait for one another."""
+def _warn_of_too_many_threads(num_ranks: int) -> None:
+    """Warn if the user sets more threads than there are processors: they would wait for one another."""
     asked, fair = os.environ.get("OMP_NUM_THREADS", ""), _fair_threads(num_ranks)
     if asked.isdecimal() and int(asked) > fair:
         write_line(
@@ -148,7 +159,7 @@ def _warn_of_a_crowd(num_ranks: int) -> None:
 
 
 def _start(command: Sequence[str], num_ranks: int) -> list[_Rank]:
-    """All ranks, started; the signals that came meanwhile reach them afterwards."""
+    """Start all ranks; signals that arrive meanwhile reach them afterwards."""
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     listening.listen(num_ranks)
@@ -167,23 +178,23 @@ def _start(command: Sequence[str], num_ranks: int) -> list[_Rank]:
     }
     ranks = []
     for number in range(num_ranks):
-        words, told = os.pipe()
-        own = {"RANK": str(number), "LOCAL_RANK": str(number), "LDM_LAST_WORDS_FD": str(told)}
+        error_pipe, write_end = os.pipe()
+        own = {"RANK": str(number), "LOCAL_RANK": str(number), "LDM_ERROR_FD": str(write_end)}
         process = subprocess.Popen(
             command,
             env={**defaults, **os.environ, **shared, **own},
             stdin=subprocess.DEVNULL,
-            pass_fds=(told, listening.fileno()) if number == 0 else (told,),
+            pass_fds=(write_end, listening.fileno()) if number == 0 else (write_end,),
         )
-        os.close(told)
-        os.set_blocking(words, False)
-        ranks.append(_Rank(number, process, words))
+        os.close(write_end)
+        os.set_blocking(error_pipe, False)
+        ranks.append(_Rank(number, process, error_pipe))
     listening.close()
     return ranks
 
 
 def _outcome(ranks: list[_Rank], forwarding: _Forwarding) -> int:
-    """Wait for the ranks, tell of the failure if there is one, and return the job's exit code."""
+    """Wait for the ranks, report a failure, and return the job's exit code."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     failed: list[_Rank] = []
     running, deadline = list(ranks), None
@@ -202,7 +213,7 @@ def _outcome(ranks: list[_Rank], forwarding: _Forwarding) -> int:
         return 128 + forwarding.second
     if not failed:
         return 0
-    return _tell(_first_to_fail(failed), len(ranks))
+    return _report(_first_to_fail(failed), len(ranks))
 
 
 def _is_stopped(child: int) -> bool:
@@ -211,7 +222,7 @@ def _is_stopped(child: int) -> bool:
 
 
 def _first_to_fail(failed: list[_Rank]) -> _Rank:
-    """A rank that only lost another one is not to blame; else they are in the order in which they ended."""
+    """The rank whose failure caused the others: one that only lost another rank is not to blame."""
     return min(failed, key=lambda rank: _blame(rank.process.returncode))
 
 
@@ -219,20 +230,20 @@ def _blame(code: int) -> int:
     return 0 if code < 0 else 2 if code == WorkerError.code else 3 if code == Preempted.code else 1
 
 
-def _tell(rank: _Rank, num_ranks: int) -> int:
-    """Say what a rank died of; a signal or a bug of ours is no code for the job."""
+def _report(rank: _Rank, num_ranks: int) -> int:
+    """Print the failure of a rank and return the job's exit code; a signal or a bug of ours counts as a lost rank."""
     code = rank.process.returncode
     name = f"rank {rank.number} of {num_ranks}"
     if code < 0:
         error = WorkerError(f"{name} was killed by {signal.Signals(-code).name}", remedy="run the same command again")
         write_line(f"ldm: error: {error}")
         return error.code
-    words = _read(rank.words).splitlines()
-    if words and code != LdmError.code:
-        for line in words:
+    lines = _read(rank.error_pipe).splitlines()
+    if lines and code != LdmError.code:
+        for line in lines:
             write_line(line)
         return code
-    reason = words[-1].removeprefix("ldm: error: ").removesuffix(f" [{LdmError.tag}]") if words else f"code {code}"
+    reason = lines[-1].removeprefix("ldm: error: ").removesuffix(f" [{LdmError.tag}]") if lines else f"code {code}"
     write_line(f"ldm: error: {name} failed: {reason} [{WorkerError.tag}]")
     return WorkerError.code
 
@@ -249,4 +260,4 @@ def _end(ranks: list[_Rank]) -> None:
         if rank.process.poll() is None:
             rank.process.kill()
         rank.process.wait()
-        os.close(rank.words)
+        os.close(rank.error_pipe)

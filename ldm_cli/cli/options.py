@@ -1,57 +1,55 @@
-"""The options that several commands share, and how their texts are read."""
+"""The options that several commands share, and the parsers of their values."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ldm_cli.errors import UsageError
+from ldm_cli.storage import expand_home
 
-RecipeName = Annotated[
-    str,
-    typer.Argument(metavar="RECIPE", help="A recipe file, or a shipped one such as demo/clip.", show_default=False),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe: train.lr=1e-4", show_default=False),
-]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Output folder.", show_default=False)]
-Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to compute.")]
+
+def option(
+    *names: str, text: str, metavar: str | None = None, panel: str | None = None, least: int | None = None
+) -> Any:
+    """An option whose default is not shown, as it is None or empty."""
+    return typer.Option(*names, metavar=metavar, rich_help_panel=panel, min=least, help=text, show_default=False)
+
+
+def argument(metavar: str, text: str) -> Any:
+    """A positional argument whose default is not shown."""
+    return typer.Argument(metavar=metavar, help=text, show_default=False)
+
+
+RecipeName = Annotated[str, argument("RECIPE", "A recipe file, or a shipped one such as demo/clip.")]
+Overrides = Annotated[list[str] | None, argument("KEY=VALUE", "Changes to the recipe: train.lr=1e-4")]
+Out = Annotated[Path | None, option("--out", metavar="DIR", text="Output folder.")]
+Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Device to compute on.")]
 Resume = Annotated[
     str,
     typer.Option(
         "--resume",
         metavar="auto|never|PATH",
-        help="Continue the earlier run, refuse to, or start at a checkpoint.",
+        help="Continue an interrupted run, refuse to, or start at a checkpoint.",
     ),
 ]
-MaxTime = Annotated[
-    str | None,
-    typer.Option("--max-time", metavar="TIME", help="Save and stop after 3h, 90m, 1:30:00, ...", show_default=False),
-]
-NumRanks = Annotated[
-    int | None,
-    typer.Option(
-        "--nproc",
-        min=1,
-        metavar="N",
-        help="Train with N processes on this machine, one per device.",
-        show_default=False,
-    ),
+MaxTime = Annotated[str | None, option("--max-time", metavar="TIME", text="Save and stop after 3h, 90m, 1:30:00, ...")]
+NumProcesses = Annotated[
+    int | None, option("--nproc", least=1, metavar="N", text="Use N processes on this machine, one per device.")
 ]
 DataTrace = Annotated[
-    Path | None,
-    typer.Option("--data-trace", metavar="FILE", help="Write a line `step shard key` per sample.", show_default=False),
+    Path | None, option("--data-trace", metavar="FILE", text="Write a line `step shard key` per sample.")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what the command would do, without doing it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
 
+_TEXT_OPTIONS = frozenset(("-p", "--prompt", "--negative", "--caption-template", "--prefix"))
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
@@ -97,6 +95,27 @@ def size(text: str | None) -> tuple[int, int] | None:
         raise UsageError(f"--size '{text}' is no size", remedy="write WIDTHxHEIGHT, such as 512x512")
     width = int(found[1])
     return width, int(found[2] or width)
+
+
+def expand_homes(arguments: Sequence[str]) -> list[str]:
+    """The command line with `~` expanded where the shell leaves it, as in `--out=~/run`; prompts stay as they are."""
+    expanded = []
+    for before, argument in zip(("", *arguments), arguments, strict=False):
+        option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        is_text = (option or before) in _TEXT_OPTIONS
+        expanded.append(argument if is_text else f"{option}{equals}{expand_home(value)}")
+    return expanded
+
+
+def is_setting(argument: str, fields: Collection[str]) -> bool:
+    """Whether an argument among shards is `key=value`, and no file or address with an `=` in it.
+
+    What is neither a field nor looks like a path counts as a setting, so that a slip in its name is noticed.
+    """
+    key, equals, value = argument.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key) or Path(argument).exists():
+        return False
+    return key.partition(".")[0] in fields or not ("/" in value or value.endswith((".tar", "*")))
 
 
 def check_overrides(overrides: Sequence[str] | None) -> tuple[str, ...]:

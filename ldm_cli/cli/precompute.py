@@ -25,11 +25,10 @@ def _precompute(
     overrides: given.Overrides = None,
     dtype: Annotated[
         str | None,
-        typer.Option(
+        given.option(
             "--dtype",
             metavar="fp32|fp16|bf16",
-            help="Type of the numbers kept: fp32 changes no result, the others take half the room.",
-            show_default=False,
+            text="Type of the stored numbers: fp32 changes no result, the others take half the space.",
         ),
     ] = None,
     out: given.Out = None,
@@ -40,7 +39,7 @@ def _precompute(
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:
-    """Encode a train-unet recipe's images and captions once; its line `cache: DIR` then trains from that."""
+    """Encode the images and captions of a train-unet recipe once; with `cache: DIR` it then trains on these."""
     changes, limit = given.check_overrides(overrides), given.seconds(max_time)
     if dtype not in (None, *_DTYPES):
         raise UsageError(f"unknown --dtype '{dtype}'", remedy="it takes " + ", ".join(_DTYPES))
@@ -52,5 +51,5 @@ def _precompute(
         from ldm_cli.stages.support.options import RunOptions
 
     options = RunOptions(out, device, max_time=limit, recipe_text=loaded.text, overwrite=overwrite)
-    do: Any = precompute.plan if dry_run else precompute.run
+    do: Any = precompute.dry_run if dry_run else precompute.run
     show_result(do(loaded.recipe, options, make_reporter(), dtype), json)

@@ -46,7 +46,7 @@ def show_recipe(
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:
-    """Print a recipe as written, or with every field filled in."""
+    """Print a recipe as written, or with every field and its value."""
     changes = given.check_overrides(overrides)
     if not (resolved or json or changes):
         from ldm_cli.recipe.shipped import find_recipe

@@ -1,4 +1,4 @@
-"""What a stage says while it works: bars on a terminal, otherwise a plain line every few seconds."""
+"""Progress and messages of a stage: bars on a terminal, otherwise a plain line every few seconds."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ def make_reporter() -> Reporter:
 
 
 class Pace:
-    """Rate and remaining time of a counted task, over the last half minute or dozen updates, whichever is longer.
+    """Rate and remaining time of a counted operation.
 
-    So one long pause between two updates, for a validation or a checkpoint, is not taken for the pace of the rest.
+    Both count the last half minute or the last dozen updates, whichever is longer, so that one pause for a validation
+    or a checkpoint does not distort them.
     """
 
     def __init__(self, total: int | None, done: int, unit: str, clock: Callable[[], float]) -> None:
@@ -123,14 +124,14 @@ class _PlainProgress:
         self._shown_done = pace.done
 
     def update(self, done: int, figures: Mapping[str, Figure] | None = None) -> None:
-        """Take the new state, and say it if the last line is a while ago."""
+        """Keep the new state, and write it if the last line is some seconds old."""
         self._pace.update(done)
         self._figures = figures or self._figures
         if self._clock() - self._shown_at >= _SECONDS_BETWEEN_LINES:
             self._show()
 
     def finish(self) -> None:
-        """Say the last state, unless it was said, or all was over in a moment."""
+        """Write the last state, unless it was written already or everything took only a moment."""
         took = self._clock() - self._started_at
         if self._pace.done != self._shown_done and took >= _SECONDS_WORTH_A_LINE:
             self._show()
@@ -160,12 +161,12 @@ class LiveReporter:
     def _print(self, message: str, style: str | None = None) -> None:
         try:
             self._console.print(printable(message), style=style, markup=False, emoji=False, soft_wrap=True)
-        except (OSError, SystemExit):  # the terminal went away; the run goes on
+        except (OSError, SystemExit):  # the terminal was closed; the run continues
             self._console.quiet = True
 
     @contextmanager
     def progress(self, title: str, total: int | None, done: int = 0, unit: str = "step") -> Iterator[Progress]:
-        """A bar; further ones within it stand below it."""
+        """A bar; nested ones stand below it."""
         bars, outermost = self._bars, self._bars is None
         if bars is None:
             bars = self._bars = self._new_bars()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _PIPE_WIDTH = 4096
 Section = tuple[str, "Table"]
-"""A title, which may be empty, and what stands under it."""
+"""A title, which may be empty, and the table below it."""
 
 
 def show_result(result: Mapping[str, Any], as_json: bool) -> None:
@@ -38,13 +38,13 @@ def show_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     write_result(_rendered([(title, _rows(rows))]))
 
 
-def show_plan(loaded: LoadedRecipe, as_json: bool, num_ranks: int = 1) -> None:
-    """`--dry-run`: the resolved recipe and what it would take on each of so many ranks."""
+def show_dry_run(loaded: LoadedRecipe, as_json: bool, num_ranks: int = 1) -> None:
+    """`--dry-run`: the resolved recipe, and the memory and data of each rank."""
     from ldm_cli.cli.report import make_reporter
     from ldm_cli.recipe.yaml_source import to_yaml
-    from ldm_cli.stages.support.dry_run import plan
+    from ldm_cli.stages.support.dry_run import dry_run
 
-    result = plan(loaded.recipe, make_reporter(), num_ranks)
+    result = dry_run(loaded.recipe, make_reporter(), num_ranks)
     if as_json:
         show_result(result, as_json=True)
         return
@@ -57,14 +57,14 @@ def show_plan(loaded: LoadedRecipe, as_json: bool, num_ranks: int = 1) -> None:
 
 
 def _is_compound(value: Any) -> bool:
-    """Worth a table of its own; what is empty is not."""
+    """Whether a value gets a table of its own; empty ones do not."""
     if isinstance(value, Mapping):
         return len(value) > 0
     return isinstance(value, list | tuple) and any(isinstance(entry, Mapping) for entry in value)
 
 
 def _sections(title: str, value: Any) -> list[Section]:
-    """A mapping as pairs, deeper ones after it; records as rows; nothing for what is empty."""
+    """A mapping as pairs, followed by its nested mappings; records as rows; nothing for empty values."""
     if not isinstance(value, Mapping):
         return [(title, _rows(value))]
     children = list(value.values())
@@ -110,12 +110,12 @@ def _new_table(show_header: bool) -> Table:
 
 
 def _label(name: str) -> str:
-    """A field's name in words; a path or a caption as it is."""
+    """A field's name with spaces; other texts unchanged."""
     return name.replace("_", " ") if name.isidentifier() else name
 
 
 def _cell(value: Any) -> Any:
-    """Text for a table, safe on a terminal; never read as markup."""
+    """Text for a table, safe on a terminal and without markup."""
     from rich.text import Text
 
     if isinstance(value, bool) or value is None:
@@ -138,7 +138,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for them."""
+    """The value with null in place of NaN and infinity, which JSON lacks."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -147,7 +147,7 @@ def _finite(value: Any) -> Any:
 
 
 def _rendered(sections: Sequence[Section]) -> str:
-    """Titles and tables as text for the stdout at hand: in colour on a terminal, no line broken in a pipe."""
+    """Titles and tables as text: in colour and wrapped on a terminal, without wrapping in a pipe."""
     from rich.console import Console
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""stdout for results, stderr for all else; neither may break a run, and neither breaks silently."""
+"""stdout for results, stderr for everything else."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ldm_cli.errors import printable
 
 
 def prepare() -> None:
-    """Make both streams safe to write any text to.
+    """Make both streams safe for any text.
 
-    A descriptor that was closed by the caller would be given to the next file opened, and foreign bytes
-    written into it; so it is opened on the null device first.
+    If the caller has closed a descriptor, the next opened file would get its number and receive our output. So it is
+    opened on the null device first.
     """
     for descriptor, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
         try:
@@ -35,17 +35,17 @@ def silence_library_warnings() -> None:
 
 
 def write_result(text: str) -> None:
-    """Write to stdout, complete or not at all as far as the caller can know.
+    """Write to stdout and flush it.
 
     Raises:
-        OSError: the reader went away (EPIPE), the disk is full, …
+        OSError: the reader has closed the pipe (EPIPE), the disk is full, …
     """
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def write_line(line: str) -> None:
-    """Write one line to stderr; a terminal that went away must not stop a run."""
+    """Write one line to stderr; a closed terminal must not stop a run."""
     try:
         sys.stderr.write(printable(line) + "\n")
         sys.stderr.flush()
@@ -54,7 +54,7 @@ def write_line(line: str) -> None:
 
 
 def abandon_stdout() -> None:
-    """Throw away what stdout still holds, so that Python's last flush cannot fail once more."""
+    """Discard the buffer of stdout, so that Python's last flush cannot fail again."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -64,5 +64,5 @@ def abandon_stdout() -> None:
 
 
 def is_utf8() -> bool:
-    """Whether stdout takes every character."""
+    """Whether stdout can encode every character."""
     return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"

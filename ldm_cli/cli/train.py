@@ -7,9 +7,9 @@ from typing import Any
 import typer
 
 from ldm_cli.cli import options as given
-from ldm_cli.cli.launch import bind_to_launcher, expect_as_many, is_first_rank, is_rank, launch
+from ldm_cli.cli.launch import bind_to_launcher, expect_as_many, is_first_rank, is_rank, launch, warn_of_copies
 from ldm_cli.cli.report import make_reporter
-from ldm_cli.cli.show import show_plan, show_result
+from ldm_cli.cli.show import show_dry_run, show_result
 from ldm_cli.cli.startup import importing
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.training.interruption import release_signals
@@ -35,7 +35,7 @@ def _train(
     device: given.Device = "auto",
     resume: given.Resume = "auto",
     max_time: given.MaxTime = None,
-    nproc: given.NumRanks = None,
+    nproc: given.NumProcesses = None,
     data_trace: given.DataTrace = None,
     dry_run: given.DryRun = False,
     json: given.Json = False,
@@ -57,7 +57,7 @@ def _train(
     options = RunOptions(out, device, resume, limit, data_trace=data_trace, recipe_text=loaded.text, overrides=changes)
     if dry_run:
         release_signals()
-        show_plan(loaded, json, max(1, nproc or 1))
+        show_dry_run(loaded, json, max(1, nproc or 1))
         return
     result = _run(command, loaded.recipe, options)
     if is_first_rank():
@@ -65,8 +65,9 @@ def _train(
 
 
 def _run(command: str, recipe: Any, options: Any) -> dict[str, Any]:
-    """Run the stage; each is imported only when it is the one."""
+    """Run the stage of a command; only that one is imported."""
     reporter = make_reporter() if is_first_rank() else SilentReporter()
+    warn_of_copies(reporter)
     if command == "train-clip":
         with importing():
             from ldm_cli.stages import train_clip

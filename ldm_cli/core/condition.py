@@ -1,4 +1,4 @@
-"""All that a denoiser is told beside the noisy sample and the time.
+"""All that a denoiser is given beside the noisy sample and the time.
 
 Letters: B batch, M tokens, D width, P width of a pooled vector, C channels, h w size of the latents.
 """
@@ -19,8 +19,8 @@ class Condition:
 
     Attributes:
         tokens: [B, M, D], seen by cross- or joint-attention.
-        pooled: [B, P], added to the time embedding: pooled text and, for SDXL, the six sizes after it; an image
-            embedding; or class indices, int64 [B].
+        pooled: [B, P], added to the time embedding: pooled text and, for SDXL, the six sizes in pixels after it; an
+            image embedding; or class indices, int64 [B].
         image_tokens: [B, M', D], tokens of image prompts.
         concat: [B, C', h, w], joined to the noisy sample as further channels: a mask and the masked latents, or a
             low-resolution image.
@@ -53,9 +53,28 @@ class Condition:
         """The rows of several conditions, one after the other."""
         return cls.combined(lambda tensors: torch.cat(list(tensors)), conditions)
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are not None, by name: `Condition(**condition.tensors)` is the same condition."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Apply `function` to each field that is not None."""
         return self.combined(lambda tensors: function(tensors[0]), [self])
+
+    def replaced(self, is_replaced: Tensor, other: Condition) -> Self:
+        """The rows of `other`, or its only one, where `is_replaced` bool [B] is true.
+
+        Raises:
+            ValueError: as in `combined`.
+        """
+
+        def choose(pair: Sequence[Tensor]) -> Tensor:
+            ours, theirs = pair
+            return torch.where(is_replaced.view(-1, *[1] * (ours.ndim - 1)), theirs, ours)
+
+        return self.combined(choose, [self, other])
 
     def __getitem__(self, rows: slice) -> Self:
         """Some rows."""

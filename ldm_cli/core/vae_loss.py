@@ -74,8 +74,8 @@ class VAELoss(nn.Module):
             noise: [B, C, h, w] standard normal, for sampling the posterior.
             step: 1-based training step.
         """
-        posterior: DiagonalGaussian = vae.encode(images)
-        reconstruction = vae.decode(posterior.sample(noise)).float()
+        posterior: DiagonalGaussian = vae.posterior(images)
+        reconstruction = vae.decode_z(posterior.sample(noise)).float()
         config = self.config
         terms = {
             "reconstruction": reconstruction_loss(config.reconstruction, reconstruction, images),

@@ -1,4 +1,4 @@
-"""Samples that cannot be used: one exception with a reason, and the account of them that a run keeps."""
+"""Samples that cannot be used: an exception with a reason, and the count and log that a run keeps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class BadSampleError(Exception):
 
     Attributes:
         reason: one of a fixed set of phrases, by which bad samples are counted, e.g. "damaged image".
-        detail: what exactly was found.
+        detail: the exact finding.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -29,7 +29,7 @@ class BadSampleError(Exception):
 
 @dataclass(frozen=True)
 class BadSample:
-    """Which sample could not be used, and why; in training, at which step and for which place of its batch."""
+    """An unusable sample and the reason; in training also the step and the place in its batch."""
 
     shard: str
     key: str
@@ -43,7 +43,7 @@ class BadSampleAccount:
     """Counts bad samples by reason and stops the run when there are too many.
 
     Args:
-        max_fraction: of the samples read, above which the run stops once more than ten were bad.
+        max_fraction: share of the samples read above which the run stops, once more than ten were bad.
         report: called with every bad sample.
     """
 
@@ -53,7 +53,7 @@ class BadSampleAccount:
         self._max_fraction, self._report = max_fraction, report
 
     def restore(self, num_good: int, reasons: Counter[str]) -> None:
-        """Count on from what an earlier life had read."""
+        """Continue the counts of an interrupted run."""
         self.reasons = Counter(reasons)
         self.num_read = num_good + reasons.total()
 
@@ -80,7 +80,7 @@ class BadSampleAccount:
 
 
 class BadSampleLog:
-    """A `bad_samples.jsonl`: one line per bad sample and time it was met, the same whatever the interruptions.
+    """A `bad_samples.jsonl`: one line for each time that a bad sample was read. Interruptions do not change it.
 
     Several ranks may write to one file, each in its own `BadSampleLog`.
 
@@ -93,7 +93,7 @@ class BadSampleLog:
         self._known: dict[BadSample, None] = dict.fromkeys(read_bad_samples(path) if path.exists() else ())
 
     def __call__(self, sample: BadSample) -> None:
-        """Write the sample down, unless an earlier life did."""
+        """Write the sample down, unless the file has it already."""
         if sample in self._known:
             return
         self._known[sample] = None
@@ -104,7 +104,7 @@ class BadSampleLog:
             raise StorageError(f"cannot write '{self._path}'", str(error.strerror)) from error
 
     def reasons_before(self, step: int, places: slice) -> Counter[str]:
-        """How many bad samples, by reason, were met before a step in these places of its batches."""
+        """Bad samples by reason before a step, in these places of the batches."""
         return Counter(
             sample.reason
             for sample in self._known
@@ -116,7 +116,7 @@ class BadSampleLog:
 
 
 def read_bad_samples(path: Path) -> list[BadSample]:
-    """The entries of a `bad_samples.jsonl`; lines that are none, as a kill may leave them, are passed over.
+    """The entries of a `bad_samples.jsonl`; incomplete lines, as a kill may leave them, are skipped.
 
     Raises:
         InputNotFoundError, StorageError: the file is missing, or cannot be read.

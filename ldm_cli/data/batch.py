@@ -1,4 +1,4 @@
-"""Samples put together to a batch."""
+"""Collate samples into a batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm_cli.data.bad_samples import BadSample
-from ldm_cli.data.sample_decoder import Encoding, Sample
+from ldm_cli.data.sample_decoder import Sample
 from ldm_cli.errors import LdmError, printable
 
 
@@ -20,14 +20,15 @@ class Batch:
     """Samples of one step (B of them).
 
     Attributes:
-        images: uint8 [B, 3, H, W], H = W = S without aspect buckets; B × 0 × 0 × 0 if no images were asked for.
-        captions: B texts, empty if no captions were asked for.
-        labels: class indexes int64 [B], if the recipe says where they are.
+        images: uint8 [B, 3, H, W], H = W = S without aspect buckets; [B, 0, 0, 0] without images.
+        captions: B texts, empty without captions.
+        labels: class indexes int64 [B], if the recipe names their place.
         keys: B names `shard/key`.
         epoch: int64 [B].
         position: int64 [B], within the epoch; with `epoch` the counter of all random numbers of a sample.
-        metadata: B parsed JSON members, if asked for; {} where a sample has none.
-        encoding: what the frozen encoders make of them, if it comes out of a cache; there are no images then.
+        metadata: B parsed JSON members, if requested; {} where a sample has none.
+        moments: from a cache, in place of images: a codec's output, tensors [B, …] by name.
+        condition: from a cache: an encoder's output for the captions, tensors [B, …] by name.
     """
 
     images: Tensor
@@ -37,7 +38,8 @@ class Batch:
     epoch: Tensor
     position: Tensor
     metadata: list[dict[str, Any]] | None = None
-    encoding: Encoding | None = None
+    moments: dict[str, Tensor] | None = None
+    condition: dict[str, Tensor] | None = None
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -51,7 +53,7 @@ class Batch:
         return [replace(self, **{name: getattr(self, name)[i : i + size] for name in names}) for i in starts]
 
     def trace(self, step: int) -> Iterator[str]:
-        """A line `step shard key` for each sample, by which two runs are compared."""
+        """A line `step shard key` for each sample, to compare two runs."""
         for name in self.keys:
             shard, _, key = name.partition("/")
             yield f"{step} {printable(shard)} {printable(key)}"
@@ -59,13 +61,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Delivery:
-    """A batch on its way, with what has to be told about it; or the error that prevented it.
+    """A batch and the findings made on the way, or the error that prevented it. It travels between processes.
 
     Attributes:
         batch: None if there is an error.
         bad: samples that could not be used.
-        remarks: what had to be done to captions, counted.
-        error: kind, what, cause and remedy.
+        remarks: counts of repairs to captions, by kind.
+        error: class, what, cause and remedy.
     """
 
     batch: Batch | None
@@ -85,7 +87,7 @@ def filled(
 
     Args:
         epoch, position: int64 [B], of the samples.
-        find: gives sample and name for one of the places, counted from the first, and notes the bad ones it met.
+        find: returns sample and name for the n-th of the places, and appends bad samples to the list.
     """
     samples: list[Sample] = []
     keys: list[str] = []
@@ -119,12 +121,12 @@ def collate(samples: list[Sample], keys: list[str], epoch: Tensor, position: Ten
         epoch=epoch,
         position=position,
         metadata=[sample.metadata or {} for sample in samples] if has_metadata else None,
-        encoding=_stacked([sample.encoding for sample in samples if sample.encoding is not None]),
+        moments=_stacked([sample.moments for sample in samples]),
+        condition=_stacked([sample.condition for sample in samples]),
     )
 
 
-def _stacked(encodings: list[Encoding]) -> Encoding | None:
-    if not encodings:
-        return None
-    fields = zip(*((one.mean, one.logvar, one.states) for one in encodings), strict=True)
-    return Encoding(*(torch.stack(tensors) for tensors in fields))
+def _stacked(samples: list[dict[str, Tensor] | None]) -> dict[str, Tensor] | None:
+    """The tensors of all samples, name by name; None where samples have none."""
+    found = [sample for sample in samples if sample is not None]
+    return {name: torch.stack([sample[name] for sample in found]) for name in found[0]} if found else None

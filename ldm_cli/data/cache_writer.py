@@ -14,14 +14,15 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ldm_cli.data.latent_cache import BAD, MANIFEST, MOMENTS, STATES, Manifest, caption_digest
+from ldm_cli.data.cache_manifest import MANIFEST, Manifest
+from ldm_cli.data.latent_cache import BAD, CONDITION, MOMENTS, caption_digest
 from ldm_cli.errors import OutputError, StorageError
 from ldm_cli.storage import TEMPORARY_PREFIX, megabytes, whole_file, write_whole
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Own the folder of a cache, which is made where needed and rid of what a killed owner left half-written.
+    """Own the folder of a cache: it is created where needed, and half-written files of a killed owner are deleted.
 
     Raises:
         OutputError: it cannot be made, or another process is writing there.
@@ -42,9 +43,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def moments_files(moments: Mapping[str, Tensor]) -> list[bytes]:
-    """What a latents file holds of each of n samples: a safetensors file of row i of each tensor [n, …].
+    """A safetensors file for each of n samples, of row i of each tensor [n, …].
 
-    Rows of one shape have one header, and their bytes in its order: a twentieth of the time of making each for itself.
+    Rows of one shape have one header, and their bytes in its order: a twentieth of the time of making each by itself.
     """
     if not moments:
         return []
@@ -66,10 +67,11 @@ def bad_members(key: str, reason: str, detail: str) -> dict[str, Any]:
     return {"__key__": key, BAD: json.dumps({"reason": reason, "detail": detail}).encode()}
 
 
-def caption_members(caption: str, states: Tensor) -> dict[str, Any]:
-    """A sample of a text file."""
+def caption_members(caption: str, condition: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A sample of a text file: a caption and the fields of its condition."""
     text = caption.encode("utf-8", "backslashreplace")
-    return {"__key__": caption_digest(caption), STATES: save({"states": states.contiguous()}), "txt": text}
+    content = save({name: tensor.contiguous() for name, tensor in condition.items()})
+    return {"__key__": caption_digest(caption), CONDITION: content, "txt": text}
 
 
 def write_shard(path: Path, samples: Iterable[Mapping[str, Any]]) -> None:

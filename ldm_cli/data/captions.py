@@ -1,8 +1,11 @@
-"""Captions and labels out of a sample's text and JSON members."""
+"""Captions and labels out of text files, table cells and JSON values."""
 
 from __future__ import annotations
 
+import ast
+import codecs
 import json
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -28,12 +31,103 @@ class Text(NamedTuple):
     remarks: tuple[str, ...]
 
 
+_MARKS = {  # UTF-32 first: its mark begins like that of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: "utf-8-sig",
+}
+_HIGH = bytes(range(0x80, 0x100))
+# What programs write where there is no text; pandas reads the same spellings as missing.
+_NO_TEXT = frozenset(("nan", "NaN", "NAN", "null", "NULL", "None", "NA", "N/A", "n/a", "<NA>", "#N/A"))
+_PRINTED_ARRAY = re.compile(r"""['"]\s+['"]""")
+
+
+def encoding_of(start: bytes) -> str | None:
+    """The encoding that the first bytes of a text show: by a byte-order mark, or UTF-16 by the zero bytes of its Latin
+    letters; None if they show none.
+    """
+    for mark, encoding in _MARKS.items():
+        if start.startswith(mark):
+            return encoding
+    num_letters = len(start) // 2
+    zeros = start[: 2 * num_letters : 2].count(0), start[1 : 2 * num_letters : 2].count(0)  # high and low bytes
+    if min(zeros) == 0 and 2 * max(zeros) > num_letters:
+        return "utf-16-be" if zeros[0] else "utf-16-le"
+    return None
+
+
 def decode_text(data: bytes) -> Text:
-    """UTF-8, with or without a byte-order mark; bytes that are not UTF-8 are read as Latin-1."""
+    """Text by its byte-order mark, else as UTF-8, else as Windows-1252; all but UTF-8 gives a remark.
+
+    Raises:
+        BadSampleError: "unknown encoding": the bytes are none of these. Text of which most is not ASCII counts as that,
+            because no language that is written in Windows-1252 looks so.
+    """
+    encoding = encoding_of(data)
+    for name in (encoding,) if encoding else ("utf-8", "cp1252"):
+        if name == "cp1252" and _is_mostly_high(data):
+            continue
+        try:
+            text = data.decode(name)
+        except UnicodeDecodeError:
+            continue
+        shown = "Windows-1252" if name == "cp1252" else name[:6].upper()
+        return Text(text, () if name.startswith("utf-8") else (f"{shown} text",))
+    raise BadSampleError("unknown encoding", f"expected UTF-8, UTF-16 or Windows-1252, found {data[:40]!r}")
+
+
+def _is_mostly_high(data: bytes) -> bool:
+    """Whether more than three bytes, and most of those that are no blanks, are not ASCII."""
+    text = b"".join(data.split())
+    return len(text) - len(text.translate(None, _HIGH)) > max(3, len(text) // 2)
+
+
+def captions_in(value: Any) -> tuple[str, ...]:
+    """The captions that a table cell, a JSON value or a text file holds.
+
+    A list stands for several captions, also one that a cell spells as JSON or Python. Blank text, NaN and null stand
+    for none.
+
+    Raises:
+        ValueError: `value` is neither text nor a list of texts.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ()
+    if isinstance(value, list | tuple):
+        if any(isinstance(entry, list | tuple) for entry in value):
+            raise ValueError("expected text or a list of texts, found a list of lists")
+        return tuple(text for entry in value for text in captions_in(entry))
+    if not isinstance(value, str):
+        raise ValueError(f"expected text or a list of texts, found {type(value).__name__} {value!r:.60}")
+    # JSON can spell halves of characters, which no file can hold.
+    text = value.strip().encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    spelled = _spelled_value(text)
+    if isinstance(spelled, dict):
+        raise ValueError(f"expected text or a list of texts, found a mapping {text:.60}")
+    if spelled:
+        return captions_in(spelled)
+    return () if not text or text in _NO_TEXT else (text,)
+
+
+def _spelled_value(text: str) -> dict[str, Any] | list[str | None] | None:
+    """The mapping, or the list of texts, that a cell spells as JSON or as Python prints it; None for all other text."""
+    if text[:1] + text[-1:] not in ("[]", "{}"):
+        return None
     try:
-        return Text(data.decode("utf-8-sig"), ())
-    except UnicodeDecodeError:
-        return Text(data.decode("latin-1"), ("Latin-1 caption",))
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            return None
+        if _PRINTED_ARRAY.search(text):  # Python would join the texts of a printed array to one
+            raise ValueError(f"expected text or a list of texts, found a printed array {text:.60}") from None
+    if isinstance(value, dict):
+        return value
+    is_list = isinstance(value, list) and all(entry is None or isinstance(entry, str) for entry in value)
+    return value if is_list else None
 
 
 def clean_caption(text: str) -> Text:

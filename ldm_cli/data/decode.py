@@ -1,8 +1,8 @@
 """From a member's bytes to a defined RGB picture, and from that to the uint8 tensor a model is shown.
 
-Whatever the file holds, the result is 8-bit RGB: 16-bit values are scaled, palettes and CMYK converted,
-transparency laid over the background colour, the EXIF orientation applied, the first frame taken of an
-animation. What a header claims is checked before anything is decoded, and a truncated file is an error.
+Whatever the file holds, the result is 8-bit sRGB: an embedded colour profile is applied, 16-bit values are scaled,
+palettes and CMYK converted, transparency laid over the background colour, the EXIF orientation applied, the first frame
+taken of an animation. What a header claims is checked before anything is decoded, and a truncated file is an error.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ import io
 import math
 import struct
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageMath, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ldm_cli.allocator import give_back_memory
 from ldm_cli.data.bad_samples import BadSampleError
+from ldm_cli.data.color_profiles import Conversion, color_mode, conversion
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 """Members that hold an image, the preferred ones first."""
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _WITH_ALPHA = frozenset(("LA", "La", "PA", "RGBA", "RGBa"))
 _SIXTEEN_BIT = frozenset(("I", "I;16", "I;16B", "I;16L", "I;16N"))
 _TRANSPOSE = {
@@ -40,7 +41,7 @@ _ORIENTATION = 0x0112
 _MUCH_LARGER = 6  # times the side of the result
 _BAND_PIXELS = 1 << 20
 _HUGE_PIXELS = 1 << 21
-_WEBP_WEIGHT = 4.0  # two canvases, a copy as bytes and the picture
+_WHOLE_WEIGHT = 4.0  # of WebP and AVIF: two canvases, a copy as bytes and the picture
 
 # The limit is data.max_pixels, checked for every image; Pillow's own would warn or raise at another one.
 Image.MAX_IMAGE_PIXELS = None
@@ -49,16 +50,28 @@ Color = tuple[int, int, int]
 Crop = Literal["center", "random", "squash"]
 
 
+class Picture(NamedTuple):
+    """A decoded picture.
+
+    Attributes:
+        image: 8-bit RGB, in sRGB.
+        remarks: what had to be done to its colours, by which it is counted: "converted to sRGB", …
+    """
+
+    image: Image.Image
+    remarks: tuple[str, ...]
+
+
 def load_codecs() -> None:
-    """Import Pillow's readers of the usual formats, which it would do at the first picture: in each worker anew."""
+    """Import Pillow's readers of the usual formats, so that not each worker does."""
     Image.preinit()
 
 
-def decode_rgb(data: bytes, background: Color, max_pixels: int, min_side: int | None = None) -> Image.Image:
-    """The picture in a file, as 8-bit RGB.
+def decode_rgb(data: bytes, background: Color, max_pixels: int, min_side: int | None = None) -> Picture:
+    """The picture in a file, as 8-bit sRGB.
 
     Args:
-        data: a JPEG, PNG, WebP, GIF, BMP or TIFF file, recognised by its content.
+        data: a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file, recognised by its content.
         background: colour behind transparent pixels.
         max_pixels: most pixels that its header may claim.
         min_side: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if both sides keep twice this, and a huge picture
@@ -74,7 +87,10 @@ def decode_rgb(data: bytes, background: Color, max_pixels: int, min_side: int | 
             image.draft(None, (2 * min_side, 2 * min_side))
         image.load()
         transpose = _TRANSPOSE.get(_orientation(image))  # Pillow has already applied it to TIFFs
-        result = _to_rgb(image, background, _reduction(image.size, min_side))
+        to_srgb = conversion(image.info.get("icc_profile"), color_mode(image.mode))
+        if image.format == "PNG":
+            _scale_transparent_color(image, depth=data[24])
+        result = _to_rgb(image, to_srgb, background, _reduction(image.size, min_side))
         result = result if transpose is None else result.transpose(transpose)
     except BadSampleError:
         raise
@@ -83,7 +99,7 @@ def decode_rgb(data: bytes, background: Color, max_pixels: int, min_side: int | 
     if image.width * image.height > _HUGE_PIXELS and result is not image:
         del image
         give_back_memory()
-    return result
+    return Picture(result, (to_srgb.remark,) if to_srgb.remark else ())
 
 
 def image_header(data: bytes, max_pixels: int) -> tuple[str, int, int]:
@@ -153,7 +169,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     """Read the header, and refuse what is no image of the known formats or claims too much."""
     if not data:
         raise BadSampleError("empty image")
-    _check_size(_webp_size(data), max_pixels, _WEBP_WEIGHT)
+    _check_size(_webp_size(data), max_pixels, _WHOLE_WEIGHT)
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError as error:
@@ -173,6 +189,8 @@ def _check_size(size: tuple[int, int], max_pixels: int, weight: float) -> None:
 
 def _weight(image: Image.Image) -> float:
     """How many times the usual four bytes decoding holds for each pixel; a WebP was weighed before it was opened."""
+    if image.format == "AVIF":
+        return _WHOLE_WEIGHT
     if image.format == "TIFF" and _orientation(image) > 1:
         return 2.0  # Pillow turns it while loading
     if image.info.get("progressive"):
@@ -211,17 +229,26 @@ def _reduction(size: tuple[int, int], min_side: int | None) -> int:
     return max(1, min(math.ceil(math.sqrt(size[0] * size[1] / _HUGE_PIXELS)), min(size) // (3 * min_side)))
 
 
-def _to_rgb(image: Image.Image, background: Color, reduction: int) -> Image.Image:
-    """8-bit RGB of any pixel format, averaged over blocks."""
-    if image.mode in _SIXTEEN_BIT:
-        return _in_bands(image, lambda band: _eight_bit(band).convert("RGB"), reduction)
+def _scale_transparent_color(image: Image.Image, depth: int) -> None:
+    """Bring the colour that a PNG of `depth` bits calls transparent to the scale of the loaded pixels."""
+    color = image.info.get("transparency")
+    if isinstance(color, int) and depth in (2, 4) and image.mode == "L":
+        image.info["transparency"] = color * 255 // (2**depth - 1)
+    elif isinstance(color, tuple) and depth == 16:
+        image.info["transparency"] = tuple(level >> 8 for level in color)
+
+
+def _to_rgb(image: Image.Image, to_srgb: Conversion, background: Color, reduction: int) -> Image.Image:
+    """8-bit sRGB of any pixel format, averaged over blocks."""
     if image.mode == "F":
         raise BadSampleError("unsupported pixel format", "floating-point pixels have no defined range")
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
-        return _in_bands(image, lambda band: _over(background, band), reduction)
-    if image.mode == "RGB" and reduction == 1:
+        return _in_bands(image, lambda band: _over(background, to_srgb, band), reduction)
+    if image.mode in _SIXTEEN_BIT:
+        return _in_bands(image, lambda band: to_srgb(_eight_bit(band)), reduction)
+    if image.mode == "RGB" and to_srgb.transform is None and reduction == 1:
         return image
-    return _in_bands(image, lambda band: band.convert("RGB"), reduction)
+    return _in_bands(image, to_srgb, reduction)
 
 
 def _in_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image], reduction: int) -> Image.Image:
@@ -240,10 +267,18 @@ def _averaged(image: Image.Image, reduction: int) -> Image.Image:
     return image if reduction == 1 else image.reduce(reduction)
 
 
-def _over(background: Color, image: Image.Image) -> Image.Image:
+def _over(background: Color, to_srgb: Conversion, image: Image.Image) -> Image.Image:
     """A picture with transparent pixels over a colour."""
-    canvas = Image.new("RGBA", image.size, (*background, 255))
-    return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
+    if image.mode in _SIXTEEN_BIT:
+        hidden, levels = image.info["transparency"], image.convert("I")
+        alpha = ImageMath.lambda_eval(lambda v: v["convert"]((v["levels"] != hidden) * 255, "L"), levels=levels)
+        color = _eight_bit(image)
+    else:
+        with_alpha = image.convert("LA" if color_mode(image.mode) == "L" else "RGBA")
+        color, alpha = with_alpha.convert(with_alpha.mode[:-1]), with_alpha.getchannel("A")
+    color = to_srgb(color).convert("RGBA")
+    color.putalpha(alpha)
+    return Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), color).convert("RGB")
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

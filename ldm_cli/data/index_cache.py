@@ -1,9 +1,9 @@
 """Shard indexes kept between runs, outside the data's folder: `$XDG_CACHE_HOME/ldm/index` or
 `~/.cache/ldm/index`.
 
-A cached index is used only if the shard has its size and modification time, a spread of its headers is
-unchanged and its end-of-archive blocks are in place. Nothing depends on that being so: a stale index that
-slips through is noticed when a sample is read, because every read verifies the member's header.
+A cached index is used only if the shard's size and modification time match, a sample of its headers is unchanged and
+its end-of-archive blocks are in place. A stale index that passes these checks is still found, because every read
+verifies the header of the member.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def load_index(shard: Path, folder: Path) -> ShardIndex | None:
 
 
 def save_index(shard: Path, index: ShardIndex, folder: Path) -> None:
-    """Keep the index of a sound shard; other processes see the old file or the new one, never a part.
+    """Keep the index of an undamaged shard; other processes see the old file or the new one, never a part.
 
     Raises:
         OSError: the folder cannot be written.
@@ -91,7 +91,7 @@ def _file(shard: Path, folder: Path) -> Path:
 
 
 def _describes(index: ShardIndex, shard: Path) -> bool:
-    """The shard's size, end blocks and a spread of its headers are those of the index."""
+    """Whether the shard's size, end blocks and a sample of its headers are those of the index."""
     num_members = len(index.members)
     picks = torch.linspace(0, max(num_members - 1, 0), min(_NUM_PROBES, num_members)).long()
     with shard.open("rb", buffering=0) as file:

@@ -1,8 +1,8 @@
-"""Several streams woven into one by their shares: exact in the long run, and addressable at any place.
+"""Several streams interleaved by their shares: exact in the long run, and addressable at any place.
 
-The woven stream is cut into blocks of about L items. Up to the end of block b, stream i has given
-floor(b·L·share_i) items, so no remainder is ever lost; within a block the streams come in an order drawn by
-counter. Which item of which stream stands at place t is therefore found from t alone.
+The interleaved stream is cut into blocks of about L items. Up to the end of block b, it has floor(b·L·share_i) items of
+stream i, so that no remainder is lost. Within a block a counter-based random order applies. The item at place t
+is therefore a function of t.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Interleaving:
         self._blocks: OrderedDict[int, list[tuple[int, int]]] = OrderedDict()
 
     def __call__(self, place: int) -> tuple[int, int]:
-        """Stream, and number within it, at a place of the woven stream."""
+        """Stream, and number within it, at a place of the interleaved stream."""
         if len(self._rates) == 1:
             return 0, place
         block = place // self._block
@@ -59,11 +59,11 @@ class Interleaving:
             streams = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
             words = philox.bits(self._key, torch.full_like(streams, block), torch.arange(len(streams)), 2)
             order = torch.argsort((words[:, 0] << 30) | (words[:, 1] >> 2), stable=True)
-            woven = []
+            items = []
             for stream in streams[order].tolist():
-                woven.append((stream, before[stream]))
+                items.append((stream, before[stream]))
                 before[stream] += 1
-            self._blocks[block] = woven
+            self._blocks[block] = items
             while len(self._blocks) > _NUM_CACHED_BLOCKS:
                 self._blocks.popitem(last=False)
         return self._blocks[block]

@@ -1,4 +1,4 @@
-"""Batches out of shards: for a seed and a step always the same, whatever the workers, ranks and resumes."""
+"""Batches from shards. A batch depends on seed and step, never on workers, ranks or interruptions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ldm_cli.data.order import global_positions, rank_slice
 from ldm_cli.data.prefetch import prefetched
 from ldm_cli.data.sample_decoder import Draw, MembersDecoder, Sample, SampleDecoder, Wanted
 from ldm_cli.data.shards import ShardSet
-from ldm_cli.data.step_plan import Place, Plan
+from ldm_cli.data.step_plan import Place, StepPlan
 from ldm_cli.data.streaming import Stream, StreamedSteps, decoded, read_stream
 from ldm_cli.data.workers import made_by_workers
 from ldm_cli.errors import DataError
@@ -36,18 +36,18 @@ class Loader:
     """The training batches of a data set.
 
     Args:
-        shards: what `open_shards` or `open_stream` gave.
+        shards: from `open_shards` or `open_stream`.
         config: how samples become tensors, and how many workers do it.
         seed: of the run; with (epoch, position) it decides order, crops, flips and caption choices.
         batch_size: samples per step over all ranks.
         rank, world_size: this process takes the `rank`-th of `world_size` equal parts of every batch.
-        with_captions, with_images: parts not wanted are neither read nor checked.
+        with_captions, with_images: whether to read and check these parts.
         report_bad: called with every bad sample, e.g. a `BadSampleLog`.
-        cache: gives encodings in place of images, of indexed shards.
+        cache: supplies encodings in place of images; only for indexed shards.
 
     Attributes:
         account: bad samples met so far.
-        remarks: how many captions were read as Latin-1, cut, cleaned, …
+        remarks: counts of captions cut or read as Windows-1252, of pictures converted to sRGB, …
 
     Raises:
         ValueError: `world_size` does not divide `batch_size`.
@@ -75,7 +75,7 @@ class Loader:
         self._config, self._log = config, report_bad
         self._places = rank_slice(batch_size, rank, world_size)
         wanted = Wanted(image=with_images, caption=with_captions)
-        self._is_cached = cache is not None  # nothing is decoded then: a thread is ahead of any trainer
+        self._is_cached = cache is not None  # nothing is decoded then, and one thread is fast enough
         self._steps: _Steps | StreamedSteps
         if isinstance(shards, Stream):
             self._steps = StreamedSteps(shards, config, wanted, seed, batch_size, rank, world_size)
@@ -99,7 +99,7 @@ class Loader:
             self.account.restore(num_good, self._log.reasons_before(start_step, self._places))
         num_workers = 0 if self._is_cached else self._config.num_workers
         if is_streamed := isinstance(self._steps, StreamedSteps):
-            num_workers = max(1, num_workers)  # a process that waits for a stream can be ended, a thread cannot
+            num_workers = max(1, num_workers)  # unlike a thread, a process that waits for a stream can be killed
             self._steps.begin(steps, num_workers)
         source: AbstractContextManager[Iterator[Delivery]]
         if num_workers:
@@ -136,12 +136,12 @@ def sequential_batches(
     several captions.
 
     Args:
-        shards: what `open_shards` or `open_stream` gave.
+        shards: from `open_shards` or `open_stream`.
         config: how samples become tensors.
         batch_size: samples per batch; the last one may be smaller.
         limit: stop after this many good samples.
         with_json: also parse the JSON members.
-        with_captions, with_images: parts not wanted are neither read nor checked.
+        with_captions, with_images: whether to read and check these parts.
         report_bad: called with every bad sample.
 
     Raises:
@@ -174,7 +174,7 @@ def sequential_batches(
 
 
 class _Steps:
-    """The delivery of each step; what the workers run."""
+    """Makes the delivery of each step; runs in the workers."""
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ class _Steps:
     ) -> None:
         self._shards, self._batch_size = shards, batch_size
         self._places = rank_slice(batch_size, rank, world_size)
-        self._plan = Plan(seed, shards, config, batch_size)
+        self._plan = StepPlan(seed, shards, config, batch_size)
         self._draw_key = philox.key(seed, "data/draw")
         self._decoder = decoder
 
@@ -209,7 +209,7 @@ class _Steps:
     def _good_sample(
         self, place: Place, replacements: Callable[[int], list[Place]], draw: Draw, bad: list[BadSample]
     ) -> tuple[Sample, str]:
-        """The sample at a place; in place of a bad one, the first good one of its replacements."""
+        """The sample at a place, or the first good one of its replacements if it is bad."""
         tried = {place: None}
         for attempt in range(_MAX_REPLACEMENTS + 1):
             try:

@@ -20,14 +20,15 @@ from ldm_cli.reporting import Reporter
 
 
 def open_shards(shards: str | tuple[str, ...], config: DataConfig, reporter: Reporter) -> ShardSet:
-    """Find and index shards, and choose samples by `config.filter` and `config.quarantine`; without these, nothing is
-    read but headers.
+    """Find and index shards, and choose samples by `config.filter` and `config.quarantine`.
+
+    Without these two, only headers are read.
 
     Args:
         shards: a path, glob, folder or brace pattern, or several; usually `config.shards` or
             `config.val_shards`.
         config: how to treat damage, and which samples to choose.
-        reporter: told about damaged shards that are used in part, and about a cache that cannot be written.
+        reporter: receives warnings about damaged shards and about a cache that cannot be written.
 
     Raises:
         InputNotFoundError: shards are missing, empty or unreadable (all of them are listed), or hold no
@@ -39,7 +40,7 @@ def open_shards(shards: str | tuple[str, ...], config: DataConfig, reporter: Rep
     """
     if config.stream and shards == config.shards:
         raise RecipeError(
-            "data.stream=true serves training alone", "here shards must be indexed", "name shards that can be"
+            "data.stream=true is for training only", "this needs indexed shards", "name shards that can be indexed"
         )
     staging = StagingArea(config.max_fetched_bytes, reporter)
     found = find_sources(shards, config.remote_schemes, staging.fetch)
@@ -63,7 +64,7 @@ def open_shards(shards: str | tuple[str, ...], config: DataConfig, reporter: Rep
 
 
 def index_shards(paths: tuple[Path, ...], on_bad_shard: Literal["stop", "skip"], reporter: Reporter) -> ShardSet:
-    """These files as a set of shards, which may hold no samples; arguments and errors otherwise as `open_shards`."""
+    """Index these files, which may hold no samples; arguments and errors are those of `open_shards`."""
     folder: Path | None = cache_folder()
     indexes: list[ShardIndex] = []
     with reporter.progress("indexing shards", total=len(paths), unit="shard") as progress:
@@ -88,10 +89,10 @@ def index_shards(paths: tuple[Path, ...], on_bad_shard: Literal["stop", "skip"],
 
 
 def _keep(path: Path, index: ShardIndex, folder: Path, reporter: Reporter) -> Path | None:
-    """Cache the index; where that fails, say so once and give up the cache."""
+    """Cache the index. If that fails, warn once and return None: no cache any more."""
     try:
         save_index(path, index, folder)
     except OSError as error:
-        reporter.warn(f"cannot keep shard indexes in '{folder}': {error}; they are made anew in every run")
+        reporter.warn(f"cannot keep shard indexes in '{folder}': {error}; every run builds them again")
         return None
     return folder

@@ -1,9 +1,8 @@
 """The order of samples as a function of seed, epoch and position: no state, nothing to restore.
 
-An epoch permutes the shards, cuts them into windows of W shards and permutes the samples of each window. A
-permutation is the order of random keys drawn by counter (Philox), so any position is found by looking at its
-own window alone. Consecutive steps take consecutive positions of the endless stream of epochs: nothing is
-dropped at an epoch's end.
+An epoch permutes the shards, cuts them into windows of W shards and permutes the samples of each window. A permutation
+is the order of counter-based random keys (Philox), so that finding a position takes only its own window. Consecutive
+steps take consecutive positions of the endless stream of epochs; no sample is dropped at the end of an epoch.
 """
 
 from __future__ import annotations
@@ -52,8 +51,7 @@ def rank_slice(batch_size: int, rank: int, world_size: int) -> slice:
 
 
 class Order:
-    """`order(seed, epoch, position)` over shards of given sizes; a few windows are remembered only to save
-    time.
+    """`order(seed, epoch, position)` over shards of given sizes. It keeps a few windows, only to save time.
 
     Args:
         seed: of the run.
@@ -89,9 +87,7 @@ class Order:
         return self.locate(self._permuted(epoch, window)[position - start])
 
     def locate(self, number: int) -> tuple[int, int]:
-        """(shard, sample within the shard) of the sample that has this number when shards are laid end to
-        end.
-        """
+        """(shard, sample within the shard) of the sample with this number, counted over all shards in order."""
         shard = bisect_right(self._starts, number) - 1
         return shard, number - self._starts[shard]
 
@@ -120,8 +116,6 @@ class Order:
 
 
 def _permutation(key: philox.Key, epoch: int, numbers: Tensor) -> Tensor:
-    """`numbers` int64 [n] in the order of the 62-bit random keys that (epoch, number) draws; ties keep their
-    order.
-    """
+    """`numbers` int64 [n], sorted by the 62-bit random keys of (epoch, number); ties keep their order."""
     words = philox.bits(key, torch.full_like(numbers, epoch), numbers, 2)
     return numbers[torch.argsort((words[:, 0] << 30) | (words[:, 1] >> 2), stable=True)]

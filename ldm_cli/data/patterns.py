@@ -1,4 +1,4 @@
-"""From what a recipe says to a list of shard files: paths, globs, folders and brace patterns."""
+"""Find the shard files that a recipe names by paths, globs, folders and brace patterns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(pipe):")
 PIPE = "pipe:"
-"""How a source begins that is the output of a command."""
+"""Prefix of a source that is the output of a command."""
 
 _MAX_PATHS = 1_000_000
 _MAX_LISTED = 10
@@ -25,10 +25,10 @@ _MAX_LISTED = 10
 def expand_braces(pattern: str) -> Iterator[str]:
     """`a{00..02}` → a00, a01, a02; `{x,y}` → x, y; several braces multiply, the rightmost running fastest.
 
-    A brace with neither a range nor a comma stands for itself.
+    Braces with neither a range nor a comma are plain text.
 
     Raises:
-        RecipeError: the pattern means more than a million paths.
+        RecipeError: the pattern has more than a million paths.
     """
     pieces: list[list[str]] = []
     end, total = 0, 1
@@ -44,17 +44,12 @@ def expand_braces(pattern: str) -> Iterator[str]:
             continue
         total *= count
         if total > _MAX_PATHS:
-            raise RecipeError(f"shard pattern '{pattern}' is too long", f"it means more than {_MAX_PATHS:,} paths")
+            raise RecipeError(f"shard pattern '{pattern}' is too long", f"it has more than {_MAX_PATHS:,} paths")
         choices = [f"{n:0{width}}" for n in range(first, last + step, step)] if numbers else match[1].split(",")
         pieces += [[pattern[end : match.start()]], choices]
         end = match.end()
     pieces.append([pattern[end:]])
     return ("".join(parts) for parts in itertools.product(*pieces))
-
-
-def find_shards(patterns: str | tuple[str, ...]) -> tuple[Path, ...]:
-    """The shard files that `patterns` mean, in the order given; see `find_sources`."""
-    return tuple(itertools.chain.from_iterable(find_sources(patterns)))
 
 
 def find_sources(
@@ -63,9 +58,9 @@ def find_sources(
     """The shard files of each of `patterns`; globs and folders in sorted order, each file once.
 
     Args:
-        patterns: what the recipe says.
+        patterns: from the recipe.
         schemes: of the addresses that may be fetched.
-        fetch: gives the local copy of a remote shard.
+        fetch: returns the local copy of a remote shard.
 
     Raises:
         InputNotFoundError: a pattern matches nothing, or files are missing, empty or unreadable; all are
@@ -98,11 +93,10 @@ def find_sources(
 
 
 def find_streams(patterns: str | tuple[str, ...], schemes: tuple[str, ...]) -> tuple[str, ...]:
-    """What `patterns` mean where shards are read as they come: files, named pipes, addresses and commands, each as
-    often as it is named.
+    """The files, named pipes, addresses and commands of `patterns` for streaming, with repetitions.
 
     Args:
-        patterns: what the recipe says.
+        patterns: from the recipe.
         schemes: of the addresses that may be read; `pipe` allows commands.
 
     Raises:
@@ -135,12 +129,12 @@ def _expect_none(problems: list[str]) -> None:
 
 
 def shown_command(source: str) -> str:
-    """A `pipe:COMMAND` as it may be shown: the program alone, as its arguments may be secret."""
+    """A `pipe:COMMAND` for messages: only the program, as its arguments may be secret."""
     return f"{PIPE}{source[len(PIPE) :].strip().partition(' ')[0]} …"
 
 
 def _is_remote(pattern: str, schemes: tuple[str, ...], streamed: bool = False) -> bool:
-    """Whether a pattern is an address, and then an allowed one."""
+    """Whether a pattern is an address; raises UnavailableError if that is not allowed."""
     match = _SCHEME.match(pattern)
     if match is None:
         return False
@@ -163,9 +157,12 @@ def _local_files(path: str) -> list[Path]:
         return sorted(Path(path).glob("*.tar"))
     if Path(path).exists():
         return [Path(path)]
-    if glob.has_magic(path):
-        return [Path(match) for match in sorted(glob.glob(path, recursive=True))]  # noqa: PTH207
-    return []
+    if not glob.has_magic(path):
+        return []
+    # Brackets in the name of a folder that is there are no pattern.
+    folder = next((parent for parent in Path(path).parents if parent.is_dir()), Path())
+    pattern = f"{glob.escape(str(folder))}/{os.path.relpath(path, folder)}"
+    return [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
 
 
 def _absence(path: str) -> str:
@@ -175,7 +172,7 @@ def _absence(path: str) -> str:
 
 
 def _unreadable(file: Path) -> str:
-    """Why a file cannot be a shard, seen from outside; empty if it can."""
+    """Why a file cannot be a shard, judged without opening it; empty if it can."""
     if not file.is_file():
         return "not a regular file"
     if not os.access(file, os.R_OK):

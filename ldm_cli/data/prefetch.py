@@ -22,11 +22,10 @@ class _End:
 
 @contextmanager
 def prefetched(source: Generator[Item], depth: int, *, alone: bool = False) -> Iterator[Iterator[Item]]:
-    """Run `source` in a thread, at most `depth` items ahead; leaving the context stops the thread and waits
-    for it.
+    """Run `source` in a thread, at most `depth` items ahead. Leaving the context stops the thread and waits for it.
 
-    With `alone` torch computes in that thread by itself. A second team of threads would be one too many for the cores:
-    OpenMP's threads then go to sleep between operations, in the thread that trains as well.
+    With `alone` torch uses no further threads for that thread. Two teams of OpenMP threads would exceed the cores, and
+    both would sleep between operations, the one that trains as well.
 
     An exception of `source` is raised in the consumer, after the items before it.
     """
@@ -60,7 +59,7 @@ def prefetched(source: Generator[Item], depth: int, *, alone: bool = False) -> I
     finally:
         stopped.set()
         while thread.is_alive():
-            # A producer waiting for room in the queue gets it, and then sees that it is to stop.
+            # The producer may wait for room in the queue; with room, it sees the request to stop.
             try:
                 items.get(timeout=0.01)
             except queue.Empty:

@@ -1,8 +1,8 @@
 """Remote shards: fetched whole through fsspec into a bounded folder of the cache, then read like local ones.
 
 User, password and query of an address are never shown or stored. A shard is fetched again when the size, time or tag
-that its server tells has changed. Shards that were not used for longest give way to new ones, but never those of a
-data set that is open, here or in another process.
+that its server reports has changed. The least recently used shards make room for new ones, except those of a data set
+that is open in this process or another.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ _CHUNK = 1 << 22
 _TAGS = ("size", "ETag", "etag", "LastModified", "last_modified", "mtime", "md5Hash", "created")
 _PAUSES = (0.5, 2.0, 8.0)
 """Seconds before the second, third and fourth attempt."""
-_MAY_PASS = {408, 425, 429}
-"""Answers of HTTP below 500 after which the same question may be answered otherwise."""
-_SECONDS_WITHOUT_NEWS = 60
-"""Of an HTTP server, after which an attempt is given up, however long the whole shard takes."""
+_TEMPORARY = {408, 425, 429}
+"""HTTP status codes below 500 that may not recur."""
+_READ_TIMEOUT = 60
+"""Seconds without data after which an attempt fails; the whole shard may take longer."""
 
 
 def without_credentials(url: str) -> str:
-    """The address as it may be shown: without user, password, query and fragment."""
+    """The address for messages: without user, password, query and fragment."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def forget_fetched(file: Path) -> None:
-    """Let the next start fetch a shard again, if it is a fetched one: what came was not sound."""
+    """Let the next start fetch this damaged shard again, if it was fetched."""
     if file.parent.parent == _folder():
         with suppress(OSError):
             (file.parent / _FACTS).unlink()
@@ -55,15 +55,15 @@ def _folder() -> Path:
 
 
 class _FetchingFailed(Exception):
-    """Reading from the other side failed, or gave another number of bytes than was announced."""
+    """Reading from the server failed, or gave another number of bytes than announced."""
 
 
 class StagingArea:
-    """The folder that remote shards are fetched into. What this object fetched stays there for as long as it lives.
+    """The folder that remote shards are fetched into. The shards that this object fetched stay while it exists.
 
     Args:
         max_bytes: of all shards in the folder.
-        reporter: told about what is fetched, and about what is tried again.
+        reporter: receives messages about fetched shards and repeated attempts.
     """
 
     def __init__(self, max_bytes: int, reporter: Reporter) -> None:
@@ -73,12 +73,13 @@ class StagingArea:
         self._is_out_of_reach = False
 
     def fetch(self, url: str) -> Path:
-        """The local file with the shard at `url`, fetched unless it is there and unchanged; what may pass is tried
-        four times.
+        """The local file with the shard at `url`, fetched unless it is there and unchanged.
+
+        An attempt that fails for a temporary reason is repeated three times.
 
         Raises:
             InputNotFoundError: there is no such shard.
-            UnavailableError: what its scheme needs is not installed.
+            UnavailableError: a package that its scheme needs is not installed.
             StorageError: it could not be fetched, or the shards in use exceed the bound.
         """
         shown = without_credentials(url)
@@ -89,13 +90,13 @@ class StagingArea:
             except LdmError:
                 raise
             except Exception as error:
-                lasting = _lasting(error, shown)
-                if lasting is not None:
-                    raise lasting from None
+                permanent = _permanent_error(error, shown)
+                if permanent is not None:
+                    raise permanent from None
                 if pause is None:
                     self._is_out_of_reach = True
                     return self._fetched_before(url, shown, error)
-                self._reporter.warn(f"fetching '{shown}' failed ({_named(error)}): once more in {pause:g} s")
+                self._reporter.warn(f"fetching '{shown}' failed ({_named(error)}): next attempt in {pause:g} s")
             time.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
 
@@ -119,17 +120,16 @@ class StagingArea:
 
     def _place(self, url: str, shown: str) -> tuple[Path, Path]:
         """Folder and file of a shard."""
-        # The query may be what tells one shard from another; user and password are not.
+        # Shards may differ in the query alone; user and password do not matter.
         address = shown + "?" + urlsplit(urldefrag(url)[0]).query
         place = self._folder / hashlib.sha256(address.encode()).hexdigest()[:32]
         return place, place / (Path(urlsplit(shown).path).name or "shard")
 
     def _fetched_before(self, url: str, shown: str, error: Exception) -> Path:
-        """What is here of a shard whose server cannot be asked whether it has changed; a run that goes on compares
-        the fingerprint of its data.
+        """The local copy of a shard whose server does not answer; a continued run compares the fingerprint of its data.
 
         Raises:
-            StorageError: nothing is here.
+            StorageError: there is no copy.
         """
         place, target = self._place(url, shown)
         with self._locked():
@@ -137,12 +137,12 @@ class StagingArea:
                 raise _failure(error, shown) from None
             self._hold(place)
         self._reporter.warn(
-            f"cannot ask whether '{shown}' has changed ({_named(error)}): using what was fetched before"
+            f"cannot ask whether '{shown}' has changed ({_named(error)}): using the copy that was fetched before"
         )
         return target
 
     def _copy(self, source: IO[bytes], file: IO[bytes], announced: int | None, place: Path, shown: str) -> None:
-        """Copy as many bytes as are announced, and make room for them, before they come if that is known."""
+        """Copy the shard and make room for it: beforehand if its size is announced, else as it grows."""
         room, done = announced or 0, 0
         self._make_room(room, place, shown)
         while chunk := _read(source):
@@ -152,10 +152,10 @@ class StagingArea:
                 self._make_room(room, place, shown)
             file.write(chunk)
         if announced is not None and done != announced:
-            raise _FetchingFailed(f"{done} bytes came, {announced} were announced")
+            raise _FetchingFailed(f"received {done} bytes of {announced}")
 
     def _make_room(self, size: int, place: Path, shown: str) -> None:
-        """Remove what was not used for longest until `size` bytes in `place` fit; what is in use stays."""
+        """Remove the least recently used shards until `size` bytes in `place` fit; shards in use stay."""
         others = sorted((p for p in self._folder.iterdir() if p.is_dir() and p != place), key=_last_use)
         held = {p: sum(file.stat().st_size for file in p.iterdir()) for p in others}
         in_use = self._in_use()
@@ -169,21 +169,21 @@ class StagingArea:
             raise StorageError(
                 f"cannot fetch shard '{shown}' of {size} bytes",
                 f"shards in use take {sum(held.values())} bytes already, data.max_fetched_bytes={self._max_bytes}",
-                "raise it, or read them as they come by data.stream=true",
+                "raise it, or read shards in sequence by data.stream=true",
             )
 
     def _hold(self, place: Path) -> None:
-        """Note that this object's owner, or a process forked from it, may read what is in `place`."""
+        """Mark `place` as in use by this process and those forked from it."""
         with storage_errors(place):
             if self._lease is None:
                 descriptor, _ = tempfile.mkstemp(prefix=_LEASE, dir=self._folder)
                 self._lease = os.fdopen(descriptor, "w")
-                fcntl.flock(self._lease, fcntl.LOCK_EX)  # until the last process that has it open is gone
+                fcntl.flock(self._lease, fcntl.LOCK_EX)  # until the last process that has it open ends
             self._lease.write(f"{place.name}\n")
             self._lease.flush()
 
     def _in_use(self) -> set[str]:
-        """Names of the places that living processes hold; the notes of dead ones are cleared away."""
+        """Names of the places that running processes use; leases of dead processes are removed."""
         names: set[str] = set()
         for file in self._folder.glob(f"{_LEASE}*"):
             with file.open() as lease:
@@ -213,30 +213,30 @@ def _last_use(place: Path) -> int:
 
 
 def _options(url: str) -> dict[str, Any]:
-    """What the back end is told: a large shard may take its time, silence may not."""
+    """Options of the back end: a timeout for silence, none for the whole shard."""
     if urlsplit(url).scheme.lower() not in ("http", "https"):
         return {}
-    news = importlib.import_module("aiohttp").ClientTimeout(
-        total=None, sock_connect=_SECONDS_WITHOUT_NEWS, sock_read=_SECONDS_WITHOUT_NEWS
+    timeout = importlib.import_module("aiohttp").ClientTimeout(
+        total=None, sock_connect=_READ_TIMEOUT, sock_read=_READ_TIMEOUT
     )
-    return {"client_kwargs": {"timeout": news}}
+    return {"client_kwargs": {"timeout": timeout}}
 
 
 def _read(source: IO[bytes]) -> bytes:
-    """The next bytes; errors of the other side are told from those of the disk that is written to."""
+    """The next bytes; errors of the server get their own class, apart from those of the local disk."""
     try:
         return source.read(_CHUNK)
     except Exception as error:
         raise _FetchingFailed(_named(error)) from error
 
 
-def _lasting(error: Exception, shown: str) -> LdmError | None:
-    """An error of fsspec or a back end as ours, if trying again is no use; its own words may hold credentials, and are
-    not repeated."""
+def _permanent_error(error: Exception, shown: str) -> LdmError | None:
+    """An error of fsspec or a back end as ours, None if a new attempt may succeed. Its message may hold credentials,
+    and is not repeated."""
     what, status = f"cannot fetch shard '{shown}'", _status(error)
     if isinstance(error, FileNotFoundError) and not _is_masked(error):
         return InputNotFoundError(what, "it does not exist", "correct data.shards")
-    if isinstance(error, PermissionError) or (status is not None and 400 <= status < 500 and status not in _MAY_PASS):
+    if isinstance(error, PermissionError) or (status is not None and 400 <= status < 500 and status not in _TEMPORARY):
         return _failure(error, shown)
     if isinstance(error, ImportError | ValueError):
         scheme = shown.partition(":")[0]
@@ -246,12 +246,12 @@ def _lasting(error: Exception, shown: str) -> LdmError | None:
 
 
 def _failure(error: Exception, shown: str) -> StorageError:
-    remedy = "see whether the address and your access are right"
+    remedy = "check the address and your access rights"
     return StorageError(f"cannot fetch shard '{shown}'", _named(error), remedy)
 
 
 def _is_masked(error: FileNotFoundError) -> bool:
-    """Whether a server that could not be reached, or failed, is called a missing file, as fsspec does for HTTP."""
+    """Whether this stands for an unreachable or failing server: fsspec reports those of HTTP as missing files."""
     cause, status = error.__cause__, _status(error)
     if status is not None:
         return status not in (404, 410)
@@ -259,7 +259,7 @@ def _is_masked(error: FileNotFoundError) -> bool:
 
 
 def _status(error: BaseException) -> int | None:
-    """The answer of an HTTP server that led to an error."""
+    """The HTTP status code behind an error, None if there is none."""
     for one in (error, error.__cause__):
         if isinstance(status := getattr(one, "status", None), int):
             return status
@@ -267,7 +267,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _named(error: BaseException) -> str:
-    """An error without its words."""
+    """An error without its message, which may hold credentials."""
     if isinstance(error, _FetchingFailed):
         return str(error)
     status = _status(error)
@@ -278,12 +278,12 @@ def _named(error: BaseException) -> str:
 
 
 def _facts(info: dict[str, Any]) -> dict[str, Any]:
-    """What tells one content of a remote file from another, as far as its system says."""
+    """Size, time and tags of a remote file, as far as its file system reports them."""
     return {key: info[key] if key == "size" else str(info[key]) for key in _TAGS if info.get(key) is not None}
 
 
 def _holds(place: Path, target: Path, facts: dict[str, Any] | None) -> bool:
-    """Whether a shard is there, whole and as its server tells (None: whatever that may be)."""
+    """Whether a shard is there, complete and with these facts of its server (None: any)."""
     try:
         known = json.loads((place / _FACTS).read_bytes())
         is_same = facts is None or known == facts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from ldm_cli.data.bad_samples import BadSample, BadSampleError
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.decode import IMAGE_EXTENSIONS, image_header
-from ldm_cli.data.sample_decoder import Draw, SampleDecoder, Wanted
+from ldm_cli.data.sample_decoder import Draw, SampleDecoder, Wanted, image_extensions
 from ldm_cli.data.shards import ShardSet
 from ldm_cli.errors import OutputError
 from ldm_cli.reporting import Reporter
@@ -26,16 +26,19 @@ def check(shards: ShardSet, config: DataConfig, reporter: Reporter) -> dict[str,
 
     Returns:
         `ok`, `samples`, `good`, `bad` (reason to count), `bad_samples` (shard, key, reason, detail of each),
-        `remarks` (what had to be done to captions, counted), `ignored` (members passed over, by reason) and
-        `damaged_shards` (path to damage).
+        `remarks` (what had to be done to captions and colours, counted), `ignored` (members passed over, by reason),
+        `not_used` (members that no setting reads, by extension), `first_not_used` (one of each), `hidden_samples`
+        (parts of a sample that look like one: a key with a dot in it) and `damaged_shards` (path to damage).
     """
     decoder = SampleDecoder(shards, config, Wanted())
     bad: list[BadSample] = []
     remarks: Counter[str] = Counter()
+    members = _MembersNotUsed(config)
     with reporter.progress("checking samples", shards.num_samples, unit="sample") as progress:
         done = 0
         for shard, index in enumerate(shards.indexes):
             for number in range(index.num_samples):
+                members.add(shards.name(shard, number), index.sample(number))
                 try:
                     remarks.update(decoder.decode(shard, number, Draw()).remarks)
                 except BadSampleError as error:
@@ -48,15 +51,43 @@ def check(shards: ShardSet, config: DataConfig, reporter: Reporter) -> dict[str,
         str(path): index.damage for path, index in zip(shards.paths, shards.indexes, strict=True) if index.damage
     }
     return {
-        "ok": not bad and not damaged,
+        "ok": not bad and not damaged and not members.hidden,
         "samples": shards.num_samples,
         "good": shards.num_samples - len(bad),
         "bad": dict(Counter(sample.reason for sample in bad).most_common()),
         "bad_samples": [asdict(sample) for sample in bad],
         "remarks": dict(remarks.most_common()),
         "ignored": _ignored(shards),
+        "not_used": dict(members.counts.most_common()),
+        "first_not_used": list(members.first.values()),
+        "hidden_samples": members.hidden,
         "damaged_shards": damaged,
     }
+
+
+class _MembersNotUsed:
+    """Members that no setting reads."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+        self.hidden: list[str] = []
+        self._images, self._is_named = image_extensions(config), config.image is not None
+        texts = [text for text in (config.caption, config.label) if text]
+        self._texts = {"json" if text.startswith("json:") else text for text in texts}
+
+    def add(self, name: str, extensions: Collection[str]) -> None:
+        """Count those of a sample, and note what looks like a sample within it: `5.jpg` with `5.txt`."""
+        picture = next((extension for extension in self._images if extension in extensions), None)
+        for extension in extensions:
+            if extension == picture or extension in self._texts:
+                continue
+            self.counts[extension] += 1
+            self.first.setdefault(extension, f"{name}.{extension}")
+            part, _, last = extension.rpartition(".")
+            has_text = f"{part}.txt" in extensions or f"{part}.caption" in extensions
+            if part and last in IMAGE_EXTENSIONS and has_text and not self._is_named:
+                self.hidden.append(f"{name}.{part}")
 
 
 def stats(shards: ShardSet, config: DataConfig, reporter: Reporter) -> dict[str, Any]:

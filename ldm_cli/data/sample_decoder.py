@@ -1,13 +1,13 @@
-"""One sample: its members read, checked and decoded as the recipe says."""
+"""Read, check and decode the members of one sample as the recipe says."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ldm_cli.data.bad_samples import BadSampleError
@@ -51,32 +51,9 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Encoding:
-    """What frozen encoders make of a sample; of a batch with B in front.
-
-    Attributes:
-        mean, logvar: the posterior over the autoencoder's z, [C, h, w].
-        states: the text tower's last hidden states of the caption, [L, D].
-    """
-
-    mean: Tensor
-    logvar: Tensor
-    states: Tensor
-
-    def __getitem__(self, part: slice) -> Encoding:
-        """Some samples of a batch."""
-        return Encoding(self.mean[part], self.logvar[part], self.states[part])
-
-    def to(self, device: torch.device) -> Encoding:
-        """On the device, as float32."""
-        fields = (self.mean, self.logvar, self.states)
-        return Encoding(*(tensor.to(device, torch.float32, non_blocking=True) for tensor in fields))
-
-
-@dataclass(frozen=True)
 class Sample:
-    """A decoded sample: image uint8 [3, S, S], caption, class index, JSON member, remarks on its text; out of a
-    cache: encoding in place of the image.
+    """A decoded sample: image uint8 [3, S, S], caption, class index, JSON member, remarks on its text; from a cache,
+    in place of the image, the moments of the image and the condition of the caption, tensors by name.
     """
 
     image: Tensor | None
@@ -84,7 +61,8 @@ class Sample:
     label: int | None
     metadata: dict[str, Any] | None
     remarks: tuple[str, ...]
-    encoding: Encoding | None = None
+    moments: dict[str, Tensor] | None = None
+    condition: dict[str, Tensor] | None = None
 
 
 class Members(ABC):
@@ -96,13 +74,13 @@ class Members(ABC):
     def read(self, extension: str) -> bytes | None:
         """The bytes of a member, or None if the sample has none of that extension."""
 
-    def image(self) -> bytes:
-        """The bytes of the image, of the preferred format if there are several."""
-        for extension in IMAGE_EXTENSIONS:
+    def image(self, extensions: Sequence[str]) -> bytes:
+        """The bytes of the image, of the first of these extensions that there is."""
+        for extension in extensions:
             data = self.read(extension)
             if data is not None:
                 return data
-        raise BadSampleError("missing image")
+        raise BadSampleError("missing image", f"no member .{', .'.join(extensions)}; data.image can name another")
 
     def metadata(self) -> dict[str, Any] | None:
         """The parsed JSON member, or None if there is none."""
@@ -112,8 +90,13 @@ class Members(ABC):
         return self._metadata
 
 
+def image_extensions(config: DataConfig) -> tuple[str, ...]:
+    """Of the members that may be the picture, the preferred ones first."""
+    return IMAGE_EXTENSIONS if config.image is None else (config.image.lower(),)
+
+
 class MembersDecoder:
-    """Makes a sample of its members.
+    """Decodes the members of a sample.
 
     Args:
         config: which members, and how images become tensors.
@@ -122,14 +105,15 @@ class MembersDecoder:
 
     def __init__(self, config: DataConfig, wanted: Wanted) -> None:
         self._config, self._wanted = config, wanted
+        self._image_extensions = image_extensions(config)
 
     def extensions(self) -> set[str]:
-        """Of all members that may be read."""
+        """The extensions of all members that may be read."""
         named = [self._config.caption] if self._wanted.caption else []
         named += [self._config.label] if self._wanted.label and self._config.label else []
         named += [_JSON] if self._wanted.metadata else []
         needed = {"json" if name.startswith(_JSON) else name for name in named}
-        return needed | (set(IMAGE_EXTENSIONS) if self._wanted.image else set())
+        return needed | (set(self._image_extensions) if self._wanted.image else set())
 
     def decode_members(self, members: Members, draw: Draw) -> Sample:
         """The sample with its image cropped and flipped as `draw` says.
@@ -146,15 +130,18 @@ class MembersDecoder:
             mirror = draw.flip < self._config.flip_probability
             shape = draw.shape or (self._config.image_size, self._config.image_size)
             config = self._config
-            picture = decode_rgb(members.image(), config.background, config.max_pixels, max(shape))
-            image = to_rectangle(picture, shape, config.crop, draw.place, mirror)
+            picture = decode_rgb(
+                members.image(self._image_extensions), config.background, config.max_pixels, max(shape)
+            )
+            remarks += picture.remarks
+            image = to_rectangle(picture.image, shape, config.crop, draw.place, mirror)
         return Sample(image, caption, label, metadata, remarks)
 
     def _caption_choices(self, members: Members) -> list[float]:
         """A number in [0, 1) for each caption of a sample."""
         number = 1
         if self._config.caption.startswith(_JSON):
-            with suppress(BadSampleError):  # `_caption` decides what that means
+            with suppress(BadSampleError):  # `_caption` handles the damage
                 value = field_of(members.metadata() or {}, self._config.caption.removeprefix(_JSON))
                 number = max(1, len(caption_candidates(value)))
         return [(i + 0.5) / number for i in range(number)]
@@ -209,11 +196,12 @@ class SampleDecoder(MembersDecoder):
         self._reader.close()
 
     def decode(self, shard: int, sample: int, draw: Draw) -> Sample:
-        """As `decode_members`, of the sample with this number in its shard; a shard that has changed is a DataError."""
+        """`decode_members` of the sample with this number in its shard. A changed shard raises DataError."""
         return self.decode_members(self._members(shard, sample), draw)
 
     def captions(self, shard: int, sample: int) -> list[str]:
-        """Every caption that `decode` may choose for a sample; none if it cannot be used; else raises as `decode`."""
+        """Every caption that `decode` may choose for a sample; none if it is bad. Other errors are those of
+        `decode`."""
         found: list[str] = []
         with suppress(BadSampleError):
             members = self._members(shard, sample)
@@ -224,7 +212,7 @@ class SampleDecoder(MembersDecoder):
 
     def image_bytes(self, shard: int, sample: int) -> bytes:
         """The sample's image file; raises as `decode`."""
-        return self._members(shard, sample).image()
+        return self._members(shard, sample).image(self._image_extensions)
 
     def _members(self, shard: int, sample: int) -> _IndexedMembers:
         where = (self._reader, shard, self._shards.indexes[shard].sample(sample))
@@ -232,7 +220,7 @@ class SampleDecoder(MembersDecoder):
 
 
 class _IndexedMembers(Members):
-    """Members that are read where the index says they are, those wanted together."""
+    """Members at the places of the index; all wanted ones are read together."""
 
     def __init__(
         self, reader: ShardReader, shard: int, members: dict[str, list[Member]], wanted: set[str], max_bytes: int
@@ -261,5 +249,5 @@ class _IndexedMembers(Members):
         return self._data[extension]
 
     def _joins(self, extension: str, member: Member) -> bool:
-        """Whether to read this member with whichever is asked for first."""
+        """Whether to read this member together with the first one that is requested."""
         return extension in self._wanted and extension not in self._data and member.size <= self._max_bytes

@@ -1,6 +1,6 @@
-"""What a filter or aspect buckets must know of every sample before the first step: size, and whether it is kept.
+"""Facts of every sample that filters and aspect buckets need before the first step: its size, and whether it is kept.
 
-A shard is surveyed once, by reading its headers, captions and JSON; the answer is kept beside its index.
+They are read once per shard from image headers, captions and JSON, and kept beside its index.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _VERSION = 1
 
 
 @dataclass(frozen=True)
-class ShardSurvey:
+class SampleFacts:
     """Facts of a shard's samples (N of them).
 
     Attributes:
         sizes: int32 [N, 2], width and height as shown; 0 × 0 where they cannot be read.
-        kept: bool [N], whether the filter lets the sample pass.
+        kept: bool [N], whether the sample passes the filter.
     """
 
     sizes: Tensor
@@ -45,60 +45,60 @@ class ShardSurvey:
 
 
 def choose_samples(shards: ShardSet, config: DataConfig, reporter: Reporter) -> ShardSet:
-    """The samples that `config.filter` and `config.quarantine` leave, with sizes if `config` needs them.
+    """The samples that pass `config.filter` and `config.quarantine`, with sizes if `config` needs them.
 
     Raises:
-        InputNotFoundError: none are left, or there is no such quarantine file.
+        InputNotFoundError: no samples remain, or there is no such quarantine file.
         StorageError, DataError: reading failed.
     """
     quarantined: set[tuple[str, str]] = set()
     if config.quarantine is not None:
         quarantined = {(Path(bad.shard).name, bad.key) for bad in read_bad_samples(Path(config.quarantine))}
-    surveys = _surveys(shards, config, reporter) if config.filter or config.aspect_buckets else None
-    if not quarantined and surveys is None:
+    facts = _facts_of_shards(shards, config, reporter) if config.filter or config.aspect_buckets else None
+    if not quarantined and facts is None:
         return shards
     indexes, sizes = [], []
     for number, index in enumerate(shards.indexes):
         name = shards.paths[number].name
-        kept = torch.ones(index.num_samples, dtype=torch.bool) if surveys is None else surveys[number].kept.clone()
+        kept = torch.ones(index.num_samples, dtype=torch.bool) if facts is None else facts[number].kept.clone()
         for sample in range(index.num_samples) if quarantined else ():
             if (name, index.key(sample)) in quarantined:
                 kept[sample] = False
         chosen = kept.nonzero().flatten()
         indexes.append(index.select(chosen.tolist()))
-        if surveys is not None:
-            sizes.append(surveys[number].sizes[chosen])
+        if facts is not None:
+            sizes.append(facts[number].sizes[chosen])
     result = replace(shards, indexes=tuple(indexes), image_sizes=tuple(sizes) if config.aspect_buckets else None)
     if not result.num_samples:
         raise InputNotFoundError(
-            f"none of {shards.num_samples} samples is left",
-            "data.filter and data.quarantine leave all of them out",
+            f"none of {shards.num_samples} samples remains",
+            "data.filter and data.quarantine exclude all of them",
             "see `ldm data stats`, or relax data.filter",
         )
-    reporter.info(f"data.filter and data.quarantine leave {result.num_samples} of {shards.num_samples} samples")
+    reporter.info(f"data.filter and data.quarantine keep {result.num_samples} of {shards.num_samples} samples")
     return result
 
 
-def _surveys(shards: ShardSet, config: DataConfig, reporter: Reporter) -> list[ShardSurvey]:
-    surveys = []
-    # A caption that is not there is no reason to leave a sample out: it is counted as bad, or empty, when met.
+def _facts_of_shards(shards: ShardSet, config: DataConfig, reporter: Reporter) -> list[SampleFacts]:
+    all_facts = []
+    # A missing caption does not exclude a sample here: the loader counts it as bad, or takes the empty caption.
     reading = config.model_copy(update={"missing_caption": "empty"})
     decoder = SampleDecoder(shards, reading, Wanted(image=False, label=False, metadata=True))
-    with reporter.progress("looking at samples", len(shards.paths), unit="shard") as progress:
+    with reporter.progress("reading sample sizes and captions", len(shards.paths), unit="shard") as progress:
         for shard in range(len(shards.paths)):
             file = _file(shards, shard, config)
-            survey = _load(file)
-            if survey is None:
-                survey = _survey(shards, shard, config, decoder)
-                if not _save(file, survey):
-                    reporter.warn(f"cannot keep what was found out in '{file.parent}'")
-            surveys.append(survey)
+            facts = _load(file)
+            if facts is None:
+                facts = _read_facts(shards, shard, config, decoder)
+                if not _save(file, facts):
+                    reporter.warn(f"cannot keep the facts about samples in '{file.parent}'; every run reads them again")
+            all_facts.append(facts)
             progress.update(shard + 1)
     decoder.close()
-    return surveys
+    return all_facts
 
 
-def _survey(shards: ShardSet, shard: int, config: DataConfig, decoder: SampleDecoder) -> ShardSurvey:
+def _read_facts(shards: ShardSet, shard: int, config: DataConfig, decoder: SampleDecoder) -> SampleFacts:
     count = shards.indexes[shard].num_samples
     sizes, kept = torch.zeros(count, 2, dtype=torch.int32), torch.ones(count, dtype=torch.bool)
     for sample in range(count):
@@ -107,10 +107,10 @@ def _survey(shards: ShardSet, shard: int, config: DataConfig, decoder: SampleDec
             sizes[sample] = torch.tensor(size, dtype=torch.int32)
             found = decoder.decode(shard, sample, Draw())
         except BadSampleError:
-            continue  # whoever reads it counts and lists it
+            continue  # the loader counts and lists it
         if config.filter is not None:
             kept[sample] = passes(config.filter, size, found.caption, found.metadata or {})
-    return ShardSurvey(sizes, kept)
+    return SampleFacts(sizes, kept)
 
 
 def passes(rules: SampleFilter, size: tuple[int, int], caption: str, metadata: Mapping[str, Any]) -> bool:
@@ -139,27 +139,27 @@ def _holds(rule: FieldRule, value: Any) -> bool:
 
 
 def _file(shards: ShardSet, shard: int, config: DataConfig) -> Path:
-    """Where the survey of a shard is kept: its name tells the content and everything that was asked."""
+    """The file with the facts of a shard; its name is a hash of the shard's content and of all settings that matter."""
     rules = config.filter.to_mapping() if config.filter else None
-    facts = [_VERSION, shards.indexes[shard].fingerprint(), rules, config.caption, config.max_pixels]
-    facts.append(config.max_member_bytes)
-    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-    return cache_folder() / f"{name}.survey.safetensors"
+    inputs = [_VERSION, shards.indexes[shard].fingerprint(), rules, config.caption, config.max_pixels]
+    inputs += [config.max_member_bytes, config.image]
+    name = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
+    return cache_folder() / f"{name}.facts.safetensors"
 
 
-def _load(file: Path) -> ShardSurvey | None:
+def _load(file: Path) -> SampleFacts | None:
     try:
         with safe_open(file, framework="pt") as found:
-            return ShardSurvey(found.get_tensor("sizes"), found.get_tensor("kept"))
+            return SampleFacts(found.get_tensor("sizes"), found.get_tensor("kept"))
     except (OSError, RuntimeError, SafetensorError):  # torch opens it, too
         return None
 
 
-def _save(file: Path, survey: ShardSurvey) -> bool:
+def _save(file: Path, facts: SampleFacts) -> bool:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(file) as partial:
-            save_file({"sizes": survey.sizes, "kept": survey.kept}, partial)
+            save_file({"sizes": facts.sizes, "kept": facts.kept}, partial)
     except (OSError, StorageError, SafetensorError):
         return False
     return True

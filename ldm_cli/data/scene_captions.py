@@ -1,5 +1,4 @@
-"""Sentences about drawn scenes: some say everything, most leave something out, all name every shape and
-colour."""
+"""Sentences about synthetic scenes. All name every shape and colour, some name every attribute."""
 
 from __future__ import annotations
 
@@ -10,8 +9,8 @@ Draw = Callable[[Sequence[Any]], Any]
 """Picks one element of a sequence at random."""
 
 FULL_FRACTION = 0.1
-"""Fraction of captions that state every attribute of the scene. Most say less: where all captions of a batch
-can be told apart by place, size and background, CLIP is slow to learn the shapes."""
+"""Fraction of captions that state every attribute of the scene. If all captions of a batch differed by place, size and
+background, CLIP would be slow to learn the shapes."""
 
 _OPENINGS = ("", "", "", "a picture of ", "a drawing of ", "there is ")
 

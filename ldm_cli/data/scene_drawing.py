@@ -21,15 +21,15 @@ def coverage(shape: str, center: tuple[float, float], radius: float, size: int) 
         size: side of the square image in pixels.
 
     Returns:
-        An 8-bit grey image of the part of the picture around the shape (255: covered), and where its upper
-        left corner lies in the picture, in pixels.
+        An 8-bit grey image of the part of the picture around the shape (255: covered), and the place of its upper left
+        corner in the picture, in pixels.
     """
     fine = _SUPERSAMPLING * size
     left, top = (math.floor((c - MAX_EXTENT * radius) * size) - 1 for c in center)
     side = math.ceil(2 * MAX_EXTENT * radius * size) + 3
     mask = Image.new("L", (side * _SUPERSAMPLING, side * _SUPERSAMPLING))
     draw = ImageDraw.Draw(mask)
-    # PIL's polygon joins pixel centres, so half a fine pixel brings the outline to where the geometry says.
+    # PIL's polygon joins pixel centres: without the half pixel, the outline would be off the geometry.
     x0 = center[0] * fine - left * _SUPERSAMPLING - 0.5
     y0 = center[1] * fine - top * _SUPERSAMPLING - 0.5
     for ink, outline in zip((255, 0), SHAPES[shape], strict=False):
@@ -40,7 +40,7 @@ def coverage(shape: str, center: tuple[float, float], radius: float, size: int) 
 def paint(
     image: Image.Image, shape: str, color: Color, center: tuple[float, float], radius: float
 ) -> tuple[float, float, float, float]:
-    """Lay a shape over a square RGB image, in place.
+    """Paint a shape onto a square RGB image, in place.
 
     Returns:
         The outline's bounding box (left, top, right, bottom), in image sides.

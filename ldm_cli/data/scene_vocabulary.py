@@ -1,7 +1,7 @@
-"""What a drawn scene may contain: the words and what each of them means in pixels.
+"""The words for synthetic scenes and the geometry or colour of each.
 
-Lengths are fractions of the image side, x to the right and y down, both in [0, 1]. Everything that draws,
-describes or reads scenes takes its numbers from here.
+Lengths are fractions of the image side, x to the right and y down, both in [0, 1]. The code that draws, describes or
+reads scenes takes its numbers from here.
 """
 
 from __future__ import annotations
@@ -36,12 +36,11 @@ SIZES: dict[str, tuple[float, float]] = {
     "medium": (0.23, 0.245),
     "large": (0.295, 0.315),
 }
-"""Least and greatest radius of each size; between two sizes lies a gap, so that a size is never a matter of
-opinion."""
+"""Least and greatest radius of each size; a gap between two sizes makes them unambiguous."""
 
 COLUMNS: dict[str, float] = {"left": 0.35, "center": 0.5, "right": 0.65}
 ROWS: dict[str, float] = {"top": 0.35, "middle": 0.5, "bottom": 0.65}
-"""Where the centre of an object is, on average."""
+"""Mean x of the columns and mean y of the rows."""
 
 PLACE_JITTER = 0.02
 """An object's centre is at most this far, in x and in y, from the point of its place."""
@@ -67,9 +66,9 @@ RELATIONS: dict[str, Point] = {
 PAIR_DISTANCE = 0.25
 """In a scene of two, each centre is this far from the image's middle along the relation's axis."""
 PAIR_JITTER = 0.01
-"""… give or take this much along the axis."""
+"""Largest deviation from `PAIR_DISTANCE` along the axis."""
 PAIR_DRIFT = 0.12
-"""Across the axis both move together by at most this much, and each alone by at most `PAIR_OWN_DRIFT`."""
+"""Across the axis, both objects move together by at most this much, and each alone by at most `PAIR_OWN_DRIFT`."""
 PAIR_OWN_DRIFT = 0.03
 
 
@@ -79,8 +78,7 @@ def _circle(radius: float, num_points: int = 64) -> tuple[Point, ...]:
 
 
 def _centered(points: list[Point], half_extent: float) -> tuple[Point, ...]:
-    """The outline moved and scaled so that its bounding box is centred and its longer half-side is
-    `half_extent`."""
+    """The outline with its bounding box centred and scaled to a longer half-side of `half_extent`."""
     xs, ys = [x for x, _ in points], [y for _, y in points]
     x0, y0 = (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2
     scale = 2 * half_extent / max(max(xs) - min(xs), max(ys) - min(ys))
@@ -106,8 +104,8 @@ SHAPES: dict[str, tuple[tuple[Point, ...], ...]] = {
     ),
     "ring": (_circle(1.0), _circle(0.55)),
 }
-"""Outline polygons at radius 1 with a centred bounding box; the first is filled, a second is a hole. Chosen
-so that any two differ clearly even when drawn 10 pixels wide."""
+"""Outline polygons at radius 1 with a centred bounding box; the first is filled, a second is a hole. Any two differ
+clearly even at a width of 10 pixels."""
 
 MAX_EXTENT = 1.05
 """No outline reaches farther than this from the centre, in x or in y."""
@@ -118,8 +116,8 @@ BACKGROUND_NAMES, PLACE_NAMES, RELATION_NAMES = tuple(BACKGROUNDS), tuple(PLACES
 HELD_OUT_PAIRS: frozenset[tuple[str, str]] = frozenset(
     (shape, COLOR_NAMES[(3 * i + 1) % len(COLOR_NAMES)]) for i, shape in enumerate(SHAPE_NAMES)
 )
-"""(shape, colour) pairs that never occur in `train`: 6 of 48, each shape once and no colour twice, so that both
-are well known apart and only their combination is new."""
+"""(shape, colour) pairs that never occur in `train`: 6 of 48, each shape once and no colour twice, so that training
+shows every shape and every colour, and only the combination is new."""
 SEEN_PAIRS: tuple[tuple[str, str], ...] = tuple(
     (shape, color) for shape in SHAPE_NAMES for color in COLOR_NAMES if (shape, color) not in HELD_OUT_PAIRS
 )

@@ -1,8 +1,8 @@
-"""Drawn scenes: flat shapes with captions and full ground truth, the data every command can be tried on.
+"""Synthetic scenes: flat shapes with captions and full ground truth, as data to try every command on.
 
-A scene is a pure function of (seed, split, index): the same at every image size and in every process. In
-`train` the pairs of `HELD_OUT_PAIRS` never occur; in `val` every eighth scene has one, and the others are
-fresh draws of seen pairs, so that composing can be measured apart from remembering.
+A scene is a pure function of (seed, split, index): the same at every image size and in every process. The pairs of
+`HELD_OUT_PAIRS` never occur in `train`. In `val` every eighth scene has one, and the others have pairs that occur in
+`train`, so that composition is measured apart from memory.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -30,13 +31,14 @@ from ldm_cli.storage import TEMPORARY_PREFIX, whole_file, write_whole
 
 Split = Literal["train", "val"]
 Truth = dict[str, Any]
+_Shard = tuple[str, Split, range]
 
 VERSION = 2
-"""Rises whenever the same seed would draw other scenes."""
+"""Rises whenever the same seed gives other scenes."""
 TWO_OBJECT_FRACTION = 0.25
 """Fraction of scenes with two objects and a relation."""
 HELD_OUT_EVERY = 8
-"""Every so many scenes of `val`, one has a held-out pair: their share among all pairs."""
+"""One of so many scenes of `val` has a held-out pair, which is the share of those pairs among all."""
 _PATIENCE = 3600.0
 """Seconds that a shard may take."""
 MIN_SIZE = 32
@@ -45,17 +47,16 @@ MIN_SIZE = 32
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture, a sentence about it, and what is really in it.
+    """A picture, a sentence about it, and its ground truth.
 
     Attributes:
         image: square RGB image.
         caption: one English sentence without a full stop.
         truth: JSON-able. `objects`: one or two of {shape, color, size, place (None in scenes of two), center
-            [x, y], radius, box [left, top, right, bottom]}, lengths in image sides; `relation` of the first
-            to the second, or None; `background`; `num_objects`; `caption`; `stated`: the attributes that the
-            caption tells; `split`; `held_out`: whether a (shape, colour) pair is in it that `train` lacks.
-            For single objects `shape`, `color`, `size` and `place` are repeated at the top, as labels; they
-            are None in scenes of two.
+            [x, y], radius, box [left, top, right, bottom]}, lengths in image sides; `relation` of the first to the
+            second, or None; `background`; `num_objects`; `caption`; `stated`: the attributes that the caption names;
+            `split`; `held_out`: whether it has a (shape, colour) pair that `train` lacks. `shape`, `color`, `size` and
+            `place` of a single object are repeated at the top level as labels; they are None in scenes of two.
     """
 
     image: Image.Image
@@ -91,7 +92,7 @@ def _pairs(dice: _Dice, count: int, held_out: bool) -> list[tuple[str, str]]:
 
 
 def _geometry(size: str, place: str | None, x: float, y: float, radius: float) -> Truth:
-    # Four decimals are short enough to be read, and what is written is exactly what is drawn.
+    # Rounded before painting, so that the recorded numbers are exactly those of the picture.
     return {"size": size, "place": place, "center": [round(x, 4), round(y, 4)], "radius": round(radius, 4)}
 
 
@@ -102,7 +103,7 @@ def _single_geometry(dice: _Dice) -> list[Truth]:
 
 
 def _pair_geometry(dice: _Dice, relation: str) -> list[Truth]:
-    """Two small objects on opposite sides of the middle: a gap always parts them."""
+    """Two small objects on opposite sides of the middle, with a gap between them."""
     drift = dice.between(-words.PAIR_DRIFT, words.PAIR_DRIFT)
     dx, dy = words.RELATIONS[relation]
     objects = []
@@ -119,9 +120,9 @@ def scene(seed: int, index: int, split: Split, size: int, two_object_fraction: f
 
     Args:
         seed: any integer; other seeds give unrelated scenes.
-        index: from 0; in `val`, odd ones have a held-out (shape, colour) pair.
+        index: from 0; in `val`, every `HELD_OUT_EVERY`-th scene has a held-out (shape, colour) pair.
         split: `train` or `val`.
-        size: side of the square image in pixels, at least `MIN_SIZE`; does not change what is drawn.
+        size: side of the square image in pixels, at least `MIN_SIZE`; the content does not depend on it.
         two_object_fraction: chance of two objects, in [0, 1].
 
     Raises:
@@ -168,24 +169,25 @@ def write_scenes(
     two_object_fraction: float = TWO_OBJECT_FRACTION,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write scenes as WebDataset shards: `train-000000.tar`, …, `val-000000.tar`, …, each sample a png, a
-    txt and a json.
+    """Write scenes as WebDataset shards: `train-000000.tar`, …, `val-000000.tar`, …. A sample is a png, a txt and a
+    json.
 
-    The bytes depend on nothing but the arguments and the PNG encoder. `scenes.json` records the arguments
-    and whether
-    everything is written: the same call finishes what was interrupted, and does nothing when all is there.
+    The bytes depend only on the arguments and the PNG encoder. `scenes.json` records the arguments and whether all
+    shards are written. The same call completes an interrupted one, and does nothing after a complete one.
 
     Args:
         out: folder, made if missing.
         samples: scenes of `train`, at least 1.
         size: side of the images in pixels.
+        seed: of all scenes.
+        reporter: receives progress and messages.
         val_samples: scenes of `val`; None: a tenth of `samples`, at least 64.
         shard_samples: scenes per shard.
+        two_object_fraction: chance of two objects in a scene, in [0, 1].
         overwrite: replace scenes of other arguments.
 
     Returns:
-        What `scenes.json` holds: the arguments, and `shards`, file name to number of samples; `complete` is
-        True.
+        The content of `scenes.json`: the arguments, and `shards`, file name to number of samples; `complete` is True.
 
     Raises:
         ValueError: if a count is below 1 or the size too small.
@@ -194,16 +196,8 @@ def write_scenes(
     """
     num_val = max(64, samples // 10) if val_samples is None else val_samples
     if min(samples, num_val, shard_samples) < 1 or size < MIN_SIZE:
-        raise ValueError(
-            f"write_scenes: samples={samples}, val_samples={num_val}, shard_samples={shard_samples} must be "
-            f"at least 1, size={size} at least {MIN_SIZE}"
-        )
-    counts: tuple[tuple[Split, int], ...] = (("train", samples), ("val", num_val))
-    plan = [
-        (split, shard, range(shard * shard_samples, min(count, (shard + 1) * shard_samples)))
-        for split, count in counts
-        for shard in range(-(-count // shard_samples))
-    ]
+        raise ValueError(f"{samples=}, {num_val=}, {shard_samples=} must be at least 1, {size=} at least {MIN_SIZE}")
+    shards = [*_shards("train", samples, shard_samples), *_shards("val", num_val, shard_samples)]
     record: dict[str, Any] = {
         "generator": f"ldm scenes {VERSION}",
         "samples": samples,
@@ -211,27 +205,30 @@ def write_scenes(
         "size": size,
         "seed": seed,
         "two_object_fraction": two_object_fraction,
-        "shards": {f"{split}-{shard:06d}.tar": len(indices) for split, shard, indices in plan},
+        "shards": {name: len(indices) for name, _, indices in shards},
     }
-    finished = {**record, "complete": True}
-    if not _prepare(out, record, overwrite):
+    if _prepare(out, record, overwrite):
+        write = partial(_write_shard, out, shards, seed, size, two_object_fraction)
+        with reporter.progress(f"writing scenes into {out}", samples + num_val, unit="scene") as progress:
+            for done in accumulate(_on_all_cores(write, len(shards))):
+                progress.update(done)
+        _write_record(out, {**record, "complete": True})
+    else:
         reporter.info(f"{out}: these scenes are already there")
-        return finished
+    return {**record, "complete": True}
 
-    def write(number: int) -> int:
-        split, shard, indices = plan[number]
-        _write_shard(out / f"{split}-{shard:06d}.tar", seed, split, indices, size, two_object_fraction)
-        return len(indices)
 
-    with reporter.progress(f"drawing scenes into {out}", samples + num_val, unit="scene") as progress:
-        for done in accumulate(_on_all_cores(write, len(plan))):
-            progress.update(done)
-    _write_record(out, finished)
-    return finished
+def _shards(split: Split, count: int, shard_samples: int) -> list[_Shard]:
+    """Name, split and scene indices of each shard of a split."""
+    starts = range(0, count, shard_samples)
+    return [
+        (f"{split}-{i:06d}.tar", split, range(start, min(count, start + shard_samples)))
+        for i, start in enumerate(starts)
+    ]
 
 
 def _on_all_cores(write: Callable[[int], int], count: int) -> Iterator[int]:
-    """`write(n)` for each n below `count`; `write` needs no order."""
+    """`write(n)` for each n below `count`, in any order."""
     num_workers = min(count, len(os.sched_getaffinity(0)))
     if num_workers == 1:
         return map(write, range(count))
@@ -243,7 +240,7 @@ def _write_record(out: Path, record: dict[str, Any]) -> None:
 
 
 def _prepare(out: Path, record: dict[str, Any], overwrite: bool) -> bool:
-    """Make the folder ready; False if it holds these very scenes already, all of them."""
+    """Prepare the folder; False if it holds exactly these scenes already."""
     try:
         found = json.loads((out / "scenes.json").read_text())
     except (OSError, ValueError):
@@ -268,9 +265,13 @@ def _prepare(out: Path, record: dict[str, Any], overwrite: bool) -> bool:
     return True
 
 
-def _write_shard(path: Path, seed: int, split: Split, indices: range, size: int, two_object_fraction: float) -> None:
+def _write_shard(
+    out: Path, shards: Sequence[_Shard], seed: int, size: int, two_object_fraction: float, number: int
+) -> int:
+    """Write shard `number` of `shards`; returns its number of scenes."""
     from webdataset import TarWriter  # a slow import, needed here alone
 
+    name, split, indices = shards[number]
     stream = io.BytesIO()
     # Fixed owner, mode and time: the same scenes are the same bytes.
     with TarWriter(stream, encoder=False, user="ldm", group="ldm", mode=0o644, mtime=0) as tar:
@@ -287,5 +288,6 @@ def _write_shard(path: Path, seed: int, split: Split, indices: range, size: int,
                     "json": text,
                 }
             )
-    with whole_file(path) as partial:
-        partial.write_bytes(stream.getvalue())
+    with whole_file(out / name) as temporary:
+        temporary.write_bytes(stream.getvalue())
+    return len(indices)

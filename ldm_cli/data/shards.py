@@ -1,4 +1,4 @@
-"""The shards of a data set: found, indexed, and read member by member."""
+"""The shards of a data set: their indexes, and reading of single members."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ldm_cli.data.tar_index import Member, ShardIndex
 from ldm_cli.errors import DataError, StorageError
 
 _MAX_OPEN_FILES = 64
-_LARGE_PIECE = 1 << 20  # what is larger is not copied once more
+_LARGE_PIECE = 1 << 20  # for larger pieces, a second copy costs more than a second read
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class ShardSet:
 
     Attributes:
         paths: the files.
-        indexes: what each one holds.
-        sources: the shards of each pattern that was given.
-        image_sizes: for each shard int32 [N, 2], width and height of its samples' images, if they were needed.
-        staging: keeps fetched shards from being removed for as long as the set is in use.
+        indexes: the samples and members of each shard.
+        sources: the shards of each given pattern.
+        image_sizes: for each shard int32 [N, 2], width and height of its samples' images; None unless needed.
+        staging: keeps fetched shards from removal while the set exists.
     """
 
     paths: tuple[Path, ...]
@@ -53,13 +53,11 @@ class ShardSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of what the shards hold, in their order; the same wherever their folder lies and whatever
-        its name.
-        """
+        """SHA-256 of the shards' content, in their order; independent of the folder's place and name."""
         return hashlib.sha256("\n".join(index.fingerprint() for index in self.indexes).encode()).hexdigest()
 
     def name(self, shard: int, sample: int) -> str:
-        """How a sample is called in batches and reports: `shard/key`, the shard without its suffix."""
+        """Name of a sample in batches and reports: `shard/key`, the shard without its suffix."""
         return f"{self.paths[shard].stem}/{self.indexes[shard].key(sample)}"
 
 
@@ -81,7 +79,7 @@ class ShardReader:
         return self.read_all(shard, (member,))[0]
 
     def read_all(self, shard: int, members: Sequence[Member]) -> list[bytes]:
-        """The data of one or more members, taken in one piece where they lie together; raises as `read`."""
+        """The data of one or more members, in one read if they lie close together; raises as `read`."""
         start, last = min(members).offset - BLOCK, max(members)
         size = last.offset + last.size - start
         if size > _LARGE_PIECE or size > 2 * sum([member.size + 2 * BLOCK for member in members]):
@@ -97,7 +95,7 @@ class ShardReader:
         return found
 
     def _read_alone(self, shard: int, member: Member) -> bytes:
-        """The data of a member that is large, or lies apart: header and data in two reads, for a copy is too much."""
+        """The data of a large or distant member: header and data in two reads, which saves a copy of the data."""
         header = self._bytes(shard, member.offset - BLOCK, BLOCK)
         data = self._bytes(shard, member.offset, member.size)
         if zlib.crc32(header) != member.header_crc or len(data) != member.size:
@@ -105,7 +103,7 @@ class ShardReader:
         return data
 
     def _bytes(self, shard: int, start: int, size: int) -> bytes:
-        """That part of a shard's file, as far as it is there."""
+        """A range of a shard's file; shorter at the end of the file."""
         with self._lock:
             try:
                 return os.pread(self._descriptor(shard), size, start)
@@ -117,7 +115,7 @@ class ShardReader:
         return DataError(
             f"shard '{self._shards.paths[shard]}' has changed since it was indexed",
             f"other content at byte {member.offset - BLOCK}",
-            "leave shards alone while they are in use; then run the same command again",
+            "do not change shards while they are in use; run the same command again",
         )
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
-"""Which samples a step takes, and in which shape: shards, weights and aspect buckets put together.
+"""Which samples a step takes, and at which image shape, from shards, weights and aspect buckets.
 
-A data set is divided into sources, which are mixed by weight, and into buckets of one shape, of which a step
-takes one. Each part has an order of its own; interleavings say whose turn it is. All of it is a function of
-seed and step, so that a run may be continued anywhere.
+A data set is divided into sources, which are mixed by weight, and into buckets of one shape; a step takes one bucket.
+Each part has its own order, and interleavings choose the part. All of it is a function of seed and step, so that a run
+can continue anywhere.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ldm_cli.data.order import Order
 from ldm_cli.data.shards import ShardSet
 from ldm_cli.errors import InputNotFoundError
 
-_BLOCK = 4096  # items woven at a time
+_BLOCK = 4096  # items interleaved at a time
 
 Place = tuple[int, int]
 Shape = tuple[int, int]
@@ -33,7 +33,7 @@ class _Part:
     Attributes:
         order: of these samples, numbered within each shard from 0.
         first_shard: number of the source's first shard in the set.
-        samples: for each shard of the source the samples meant, int64; None: all of them.
+        samples: for each shard of the source the samples of this part, int64; None: all of them.
     """
 
     order: Order
@@ -45,7 +45,7 @@ class _Part:
         return self._place(*self.order(*divmod(number, self.order.num_samples)))
 
     def locate(self, number: int) -> Place:
-        """Shard and sample of the one with this number."""
+        """Shard and sample of the part's sample with this number."""
         return self._place(*self.order.locate(number))
 
     def _place(self, shard: int, sample: int) -> Place:
@@ -54,12 +54,12 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Bucket:
-    """What may stand in one batch."""
+    """The samples that may share a batch."""
 
     shape: Shape
     parts: list[_Part]
     turns: Interleaving
-    """Whose turn it is among the parts."""
+    """Chooses the part of each sample."""
 
     def at(self, number: int) -> Turn:
         """The sample at a place of the endless stream of the bucket."""
@@ -69,13 +69,13 @@ class _Bucket:
 
 @dataclass(frozen=True)
 class Turn:
-    """A sample whose turn it is, and the part it belongs to."""
+    """A chosen sample, and the part it belongs to."""
 
     place: Place
     part: _Part
 
 
-class Plan:
+class StepPlan:
     """The samples of every step.
 
     Args:
@@ -130,7 +130,7 @@ class Plan:
         return bucket.shape, [bucket.at(first + place) for place in range(places.start, places.stop)]
 
     def replacements(self, turn: Turn, epoch: int, position: int, count: int) -> list[Place]:
-        """Samples of the same source and shape that are tried in place of a bad one, in this order."""
+        """Samples of the same source and shape to try in place of a bad one, in this order."""
         counter = torch.tensor([epoch]), torch.tensor([position])
         order = turn.part.order
         numbers = philox.integers(self._replacement_key, *counter, count, order.num_samples)[0].tolist()
@@ -140,8 +140,8 @@ class Plan:
 def bucket_shapes(image_size: int, step: int, max_aspect: float) -> list[Shape]:
     """Heights and widths in multiples of `step`, of at most `image_size`² pixels and nearly as many.
 
-    For each width the greatest height that fits, and the same turned (NovelAI, "Improvements on Stable
-    Diffusion", 2022: aspect ratio bucketing).
+    Each width has the greatest height that fits, and the transposed shape (NovelAI, "Improvements on Stable Diffusion",
+    2022: aspect ratio bucketing).
     """
     shapes: set[Shape] = set()
     for width in range(step, image_size + 1, step):

@@ -1,9 +1,9 @@
-"""Samples out of shards that are not indexed but read once, from beginning to end: the output of commands, named pipes,
-sets that no disk here can hold.
+"""Samples from shards that are read once, in sequence and without an index: the output of commands, named pipes, data
+sets that exceed the disk.
 
-webdataset walks the tars and shuffles through a buffer. What a place of the order holds depends on how many readers
-there are and on where a run was continued; all else (decoding, counting of bad samples, random numbers of a step) is as
-for indexed shards. A stream without the end of its tar, or whose command failed, is damaged.
+webdataset reads the tars and shuffles through a buffer. The order of samples depends on the number of readers and on
+the step at which a run was continued. Decoding, counts of bad samples and random numbers of a step are those of indexed
+shards. A stream is damaged if the end of its tar is missing or its command failed.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from ldm_cli.errors import DataError, LdmError
 from ldm_cli.reporting import Reporter
 
 _MAX_BAD_TOGETHER = 64
-_MAX_EMPTY_PASSES = 10  # of one reader, whose shards may be empty while others are not
+_MAX_EMPTY_PASSES = 10  # of one reader: its own shards may be empty while others are not
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Shards that are read as they come, in place of a `ShardSet`.
+    """Shards that are read in sequence, in place of a `ShardSet`.
 
     Attributes:
         addresses: paths, `pipe:COMMAND`, or addresses that fsspec opens.
-        num_samples: nobody knows how many there are.
+        num_samples: None, as it is unknown.
     """
 
     addresses: tuple[str, ...]
@@ -47,18 +47,18 @@ class Stream:
 
     @property
     def fingerprint(self) -> str:
-        """What a run is told about the content: nothing."""
+        """A constant: the content is unknown before it is read."""
         return "stream"
 
     def name(self, number: int) -> str:
-        """How a shard is called in names of samples."""
+        """Name of a shard in the names of samples."""
         address = self.addresses[number]
         if address.startswith(PIPE):
             return f"pipe-{number}"
         return Path(urlsplit(address).path if "://" in address else address).stem
 
     def shown(self, number: int) -> str:
-        """How a shard is called in messages."""
+        """Name of a shard in messages."""
         address = self.addresses[number]
         if address.startswith(PIPE):
             return f"pipe-{number} ({shown_command(address)})"
@@ -66,7 +66,7 @@ class Stream:
 
 
 def open_stream(config: DataConfig, reporter: Reporter) -> Stream:
-    """The shards of a recipe that says `stream: true`; nothing is read yet.
+    """The shards of a recipe with `stream: true`; nothing is read yet.
 
     Raises:
         InputNotFoundError: files are missing.
@@ -74,8 +74,8 @@ def open_stream(config: DataConfig, reporter: Reporter) -> Stream:
     """
     stream = Stream(find_streams(config.shards, config.remote_schemes))
     reporter.warn(
-        "data.stream: shards are read as they come, so a run that is continued takes other samples than one that was "
-        "not interrupted, and so does one with other workers or ranks"
+        "data.stream: shards are read in sequence, so the samples of a step change with interruptions and with the "
+        "number of workers and ranks"
     )
     return stream
 
@@ -91,12 +91,12 @@ class RawSample:
 
 
 class StreamedSteps:
-    """The delivery of each step, out of streams of which every reader has its own.
+    """The delivery of each step; every reader has its own stream.
 
     Args:
-        stream: what `open_stream` gave.
+        stream: from `open_stream`.
         config: how samples become tensors.
-        wanted: which parts.
+        wanted: the parts to read.
         seed: of the run.
         batch_size: samples per step over all ranks.
         rank, world_size: of this process.
@@ -121,7 +121,7 @@ class StreamedSteps:
         self._first, self._num_readers = 0, 1
 
     def begin(self, steps: range, num_workers: int) -> None:
-        """These steps come now, step number n of them to worker n mod `num_workers`, a process of its own."""
+        """Announce the next steps; worker n mod `num_workers`, its own process, makes the n-th of them."""
         self._first, self._num_readers = steps.start, min(num_workers, len(steps))
 
     def __call__(self, step: int) -> Delivery:
@@ -135,7 +135,7 @@ class StreamedSteps:
         return filled(step, self._places, epoch, position, lambda number, bad: self._good_sample(draws[number], bad))
 
     def _good_sample(self, draw: list[float], bad: list[BadSample]) -> tuple[Sample, str]:
-        """The next sample that can be used."""
+        """The next usable sample."""
         assert self._samples is not None
         while len(bad) <= _MAX_BAD_TOGETHER:
             raw = next(self._samples)
@@ -151,13 +151,12 @@ class StreamedSteps:
         raise DataError(
             f"cannot use any of {len(bad)} samples, the last one '{last.key}' in '{last.shard}'",
             f"{last.reason} {last.detail}".strip(),
-            "look at what the streams deliver",
+            "check the content of the streams",
         )
 
     def _endless(self, reader: int, num_readers: int) -> Generator[RawSample | BadSample]:
-        """What one of the readers gets, pass after pass: shards of its own, or where they are too few, every so many-th
-        sample of all.
-        """
+        """The samples of one reader, pass after pass: its own shards, or with too few shards every n-th sample of
+        all."""
         from webdataset.filters import shuffle  # a slow import, needed for streams alone
 
         addresses, num_empty = range(len(self._stream.addresses)), 0
@@ -192,8 +191,8 @@ def decoded(stream: Stream, raw: RawSample, decoder: MembersDecoder, draw: Draw)
 def read_stream(
     stream: Stream, config: DataConfig, decoder: MembersDecoder, numbers: Iterable[int]
 ) -> Iterator[RawSample | BadSample]:
-    """The samples of these shards, one after the other; members of one key stand together. Where `on_bad_shard` is
-    `skip`, a bad sample without a key tells of damage behind them.
+    """The samples of these shards in sequence; members of one key must be adjacent. With `on_bad_shard: skip`, a bad
+    sample without a key reports the damage of a shard.
 
     Raises:
         DataError, StorageError: a stream is damaged, or fails, and `on_bad_shard` is `stop`.
@@ -208,7 +207,7 @@ def read_stream(
 
 
 def _samples(stream: Stream, number: int, max_bytes: int, needed: set[str]) -> Iterator[RawSample]:
-    """The samples of one shard; the last one only when all of the shard was there."""
+    """The samples of one shard; the last one only after the end of the shard was found."""
     from webdataset.tariterators import base_plus_ext  # a slow import, needed for streams alone
 
     current: RawSample | None = None
@@ -233,7 +232,7 @@ def _with_member(sample: RawSample, extension: str, data: bytes, needed: set[str
 
 
 class _StreamedMembers(Members):
-    """Members that are at hand."""
+    """Members in memory."""
 
     def __init__(self, members: dict[str, bytes]) -> None:
         self._members = members

@@ -1,5 +1,4 @@
-"""CLIP's byte-pair tokenizer: trained from captions, or read from files; equal to
-`transformers.CLIPTokenizer`.
+"""CLIP's byte-pair tokenizer: trained from captions, or read from files; equal to `transformers.CLIPTokenizer`.
 
 Sources: Sennrich, Haddow, Birch 2016, arXiv:1508.07909 (byte-pair encoding); Radford et al. 2021,
 arXiv:2103.00020 (the vocabulary's order). Vocabulary: 256 byte characters, the same 256 with `</w>`, the
@@ -10,22 +9,22 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 import tokenizers
 import torch
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
 from ldm_cli.data.tokenizer_config import MIN_VOCAB_SIZE, TokenizerConfig
+from ldm_cli.data.tokenizer_files import CONTEXT_LENGTH, END, START, read_tokenizer_files
 from ldm_cli.errors import CheckpointError, InputNotFoundError, OutputError
+from ldm_cli.storage import resolve_model_folder
 
-START, END = "<|startoftext|>", "<|endoftext|>"
-CONTEXT_LENGTH = 77
 _WORD_END = "</w>"
 _PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _SPECIAL = re.compile(r"<\|(startoftext|endoftext)\|>", re.IGNORECASE)
@@ -72,7 +71,7 @@ class Tokenizer:
 
     Attributes:
         vocab_size: rows an embedding needs, the highest id + 1; the end token has the highest id in a
-            trained vocabulary.
+            trained vocabulary without added tokens.
         start_id, end_id, pad_id: ids of the special tokens; padding is the end token unless files say
             otherwise.
         model_max_length: the context length it was made for.
@@ -84,23 +83,40 @@ class Tokenizer:
         merges: Sequence[tuple[str, str]],
         pad_token: str = END,
         model_max_length: int = CONTEXT_LENGTH,
+        added_tokens: Mapping[int, AddedToken] = MappingProxyType({}),
     ) -> None:
         """From a vocabulary and its merges.
 
+        Args:
+            vocab: token → id, with start and end.
+            merges: pairs of tokens, the first merged first.
+            pad_token: padding; where it is in no vocabulary, it gets the next id.
+            model_max_length: the context length.
+            added_tokens: tokens that are matched as a whole before a text is split, by id. The padding token is one, as
+                in transformers: with Stable Diffusion 2, "!" in a prompt is id 0.
+
         Raises:
-            ValueError: if a special token is missing from `vocab`, or a merge is not made of its tokens.
+            ValueError: start or end is missing from `vocab`, or an added token cannot have its id.
         """
-        missing = [token for token in (START, END, pad_token) if token not in vocab]
+        missing = [token for token in (START, END) if token not in vocab]
         if missing:
             raise ValueError(f"Tokenizer: special tokens {missing} are not in the vocabulary of {len(vocab)}")
         self._vocab, self._merges, self._pad_token = dict(vocab), tuple(merges), pad_token
-        self.vocab_size = max(vocab.values()) + 1
-        self.start_id, self.end_id, self.pad_id = vocab[START], vocab[END], vocab[pad_token]
-        self.model_max_length = model_max_length
         self._encoder = _pipeline(self._vocab, self._merges)
-        if pad_token != END:
-            # transformers matches it in texts too: with Stable Diffusion 2, "!" in a prompt is id 0.
-            self._encoder.add_special_tokens([_special(pad_token)])
+        self._encoder.add_tokens([token for _, token in sorted(added_tokens.items())])
+        for i, token in added_tokens.items():
+            if self._encoder.token_to_id(token.content) != i:
+                raise ValueError(f"added token {token.content!r} has id {i}, which the vocabulary does not leave free")
+        names = dict.fromkeys((START, END, pad_token))
+        known = {token.content for token in added_tokens.values()}
+        self._encoder.add_special_tokens([_special(name) for name in names if name not in known])
+        ids = self._encoder.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(ids.values()) + 1
+        self.start_id, self.end_id, self.pad_id = ids[START], ids[END], ids[pad_token]
+        self.model_max_length = model_max_length
+        end, start = (END, self.end_id), (START, self.start_id)
+        self._encoder.post_processor = processors.RobertaProcessing(end, start, False, False)
+        self._encoder.decoder = decoders.ByteLevel()
 
     @classmethod
     def train(cls, captions: Iterable[str], config: TokenizerConfig) -> Tokenizer:
@@ -127,16 +143,16 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """Read `vocab.json` and `merges.txt`, or else the `tokenizer.json` that is all transformers 5 writes.
+        """Read the files of transformers 4 or 5, as `read_tokenizer_files`.
 
         Raises:
-            InputNotFoundError: if neither is there.
-            CheckpointError: if they are not a CLIP tokenizer.
+            InputNotFoundError: if neither `tokenizer.json` nor `vocab.json` and `merges.txt` are there.
+            CheckpointError: if they are not a CLIP tokenizer, or ask for something that is not implemented.
         """
-        folder = Path(folder)
+        folder = resolve_model_folder(Path(folder))
         try:
-            vocab, merges = _read_vocabulary(folder)
-            settings = _read_settings(folder)
+            files = read_tokenizer_files(folder)
+            return cls(files.vocab, files.merges, files.pad_token, files.model_max_length, files.added_tokens)
         except OSError as error:
             name = Path(error.filename).name if error.filename else "a file"
             raise InputNotFoundError(
@@ -144,21 +160,13 @@ class Tokenizer:
                 f"{name}: {error.strerror}",
                 "give a CLIP tokenizer's folder",
             ) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"'{folder}' is no CLIP tokenizer", f"{type(error).__name__}: {error}") from error
-        pad = settings.get("pad_token") or END
-        length = settings.get("model_max_length")
-        # transformers writes 1e30 where nothing limits the length.
-        length = length if isinstance(length, int) and 2 < length <= 2**20 else CONTEXT_LENGTH
-        try:
-            return cls(vocab, merges, pad["content"] if isinstance(pad, dict) else pad, length)
         except Exception as error:  # `tokenizers` reports every fault of its input as a plain Exception
-            raise CheckpointError(f"'{folder}' is no CLIP tokenizer", str(error)) from error
+            raise CheckpointError(f"'{folder}' is no CLIP tokenizer", f"{type(error).__name__}: {error}") from error
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of all that decides which ids a text gets."""
-        parts = [sorted(self._vocab.items()), self._merges, self._pad_token]
+        parts = [sorted(self._vocab.items()), self._merges, self._pad_token, self._added_tokens()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
@@ -179,12 +187,13 @@ class Tokenizer:
             "do_lower_case": True,
             "add_prefix_space": False,
             "errors": "replace",
+            "added_tokens_decoder": self._added_tokens(),
         }
         by_id = dict(sorted(self._vocab.items(), key=lambda item: item[1]))
         files = {
             "vocab.json": json.dumps(by_id, ensure_ascii=False, indent=0),
             "merges.txt": "\n".join(["#version: 0.2", *(f"{left} {right}" for left, right in self._merges)]),
-            "tokenizer.json": self._with_specials().to_str(pretty=True),
+            "tokenizer.json": self._encoder.to_str(pretty=True),
             "tokenizer_config.json": json.dumps(settings, indent=2),
             "special_tokens_map.json": json.dumps(special, indent=2),
         }
@@ -222,24 +231,18 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, lower-case and with single blanks; special tokens are left out."""
-        by_id = {i: token for token, i in self._vocab.items()}
-        left_out = {self.start_id, self.end_id, self.pad_id}
-        text: str = decoders.ByteLevel().decode([by_id[i] for i in ids if i not in left_out])
+        text: str = self._encoder.decode(list(ids), skip_special_tokens=True)
         return text.replace(_WORD_END, " ").strip()
 
-    def _with_specials(self) -> tokenizers.Tokenizer:
-        """The pipeline as transformers has it, special tokens and all."""
-        pipeline = _pipeline(self._vocab, self._merges)
-        names = dict.fromkeys((START, END, self._pad_token))
-        pipeline.add_special_tokens([_special(name) for name in names])
-        end, start = (END, self.end_id), (START, self.start_id)
-        pipeline.post_processor = processors.RobertaProcessing(end, start, False, False)
-        pipeline.decoder = decoders.ByteLevel()
-        return pipeline
+    def _added_tokens(self) -> dict[str, dict[str, str | bool]]:
+        """The added tokens, start, end and padding among them, as tokenizer_config.json has them."""
+        flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+        added = sorted(self._encoder.get_added_tokens_decoder().items())
+        return {str(i): {flag: getattr(token, flag) for flag in flags} for i, token in added}
 
 
-def _special(token: str) -> tokenizers.AddedToken:
-    return tokenizers.AddedToken(token, normalized=False, special=True)
+def _special(token: str) -> AddedToken:
+    return AddedToken(token, normalized=False, special=True)
 
 
 def _pipeline(vocab: dict[str, int], merges: Sequence[tuple[str, str]]) -> tokenizers.Tokenizer:
@@ -263,37 +266,3 @@ def _pipeline(vocab: dict[str, int], merges: Sequence[tuple[str, str]]) -> token
         ]
     )
     return pipeline
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} holds a {type(content).__name__}, not an object")
-    return content
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    """What the optional files say; tokenizer_config.json has the last word, as in transformers."""
-    files = [folder / name for name in ("special_tokens_map.json", "tokenizer_config.json")]
-    return {key: value for file in files if file.exists() for key, value in _read_object(file).items()}
-
-
-def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Tokens with their ids, and the merges in order.
-
-    Raises:
-        OSError, ValueError, KeyError, TypeError: if files are missing or not what they should be.
-    """
-    if (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
-        model = _read_object(folder / "tokenizer.json")["model"]
-        vocab: dict[str, int] = model["vocab"]
-        pairs = [pair.split() if isinstance(pair, str) else pair for pair in model["merges"]]
-    else:
-        vocab = _read_object(folder / "vocab.json")
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
-    if any(len(pair) != 2 for pair in pairs):
-        raise ValueError("one of its merges is not two tokens")
-    if not all(type(i) is int for i in vocab.values()) or len(set(vocab.values())) != len(vocab):
-        raise ValueError("its ids are not whole numbers, each used once")
-    return vocab, [(left, right) for left, right in pairs]

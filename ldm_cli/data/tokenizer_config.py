@@ -1,4 +1,4 @@
-"""Where a recipe's vocabulary comes from, without the library that trains it: recipes are checked by this."""
+"""The `tokenizer` section of a recipe, without the tokenizer's library: recipes are checked with this alone."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ MIN_VOCAB_SIZE = 256 + 256 + 2
 
 
 class TokenizerConfig(Config):
-    """Where the vocabulary comes from."""
+    """Source of the vocabulary."""
 
     path: str | None = None
-    """Folder with `vocab.json` and `merges.txt` (or `tokenizer.json`) to load; null: train from the
-    captions."""
+    """Folder with `vocab.json` and `merges.txt` (or `tokenizer.json`); null: train on the captions."""
     vocab_size: Annotated[int, Field(ge=MIN_VOCAB_SIZE)] = 1000
-    """Most tokens to train: 514 for bytes, start and end, the rest merges. Few captions may give fewer."""
+    """Largest number of tokens to train: 514 for bytes, start and end, the rest merges. Few captions may give fewer."""
     max_captions: Annotated[int, Field(ge=1)] = 1_000_000
-    """Train on the first so many captions."""
+    """Number of captions to train on, the first ones."""

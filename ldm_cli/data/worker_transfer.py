@@ -1,7 +1,6 @@
-"""How an item travels from a worker to its parent: its tensors through a shared file in memory, the rest as bytes.
+"""Transfer of an item from a worker to its parent: tensors through a shared file in memory, the rest as bytes.
 
-Both processes know the file by the same descriptor, because one was forked from the other. Nothing of it
-outlives them.
+Both processes use the same descriptor, because one was forked from the other. The file ends with them.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PLACE_BYTES = 1 << 40  # the file is sparse: a place takes what was written there
+_PLACE_BYTES = 1 << 40  # address space of a place; the file is sparse, and takes memory only for written bytes
 
 
 def pack(item: object, memory: int, place: int) -> bytes:
-    """Write the tensors in `item` to a place of the file, over what was there, and the rest into the result.
+    """Write the tensors in `item` to a place of the file, and the rest into the result.
 
     Args:
         item: plain data, dataclasses and CPU tensors.
         memory: descriptor of the file.
-        place: which of its places, from 0.
+        place: index of the place, from 0; its old content is overwritten.
     """
     stream = io.BytesIO()
     _Packer(stream, memory, place * _PLACE_BYTES).dump(item)
@@ -32,7 +31,7 @@ def pack(item: object, memory: int, place: int) -> bytes:
 
 
 def unpack(data: bytes | bytearray) -> Any:
-    """The item that was packed, with tensors of its own."""
+    """The item that was packed; its tensors are copies."""
     return ForkingPickler.loads(data)
 
 
@@ -57,7 +56,7 @@ def _read(memory: int, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -
     while offset < tensor.nbytes:
         length = os.preadv(memory, [target[offset:]], start + offset)
         if not length:
-            raise EOFError(f"{tensor.nbytes} bytes were to be there, found {offset}")
+            raise EOFError(f"expected {tensor.nbytes} bytes, found {offset}")
         offset += length
     return tensor
 

@@ -1,11 +1,11 @@
 """Worker processes that make items ahead of their consumer and survive a signal to the whole process group.
 
-A batch queue signals every process of a job. The trainer then finishes its step and saves, for which it needs
-its workers: so they ignore these signals and end when the trainer closes them, or is gone.
+A batch queue signals every process of a job. The trainer then finishes its step and saves, for which it needs its
+workers. So they ignore these signals, and end when the trainer closes them or has ended.
 
-Item n is made by worker n mod N, so that nothing has to be put in order. Each worker has a socket of its own
-and, for tensors, an anonymous file in memory: no lock, no name in /dev/shm and no helper process that a killed
-worker could leave behind, and a worker may be killed whenever it is no longer needed.
+Worker n mod N makes item n, so that items need no sorting. Each worker has its own socket and, for tensors, an
+anonymous file in memory. There is no lock, no name in /dev/shm and no helper process, so that a worker may be killed at
+any time and leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -53,17 +53,16 @@ def made_by_workers(
     """`make(n)` for each n of `numbers`, in their order.
 
     Args:
-        make: runs in forked processes; what it returns may hold tensors anywhere, which are copied once on
-            each side.
-        numbers: which items.
+        make: runs in forked processes; its result may hold tensors anywhere, which are copied once on each side.
+        numbers: of the items.
         num_workers: processes (N).
         num_ahead: items that each worker may be ahead.
-        timeout: seconds without any news after which a worker that is waited for is taken to hang.
-        with_children: workers start processes, which signals to our group must not reach and which end with them.
+        timeout: seconds without an answer after which a worker counts as hanging.
+        with_children: workers start processes, which must not receive signals to our group and which end with them.
 
     Raises:
         WorkerError: a worker died or hangs, or none could be started.
-        Exception: whatever `make` raised, at the place of its item.
+        Exception: of `make`, in place of its item.
     """
     num_workers = min(num_workers, len(numbers))
     workers: list[_Worker[Item]] = []
@@ -121,7 +120,7 @@ class _Worker(Generic[Item]):
         answer = unpack(self._read(length, timeout))
         if isinstance(answer, BaseException):
             raise answer
-        with suppress(OSError):  # a worker that is gone is noticed when it is waited for
+        with suppress(OSError):  # the next read reports a worker that has ended
             self._socket.send(b"\0")  # the place of this item's tensors is free again
         item: Item = answer
         return item
@@ -138,7 +137,7 @@ class _Worker(Generic[Item]):
             self._wait(0)
 
     def _read(self, length: int, timeout: float) -> bytearray:
-        # Time is counted in slices, so that a job which was stopped for an hour and goes on has not timed out.
+        # Time is counted in slices: a job that was stopped for an hour and continues must not time out.
         patience = max(1, math.ceil(timeout))
         self._socket.settimeout(timeout / patience)
         data, left = bytearray(), patience
@@ -152,8 +151,8 @@ class _Worker(Generic[Item]):
                 if not left:
                     raise WorkerError(
                         f"data worker {self._number} (pid {self._pid}) hangs",
-                        f"no news of it for {timeout:g} seconds",
-                        "see whether the storage answers; data.worker_timeout is how long to wait",
+                        f"no answer for {timeout:g} seconds",
+                        "check whether the storage answers, or raise data.worker_timeout",
                     ) from None
                 continue
             except ConnectionResetError:
@@ -167,7 +166,7 @@ class _Worker(Generic[Item]):
         """Collect the process; whether it has ended."""
         try:
             pid, status = os.waitpid(self._pid, options)
-        except ChildProcessError:  # somebody else collected it
+        except ChildProcessError:  # it was collected elsewhere
             pid, status = self._pid, 0
         if pid:
             self._exit_code = os.waitstatus_to_exitcode(status)
@@ -187,13 +186,13 @@ class _Worker(Generic[Item]):
 
 
 def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
-    """Let the system send this process a signal when the thread that started it is gone; on Linux alone."""
+    """Let the system send this process a signal when the thread that started it ends; only on Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _anonymous_file() -> int:
-    """Descriptor of a file in memory, or on disk where the system has none; the same number after a fork."""
+    """Descriptor of a file in memory, or on disk on systems without such files; the same number after a fork."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("ldm-worker")
     with tempfile.TemporaryFile() as file:
@@ -210,20 +209,20 @@ def _signals_blocked() -> Iterator[None]:
 
 
 def _kill_group(number: int, frame: object) -> None:
-    """Take along the processes that a worker started."""
+    """End a worker together with the processes that it started."""
     os.killpg(0, signal.SIGKILL)
 
 
 def _work(make_all: Callable[[], None], parent: int, at_parents_end: signal.Signals | None) -> NoReturn:
-    """The life of a worker; it never returns into the code that forked it."""
+    """Run a worker; never returns into the code that forked it."""
     code = 1
     try:
-        gc.freeze()  # what the parent left to be collected is not ours to finalise
+        gc.freeze()  # finalizers of the parent's objects must not run here
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        # A parent that is killed closes its socket, which ends us at the next item; this ends us at once. It
-        # is bound to the thread that forked, so only the main thread's death means the parent's.
+        # The socket of a killed parent closes, which ends this process at the next item; the signal ends it at once. It
+        # is bound to the thread that forked, so only the main thread's end means the parent's.
         if at_parents_end is not None:
             die_with_parent(at_parents_end)
         torch.set_num_threads(1)
@@ -248,12 +247,12 @@ def _make_all(
         try:
             parent.sendall(len(data).to_bytes(_LENGTH_BYTES, "little"))
             parent.sendall(data)
-        except OSError:  # the parent closed us, or is gone
+        except OSError:  # the parent closed the socket, or has ended
             return
 
 
 def _portable(error: Exception, memory: int, place: int) -> bytes:
-    """The exception with its traceback as a note, or where it cannot travel, one that says the same."""
+    """The exception with its traceback as a note, or a RuntimeError with the same text if it cannot be pickled."""
     error.add_note("in a data worker:\n" + "".join(traceback.format_exception(error)))
     try:
         data = pack(error, memory, place)

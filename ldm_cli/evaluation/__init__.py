@@ -1,1 +1,1 @@
-"""Metrics as pure functions, and what they were measured on."""
+"""Metrics as pure functions and accumulators."""

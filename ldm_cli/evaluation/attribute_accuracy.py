@@ -1,4 +1,4 @@
-"""How much of a drawn scene's truth is found again in a picture."""
+"""Accuracy of the attributes that a picture of a synthetic scene shows."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Rates = dict[str, float | int | None]
 
 _OF_OBJECTS = ("shape", "color", "size", "place")
 RATES = (*_OF_OBJECTS, "background", "num_objects", "shape_and_color", "pair_shape_and_color", "relation")
-"""What is scored: see `score_scenes`."""
+"""The scores: see `score_scenes`."""
 
 
 def attribute_accuracy(
     images: Tensor, truths: Sequence[Truth], stated_only: bool = False, batch_size: int = 64
 ) -> dict[str, Rates]:
-    """Read pictures of drawn scenes and score them against what they should show.
+    """Read pictures of synthetic scenes and score them against their ground truth.
 
     Args:
         images: uint8 [N, 3, H, H], H at least 32.
@@ -34,24 +34,24 @@ def attribute_accuracy(
 
 
 def score_scenes(found: Sequence[SeenScene], truths: Sequence[Truth], stated_only: bool = False) -> dict[str, Rates]:
-    """Score what was read off pictures of drawn scenes against what they should show.
+    """Score scenes that were read from pictures against their ground truth.
 
     Args:
         found: N scenes as read.
         truths: N records as `ldm_cli.data.scenes.Scene.truth`.
-        stated_only: score only attributes that the caption states: right for pictures drawn from captions,
-            which are free in everything else. Shapes, colours and the number of objects are always stated.
+        stated_only: score only attributes that the caption states, as pictures generated from captions are free in all
+            others. Captions always state shapes, colours and the number of objects.
 
     Returns:
-        For `all` scenes, and for those `seen` and `held_out` (which hold a shape-colour pair that training
-        lacks): `num_images`, `num_single`, `num_pairs`, and the fraction that is right of each of
+        For `all` scenes, and for those `seen` and `held_out` (with a shape-colour pair that training lacks):
+        `num_images`, `num_single`, `num_pairs`, and the correct fraction of each of
 
         - `shape`, `color`, `size`, `place`: of all objects; `background`, `num_objects`: of all images;
-        - `shape_and_color`: of single-object images, the largest object's shape and colour both right;
+        - `shape_and_color`: of single-object images, with correct shape and colour of the largest object;
         - `pair_shape_and_color`: of two-object images, the same for both objects;
-        - `relation`: of two-object images, both objects right as above and so placed.
+        - `relation`: of two-object images, the same and with the objects in this relation.
 
-        None where there is nothing to score. An object that is missing is wrong in everything.
+        None where there is nothing to score. All attributes of a missing object count as wrong.
 
     Raises:
         ValueError: if the numbers of scenes and truths differ.
@@ -79,7 +79,7 @@ def _rates(marks: list[dict[str, list[bool]]]) -> Rates:
 
 
 def _judge(truth: Truth, found: SeenScene, stated_only: bool) -> dict[str, list[bool]]:
-    """What is right and wrong about one image: one entry per object, or one per image."""
+    """Right or wrong for each score of one image: one entry per object, or one per image."""
     wanted: list[Truth] = truth["objects"]
     stated = set(truth["stated"]) if stated_only else {*_OF_OBJECTS, "background", "relation"}
     pairing, relation_right = _match(wanted, found, truth["relation"])
@@ -99,7 +99,7 @@ def _judge(truth: Truth, found: SeenScene, stated_only: bool) -> dict[str, list[
 
 
 def _agreement(target: Truth, candidate: SeenObject | None) -> int:
-    """Of shape and colour, how many are right."""
+    """Number of correct ones among shape and colour."""
     if candidate is None:
         return 0
     return sum(getattr(candidate, name) == target[name] for name in ("shape", "color"))
@@ -108,8 +108,8 @@ def _agreement(target: Truth, candidate: SeenObject | None) -> int:
 def _match(
     wanted: Sequence[Truth], found: SeenScene, wanted_relation: str | None
 ) -> tuple[tuple[SeenObject | None, ...], bool]:
-    """The seen object for each wanted one: as many shapes and colours right as possible, then the relation;
-    and whether the relation is right."""
+    """The assignment of seen to wanted objects with the most correct shapes and colours, then the correct relation; and
+    whether the relation is correct."""
     candidates: list[SeenObject | None] = [*found.objects[: len(wanted)]]
     candidates += [None] * (len(wanted) - len(candidates))
 

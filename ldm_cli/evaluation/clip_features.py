@@ -13,11 +13,11 @@ from ldm_cli.data.tokenizer import Tokenizer
 
 
 class CLIPFeatures:
-    """A CLIP that is asked for embeddings only.
+    """Embeddings of a CLIP model.
 
     Attributes:
         image_size: side to which images are resized, in pixels.
-        num_truncated: texts so far that were too long for it.
+        num_truncated: number of texts so far that exceeded its context.
     """
 
     def __init__(self, model: CLIPModel, tokenizer: Tokenizer, device: torch.device) -> None:
@@ -37,7 +37,7 @@ class CLIPFeatures:
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """B texts to float32 [B, P] on the CPU; what a text has too much is cut off."""
+        """B texts to float32 [B, P] on the CPU; longer texts than the context are truncated."""
         tokens = self._tokenizer.encode(texts, self._model.config.text_config.max_position_embeddings)
         self.num_truncated += len(tokens.truncated)
         return self._model.get_text_features(tokens.input_ids.to(self._device)).float().cpu()

@@ -1,4 +1,4 @@
-"""What a recipe says about evaluation."""
+"""The `eval` section of a recipe."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class ZeroShotTask(Config):
     name: str
     """Name of the task in the result, e.g. `color`."""
     label: Annotated[str, Field(pattern=r"^(cls|json:.+)$")]
-    """Where the true class is: `cls` (an index) or `json:FIELD` (an index, or one of `classes`; samples
-    where it is missing or null are left out)."""
+    """Place of the true class: `cls` (an index) or `json:FIELD` (an index, or one of `classes`). Samples without it are
+    not counted."""
     classes: Annotated[tuple[str, ...], Field(min_length=2)]
     """Class names, in the order of the index."""
     templates: Annotated[tuple[Annotated[str, Field(pattern=r"\{\}")], ...], Field(min_length=1)] = ("a photo of a {}",)
@@ -37,26 +37,26 @@ class ZeroShotTask(Config):
 
 
 class EvalConfig(Config):
-    """Which models, and which metrics of them."""
+    """Models to evaluate, and metrics."""
 
     clip: str | None = None
     """CLIPModel folder: for `clip_score`, `zero_shot`, `retrieval`, `frechet_distance`."""
     vae: str | None = None
     """AutoencoderKL folder: for `reconstruction` (PSNR, SSIM)."""
     pipeline: str | None = None
-    """Pipeline folder: pictures are drawn for the captions, for `clip_score`, `frechet_distance`,
+    """Pipeline folder that generates pictures of the captions, for `clip_score`, `frechet_distance`,
     `attribute_accuracy`."""
     metrics: Annotated[tuple[MetricName, ...], Field(min_length=1)]
-    """What to measure."""
+    """Metrics to compute."""
     num_samples: Annotated[int, Field(ge=1)] = 1000
-    """How many samples of the shards to use: the first ones."""
+    """Number of samples to use, the first ones of the shards."""
     num_generated: Annotated[int, Field(ge=1)] = 256
-    """How many pictures to draw: one for each of the first captions, the i-th (from 0) with the seed
+    """Number of pictures to generate: one for each of the first captions, the i-th (from 0) with seed
     `sampling.seed + i`."""
     zero_shot: tuple[ZeroShotTask, ...] = ()
     """Classifications for `zero_shot`."""
     batch_size: Annotated[int, Field(ge=1)] = 64
-    """Samples per network call."""
+    """Samples per model call."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -64,7 +64,7 @@ class FeatureStatistics:
             ValueError: if there are fewer than two.
         """
         if self._mean is None or self._scatter is None or self.count < 2:
-            raise ValueError(f"FeatureStatistics: {self.count} features have no covariance; 2 are the least")
+            raise ValueError(f"FeatureStatistics: {self.count} features have no covariance; at least 2 are needed")
         return Gaussian(self._mean, self._scatter / (self.count - 1), self.count)
 
 
@@ -85,16 +85,15 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
 
 
 def frechet_name(weights_sha256: str) -> str:
-    """What the distance is called, after the network that made the features: `fd[1a2b3c4d]`.
+    """Name of the distance with a hash of the feature network: `fd[1a2b3c4d]`.
 
-    Only features of one and the same Inception network make the number known as FID.
+    Only the features of one specific Inception network give the number known as FID.
     """
     return f"fd[{weights_sha256[:8]}]"
 
 
 def _square_root(covariance: Tensor) -> Tensor:
-    """The symmetric root of a positive semi-definite matrix; negative eigenvalues, which rounding makes,
-    count as 0."""
+    """The symmetric root of a positive semi-definite matrix; negative eigenvalues come from rounding and count as 0."""
     values, vectors = torch.linalg.eigh(covariance)
     root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     return root

@@ -1,4 +1,4 @@
-"""How near an image is to its original: PSNR and SSIM."""
+"""Similarity of an image to its original: PSNR and SSIM."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def psnr(images: Tensor, originals: Tensor) -> Tensor:
         images, originals: [B, C, H, W] in [0, 255], any type.
 
     Returns:
-        float32 [B]. Identical images, whose ratio is infinite, count as 100 dB, so that means exist.
+        float32 [B]. Identical images count as 100 dB in place of infinity, so that means exist.
 
     Raises:
         ValueError: if the shapes differ.
@@ -36,10 +36,8 @@ def ssim(images: Tensor, originals: Tensor) -> Tensor:
     """Structural similarity of each image, at most 1 (Wang, Bovik, Sheikh, Simoncelli 2004,
     doi:10.1109/TIP.2003.819861, eq. 13).
 
-    As in the paper: an 11×11 Gaussian window with σ = 1.5, K₁ = 0.01, K₂ = 0.03, range 255, windows wholly
-        inside the
-    image, variances not bias-corrected. Each channel is compared by itself, and the mean taken over all;
-    images are not scaled down first.
+    As in the paper: an 11×11 Gaussian window with σ = 1.5, K₁ = 0.01, K₂ = 0.03, range 255, only windows inside the
+    image, variances not bias-corrected. Channels are compared separately and averaged; images are not scaled down.
 
     Args:
         images, originals: [B, C, H, W] in [0, 255], any type; H and W at least 11.

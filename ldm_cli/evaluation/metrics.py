@@ -29,7 +29,7 @@ def clip_score(image_features: Tensor, text_features: Tensor) -> Tensor:
 
 
 def summarize_clip_score(image_features: Tensor, text_features: Tensor) -> dict[str, float | int]:
-    """The mean of `clip_score` as it is published.
+    """The mean of `clip_score` in the conventions of publications.
 
     Returns:
         `mean_cosine`; `clip_score`, the mean of 100 · max(cos, 0), as mostly reported; `clipscore_hessel`,
@@ -60,10 +60,9 @@ def class_embeddings(template_features: Tensor) -> Tensor:
 
 
 def zero_shot_accuracy(image_features: Tensor, classes: Tensor, labels: Tensor) -> dict[str, float]:
-    """How often the nearest class is the right one.
+    """Accuracy of the nearest class.
 
-    A class that lies exactly as near as the right one counts as nearer, so that features which have
-    collapsed to a point score 0 and not by luck.
+    A class exactly as near as the right one counts as nearer, so that features that have collapsed to a point score 0.
 
     Args:
         image_features: float [N, D], N at least 1.
@@ -71,8 +70,8 @@ def zero_shot_accuracy(image_features: Tensor, classes: Tensor, labels: Tensor) 
         labels: int64 [N] in [0, C).
 
     Returns:
-        `top1`, and `top5` where there are more than 5 classes, over all images; `per_class`: the mean over
-        classes of their own top-1 accuracy, which rare classes weigh in as much as frequent ones.
+        `top1`, and with more than 5 classes `top5`, over all images; `per_class`: the mean over classes of their top-1
+        accuracy, in which rare classes have the same weight as frequent ones.
 
     Raises:
         ValueError: if there is no image, or a label is outside [0, C).
@@ -98,12 +97,10 @@ def zero_shot_accuracy(image_features: Tensor, classes: Tensor, labels: Tensor) 
 def retrieval_recall(
     image_features: Tensor, text_features: Tensor, captions: Sequence[str], ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
-    """Recall@k: how often the right one is among the k nearest.
+    """Recall@k: share of queries with the right answer among the k nearest.
 
-    Captions that are the same text are the same text: each distinct caption is one query, answered by any
-        image that has
-    it, and one entry of the gallery in which images look for theirs. Entries exactly as near as the right
-    one come before it.
+    Each distinct caption is one query, whose right answers are all images with that caption, and one entry of the
+    gallery that images are matched with. Entries exactly as near as the right one come before it.
 
     Args:
         image_features, text_features: float [N, D]; row i of both belongs to `captions[i]`.
@@ -134,8 +131,7 @@ def retrieval_recall(
 
 
 def _ranks(queries: Tensor, query_names: Tensor, gallery: Tensor, gallery_names: Tensor) -> Tensor:
-    """How many entries of other names lie at least as near to each query as the nearest of its own: int64
-    [Q]."""
+    """Number of entries with another name that are at least as near to each query as its own nearest one: int64 [Q]."""
     ranks = []
     for start in range(0, len(queries), _CHUNK):
         part, names = queries[start : start + _CHUNK], query_names[start : start + _CHUNK]

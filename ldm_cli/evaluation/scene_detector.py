@@ -1,10 +1,8 @@
-"""Reads drawn scenes off their pixels: background, objects with shape, colour, size and place, and their
-relation.
+"""Read synthetic scenes from their pixels: background, objects with shape, colour, size and place, and their relation.
 
-No learning: the background is the border's median; objects are connected patches that stand out from it;
-each is compared with every shape, drawn at the patch's own area and centre. All of it happens at 32×32
-pixels, to which larger images are averaged down, so that noise and ringing of decoders fade before anything
-is read.
+Nothing is learned. The background is the border's median; objects are connected patches that differ from it; each is
+compared with every shape, rendered at the patch's area and centre. Images are first averaged down to 32×32 pixels,
+which removes noise and ringing of decoders.
 """
 
 from __future__ import annotations
@@ -20,16 +18,15 @@ from ldm_cli.data import scene_vocabulary as words
 from ldm_cli.data.scene_drawing import coverage
 
 WORKING_SIZE = 32
-"""Side in pixels at which everything is read."""
+"""Side in pixels to which images are averaged down."""
 _MIN_CONTRAST = 45.0
-"""A pixel nearer to the background than this (Euclidean, 0–441) is background; the palettes are 100 apart."""
+"""Least distance of an object's pixel from the background (Euclidean, 0–441); the palettes are 100 apart."""
 _RELATIVE_CONTRAST = 0.4
-"""… and so is one with less than this fraction of the strongest contrast near it: the soft edge of an
-object."""
+"""Least distance as a fraction of the largest one nearby, which excludes the soft edge of an object."""
 _MIN_AREA = 14
-"""Pixels of the least patch that counts as an object; the smallest drawn object has 35."""
+"""Least pixels of an object's patch; the smallest rendered object has 35."""
 _MAX_OBJECTS = 2
-"""So many patches, the largest ones, are told in full."""
+"""Number of patches that are read, the largest ones."""
 
 _ATLAS_UNIT = 64
 """Pixels per unit radius in the stored shapes."""
@@ -46,7 +43,7 @@ _SOFTNESS = (1.0, 1.8, 2.6)
 
 @dataclass(frozen=True)
 class SeenObject:
-    """One object as it was read.
+    """An object that was read.
 
     Attributes:
         shape, color, size: names of `scene_vocabulary`.
@@ -65,11 +62,11 @@ class SeenObject:
 
 @dataclass(frozen=True)
 class SeenScene:
-    """One image as it was read.
+    """An image that was read.
 
     Attributes:
         background: name of the nearest background colour.
-        num_objects: patches that stand out, however many.
+        num_objects: number of all patches.
         objects: the largest of them, at most two, largest first.
     """
 
@@ -79,8 +76,7 @@ class SeenScene:
 
 
 def relation(first: SeenObject, second: SeenObject) -> str:
-    """How `first` stands to `second`: the relation along the axis on which their centres are farther
-    apart."""
+    """The relation of `first` to `second` along the axis on which their centres are farther apart."""
     dx, dy = first.center[0] - second.center[0], first.center[1] - second.center[1]
     if abs(dx) >= abs(dy):
         return "left of" if dx < 0 else "right of"
@@ -137,7 +133,7 @@ def _patches(contrast: Tensor) -> Tensor:
     count, side = contrast.shape[0], contrast.shape[-1]
     start = torch.arange(1, side * side + 1, dtype=torch.float32).view(1, side, side)
     labels = start.expand(count, -1, -1) * mask
-    while True:  # the highest number of each patch spreads over it
+    while True:  # spread the highest number of each patch over it
         spread = F.max_pool2d(labels[:, None], 3, stride=1, padding=1)[:, 0] * mask
         if torch.equal(spread, labels):
             return labels.long()
@@ -145,8 +141,8 @@ def _patches(contrast: Tensor) -> Tensor:
 
 
 def _largest_patches(labels: Tensor) -> tuple[list[int], Tensor, list[int]]:
-    """Of each image the largest patches: the image each belongs to, masks bool [M, S, S], and all patches'
-    number."""
+    """The largest patches of each image: index of the image, masks bool [M, S, S]; and each image's number of
+    patches."""
     count, side = labels.shape[0], labels.shape[-1]
     areas = torch.zeros(count, side * side + 1).scatter_add_(1, labels.flatten(1), torch.ones(count, side * side))
     areas[:, 0] = 0
@@ -158,7 +154,7 @@ def _largest_patches(labels: Tensor) -> tuple[list[int], Tensor, list[int]]:
 
 
 def _read_objects(pixels: Tensor, ground: Tensor, masks: Tensor) -> list[SeenObject]:
-    """Read M objects, each in its image [M, 3, S, S], on its ground [M, 3], within its patch [M, S, S]."""
+    """Read M objects from images [M, 3, S, S], backgrounds [M, 3] and patches [M, S, S]."""
     offset = pixels - ground[:, :, None, None]
     opacity = _opacity(offset, masks)
     fit = _fit_shapes(opacity)
@@ -182,7 +178,7 @@ def _place(x: float, y: float) -> str:
 
 
 def _opacity(offset: Tensor, masks: Tensor) -> Tensor:
-    """How much of each pixel the object covers: [M, S, S], about 0 to 1.
+    """The part of each pixel that the object covers: [M, S, S], about 0 to 1.
 
     A pixel of coverage a has the colour ground + a·(object − ground); so a is its projection on that
     difference, which the patch's strongest pixels show.
@@ -197,7 +193,7 @@ def _opacity(offset: Tensor, masks: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Fit:
-    """The best drawing of M objects: shape int64 [M], geometry [M, 4] (x, y, radius in pixels, softness),
+    """The best rendering of M objects: shape int64 [M], geometry [M, 4] (x, y, radius in pixels, softness),
     template [M, S, S]."""
 
     shape: Tensor
@@ -206,10 +202,10 @@ class _Fit:
 
 
 def _fit_shapes(opacity: Tensor) -> _Fit:
-    """The shape, centre, radius and blur whose drawing is nearest to `opacity` [M, S, S] in the mean square.
+    """The shape, centre, radius and blur whose rendering is nearest to `opacity` [M, S, S] in the mean square.
 
-    Each shape's area and centroid give its radius and centre at once; small corrections of radius and blur
-    are tried, and then of the centre.
+    Each shape's area and centroid give its radius and centre directly. Small corrections of radius and blur are tried
+    next, and then of the centre.
     """
     _, areas, centroids = _atlas()
     axis = torch.arange(WORKING_SIZE) + 0.5
@@ -223,22 +219,22 @@ def _fit_shapes(opacity: Tensor) -> _Fit:
     moved = [fitted + torch.tensor((dx, dy, 0.0, 0.0)) for dx in _SHIFTS for dy in _SHIFTS]
     fitted, error = _best_trial(opacity, moved)
     rows, shape = torch.arange(len(opacity)), error.argmin(1)
-    return _Fit(shape, fitted[rows, shape], _drawn(fitted)[rows, shape])
+    return _Fit(shape, fitted[rows, shape], _rendered(fitted)[rows, shape])
 
 
 def _best_trial(opacity: Tensor, trials: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """For each object and shape the trial [M, K, 4] that is drawn nearest to `opacity`, and its squared
-    error [M, K]."""
+    """For each object and shape the trial [M, K, 4] whose rendering is nearest to `opacity`, and its squared error
+    [M, K]."""
     best, least = trials[0], torch.full(trials[0].shape[:2], torch.inf)
     for trial in trials:
-        error = (_drawn(trial) - opacity[:, None]).square().sum((2, 3))
+        error = (_rendered(trial) - opacity[:, None]).square().sum((2, 3))
         best = torch.where((error < least)[..., None], trial, best)
         least = torch.minimum(error, least)
     return best, least
 
 
-def _drawn(geometry: Tensor) -> Tensor:
-    """All K shapes drawn: geometry [M, K, 4] (x, y, radius in pixels, softness) to coverage [M, K, S, S]."""
+def _rendered(geometry: Tensor) -> Tensor:
+    """Render all K shapes: geometry [M, K, 4] (x, y, radius in pixels, softness) to coverage [M, K, S, S]."""
     atlas, num_shapes = _atlas()[0], geometry.shape[1]
     axis = torch.arange(WORKING_SIZE) + 0.5
     x, y, radius, softness = geometry.unbind(2)
@@ -247,7 +243,7 @@ def _drawn(geometry: Tensor) -> Tensor:
     columns, rows = (
         ((axis - c[..., None]) / radius[..., None] * _ATLAS_UNIT + _ATLAS_SIDE / 2).floor().long() for c in (x, y)
     )
-    # The atlas' rim is empty, so whatever lies outside may read it.
+    # The border of the atlas is empty, so that points outside may read it.
     columns, rows = columns.clamp(0, _ATLAS_SIDE - 1), rows.clamp(0, _ATLAS_SIDE - 1)
     page = (level * num_shapes + torch.arange(num_shapes))[..., None, None]
     return atlas.take((page * _ATLAS_SIDE + rows[..., :, None]) * _ATLAS_SIDE + columns[..., None, :])

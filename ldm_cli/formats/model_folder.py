@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +25,7 @@ from ldm_cli.formats.weight_files import (
     weights_sha256,
     write_tensors,
 )
-from ldm_cli.storage import storage_errors
+from ldm_cli.storage import resolve_model_folder, storage_errors
 
 __all__ = [
     "CONFIG_NAME",
@@ -31,7 +33,8 @@ __all__ = [
     "TRANSFORMERS_WEIGHTS",
     "load_model",
     "load_weights",
-    "parse_config",
+    "model_sha256",
+    "read_as",
     "read_config",
     "save_frozen",
     "save_model",
@@ -44,10 +47,12 @@ CONFIG_NAME = "config.json"
 
 # Attention of autoencoders written before diffusers 0.17.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *_FLOAT8)
 # What DDP, compile and FSDP put into parameter names.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
 
-ConfigT = TypeVar("ConfigT")
+T = TypeVar("T")
 ModuleT_co = TypeVar("ModuleT_co", bound=nn.Module, covariant=True)
 
 
@@ -61,8 +66,15 @@ class ModelClass(Protocol[ModuleT_co]):
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json; errors as in `read_json`."""
-    return read_json(folder / CONFIG_NAME)
+    """The folder's config.json; errors as in `read_json` and `resolve_model_folder`."""
+    return read_json(resolve_model_folder(folder) / CONFIG_NAME)
+
+
+def model_sha256(folder: Path, ignored: Collection[str] = ()) -> str:
+    """Hex sha256 of what a model computes: its weights and config.json, without `ignored` fields; errors as in
+    `read_config` and `weights_sha256`."""
+    config = {k: v for k, v in read_config(folder).items() if not k.startswith("_") and k not in ignored}
+    return hashlib.sha256((weights_sha256(folder) + json.dumps(config, sort_keys=True)).encode()).hexdigest()
 
 
 def load_model(
@@ -71,7 +83,7 @@ def load_model(
     parse: Callable[[Mapping[str, Any]], Any] | None = None,
     allow_extra: bool = False,
 ) -> ModuleT_co:
-    """A model folder as a module, float32 on the CPU; errors as in `parse_config` and `load_weights`.
+    """A model folder as a module, float32 on the CPU; errors as in `resolve_model_folder` and `load_weights`.
 
     Args:
         model_class: the class of the module.
@@ -79,27 +91,28 @@ def load_model(
         parse: makes the configuration of config.json's content; None: `from_hugging_face`.
         allow_extra: as in `load_weights`.
     """
-    config = parse_config(folder, parse or model_class.config_class.from_hugging_face)
+    folder = resolve_model_folder(folder)
+    config = read_as(parse or model_class.config_class.from_hugging_face, folder / CONFIG_NAME)
     with without_weights():
         module = model_class(config)
     load_weights(module, folder, allow_extra=allow_extra)
     return module
 
 
-def parse_config(folder: Path, parse: Callable[[Mapping[str, Any]], ConfigT]) -> ConfigT:
-    """The folder's config.json, parsed; errors as in `read_config`.
+def read_as(parse: Callable[[Mapping[str, Any]], T], file: Path) -> T:
+    """What `parse` makes of a JSON file, such as the `from_hugging_face` of a configuration; errors as in `read_json`.
 
     Raises:
-        CheckpointError: it is of another model, or asks for something that is not implemented.
+        CheckpointError: the file is of another model, or asks for something that is not implemented.
     """
-    mapping = read_config(folder)
+    mapping = read_json(file)
     try:
         return parse(mapping)
     except ValidationError as error:
         causes = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise CheckpointError(f"cannot use '{folder / CONFIG_NAME}'", named(causes, "; ")) from error
+        raise CheckpointError(f"cannot use '{file}'", named(causes, "; ")) from error
     except ValueError as error:
-        raise CheckpointError(f"cannot use '{folder / CONFIG_NAME}'", str(error)) from error
+        raise CheckpointError(f"cannot use '{file}'", str(error)) from error
 
 
 @contextmanager
@@ -134,10 +147,13 @@ def load_weights(module: nn.Module, folder: Path, variant: str | None = None, al
         allow_extra: the folder may hold more than the module has (a CLIPModel, for its text tower).
 
     Raises:
-        CheckpointError: tensors are missing, left over, of another shape or not finite; up to five are named.
+        CheckpointError: float8 weights have scales; or as in `check_tensors`.
     """
     expected = module.state_dict()
     tensors = _in_names_of(expected, load_tensors(folder, variant))
+    if scales := _float8_scales(expected, tensors):
+        cause = f"float8 weights with scales are not supported: {named(scales)}"
+        raise CheckpointError(f"cannot use the tensors in '{folder}'", cause, "convert them to fp16")
     if allow_extra:
         tensors = {name: tensor for name, tensor in tensors.items() if name in expected}
     check_tensors(expected, tensors, folder)
@@ -149,6 +165,13 @@ def load_weights(module: nn.Module, folder: Path, variant: str | None = None, al
         for name, tensor in tensors.items()
     }
     module.load_state_dict(converted, assign=bool(on_meta))
+
+
+def _float8_scales(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that lie beside a float8 weight and scale it."""
+    layers = {name.rpartition(".")[0] for name, tensor in tensors.items() if tensor.dtype in _FLOAT8}
+    parts = [(name, *name.rpartition(".")[::2]) for name in tensors if name not in expected]
+    return [name for name, layer, last in parts if layer in layers and "scale" in last and last != "logit_scale"]
 
 
 def _in_names_of(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -175,7 +198,8 @@ def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor],
     """Make sure that `tensors`, read from `source`, are those that `expected` wants, with its shapes, and finite.
 
     Raises:
-        CheckpointError: tensors are missing, left over, of another shape or not finite; up to five are named.
+        CheckpointError: tensors are missing, left over, of another shape, integers in place of numbers with a fraction,
+            of a type without conversion, or not finite; up to five are named.
     """
     problems = [f"missing: {named(missing)}"] if (missing := [n for n in expected if n not in tensors]) else []
     if extra := [n for n in tensors if n not in expected]:
@@ -183,6 +207,9 @@ def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor],
     shapes = {n: (list(t.shape), list(expected[n].shape)) for n, t in tensors.items() if n in expected}
     if wrong := [f"{n} is {found}, not {wanted}" for n, (found, wanted) in shapes.items() if found != wanted]:
         problems.append(f"of another shape: {named(wrong)}")
+    types = {n: t.dtype for n, t in tensors.items() if n in expected and expected[n].is_floating_point()}
+    if strange := [f"{n} is {str(dtype).removeprefix('torch.')}" for n, dtype in types.items() if dtype not in _FLOATS]:
+        problems.append(f"of an unsupported type: {named(strange)}")
     if problems:
         remedy = "check that the configuration belongs to them"
         raise CheckpointError(f"the tensors in '{source}' do not fit", "; ".join(problems), remedy)
@@ -194,7 +221,10 @@ def _is_finite(tensor: Tensor) -> bool:
     """Whether all numbers are, seen from the extremes, of which NaN is one: 17 times as fast as to ask each number."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
-    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
+    if tensor.dtype in _FLOAT8:
+        tensor = tensor.float()
+    # In float32, the type they are used in: a large float64 is not finite there.
+    return all(bool(extreme.float().isfinite()) for extreme in tensor.aminmax())
 
 
 def save_model(

@@ -1,4 +1,4 @@
-"""What a picture says of how it was drawn: the `parameters` text of AUTOMATIC1111's web UI, and our own JSON.
+"""The provenance that a picture file holds: the `parameters` text of AUTOMATIC1111's web UI, and our own JSON.
 
 PNG keeps both as text chunks, `parameters` and `ldm_cli`. JPEG and WebP keep `parameters` in EXIF's UserComment, where
 the web UI puts it, and ours in ImageDescription.
@@ -75,24 +75,24 @@ def exif(texts: Mapping[str, str]) -> bytes:
     return data.tobytes()
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """Our JSON in a picture.
+def read_provenance(path: Path) -> dict[str, Any]:
+    """Our provenance in a picture.
 
     Raises:
         InputNotFoundError: there is no such file.
-        DataError: it is no picture, or was not drawn by `ldm sample`, or without metadata.
+        DataError: it is no picture, or not one of `ldm sample`, or without metadata.
     """
     try:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
             text = image.info.get(OURS) or image.getexif().get(ExifTags.Base.ImageDescription)
-            record = json.loads(text) if text else None
+            provenance = json.loads(text) if text else None
     except FileNotFoundError as error:
         raise InputNotFoundError(f"picture '{path}' not found") from error
     except Exception as error:  # Pillow's plugins raise nearly every kind of exception on damaged files
         raise DataError(f"cannot read '{path}'", str(error) or type(error).__name__) from error
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-        raise DataError(f"'{path}' does not say how it was drawn", "it holds no record of ldm sample")
-    return record
+    if not isinstance(provenance, dict) or not isinstance(provenance.get("prompt"), str):
+        raise DataError(f"'{path}' does not say how it was made", "it holds no provenance of ldm sample")
+    return provenance
 
 
 def _quoted(value: Any) -> str:

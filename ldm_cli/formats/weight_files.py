@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm_cli.errors import CheckpointError, InputNotFoundError, StorageError
 from ldm_cli.formats.json_file import read_json
-from ldm_cli.storage import error_number, whole_file
+from ldm_cli.storage import error_number, resolve_model_folder, whole_file
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRANSFORMERS_WEIGHTS = "model.safetensors"
@@ -32,6 +32,8 @@ _NUM_NAMED = 5
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """The safetensors files that hold the folder's weights, sorted; more than one when they are sharded.
 
+    Of an index and a whole file of the same name, diffusers reads the index, transformers the whole file.
+
     Args:
         folder: holds `diffusion_pytorch_model` or `model`, `.safetensors` or `.safetensors.index.json`.
         variant: `fp16` or `bf16` for `….fp16.safetensors`; None: full precision, else what there is.
@@ -40,15 +42,18 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
         InputNotFoundError: no weights, or a shard that the index names is missing.
         CheckpointError: pickles only; an index that is none.
     """
+    folder = resolve_model_folder(folder)
     for wanted in _VARIANTS if variant is None else (variant,):
+        infix = "" if wanted is None else f".{wanted}"
         for stem in _STEMS:
-            suffix = "" if wanted is None else f".{wanted}"
-            whole = folder / f"{stem}{suffix}.safetensors"
-            if whole.is_file():
-                return [whole]
-            index = folder / f"{stem}.safetensors.index{suffix}.json"
-            if index.is_file():
-                return _shards(index)
+            whole = f"{stem}{infix}.safetensors"
+            # The last two spellings are those of old versions.
+            indexes = [f"{stem}.safetensors{name}.json" for name in (f".index{infix}", f"{infix}.index")]
+            indexes.append(f"{whole}.index.json")
+            names = [whole, *indexes] if whole.startswith("model") else [*indexes, whole]
+            for file in (folder / name for name in names):
+                if file.is_file():
+                    return [file] if file.suffix == ".safetensors" else _shards(file)
     pickles = [p.name for p in sorted(folder.glob("*")) if p.suffix in _PICKLE_SUFFIXES]
     if pickles:
         raise CheckpointError(

@@ -1,1 +1,1 @@
-"""The lesson: diffusion in two dimensions, where everything it does can be drawn."""
+"""The lesson: diffusion in two dimensions, where every step can be plotted."""

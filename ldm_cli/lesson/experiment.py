@@ -1,4 +1,4 @@
-"""The experiments of the lesson: noise in, noise out in three ways, and classes; all with the picture models' code."""
+"""The experiments of the lesson: noising, three ways of sampling, and classes, with the code of the picture models."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ import torch
 from torch import Tensor
 
 from ldm_cli import philox
+from ldm_cli.core.condition import Condition
 from ldm_cli.core.diffusion.config import GuidanceConfig
 from ldm_cli.core.diffusion.guidance import guided
-from ldm_cli.core.diffusion.level import Level
-from ldm_cli.core.diffusion.samplers import Denoiser, denoiser, euler
-from ldm_cli.core.diffusion.timesteps import Trajectory, ddpm_trajectory
+from ldm_cli.core.diffusion.process import Level
+from ldm_cli.core.diffusion.samplers import CleanPredictor, clean_predictor, euler
+from ldm_cli.core.diffusion.timesteps import Timesteps, ddpm_timesteps
 from ldm_cli.lesson import measures
 from ldm_cli.lesson.network import NO_CLASS, Trained
 from ldm_cli.lesson.spiral import NUM_CLASSES, Points
 
 NUM_SAMPLES = 900
-"""Points that each method draws: the same initial noise for all."""
+"""Points that each method generates, all from the same initial noise."""
 DDIM_STEPS = 50
 GRID_SIZE = 21
 GRID_REACH = 2.4
-"""The field is drawn on GRID_SIZE² points of the square [−GRID_REACH, GRID_REACH]²."""
+"""The field is plotted at GRID_SIZE² points of the square [−GRID_REACH, GRID_REACH]²."""
 
 
 @dataclass(frozen=True)
 class Walk:
-    """Points on their way.
+    """The same points at several times.
 
     Attributes:
-        times: t of each stop; −1 stands for clean points.
-        stops: the points at each, float32 [S, N, 2].
+        times: t of each stop; −1 means clean points.
+        stops: the points at these times, float32 [S, N, 2].
     """
 
     times: tuple[float, ...]
@@ -54,16 +55,16 @@ class Walk:
 
 @dataclass(frozen=True)
 class Lesson:
-    """Everything that the figures show.
+    """The data of all figures.
 
     Attributes:
         data: the data set.
         levels: the training levels, t = 0 … T − 1.
-        grid: where the field is drawn, [G, 2].
+        grid: the points at which the field is plotted, [G, 2].
         field: x̂_0 of the network at each level and grid point, [T, G, 2].
         directions: per level, the cosines of `measures.directions`.
-        forward: data turning into noise, t = −1 … T − 1.
-        backward: by method (`ddpm`, `quiet`, `ddim`), noise turning into data.
+        forward: from data to noise, t = −1 … T − 1.
+        backward: from noise to data, by method (`ddpm`, `quiet`: DDPM without its noise, `ddim`).
         classes: by guidance scale, samples [N, 2] of the labels in `labels`.
         labels: int64 [N].
     """
@@ -80,29 +81,29 @@ class Lesson:
 
 
 def normal(seed: int, purpose: str, count: int, step: int = 0) -> Tensor:
-    """Standard normal noise [count, 2] that belongs to (seed, purpose, step)."""
+    """Standard normal noise [count, 2], a function of (seed, purpose, step)."""
     return philox.normal(philox.key(seed, purpose), torch.full((count,), step), torch.arange(count), (2,))
 
 
 def experiment(trained: Trained, data: Points, guidance: float, seed: int) -> Lesson:
-    """Let the trained network show what it has learnt.
+    """Run all experiments with a trained network.
 
     Args:
-        trained: network and schedule.
-        data: what it was trained on; at least NUM_SAMPLES points.
-        guidance: the guidance scale; it is compared with 1, which is none.
+        trained: network and process.
+        data: its training data, at least NUM_SAMPLES points.
+        guidance: the guidance scale to compare with 1, which means no guidance.
         seed: of all noise.
     """
-    schedule = trained.schedule
-    all_levels = ddpm_trajectory(schedule, schedule.num_timesteps, "leading", 0)
-    few_levels = ddpm_trajectory(schedule, DDIM_STEPS, "trailing", 0)
+    process = trained.process
+    all_levels = ddpm_timesteps(process, process.num_timesteps, "leading", 0)
+    few_levels = ddpm_timesteps(process, DDIM_STEPS, "trailing", 0)
     levels = tuple(start for start, _ in all_levels.steps)[::-1]
     chosen = data.xy[torch.linspace(0, len(data.xy) - 1, NUM_SAMPLES).long()]
 
     def network(x: Tensor, t: float) -> Tensor:
         return trained.network.forward(x, t, torch.full((len(x),), NO_CLASS))
 
-    denoise = denoiser(network, schedule.prediction_type)
+    denoise = clean_predictor(network, process.prediction)
     axis = torch.linspace(-GRID_REACH, GRID_REACH, GRID_SIZE)
     grid = torch.cartesian_prod(axis, axis)
     forward = _forward(chosen, levels, seed)
@@ -141,8 +142,8 @@ def _noised(forward: Walk, levels: tuple[Level, ...]) -> list[tuple[Level, Tenso
     return list(zip(levels, forward.stops[1:], strict=True))
 
 
-def _backward(denoise: Denoiser, path: Trajectory, seed: int, eta: float, noise_scale: float = 1.0) -> Walk:
-    """Draw samples and keep every stop: the sampler is that of `ldm sample`, the noise it adds is scaled here."""
+def _backward(denoise: CleanPredictor, timesteps: Timesteps, seed: int, eta: float, noise_scale: float = 1.0) -> Walk:
+    """Sample by the sampler of `ldm sample` and keep every stop; `noise_scale` scales the noise that it adds."""
     stops: list[Tensor] = []
 
     def watched(x: Tensor, level: Level) -> Tensor:
@@ -152,18 +153,21 @@ def _backward(denoise: Denoiser, path: Trajectory, seed: int, eta: float, noise_
     def step_noise(i: int) -> Tensor:
         return noise_scale * normal(seed, "spiral sampling noise", NUM_SAMPLES, i)
 
-    end = euler(watched, normal(seed, "spiral initial noise", NUM_SAMPLES), path, step_noise, eta)
-    return Walk((*path.timesteps, -1.0), torch.stack([*stops, end]))
+    end = euler(watched, normal(seed, "spiral initial noise", NUM_SAMPLES), timesteps, step_noise, eta)
+    return Walk((*timesteps.times, -1.0), torch.stack([*stops, end]))
 
 
-def _of_class(trained: Trained, labels: Tensor, scale: float, path: Trajectory, seed: int) -> Tensor:
-    """Samples [N, 2] of `labels`, with classifier-free guidance; scale 1 is without."""
+def _of_class(trained: Trained, labels: Tensor, scale: float, timesteps: Timesteps, seed: int) -> Tensor:
+    """Samples [N, 2] of the classes `labels`, with classifier-free guidance; scale 1 means none."""
 
-    def network(x: Tensor, level: Level, label: Tensor) -> Tensor:
-        return trained.network.forward(x.repeat(len(label) // len(x), 1), level.t, label)
+    def network(x: Tensor, level: Level, condition: Condition) -> Tensor:
+        assert condition.pooled is not None
+        return trained.network.forward(x, level.t, condition.pooled)
 
-    kind, none = trained.schedule.prediction_type, torch.full_like(labels, NO_CLASS)
-    return _backward(guided(network, labels, none, GuidanceConfig(scale=scale), kind), path, seed, eta=1.0).end
+    none = Condition(pooled=torch.full_like(labels, NO_CLASS))
+    config, prediction = GuidanceConfig(scale=scale), trained.process.prediction
+    model = guided(network, Condition(pooled=labels), none, config, prediction)
+    return _backward(model, timesteps, seed, eta=1.0).end
 
 
 def facts(lesson: Lesson) -> dict[str, object]:

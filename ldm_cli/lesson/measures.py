@@ -1,16 +1,16 @@
-"""What the lesson claims, in numbers: each figure's sentence has a measure here."""
+"""The claims of the lesson in numbers: each caption has a measure here."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ldm_cli.core.diffusion.level import Level
+from ldm_cli.core.diffusion.process import Level
 from ldm_cli.lesson.spiral import NUM_CLASSES, class_probabilities, nearest
 
 
 def best_x0(x: Tensor, level: Level, data: Tensor) -> Tensor:
-    """E[x_0 | x_t], the best prediction there is for these data points, in closed form, float64 [B, 2].
+    """E[x_0 | x_t], the best possible prediction for these data points, in closed form, float64 [B, 2].
 
     x_t = a x_0 + b ε makes p(x_0 = d_i | x_t) ∝ exp(−|x_t − a d_i|² / 2 b²); this is the mean of d_i under it
     (Karras et al. 2022, eq. 57, arXiv:2206.00364).
@@ -31,7 +31,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def directions(x: Tensor, x0: Tensor, level: Level, data: Tensor) -> dict[str, float]:
-    """Mean cosines between arrows a x̂_0 − x at noised data points: what a predicted x̂_0 says about where to go.
+    """Mean cosines between arrows a x̂_0 − x at noised data points, the directions to predicted clean points.
 
     Args:
         x: x_t, [B, 2].
@@ -54,12 +54,12 @@ def directions(x: Tensor, x0: Tensor, level: Level, data: Tensor) -> dict[str, f
 
 
 def describe(samples: Tensor, data: Tensor) -> dict[str, float]:
-    """How samples [N, 2] lie beside the data [M, 2].
+    """Compare samples [N, 2] with the data [M, 2].
 
     Returns:
         `distance_to_spiral`: mean distance to the arm. `spread`: root mean square distance from their own mean.
-        `near_middle`: share that is nearer to the middle than three quarters of the data. `arm_covered`: share of
-        20 equal pieces of the arm that are nearest to at least one sample. `energy_distance`: squared, 0 for equal
+        `near_middle`: share of samples nearer to the middle than three quarters of the data. `arm_covered`: share of 20
+        equal pieces of the arm with at least one nearest sample. `energy_distance`: squared, 0 for equal
         distributions (Székely & Rizzo 2013, eq. 5).
     """
     samples, data = samples.double(), data.double()
@@ -77,10 +77,10 @@ def describe(samples: Tensor, data: Tensor) -> dict[str, float]:
 
 
 def describe_classes(samples: Tensor, labels: Tensor) -> dict[str, float]:
-    """How well samples [N, 2] keep to the classes [N] they were asked for.
+    """Compare samples [N, 2] with the classes [N] that they were generated for.
 
     Returns:
-        `in_class`: share whose place on the arm belongs rather to their class than to another.
+        `in_class`: share of samples for whose place on the arm their class is the most probable.
         `class_probability`: mean p(class | place). `class_spread`: mean over classes of the standard deviation of the
         position along the arm. `distance_to_spiral`: mean.
     """

@@ -1,4 +1,4 @@
-"""The network of the lesson, and how it learns: the objective is that of every picture model in this program."""
+"""The network of the lesson and its training, with the objective of the picture models."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from ldm_cli import philox
 from ldm_cli.core.adamw import AdamW
 from ldm_cli.core.diffusion.config import DiffusionConfig
-from ldm_cli.core.diffusion.loss import diffusion_loss
-from ldm_cli.core.diffusion.schedule import NoiseSchedule
+from ldm_cli.core.diffusion.loss import add_noise, diffusion_loss
+from ldm_cli.core.diffusion.process import Process, process_of
 from ldm_cli.core.models.layers import timestep_embedding
 from ldm_cli.lesson.spiral import NUM_CLASSES, Points
 
 NO_CLASS = NUM_CLASSES
-"""The label that says nothing: what an empty prompt is to a picture model."""
+"""The label without a class, like the empty prompt of a picture model."""
 
 DIFFUSION = DiffusionConfig(num_train_timesteps=200, beta_schedule="linear", beta_start=0.0005, beta_end=0.1)
 """The schedule of Ho et al. 2020 with a fifth of its levels, each five times as strong."""
@@ -36,8 +36,8 @@ _CLASS_DROPOUT = 0.5
 class SpiralNetwork(nn.Module):
     """(x_t, t, class) → ε, by a residual multilayer perceptron of 60 thousand weights.
 
-    Time and class enter as they do in a picture model: one embedding, which scales and shifts every block's input
-    (Perez et al. 2018, arXiv:1709.07871). Sinusoids of x let so small a network draw a curve as fine as the arm.
+    Time and class enter as in a picture model: one embedding scales and shifts the input of every block (Perez et al.
+    2018, arXiv:1709.07871). With sinusoids of x, so small a network can follow the thin arm.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class SpiralNetwork(nn.Module):
         Returns:
             ε, float32 [B, 2].
         """
-        # In thousandths of the schedule, which is the scale that the sinusoids are made for.
+        # The sinusoids are made for 1000 levels.
         times = torch.as_tensor(t, dtype=torch.float32).reshape(-1) * (1000.0 / DIFFUSION.num_train_timesteps)
         embedded = self.time(timestep_embedding(times, _TIME_WIDTH, flip_sin_to_cos=True, freq_shift=0))
         parts = self.modulation(F.silu(embedded + self.label(label))).chunk(2 * _NUM_BLOCKS, dim=1)
@@ -75,16 +75,16 @@ class SpiralNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class Trained:
-    """A network that has learnt, its schedule, and its loss on the way.
+    """A trained network, its process, and its training loss.
 
     Attributes:
         network: in evaluation mode.
-        schedule: the levels it was trained at.
-        losses: one mean per hundredth of the training.
+        process: the noise levels it was trained at.
+        losses: mean loss of each hundredth of the training.
     """
 
     network: SpiralNetwork
-    schedule: NoiseSchedule
+    process: Process
     losses: tuple[float, ...]
 
 
@@ -92,17 +92,17 @@ def train(data: Points, num_steps: int, seed: int, on_step: Callable[[int, float
     """Fit the network to the noise in noised data points (Ho et al. 2020, algorithm 1).
 
     Args:
-        data: what to learn.
+        data: the training data.
         num_steps: optimizer steps of 256 points, at least 1.
-        seed: of the weights and of everything drawn.
-        on_step: told (steps done, loss) after every step.
+        seed: of the weights and of all random numbers.
+        on_step: called with (finished steps, loss) after every step.
 
     Raises:
         ValueError: if `num_steps` is less than 1.
     """
     if num_steps < 1:
         raise ValueError(f"train: num_steps={num_steps} is less than 1")
-    schedule = NoiseSchedule.from_config(DIFFUSION)
+    process = process_of(DIFFUSION)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = SpiralNetwork()
@@ -113,8 +113,10 @@ def train(data: Points, num_steps: int, seed: int, on_step: Callable[[int, float
     per_mean = max(1, num_steps // 100)
     sums, losses = 0.0, []
     for step in range(num_steps):
-        x0, label, noise, t = _batch(data, schedule, seed, step)
-        loss = diffusion_loss(schedule, network(schedule.add_noise(x0, noise, t), t, label), x0, noise, t).mean()
+        x0, label, noise, u = _batch(data, seed, step)
+        a, b, time = process.at(u)
+        output = network(add_noise(x0, noise, a, b), time, label)
+        loss = diffusion_loss(process.prediction, output, x0, noise, a, b).mean()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -124,16 +126,16 @@ def train(data: Points, num_steps: int, seed: int, on_step: Callable[[int, float
             losses.append(sums / per_mean)
             sums = 0.0
         on_step(step + 1, loss.item())
-    return Trained(network.eval().requires_grad_(False), schedule, tuple(losses))
+    return Trained(network.eval().requires_grad_(False), process, tuple(losses))
 
 
-def _batch(data: Points, schedule: NoiseSchedule, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x_0 [B, 2], labels, half of them dropped [B], ε [B, 2] and levels [B] of one step."""
+def _batch(data: Points, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x_0 [B, 2], labels, half of them dropped [B], ε [B, 2] and u of `Process.at` [B] of one step."""
     epoch, place = torch.full((_BATCH_SIZE,), step), torch.arange(_BATCH_SIZE)
     chance = philox.uniform(philox.key(seed, "spiral batch"), epoch, place, 3).double()
     noise = philox.normal(philox.key(seed, "spiral training noise"), epoch, place, (2,))
     index = (chance[:, 0] * len(data.xy)).long()
-    # Small t more often: there the field is fine, while at large t it is almost −x, and soon learnt.
-    t = (chance[:, 1].square() * schedule.num_timesteps).long()
+    # Small t more often: the field has fine detail there, while at large t it is almost −x.
+    u = chance[:, 1].square()
     label = torch.where(chance[:, 2] < _CLASS_DROPOUT, NO_CLASS, data.labels[index])
-    return data.xy[index], label, noise, t
+    return data.xy[index], label, noise, u

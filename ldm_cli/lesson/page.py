@@ -1,4 +1,4 @@
-"""The lesson as one HTML page that needs nothing else: figures as SVG, data and program of the explorer inside."""
+"""The lesson as one HTML page that loads nothing else. It holds the figures as SVG, and the explorer with its data."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_cli.lesson.drawing import COLOURS, svg
 from ldm_cli.lesson.experiment import GRID_SIZE, Lesson
-from ldm_cli.lesson.figures import Plate, colour_groups, field_opacity
+from ldm_cli.lesson.figures import LessonFigure, colour_groups, field_opacity
+from ldm_cli.lesson.plotting import DARK, LIGHT, svg
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _NUM_TIMES = 34
@@ -27,19 +27,18 @@ _METHODS = {
 }
 
 
-def page(lesson: Lesson, plates: Sequence[Plate], facts: Mapping[str, Any]) -> str:
+def page(lesson: Lesson, figures: Sequence[LessonFigure], facts: Mapping[str, Any]) -> str:
     """The page as HTML text.
 
     Args:
-        lesson: data of the explorer.
-        plates: the figures.
+        lesson: the data of the explorer.
+        figures: from `figures.lesson_figures`.
         facts: from `experiment.facts`.
     """
-    light, dark = ("".join(f"--{name}:{pair[i]};" for name, pair in COLOURS.items()) for i in (0, 1))
     parts = {
-        "LIGHT": light,
-        "DARK": dark,
-        "FIGURES": "\n".join(_section(number, plate) for number, plate in enumerate(plates, 1)),
+        "LIGHT": _variables(LIGHT),
+        "DARK": _variables(DARK),
+        "FIGURES": "\n".join(_section(number, figure) for number, figure in enumerate(figures, 1)),
         "FACTS": _table(facts),
         "DATA": json.dumps(_explorer(lesson), ensure_ascii=False, separators=(",", ":")),
     }
@@ -49,17 +48,21 @@ def page(lesson: Lesson, plates: Sequence[Plate], facts: Mapping[str, Any]) -> s
     return text
 
 
-def _section(number: int, plate: Plate) -> str:
-    figure = plate.figure
+def _variables(colours: Mapping[str, str]) -> str:
+    return "".join(f"--{name}:{value};" for name, value in colours.items())
+
+
+def _section(number: int, figure: LessonFigure) -> str:
     panels = "".join(
-        f'<div class="panel{" wide" if panel.columns > 1 else ""}">{svg(panel, f"{figure.name}-{i}")}</div>'
+        f'<div class="panel"><h3>{panel.title}</h3>{svg(panel, f"{figure.name}-{i}")}</div>'
         for i, panel in enumerate(figure.panels)
     )
+    title, caption = figure.title, figure.caption
     return (
-        f'<section id="{figure.name}"><h2><span class="number">{number}</span>{plate.title[0]}'
-        f'<small lang="zh">{plate.title[1]}</small></h2>'
+        f'<section id="{figure.name}"><h2><span class="number">{number}</span>{title.english}'
+        f'<small lang="zh">{title.chinese}</small></h2>'
         f'<figure><div class="panels" style="--columns:{figure.columns}">{panels}</div>'
-        f'<figcaption><p>{plate.sentence[0]}</p><p lang="zh">{plate.sentence[1]}</p></figcaption></figure></section>'
+        f'<figcaption><p>{caption.english}</p><p lang="zh">{caption.chinese}</p></figcaption></figure></section>'
     )
 
 
@@ -78,7 +81,7 @@ def _table(facts: Mapping[str, Any]) -> str:
 
 
 def _explorer(lesson: Lesson) -> dict[str, Any]:
-    """What the explorer draws: positions and arrows at evenly spaced times, as little-endian 16-bit integers."""
+    """The explorer's data: positions and arrows at evenly spaced times, as little-endian 16-bit integers."""
     last = len(lesson.levels) - 1
     times = [round(i * last / (_NUM_TIMES - 1)) for i in range(_NUM_TIMES)]
     walks = {"forward": lesson.forward, **lesson.backward}

@@ -1,7 +1,7 @@
 """The data of the lesson: points on a spiral, and three classes that overlap along it.
 
-A point is told by its position s in [0, 1], the share of the arm's length from the inner end. Coordinates are
-standardized: their mean is 0, and so is that of most pictures' latents; the mean of x² + y² is 2.
+A position s in [0, 1] is the share of the arm's length from the inner end. Coordinates are standardized: their mean is
+0, as for the latents of pictures, and the mean of x² + y² is 2.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def point_at(position: Tensor) -> Tensor:
 
 
 def nearest(xy: Tensor) -> tuple[Tensor, Tensor]:
-    """The position of the arm that is nearest to each point, and how far it is.
+    """The nearest position on the arm to each point, and its distance.
 
     Args:
         xy: [N, 2].
@@ -83,7 +83,7 @@ def class_probabilities(position: Tensor) -> Tensor:
 
 
 def data_set(count: int, seed: int) -> Points:
-    """`count` points, evenly along the arm, with classes drawn from p(class | s).
+    """`count` points in order and evenly along the arm, with random classes of p(class | s).
 
     Args:
         count: N.

@@ -1,7 +1,8 @@
-"""Pictures side by side, with or without words at the edges."""
+"""Pictures side by side, with or without labels at the edges."""
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 
@@ -12,19 +13,22 @@ from torch import Tensor
 from ldm_cli.errors import printable
 from ldm_cli.pictures.images import from_pillow
 
-_LINE_HEIGHT = 14
-_CHARACTER_WIDTH = 6
+_SMALLEST_CELL = 128
+_SMALLEST_FONT = 14
+_ROW_LABEL_CHARACTERS = 24
 _MOST_CHARACTERS = 300
 _MOST_LINES = 6
 _MISSING = 224
 
 
-def image_grid(images: Sequence[Tensor], columns: int, gap: int = 2) -> Tensor:
+def image_grid(images: Sequence[Tensor], columns: int | None = None, gap: int = 4) -> Tensor:
     """Pictures side by side, row by row, on white.
+
+    Pictures with a side below 128 px are enlarged, all by the same whole factor.
 
     Args:
         images: uint8 [3, H, W] each, at least one; smaller ones lie at the top left of their cell.
-        columns: pictures per row.
+        columns: pictures per row; None makes the grid nearly square.
         gap: pixels between pictures.
 
     Returns:
@@ -35,7 +39,9 @@ def image_grid(images: Sequence[Tensor], columns: int, gap: int = 2) -> Tensor:
     """
     if not images:
         raise ValueError(f"image_grid: images={images!r} is empty")
-    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    images = _enlarged(images)
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    height, width = _cell(images)
     rows = -(-len(images) // columns)
     size = (3, rows * (height + gap) - gap, min(columns, len(images)) * (width + gap) - gap)
     grid = torch.full(size, 255, dtype=torch.uint8)
@@ -46,52 +52,59 @@ def image_grid(images: Sequence[Tensor], columns: int, gap: int = 2) -> Tensor:
 
 
 def placeholder(size: tuple[int, int]) -> Tensor:
-    """A picture of height × width that is not drawn yet: light grey, uint8 [3, H, W]."""
+    """A light grey picture of height × width in place of a missing one, uint8 [3, H, W]."""
     return torch.full((3, *size), _MISSING, dtype=torch.uint8)
 
 
 def labelled_grid(
-    images: Sequence[Tensor], columns: Sequence[str], rows: Sequence[str], title: str, gap: int = 2
+    images: Sequence[Tensor],
+    columns: Sequence[str],
+    rows: Sequence[str],
+    names: tuple[str, str] = ("", ""),
+    title: str = "",
+    gap: int = 4,
 ) -> Tensor:
-    """A table of pictures, one column per entry of `columns` and one row per entry of `rows`.
+    """A table of pictures with labels above its columns and left of its rows.
 
     Args:
         images: row by row, uint8 [3, H, W] each.
-        columns: words above the columns.
-        rows: words left of the rows.
-        title: words above all.
+        columns: a label per column; if all are empty, the axes are not named either.
+        rows: a label per row.
+        names: of the horizontal and the vertical axis.
+        title: the text above the table.
         gap: pixels between pictures.
 
     Returns:
-        uint8 [3, H', W'], H' and W' larger than those of `image_grid` by what the words take.
+        uint8 [3, H', W'].
     """
     grid = image_grid(images, len(columns), gap)
-    height, width = (max(image.shape[axis] for image in images) + gap for axis in (1, 2))
-    column_words, row_words = [[_plain(label) for label in labels] for labels in (columns, rows)]
-    left = max(_CHARACTER_WIDTH * len(word) + (4 if word else 0) for word in row_words)
-    # A column of thumbnails may be narrower than its words: then each has a line of its own.
-    num_lines = 1 if all(_CHARACTER_WIDTH * len(word) <= width for word in column_words) else len(columns)
-    right = max(left + i * width + _CHARACTER_WIDTH * len(word) for i, word in enumerate(column_words))
-    total_width = max(left + grid.shape[2], right)
-    heading = textwrap.wrap(_plain(title), max(20, total_width // _CHARACTER_WIDTH))[:_MOST_LINES]
-    top = _LINE_HEIGHT * (len(heading) + num_lines)
+    height, width = (size + gap for size in _cell(_enlarged(images)))
+    font_size = max(_SMALLEST_FONT, min(height, width) // 20)
+    font, line_height, character_width = ImageFont.load_default(font_size), font_size * 4 // 3, font_size * 0.6
+    column_labels = [_wrapped(label, width / character_width) for label in columns]
+    row_labels = [_wrapped(label, _ROW_LABEL_CHARACTERS) for label in rows]
+    left = max(_text_width(font, text) for text in (*row_labels, names[1]))
+    heading = _wrapped(title, (left + grid.shape[2]) / character_width)
+    top = line_height * _num_lines(heading)
+    # Position, anchor, colour, text.
+    texts = [(0.0, 0.0, "la", "black", heading)]
+    if any(columns):
+        texts += [(left + grid.shape[2] / 2, top, "ma", "gray", names[0])]
+        top += line_height * (1 + max(map(_num_lines, column_labels)))
+        texts += [(0.0, top, "ld", "gray", names[1])]
+        texts += [(left + (i + 0.5) * width, top, "md", "black", label) for i, label in enumerate(column_labels)]
+    top += font_size // 4
+    texts += [(0.0, top + (i + 0.5) * height, "lm", "black", label) for i, label in enumerate(row_labels)]
+    sheet = Image.new("RGB", (left + grid.shape[2], top + grid.shape[1]), "white")
+    draw = ImageDraw.Draw(sheet)
+    for x, y, anchor, colour, text in texts:
+        draw.multiline_text((x, y), text, colour, font, anchor, align="center" if anchor[0] == "m" else "left")
+    pixels = from_pillow(sheet)
+    pixels[:, top:, left:] = grid
+    return pixels
 
-    canvas = Image.new("RGB", (max(total_width, 20 * _CHARACTER_WIDTH), top + grid.shape[1]), "white")
-    words = [(0, i * _LINE_HEIGHT, line) for i, line in enumerate(heading)]
-    words += [
-        (left + i * width, _LINE_HEIGHT * (len(heading) + (i if num_lines > 1 else 0)), word)
-        for i, word in enumerate(column_words)
-    ]
-    words += [(0, top + i * height, word) for i, word in enumerate(row_words)]
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default_imagefont()
-    for x, y, text in words:
-        draw.text((x, y + 1), text, "black", font)
-    sheet = from_pillow(canvas).clone()
-    sheet[:, top:, left : left + grid.shape[2]] = grid
-    return sheet
 
-
-def stacked(sheets: Sequence[Tensor], gap: int = 6) -> Tensor:
+def stacked(sheets: Sequence[Tensor], gap: int = 12) -> Tensor:
     """Sheets below one another on white, each uint8 [3, H, W]."""
     height, width = sum(s.shape[1] + gap for s in sheets) - gap, max(s.shape[2] for s in sheets)
     sheet, top = torch.full((3, height, width), 255, dtype=torch.uint8), 0
@@ -101,6 +114,31 @@ def stacked(sheets: Sequence[Tensor], gap: int = 6) -> Tensor:
     return sheet
 
 
+def _cell(images: Sequence[Tensor]) -> tuple[int, int]:
+    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    return height, width
+
+
+def _enlarged(images: Sequence[Tensor]) -> list[Tensor]:
+    factor = -(-_SMALLEST_CELL // min(_cell(images)))
+    return [
+        image.repeat_interleave(factor, 1).repeat_interleave(factor, 2) if factor > 1 else image for image in images
+    ]
+
+
+def _wrapped(text: str, characters: float) -> str:
+    return "\n".join(textwrap.wrap(_plain(text), max(8, int(characters)), max_lines=_MOST_LINES, placeholder=" ..."))
+
+
+def _num_lines(text: str) -> int:
+    return text.count("\n") + 1 if text else 0
+
+
+def _text_width(font: ImageFont.FreeTypeFont | ImageFont.ImageFont, text: str) -> int:
+    """Pixels of the longest line and a margin, 0 without text."""
+    return math.ceil(max(font.getlength(line) for line in text.split("\n"))) + 8 if text else 0
+
+
 def _plain(text: str) -> str:
-    """What the built-in font has: other characters are escaped."""
+    """The text in characters that the built-in font has; others are escaped."""
     return printable(text).encode("ascii", "backslashreplace").decode()[:_MOST_CHARACTERS]

@@ -1,4 +1,4 @@
-"""Pictures on disk: PNG, JPEG and WebP files with safe, sortable names, animations, and how they appear whole."""
+"""Picture files: PNG, JPEG, WebP and animations, written whole, with safe and sortable names."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def slug(text: str) -> str:
 
 
 def save_image(path: Path, pixels: Tensor, texts: Mapping[str, str] | None = None) -> None:
-    """Write a picture; the file appears under its name only when it is whole. Folders are created.
+    """Write a picture; the file appears under its name only when it is complete. Folders are created.
 
     Args:
         path: ends with `.png`, `.jpg` or `.webp`, which decides the format.
         pixels: uint8 [3, H, W].
-        texts: what it says of itself, by keyword (see formats.png_metadata).
+        texts: metadata by keyword (see formats.png_metadata).
 
     Raises:
         OutputError, StorageError: writing failed.
@@ -58,12 +58,12 @@ def save_image(path: Path, pixels: Tensor, texts: Mapping[str, str] | None = Non
 
 
 def save_animation(path: Path, frames: Sequence[Tensor], milliseconds: int) -> None:
-    """Write pictures that follow one another for ever, as a lossless WebP file.
+    """Write pictures as an endlessly repeating lossless WebP animation.
 
     Args:
         path: the file.
         frames: uint8 [3, H, W] each.
-        milliseconds: how long each is shown.
+        milliseconds: duration of each frame.
 
     Raises:
         OutputError, StorageError: writing failed.

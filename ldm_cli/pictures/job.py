@@ -45,16 +45,18 @@ class Sheet:
 
     Attributes:
         items: their indices in the job, row by row.
-        columns: how many there are in a row.
-        column_labels, row_labels: words at the edges, or none.
-        title: words above, if there are labels.
-        is_walk: whether they follow one another in time.
+        columns: pictures per row; None makes the sheet nearly square.
+        column_labels, row_labels: texts at the edges, or none.
+        axis_names: what the labels are values of, from left to right and from top to bottom.
+        title: text above the sheet, if it has labels.
+        is_walk: whether the pictures follow one another in time.
     """
 
     items: tuple[int, ...]
-    columns: int
+    columns: int | None = None
     column_labels: tuple[str, ...] = ()
     row_labels: tuple[str, ...] = ()
+    axis_names: tuple[str, str] = ("", "")
     title: str = ""
     is_walk: bool = False
 
@@ -100,7 +102,9 @@ def plan_job(
         own, its_edit = with_changes(sampling, edit, entry.sampling, f"prompt {entry.prompt[:40]!r}")
         items += [Item(request, own, its_edit) for request in _requests(entry, own, variation)]
     _check_size(len(items))
-    return Job(tuple(items), (Sheet(tuple(range(len(items))), min(sampling.images_per_prompt, len(items))),))
+    # A row per prompt, if there are rows at all.
+    columns = sampling.images_per_prompt if sampling.images_per_prompt > 1 and len(entries) > 1 else None
+    return Job(tuple(items), (Sheet(tuple(range(len(items))), columns),))
 
 
 def parse_axis(text: str) -> tuple[str, list[str]]:
@@ -194,7 +198,6 @@ def _crossed(
     (x_name, xs), (y_name, ys) = axes[0], axes[1] if len(axes) == 2 else ("", [""])
     items: list[Item] = []
     sheets: list[Sheet] = []
-    axes_named = f"{x_name} from left to right" + (f", {y_name} from top to bottom" if y_name else "")
     for entry, i in product(entries, range(sampling.images_per_prompt)):
         first, where = len(items), "--xy"
         for y, x in product(ys, xs):
@@ -202,8 +205,8 @@ def _crossed(
             own, its_edit = with_changes(sampling, edit, changes, where)
             items.append(Item(ImageRequest(entry.prompt, own.seed + i, entry.blend), own, its_edit))
             _check_size(len(items))
-        title = f"{axes_named}: {entry.prompt}, seed {items[first].request.seed}"
-        sheets.append(Sheet(tuple(range(first, len(items))), len(xs), tuple(xs), tuple(ys), title))
+        title = f"{entry.prompt}, seed {items[first].request.seed}"
+        sheets.append(Sheet(tuple(range(first, len(items))), len(xs), tuple(xs), tuple(ys), (x_name, y_name), title))
     return Job(tuple(items), tuple(sheets))
 
 

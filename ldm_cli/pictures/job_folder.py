@@ -1,4 +1,4 @@
-"""A folder of pictures from one job: complete, missing some, or somebody else's."""
+"""The folder of the pictures of one job: empty, incomplete, complete, or of another job."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from torch import Tensor
 from ldm_cli.errors import OutputError
 from ldm_cli.formats.json_file import write_json
 from ldm_cli.pictures.images import save_image, slug
-from ldm_cli.pictures.provenance import VERSIONS, full_record, texts_of
+from ldm_cli.pictures.provenance import VERSIONS, full_provenance, texts_of
 from ldm_cli.storage import TEMPORARY_PREFIX, storage_errors
 
-RECORD = "images.json"
+IMAGES_FILE = "images.json"
 GRID = "grid.png"
 PREVIEW = "preview.png"
 _LEAST_DIGITS = 5
 
 
 class JobFolder:
-    """Where the pictures of a job go: one job to a folder; the same one completes it, another is refused.
+    """The output folder of one job: the same job completes it, another job is refused.
 
-    images.json is written first. It holds `job` (what decides all the pictures; jobs are the same when it is, with the
-    same `images`), `images` (file, prompt, seed and what else differs), `sources` (paths) and `versions`.
+    images.json is written first. It holds `job` (the provenance that all pictures share), `images` (file, prompt, seed
+    and further provenance of each), `sources` (paths) and `versions`. Jobs with the same `job` and `images` are the
+    same.
     """
 
     def __init__(
@@ -41,11 +42,11 @@ class JobFolder:
 
         Args:
             path: the folder.
-            job: JSON data: what all pictures share.
-            images: JSON data: `prompt`, `seed` and what differs, of each picture in order.
-            sources: where models and pictures came from; changes nothing.
+            job: JSON data: the provenance that all pictures share.
+            images: JSON data: `prompt`, `seed` and the fields that differ, of each picture in order.
+            sources: paths of models and pictures; they decide nothing.
             suffix: of the files, which decides their format.
-            metadata: whether pictures say how they were drawn.
+            metadata: whether the files hold their provenance.
         """
         self.path, self.job, self.sources = path, {**job, "format": suffix[1:], "metadata": metadata}, dict(sources)
         digits = max(_LEAST_DIGITS, len(str(len(images) - 1)))
@@ -53,7 +54,7 @@ class JobFolder:
             {"file": f"{i:0{digits}d}-{slug(image['prompt'])}-{image['seed']}{suffix}", **image}
             for i, image in enumerate(images)
         ]
-        self._record, self._has_metadata = dict(job), metadata
+        self._shared, self._has_metadata = dict(job), metadata
 
     def make(self) -> None:
         """Create the folder where it is missing.
@@ -67,17 +68,17 @@ class JobFolder:
             self.path.mkdir(parents=True, exist_ok=True)
 
     def claim(self, overwrite: bool) -> list[int]:
-        """Take the folder for this job; returns the indices of the pictures that are still to be drawn.
+        """Take the folder for this job; returns the indices of the missing pictures.
 
         Args:
-            overwrite: delete what another job left here, and draw everything again.
+            overwrite: delete pictures of this or another job, and generate all of them again.
 
         Raises:
             OutputError: the folder holds another job, or files of these names, or a picture that this job is made of
                 is among them, or it cannot be written.
             StorageError: writing failed.
         """
-        before = self._read_record()
+        before = self._earlier()
         files = [str(image["file"]) for image in self.images]
         same = before is not None and before.get("job") == self.job and before.get("images") == self.images
         if not same:
@@ -94,19 +95,19 @@ class JobFolder:
             self._make_way([name for name in [*files, GRID] if (self.path / name).exists()])
         self._delete([path.name for path in self.path.glob(f"{TEMPORARY_PREFIX}*") if path.is_file()])
         content = {"job": self.job, "images": self.images, "sources": self.sources, "versions": VERSIONS}
-        write_json(self.path / RECORD, content)
+        write_json(self.path / IMAGES_FILE, content)
         return self.missing()
 
     def missing(self) -> list[int]:
-        """Indices of the pictures that are not there."""
+        """Indices of the pictures that do not exist."""
         return [i for i, image in enumerate(self.images) if not self.file(i).is_file()]
 
     def file(self, index: int) -> Path:
-        """Where a picture of the job is, or will be."""
+        """Path of a picture of the job."""
         return self.path / str(self.images[index]["file"])
 
     def add(self, pixels: Tensor, index: int) -> None:
-        """Write one picture, with what it says of itself.
+        """Write one picture and its provenance.
 
         Args:
             pixels: uint8 [3, H, W].
@@ -117,14 +118,14 @@ class JobFolder:
         """
         texts = None
         if self._has_metadata:
-            record = full_record(self._record, self.images[index], self.sources)
-            texts = texts_of(record, (pixels.shape[1], pixels.shape[2]))
+            provenance = full_provenance(self._shared, self.images[index], self.sources)
+            texts = texts_of(provenance, (pixels.shape[1], pixels.shape[2]))
         save_image(self.file(index), pixels, texts)
 
-    def _read_record(self) -> dict[str, Any] | None:
-        """images.json, None where there is none; an unreadable one is of another job."""
+    def _earlier(self) -> dict[str, Any] | None:
+        """The content of images.json: None where there is none, {} where it cannot be read."""
         try:
-            content = json.loads((self.path / RECORD).read_bytes())
+            content = json.loads((self.path / IMAGES_FILE).read_bytes())
         except FileNotFoundError:
             return None
         except (OSError, ValueError, RecursionError):
@@ -132,7 +133,7 @@ class JobFolder:
         return content if isinstance(content, dict) else {}
 
     def _difference(self, before: Mapping[str, Any] | None) -> str:
-        """What differs, in a few words."""
+        """How this job differs from the one in the folder, in a few words."""
         job = (before or {}).get("job")
         if not isinstance(job, dict):
             return "no images.json of ours is there"

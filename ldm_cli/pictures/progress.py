@@ -1,4 +1,4 @@
-"""One count for a job that is drawn in parts."""
+"""One progress count for a job that is generated in parts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ldm_cli.reporting import Figure, Progress, Reporter
 
 
 class PartOfProgress:
-    """A reporter for a part of a job: what it counts is added to what was done before."""
+    """A reporter for a part of a job; it adds the part's count to the finished units of the job."""
 
     def __init__(self, reporter: Reporter, whole: Progress, before: int) -> None:
         """For the part that begins after `before` units of `whole`; messages go to `reporter`."""

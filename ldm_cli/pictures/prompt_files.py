@@ -1,19 +1,24 @@
-"""Prompts from a file: text in kohya's line syntax, JSON Lines, or CSV with a header."""
+"""Prompts from a file: text in kohya's line syntax, JSON, JSON Lines, or CSV and TSV with a header."""
 
 from __future__ import annotations
 
-import csv
 import json
+import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm_cli.data.tables import rows_of, text_lines
 from ldm_cli.errors import DataError, InputNotFoundError
 from ldm_cli.pictures.job import PromptEntry, value_of
 
 _MOST_BYTES = 2**28
-_OPTION = re.compile(r"\s--(\w+)(?=\s|$)")
+_TEXT_SUFFIXES = ("", ".txt", ".text", ".prompt", ".prompts")
+_OPTION = re.compile(r"(?:^|\s)--(\w+)(?=\s|=|$)")
+# Two hyphens before any word; before kohya's options also one, or a dash that a text program made of two.
+_STRAY_OPTION = re.compile(r"(?:^|\s)(?:--[A-Za-z]\w*|[-\u2013\u2014](?:[nwhdsl]|ss|seed|steps|cfg|ar))[ =]+\S+")
 # The options of a line as kohya's sd-scripts have them.
 _LINE_OPTIONS = {
     "n": "negative",
@@ -40,53 +45,85 @@ _TEXTS = {"prompt", "negative"}
 def read_prompt_file(path: Path, warn: Callable[[str], None]) -> list[PromptEntry]:
     """The prompts of a file, each with settings of its own.
 
-    `.jsonl` holds an object per line, `.csv` a row per prompt under a header; their fields are `prompt` and those of
-    `sampling`. Anything else holds a prompt per line, which may end with kohya's options: `a cat --n dog --s 30 --d 1`.
-    Blank lines are skipped, in text files those that begin with `#` too.
+    `.json` holds a list of prompts or objects, also under the key `prompts`; `.jsonl` an object per line; `.csv` and
+    `.tsv` a row per prompt under a header; their fields are `prompt` and those of `sampling`. A text file holds a
+    prompt per line, which may end with kohya's options: `a cat --n dog --s 30 --d 1`; blank lines and those that begin
+    with `#` are skipped.
 
     Args:
         path: the file.
-        warn: hears of lines that are not UTF-8.
+        warn: hears of text that is not UTF-8, and of words that look like options.
 
     Raises:
         InputNotFoundError: the file cannot be read.
-        DataError: a line cannot be understood.
+        DataError: it is of another kind, or a line cannot be understood.
     """
+    suffix = path.suffix.lower()
+    readers = {".json": _from_json, ".jsonl": _from_rows, ".ndjson": _from_rows, ".csv": _from_rows, ".tsv": _from_rows}
+    if suffix not in readers and suffix not in _TEXT_SUFFIXES:
+        kinds = ", ".join((*_TEXT_SUFFIXES[1:], *readers))
+        raise DataError(f"cannot read prompts '{path}'", f"{suffix} is no kind of prompt file", f"known are {kinds}")
+    remarks: Counter[str] = Counter()
     try:
-        data = path.expanduser().read_bytes()
+        if (size := path.stat().st_size) > _MOST_BYTES:
+            raise DataError(f"cannot read prompts '{path}'", f"{size:,} bytes are no list of prompts")
+        found = list(readers.get(suffix, _from_text)(path, remarks))
     except OSError as error:
-        raise InputNotFoundError(f"cannot read prompts '{path}'", (error.strerror or "").lower()) from None
-    if len(data) > _MOST_BYTES:
-        raise DataError(f"cannot read prompts '{path}'", f"{len(data):,} bytes are no list of prompts")
-    lines = list(_lines(path, data, warn))
-    read = {".jsonl": _from_json, ".csv": _from_csv}.get(path.suffix.lower(), _from_text)
-    return list(read(path, lines))
+        raise InputNotFoundError(f"cannot read prompts '{path}'", os.strerror(error.errno or 0).lower()) from None
+    for remark, count in remarks.items():
+        warn(f"'{path}': {count} × {remark}")
+    if stray := next((entry.prompt for entry in found if stray_option(entry.prompt)), None):
+        warn(
+            f"'{path}': '{stray_option(stray)}' is part of the prompt '{stray}': options begin with '--', in text files"
+        )
+    return found
 
 
-def _lines(path: Path, data: bytes, warn: Callable[[str], None]) -> Iterator[str]:
-    """Lines without their ends; what is not UTF-8 becomes U+FFFD."""
-    for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        try:
-            text = raw.decode("utf-8")
-        except UnicodeDecodeError:
-            warn(f"'{path}' line {number} is not UTF-8: what cannot be read becomes U+FFFD")
-            text = raw.decode("utf-8", "replace")
-        yield text.removesuffix("\r")
+def stray_option(prompt: str) -> str | None:
+    """What looks like an option in a prompt, such as `-w 64`; None if nothing does."""
+    found = _STRAY_OPTION.search(prompt)
+    return found[0].strip() if found else None
 
 
-def _from_text(path: Path, lines: list[str]) -> Iterator[PromptEntry]:
+def _from_text(path: Path, remarks: Counter[str]) -> Iterator[PromptEntry]:
+    lines = [line.rstrip("\r\n") for line in text_lines(path, lambda what: remarks.update((what,)))]
+    _expect_lines_of_text(path, lines)
     for number, line in enumerate(lines, start=1):
         if line.strip() and not line.lstrip().startswith("#"):
             yield _line_entry(line.strip(), f"'{path}' line {number}")
 
 
+def _expect_lines_of_text(path: Path, lines: list[str]) -> None:
+    """Refuse a file whose content is of another kind than its suffix says."""
+    text = [line for line in lines if line.strip()]
+    kind = None
+    if any("\0" in line for line in text):
+        kind = "no text"
+    elif text and (_is_json(text[0]) or _is_json("".join(text))):
+        kind = "JSON: call it .json or .jsonl"
+    elif text and len(cells := re.split(r"[,;|\t]", text[0].lower())) > 1 and "prompt" in map(str.strip, cells):
+        kind = "a table with a header: call it .csv"
+    if kind:
+        raise DataError(f"cannot read prompts '{path}'", f"its content is {kind}")
+
+
+def _is_json(text: str) -> bool:
+    """Whether this is a JSON list or object; words in brackets are none."""
+    try:
+        return isinstance(json.loads(text), list | dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def _line_entry(line: str, where: str) -> PromptEntry:
     found = list(_OPTION.finditer(line))
+    if found and found[0].start() == 0:
+        raise DataError(f"{where}: options without a prompt", f"it begins with {found[0][0].strip()}")
     prompt = line[: found[0].start()] if found else line
     ends = [match.start() for match in found[1:]] + [len(line)] * bool(found)
     sampling: dict[str, Any] = {}
     for match, end in zip(found, ends, strict=True):
-        field, text = _LINE_OPTIONS.get(match[1]), line[match.end() : end].strip()
+        field, text = _LINE_OPTIONS.get(match[1]), line[match.end() : end].strip(" =\t")
         if field is None:
             known = ", ".join(f"--{name}" for name in _LINE_OPTIONS)
             remedy = f"known are {known}; a prompt with '--' in it can stand in a .jsonl file"
@@ -95,29 +132,30 @@ def _line_entry(line: str, where: str) -> PromptEntry:
     return PromptEntry(prompt=prompt.strip(), sampling=sampling)
 
 
-def _from_json(path: Path, lines: list[str]) -> Iterator[PromptEntry]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"'{path}' line {number}"
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not JSON", str(error)) from None
-        if not isinstance(fields, dict):
-            raise DataError(f"{where}: an object expected", remedy='write {"prompt": "…", "steps": 30}')
+def _from_rows(path: Path, remarks: Counter[str]) -> Iterator[PromptEntry]:
+    """The rows of a table, or the objects of JSON Lines."""
+    is_typed = path.suffix.lower() in (".jsonl", ".ndjson")
+    for where, row in rows_of(path, lambda what: remarks.update((what,))):
+        where, fields = f"'{path}' {where}", row
+        if not is_typed:
+            fields = {name.lower().replace(" ", "_"): text for name, text in row.items() if text}
+            fields = {name: _value(_ALIASES.get(name, name), text) for name, text in fields.items()}
         yield _entry(fields, where)
 
 
-def _from_csv(path: Path, lines: list[str]) -> Iterator[PromptEntry]:
-    csv.field_size_limit(_MOST_BYTES)
-    reader = csv.DictReader(f"{line}\n" for line in lines)
-    for row in reader:
-        where = f"'{path}' line {reader.line_num}"
-        if None in row:
-            raise DataError(f"{where}: more fields than the header", remedy="put a prompt with commas in quotes")
-        fields = {name.strip(): text for name, text in row.items() if text}
-        yield _entry({name: _value(_ALIASES.get(name, name), text) for name, text in fields.items()}, where)
+def _from_json(path: Path, remarks: Counter[str]) -> Iterator[PromptEntry]:
+    try:
+        value = json.loads("".join(text_lines(path, lambda what: remarks.update((what,)))))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"cannot read prompts '{path}'", f"not JSON: {error}") from None
+    if isinstance(value, dict):
+        value = value.get("prompts", [value])
+    if not isinstance(value, list):
+        raise DataError(f"cannot read prompts '{path}'", "expected a list of prompts")
+    for number, entry in enumerate(value, start=1):
+        if not isinstance(entry, str | dict):
+            raise DataError(f"'{path}' entry {number}", "expected a prompt or an object")
+        yield _entry({"prompt": entry} if isinstance(entry, str) else entry, f"'{path}' entry {number}")
 
 
 def _entry(fields: Mapping[str, Any], where: str) -> PromptEntry:

@@ -1,4 +1,4 @@
-"""What decides a picture, as JSON: kept in images.json and in the picture itself, enough to draw it again."""
+"""Provenance: what decides a picture, as JSON in images.json and in the picture itself, enough to generate it again."""
 
 from __future__ import annotations
 
@@ -38,59 +38,59 @@ _FOLDERS_WITHIN_A_RUN = ("model", "ema")
 VERSIONS = {"ldm": __version__, "torch": torch.__version__}
 
 
-def full_record(job: Mapping[str, Any], image: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
-    """The record of one picture, which says all without its neighbours.
+def full_provenance(job: Mapping[str, Any], image: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
+    """The complete provenance of one picture.
 
     Args:
-        job: what all pictures of the job share: `sampling`, `edit`, `weights`, `scheduler`, …
-        image: `prompt`, `seed` and what differs from the job; its `file` is left out.
-        sources: where the model and the pictures to work on are.
+        job: shared by all pictures of the job: `sampling`, `edit`, `weights`, `scheduler`, …
+        image: `prompt`, `seed` and the fields that differ from the job; its `file` is not taken over.
+        sources: paths of the model and the pictures to work on.
     """
     own = {name: value for name, value in image.items() if name != "file"}
     return {**job, **own, "sources": dict(sources), "versions": VERSIONS}
 
 
-def texts_of(record: Mapping[str, Any], size: tuple[int, int]) -> dict[str, str]:
-    """What a picture of height × width says of itself: `parameters` for other programs, `ldm_cli` as JSON."""
+def texts_of(provenance: Mapping[str, Any], size: tuple[int, int]) -> dict[str, str]:
+    """The texts in a picture of height × width: `parameters` for other programs, and `ldm_cli`, which is JSON."""
     return {
-        PARAMETERS: _parameters(record, size),
-        OURS: json.dumps(record, ensure_ascii=False, sort_keys=True),
+        PARAMETERS: _parameters(provenance, size),
+        OURS: json.dumps(provenance, ensure_ascii=False, sort_keys=True),
     }
 
 
-def recipe_of(record: Mapping[str, Any]) -> dict[str, Any]:
+def recipe_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe, as plain data, of the job whose only picture is this one."""
-    sources, edit = record.get("sources", {}), dict(record.get("edit") or {})
+    sources, edit = provenance.get("sources", {}), dict(provenance.get("edit") or {})
     edit = {name: value for name, value in edit.items() if not name.endswith("_sha256")}
-    entry = {"prompt": record["prompt"], "blend": record.get("blend")}
+    entry = {"prompt": provenance["prompt"], "blend": provenance.get("blend")}
     return {
         "command": "sample",
         "model": sources.get("model", ""),
         "prompts": [entry],
-        "sampling": {**record["sampling"], "seed": record["seed"], "images_per_prompt": 1},
+        "sampling": {**provenance["sampling"], "seed": provenance["seed"], "images_per_prompt": 1},
         "edit": edit | {name: sources[name] for name in ("image", "mask", "style") if name in sources},
-        "tile": record.get("tile"),
-        "weighted_words": record.get("weighted_words", True),
+        "tile": provenance.get("tile"),
+        "weighted_words": provenance.get("weighted_words", True),
     }
 
 
 def check_repeatable(shared: Mapping[str, Any], repeated: Mapping[str, Any], warn: Callable[[str], None]) -> None:
-    """Make sure that a picture is drawn again with what it was drawn with.
+    """Make sure that model and inputs are those of the picture that is repeated.
 
     Args:
-        shared: of the job that repeats it.
-        repeated: the picture's own record.
-        warn: is told of versions that differ.
+        shared: provenance of the job that repeats it.
+        repeated: the picture's own provenance.
+        warn: receives a message for each version that differs.
 
     Raises:
-        CheckpointError: the model, or one that guides it, is another one.
-        DataError: a picture to work on, or the latents, are not what they were.
+        CheckpointError: the model, or one that guides it, has changed.
+        DataError: a picture to work on, or the latents, have changed.
     """
     for name in ("weights", "scheduler"):
         if shared[name] != repeated.get(name):
             raise CheckpointError("cannot repeat the picture", f"the model's {name} have changed since", "give --model")
-    for name, digest in repeated.get("guides", {}).items():
-        if shared.get("guides", {}).get(name, digest) != digest:
+    for name, digest in repeated.get("guidance_models", {}).items():
+        if shared.get("guidance_models", {}).get(name, digest) != digest:
             raise CheckpointError("cannot repeat the picture", f"the weights of guidance.{name} have changed since")
     ours, theirs = shared.get("edit") or {}, repeated.get("edit") or {}
     for name in ("image", "mask", "style"):
@@ -101,27 +101,27 @@ def check_repeatable(shared: Mapping[str, Any], repeated: Mapping[str, Any], war
     for name, version in VERSIONS.items():
         before = repeated.get("versions", {}).get(name)
         if before != version:
-            warn(f"drawn with {name} {before}, repeated with {version}: pixels may differ by rounding")
+            warn(f"made with {name} {before}, repeated with {version}: pixels may differ by rounding")
 
 
-def _parameters(record: Mapping[str, Any], size: tuple[int, int]) -> str:
-    sampling, edit, blend = record["sampling"], record.get("edit"), record.get("blend") or {}
-    variation = blend if blend.get("prompt") == record["prompt"] else {}
+def _parameters(provenance: Mapping[str, Any], size: tuple[int, int]) -> str:
+    sampling, edit, blend = provenance["sampling"], provenance.get("edit"), provenance.get("blend") or {}
+    variation = blend if blend.get("prompt") == provenance["prompt"] else {}
     fields = {
         "Steps": sampling["steps"],
         "Sampler": _A1111_SAMPLERS[sampling["sampler"]],
         "Schedule type": _A1111_SCHEDULES.get(sampling["timestep_spacing"]),
         "CFG scale": sampling["guidance"]["scale"],
-        "Seed": record["seed"],
+        "Seed": provenance["seed"],
         "Size": f"{size[1]}x{size[0]}",
-        "Model hash": record["weights"].get("unet", "")[:10] or None,
-        "Model": _model_name(record["sources"].get("model")),
+        "Model hash": provenance["weights"].get("unet", "")[:10] or None,
+        "Model": _model_name(provenance["sources"].get("model")),
         "Variation seed": variation.get("seed"),
         "Variation seed strength": variation.get("weight"),
         "Denoising strength": None if edit is None else edit["strength"],
         "Version": f"ldm_cli {VERSIONS['ldm']}",
     }
-    return format_parameters(record["prompt"], sampling["negative"], fields)
+    return format_parameters(provenance["prompt"], sampling["negative"], fields)
 
 
 def _model_name(folder: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""The pictures of a job side by side: `grid.png`, kept up to date while they are drawn, and walks as animations."""
+"""Overviews of a job: `grid.png`, kept up to date during the run, `preview.png`, and walks as animations."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from ldm_cli.pictures.job_folder import GRID, PREVIEW, JobFolder
 
 _MOST_IN_GRID = 400
 _SECONDS_BETWEEN_GRIDS = 2.0
-_REST = 20  # times as long as the last grid took
+_PAUSE_FACTOR = 20
+"""The pause after a grid, in multiples of the time that it took."""
 _MILLISECONDS_PER_FRAME = 100
-_WIDEST_PREVIEW = 8
 
 
 class Sheets:
-    """Draws what shows several pictures; those that are missing are grey."""
+    """Writes the files that show several pictures of a job. Missing pictures are grey."""
 
     def __init__(self, folder: JobFolder, job: Job) -> None:
         self._folder, self._job = folder, job
         self._next = time.monotonic() + _SECONDS_BETWEEN_GRIDS
 
     def refresh(self) -> None:
-        """Draw the grid as it is now, unless that was done a moment ago; costs next to nothing in the long run."""
+        """Write the grid as it is now, unless the last one is recent: grids take at most a twentieth of the time."""
         started = time.monotonic()
         if started >= self._next:
             self.write_grid()
             ended = time.monotonic()
-            self._next = ended + max(_SECONDS_BETWEEN_GRIDS, _REST * (ended - started))
+            self._next = ended + max(_SECONDS_BETWEEN_GRIDS, _PAUSE_FACTOR * (ended - started))
 
     def write_grid(self) -> Path:
         """grid.png of the job's first pictures, sheet by sheet; returns its path.
@@ -43,7 +43,7 @@ class Sheets:
         shown: list[Tensor] = []
         count = 0
         for sheet in self._job.sheets:
-            shown.append(self._drawn(sheet, _MOST_IN_GRID - count))
+            shown.append(self._composed(sheet, _MOST_IN_GRID - count, is_first=not shown))
             count += len(sheet.items)
             if count >= _MOST_IN_GRID:
                 break
@@ -67,23 +67,25 @@ class Sheets:
         return paths
 
     def write_preview(self, images: Tensor) -> None:
-        """preview.png of the pictures under way, uint8 [N, 3, H, W].
+        """preview.png of the unfinished pictures, uint8 [N, 3, H, W].
 
         Raises:
             OutputError, StorageError: writing failed.
         """
-        save_image(self._folder.path / PREVIEW, image_grid(list(images), min(_WIDEST_PREVIEW, len(images))))
+        save_image(self._folder.path / PREVIEW, image_grid(list(images)))
 
     def remove_preview(self) -> None:
-        """What was under way is done."""
+        """Delete preview.png, as its pictures are finished."""
         (self._folder.path / PREVIEW).unlink(missing_ok=True)
 
-    def _drawn(self, sheet: Sheet, limit: int) -> Tensor:
-        whole_rows = max(1, limit // sheet.columns) * sheet.columns
-        items = sheet.items[:whole_rows]
-        there = {i: read_image(self._folder.file(i)) for i in items if self._folder.file(i).is_file()}
-        size = next(((p.shape[1], p.shape[2]) for p in there.values()), (16, 16))
-        pictures = [there[i] if i in there else placeholder(size) for i in items]
+    def _composed(self, sheet: Sheet, limit: int, is_first: bool) -> Tensor:
+        columns = sheet.columns or 1
+        items = sheet.items[: max(1, limit // columns) * columns]
+        present = {i: read_image(self._folder.file(i)) for i in items if self._folder.file(i).is_file()}
+        size = next(((p.shape[1], p.shape[2]) for p in present.values()), (16, 16))
+        pictures = [present[i] if i in present else placeholder(size) for i in items]
         if not sheet.column_labels:
             return image_grid(pictures, sheet.columns)
-        return labelled_grid(pictures, sheet.column_labels, sheet.row_labels, sheet.title)
+        # All sheets of a job have the same axes: the first one names them.
+        labels = sheet.column_labels if is_first else ("",) * columns
+        return labelled_grid(pictures, labels, sheet.row_labels, sheet.axis_names, sheet.title)

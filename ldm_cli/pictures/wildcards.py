@@ -1,4 +1,4 @@
-"""Words drawn from files: `a __color__ circle` with `color.txt`, a word per line."""
+"""Random words from files: `a __color__ circle` takes one of the lines of `color.txt`."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class Wildcards:
         Raises:
             InputNotFoundError: there is no such folder.
         """
-        self._folder = folder.expanduser()
+        self._folder = folder
         if not self._folder.is_dir():
             raise InputNotFoundError(f"wildcards '{folder}' not found", "no such folder", "check --wildcards")
         self._words = cache(self._read)
 
     def filled_in(self, job: Job) -> Job:
-        """The job with every wildcard of its prompts replaced; the seed of a picture decides by what."""
+        """The job with every wildcard of its prompts replaced; the seed of a picture chooses the words."""
         return replace(job, items=tuple(self._with_words(item) for item in job.items))
 
     def fill_in(self, text: str, seed: int) -> str:
-        """Text with its wildcards replaced; the same for the same seed, independent from place to place.
+        """The text with its wildcards replaced. Choices depend on the seed, and are independent of one another.
 
         Raises:
             InputNotFoundError: a list is missing or empty.

@@ -1,4 +1,4 @@
-"""Pictures are written by a thread while the next ones are drawn: packing a PNG takes longer than a GPU may idle."""
+"""Write pictures in a thread while the next ones are generated, so that the device does not wait for compression."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ Write = Callable[[int, Tensor], None]
 
 @contextmanager
 def written_meanwhile(write: Write) -> Iterator[Write]:
-    """What takes `write`'s place: it leaves the work to a thread, in order, and waits only if pictures pile up.
+    """A function in place of `write` that passes the pictures to a thread, in order, and waits only if many are
+    pending.
 
-    Leaving the context, also by an exception, waits until all that were handed over are written. What `write` raises is
-    raised by the next call or on leaving, and nothing else is written.
+    Leaving the context, also by an exception, waits until all pending pictures are written. An exception of `write` is
+    raised by the next call or on leaving, and nothing more is written.
     """
     waiting: deque[tuple[int, Tensor]] = deque()
     failure: list[BaseException] = []

@@ -1,4 +1,4 @@
-"""From a recipe file and overrides to a validated recipe, or to all its problems at once."""
+"""Load a recipe file with overrides and validate it; all problems are reported at once."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Section = TypeVar("Section", bound=Config)
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A valid recipe, and what it was made of."""
+    """A valid recipe and its sources."""
 
     recipe: Recipe
     source: Path | None
-    """The file; None if the command line said everything."""
+    """The file; None for a recipe from the command line alone."""
     text: str
     """The file as written."""
     overrides: tuple[str, ...]
@@ -45,14 +45,14 @@ def load_recipe(
     options: Sequence[tuple[str, str, Any]] = (),
     base: Mapping[str, Any] | None = None,
 ) -> LoadedRecipe:
-    """Read, change and validate a recipe; nothing is created, nothing but the recipe is opened.
+    """Read, change and validate a recipe. Nothing is created, and only the recipe is opened.
 
     Args:
         name: a file, a shipped recipe such as `demo/clip`, or None for a recipe of options alone.
         overrides: `key=value` arguments, applied in order.
         expected_command: the command being run; the recipe must be for it.
-        options: options that stand for fields, applied last: `("--steps", "sampling.steps", 20)`.
-        base: what a recipe without a file begins with, as plain data.
+        options: options that set fields, applied last: `("--steps", "sampling.steps", 20)`.
+        base: the initial content of a recipe without a file, as plain data.
 
     Raises:
         InputNotFoundError: there is no such recipe, or it cannot be read.
@@ -69,7 +69,7 @@ def load_recipe(
 
 
 def load_section(model: type[Section], overrides: Sequence[str], options: Sequence[tuple[str, str, Any]]) -> Section:
-    """One section of a recipe from the command line alone, by the rules of `load_recipe`.
+    """Load one section of a recipe from the command line alone, by the rules of `load_recipe`.
 
     Raises:
         RecipeError: with every problem in `problems`.

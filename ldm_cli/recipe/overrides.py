@@ -1,4 +1,4 @@
-"""What the command line changes in a recipe: `train.lr=1e-4`, `eval.zero_shot.0.name=color`."""
+"""Changes to a recipe from the command line: `train.lr=1e-4`, `eval.zero_shot.0.name=color`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MAX_SHOWN = 80
 
 @dataclass
 class Draft:
-    """A recipe before validation: its data, and where each part was written."""
+    """A recipe before validation: its data, and the place of each part in the sources."""
 
     data: Any
     keys: dict[Path, str] = field(default_factory=dict)
@@ -23,7 +23,7 @@ class Draft:
 
     @classmethod
     def from_source(cls, source: YamlSource, name: str) -> Draft:
-        """The recipe as its file says; places become `name:line:col`."""
+        """The recipe of a file; places become `name:line:col`."""
         return cls(
             data=source.data,
             keys={path: f"{name}:{mark.line}:{mark.column}" for path, mark in source.keys.items()},
@@ -33,7 +33,7 @@ class Draft:
         )
 
     def place(self, path: Path, at_key: bool) -> str:
-        """Where `path` was written; of something absent, where what holds it was."""
+        """The place of `path` in the sources; of something absent, the place of its nearest parent."""
         while path:
             found = self.keys.get(path) if at_key else self.values.get(path, self.keys.get(path))
             if found:
@@ -42,7 +42,7 @@ class Draft:
         return self.values.get((), "")
 
     def assign(self, path: Path, source: YamlSource, place: str) -> None:
-        """Put `source` at `path`, making the mappings on the way; notes a problem if it cannot."""
+        """Put `source` at `path` and create the mappings on the way; notes a problem if that fails."""
         try:
             self.data = _assigned(self.data, path, source.data)
         except _CannotAssignError as error:

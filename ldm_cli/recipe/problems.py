@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a recipe, for a person: `path: expected …, found … (did you mean 'x'?)`."""
+"""The errors of pydantic in readable form: `path: expected …, found … (did you mean 'x'?)`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _BOOLEAN_WORDS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a recipe: where in the data, and what."""
+    """A problem of a recipe: its place in the data, and a message."""
 
     path: Path
     message: str
@@ -41,7 +41,7 @@ class Problem:
 
 
 def find_problems(error: ValidationError, model: type[BaseModel], data: Any, quoted: set[Path]) -> list[Problem]:
-    """Every problem in `error`, one per place; alternatives of a union are joined, a typo is not also a gap.
+    """Every problem in `error`, one per place. Branches of a union are joined; a mistyped key is not also missing.
 
     Args:
         error: of validating `data` as `model`.
@@ -71,7 +71,7 @@ def find_problems(error: ValidationError, model: type[BaseModel], data: Any, quo
         if isinstance(name, str) and (path, name) not in explained
     ]
     for path, details in invalid.items():
-        # Of a union, the branch that got further into the value is the one that was meant.
+        # Of a union, the branch whose errors lie deeper in the value is the intended one.
         if any(other[: len(path)] == path and other != path for other in invalid):
             continue
         problems.append(_invalid_value(path, details, value_at(data, path), path in quoted))
@@ -86,7 +86,7 @@ def value_at(data: Any, path: Path) -> Any:
 
 
 def describe(value: Any, quoted: bool = False) -> str:
-    """A value as a person would name it: `integer 3`, `text '010'`, `a list`."""
+    """A value in words: `integer 3`, `text '010'`, `a list`."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -99,7 +99,7 @@ def describe(value: Any, quoted: bool = False) -> str:
 
 
 def suggest(word: str, known: list[str]) -> str | None:
-    """The known word that `word` is most likely a slip of, or None."""
+    """The known word that `word` was most likely meant to be, or None."""
     by_lower = {name.lower(): name for name in known}
     close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
     return by_lower[close[0]] if close else None
@@ -159,7 +159,7 @@ def _places_of(name: str, model: type[BaseModel], prefix: str = "") -> Iterator[
 
 
 def _unknown_key(path: Path, loc: tuple[str | int, ...], model: type[BaseModel], data: Any) -> tuple[str | None, str]:
-    """The key that was probably meant, and the message."""
+    """The key that was probably intended, and the message."""
     name = str(path[-1])
     siblings = value_at(data, path[:-1])
     known = _fields_at(loc, model, siblings)
@@ -182,7 +182,7 @@ def _invalid_value(path: Path, details: list[ErrorDetails], value: Any, quoted: 
 
 
 def _blamed_field(path: Path, message: str, value: Any) -> Path:
-    """Checks of a section write `name=value`: the place of the first such field that the recipe sets."""
+    """The place of the first field in the message (`name=value`) that the recipe sets."""
     names = re.findall(r"\b(\w+)=", message)
     present = [name for name in names if isinstance(value, dict) and name in value]
     return (*path, present[0]) if present else path

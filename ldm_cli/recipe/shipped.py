@@ -1,4 +1,4 @@
-"""The recipes that come with the program."""
+"""The recipes that are part of the package."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """The file that `name` means: a path, or a shipped recipe with or without `.yaml`.
+    """The file of a recipe: a path, or the name of a shipped recipe with or without `.yaml`.
 
     Raises:
         InputNotFoundError: neither exists.

@@ -35,7 +35,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class YamlProblem:
-    """Why the text is not a recipe's YAML, and where."""
+    """A reason why the text is no valid YAML for a recipe, and its place."""
 
     mark: Mark
     message: str
@@ -43,7 +43,7 @@ class YamlProblem:
 
 @dataclass
 class YamlSource:
-    """Plain data (dict, list, str, int, float, bool, None) and the place of every part of it."""
+    """Plain data (dict, list, str, int, float, bool, None) and the place of each part."""
 
     data: Any = None
     keys: dict[Path, Mark] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class YamlSource:
 
 
 def parse_yaml(text: str) -> YamlSource:
-    """Read one YAML document; what is wrong with it is in `problems`, never raised."""
+    """Read one YAML document; errors go into `problems` and are never raised."""
     source = YamlSource()
     if len(text) > MAX_BYTES:
         source.problems.append(YamlProblem(Mark(1, 1), f"expected at most {MAX_BYTES} bytes, found {len(text)}"))
@@ -78,7 +78,7 @@ def parse_yaml(text: str) -> YamlSource:
 
 
 def resolve_scalar(text: str) -> Any:
-    """The value that an unquoted text means.
+    """The value of an unquoted text.
 
     >>> [resolve_scalar(text) for text in ("1e-4", "010", "no", "true", "~", "-3")]
     [0.0001, '010', 'no', True, None, -3]
@@ -99,13 +99,13 @@ class _UnreadableError(Exception):
 
 
 def _mark(mark: Any) -> Mark:
-    """Ours from PyYAML's, which counts from 0 and may be absent."""
+    """Our mark for one of PyYAML, which counts from 0 and may be None."""
     return Mark(mark.line + 1, mark.column + 1) if mark else Mark(1, 1)
 
 
 @dataclass
 class _Open:
-    """A mapping or list whose end has not come yet."""
+    """A mapping or list before its end."""
 
     path: Path
     container: dict[str, Any] | list[Any]
@@ -114,7 +114,7 @@ class _Open:
 
 
 class _Builder:
-    """Turns parser events into data with a stack instead of recursion, so that depth is bounded by us."""
+    """Turns parser events into data with a stack instead of recursion, which bounds the depth."""
 
     def __init__(self, source: YamlSource) -> None:
         self.source = source
@@ -136,11 +136,11 @@ class _Builder:
                 self.stack.pop()
 
     def problem(self, mark: Mark, message: str) -> None:
-        """Note a problem and go on."""
+        """Note a problem and continue."""
         self.source.problems.append(YamlProblem(mark, message))
 
     def node(self, event: yaml.NodeEvent, mark: Mark) -> None:
-        """A scalar, or the start of a mapping or list: put it where it belongs."""
+        """Store a scalar, or the start of a mapping or list, in its parent."""
         if isinstance(event, yaml.AliasEvent):
             self.problem(mark, f"expected a value, found the alias '*{event.anchor}' (write it out, or quote it)")
         elif event.anchor is not None:
@@ -210,7 +210,7 @@ class _Builder:
 
 
 def to_yaml(data: Any, ascii_only: bool = False) -> str:
-    """Plain data as YAML that `parse_yaml` reads back as the same."""
+    """Plain data as YAML that `parse_yaml` reads back unchanged."""
     return yaml.dump(
         data,
         Dumper=_Dumper,
@@ -222,7 +222,7 @@ def to_yaml(data: Any, ascii_only: bool = False) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """PyYAML's, but with quotes around every text that our reader would take for something else."""
+    """PyYAML's dumper with quotes around every text that our reader would not read as text."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -1,55 +1,92 @@
-"""From initial noise to latents: the sampler that a configuration names, on the levels that it names."""
+"""From initial noise to latents: the sampler and the levels that a configuration names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Literal, cast
 
 from torch import Tensor
 
-from ldm_cli.core.diffusion import exponential_samplers, samplers
-from ldm_cli.core.diffusion.samplers import Denoiser, NoiseSource
-from ldm_cli.core.diffusion.schedule import NoiseSchedule
+from ldm_cli.core.diffusion.exponential_samplers import dpmpp_2m, dpmpp_2s, dpmpp_3m, dpmpp_sde, unipc
+from ldm_cli.core.diffusion.process import Process
+from ldm_cli.core.diffusion.samplers import CleanPredictor, NoiseSource, dpm2, euler, heun, lcm, lms, pndm
+from ldm_cli.core.diffusion.spacing import Spacing
 from ldm_cli.core.diffusion.timesteps import (
-    Spacing,
-    Trajectory,
-    ddim_trajectory,
-    ddpm_trajectory,
-    dpmpp_trajectory,
-    euler_trajectory,
-    lcm_trajectory,
+    Timesteps,
+    ddim_timesteps,
+    ddpm_timesteps,
+    dpmpp_timesteps,
+    euler_timesteps,
+    lcm_timesteps,
 )
 from ldm_cli.errors import UsageError
-from ldm_cli.formats.pipeline_folder import SchedulerSettings
+from ldm_cli.formats.scheduler_file import SchedulerSettings
 from ldm_cli.sampling.config import SamplerName, SamplingConfig
 
-_WITH_ETA: dict[SamplerName, tuple[Callable[[Denoiser, Tensor, Trajectory, NoiseSource, float], Tensor], float]] = {
-    "ddim": (samplers.euler, 0.0),
-    "euler_ancestral": (samplers.euler, 1.0),
-    "dpmpp_2m_sde": (exponential_samplers.dpmpp_2m, 1.0),
-    "dpmpp_2s_ancestral": (exponential_samplers.dpmpp_2s, 1.0),
-    "dpmpp_sde": (exponential_samplers.dpmpp_sde, 1.0),
-    "dpmpp_3m_sde": (exponential_samplers.dpmpp_3m, 1.0),
+_Grid = Literal["ddpm", "ddim", "pndm", "euler", "straight", "finite", "dpmpp"]
+_Arguments = tuple[Process, int, Spacing | Sequence[float], int]
+_GRIDS: dict[_Grid, Callable[[_Arguments, bool | None], Timesteps]] = {
+    "ddpm": lambda asked, to_one: ddpm_timesteps(*asked),
+    # Where a file does not say it, DDIM ends at ᾱ = 1 and PNDM at the first level: so do the schedulers of diffusers.
+    "ddim": lambda asked, to_one: ddim_timesteps(*asked, to_one is not False),
+    "pndm": lambda asked, to_one: ddim_timesteps(*asked, to_one is True).finite(),
+    "euler": lambda asked, to_one: euler_timesteps(*asked),
+    "straight": lambda asked, to_one: replace(euler_timesteps(*asked), straight=True),
+    # Stages between two levels are placed by σ, which must be finite.
+    "finite": lambda asked, to_one: euler_timesteps(*asked).finite(),
+    "dpmpp": lambda asked, to_one: dpmpp_timesteps(*asked),
 }
-"""Samplers whose noise can be chosen, and how much they add if it is not."""
-_WITH_NOISE: dict[SamplerName, Callable[[Denoiser, Tensor, Trajectory, NoiseSource], Tensor]] = {
-    "ddpm": lambda denoise, x, path, noise: samplers.euler(denoise, x, path, noise, 1.0),
-    "euler": samplers.euler,
-    "flow_euler": samplers.euler,
-    "dpmpp_2m": exponential_samplers.dpmpp_2m,
-    "lcm": samplers.lcm,
+"""By process, steps, spacing and offset, and `set_alpha_to_one` of the model's scheduler file."""
+
+
+@dataclass(frozen=True)
+class _Sampler:
+    """How a sampler is run.
+
+    Attributes:
+        run: the method.
+        grid: which levels it visits.
+        eta: share of the reverse process's noise that it adds.
+        takes_eta: whether the configuration may choose another η.
+    """
+
+    run: Callable[[CleanPredictor, Tensor, Timesteps, NoiseSource, float], Tensor]
+    grid: _Grid
+    eta: float = 0.0
+    takes_eta: bool = False
+
+    @property
+    def steps_in_sigma(self) -> bool:
+        """Whether its levels may lie between those of training."""
+        return self.grid not in ("ddpm", "ddim", "pndm")
+
+
+def _without_noise(
+    method: Callable[[CleanPredictor, Tensor, Timesteps], Tensor],
+) -> Callable[[CleanPredictor, Tensor, Timesteps, NoiseSource, float], Tensor]:
+    return lambda denoise, x, timesteps, step_noise, eta: method(denoise, x, timesteps)
+
+
+_SAMPLERS: dict[SamplerName, _Sampler] = {
+    "ddpm": _Sampler(euler, "ddpm", eta=1.0),
+    "ddim": _Sampler(euler, "ddim", takes_eta=True),
+    "euler": _Sampler(euler, "euler"),
+    "euler_ancestral": _Sampler(euler, "euler", eta=1.0, takes_eta=True),
+    "heun": _Sampler(_without_noise(heun), "euler"),
+    "dpm2": _Sampler(_without_noise(dpm2), "euler"),
+    "lms": _Sampler(_without_noise(lms), "euler"),
+    "dpmpp_2m": _Sampler(dpmpp_2m, "dpmpp"),
+    "dpmpp_2m_sde": _Sampler(dpmpp_2m, "dpmpp", eta=1.0, takes_eta=True),
+    "dpmpp_2s_ancestral": _Sampler(dpmpp_2s, "finite", eta=1.0, takes_eta=True),
+    "dpmpp_sde": _Sampler(dpmpp_sde, "finite", eta=1.0, takes_eta=True),
+    "dpmpp_3m_sde": _Sampler(dpmpp_3m, "dpmpp", eta=1.0, takes_eta=True),
+    "unipc": _Sampler(_without_noise(unipc), "dpmpp"),
+    "pndm": _Sampler(_without_noise(pndm), "pndm"),
+    "flow_euler": _Sampler(euler, "euler"),
+    "flow_heun": _Sampler(_without_noise(heun), "straight"),
+    "lcm": _Sampler(lambda denoise, x, timesteps, step_noise, eta: lcm(denoise, x, timesteps, step_noise), "ddpm"),
 }
-_DETERMINISTIC: dict[SamplerName, Callable[[Denoiser, Tensor, Trajectory], Tensor]] = {
-    "heun": samplers.heun,
-    "flow_heun": samplers.heun,
-    "dpm2": samplers.dpm2,
-    "lms": samplers.lms,
-    "unipc": exponential_samplers.unipc,
-    "pndm": samplers.pndm,
-}
-_DPMPP_GRID = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "unipc")
-_DISCRETE_GRID = ("ddpm", "ddim", "pndm", "lcm")
 
 
 @dataclass(frozen=True)
@@ -57,9 +94,9 @@ class Start:
     """Where sampling begins when it does not begin at pure noise (Meng et al. 2022, SDEdit, arXiv:2108.01073).
 
     Attributes:
-        latents: what is kept of, [B, …] like the noise.
-        strength: share of the steps that are taken, 0 … 1: the last ⌊strength · steps⌋; 1 is the plain path from
-            pure noise, which forgets `latents`, and 0 takes no step and returns them.
+        latents: the picture to change, [B, …] like the noise.
+        strength: share of the steps that are taken, 0 … 1: the last ⌊strength · steps⌋. 1 takes all steps from pure
+            noise, and so forgets `latents`; 0 takes no step and returns them.
     """
 
     latents: Tensor
@@ -67,9 +104,9 @@ class Start:
 
 
 def denoise(
-    model: Denoiser,
+    model: CleanPredictor,
     noise: Tensor,
-    schedule: NoiseSchedule,
+    process: Process,
     settings: SchedulerSettings,
     config: SamplingConfig,
     step_noise: NoiseSource,
@@ -78,32 +115,28 @@ def denoise(
     """Draw x_0 for standard normal noise [B, …], of its shape and type.
 
     Args:
-        model: gives x_0, guided.
+        model: predicts x_0, guided.
         noise: initial noise, standard normal.
-        schedule: the levels the network was trained at.
-        settings: what the model's scheduler file says beside that.
-        config: sampler, steps, η, and the spacing if it is not to be the model's.
+        process: the noise levels that the network was trained at.
+        settings: of the model's scheduler file.
+        config: sampler, steps, η, and a spacing other than the model's.
         step_noise: fresh noise of every step.
         start: latents to begin with, noised to the level that their strength names; None: pure noise.
 
     Raises:
         UsageError: more steps than the network has levels.
     """
-    path = plan(schedule, settings, config)
-    x = path.start_scale * noise
+    timesteps = plan(process, settings, config)
+    x = timesteps.start_scale * noise
     if start is not None and start.strength < 1.0:
-        path = path.last(int(start.strength * config.steps))
-        if len(path) == 0:
+        timesteps = timesteps.last(int(start.strength * config.steps))
+        if len(timesteps) == 0:
             return start.latents
-        first = path.steps[0][0]
+        first = timesteps.steps[0][0]
         x = first.signal * start.latents + first.noise * noise
-    name = sampler_of(settings, config)
-    if name in _WITH_ETA:
-        sampler, eta = _WITH_ETA[name]
-        return sampler(model, x, path, step_noise, eta if config.eta is None else config.eta)
-    if name in _WITH_NOISE:
-        return _WITH_NOISE[name](model, x, path, step_noise)
-    return _DETERMINISTIC[name](model, x, path)
+    sampler = _SAMPLERS[sampler_of(settings, config)]
+    eta = config.eta if sampler.takes_eta and config.eta is not None else sampler.eta
+    return sampler.run(model, x, timesteps, step_noise, eta)
 
 
 def sampler_of(settings: SchedulerSettings, config: SamplingConfig) -> SamplerName:
@@ -113,45 +146,27 @@ def sampler_of(settings: SchedulerSettings, config: SamplingConfig) -> SamplerNa
 
 def spacing_of(settings: SchedulerSettings, config: SamplingConfig) -> Spacing | Sequence[float]:
     """The configuration's table or spacing, else the model's spacing, else the sampler's default in diffusers."""
-    if config.timesteps is not None:
-        return config.timesteps
-    is_discrete = sampler_of(settings, config) in _DISCRETE_GRID
-    default: Spacing = "leading" if is_discrete else "linspace"
-    if config.timestep_spacing is None and settings.sigmas is not None and not is_discrete:
-        return settings.sigmas
-    return config.timestep_spacing or settings.timestep_spacing or default
+    asked = config.timesteps or config.timestep_spacing
+    if asked is not None:
+        return asked
+    if _SAMPLERS[sampler_of(settings, config)].steps_in_sigma:
+        return settings.sigmas or settings.timestep_spacing or "linspace"
+    return settings.timestep_spacing or "leading"
 
 
-def plan(schedule: NoiseSchedule, settings: SchedulerSettings, config: SamplingConfig) -> Trajectory:
+def plan(process: Process, settings: SchedulerSettings, config: SamplingConfig) -> Timesteps:
     """The levels that will be visited; arguments and errors as in `denoise`."""
+    name, spacing = sampler_of(settings, config), spacing_of(settings, config)
     try:
-        return _plan(schedule, settings, config)
+        if name == "lcm" and config.timesteps is None and config.timestep_spacing is None:
+            return lcm_timesteps(process, config.steps)
+        asked = process, config.steps, spacing, settings.steps_offset
+        return _GRIDS[_SAMPLERS[name].grid](asked, settings.set_alpha_to_one)
     except ValueError as error:
-        spacing = spacing_of(settings, config)
         if not isinstance(spacing, str):
-            raise UsageError("cannot use these timesteps", str(error), "leave out what is above") from error
+            raise UsageError("cannot use these timesteps", str(error), "remove higher timesteps") from error
         raise UsageError(
-            f"{sampler_of(settings, config)} cannot take {config.steps} steps with {spacing} spacing",
-            f"the model has {schedule.num_timesteps} noise levels",
+            f"{name} cannot take {config.steps} steps with {spacing} spacing",
+            f"the model has {process.num_timesteps} noise levels",
             "ask for fewer steps",
         ) from error
-
-
-def _plan(schedule: NoiseSchedule, settings: SchedulerSettings, config: SamplingConfig) -> Trajectory:
-    name, steps, offset = sampler_of(settings, config), config.steps, settings.steps_offset
-    spacing = spacing_of(settings, config)
-    if name == "lcm" and config.timesteps is None and config.timestep_spacing is None:
-        return lcm_trajectory(schedule, steps)
-    if name in ("ddpm", "lcm"):
-        return ddpm_trajectory(schedule, steps, spacing, offset)
-    if name in ("ddim", "pndm"):
-        # What a file does not say is what the scheduler of that name takes it to be.
-        last_is_clean = settings.set_alpha_to_one is not False if name == "ddim" else settings.set_alpha_to_one is True
-        path = ddim_trajectory(schedule, steps, spacing, offset, last_is_clean)
-        return path if name == "ddim" else path.finite()
-    if name in _DPMPP_GRID:
-        return dpmpp_trajectory(schedule, steps, spacing, offset)
-    straight = name.startswith("flow_") or schedule.flow_shift is not None
-    path = replace(euler_trajectory(schedule, steps, spacing, offset), straight=straight)
-    # Stages between two levels are placed by σ, which must be finite.
-    return path.finite() if name in ("dpmpp_2s_ancestral", "dpmpp_sde") else path

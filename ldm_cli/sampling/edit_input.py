@@ -1,4 +1,4 @@
-"""The picture that editing begins with: read, extended, padded to what the autoencoder takes, and in latents."""
+"""The picture that editing begins with: read, extended, padded to multiples of the codec's factor; in latents."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _WHITE = (255, 255, 255)
 
 
 @dataclass(frozen=True)
-class Canvas:
+class EditInput:
     """A picture to work on.
 
     Attributes:
-        pixels: uint8 [3, H, W]; H and W are multiples of the autoencoder's factor.
-        mask: bool [H, W], true where it is drawn anew; None: everywhere.
-        size: height and width that are shown; the rest is padding to the right and below.
+        pixels: uint8 [3, H, W]; H and W are multiples of the codec's factor.
+        mask: bool [H, W], true where the picture changes; None: everywhere.
+        size: height and width of the picture; the rest is padding to the right and below.
         style: uint8 [3, H', W'], a picture that lends its style.
         style_strength: 0 … 1.
         strength: share of the steps that are taken.
@@ -40,20 +40,20 @@ class Canvas:
     style: Tensor | None = None
     style_strength: float = 1.0
 
-    def pasted(self, drawn: Tensor) -> Tensor:
-        """`drawn` uint8 [3, H, W] where the mask says so, the picture itself elsewhere; padding cut off."""
+    def pasted(self, generated: Tensor) -> Tensor:
+        """`generated` uint8 [3, H, W] inside of the mask, the picture itself outside of it; padding cut off."""
         if self.mask is not None:
-            drawn = torch.where(self.mask, drawn, self.pixels)
-        return drawn[:, : self.size[0], : self.size[1]]
+            generated = torch.where(self.mask, generated, self.pixels)
+        return generated[:, : self.size[0], : self.size[1]]
 
 
 @dataclass(frozen=True)
-class LatentCanvas:
-    """A canvas as the denoiser sees it.
+class LatentEditInput:
+    """A picture to work on, in latents.
 
     Attributes:
         latents: float32 [1, C, h, w], of the picture, in its style.
-        mask: float32 [1, 1, h, w], 1 where a pixel is drawn anew, else 0; None: everywhere.
+        mask: float32 [1, 1, h, w], 1 where a pixel changes, else 0; None: everywhere.
         masked_latents: of the picture with grey under the mask, [1, C, h, w]; None without a mask.
         strength: share of the steps that are taken.
     """
@@ -64,18 +64,18 @@ class LatentCanvas:
     strength: float
 
 
-def open_canvas(edit: EditConfig, factor: int, size: tuple[int, int] | None) -> Canvas:
+def open_edit_input(edit: EditConfig, factor: int, size: tuple[int, int] | None) -> EditInput:
     """Read the pictures that a configuration names.
 
     Args:
         edit: names at least an image.
-        factor: of the autoencoder.
+        factor: of the codec.
         size: height and width to fit the picture and its mask into (covering it, centred), before it is extended;
             None: as they are.
 
     Raises:
         InputNotFoundError, DataError: a picture cannot be read.
-        UsageError: picture and mask differ in size, or nothing is left to draw.
+        UsageError: picture and mask differ in size, or the mask is empty.
     """
     assert edit.image is not None
     image = _open(edit.image, "--init", size)
@@ -93,13 +93,13 @@ def open_canvas(edit: EditConfig, factor: int, size: tuple[int, int] | None) -> 
     left, top, right, bottom = edit.extend
     image, mask = _extended(image, (left, right, top, bottom)), F.pad(mask, (left, right, top, bottom), value=True)
     if edit.is_masked and not bool(mask.any()):
-        raise UsageError(f"mask '{edit.mask}' is all black", "nothing would be drawn", "paint white what should change")
-    shown = image.shape[1], image.shape[2]
-    padding = (0, -shown[1] % factor, 0, -shown[0] % factor)
-    return Canvas(
+        raise UsageError(f"mask '{edit.mask}' is all black", "nothing would change", "paint white what should change")
+    height, width = image.shape[1:]
+    padding = (0, -width % factor, 0, -height % factor)
+    return EditInput(
         pixels=_extended(image, padding),
         mask=F.pad(mask, padding, value=False) if edit.is_masked else None,
-        size=shown,
+        size=(height, width),
         strength=edit.resolved_strength,
         style=None if edit.style is None else _with_factor(_open(edit.style, "--style", None), factor),
         style_strength=edit.style_strength,
@@ -107,7 +107,7 @@ def open_canvas(edit: EditConfig, factor: int, size: tuple[int, int] | None) -> 
 
 
 def latent_mask(mask: Tensor, factor: int) -> Tensor:
-    """Pixels bool [H, W] → latents float32 [1, 1, h, w]: one that any pixel of is drawn anew is so, too."""
+    """Pixels bool [H, W] → latents float32 [1, 1, h, w]: 1 where any of its pixels changes."""
     return F.max_pool2d(mask[None, None].float(), factor)
 
 
@@ -128,7 +128,8 @@ def adain(content: Tensor, style: Tensor, amount: float) -> Tensor:
 def _open(name: str, option: str, size: tuple[int, int] | None) -> Tensor:
     """A picture, uint8 [3, H, W]."""
     try:
-        image = decode_rgb(Path(name).expanduser().read_bytes(), _BLACK if option == "--mask" else _WHITE, _MOST_PIXELS)
+        data = Path(name).read_bytes()
+        image = decode_rgb(data, _BLACK if option == "--mask" else _WHITE, _MOST_PIXELS).image
     except FileNotFoundError as error:
         raise InputNotFoundError(f"picture '{name}' not found", remedy=f"check {option}") from error
     except OSError as error:

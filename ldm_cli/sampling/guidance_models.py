@@ -1,4 +1,4 @@
-"""What guidance asks besides the U-Net: a weaker one, the same one with spoilt layers, and CLIP's opinion."""
+"""Networks that guidance uses beside the denoiser: a weaker one, the same one perturbed, and CLIP."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm_cli.core.compiling import eagerly
+from ldm_cli.core.condition import Condition
 from ldm_cli.core.diffusion.config import GuidanceConfig, PerturbationConfig
-from ldm_cli.core.diffusion.guidance import Network
-from ldm_cli.core.diffusion.level import Level
+from ldm_cli.core.diffusion.guidance import ConditionalNetwork
+from ldm_cli.core.diffusion.process import Level
 from ldm_cli.core.models.attention import Attention, BasicTransformerBlock
 from ldm_cli.core.models.clip import CLIPModel, normalize_images
-from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError, UsageError
+from ldm_cli.families.family import Family, place
+from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.model_folder import load_model, weights_sha256
 from ldm_cli.formats.pipeline_folder import INDEX_NAME, UNET
-from ldm_cli.sampling.components import load_unet, resolve_model
 
 
 @dataclass(frozen=True)
 class CLIPScore:
-    """How well pictures show their prompts, with a gradient.
+    """How well pictures match their prompts, with a gradient.
 
     Attributes:
         model: images and texts to one space.
@@ -42,7 +43,7 @@ class CLIPScore:
         """Cosine similarity of each picture and its prompt, as a function of latents [B, C, h, w] → [B].
 
         Args:
-            prompts: B texts; what one has too much is cut off.
+            prompts: B texts; those that are too long are cut.
             decode: latents → images in [−1, 1], [B, 3, H, W].
         """
         config = self.model.config
@@ -62,7 +63,7 @@ class CLIPScore:
 
 
 @dataclass(frozen=True)
-class Guides:
+class GuidanceModels:
     """The further networks of a guidance; None where it asks for none.
 
     Attributes:
@@ -70,34 +71,42 @@ class Guides:
         clip: whose score is followed.
     """
 
-    weaker: UNet2DConditionModel | None = None
+    weaker: nn.Module | None = None
     clip: CLIPScore | None = None
 
     @classmethod
-    def load(cls, config: GuidanceConfig, unet: UNet2DConditionModel) -> Guides:
-        """Read what `config` names, in the place and type of the U-Net.
+    def load(cls, config: GuidanceConfig, family: Family) -> GuidanceModels:
+        """Read the networks that `config` names, on the device and in the type of the denoiser.
 
         Raises:
-            InputNotFoundError, CheckpointError: a folder is missing, or cannot be used with this U-Net.
+            InputNotFoundError, CheckpointError: a folder is missing, or cannot be used with this denoiser.
         """
-        weight, folders = next(unet.parameters()), guide_folders(config)
+        weight, folders = next(family.denoiser.parameters()), guidance_folders(config)
         weaker = clip = None
         if (folder := folders.get("model")) is not None:
-            weaker = load_unet(folder)
-            for name in ("in_channels", "out_channels", "cross_attention_dim"):
-                ours, theirs = getattr(unet.config, name), getattr(weaker.config, name)
-                if ours != theirs:
-                    cause = f"its {name} is {theirs}, the guided model's {ours}"
-                    raise CheckpointError(f"'{folder}' cannot guide this model", cause)
-            weaker.to(weight).requires_grad_(False).eval()
+            weaker = _weaker(folder, family)
+            place(weight.device, weight.dtype, weaker)
         if (folder := folders.get("clip")) is not None:
-            model = load_model(CLIPModel, folder).to(weight.device).requires_grad_(False).eval()
+            model = load_model(CLIPModel, folder)
+            place(weight.device, torch.float32, model)
             clip = CLIPScore(model, Tokenizer.load(folder))
         return cls(weaker, clip)
 
 
-def guide_folders(config: GuidanceConfig) -> dict[str, Path]:
-    """Folder of the weights of each further network that `config` asks for: `model`, `clip`.
+def _weaker(folder: Path, family: Family) -> nn.Module:
+    """A denoiser of the class of the family's own, which takes and gives tensors of the same shapes."""
+    model_class: Any = type(family.denoiser)
+    weaker: nn.Module = load_model(model_class, folder)
+    for name in ("in_channels", "out_channels", "cross_attention_dim"):
+        ours, theirs = (getattr(model.config, name, None) for model in (family.denoiser, weaker))
+        if ours != theirs:
+            cause = f"its {name} is {theirs}, the guided model's {ours}"
+            raise CheckpointError(f"'{folder}' cannot guide this model", cause)
+    return weaker
+
+
+def guidance_folders(config: GuidanceConfig) -> dict[str, Path]:
+    """Folder of each further network that `config` asks for: `model`, `clip`.
 
     Raises:
         InputNotFoundError: there is no model.
@@ -111,13 +120,13 @@ def guide_folders(config: GuidanceConfig) -> dict[str, Path]:
     return folders
 
 
-def guide_hashes(config: GuidanceConfig) -> dict[str, str]:
-    """Hex sha256 of the weights in each of `guide_folders`; errors as there."""
-    return {name: weights_sha256(folder) for name, folder in guide_folders(config).items()}
+def guidance_hashes(config: GuidanceConfig) -> dict[str, str]:
+    """Hex sha256 of the weights in each of `guidance_folders`; errors as there."""
+    return {name: weights_sha256(folder) for name, folder in guidance_folders(config).items()}
 
 
 def with_absolute_paths(config: GuidanceConfig) -> GuidanceConfig:
-    """The same, in the words of any working directory."""
+    """The same, valid in any working directory."""
     clip = config.clip
     if clip is not None:
         clip = clip.model_copy(update={"model": str(Path(clip.model).absolute())})
@@ -126,23 +135,24 @@ def with_absolute_paths(config: GuidanceConfig) -> GuidanceConfig:
 
 
 @contextmanager
-def spoilt_layers(unet: nn.Module, config: PerturbationConfig) -> Iterator[None]:
-    """Within, the transformer blocks that `config` names attend to nothing but themselves, or do nothing.
+def perturbed_layers(denoiser: nn.Module, config: PerturbationConfig) -> Iterator[None]:
+    """Within the context, each token of the transformer blocks that `config` names attends to itself alone, or the
+    blocks do nothing.
 
     Raises:
-        UsageError: it names none.
+        UsageError: `config` names no block.
     """
-    blocks = {name: block for name, block in unet.named_modules() if isinstance(block, BasicTransformerBlock)}
+    blocks = {name: block for name, block in denoiser.named_modules() if isinstance(block, BasicTransformerBlock)}
     chosen = [b for name, b in blocks.items() if any(name == p or name.startswith(p + ".") for p in config.layers)]
     if not chosen:
         stems = sorted({name.split(".transformer_blocks")[0] for name in blocks})
         raise UsageError(
             f"guidance.perturb.layers {', '.join(config.layers)} name no transformer block",
-            f"the U-Net has them in {', '.join(stems) or 'no place'}",
+            f"the denoiser has them in {', '.join(stems) or 'no place'}",
             "name one of these, or its beginning",
         )
     if config.kind == "layer":
-        handles = [block.register_forward_hook(_left_out) for block in chosen]
+        handles = [block.register_forward_hook(_skipped) for block in chosen]
     else:
         handles = [block.attn1.register_forward_hook(_own_value) for block in chosen]
     try:
@@ -152,18 +162,20 @@ def spoilt_layers(unet: nn.Module, config: PerturbationConfig) -> Iterator[None]
             handle.remove()
 
 
-def spoilt_network(network: Network, unet: nn.Module, config: PerturbationConfig) -> Network:
-    """`network`, which runs `unet`, with that one's layers spoilt; errors as in `spoilt_layers`."""
+def perturbed_network(
+    network: ConditionalNetwork, denoiser: nn.Module, config: PerturbationConfig
+) -> ConditionalNetwork:
+    """`network`, which runs `denoiser`, with layers of that one perturbed; errors as in `perturbed_layers`."""
 
-    def spoilt(x: Tensor, level: Level, context: Tensor) -> Tensor:
+    def perturbed(x: Tensor, level: Level, condition: Condition) -> Tensor:
         # Code that was compiled without hooks is run without them.
-        with spoilt_layers(unet, config), eagerly():
-            return network(x, level, context)
+        with perturbed_layers(denoiser, config), eagerly():
+            return network(x, level, condition)
 
-    return spoilt
+    return perturbed
 
 
-def _left_out(block: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Any:
+def _skipped(block: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Any:
     return inputs[0]
 
 

@@ -1,4 +1,4 @@
-"""`ldm data`: make shards (`synth`, `pack`) and look into them (`check`, `stats`, `index`).
+"""`ldm data`: make shards (`synth`, `pack`) and examine them (`check`, `stats`, `index`).
 
 Each function returns JSON-able data for the command line to show.
 """
@@ -12,31 +12,11 @@ from ldm_cli.data import pack as packing
 from ldm_cli.data import report, scenes
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.open_shards import open_shards
+from ldm_cli.data.sources import Choices
 from ldm_cli.reporting import Reporter
 
-
-def synth(
-    out: Path,
-    samples: int,
-    size: int,
-    seed: int,
-    reporter: Reporter,
-    *,
-    val_samples: int | None = None,
-    two_object_fraction: float = scenes.TWO_OBJECT_FRACTION,
-    overwrite: bool = False,
-) -> dict[str, Any]:
-    """Draw scenes with captions and ground truth into `out`: `scenes.write_scenes`."""
-    return scenes.write_scenes(
-        out,
-        samples,
-        size,
-        seed,
-        reporter,
-        val_samples=val_samples,
-        two_object_fraction=two_object_fraction,
-        overwrite=overwrite,
-    )
+synth = scenes.write_scenes
+"""Write synthetic scenes with captions and ground truth as shards."""
 
 
 def pack(
@@ -44,21 +24,12 @@ def pack(
     out: Path,
     reporter: Reporter,
     *,
-    image_column: str | None = None,
-    caption_column: str | None = None,
+    choices: Choices = Choices(),
     shard_samples: int = 10_000,
     prefix: str = "train-",
 ) -> dict[str, Any]:
-    """Make shards of a folder of images, an imagefolder, or a CSV: `data.pack.pack`."""
-    return packing.pack(
-        source,
-        out,
-        reporter,
-        image_column=image_column,
-        caption_column=caption_column,
-        shard_samples=shard_samples,
-        prefix=prefix,
-    )
+    """Make shards of a folder of pictures, or of a table that names some: `data.pack.pack`."""
+    return packing.pack(source, out, reporter, choices=choices, shard_samples=shard_samples, prefix=prefix)
 
 
 def check(config: DataConfig, reporter: Reporter) -> dict[str, Any]:
@@ -68,7 +39,7 @@ def check(config: DataConfig, reporter: Reporter) -> dict[str, Any]:
 
 
 def stats(config: DataConfig, reporter: Reporter) -> dict[str, Any]:
-    """Count and measure what is in `config.shards`: `report.stats`."""
+    """Count and measure the content of `config.shards`: `report.stats`."""
     return report.stats(open_shards(config.shards, config, reporter), config, reporter)
 
 

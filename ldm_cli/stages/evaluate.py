@@ -98,10 +98,10 @@ def _check_sizes(recipe: EvalRecipe, models: Models) -> None:
     sizes = {"data.image_size": (size, size)}
     if models.pipeline is not None:
         sizes["eval.sampling"] = models.pipeline.image_size(recipe.eval.sampling)
-    if models.vae is not None and (size % models.vae.downscale_factor or size < SSIM_WINDOW):
+    if models.vae is not None and (size % models.vae.factor or size < SSIM_WINDOW):
         raise RecipeError(
             f"reconstruction cannot be measured at data.image_size={size}",
-            f"a multiple of {models.vae.downscale_factor}, at least {SSIM_WINDOW}, is needed",
+            f"a multiple of {models.vae.factor}, at least {SSIM_WINDOW}, is needed",
         )
     for name, (height, width) in sizes.items():
         if "attribute_accuracy" in recipe.eval.metrics and (height != width or height < WORKING_SIZE):

@@ -1,4 +1,4 @@
-"""`ldm precompute`: what the frozen encoders of a denoiser's recipe make of its data, written down once."""
+"""`ldm precompute`: the moments and conditions of a denoiser's training data, computed once and written to a cache."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
+from ldm_cli.data.cache_manifest import DTYPES, CachedShard, CacheKey, Dtype, Manifest, differences, file_sha256
 from ldm_cli.data.cache_writer import (
     bad_members,
     caption_members,
@@ -21,17 +22,7 @@ from ldm_cli.data.cache_writer import (
     write_shard,
 )
 from ldm_cli.data.config import DataConfig
-from ldm_cli.data.latent_cache import (
-    DTYPES,
-    CachedShard,
-    CacheKey,
-    Dtype,
-    Manifest,
-    caption_digest,
-    differences,
-    file_sha256,
-    known_captions,
-)
+from ldm_cli.data.latent_cache import caption_digest, known_captions
 from ldm_cli.data.open_shards import index_shards, open_shards
 from ldm_cli.data.prefetch import prefetched
 from ldm_cli.data.sample_decoder import SampleDecoder, Wanted
@@ -40,8 +31,8 @@ from ldm_cli.errors import DataError, InputNotFoundError, OutputError, Preempted
 from ldm_cli.formats.model_folder import read_config
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import Progress, Reporter
+from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
 from ldm_cli.stages.support.cache_encoding import NUM_AHEAD, CacheEncoder, Chunks, EncodedChunk
-from ldm_cli.stages.support.frozen_encoders import FrozenEncoders, cache_key
 from ldm_cli.stages.support.options import RunOptions, device_of_process
 from ldm_cli.stages.support.start import resolve_start
 from ldm_cli.training.failures import FailureJournal
@@ -71,7 +62,7 @@ def run(
         OutputError: the folder holds a cache made with other models or settings.
         Preempted: a signal or the time limit; what is written stays.
         StorageError: the disk is full.
-        StuckError: the time limit left room for no file, life after life.
+        StuckError: the time limit left room for no file, run after run.
     """
     started = time.perf_counter()
     recipe = resolve_start(recipe, reporter.warn)
@@ -84,14 +75,14 @@ def run(
             failures.check()
             before = Manifest.read(folder)
             key = _key_to_use(folder, before, wanted, dtype, options.overwrite)
-            encoders = FrozenEncoders(recipe, device_of_process(options.device), reporter.warn)
-            counts = _Precomputation(recipe, folder, shards, key, encoders, stop, reporter, failures).run(before)
+            encoder = BatchEncoder(recipe, device_of_process(options.device), reporter.warn)
+            counts = _Precomputation(recipe, folder, shards, key, encoder, stop, reporter, failures).run(before)
     size = sum(path.stat().st_size for path in folder.glob("*.tar"))
     seconds = round(time.perf_counter() - started, 1)
     return {"cache": str(folder), "dtype": key.dtype, **counts, "bytes": size, "seconds": seconds}
 
 
-def plan(
+def dry_run(
     recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter, dtype: Dtype | None = None
 ) -> dict[str, Any]:
     """What `run` would write: samples, and bytes for each; errors as in `run`."""
@@ -141,7 +132,7 @@ def _key_to_use(
 
 
 class _Precomputation:
-    """One life of `ldm precompute` on a locked folder."""
+    """One run of `ldm precompute` on a locked folder."""
 
     def __init__(
         self,
@@ -149,18 +140,19 @@ class _Precomputation:
         folder: Path,
         shards: ShardSet,
         key: CacheKey,
-        encoders: FrozenEncoders,
+        encoder: BatchEncoder,
         stop: StopRequest,
         reporter: Reporter,
         failures: FailureJournal,
     ) -> None:
         self._failures, self._num_written = failures, 0
         self._data, self._folder, self._shards, self._key = recipe.data, folder, shards, key
-        self._encoders, self._stop, self._reporter = encoders, stop, reporter
-        self._encoder = CacheEncoder(encoders, recipe, key)
+        self._stop, self._reporter = stop, reporter
+        self._encoder = CacheEncoder(encoder, recipe, key)
+        self._sample_bytes = _sample_bytes(encoder.codec.config, recipe.data, key)
 
     def run(self, before: Manifest | None) -> dict[str, int]:
-        """Write what is missing; `cache.json` names a file only when it is there."""
+        """Write the missing files; `cache.json` names a file only when it exists."""
         known = before.shards if before else ()
         shards = tuple(self._identified(number, known) for number in range(len(self._shards.paths)))
         if before is None or before.key != self._key:
@@ -175,7 +167,7 @@ class _Precomputation:
         return {"samples": samples, "encoded": num_encoded, "captions": num_captions, "removed_files": removed}
 
     def _identified(self, number: int, known: Sequence[CachedShard]) -> CachedShard:
-        """A shard as the manifest will name it; its content is read unless an earlier life has done so."""
+        """A shard as the manifest will name it; its content is read unless an earlier run did so."""
         path, fingerprint = self._shards.paths[number], self._shards.indexes[number].fingerprint()
         status = path.stat()
         same = (path.name, fingerprint, status.st_size, status.st_mtime_ns)
@@ -195,7 +187,7 @@ class _Precomputation:
             for first in range(0, self._shards.sizes[number], self._encoder.size)
         ]
         total = sum(self._shards.sizes[number] for number in missing.values())
-        check_room(self._folder, total * _sample_bytes(self._encoders.vae.config, self._data, self._key))
+        check_room(self._folder, total * self._sample_bytes)
         with (
             self._reporter.progress("encoding images", total, unit="image") as progress,
             Chunks(self._shards, self._data, chunks).ahead() as pictures,
@@ -212,13 +204,13 @@ class _Precomputation:
         self._num_written += 1
 
     def _is_there(self, file: str) -> bool:
-        """A file of the cache is there and whole; a damaged one is made anew."""
+        """Whether a file of the cache exists and is complete; a damaged one is made again."""
         try:
             index_shards((self._folder / file,), "stop", self._reporter)
         except InputNotFoundError:
             return False
         except DataError as error:
-            self._reporter.warn(f"{error.what}: {error.cause}; it is made anew")
+            self._reporter.warn(f"{error.what}: {error.cause}; it is made again")
             return False
         return True
 
@@ -250,7 +242,7 @@ class _Precomputation:
             fresh = self._fresh_captions(known, progress)
             while captions := list(islice(fresh, _CAPTIONS_PER_FILE)):
                 files.append(next(name for i in count() if (name := f"{prefix}{i:06d}.tar") not in files))
-                self._write(files[-1], self._with_states(captions))
+                self._write(files[-1], self._with_conditions(captions))
         return files, len(known)
 
     def _fresh_captions(self, known: set[str], progress: Progress) -> Iterator[str]:
@@ -266,13 +258,13 @@ class _Precomputation:
             progress.update(number)
         decoder.close()
 
-    def _with_states(self, captions: list[str]) -> Iterator[dict[str, Any]]:
+    def _with_conditions(self, captions: list[str]) -> Iterator[dict[str, Any]]:
         """The samples of a text file."""
         for first in range(0, len(captions), self._encoder.size):
             self._check_stop()
             part = captions[first : first + self._encoder.size]
-            for caption, state in zip(part, self._encoder.states(part), strict=True):
-                yield caption_members(caption, state)
+            for caption, condition in zip(part, self._encoder.conditions(part), strict=True):
+                yield caption_members(caption, condition)
 
     def _check_stop(self) -> None:
         reason = self._stop.reason

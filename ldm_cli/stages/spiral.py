@@ -1,4 +1,4 @@
-"""`ldm spiral`: train on two numbers instead of a picture, and draw everything that happens."""
+"""`ldm spiral`: train on two numbers instead of a picture, and plot each step."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from ldm_cli.errors import DivergedError, OutputError
-from ldm_cli.lesson.drawing import save_png
 from ldm_cli.lesson.experiment import experiment, facts
-from ldm_cli.lesson.figures import plates
+from ldm_cli.lesson.figures import lesson_figures
 from ldm_cli.lesson.network import Trained, train
 from ldm_cli.lesson.page import page
+from ldm_cli.lesson.plotting import save_png
 from ldm_cli.lesson.spiral import Points, data_set
 from ldm_cli.reporting import Reporter
 from ldm_cli.storage import whole_file, write_whole
@@ -28,19 +28,18 @@ _NUM_POINTS = 2000
 def run(
     out: Path, seed: int, num_steps: int, guidance: float, reporter: Reporter, *, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Train, draw samples in every way of the lesson, and write its figures and its page.
+    """Train the network, sample with every method of the lesson, and write the figures and the page.
 
     Args:
         out: folder for index.html, the figures as PNG, and spiral.json.
         seed: of the data, the weights and all noise.
         num_steps: optimizer steps, at least 1.
-        guidance: guidance scale that is shown beside none.
-        reporter: is told how far it is.
+        guidance: the guidance scale that is compared with no guidance.
+        reporter: receives progress and messages.
         overwrite: replace an earlier lesson in `out`.
 
     Returns:
-        Settings, the last loss, what was measured, and the paths of the files; the same is in spiral.json but for
-        the paths.
+        Settings, the last loss, the measures, and the paths of the files. spiral.json holds the same without the paths.
 
     Raises:
         OutputError: `out` holds a lesson already, or cannot be written.
@@ -75,12 +74,12 @@ def _lesson(out: Path, seed: int, num_steps: int, guidance: float, reporter: Rep
     with torch.inference_mode():
         lesson = experiment(trained, data, guidance, seed)
         measured = facts(lesson)
-        shown = plates(lesson)
-        html = page(lesson, shown, measured)
-    files = {plate.figure.name: out / f"{plate.figure.name}.png" for plate in shown}
-    for plate in shown:
-        with whole_file(files[plate.figure.name]) as temporary:
-            save_png(plate.figure, temporary)
+        figures = lesson_figures(lesson)
+        html = page(lesson, figures, measured)
+    files = {figure.name: out / f"{figure.name}.png" for figure in figures}
+    for figure in figures:
+        with whole_file(files[figure.name]) as temporary:
+            save_png(figure.panels, figure.columns, temporary)
     settings = {"seed": seed, "steps": num_steps, "guidance": guidance}
     result = {"settings": settings, "loss": trained.losses[-1], **measured}
     write_whole(out / FACTS_NAME, json.dumps(result, indent=2) + "\n")

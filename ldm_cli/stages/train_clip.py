@@ -18,6 +18,7 @@ from ldm_cli.core.models.clip_resnet import StatisticsKept
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import sequential_batches
 from ldm_cli.data.tokenizer import Tokenizer
+from ldm_cli.families.caption_tokens import CaptionTokens
 from ldm_cli.formats.model_folder import (
     TRANSFORMERS_WEIGHTS,
     load_weights,
@@ -29,7 +30,6 @@ from ldm_cli.pictures.grid import image_grid
 from ldm_cli.pictures.images import save_image
 from ldm_cli.recipe.schema import TrainClipRecipe
 from ldm_cli.reporting import Reporter
-from ldm_cli.stages.support.caption_tokens import CaptionTokens
 from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start
 from ldm_cli.stages.support.training_run import Workbench, run_training

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,24 +11,26 @@ import torch
 from torch import Tensor
 
 from ldm_cli import philox
-from ldm_cli.core.diffusion.loss import diffusion_loss
-from ldm_cli.core.diffusion.schedule import NoiseSchedule
-from ldm_cli.core.models.autoencoder_kl import AutoencoderKL, DiagonalGaussian
+from ldm_cli.core.codec import Codec
+from ldm_cli.core.condition import Condition
+from ldm_cli.core.diffusion.loss import add_noise, diffusion_loss
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.data.batch import Batch
-from ldm_cli.data.latent_cache import LatentCache, Manifest
-from ldm_cli.data.sample_decoder import Encoding
+from ldm_cli.data.cache_manifest import Manifest
+from ldm_cli.data.latent_cache import LatentCache
 from ldm_cli.errors import RecipeError
+from ldm_cli.families.stable_diffusion import StableDiffusion
 from ldm_cli.formats.model_folder import load_weights, save_frozen, save_model
-from ldm_cli.formats.pipeline_folder import UNET, our_settings
+from ldm_cli.formats.pipeline_folder import UNET
+from ldm_cli.formats.scheduler_file import our_settings
 from ldm_cli.pictures.grid import image_grid
 from ldm_cli.pictures.images import save_image
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import requests_for
-from ldm_cli.stages.support.frozen_encoders import FrozenEncoders, cache_key
+from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
 from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start
 from ldm_cli.stages.support.training_run import Workbench, run_training
@@ -39,7 +40,7 @@ _NUM_NOISE_LEVELS = 5
 
 
 def run(recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
-    """Train the denoiser of `recipe`; the result is a whole Stable Diffusion pipeline folder."""
+    """Train the denoiser of `recipe`; the result is a complete Stable Diffusion folder."""
     recipe = resolve_start(recipe, reporter.warn)
     uses = {"vae": recipe.vae, "text_encoder": recipe.text_encoder}
     build = lambda bench: DenoiserTask(recipe, bench)  # noqa: E731
@@ -54,25 +55,24 @@ def run(recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter) -> dic
 
 
 class DenoiserTask:
-    """Predict the noise (or v, or x_0) in noised latents, given the caption (Rombach et al. 2022, eq. 2)."""
+    """Predict the noise (or v, or x_0) in noised latents, given a condition (Rombach et al. 2022, eq. 2)."""
 
     def __init__(self, recipe: TrainUnetRecipe, bench: Workbench) -> None:
         self.recipe, self.bench = recipe, bench
-        self.encoders = FrozenEncoders(recipe, bench.device, bench.run.warn)
-        self.vae = self.encoders.vae
-        config = fitted_config(recipe, self.vae, self.encoders.text_encoder.config.hidden_size)
-        self.unet = build_model(UNet2DConditionModel, config, recipe)
-        self._frozen = frozen_names(self.unet)
+        self.encoder = BatchEncoder(recipe, bench.device, bench.run.warn)
+        codec, encoder = self.encoder.codec, self.encoder.encoder
+        config = fitted_config(recipe, codec, encoder.model.config.hidden_size)
+        denoiser = build_model(UNet2DConditionModel, config, recipe)
+        self._frozen = frozen_names(denoiser)
         if recipe.train.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
-        self.schedule = NoiseSchedule.from_config(recipe.diffusion)
-        self.modules = {"unet": self.unet}
+            denoiser.enable_gradient_checkpointing()
+        self.family = StableDiffusion(denoiser, codec, encoder, our_settings(recipe.diffusion.to_mapping()))
+        self.modules = {"unet": denoiser}
         self.auxiliary: dict[str, torch.nn.Module] = {}
         keys = ("posterior noise", "noise", "timestep", "caption dropout")
         self._keys = {purpose: philox.key(recipe.seed, purpose) for purpose in keys}
         self._fixed_keys = {purpose: philox.key(recipe.seed, f"validation {purpose}") for purpose in keys}
-        empty = bench.cache.states("")[None] if bench.cache else self.encoders.states([""])
-        self._empty = empty.to(bench.device, torch.float32)
+        self._empty = self.encoder.condition([""]) if bench.cache is None else self.encoder.cached(bench.cache, "")
         bench.run.share(self._save_unchanged)
 
     def parts(self, batch: Batch, num_parts: int) -> list[Batch]:
@@ -81,54 +81,55 @@ class DenoiserTask:
 
     def loss(self, part: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean denoising error; each sample has its own level, noise and dropout."""
-        epoch, position = part.epoch, part.position
-        t = self._timesteps(epoch, position)
-        dropped = philox.uniform(self._keys["caption dropout"], epoch, position, 1)[:, 0]
-        encoding = self._encoding(part)
+        moments, condition = self.encoder(part)
+        dropped = philox.uniform(self._keys["caption dropout"], part.epoch, part.position, 1)[:, 0]
         is_dropped = (dropped < self.recipe.diffusion.caption_dropout).to(self.bench.device)
-        context = torch.where(is_dropped[:, None, None], self._empty, encoding.states)
-        return self._denoising_error(part, replace(encoding, states=context), t, self._keys).mean(), {}
+        condition = condition.replaced(is_dropped, self._empty)
+        u = self._levels(part.epoch, part.position)
+        return self._denoising_error(part, moments, condition, u, self._keys).mean(), {}
 
-    def _timesteps(self, epoch: Tensor, position: Tensor) -> Tensor:
-        """A noise level for each sample: int64 [B]."""
-        key, num = self._keys["timestep"], self.schedule.num_timesteps
+    def _levels(self, epoch: Tensor, position: Tensor) -> Tensor:
+        """u of `Process.at` for each sample: float32 [B], in (0, 1)."""
+        key = self._keys["timestep"]
         if self.recipe.diffusion.timestep_sampling == "uniform":
-            return philox.integers(key, epoch, position, 1, num)[:, 0]
-        fraction = torch.sigmoid(philox.normal(key, epoch, position, (1,))[:, 0])
-        return (fraction * num).long().clamp(max=num - 1)
+            return philox.uniform(key, epoch, position, 1)[:, 0]
+        return torch.sigmoid(philox.normal(key, epoch, position, (1,))[:, 0])
 
-    def _denoising_error(self, batch: Batch, encoding: Encoding, t: Tensor, keys: dict[str, philox.Key]) -> Tensor:
+    def _denoising_error(
+        self,
+        batch: Batch,
+        moments: dict[str, Tensor],
+        condition: Condition,
+        u: Tensor,
+        keys: dict[str, philox.Key],
+    ) -> Tensor:
         """Weighted squared error per sample, float32 [B]."""
-        posterior = DiagonalGaussian(encoding.mean, encoding.logvar)
-        z = posterior.sample(self._normal(keys["posterior noise"], batch, posterior.mean))
-        latents = self.vae.to_latents(z)
+        family = self.family
+        mode = family.codec.latents(moments)
+        latents = family.codec.latents(moments, self._normal(keys["posterior noise"], batch, mode))
         noise = self._normal(keys["noise"], batch, latents)
-        t = t.to(self.bench.device)
-        noised = self.schedule.add_noise(latents, noise, t)
-        output = self.unet(noised, self.schedule.told(t), encoding.states)
-        return diffusion_loss(self.schedule, output, latents, noise, t, self.recipe.diffusion.snr_gamma)
-
-    def _encoding(self, batch: Batch) -> Encoding:
-        """Out of the cache, or of the encoders."""
-        return self.encoders(batch) if batch.encoding is None else batch.encoding.to(self.bench.device)
+        a, b, time = family.process.at(u.to(self.bench.device))
+        output = family.denoiser(add_noise(latents, noise, a, b), time, condition)
+        prediction, gamma = family.process.prediction, self.recipe.diffusion.snr_gamma
+        return diffusion_loss(prediction, output, latents, noise, a, b, gamma)
 
     def _normal(self, key: philox.Key, batch: Batch, like: Tensor) -> Tensor:
         return philox.normal(key, batch.epoch, batch.position, tuple(like.shape[1:])).to(like.device)
 
     @cached_property
-    def _held_out(self) -> list[tuple[Batch, Encoding]]:
-        """The held-out batches; encoded once, for the encoders do not change."""
-        return [(batch, self.encoders(batch)) for batch in self.bench.held_out]
+    def _held_out(self) -> list[tuple[Batch, dict[str, Tensor], Condition]]:
+        """The held-out batches; encoded once, for codec and encoder do not change."""
+        return [(batch, *self.encoder(batch)) for batch in self.bench.held_out]
 
     def validate(self) -> dict[str, float]:
-        """Held-out loss with fixed noise at fixed levels, the middles of equal ranges of t: mean and each."""
+        """Held-out loss with fixed noise at fixed levels, the middles of equal ranges of u: mean and each."""
         sums = torch.zeros(_NUM_NOISE_LEVELS, dtype=torch.float64, device=self.bench.device)
         count = 0
-        for batch, encoding in self._held_out:
+        for batch, moments, condition in self._held_out:
             for level in range(_NUM_NOISE_LEVELS):
-                middle = int((level + 0.5) / _NUM_NOISE_LEVELS * self.schedule.num_timesteps)
-                t = torch.full((len(batch),), middle)
-                sums[level] += self._denoising_error(batch, encoding, t, self._fixed_keys).double().sum()
+                u = torch.full((len(batch),), (level + 0.5) / _NUM_NOISE_LEVELS)
+                errors = self._denoising_error(batch, moments, condition, u, self._fixed_keys)
+                sums[level] += errors.double().sum()
             count += len(batch)
         if count == 0:
             return {}
@@ -143,48 +144,39 @@ class DenoiserTask:
         if not prompts:
             return
         requests = requests_for(prompts, samples.sampling)
-        images = [image.pixels for image in self._pipeline().generate(requests, samples.sampling)]
-        save_image(folder / "grid.png", image_grid(images, columns=min(8, len(images))))
+        images = [image.pixels for image in Pipeline(self.family).generate(requests, samples.sampling)]
+        save_image(folder / "grid.png", image_grid(images))
         (folder / "prompts.json").write_text(json.dumps(prompts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    def _pipeline(self) -> Pipeline:
-        return Pipeline(
-            unet=self.unet,
-            vae=self.vae,
-            text_encoder=self.encoders.text_encoder,
-            tokenizer=self.encoders.tokenizer,
-            settings=our_settings(self.recipe.diffusion.to_mapping()),
-        )
-
     def _save_unchanged(self, folder: Path) -> None:
-        """Write all of the pipeline folder that training leaves alone."""
-        self._pipeline().save_companions(folder)
-        save_frozen(folder / UNET, self.unet.state_dict(), self._frozen)
+        """Write the parts of the model folder that training does not change."""
+        self.family.save_companions(folder)
+        save_frozen(folder / UNET, self.family.denoiser.state_dict(), self._frozen)
 
     def export(self, folder: Path) -> None:
-        """Write the pipeline folder: the trained weights of this denoiser, and links to all else."""
+        """Write the model folder: the trained weights of the denoiser, and links to all else."""
         link_folder(self.bench.run.frozen, folder)
-        config = self.unet.config.to_hugging_face()
-        save_model(folder / UNET, self.unet.state_dict(), config, frozen=self._frozen)
+        denoiser = self.family.denoiser
+        save_model(folder / UNET, denoiser.state_dict(), denoiser.config.to_hugging_face(), frozen=self._frozen)
 
     def restore(self, folder: Path) -> None:
         """Read the denoiser's weights of `export` back."""
-        load_weights(self.unet, folder / UNET)
+        load_weights(self.family.denoiser, folder / UNET)
 
     def finalize(self) -> dict[str, float]:
         """Nothing is left to do."""
         return {}
 
 
-def fitted_config(recipe: TrainUnetRecipe, vae: AutoencoderKL, text_width: int) -> UNet2DConditionConfig:
-    """The denoiser's configuration for latents of this size, if it fits autoencoder and text encoder.
+def fitted_config(recipe: TrainUnetRecipe, codec: Codec, text_width: int) -> UNet2DConditionConfig:
+    """The denoiser's configuration for latents of this size, if it fits codec and text encoder.
 
     Raises:
         RecipeError: channels or widths do not fit together.
     """
     config = recipe.model
     problems = []
-    channels = vae.config.latent_channels
+    channels = codec.channels
     if config.in_channels != channels or config.out_channels != channels:
         problems.append(
             f"unet.in_channels={config.in_channels} and unet.out_channels={config.out_channels}, "
@@ -195,8 +187,8 @@ def fitted_config(recipe: TrainUnetRecipe, vae: AutoencoderKL, text_width: int) 
         problems.append(
             f"unet.cross_attention_dim={config.cross_attention_dim}, but '{recipe.text_encoder}' gives {text_width}"
         )
-    if recipe.data.image_size % vae.downscale_factor:
-        problems.append(f"data.image_size={recipe.data.image_size} is no multiple of {vae.downscale_factor}")
+    if recipe.data.image_size % codec.factor:
+        problems.append(f"data.image_size={recipe.data.image_size} is no multiple of {codec.factor}")
     if problems:
         raise RecipeError(
             "the parts do not fit together",
@@ -204,4 +196,4 @@ def fitted_config(recipe: TrainUnetRecipe, vae: AutoencoderKL, text_width: int) 
             "change the recipe",
             problems=tuple(problems),
         )
-    return config.model_copy(update={"sample_size": recipe.data.image_size // vae.downscale_factor})
+    return config.model_copy(update={"sample_size": recipe.data.image_size // codec.factor})

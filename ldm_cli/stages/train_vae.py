@@ -69,8 +69,8 @@ class VAETask:
         return self.terms(self.vae, images, self._posterior_noise(part), step)  # type: ignore[no-any-return]
 
     def _posterior_noise(self, batch: Batch) -> Tensor:
-        side = self.recipe.data.image_size // self.vae.downscale_factor
-        shape = (self.vae.config.latent_channels, side, side)
+        side = self.recipe.data.image_size // self.vae.factor
+        shape = (self.vae.channels, side, side)
         return philox.normal(self._noise_key, batch.epoch, batch.position, shape).to(self.bench.device)
 
     def validate(self) -> dict[str, float]:
@@ -87,7 +87,7 @@ class VAETask:
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [−1, 1] through the latent and back."""
-        return self.vae.decode(self.vae.encode(images).mode())
+        return self.vae.decode_z(self.vae.posterior(images).mode())
 
     def picture(self, folder: Path) -> None:
         """`grid.png`: held-out images, each above its reconstruction."""
@@ -140,7 +140,7 @@ class VAETask:
             self.bench.shards, self.recipe.data, seed=self.recipe.seed, batch_size=size, with_captions=False
         )
         latents = [
-            self.vae.encode(to_signed(batch.images, self.bench.device)).sample(self._posterior_noise(batch)).double()
+            self.vae.posterior(to_signed(batch.images, self.bench.device)).sample(self._posterior_noise(batch)).double()
             for batch in loader.batches(0, max(1, min(_NUM_MEASURED, known or _NUM_MEASURED) // size))
         ]
         stack = torch.cat(latents)

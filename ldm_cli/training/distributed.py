@@ -186,12 +186,14 @@ def _environment() -> tuple[int, int, int]:
         return 0, 1, 0
     try:
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        local = int(os.environ.get("LOCAL_RANK", rank))
+        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", rank)))
     except (KeyError, ValueError):
         given = ", ".join(f"{name}={os.environ.get(name, '')}" for name in names)
         raise UsageError("cannot tell this process's rank", given, "set all three, as torchrun does") from None
     if not 0 <= rank < world_size or local < 0:
         raise UsageError("this process's rank is impossible", f"RANK={rank}, WORLD_SIZE={world_size}")
+    if "LOCAL_RANK" not in os.environ:  # a pod or a Slurm task may see fewer devices than there are ranks
+        local %= torch.cuda.device_count() or world_size
     return rank, world_size, local
 
 

@@ -131,7 +131,7 @@ def test_memory_is_flat_unless_it_goes_on_growing() -> None:
 
 
 def test_a_slope_takes_four_steps() -> None:
-    with pytest.raises(UsageError, match="3 steps tell no slope"):
+    with pytest.raises(UsageError, match="3 steps are too few for a slope"):
         memory.memory(3, "cpu", SilentReporter())
 
 

@@ -21,7 +21,7 @@ sys.exit(launch.launch(sys.argv[2:], 2, (sys.executable, "-c", sys.argv[1])))
 _HEAD = """
 import os, signal, sys, time
 from pathlib import Path
-from ldm_cli.cli.launch import bind_to_launcher, leave_last_words
+from ldm_cli.cli.launch import bind_to_launcher, send_to_launcher
 rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
 bind_to_launcher()
 def ready():
@@ -85,10 +85,10 @@ def test_more_threads_than_processors_are_warned_of(tmp_path: Path, monkeypatch:
 def test_the_first_failing_rank_gives_code_and_words(tmp_path: Path) -> None:
     script = """
     if rank == 1:
-        leave_last_words(["ldm: error: the shard is damaged [E-DATA]"])
+        send_to_launcher(["ldm: error: the shard is damaged [E-DATA]"])
         os._exit(65)
     time.sleep(0.5)
-    leave_last_words(["ldm: error: rank 1 of 2 failed [E-WORKER]"])
+    send_to_launcher(["ldm: error: rank 1 of 2 failed [E-WORKER]"])
     os._exit(82)
     """
     assert ended(start(script, tmp_path)) == (65, ["ldm: error: the shard is damaged [E-DATA]"])
@@ -106,7 +106,7 @@ def test_a_killed_rank_is_named_and_the_stuck_other_is_ended(tmp_path: Path) -> 
 
 def test_a_bug_in_a_rank_is_a_failed_rank(tmp_path: Path) -> None:
     script = """
-    leave_last_words(["ldm: error: unexpected ValueError: no [E-BUG]"])
+    send_to_launcher(["ldm: error: unexpected ValueError: no [E-BUG]"])
     os._exit(70)
     """
     code, said = ended(start(script, tmp_path))
@@ -119,7 +119,7 @@ def test_a_signal_reaches_every_rank_and_a_preempted_job_is_preempted(tmp_path: 
     script = """
     def stop(number, frame):
         time.sleep(0.3 * (1 - rank))  # rank 0 is saving while the other has left
-        leave_last_words(["ldm: error: stopped [E-PREEMPTED]"])
+        send_to_launcher(["ldm: error: stopped [E-PREEMPTED]"])
         os._exit(75)
     signal.signal(signal.SIGTERM, stop)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
@@ -136,7 +136,7 @@ def test_a_signal_before_the_ranks_are_ready_waits_for_them(tmp_path: Path) -> N
     script = """
     ready()
     time.sleep(1)
-    leave_last_words(["ldm: error: stopped [E-PREEMPTED]"])
+    send_to_launcher(["ldm: error: stopped [E-PREEMPTED]"])
     os._exit(75 if signal.SIGTERM in signal.sigpending() else 1)
     """
     process = start(script, tmp_path)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from ldm_cli.cli import app
-from ldm_cli.cli.options import seconds, size
+from ldm_cli.cli.options import expand_homes, is_setting, seconds, size
+from ldm_cli.data.config import DataConfig
 from ldm_cli.errors import UsageError
 
 
@@ -79,7 +80,14 @@ def test_options_of_sample_override_the_recipe(sampled: dict[str, Any], tmp_path
 
     recipe, options = sampled["recipe"], sampled["options"]
     prompts_of_entries = [getattr(entry, "prompt", entry) for entry in recipe.prompts]
-    assert prompts_of_entries == ["zeroth", "first", "second", "bad \N{REPLACEMENT CHARACTER}", "last", ""]
+    assert prompts_of_entries == [
+        "zeroth",
+        "first",
+        "second",
+        "bad \N{LATIN SMALL LETTER Y WITH DIAERESIS}",
+        "last",
+        "",
+    ]
     assert recipe.model == "runs/demo-unet/model"
     assert recipe.sampling.guidance.scale == 2.0
     assert recipe.sampling.model_dump(exclude={"timestep_spacing", "timesteps", "guidance"}) == {
@@ -130,3 +138,42 @@ def test_the_trainers_pass_on_what_was_said(monkeypatch: pytest.MonkeyPatch) -> 
         assert (options.out, options.resume, options.max_time) == (Path("o"), "never", 120.0)
         assert options.overrides == ("train.steps=300",)
         assert options.recipe_text.startswith("# The demo's")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expanded"),
+    [
+        (["--out=~/run", "x"], ["--out=/home/me/run", "x"]),
+        (["--prompts", "~/p.txt", "--latents=~"], ["--prompts", "/home/me/p.txt", "--latents=/home/me"]),
+        (["data", "pack", "~/in", "~/out"], ["data", "pack", "/home/me/in", "/home/me/out"]),
+        (["-p", "~/a", "--prompt=~/a", "--negative", "~"], ["-p", "~/a", "--prompt=~/a", "--negative", "~"]),
+        (["~100 cats", "a~/b", "x=~/y"], ["~100 cats", "a~/b", "x=~/y"]),
+    ],
+)
+def test_a_tilde_is_the_home_folder_in_every_path_and_a_character_in_prompts(
+    arguments: list[str], expanded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert expand_homes(arguments) == expanded
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "https://h/x.tar?sig=a&b=c",
+        "s3://bucket/lang=en/{00..03}.tar",
+        "lang=en/x-*.tar",
+        "data/date=2024-01-01/x.tar",
+        "pipe:aws s3 cp --region=eu s3://b/x.tar -",
+        "a=b.tar",
+    ],
+)
+def test_an_equals_sign_in_an_address_or_a_path_makes_no_setting(argument: str) -> None:
+    assert not is_setting(argument, DataConfig.model_fields)
+
+
+@pytest.mark.parametrize(
+    "argument", ["caption=json:a/b", "remote_schemes=[http]", "filter.min_side=3", "captoin=txt", "val_shards=v/*.tar"]
+)
+def test_fields_and_slips_in_their_names_are_settings(argument: str) -> None:
+    assert is_setting(argument, DataConfig.model_fields)

@@ -10,7 +10,7 @@ import pytest
 from ldm_cli import __version__
 from tests.conftest import REPOSITORY, Ldm
 
-HEAVY = {"torch", "pydantic", "webdataset", "tokenizers", "PIL", "yaml", "safetensors", "numpy"}
+HEAVY = {"torch", "pydantic", "webdataset", "tokenizers", "PIL", "yaml", "safetensors", "numpy", "matplotlib"}
 
 
 def test_help_lists_every_command(ldm: Ldm) -> None:

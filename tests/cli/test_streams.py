@@ -85,7 +85,7 @@ def test_damaged_data_is_shown_and_65(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert app.run(["data", "check", str(shard), "--json"]) == 65
     captured = capfd.readouterr()
     assert list(json.loads(captured.out)["damaged_shards"]) == [str(shard)]
-    assert captured.err.splitlines()[-1].startswith("ldm: error: the data is not sound: ")
+    assert captured.err.splitlines()[-1].startswith("ldm: error: the data is damaged: ")
 
 
 def on_terminal(*arguments: str, folder: Path, **variables: str) -> tuple[int, str]:
@@ -113,7 +113,7 @@ def test_a_terminal_gets_colour_bars_and_tables_as_wide_as_itself(tmp_path: Path
     code, screen = on_terminal("data", "synth", "scenes", "--samples", "300", folder=tmp_path, NO_COLOR="")
     assert code == 0
     assert "\x1b[" in screen
-    assert "drawing scenes" in screen
+    assert "writing scenes" in screen
     assert "scene/s" in screen
 
 

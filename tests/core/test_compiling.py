@@ -21,6 +21,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from ldm_cli.bench.workload import Workload, our_step
 from ldm_cli.core.compiling import compile_regions, eagerly
+from ldm_cli.core.condition import Condition
 from ldm_cli.core.models.clip_resnet import Bottleneck
 from ldm_cli.data.scenes import write_scenes
 from ldm_cli.recipe.load import load_recipe
@@ -32,7 +33,7 @@ from ldm_cli.training.config import TrainConfig
 
 from ..conftest import REPOSITORY
 from ..faults.matrix import different
-from ..sampling.tiny import tiny_pipeline
+from ..sampling.tiny import loaded_pipeline, tiny_pipeline
 from ..stages.tiny import vae_recipe
 
 SMALL = {
@@ -114,17 +115,17 @@ def test_the_resnet_image_tower_is_compiled(traced: list[Any]) -> None:
 @pytest.mark.slow
 def test_compiling_changes_neither_keys_nor_what_runs_eagerly(traced: list[Any]) -> None:
     pipeline = tiny_pipeline()
-    keys = list(pipeline.unet.state_dict())
-    compile_regions(pipeline.unet)
-    assert list(pipeline.unet.state_dict()) == keys
-    x, t, context = torch.randn(2, 4, 8, 8), torch.full((2,), 500.0), torch.randn(2, 5, 24)
+    keys = list(pipeline.family.denoiser.state_dict())
+    compile_regions(pipeline.family.denoiser)
+    assert list(pipeline.family.denoiser.state_dict()) == keys
+    x, t, condition = torch.randn(2, 4, 8, 8), torch.full((2,), 500.0), Condition(tokens=torch.randn(2, 5, 24))
     with eagerly():
-        plain = pipeline.unet(x, t, context)
+        plain = pipeline.family.denoiser(x, t, condition)
     assert traced == []
-    torch.testing.assert_close(pipeline.unet(x, t, context), plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(pipeline.family.denoiser(x, t, condition), plain, rtol=1e-5, atol=1e-5)
     num_graphs = len(traced)
     assert num_graphs > 0
-    pipeline.unet(x, t, context)
+    pipeline.family.denoiser(x, t, condition)
     assert len(traced) == num_graphs  # what was seen before is not traced again
 
 
@@ -140,16 +141,16 @@ def test_compiling_changes_neither_keys_nor_what_runs_eagerly(traced: list[Any])
 def test_a_compiled_pipeline_draws_the_same_pictures_in_any_company(
     traced: list[Any], tmp_path: Path, fields: dict[str, Any]
 ) -> None:
-    tiny_pipeline().save(tmp_path)
+    tiny_pipeline().family.save(tmp_path)
     requests = [ImageRequest(prompt, seed) for prompt in ("a red circle", "a blue square") for seed in (0, 7)]
     config = SamplingConfig.from_mapping({"steps": 3, "sampler": "ddim"} | fields)
 
     def drawn(pipeline: Pipeline, chosen: list[ImageRequest]) -> Tensor:
         return torch.stack([image.pixels for image in pipeline.generate(chosen, config)]).int()
 
-    plain = drawn(Pipeline.load(tmp_path), requests)
+    plain = drawn(loaded_pipeline(tmp_path), requests)
     assert traced == []
-    compiled = Pipeline.load(tmp_path, compiled=True)
+    compiled = loaded_pipeline(tmp_path, compiled=True)
     pictures = drawn(compiled, requests)
     assert len(traced) > 0
     assert (pictures - plain).abs().max() <= 1
@@ -199,7 +200,7 @@ def test_a_compiled_run_that_is_lost_and_continued_ends_the_same(scenes: Path, t
 
 @pytest.mark.exhaustive
 def test_compiled_pictures_are_the_plain_ones_up_to_rounding_and_can_be_repeated(tmp_path: Path) -> None:
-    tiny_pipeline().save(tmp_path / "model")
+    tiny_pipeline().family.save(tmp_path / "model")
     words = ["sample", "--model", str(tmp_path / "model"), "-p", "a red circle", "-n", "3", "--steps", "4"]
 
     def drawn(name: str, *arguments: str) -> Image.Image:

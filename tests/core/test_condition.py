@@ -27,3 +27,19 @@ def test_cat_puts_rows_after_one_another_and_a_slice_takes_them_back() -> None:
 def test_conditions_with_different_fields_cannot_be_combined() -> None:
     with pytest.raises(ValueError, match="1 of 2 have 'pooled'"):
         Condition.cat([Condition(pooled=torch.ones(1, 2)), Condition()])
+
+
+def test_a_condition_is_made_of_its_tensors_again() -> None:
+    condition = Condition(tokens=torch.ones(2, 3, 4), pooled=torch.tensor([3, 5]))
+    assert list(condition.tensors) == ["tokens", "pooled"]
+    assert Condition(**condition.tensors) == condition
+
+
+def test_dropped_rows_are_those_of_the_empty_condition() -> None:
+    condition = Condition(tokens=torch.arange(6.0).view(3, 1, 2), pooled=torch.tensor([1, 2, 3]))
+    empty = Condition(tokens=torch.full((1, 1, 2), -1.0), pooled=torch.tensor([0]))
+    dropped = condition.replaced(torch.tensor([False, True, False]), empty)
+    assert dropped.tokens is not None
+    assert dropped.tokens[:, 0].tolist() == [[0.0, 1.0], [-1.0, -1.0], [4.0, 5.0]]
+    assert dropped.pooled is not None
+    assert dropped.pooled.tolist() == [1, 0, 3]

@@ -101,7 +101,7 @@ def test_the_discriminator_learns_from_its_own_loss_alone() -> None:
 
     vae.zero_grad()
     loss.zero_grad()
-    again = vae.decode(vae.encode(images).sample(noise))
+    again = vae.decode_z(vae.posterior(images).sample(noise))
     hinge_loss(loss.discriminator(images), loss.discriminator(again.detach())).backward()
     for expected, parameter in zip(of_discriminator, loss.discriminator.parameters(), strict=True):
         torch.testing.assert_close(expected, parameter.grad, rtol=1e-4, atol=1e-7)
@@ -147,7 +147,7 @@ def test_kl_is_summed_over_the_latent_and_divided_by_the_image_size() -> None:
     loss = make_loss(kl_weight=1.0)
     images, noise = torch.rand(2, 3, SIZE, SIZE) * 2 - 1, torch.randn(2, 4, SIZE, SIZE)
     total, terms = loss(vae, images, noise, step=1)
-    posterior = vae.encode(images)
+    posterior = vae.posterior(images)
     by_hand = torch.distributions.kl_divergence(
         torch.distributions.Normal(posterior.mean, posterior.logvar.mul(0.5).exp()),
         torch.distributions.Normal(0.0, 1.0),

@@ -23,10 +23,10 @@ from ldm_cli.data.captions import (
     [
         ("café 猫".encode(), "café 猫", ()),
         (b"\xef\xbb\xbfmarked", "marked", ()),
-        ("café".encode("latin-1"), "café", ("Latin-1 caption",)),
+        ("café".encode("latin-1"), "café", ("Windows-1252 text",)),
     ],
 )
-def test_text_is_utf8_or_counted_as_latin1(data: bytes, text: str, remarks: tuple[str, ...]) -> None:
+def test_text_is_utf8_or_counted_as_windows_1252(data: bytes, text: str, remarks: tuple[str, ...]) -> None:
     assert decode_text(data) == (text, remarks)
 
 

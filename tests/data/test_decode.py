@@ -26,7 +26,7 @@ def _encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
 
 
 def _pixels(data: bytes) -> list[tuple[int, int, int]]:
-    image = decode_rgb(data, BACKGROUND, MAX_PIXELS)
+    image = decode_rgb(data, BACKGROUND, MAX_PIXELS).image
     assert image.mode == "RGB"
     raw = image.tobytes()
     return [(raw[i], raw[i + 1], raw[i + 2]) for i in range(0, len(raw), 3)]
@@ -121,9 +121,9 @@ def test_a_large_picture_is_converted_in_bands_to_the_same_pixels(mode: str, mon
     if mode == "P":
         image.putpalette([value * 7 % 256 for value in range(768)])
     data = _encoded(image, **({"transparency": 3} if mode == "P" else {}))
-    whole = decode_rgb(data, BACKGROUND, MAX_PIXELS)
+    whole = decode_rgb(data, BACKGROUND, MAX_PIXELS).image
     monkeypatch.setattr(decode, "_BAND_PIXELS", 3 * 13)  # three rows: the last band has two
-    assert decode_rgb(data, BACKGROUND, MAX_PIXELS).tobytes() == whole.tobytes()
+    assert decode_rgb(data, BACKGROUND, MAX_PIXELS).image.tobytes() == whole.tobytes()
 
 
 def test_the_first_frame_of_an_animation_is_taken() -> None:
@@ -158,7 +158,7 @@ def test_exif_orientation_is_applied_once(orientation: int, format: str) -> None
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if format == "WEBP" else {}
-    shown = decode_rgb(_encoded(stored, format, exif=exif, **options), BACKGROUND, MAX_PIXELS)
+    shown = decode_rgb(_encoded(stored, format, exif=exif, **options), BACKGROUND, MAX_PIXELS).image
     rows = SHOWN[orientation]
     assert shown.size == (len(rows[0]) * scale, len(rows) * scale)
     for y, row in enumerate(rows):
@@ -170,7 +170,7 @@ def test_exif_orientation_is_applied_once(orientation: int, format: str) -> None
 
 def test_broken_exif_means_no_orientation() -> None:
     data = _encoded(Image.new("RGB", (4, 2)), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff garbage")
-    assert decode_rgb(data, BACKGROUND, MAX_PIXELS).size == (4, 2)
+    assert decode_rgb(data, BACKGROUND, MAX_PIXELS).image.size == (4, 2)
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "TIFF"])
@@ -272,7 +272,7 @@ def test_shrinking_averages_and_does_not_pick_pixels() -> None:
 
 def test_a_jpeg_decoded_at_reduced_size_is_the_same_picture() -> None:
     data = _encoded(_ramp(250, 250).resize((80, 80)), "JPEG", quality=95)
-    whole, reduced = (decode_rgb(data, BACKGROUND, MAX_PIXELS, side) for side in (None, 8))
+    whole, reduced = (decode_rgb(data, BACKGROUND, MAX_PIXELS, side).image for side in (None, 8))
     assert whole.size == (80, 80)
     assert reduced.size == (20, 20)
     difference = to_square(whole, 8, "center").int() - to_square(reduced, 8, "center").int()
@@ -309,7 +309,7 @@ def test_resizing_is_that_of_pillow_up_to_rounding(size: tuple[int, int], side: 
 def test_a_reduced_decode_of_a_photograph_keeps_its_quality(quality: int) -> None:
     data = _encoded(_photo((512, 384)), "JPEG", quality=quality)
     for side, reduced_height in ((32, 96), (64, 192), (90, 192), (97, 384)):
-        whole, reduced = (decode_rgb(data, BACKGROUND, 10**6, min_side) for min_side in (None, side))
+        whole, reduced = (decode_rgb(data, BACKGROUND, 10**6, min_side).image for min_side in (None, side))
         assert reduced.height == reduced_height
         assert reduced.height >= 2 * side
         difference = to_square(whole, side, "center").float() - to_square(reduced, side, "center").float()
@@ -354,7 +354,7 @@ def test_what_takes_more_memory_than_its_pixels_counts_for_more() -> None:
         with pytest.raises(BadSampleError, match=f"which count {times} times in this kind of file"):
             decode_rgb(data, BACKGROUND, MAX_PIXELS)
     for data in (_encoded(at_half, "TIFF"), _encoded(at_two_thirds, "JPEG"), _encoded(at_half.convert("CMYK"), "JPEG")):
-        assert min(decode_rgb(data, BACKGROUND, MAX_PIXELS).size) >= 75
+        assert min(decode_rgb(data, BACKGROUND, MAX_PIXELS).image.size) >= 75
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "I;16"])
@@ -365,11 +365,11 @@ def test_a_huge_picture_is_averaged_before_it_is_turned(mode: str, monkeypatch: 
     image = photo.convert("L").convert("I").point(lambda value: value * 257).convert(mode) if mode == "I;16" else None
     image = image or (photo.quantize(256) if mode == "P" else photo.convert(mode))
     data = _encoded(image, exif=exif)
-    whole = decode_rgb(data, BACKGROUND, 10**6)
+    whole = decode_rgb(data, BACKGROUND, 10**6).image
     assert whole.size == (170, 230)
     monkeypatch.setattr(decode, "_HUGE_PIXELS", 10_000)
     monkeypatch.setattr(decode, "_BAND_PIXELS", 230 * 25)
-    reduced = decode_rgb(data, BACKGROUND, 10**6, 13)
+    reduced = decode_rgb(data, BACKGROUND, 10**6, 13).image
     assert reduced.size == (85, 115)
     difference = to_square(whole, 13, "center").float() - to_square(reduced, 13, "center").float()
     assert difference.square().mean().sqrt() < 2

@@ -221,7 +221,7 @@ def test_empty_captions_are_kept_if_the_recipe_says_so_and_counted(tmp_path: Pat
     loader = _loader(tmp_path, batch_size=3, label=None, missing_caption="empty")
     (batch,) = loader.batches(0, 1)
     assert sorted(batch.captions) == ["", "", "café"]
-    assert loader.remarks == {"empty caption": 2, "Latin-1 caption": 1}
+    assert loader.remarks == {"empty caption": 2, "Windows-1252 text": 1}
 
 
 def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:

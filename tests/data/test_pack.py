@@ -13,6 +13,7 @@ from PIL import Image
 
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.pack import pack
+from ldm_cli.data.sources import Choices
 from ldm_cli.errors import DataError, InputNotFoundError, OutputError
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages import data as stage
@@ -83,8 +84,8 @@ def test_an_imagefolder_keeps_what_else_its_metadata_say(images: Path, tmp_path:
 def test_a_csv_with_columns_of_any_name(images: Path, tmp_path: Path, columns: tuple[str, str]) -> None:
     with (images / "list.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("", *columns), *((k, n, CAPTIONS[n]) for k, n in enumerate(IMAGES))])
-    named = {"image_column": columns[0], "caption_column": columns[1]} if columns[0] == "bild" else {}
-    _packed(images / "list.csv", tmp_path / "out", **named)
+    choices = Choices(*columns) if columns[0] == "bild" else Choices()
+    _packed(images / "list.csv", tmp_path / "out", choices=choices)
     _check_content(tmp_path / "out")
 
 
@@ -112,6 +113,7 @@ def test_existing_output_is_refused_and_failure_leaves_nothing(images: Path, tmp
         _packed(images / "list.csv", out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
     out.mkdir()
+    (images / "list.csv").unlink()
     _packed(images, out)
     before = (out / "train-000000.tar").read_bytes()
     for taken in (out, images / "a.jpg"):
@@ -123,9 +125,9 @@ def test_existing_output_is_refused_and_failure_leaves_nothing(images: Path, tmp
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.csv", "file,caption\na.jpg,one\n", "line 2.*'file_name' or 'path'.*'file', 'caption'"),
-        ("a.csv", "path,title\na.jpg,one\n", "line 2.*'text' or 'caption'"),
-        ("a.csv", b"path,caption\na.jpg,caf\xe9\n", "utf-8"),
+        ("a.csv", "bild,caption\na.jpg,one\n", "no column of pictures .*'bild', 'caption'"),
+        ("a.csv", "path,satz\na.jpg,one\n", "no column of captions .*'path', 'satz'"),
+        ("a.csv", b"path,caption\na.jpg,\x81\xf5\n", "line 2.*expected UTF-8"),
         ("a.jsonl", '{"file_name": "a.jpg", "text": "x"}\n{"file_name"\n', "line 2"),
         ("a.jsonl", "[1]\n", "line 1.*no JSON object"),
     ],
@@ -142,7 +144,7 @@ def test_a_source_without_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputNotFoundError, match="no such file"):
         _packed(tmp_path / "nothing", tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputNotFoundError, match="no images"):
+    with pytest.raises(InputNotFoundError, match="no pictures"):
         _packed(tmp_path / "empty", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -156,7 +156,7 @@ def test_what_may_pass_is_tried_again(
     reporter = SilentReporter()
     fetched = _area_of(memory, 3, reporter) if method == "open" else StagingArea(10**9, reporter)
     assert fetched.fetch("memory://bucket/000.tar").read_bytes() == memory.cat("/bucket/000.tar")
-    assert sum("once more in 0 s" in message for message in reporter.messages) == 3
+    assert sum("next attempt in 0 s" in message for message in reporter.messages) == 3
     monkeypatch.setattr(memory, method, _failing(call, [make() for _ in range(4)]))
     with pytest.raises(StorageError, match=r"001\.tar") as caught:
         fetched.fetch("memory://bucket/001.tar")
@@ -172,7 +172,7 @@ def test_without_its_server_a_run_goes_on_with_what_was_fetched(memory: Any, mon
     monkeypatch.setattr(memory, "info", _failing(memory.info, failures))
     reporter = SilentReporter()
     assert open_shards(config.shards, config, reporter).fingerprint == before.fingerprint
-    assert sum("using what was fetched before" in message for message in reporter.messages) == 2
+    assert sum("using the copy that was fetched before" in message for message in reporter.messages) == 2
     assert len(failures) == 1
     failures += [ConnectionResetError(104, "") for _ in range(6)]
     with pytest.raises(StorageError, match=r"002\.tar"):
@@ -218,7 +218,7 @@ def test_a_body_that_is_cut_is_noticed_and_fetched_again(memory: Any, monkeypatc
     size = info("/bucket/000.tar")["size"]
     config = DataConfig(shards="memory://bucket/000.tar", remote_schemes=("memory",))
     monkeypatch.setattr(memory, "open", lambda *a, **k: _Cut(open_file(*a, **k), size))
-    with pytest.raises(StorageError, match=f"{size // 2} bytes came, {size} were announced"):
+    with pytest.raises(StorageError, match=f"received {size // 2} bytes of {size}"):
         open_shards(config.shards, config, SilentReporter())
     monkeypatch.setattr(memory, "info", lambda path, **k: {"name": path})
     with pytest.raises(DataError, match="end-of-archive"):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from ldm_cli.data import report
+from ldm_cli.data.sample_decoder import Draw, SampleDecoder, Wanted
 from ldm_cli.reporting import SilentReporter
 
 from .tars import numbered_sample, opened, png, write_tar
@@ -16,3 +19,47 @@ def test_stats_reads_headers_and_check_decodes(tmp_path: Path) -> None:
     counted = report.stats(shards, config, SilentReporter())
     assert (counted["unusable"], counted["formats"], counted["width"]["max"]) == ({}, {"png": 2}, 90)
     assert report.check(shards, config, SilentReporter())["bad"] == {"damaged image": 1}
+
+
+@pytest.mark.parametrize(
+    ("keys", "hidden"),
+    [
+        (["7", "7.25"], ["a/7.25"]),
+        (["v1.final", "v1.draft"], ["a/v1.final", "a/v1.draft"]),
+        (["d/1", "d/1.a.b", "d/1.c"], ["a/d/1.a.b", "a/d/1.c"]),
+    ],
+)
+def test_samples_hidden_by_a_dot_in_their_keys_are_named(tmp_path: Path, keys: list[str], hidden: list[str]) -> None:
+    members = [(f"{key}.{kind}", png() if kind == "png" else b"x") for key in keys for kind in ("png", "txt")]
+    shards, config = opened(write_tar(tmp_path / "a.tar", members), label=None)
+    result = report.check(shards, config, SilentReporter())
+    assert (result["ok"], result["hidden_samples"]) == (False, hidden)
+    # webdataset's rule is the reference: the key ends at the first dot of the name
+    names = {name for key in keys for name in (f"{key}.png", f"{key}.txt")}
+    assert set(result["first_not_used"]) == {f"a/{name}" for name in names if name.rpartition("/")[2].count(".") > 1}
+
+
+@pytest.mark.parametrize("image", ["input.png", "EDITED.png", "depth.map.png"])
+def test_a_setting_names_the_members_of_image_and_caption(tmp_path: Path, image: str) -> None:
+    kinds = ("input.png", "edited.png", "depth.map.png")
+    members = [(f"s.{kind}", png((number, 0, 0))) for number, kind in enumerate(kinds)]
+    members += [("s.input.txt", b"before"), ("s.prompt.txt", b"make it red")]
+    shards, config = opened(
+        write_tar(tmp_path / "a.tar", members), label=None, image=image, caption="prompt.txt", background=[0, 0, 0]
+    )
+    decoder = SampleDecoder(shards, config, Wanted())
+    assert report.check(shards, config, SilentReporter())["ok"]
+    sample = decoder.decode(0, 0, Draw())
+    assert sample.image is not None
+    assert (sample.caption, int(sample.image[0].max())) == ("make it red", kinds.index(image.lower()))
+    unset, usual = opened(tmp_path / "a.tar", label=None, caption="prompt.txt")
+    bad = report.check(unset, usual, SilentReporter())["bad_samples"]
+    assert "data.image" in bad[0]["detail"]
+
+
+def test_members_that_no_setting_reads_are_counted_and_sound(tmp_path: Path) -> None:
+    shards, config = opened(write_tar(tmp_path / "a.tar", [*numbered_sample(0), *numbered_sample(1)]), label=None)
+    result = report.check(shards, config, SilentReporter())
+    assert result["ok"]
+    assert result["not_used"] == {"cls": 2, "json": 2}
+    assert result["first_not_used"] == ["a/0000.cls", "a/0000.json"]

@@ -11,7 +11,7 @@ import pytest
 from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.index_cache import cache_folder
 from ldm_cli.data.open_shards import open_shards
-from ldm_cli.data.patterns import expand_braces, find_shards
+from ldm_cli.data.patterns import expand_braces, find_sources
 from ldm_cli.data.sample_decoder import Draw, SampleDecoder, Wanted
 from ldm_cli.data.shards import ShardReader
 from ldm_cli.errors import DataError, InputNotFoundError, RecipeError, UnavailableError
@@ -46,8 +46,17 @@ def test_folders_globs_braces_and_lists_find_the_same_shards_in_order(tmp_path: 
     expected = tuple(folder / f"{k:03d}.tar" for k in range(3))
     (folder / "notes.txt").write_text("not a shard")
     for patterns in (str(folder), f"{folder}/*.tar", f"{folder}/{{000..002}}.tar"):
-        assert find_shards(patterns) == expected
-    assert find_shards((str(expected[2]), f"{folder}/00*.tar")) == (expected[2], expected[0], expected[1])
+        assert find_sources(patterns) == (expected,)
+    assert find_sources((str(expected[2]), f"{folder}/00*.tar")) == (expected[2:], expected[:2])
+
+
+@pytest.mark.parametrize("folder", ["photos [2021]", "a[b-d]", "x[!y]z/deep"])
+def test_brackets_in_the_name_of_a_folder_are_no_pattern(tmp_path: Path, folder: str) -> None:
+    numbered_shards(tmp_path / folder, [1, 1])
+    numbered_shards(tmp_path / "ab", [1])
+    expected = tuple(tmp_path / folder / name for name in ("000.tar", "001.tar"))
+    for pattern in ("*.tar", "00[01].tar", "00{0,1}.tar"):
+        assert find_shards(f"{tmp_path}/{folder}/{pattern}") == expected
 
 
 def test_all_holes_are_listed_at_once(tmp_path: Path) -> None:
@@ -57,7 +66,7 @@ def test_all_holes_are_listed_at_once(tmp_path: Path) -> None:
     (tmp_path / "bare").mkdir()
     patterns = (f"{folder}/{{000..003}}.tar", f"{tmp_path}/x*.tar", str(tmp_path / "bare"))
     with pytest.raises(InputNotFoundError) as caught:
-        find_shards(patterns)
+        find_sources(patterns)
     text = str(caught.value)
     assert "cannot read 5 shards" in text
     for part in ("001.tar' (missing)", "002.tar' (empty)", "003.tar' (missing)", "x*.tar' (matches nothing)"):
@@ -68,7 +77,7 @@ def test_all_holes_are_listed_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("source", ["s3://bucket/a.tar", "https://host/{0..9}.tar", "pipe:cat /etc/passwd"])
 def test_remote_and_piped_sources_are_refused_and_not_run(source: str) -> None:
     with pytest.raises(UnavailableError, match="not allowed"):
-        find_shards(source)
+        find_sources(source)
 
 
 def test_shards_without_samples_are_refused(tmp_path: Path) -> None:

@@ -168,14 +168,14 @@ def test_a_filter_leaves_what_meets_all_of_its_rules(
     shards, _ = opened(tmp_path, filter=rules)
     found = {int(shards.indexes[0].key(k)) for k in range(shards.num_samples)}
     assert found == expected, "what cannot be read stays, to be counted where it is met"
-    monkeypatch.setattr("ldm_cli.data.sample_filter._survey", None)  # whoever looks again fails
+    monkeypatch.setattr("ldm_cli.data.sample_filter._read_facts", None)  # a second reading would fail
     assert opened(tmp_path, filter=rules)[0].fingerprint == shards.fingerprint
     with pytest.raises(TypeError):
         opened(tmp_path, filter={**rules, "max_aspect": 9.0})
 
 
 def test_a_filter_that_leaves_nothing_says_so(tmp_path: Path) -> None:
-    with pytest.raises(InputNotFoundError, match="none of 3 samples is left"):
+    with pytest.raises(InputNotFoundError, match="none of 3 samples remains"):
         opened(numbered_shards(tmp_path / "d", [3]), filter={"min_side": 1000})
 
 

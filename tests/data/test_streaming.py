@@ -220,7 +220,7 @@ def test_only_what_the_recipe_allows_is_opened(folder: Path, tmp_path: Path) -> 
     assert not ran.exists()
     with pytest.raises(InputNotFoundError, match=r"none\.tar"):
         open_stream(settings(folder, tmp_path / "none.tar"), SilentReporter())
-    with pytest.raises(RecipeError, match="serves training alone"):
+    with pytest.raises(RecipeError, match="is for training only"):
         open_shards((config := settings(folder)).shards, config, SilentReporter())
     with pytest.raises(ValueError, match="remove weights, filter"):
         settings(folder, weights=[1], filter={"min_side": 3})

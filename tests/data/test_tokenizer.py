@@ -150,6 +150,7 @@ def test_tokenizer_json_alone_is_enough(tokenizer: Tokenizer, tmp_path: Path) ->
 
 def test_padding_token_is_read_from_the_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path)
+    (tmp_path / "special_tokens_map.json").unlink()
     (tmp_path / "tokenizer_config.json").write_text('{"pad_token": {"content": "!"}, "model_max_length": 5}')
     loaded = Tokenizer.load(tmp_path)
     assert (loaded.pad_id, loaded.model_max_length) == (0, 5)
@@ -160,7 +161,8 @@ def test_missing_files_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(InputNotFoundError, match=r"vocab\.json"):
         Tokenizer.load(tmp_path)
     tokenizer.save(tmp_path)
-    (tmp_path / "merges.txt").unlink()
+    for name in ("merges.txt", "tokenizer.json"):
+        (tmp_path / name).unlink()
     with pytest.raises(InputNotFoundError, match=r"merges\.txt"):
         Tokenizer.load(tmp_path)
 
@@ -175,11 +177,17 @@ def test_missing_files_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
         ("vocab.json", '{"a": "0", "<|startoftext|>": 1, "<|endoftext|>": 2}'),
         ("merges.txt", "a b c"),
         ("merges.txt", "nothere neitherhere"),
-        ("tokenizer_config.json", '{"pad_token": "<pad>"}'),
+        ("special_tokens_map.json", '{"bos_token": "<s>"}'),
+        ("tokenizer_config.json", '{"padding_side": "left"}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"7": {"content": "sks"}}}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"9999": {"content": "sks"}}}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"584": "sks"}, "special_tokens_map": 1}'),
     ],
 )
 def test_broken_files_are_refused(tokenizer: Tokenizer, tmp_path: Path, name: str, content: str) -> None:
     tokenizer.save(tmp_path)
+    for other in {"tokenizer.json", "tokenizer_config.json"} - {name}:
+        (tmp_path / other).unlink()
     (tmp_path / name).write_text(content)
     with pytest.raises(CheckpointError, match="no CLIP tokenizer"):
         Tokenizer.load(tmp_path)

@@ -135,7 +135,7 @@ def test_a_stopped_worker_is_named_after_the_time_out_and_does_not_outlive_it() 
     items = _made(_item, 10_000, timeout=0.4)
     with _first_worker(items) as pid:
         os.kill(pid, signal.SIGSTOP)
-        with pytest.raises(WorkerError, match=rf"data worker 0 \(pid {pid}\) hangs: no news of it for 0.4 seconds"):
+        with pytest.raises(WorkerError, match=rf"data worker 0 \(pid {pid}\) hangs: no answer for 0.4 seconds"):
             list(items)
 
 

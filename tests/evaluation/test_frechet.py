@@ -77,7 +77,7 @@ def test_statistics_in_batches_are_those_of_the_whole() -> None:
 
 
 def test_features_that_cannot_be_used_are_refused() -> None:
-    with pytest.raises(ValueError, match="2 are the least"):
+    with pytest.raises(ValueError, match="at least 2 are needed"):
         fitted(torch.ones(1, 3))
     with pytest.raises(ValueError, match="not finite"):
         fitted(torch.tensor([[torch.nan, 1.0]]))

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from ldm_cli.errors import DataError, InputNotFoundError
-from ldm_cli.formats.png_metadata import exif, format_parameters, parse_parameters, png_chunks, read_record
+from ldm_cli.formats.png_metadata import exif, format_parameters, parse_parameters, png_chunks, read_provenance
 
 FIELDS = {"Steps": 20, "Sampler": "DPM++ 2M", "CFG scale": 7.0, "Seed": 1, "Size": "512x512", "Nothing": None}
 # The pattern of AUTOMATIC1111's web UI (modules/infotext_utils.py), by which others read its pictures.
@@ -45,7 +45,7 @@ def test_every_format_keeps_our_record_and_the_parameters(tmp_path, suffix):
     record = {"prompt": "é 猫 😀\x1b", "seed": 3}
     parameters = format_parameters(record["prompt"], "", FIELDS)
     path = write(tmp_path / f"a{suffix}", {"parameters": parameters, "ldm_cli": json.dumps(record, ensure_ascii=False)})
-    assert read_record(path) == record
+    assert read_provenance(path) == record
     with Image.open(path) as image:
         if suffix == ".png":
             assert image.text["parameters"] == parameters
@@ -58,19 +58,19 @@ def test_every_format_keeps_our_record_and_the_parameters(tmp_path, suffix):
 def test_what_no_jpeg_can_hold_is_left_out_rather_than_the_picture(tmp_path):
     long = "x" * 100_000
     path = write(tmp_path / "a.jpg", {"parameters": long, "ldm_cli": json.dumps({"prompt": long})})
-    with pytest.raises(DataError, match="does not say how it was drawn"):
-        read_record(path)
+    with pytest.raises(DataError, match="does not say how it was made"):
+        read_provenance(path)
 
 
 def test_foreign_and_broken_files_are_told_apart(tmp_path):
     with pytest.raises(InputNotFoundError):
-        read_record(tmp_path / "none.png")
+        read_provenance(tmp_path / "none.png")
     with pytest.raises(DataError, match="does not say"):
-        read_record(write(tmp_path / "a.png", {"parameters": "x"}))
+        read_provenance(write(tmp_path / "a.png", {"parameters": "x"}))
     with pytest.raises(DataError, match="does not say"):
-        read_record(write(tmp_path / "b.png", {"ldm_cli": "[1]"}))
+        read_provenance(write(tmp_path / "b.png", {"ldm_cli": "[1]"}))
     with pytest.raises(DataError, match="cannot read"):
-        read_record(write(tmp_path / "c.png", {"ldm_cli": "{"}))
+        read_provenance(write(tmp_path / "c.png", {"ldm_cli": "{"}))
     (tmp_path / "d.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(DataError, match="cannot read"):
-        read_record(tmp_path / "d.png")
+        read_provenance(tmp_path / "d.png")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ldm_cli.core.diffusion.level import Level
+from ldm_cli.core.diffusion.process import Level
 from ldm_cli.lesson import measures
 from ldm_cli.lesson.spiral import data_set, point_at
 

@@ -7,9 +7,9 @@ import torch
 
 from ldm_cli.core.diffusion import exponential_samplers, samplers
 from ldm_cli.core.diffusion.config import DiffusionConfig
-from ldm_cli.core.diffusion.schedule import NoiseSchedule
-from ldm_cli.core.diffusion.timesteps import euler_trajectory
-from ldm_cli.formats.pipeline_folder import SchedulerSettings
+from ldm_cli.core.diffusion.process import process_of
+from ldm_cli.core.diffusion.timesteps import euler_timesteps
+from ldm_cli.formats.scheduler_file import SchedulerSettings
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.denoising import denoise, plan
 
@@ -93,9 +93,9 @@ def compare(monkeypatch, name, steps, spacing="leading", same_times=True, **diff
     diffusion = DiffusionConfig(**diffusion)
     mine, other = ToyNetwork(diffusion.prediction_type), ToyNetwork(diffusion.prediction_type)
     config = SamplingConfig(sampler=name, steps=steps, timestep_spacing=None if name == "lcm" else spacing)
-    model = samplers.denoiser(mine, diffusion.prediction_type)
-    schedule = NoiseSchedule.from_config(diffusion)
-    result = denoise(model, initial_noise(name), schedule, SchedulerSettings({}), config, step_noise)
+    process = process_of(diffusion)
+    model = samplers.clean_predictor(mine, process.prediction)
+    result = denoise(model, initial_noise(name), process, SchedulerSettings({}), config, step_noise)
     expected = theirs(monkeypatch, name, other, diffusion, steps, spacing, None if same_times else mine.times)
     assert 0.02 < result.abs().max() < 10, "a degenerate comparison proves nothing"
     torch.testing.assert_close(torch.tensor(mine.times), torch.tensor(other.times), rtol=0, atol=2e-3)
@@ -114,7 +114,7 @@ def test_trajectory_equals_that_of_diffusers(monkeypatch, name, prediction_type,
 @pytest.mark.parametrize("spacing", SIGMA_GRIDS)
 @pytest.mark.parametrize("name", ["euler", "heun", "dpm2", "dpmpp_2m", "dpmpp_2m_sde", "unipc"])
 def test_karras_and_exponential_trajectories_equal_those_of_diffusers(monkeypatch, name, spacing, steps):
-    # Where diffusers cuts 998.99999 to 998, or rounds at the ends of a step but not within, networks are told our t.
+    # Where diffusers cuts 998.99999 to 998, or rounds at the ends of a step but not within, networks are given our t.
     odd = (spacing == "exponential" and name in ("dpmpp_2m", "dpmpp_2m_sde", "unipc")) or (name, spacing) == (
         "dpm2",
         "karras",
@@ -147,15 +147,17 @@ def test_two_stage_solver_equals_that_of_diffusers_where_its_stages_lie_midway(p
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", use_exponential_sigmas=True
     )
     mine, other = ToyNetwork("epsilon"), ToyNetwork("epsilon")
-    schedule = NoiseSchedule.from_config(diffusion)
-    path = euler_trajectory(schedule, pairs + 1, "exponential", 0)
-    x = exponential_samplers.dpmpp_2s(samplers.denoiser(mine, "epsilon"), initial_noise(), path, step_noise, 0.0)
+    process = process_of(diffusion)
+    path = euler_timesteps(process, pairs + 1, "exponential", 0)
+    x = exponential_samplers.dpmpp_2s(
+        samplers.clean_predictor(mine, process.prediction), initial_noise(), path, step_noise, 0.0
+    )
 
     scheduler.set_timesteps(2 * pairs + 1)
     expected = initial_noise()
-    for t, told in zip(scheduler.timesteps, mine.times, strict=True):
-        assert abs(t - told) <= 1.0, "diffusers cuts these timesteps to whole numbers"
-        expected = scheduler.step(other(expected, told), t, expected).prev_sample
+    for t, time in zip(scheduler.timesteps, mine.times, strict=True):
+        assert abs(t - time) <= 1.0, "diffusers cuts these timesteps to whole numbers"
+        expected = scheduler.step(other(expected, time), t, expected).prev_sample
     torch.testing.assert_close(x, expected, rtol=0, atol=TOLERANCE)
 
 
@@ -165,9 +167,8 @@ def test_align_your_steps_table_gives_the_levels_that_diffusers_gives_for_it():
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading"
     )
     scheduler.set_timesteps(timesteps=list(table))
-    schedule = NoiseSchedule.from_config(DiffusionConfig())
     config = SamplingConfig(sampler="euler", steps=10, timesteps=table)
-    path = plan(schedule, SchedulerSettings({}), config)
+    path = plan(process_of(DiffusionConfig()), SchedulerSettings({}), config)
     sigmas = torch.tensor([start.sigma for start, _ in path.steps])
-    assert path.timesteps == table
+    assert path.times == table
     torch.testing.assert_close(sigmas, scheduler.sigmas[:-1], rtol=1e-6, atol=0)

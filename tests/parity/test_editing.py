@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from ldm_cli.sampling.config import SamplingConfig
-from ldm_cli.sampling.edit_input import Canvas
-from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.sampling.edit_input import EditInput
 from ldm_cli.sampling.request import ImageRequest
-from ldm_cli.sampling.sample_options import Extras
+from ldm_cli.sampling.sample_options import SampleOptions
 from tests.parity.their_pipeline import NEGATIVE, PROMPTS, latents, scheduler, their_folder
+from tests.sampling.tiny import loaded_pipeline
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -28,9 +28,9 @@ def mask():
 
 def ours(folder, sampler, strength, hole):
     config = SamplingConfig(sampler=sampler, steps=STEPS, guidance=4.0, negative=NEGATIVE)
-    extras = Extras(canvas=Canvas(picture(), hole, (16, 16), strength))
+    options = SampleOptions(edit_input=EditInput(picture(), hole, (16, 16), strength))
     requests = [ImageRequest(prompt, 0) for prompt in PROMPTS]
-    images = Pipeline.load(folder).generate(requests, config, latents(), extras=extras)
+    images = loaded_pipeline(folder).generate(requests, config, latents(), options=options)
     return torch.stack([image.pixels for image in images])
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ldm_cli.core.condition import Condition
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
@@ -84,10 +85,10 @@ def random_unet(choose: random.Random) -> dict[str, Any]:
     return config | choose.choice(conditions)
 
 
-def unet_conditions(config: UNet2DConditionConfig, batch: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def unet_conditions(config: UNet2DConditionConfig, batch: int) -> tuple[Condition, dict[str, Any]]:
     """Random conditions for our forward, and the same for diffusers'."""
-    ours: dict[str, Tensor] = {}
-    theirs: dict[str, Any] = {}
+    ours = {"tokens": torch.randn(batch, 5, 12)}
+    theirs: dict[str, Any] = {"encoder_hidden_states": ours["tokens"]}
     if config.class_embed_type is not None or config.num_class_embeds is not None:
         width = config.time_embedding_dim or 4 * config.block_out_channels[0]
         labels = {
@@ -96,13 +97,13 @@ def unet_conditions(config: UNet2DConditionConfig, batch: int) -> tuple[dict[str
             "projection": torch.randn(batch, 6),
             None: torch.arange(batch) + 2,
         }[config.class_embed_type]
-        ours["class_labels"] = theirs["class_labels"] = labels
+        ours["pooled"] = theirs["class_labels"] = labels
     if config.addition_embed_type is not None:
-        ours |= {"text_embeds": torch.randn(batch, 10), "time_ids": torch.rand(batch, 6) * 1024}
-        theirs["added_cond_kwargs"] = dict(ours)
+        added = {"text_embeds": torch.randn(batch, 10), "time_ids": torch.rand(batch, 6) * 1024}
+        ours["pooled"], theirs["added_cond_kwargs"] = torch.cat([*added.values()], dim=1), added
     if config.time_cond_proj_dim is not None:
-        ours["timestep_cond"] = theirs["timestep_cond"] = torch.randn(batch, config.time_cond_proj_dim)
-    return ours, theirs
+        ours["guidance"] = theirs["timestep_cond"] = torch.randn(batch, config.time_cond_proj_dim)
+    return Condition(**ours), theirs
 
 
 @pytest.mark.parametrize("seed", range(16))
@@ -114,12 +115,12 @@ def test_unet_equals_diffusers(seed: int) -> None:
     theirs = diffusers.UNet2DConditionModel.from_config(config.to_hugging_face())
     assert_same_weights(ours, theirs)
     height, width = choose.choice([(8, 8), (9, 7), (12, 6)])  # odd sizes: the way up follows the way down
-    sample, text = torch.randn(2, config.in_channels, height, width), torch.randn(2, 5, 12)
-    timestep: Any = choose.choice([17, 3.25, torch.tensor([999, 0]), torch.tensor([0.5, 500.25])])
-    our_conditions, their_conditions = unet_conditions(config, batch=2)
+    sample = torch.randn(2, config.in_channels, height, width)
+    timestep = torch.tensor(choose.choice([[17.0], [3.25], [999.0, 0.0], [0.5, 500.25]]))
+    condition, theirs_given = unet_conditions(config, batch=2)
     with torch.no_grad():
-        actual = ours(sample, timestep, text, **our_conditions)
-        expected = theirs(sample, timestep, text, **their_conditions).sample
+        actual = ours(sample, timestep, condition)
+        expected = theirs(sample, timestep, **theirs_given).sample
     assert_close(actual, expected)
 
 
@@ -154,14 +155,14 @@ def test_autoencoder_equals_diffusers(seed: int) -> None:
     ours = AutoencoderKL(config)
     theirs = diffusers.AutoencoderKL.from_config(config.to_hugging_face())
     assert_same_weights(ours, theirs)
-    images = torch.randn(2, 3, 3 * ours.downscale_factor, 2 * ours.downscale_factor)
+    images = torch.randn(2, 3, 3 * ours.factor, 2 * ours.factor)
     with torch.no_grad():
-        posterior, expected = ours.encode(images), theirs.encode(images).latent_dist
+        posterior, expected = ours.posterior(images), theirs.encode(images).latent_dist
         assert_close(posterior.mean, expected.mean)
         assert_close(posterior.logvar, expected.logvar)
         assert_close(posterior.mode(), expected.mode())
         assert torch.allclose(posterior.kl(), expected.kl(), rtol=1e-5)
-        assert_close(ours.decode(expected.mean), theirs.decode(expected.mean).sample)
+        assert_close(ours.decode_z(expected.mean), theirs.decode(expected.mean).sample)
 
 
 def random_text(choose: random.Random, **fixed: Any) -> CLIPTextConfig:

@@ -9,12 +9,11 @@ import torch
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.errors import CheckpointError
 from ldm_cli.formats.json_file import write_json
-from ldm_cli.formats.pipeline_folder import read_scheduler
+from ldm_cli.formats.scheduler_file import read_scheduler
 from ldm_cli.sampling.config import SamplerName, SamplingConfig
-from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import ImageRequest
 from tests.parity.their_pipeline import NEGATIVE, PROMPTS, latents, scheduler, their_folder
-from tests.sampling.tiny import tiny_pipeline
+from tests.sampling.tiny import loaded_pipeline, tiny_pipeline
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -52,13 +51,13 @@ def assert_equal_pictures(ours, theirs):
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m"])
 def test_pndm_folder_written_by_diffusers_is_sampled_as_diffusers_samples_it(tmp_path, sampler):
     folder = their_folder(tmp_path, scheduler("pndm"))
-    assert_equal_pictures(our_images(Pipeline.load(folder), sampler=sampler), their_images(folder, sampler))
+    assert_equal_pictures(our_images(loaded_pipeline(folder), sampler=sampler), their_images(folder, sampler))
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m"])
 def test_folder_with_the_sampler_of_the_same_name_gives_the_same_pictures(tmp_path, name):
     folder = their_folder(tmp_path, scheduler(name))
-    assert_equal_pictures(our_images(Pipeline.load(folder), sampler=name), their_images(folder))
+    assert_equal_pictures(our_images(loaded_pipeline(folder), sampler=name), their_images(folder))
 
 
 def write_scheduler_file(folder, name, fields):
@@ -95,8 +94,8 @@ def test_scheduler_in_a_folder_chooses_sampler_and_levels_as_in_diffusers(tmp_pa
         # Without it this pipeline of diffusers cannot start; their folders exist all the same.
         monkeypatch.setattr(scheduler_class, "init_noise_sigma", 1.0, raising=False)
     folder = their_folder(tmp_path, scheduler_class(**fields))
-    pipeline = Pipeline.load(folder)
-    assert pipeline.settings.sampler == sampler
+    pipeline = loaded_pipeline(folder)
+    assert pipeline.family.settings.sampler == sampler
     found = our_images(pipeline)
     assert_equal_pictures(found, their_images(folder))
     assert torch.equal(found, our_images(pipeline, sampler=sampler))
@@ -150,7 +149,7 @@ def test_file_of_stable_diffusion_1_is_read_with_each_samplers_own_spacing(tmp_p
         del content[absent]
     file.write_text(json.dumps(content))
     for sampler in ("ddim", "euler"):
-        assert_equal_pictures(our_images(Pipeline.load(folder), sampler=sampler), their_images(folder, sampler))
+        assert_equal_pictures(our_images(loaded_pipeline(folder), sampler=sampler), their_images(folder, sampler))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +163,7 @@ def test_file_of_stable_diffusion_1_is_read_with_each_samplers_own_spacing(tmp_p
 def test_folder_that_we_write_opens_in_diffusers_and_gives_the_same_pictures(tmp_path, diffusion):
     pipeline = tiny_pipeline(diffusion, scaling_factor=0.7, shift_factor=0.3)
     before = our_images(pipeline)
-    pipeline.save(tmp_path)
+    pipeline.family.save(tmp_path)
     expected = their_images(tmp_path)
     assert_equal_pictures(before, expected)
-    assert_equal_pictures(our_images(Pipeline.load(tmp_path)), expected)
+    assert_equal_pictures(our_images(loaded_pipeline(tmp_path)), expected)

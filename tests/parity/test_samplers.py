@@ -7,7 +7,7 @@ import torch
 
 from ldm_cli.core.diffusion import exponential_samplers, samplers, timesteps
 from ldm_cli.core.diffusion.config import DiffusionConfig
-from ldm_cli.core.diffusion.schedule import NoiseSchedule
+from ldm_cli.core.diffusion.process import process_of
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -45,17 +45,17 @@ def step_noise(i):
 
 
 def ours(name, network, noise, process, steps, spacing, offset, eta, alpha_to_one):
-    denoise = samplers.denoiser(network, network.prediction_type)
+    denoise = samplers.clean_predictor(network, process.prediction)
     if name == "ddpm":
-        path = timesteps.ddpm_trajectory(process, steps, spacing, offset)
+        path = timesteps.ddpm_timesteps(process, steps, spacing, offset)
         return samplers.euler(denoise, noise, path, step_noise, 1.0)
     if name == "ddim":
-        path = timesteps.ddim_trajectory(process, steps, spacing, offset, alpha_to_one)
+        path = timesteps.ddim_timesteps(process, steps, spacing, offset, alpha_to_one)
         return samplers.euler(denoise, noise, path, step_noise, eta)
     if name == "euler":
-        path = timesteps.euler_trajectory(process, steps, spacing, offset)
+        path = timesteps.euler_timesteps(process, steps, spacing, offset)
         return samplers.euler(denoise, path.start_scale * noise, path, step_noise)
-    path = timesteps.dpmpp_trajectory(process, steps, spacing, offset)
+    path = timesteps.dpmpp_timesteps(process, steps, spacing, offset)
     return exponential_samplers.dpmpp_2m(denoise, noise, path, step_noise)
 
 
@@ -82,7 +82,7 @@ def theirs(monkeypatch, name, network, noise, config, steps, spacing, offset, et
 
 
 def compare(monkeypatch, name, config, steps, spacing, offset=1, eta=0.0, alpha_to_one=False, atol=1e-5):
-    process = NoiseSchedule.from_config(config)
+    process = process_of(config)
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
     mine, other = ToyNetwork(config.prediction_type), ToyNetwork(config.prediction_type)
     result = ours(name, mine, noise, process, steps, spacing, offset, eta, alpha_to_one)
@@ -114,10 +114,10 @@ def test_zero_snr_trajectory_equals_that_of_diffusers(monkeypatch, name, predict
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_euler_from_zero_snr_loses_no_digits(steps):
-    process = NoiseSchedule.from_config(DiffusionConfig(prediction_type="v_prediction", rescale_betas_zero_snr=True))
-    path = timesteps.euler_trajectory(process, steps, "trailing", 0)
+    process = process_of(DiffusionConfig(prediction_type="v_prediction", rescale_betas_zero_snr=True))
+    path = timesteps.euler_timesteps(process, steps, "trailing", 0)
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
-    denoise = samplers.denoiser(ToyNetwork("v_prediction"), "v_prediction")
+    denoise = samplers.clean_predictor(ToyNetwork("v_prediction"), process.prediction)
     single = samplers.euler(denoise, path.start_scale * noise, path, step_noise)
     double = samplers.euler(denoise, path.start_scale * noise.double(), path, step_noise)
     torch.testing.assert_close(single.double(), double, rtol=0, atol=1e-5)
@@ -145,15 +145,15 @@ def test_signal_shares_equal_those_of_diffusers(beta_schedule, zero_snr):
     config = DiffusionConfig(
         beta_schedule=beta_schedule, rescale_betas_zero_snr=zero_snr, prediction_type="v_prediction"
     )
-    actual = NoiseSchedule.from_config(config).alphas_cumprod.float()
+    actual = process_of(config).alphas_cumprod.float()
     torch.testing.assert_close(actual, expected.alphas_cumprod, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_levels_equal_those_of_diffusers_for_nearly_every_number_of_steps(spacing):
-    process = NoiseSchedule.from_config(DiffusionConfig())
+    process = process_of(DiffusionConfig())
     scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing, steps_offset=0)
     for steps in (*range(1, 101), *range(101, 1000, 7), 1000):
         scheduler.set_timesteps(steps)
         expected = scheduler.timesteps.tolist()[:steps]  # for 62 counts numpy's arange is one too long, and ends at -1
-        assert [*timesteps.ddpm_trajectory(process, steps, spacing, 0).timesteps] == expected
+        assert [*timesteps.ddpm_timesteps(process, steps, spacing, 0).times] == expected

@@ -8,10 +8,10 @@ import torch
 
 from ldm_cli.core.diffusion import exponential_samplers, samplers
 from ldm_cli.core.diffusion.config import DiffusionConfig
-from ldm_cli.core.diffusion.schedule import NoiseSchedule
-from ldm_cli.core.diffusion.timesteps import euler_trajectory
+from ldm_cli.core.diffusion.process import process_of
+from ldm_cli.core.diffusion.timesteps import euler_timesteps
 
-SCHEDULE = NoiseSchedule.from_config(DiffusionConfig())
+PROCESS = process_of(DiffusionConfig())
 SHAPE = (3, 5)
 
 
@@ -155,7 +155,7 @@ PAIRS = {
 @pytest.mark.parametrize("name", PAIRS)
 def test_trajectory_equals_that_of_the_algorithm_in_sigma(name, spacing, eta, steps):
     ours, theirs = PAIRS[name]
-    path = euler_trajectory(SCHEDULE, steps, spacing, 0)
+    path = euler_timesteps(PROCESS, steps, spacing, 0)
     sigmas = [start.sigma for start, _ in path.steps] + [0.0]
     visited = []
 
@@ -172,8 +172,7 @@ def test_trajectory_equals_that_of_the_algorithm_in_sigma(name, spacing, eta, st
 
 @pytest.mark.parametrize("sigma", [0.03, 0.2, 1.0, 5.0, 14.0])
 def test_the_level_of_a_sigma_is_found_again_by_its_t(sigma):
-    levels = euler_trajectory(SCHEDULE, 1, "karras", 0).levels
-    level = levels.at(sigma)
+    level = PROCESS.at_sigma(sigma)
     assert level.sigma == pytest.approx(sigma, rel=1e-12)
     assert level.signal**2 + level.noise**2 == pytest.approx(1, rel=1e-12)
-    assert levels.at_time(level.t).sigma == pytest.approx(sigma, rel=1e-2)
+    assert PROCESS.at_time(level.t).sigma == pytest.approx(sigma, rel=1e-2)

@@ -1,10 +1,8 @@
 import stat
 
-import pytest
 import torch
 from PIL import Image
 
-from ldm_cli.pictures.grid import image_grid
 from ldm_cli.pictures.images import read_image, save_image, slug
 
 
@@ -17,21 +15,6 @@ def test_png_keeps_every_pixel_and_follows_the_umask(tmp_path):
     assert len(modes) == 1
     with Image.open(tmp_path / "new" / "a.png") as image:
         assert image.text["key"] == "é 猫"
-
-
-def test_grid_places_pictures_row_by_row_on_white():
-    images = [torch.full((3, 2, 3), i, dtype=torch.uint8) for i in range(3)]
-    grid = image_grid(images, columns=2, gap=1)
-    assert grid.shape == (3, 5, 7)
-    assert grid[0].tolist() == [
-        [0, 0, 0, 255, 1, 1, 1],
-        [0, 0, 0, 255, 1, 1, 1],
-        [255] * 7,
-        [2, 2, 2, 255, 255, 255, 255],
-        [2, 2, 2, 255, 255, 255, 255],
-    ]
-    with pytest.raises(ValueError, match="empty"):
-        image_grid([], 1)
 
 
 def test_slugs_hold_nothing_but_letters_digits_and_hyphens():

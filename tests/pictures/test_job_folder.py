@@ -22,7 +22,7 @@ PROMPTS = ("a red circle", "../é/\x1b[31m a blue\nsquare, 猫")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    tiny_pipeline().save(folder)
+    tiny_pipeline().family.save(folder)
     return folder
 
 
@@ -47,8 +47,8 @@ def test_files_have_safe_sortable_names_and_say_how_to_draw_them_again(model, tm
     names += ["00002-e-31m-a-blue-square-5.png", "00003-e-31m-a-blue-square-6.png"]
     assert sorted(contents(out)) == [*names, "grid.png", "images.json"]
     assert [image["file"] for image in result["images"]] == [str(out / name) for name in names]
-    assert result["drawn"] == 4
-    assert read_image(out / "grid.png").shape == (3, 34, 34)
+    assert result["generated"] == 4
+    assert read_image(out / "grid.png").shape == (3, 2 * 128 + 4, 2 * 128 + 4)
     record = json.loads((out / "images.json").read_text())
     assert record["images"][3]["prompt"] == PROMPTS[1]
     assert record["job"]["sampling"]["width"] == 16
@@ -74,10 +74,10 @@ def test_the_same_job_draws_only_what_is_missing_with_the_same_bytes(model, tmp_
         (tmp_path / name).unlink()
     (tmp_path / "grid.png").unlink()
     untouched = (tmp_path / names[0]).stat().st_mtime_ns
-    assert draw(model, tmp_path, batch_size=1)["drawn"] == 2
+    assert draw(model, tmp_path, batch_size=1)["generated"] == 2
     assert contents(tmp_path) == before
     assert (tmp_path / names[0]).stat().st_mtime_ns == untouched
-    assert draw(model, tmp_path)["drawn"] == 0
+    assert draw(model, tmp_path)["generated"] == 0
     assert contents(tmp_path) == before
 
 

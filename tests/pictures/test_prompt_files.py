@@ -15,6 +15,7 @@ def read(path, data, warnings=None):
 def test_text_lines_take_the_options_of_kohya(tmp_path):
     text = (
         "# a comment\n\n a cat --n a dog, bird --w 64 --h 32 --d 7 --s 30 --l 7.5 --ss euler_a \r\na -- plain - line\n"
+        "a dog --w=64 --d =7\n"
     )
     assert read(tmp_path / "p.txt", text) == [
         (
@@ -30,6 +31,7 @@ def test_text_lines_take_the_options_of_kohya(tmp_path):
             },
         ),
         ("a -- plain - line", {}),
+        ("a dog", {"width": 64, "seed": 7}),
     ]
 
 
@@ -41,24 +43,72 @@ def test_json_lines_and_csv_say_the_same(tmp_path):
     assert read(tmp_path / "p.csv", table) == expected
 
 
-def test_lines_that_are_not_utf8_are_read_and_named(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "data", "warning"),
+    [
+        ("p.txt", "caf\u00e9\nb".encode("cp1252"), "1 × Windows-1252 text"),
+        ("p.txt", "caf\u00e9\r\nb\r\n".encode("utf-16"), "1 × UTF-16 text"),
+        ("p", "caf\u00e9\nb\n".encode("utf-16-le"), "1 × UTF-16 text"),
+        ("p.prompts", "caf\u00e9\n\nb".encode("utf-8-sig"), None),
+        ("p.json", b'["caf\\u00e9", "b"]', None),
+        ("p.JSON", b'{"prompts": [{"prompt": "caf\\u00e9"}, "b"]}', None),
+        ("p.ndjson", '{"prompt": "caf\u00e9"}\n{"prompt": "b"}'.encode("utf-16"), "1 × UTF-16 text"),
+        ("p.tsv", "Prompt\tseed\ncaf\u00e9\t\nb\t\n".encode(), None),
+        ("p.csv", "seed;prompt\n;caf\u00e9\n;b\n".encode(), None),
+        ("p.csv", "seed\tprompt\n\tcaf\u00e9\n\tb\n".encode("utf-16"), "1 × UTF-16 text"),
+    ],
+)
+def test_prompts_are_the_same_in_every_kind_and_encoding(tmp_path, name, data, warning):
     warnings = []
-    assert read(tmp_path / "p.txt", b"ok\nb\xffd\n", warnings) == [("ok", {}), ("b\ufffdd", {})]
+    assert read(tmp_path / name, data, warnings) == [("caf\u00e9", {}), ("b", {})]
+    assert warnings == ([f"'{tmp_path / name}': {warning}"] if warning else [])
+
+
+@pytest.mark.parametrize("name", ["p.yaml", "p.parquet", "p.xlsx", "p.docx", "p.png", "p.toml", "p.html"])
+def test_a_file_of_another_kind_is_refused_by_its_kind(tmp_path, name):
+    with pytest.raises(DataError, match=f"{name[1:]} is no kind of prompt file"):
+        read(tmp_path / name, "- a cat\n")
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b'["a cat", "a dog"]', "JSON"),
+        (b'{"prompt": "a cat"}\n{"prompt": "a dog"}\n', "JSON"),
+        (b'[\n  {"prompt": "a cat"}\n]', "JSON"),
+        (b"prompt,seed\na cat,1\n", "a table"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0", "no text"),
+        (b"PK\x03\x04\x14\0\x06\0\x08", "no text"),
+    ],
+)
+def test_a_text_file_of_other_content_is_refused(tmp_path, data, kind):
+    with pytest.raises(DataError, match=f"its content is {kind}"):
+        read(tmp_path / "p.txt", data)
+
+
+@pytest.mark.parametrize("line", ["a cat -w 64", "a cat \u2014h 512", "a cat -seed=3", "-s 30 a cat"])
+def test_words_that_look_like_options_are_warned_of_once(tmp_path, line):
+    warnings = []
+    assert read(tmp_path / "p.txt", f"{line}\n{line}\n", warnings) == [(line, {})] * 2
     assert len(warnings) == 1
-    assert "line 2" in warnings[0]
-    assert read(tmp_path / "q.txt", "a \ufffd b".encode(), warnings) == [("a \ufffd b", {})]
-    assert len(warnings) == 1, "a replacement character that was written is no error"
+    assert "is part of the prompt" in warnings[0]
+    assert read(tmp_path / "q.txt", "a well-w 3 cat - n -- x\n", warnings)
+    assert len(warnings) == 1
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("p.txt", "a cat --rm -rf", "line 1: unknown option --rm"),
-        ("p.jsonl", '{"prompt": "a"}\n{"prompt":', "line 2: not JSON"),
-        ("p.jsonl", "[" * 100_000, "line 1: not JSON"),
-        ("p.jsonl", '["a"]', "line 1: an object expected"),
+        ("p.txt", "a cat\n--w 64\n", "line 2: options without a prompt"),
+        ("p.json", "[1]", "entry 1: expected a prompt"),
+        ("p.json", '"a cat"', "expected a list"),
+        ("p.json", "[", "not JSON"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt":', "line 2: Expecting value"),
+        ("p.jsonl", "[" * 100_000, "line 1: maximum recursion"),
+        ("p.jsonl", '["a"]', "line 1: it is no JSON object"),
         ("p.jsonl", '{"steps": 3}', "line 1: no text under 'prompt'"),
-        ("p.csv", "prompt,seed\na,b,c\n", "line 2: more fields"),
+        ("p.csv", "prompt,seed\na,b,c\n", "line 2: it has not the 2 columns"),
         ("p.csv", "text\na\n", "no text under 'prompt'"),
     ],
 )

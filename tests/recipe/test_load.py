@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ldm_cli.data.config import DataConfig
 from ldm_cli.errors import InputNotFoundError, RecipeError
 from ldm_cli.recipe.load import load_recipe, load_section
 from ldm_cli.recipe.schema import TrainVaeRecipe
@@ -296,3 +297,16 @@ def test_a_single_section_is_loaded_by_the_same_rules() -> None:
     with pytest.raises(RecipeError) as caught:
         load_section(TrainConfig, ["steps=5"], [])
     assert caught.value.problems == ("the command line: missing required key 'batch_size'",)
+
+
+def test_a_tilde_in_a_path_of_a_recipe_is_the_home_folder_and_in_a_prompt_it_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    changes = ["model=~/m", "edit.image=~/a.png", "out=~/out", "prompts=['~/x']", "sampling.negative='~/y'"]
+    recipe = load_recipe(None, changes, "sample").mapping
+    assert (recipe["model"], recipe["edit"]["image"], recipe["out"]) == ("/home/me/m", "/home/me/a.png", "/home/me/out")
+    assert (recipe["prompts"], recipe["sampling"]["negative"]) == (["~/x"], "~/y")
+    data = load_section(DataConfig, ["shards=[~/a.tar, b~/c.tar, ~nobody-here/d.tar]", "val_shards=~/v-*.tar"], [])
+    assert data.shards == ("/home/me/a.tar", "b~/c.tar", "~nobody-here/d.tar")
+    assert data.val_shards == "/home/me/v-*.tar"

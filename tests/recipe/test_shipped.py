@@ -12,7 +12,7 @@ from ldm_cli.recipe.schema import RECIPES, TrainUnetRecipe
 from ldm_cli.recipe.shipped import find_recipe, recipes_folder, shipped_recipes
 from ldm_cli.recipe.yaml_source import to_yaml
 from ldm_cli.reporting import SilentReporter
-from ldm_cli.stages.support.dry_run import plan
+from ldm_cli.stages.support.dry_run import dry_run
 
 NAMES = sorted(shipped_recipes())
 PUBLISHED = {
@@ -66,7 +66,7 @@ def test_a_published_model_has_its_published_number_of_parameters(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     loaded = load_recipe(name)
-    result = plan(loaded.recipe, SilentReporter())
+    result = dry_run(loaded.recipe, SilentReporter())
     assert PUBLISHED[name].items() <= result["parameters"].items()
     (count,) = PUBLISHED[name].values()
     assert f"{count:,} parameters" in loaded.text.partition("\n")[0]

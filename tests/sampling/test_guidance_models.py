@@ -1,14 +1,19 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
+from ldm_cli.core.condition import Condition
 from ldm_cli.core.diffusion.config import CLIPGuidanceConfig, GuidanceConfig, PerturbationConfig
 from ldm_cli.core.models.attention import BasicTransformerBlock
 from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.core.models.clip_config import CLIPConfig
+from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
+from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.errors import CheckpointError, UsageError
 from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, save_model
-from ldm_cli.sampling.guidance_models import Guides, spoilt_layers
-from tests.sampling.tiny import TEXT, randomize, special_ids, tiny_pipeline, tiny_tokenizer
+from ldm_cli.sampling.guidance_models import GuidanceModels, perturbed_layers
+from tests.sampling.tiny import TEXT, UNET, randomize, special_ids, tiny_pipeline, tiny_tokenizer
 
 VISION = {
     "hidden_size": 24,
@@ -27,33 +32,37 @@ def pipeline():
 
 def inputs():
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, 4, 8, 8, generator=generator), torch.full((2,), 500.0), torch.randn(2, 5, 24)
+    tokens = torch.randn(2, 5, 24, generator=generator)
+    return torch.randn(2, 4, 8, 8, generator=generator), torch.full((2,), 500.0), Condition(tokens=tokens)
 
 
 def test_a_block_attends_to_itself_alone_only_within(pipeline):
     x, t, context = inputs()
-    block = next(m for m in pipeline.unet.modules() if isinstance(m, BasicTransformerBlock))
-    name = next(n for n, m in pipeline.unet.named_modules() if m is block)
+    block = next(m for m in pipeline.family.denoiser.modules() if isinstance(m, BasicTransformerBlock))
+    name = next(n for n, m in pipeline.family.denoiser.named_modules() if m is block)
     with torch.inference_mode():
-        before = pipeline.unet(x, t, context)
+        before = pipeline.family.denoiser(x, t, context)
         tokens = torch.randn(1, 6, block.norm1.normalized_shape[0])
-        with spoilt_layers(pipeline.unet, PerturbationConfig(layers=(name,))):
-            spoilt = block.attn1(tokens)
+        with perturbed_layers(pipeline.family.denoiser, PerturbationConfig(layers=(name,))):
+            perturbed = block.attn1(tokens)
             alone = torch.cat([block.attn1(tokens[:, i : i + 1]) for i in range(6)], dim=1)
-            whole = pipeline.unet(x, t, context)
+            whole = pipeline.family.denoiser(x, t, context)
         # A token that sees only itself gives what it gives alone, where the map of attention is 1.
-        torch.testing.assert_close(spoilt, torch.cat([block.attn1(tokens[:, i : i + 1]) for i in range(6)], dim=1))
-        torch.testing.assert_close(spoilt, alone)
-        assert not torch.allclose(spoilt, block.attn1(tokens))
+        torch.testing.assert_close(perturbed, torch.cat([block.attn1(tokens[:, i : i + 1]) for i in range(6)], dim=1))
+        torch.testing.assert_close(perturbed, alone)
+        assert not torch.allclose(perturbed, block.attn1(tokens))
         assert not torch.allclose(whole, before)
-        assert torch.equal(pipeline.unet(x, t, context), before)
+        assert torch.equal(pipeline.family.denoiser(x, t, context), before)
 
 
 def test_a_layer_that_is_left_out_passes_its_input_on(pipeline):
-    block = next(m for m in pipeline.unet.modules() if isinstance(m, BasicTransformerBlock))
-    name = next(n for n, m in pipeline.unet.named_modules() if m is block)
+    block = next(m for m in pipeline.family.denoiser.modules() if isinstance(m, BasicTransformerBlock))
+    name = next(n for n, m in pipeline.family.denoiser.named_modules() if m is block)
     tokens, context = torch.randn(1, 6, block.norm1.normalized_shape[0]), torch.randn(1, 5, 24)
-    with torch.inference_mode(), spoilt_layers(pipeline.unet, PerturbationConfig(kind="layer", layers=(name,))):
+    with (
+        torch.inference_mode(),
+        perturbed_layers(pipeline.family.denoiser, PerturbationConfig(kind="layer", layers=(name,))),
+    ):
         assert torch.equal(block(tokens, context), tokens)
     assert not torch.equal(block(tokens, context), tokens)
 
@@ -61,26 +70,24 @@ def test_a_layer_that_is_left_out_passes_its_input_on(pipeline):
 def test_layers_are_named_by_whole_beginnings_and_a_name_of_none_is_refused(pipeline):
     with (
         pytest.raises(UsageError, match=r"down_blocks\.0\.attentions\.0"),
-        spoilt_layers(pipeline.unet, PerturbationConfig(layers=("down_block",))),
+        perturbed_layers(pipeline.family.denoiser, PerturbationConfig(layers=("down_block",))),
     ):
         pass
-    with spoilt_layers(pipeline.unet, PerturbationConfig(layers=("down_blocks",))):
+    with perturbed_layers(pipeline.family.denoiser, PerturbationConfig(layers=("down_blocks",))):
         pass
 
 
 def test_a_weaker_network_is_read_from_a_pipeline_folder_and_must_fit(pipeline, tmp_path):
-    pipeline.save(tmp_path / "good")
-    guides = Guides.load(GuidanceConfig(model=str(tmp_path / "good")), pipeline.unet)
-    assert guides.weaker is not None
-    assert torch.equal(guides.weaker.conv_in.weight, pipeline.unet.conv_in.weight)
-    assert guides.clip is None
-    other = pipeline.unet.config.model_copy(update={"cross_attention_dim": 32})
-    config, pipeline.unet.config = pipeline.unet.config, other
-    try:
-        with pytest.raises(CheckpointError, match=r"its cross_attention_dim is 24, the guided model's 32"):
-            Guides.load(GuidanceConfig(model=str(tmp_path / "good" / "unet")), pipeline.unet)
-    finally:
-        pipeline.unet.config = config
+    pipeline.family.save(tmp_path / "good")
+    models = GuidanceModels.load(GuidanceConfig(model=str(tmp_path / "good")), pipeline.family)
+    assert models.weaker is not None
+    assert torch.equal(models.weaker.conv_in.weight, pipeline.family.denoiser.conv_in.weight)
+    assert models.clip is None
+    wider = UNet2DConditionModel(UNet2DConditionConfig(**(UNET | {"cross_attention_dim": 32})))
+    with pytest.raises(CheckpointError, match=r"its cross_attention_dim is 24, the guided model's 32"):
+        GuidanceModels.load(
+            GuidanceConfig(model=str(tmp_path / "good" / "unet")), replace(pipeline.family, denoiser=wider)
+        )
 
 
 def test_clip_score_is_the_cosine_of_the_embeddings_and_its_gradient_raises_it(pipeline, tmp_path):
@@ -90,17 +97,17 @@ def test_clip_score_is_the_cosine_of_the_embeddings_and_its_gradient_raises_it(p
     clip = randomize(CLIPModel(config), 9)
     save_model(tmp_path, clip.state_dict(), config.to_hugging_face(), TRANSFORMERS_WEIGHTS)
     tokenizer.save(tmp_path)
-    guides = Guides.load(GuidanceConfig(clip=CLIPGuidanceConfig(model=str(tmp_path))), pipeline.unet)
-    assert guides.clip is not None
+    models = GuidanceModels.load(GuidanceConfig(clip=CLIPGuidanceConfig(model=str(tmp_path))), pipeline.family)
+    assert models.clip is not None
 
-    score = guides.clip.of(["a red circle", "a blue square"], lambda z: torch.tanh(z[:, :3]))
+    score = models.clip.of(["a red circle", "a blue square"], lambda z: torch.tanh(z[:, :3]))
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
     before = score(latents)
     assert before.shape == (2,)
     assert bool((before.abs() <= 1).all())
     (gradient,) = torch.autograd.grad(before.sum(), latents)
     assert bool((score(latents + 0.5 * gradient / gradient.norm()) > before).all())
-    swapped = guides.clip.of(["a blue square", "a red circle"], lambda z: torch.tanh(z[:, :3]))(latents)
+    swapped = models.clip.of(["a blue square", "a red circle"], lambda z: torch.tanh(z[:, :3]))(latents)
     assert not torch.allclose(swapped, before)
     off = GuidanceConfig(clip=CLIPGuidanceConfig(model="nowhere", scale=0.0))
-    assert Guides.load(off, pipeline.unet) == Guides()
+    assert GuidanceModels.load(off, pipeline.family) == GuidanceModels()

@@ -9,10 +9,10 @@ from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, save_model
 from ldm_cli.sampling.config import SamplerName, SamplingConfig
-from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.sampling.guidance_models import GuidanceModels
 from ldm_cli.sampling.request import ImageRequest
 from tests.sampling.test_guidance_models import VISION
-from tests.sampling.tiny import TEXT, randomize, special_ids, tiny_pipeline, tiny_tokenizer
+from tests.sampling.tiny import TEXT, loaded_pipeline, randomize, special_ids, tiny_pipeline, tiny_tokenizer
 
 REQUESTS = [ImageRequest(prompt, seed) for prompt in ("a red circle", "a blue square") for seed in (0, 7)]
 GUIDANCE = {
@@ -34,10 +34,10 @@ GUIDANCE = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    tiny_pipeline().save(folder / "model")
+    tiny_pipeline().family.save(folder / "model")
     weaker = tiny_pipeline()
-    randomize(weaker.unet, 40)
-    weaker.save(folder / "weaker")
+    randomize(weaker.family.denoiser, 40)
+    weaker.family.save(folder / "weaker")
     tokenizer = tiny_tokenizer()
     text = {**TEXT, **special_ids(tokenizer), "max_position_embeddings": 40}
     config = CLIPConfig.from_hugging_face({"text_config": text, "vision_config": VISION, "projection_dim": 16})
@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipeline(folder):
-    return Pipeline.load(folder / "model")
+    return loaded_pipeline(folder / "model")
 
 
 def pictures(pipeline, requests=REQUESTS, **fields):
@@ -99,10 +99,8 @@ def test_settings_that_change_nothing_give_the_plain_pictures(pipeline):
 
 def test_clip_guidance_raises_the_clip_score_of_the_unconditional_model(pipeline, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    from ldm_cli.sampling.guidance_models import Guides
-
     config = SamplingConfig.from_mapping({"guidance": GUIDANCE["clip alone"]}).guidance
-    clip = Guides.load(config, pipeline.unet).clip
+    clip = GuidanceModels.load(config, pipeline.family).clip
     score = clip.of([r.prompt for r in REQUESTS], lambda images: images.float() / 127.5 - 1)
     before = score(pictures(pipeline, steps=8, guidance=0.0))
     after = score(pictures(pipeline, steps=8, guidance=GUIDANCE["clip alone"]))

@@ -11,7 +11,10 @@ from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.data.tokenizer_config import TokenizerConfig
-from ldm_cli.formats.pipeline_folder import our_settings
+from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
+from ldm_cli.families.open_family import open_family
+from ldm_cli.families.stable_diffusion import StableDiffusion
+from ldm_cli.formats.scheduler_file import our_settings
 from ldm_cli.sampling.pipeline import Pipeline
 
 UNET = {
@@ -74,10 +77,14 @@ def special_ids(tokenizer):
 def tiny_pipeline(diffusion=None, context_length=40, **vae):
     tokenizer = tiny_tokenizer()
     text = CLIPTextConfig(**TEXT, **special_ids(tokenizer), max_position_embeddings=context_length)
-    return Pipeline(
-        unet=randomize(UNet2DConditionModel(UNet2DConditionConfig(**UNET)), 4),
-        vae=randomize(AutoencoderKL(AutoencoderKLConfig(**(VAE | vae))), 5),
-        text_encoder=randomize(CLIPTextModel(text), 6),
-        tokenizer=tokenizer,
+    family = StableDiffusion(
+        denoiser=randomize(UNet2DConditionModel(UNet2DConditionConfig(**UNET)), 4),
+        codec=randomize(AutoencoderKL(AutoencoderKLConfig(**(VAE | vae))), 5),
+        encoder=CLIPTextEncoder(randomize(CLIPTextModel(text), 6), tokenizer),
         settings=our_settings((diffusion or DiffusionConfig()).to_mapping()),
     )
+    return Pipeline(family)
+
+
+def loaded_pipeline(folder, precision="fp32", **options):
+    return Pipeline(open_family(folder, precision=precision, **options))

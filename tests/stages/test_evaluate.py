@@ -22,8 +22,10 @@ from ldm_cli.data.scenes import scene, write_scenes
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.data.tokenizer_config import TokenizerConfig
 from ldm_cli.errors import DataError, OutputError, RecipeError
+from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
+from ldm_cli.families.stable_diffusion import StableDiffusion
 from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, save_model, weights_sha256
-from ldm_cli.formats.pipeline_folder import our_settings
+from ldm_cli.formats.scheduler_file import our_settings
 from ldm_cli.recipe.schema import EvalRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.pipeline import Pipeline
@@ -78,7 +80,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(home / "clip", clip.state_dict(), clip.config.to_hugging_face(), TRANSFORMERS_WEIGHTS)
     tokenizer.save(home / "clip")
     save_model(home / "vae", vae.state_dict(), vae.config.to_hugging_face())
-    Pipeline(unet, vae, text_encoder, tokenizer, our_settings({})).save(home / "pipeline")
+    StableDiffusion(unet, vae, CLIPTextEncoder(text_encoder, tokenizer), our_settings({})).save(home / "pipeline")
     return home
 
 

@@ -17,7 +17,8 @@ from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip_text import CLIPTextModel
 from ldm_cli.data import cache_writer
 from ldm_cli.data.batch import Batch
-from ldm_cli.data.latent_cache import MANIFEST, LatentCache
+from ldm_cli.data.cache_manifest import MANIFEST
+from ldm_cli.data.latent_cache import LatentCache
 from ldm_cli.data.loader import Loader
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.scenes import write_scenes
@@ -26,7 +27,7 @@ from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages import precompute
 from ldm_cli.stages.support import options as stage_options
-from ldm_cli.stages.support.frozen_encoders import FrozenEncoders, cache_key
+from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
 from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.training.failures import MAX_ATTEMPTS
 from tests.data.tars import png, write_tar
@@ -65,7 +66,7 @@ def files(folder: Path) -> dict[str, int]:
 def without_encoders(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Counts what the encoders are asked for."""
     calls: list[str] = []
-    for kind, name in ((AutoencoderKL, "encode"), (CLIPTextModel, "forward")):
+    for kind, name in ((AutoencoderKL, "posterior"), (CLIPTextModel, "forward")):
         original = getattr(kind, name)
 
         def counted(self: Any, *args: Any, original: Any = original, name: str = name, **kwargs: Any) -> Any:
@@ -97,7 +98,7 @@ def test_no_encoder_runs_in_a_step_from_a_cache(parts: Parts, tmp_path: Path, mo
     trained(recipe, tmp_path / "cached")
     assert calls == []
     trained({**recipe, "cache": None}, tmp_path / "plain")
-    assert {"encode", "forward"} == set(calls)
+    assert {"posterior", "forward"} == set(calls)
 
 
 def test_encoding_keeps_the_memory_that_it_frees(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,7 +320,7 @@ def test_random_crops_are_refused_before_anything_is_written(parts: Parts, tmp_p
 def test_a_stream_has_no_cache(parts: Parts, tmp_path: Path) -> None:
     recipe = unet_recipe(*parts) | {"cache": str(tmp_path / "cache")}
     recipe["data"]["stream"] = True
-    with pytest.raises(RecipeError, match=r"data\.stream=true serves training alone"):
+    with pytest.raises(RecipeError, match=r"data\.stream=true is for training only"):
         result_of(recipe)
     with pytest.raises(RecipeError, match=r"a cache cannot be used with data\.stream"):
         trained(recipe, tmp_path / "run")
@@ -375,18 +376,20 @@ def test_workers_and_ranks_change_nothing(parts: Parts, tmp_path: Path) -> None:
     halves = [batch(cache=cache, rank=rank, world_size=2) for rank in (0, 1)]
     assert (whole.keys, whole.captions, len(whole.images[0].flatten())) == (plain.keys, plain.captions, 0)
     assert torch.equal(whole.position, plain.position)
-    assert whole.encoding is not None
-    for name in ("mean", "logvar", "states"):
-        assert torch.equal(torch.cat([getattr(half.encoding, name) for half in halves]), getattr(whole.encoding, name))
-    posterior = FrozenEncoders(wanted, torch.device("cpu"), list).posterior(plain.images)
-    torch.testing.assert_close(whole.encoding.mean, posterior.mean)
-    torch.testing.assert_close(whole.encoding.logvar, posterior.logvar)
+    for kind in ("moments", "condition"):
+        tensors = getattr(whole, kind)
+        assert tensors.keys() == ({"mean", "logvar"} if kind == "moments" else {"tokens"})
+        for name, tensor in tensors.items():
+            assert torch.equal(torch.cat([getattr(half, kind)[name] for half in halves]), tensor)
+    moments, condition = BatchEncoder(wanted, torch.device("cpu"), list)(plain)
+    torch.testing.assert_close(whole.moments, moments)
+    torch.testing.assert_close(whole.condition, condition.tensors)
 
 
 def test_the_plan_names_the_room_that_the_files_take(parts: Parts, tmp_path: Path) -> None:
     recipe = TrainUnetRecipe.from_mapping(unet_recipe(*parts) | {"cache": str(tmp_path / "cache")})
-    planned = precompute.plan(recipe, RunOptions(), SilentReporter())
+    expected = precompute.dry_run(recipe, RunOptions(), SilentReporter())
     assert not (tmp_path / "cache").exists()
     precompute.run(recipe, RunOptions(device="cpu"), SilentReporter())
     written = sum(path.stat().st_size for path in (tmp_path / "cache").glob("latents-*.tar"))
-    assert planned["bytes_of_latents"] == pytest.approx(written, rel=0.2)
+    assert expected["bytes_of_latents"] == pytest.approx(written, rel=0.2)

@@ -114,15 +114,16 @@ def test_the_page_loads_nothing_and_says_each_thing_in_english_and_chinese(lesso
 @pytest.mark.exhaustive
 def test_labels_stay_inside_of_their_figure_in_the_large_letters_of_narrow_pages(lesson):
     text = (lesson[1] / "index.html").read_text(encoding="utf-8")
-    letter = 0.6 * max(int(size) for size in re.findall(r"--label:(\d+)px", text))
-    labels = 0
-    for width, drawing in re.findall(r'<svg viewBox="0 0 (\d+) .*?"(.*?)</svg>', text):
-        for x, label in re.findall(
-            r'<text x="([\d.]+)" y="[\d.]+" class="label" text-anchor="start".*?>(.*?)<', drawing
-        ):
-            labels += 1
-            assert float(x) + letter * len(label) < int(width), label
-    assert labels == 3
+    (size,) = re.findall(r"svg text\{font-size:(\d+)px!important\}", text)
+    labels = [
+        (float(x), int(width), label)
+        for width, drawing in re.findall(r'<svg viewBox="0 0 (\d+) .*?"(.*?)</svg>', text, re.DOTALL)
+        for x, label in re.findall(r'<text style="[^"]*"[^>]* x="([\d.]+)"[^>]*>(.*?)<', drawing)
+        if "arrow" in label
+    ]
+    assert len(labels) == 3
+    for x, width, label in labels:
+        assert x + 0.6 * int(size) * len(label) < width, label
 
 
 def test_the_same_seed_trains_the_same_network_to_the_last_bit():

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ldm_cli.core.condition import Condition
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import Loader
 from ldm_cli.data.open_shards import open_shards
@@ -23,13 +24,13 @@ from ldm_cli.formats.weight_files import load_tensors
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplingConfig
-from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import ImageRequest
 from ldm_cli.stages.support.training_run import Workbench
 from ldm_cli.stages.train_unet import DenoiserTask
 from ldm_cli.training.run_folder import RunFolder
 
 from ..faults.runs import assert_same_run, metrics, status
+from ..sampling.tiny import loaded_pipeline
 from .tiny import lose_after, losses, trained, unet_recipe, vae_recipe
 
 CPU = torch.device("cpu")
@@ -53,13 +54,13 @@ def make_task(parts: tuple[Path, Path, Path], path: Path, **changes: Any) -> tup
 
 
 def backward(task: DenoiserTask, batch: Batch, num_parts: int) -> tuple[float, dict[str, Tensor]]:
-    task.unet.zero_grad()
+    task.family.denoiser.zero_grad()
     total = 0.0
     for part in task.parts(batch, num_parts):
         loss, _ = task.loss(part, 1)
         (loss / num_parts).backward()  # type: ignore[no-untyped-call]
         total += loss.item() / num_parts
-    return total, {n: p.grad.clone() for n, p in task.unet.named_parameters() if p.grad is not None}
+    return total, {n: p.grad.clone() for n, p in task.family.denoiser.named_parameters() if p.grad is not None}
 
 
 def test_the_loss_falls_and_every_level_is_validated(unet_run: Path) -> None:
@@ -82,7 +83,7 @@ def test_diffusers_opens_the_model_and_draws_the_same_pictures(unet_run: Path) -
     latents = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(7))
     config = SamplingConfig(steps=5, guidance=4.0, negative="green")
     requests = [ImageRequest(prompt, 0) for prompt in prompts]
-    ours = torch.stack([i.pixels for i in Pipeline.load(unet_run / "model").generate(requests, config, latents)])
+    ours = torch.stack([i.pixels for i in loaded_pipeline(unet_run / "model").generate(requests, config, latents)])
     images = theirs(
         prompts, negative_prompt=["green"] * 2, num_inference_steps=5, guidance_scale=4.0, latents=latents,
         output_type="np",
@@ -106,14 +107,15 @@ def test_autoencoder_and_text_encoder_are_passed_on_bit_for_bit(unet_run: Path, 
 
 def test_frozen_parts_get_no_gradient_and_do_not_change(parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
     task, loader = make_task(parts, tmp_path)
-    frozen = [*task.vae.parameters(), *task.encoders.text_encoder.parameters()]
+    codec, text_encoder = task.family.codec, task.family.encoder.model
+    frozen = [*codec.parameters(), *text_encoder.parameters()]
     before = [p.detach().clone() for p in frozen]
     _, gradients = backward(task, next(loader.batches(0, 1)), 2)
-    assert gradients.keys() == dict(task.unet.named_parameters()).keys()
+    assert gradients.keys() == dict(task.family.denoiser.named_parameters()).keys()
     assert all(p.grad is None and not p.requires_grad for p in frozen)
     assert all(torch.equal(p, q) for p, q in zip(frozen, before, strict=True))
-    assert not task.vae.training
-    assert not task.encoders.text_encoder.training
+    assert not codec.training
+    assert not text_encoder.training
 
 
 @pytest.mark.parametrize("num_parts", [2, 4])
@@ -129,15 +131,16 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole_batch(
         torch.testing.assert_close(split[name], whole[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-class Contexts(torch.nn.Module):
+class Spy(torch.nn.Module):
     """In place of the U-Net: keeps what it is given."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[tuple[Tensor, Tensor]] = []
 
-    def forward(self, noised: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        self.seen.append((t, context))
+    def forward(self, noised: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        assert condition.tokens is not None
+        self.seen.append((t, condition.tokens))
         return torch.zeros_like(noised, requires_grad=True)
 
 
@@ -146,16 +149,19 @@ def test_caption_dropout_drops_its_fraction_and_leaves_the_rest_alone(
     parts: tuple[Path, Path, Path], tmp_path: Path, fraction: float, num_steps: int
 ) -> None:
     task, loader = make_task(parts, tmp_path, diffusion={"caption_dropout": fraction})
-    spy = task.unet = Contexts()  # type: ignore[assignment]
+    spy = Spy()
+    task.family = replace(task.family, denoiser=spy)  # type: ignore[type-var]
     captions = []
     for batch in loader.batches(0, num_steps):
         captions += batch.captions
         task.loss(batch, 1)
-    given = torch.cat([context for _, context in spy.seen])
-    dropped = (given == task._empty).flatten(1).all(dim=1)
+    given = torch.cat([tokens for _, tokens in spy.seen])
+    dropped = (given == task._empty.tokens).flatten(1).all(dim=1)
     sigma = math.sqrt(fraction * (1 - fraction) / (8 * num_steps))
     assert abs(dropped.float().mean() - fraction) <= 4 * sigma
-    assert torch.equal(given[~dropped], task.encoders.states(captions)[~dropped])
+    expected = task.encoder.condition(captions).tokens
+    assert expected is not None
+    assert torch.equal(given[~dropped], expected[~dropped])
     levels = torch.cat([t for t, _ in spy.seen])
     assert 0 <= levels.min() < 250
     assert 750 <= levels.max() < 1000
@@ -166,16 +172,16 @@ def test_min_snr_weights_each_sample_by_its_level(parts: tuple[Path, Path, Path]
     plain, loader = make_task(parts, tmp_path, diffusion={"caption_dropout": 0.0})
     weighted, _ = make_task(parts, tmp_path, diffusion={"caption_dropout": 0.0, "snr_gamma": 5.0})
     batch = next(loader.batches(0, 1))
-    spy = Contexts()
+    spy = Spy()
     for task in (plain, weighted):
-        task.unet = spy  # type: ignore[assignment]
+        task.family = replace(task.family, denoiser=spy)  # type: ignore[type-var]
     for i in range(8):
         one = replace(
             batch, images=batch.images[i : i + 1], captions=batch.captions[i : i + 1],
             keys=batch.keys[i : i + 1], epoch=batch.epoch[i : i + 1], position=batch.position[i : i + 1],
         )  # fmt: skip
         (a, _), (b, _) = plain.loss(one, 1), weighted.loss(one, 1)
-        alpha = plain.schedule.alphas_cumprod[spy.seen[-1][0].long()].double()
+        alpha = plain.family.process.alphas_cumprod[spy.seen[-1][0].long()].double()
         snr = alpha / (1 - alpha)
         assert (b / a).item() == pytest.approx((snr.clamp(max=5.0) / snr).item(), rel=1e-5)
 
@@ -295,8 +301,8 @@ def test_logit_normal_levels_follow_the_logistic_of_a_normal_and_stay_in_range(
 ) -> None:
     task, _ = make_task(parts, tmp_path / "run", diffusion={"timestep_sampling": "logit_normal"})
     position = torch.arange(20_000)
-    t = task._timesteps(torch.zeros_like(position), position)
-    assert t.dtype == torch.int64
+    _, _, t = task.process.at(task._shares(torch.zeros_like(position), position))
+    assert bool((t == t.long()).all())
     assert 0 <= t.min() < 40
     assert 960 < t.max() <= 999
     # P(t < 500) = ½, and P(t < 1000/(1+e)) = P(normal < −1) = 0.1587

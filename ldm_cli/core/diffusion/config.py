@@ -1,5 +1,6 @@
-"""What a recipe says about the diffusion process, its loss and its guidance; the first fields of the process are
-those of a diffusers scheduler_config.json."""
+"""Recipe sections of the diffusion process, its loss and its guidance.
+
+The first fields of the process are those of a diffusers scheduler_config.json."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from ldm_cli.config import Config
 
 
 class DiffusionConfig(Config):
-    """Noise schedule, what the network predicts, and how the loss weighs noise levels."""
+    """Noise schedule, prediction type, and how training chooses and weighs noise levels."""
 
     num_train_timesteps: Annotated[int, Field(ge=2)] = 1000
     """Number of discrete noise levels T."""
@@ -24,7 +25,7 @@ class DiffusionConfig(Config):
     & Dhariwal 2021)."""
     prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] = "epsilon"
     """The network predicts the noise ε, v = √ᾱ ε − √(1−ᾱ) x_0 (Salimans & Ho 2022), x_0, or the velocity ε − x_0 of
-    flow matching (Lipman et al. 2023), whose levels are straight lines: the β above then mean nothing."""
+    flow matching (Lipman et al. 2023), whose paths are straight lines: it has no use for the β above."""
     flow_shift: Annotated[float, Field(gt=0)] = 1.0
     """Flow matching: above 1 moves the levels towards noise, as large images need (Esser et al. 2024, eq. 23); 3 in
     Stable Diffusion 3."""
@@ -33,8 +34,8 @@ class DiffusionConfig(Config):
     snr_gamma: Annotated[float, Field(gt=0)] | None = None
     """Min-SNR-γ loss weights (Hang et al. 2023, arXiv:2303.09556); null: the plain mean squared error."""
     timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
-    """Which levels training draws: all alike, or mostly the middle ones, t/T being the sigmoid of a standard normal
-    number (Esser et al. 2024, section 3.1, arXiv:2403.03206)."""
+    """Which noise levels training visits: all alike, or mostly those in the middle. The share u of levels below is then
+    the sigmoid of a standard normal number (Esser et al. 2024, section 3.1, arXiv:2403.03206)."""
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Chance that a training caption is replaced by the empty one, which classifier-free guidance needs."""
 
@@ -43,7 +44,7 @@ class DiffusionConfig(Config):
         if self.flow_shift != 1.0 and self.prediction_type != "flow_prediction":
             raise ValueError(f"flow_shift={self.flow_shift} needs prediction_type flow_prediction")
         if self.rescale_betas_zero_snr and self.prediction_type == "flow_prediction":
-            raise ValueError("rescale_betas_zero_snr means nothing to flow_prediction, which has no betas")
+            raise ValueError("rescale_betas_zero_snr has no use for flow_prediction, which has no betas")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError(
                 "rescale_betas_zero_snr needs prediction_type v_prediction or sample: "
@@ -56,32 +57,32 @@ class ThresholdConfig(Config):
     """Dynamic thresholding (Saharia et al. 2022, section 2.3, arXiv:2205.11487)."""
 
     percentile: Annotated[float, Field(gt=0, le=1)] = 0.995
-    """Share of an image's |x_0| that is left as it is; what is larger is clipped."""
+    """Share of an image's values |x_0| that are kept; larger ones are clipped."""
     limit: Annotated[float, Field(gt=0)] = 1.0
-    """Largest |x_0| that an image may keep: 1 for pixels, 3 to 5 for latents of standard deviation 1."""
+    """Largest |x_0| of an image after clipping: 1 for pixels, 3 to 5 for latents of standard deviation 1."""
 
 
 class ProjectionConfig(Config):
     """Adaptive projected guidance, APG (Sadat et al. 2024, arXiv:2410.02416)."""
 
     parallel: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """η: share that is kept of the part parallel to the prediction, which saturates; 1 keeps all."""
+    """η: share of guidance parallel to the prediction that is kept; this part saturates colours. 1 keeps all."""
     norm: Annotated[float, Field(gt=0)] | None = 15.0
-    """r: longest step that guidance may take, a Euclidean norm over one image; null: any."""
+    """r: largest Euclidean norm of guidance over one image; null: no limit."""
     momentum: Annotated[float, Field(gt=-1, lt=1)] = -0.5
-    """β: share of the previous step's guidance that is added; below 0 pushes away from it."""
+    """β: share of the previous step's guidance that is added; negative values push away from it."""
 
 
 class PerturbationConfig(Config):
-    """Guidance away from the same network with some of its layers spoilt."""
+    """Guidance away from the same network with some of its layers perturbed."""
 
     kind: Literal["attention", "layer"] = "attention"
-    """`attention`: self-attention looks at nothing but itself (PAG, Ahn et al. 2024, arXiv:2403.17377); `layer`: the
-    transformer block is left out (skip-layer guidance, as of Stable Diffusion 3.5)."""
+    """`attention`: each token attends to itself only (PAG, Ahn et al. 2024, arXiv:2403.17377); `layer`: the transformer
+    block is skipped (skip-layer guidance, as in Stable Diffusion 3.5)."""
     scale: Annotated[float, Field(ge=0)] = 3.0
-    """How far; 0 is off."""
+    """Guidance scale; 0 is off."""
     layers: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = ("mid_block",)
-    """Which: beginnings of the names of the U-Net's modules, such as `mid_block` or `down_blocks.1.attentions.0`."""
+    """Beginnings of the names of the disturbed modules, such as `mid_block` or `down_blocks.1.attentions.0`."""
 
 
 class CLIPGuidanceConfig(Config):
@@ -97,7 +98,7 @@ NoiseLevel = Annotated[float, Field(ge=0)]
 
 
 class GuidanceConfig(Config):
-    """How the conditional prediction is pushed; a plain number in its place means `scale`."""
+    """Guidance of the conditional prediction; a plain number in place of the section means `scale`."""
 
     scale: Annotated[float, Field(ge=0)] = 7.5
     """Classifier-free guidance scale (Ho & Salimans 2022): 1 is the conditional model, 0 the unconditional one; both
@@ -116,8 +117,8 @@ class GuidanceConfig(Config):
     perturb: PerturbationConfig | None = None
     """Perturbed-attention or skip-layer guidance, in addition; null: off."""
     model: str | None = None
-    """Autoguidance (Karras et al. 2024, arXiv:2406.02507): folder of a weaker denoiser, a U-Net or a pipeline, which
-    is given the prompt and takes the place of the unconditional prediction; null: off."""
+    """Autoguidance (Karras et al. 2024, arXiv:2406.02507): folder of a weaker denoiser, a U-Net or a pipeline. Its
+    conditional prediction takes the place of the unconditional one; null: off."""
     clip: CLIPGuidanceConfig | None = None
     """Guidance by a CLIP score; null: off."""
 

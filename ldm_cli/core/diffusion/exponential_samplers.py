@@ -1,4 +1,4 @@
-"""DPM-Solver++ and its kin: in λ = log(a / b) the linear part of ODE and SDE is solved exactly, x_0 is extrapolated.
+"""DPM-Solver++ and related samplers: exact in λ = log(a / b) for the linear part of ODE and SDE; x_0 is extrapolated.
 
 With h = λ' − λ and η the share of the reverse process's noise (Lu et al. 2022, eq. 9 and 18, arXiv:2211.01095),
 
@@ -13,18 +13,20 @@ import math
 
 from torch import Tensor
 
-from ldm_cli.core.diffusion.level import Level
-from ldm_cli.core.diffusion.samplers import Denoiser, NoiseSource, split, toward
-from ldm_cli.core.diffusion.timesteps import Trajectory
+from ldm_cli.core.diffusion.process import Level
+from ldm_cli.core.diffusion.samplers import CleanPredictor, NoiseSource, split, toward
+from ldm_cli.core.diffusion.timesteps import Timesteps
 
 
-def dpmpp_2m(denoise: Denoiser, x: Tensor, path: Trajectory, step_noise: NoiseSource, eta: float = 0.0) -> Tensor:
+def dpmpp_2m(
+    denoise: CleanPredictor, x: Tensor, timesteps: Timesteps, step_noise: NoiseSource, eta: float = 0.0
+) -> Tensor:
     """DPM-Solver++(2M), algorithm 2 of Lu et al. 2022; with η = 1 SDE-DPM-Solver++(2M), midpoint variant.
 
     The first and the last step are first order.
     """
     before, h_before = x, 0.0
-    for i, (start, end) in enumerate(path.steps):
+    for i, (start, end) in enumerate(timesteps.steps):
         x0, h = denoise(x, start), end.log_snr - start.log_snr
         direction = x0
         if i > 0 and h < math.inf:
@@ -35,10 +37,12 @@ def dpmpp_2m(denoise: Denoiser, x: Tensor, path: Trajectory, step_noise: NoiseSo
     return x
 
 
-def dpmpp_3m(denoise: Denoiser, x: Tensor, path: Trajectory, step_noise: NoiseSource, eta: float = 1.0) -> Tensor:
+def dpmpp_3m(
+    denoise: CleanPredictor, x: Tensor, timesteps: Timesteps, step_noise: NoiseSource, eta: float = 1.0
+) -> Tensor:
     """DPM-Solver++(3M) with noise, as in k-diffusion: x_0 is a polynomial in λ through its last three values."""
     seen: list[tuple[float, Tensor]] = []
-    for i, (start, end) in enumerate(path.steps):
+    for i, (start, end) in enumerate(timesteps.steps):
         x0, h = denoise(x, start), end.log_snr - start.log_snr
         decay = (1.0 + eta) * h
         x = _decay(x, start, end, eta) - end.signal * math.expm1(-decay) * x0
@@ -55,13 +59,15 @@ def dpmpp_3m(denoise: Denoiser, x: Tensor, path: Trajectory, step_noise: NoiseSo
     return x
 
 
-def dpmpp_2s(denoise: Denoiser, x: Tensor, path: Trajectory, step_noise: NoiseSource, eta: float = 1.0) -> Tensor:
+def dpmpp_2s(
+    denoise: CleanPredictor, x: Tensor, timesteps: Timesteps, step_noise: NoiseSource, eta: float = 1.0
+) -> Tensor:
     """DPM-Solver++(2S), algorithm 1 of Lu et al. 2022 with r = 1/2, to a lower level and up with fresh noise (η)."""
-    for i, (start, end) in enumerate(path.steps):
+    for i, (start, end) in enumerate(timesteps.steps):
         down, up = split(start, end, eta)
         x0 = denoise(x, start)
         if down.noise > 0.0:
-            middle = path.levels.at(math.sqrt(start.sigma * down.sigma))
+            middle = timesteps.process.at_sigma(math.sqrt(start.sigma * down.sigma))
             halfway = toward(x, x0, start, middle)
             x0 = denoise(halfway, middle)
         x = toward(x, x0, start, down)
@@ -70,19 +76,21 @@ def dpmpp_2s(denoise: Denoiser, x: Tensor, path: Trajectory, step_noise: NoiseSo
     return x
 
 
-def dpmpp_sde(denoise: Denoiser, x: Tensor, path: Trajectory, step_noise: NoiseSource, eta: float = 1.0) -> Tensor:
+def dpmpp_sde(
+    denoise: CleanPredictor, x: Tensor, timesteps: Timesteps, step_noise: NoiseSource, eta: float = 1.0
+) -> Tensor:
     """SDE-DPM-Solver++(2S) with r = 1/2, as k-diffusion's `sample_dpmpp_sde`.
 
     Both stages of a step add increments of one Brownian motion in σ: over the first half-step, and over the whole, of
     which the first is a part. Their correlation is exact; increments of different steps are independent. Unlike a
-    Brownian tree, other step counts do not refine the same path.
+    Brownian tree, other step counts do not refine the same timesteps.
     """
-    for i, (start, end) in enumerate(path.steps):
+    for i, (start, end) in enumerate(timesteps.steps):
         x0 = denoise(x, start)
         if end.noise == 0.0:
             x = toward(x, x0, start, end)
             continue
-        middle = path.levels.at(math.sqrt(start.sigma * end.sigma))
+        middle = timesteps.process.at_sigma(math.sqrt(start.sigma * end.sigma))
         (down, up), (down_end, up_end) = split(start, middle, eta), split(start, end, eta)
         halfway = toward(x, x0, start, down)
         first = step_noise(2 * i) if eta > 0.0 else None
@@ -95,22 +103,22 @@ def dpmpp_sde(denoise: Denoiser, x: Tensor, path: Trajectory, step_noise: NoiseS
     return x
 
 
-def unipc(denoise: Denoiser, x: Tensor, path: Trajectory) -> Tensor:
+def unipc(denoise: CleanPredictor, x: Tensor, timesteps: Timesteps) -> Tensor:
     """UniPC-2 with B(h) = e^h − 1, predicting x_0 (Zhao et al. 2023, algorithms 5-8, arXiv:2302.04867).
 
     The prediction at the end of a step also corrects the step, at no cost; the last step is first order, uncorrected.
     """
     before: Tensor | None = None
     h_before = 0.0
-    corrected, x0 = x, denoise(x, path.steps[0][0])
-    for i, (start, end) in enumerate(path.steps):
+    corrected, x0 = x, denoise(x, timesteps.steps[0][0])
+    for i, (start, end) in enumerate(timesteps.steps):
         h = end.log_snr - start.log_snr
         base, weight = (end.noise / start.noise) * corrected, -end.signal * math.expm1(-h)
         change = None if before is None or h == math.inf else (h / h_before) * (x0 - before)
         x = base + weight * (x0 if change is None else x0 + 0.5 * change)
-        if i + 1 == len(path):
+        if i + 1 == len(timesteps):
             break
-        ahead = denoise(x, path.steps[i + 1][0])
+        ahead = denoise(x, timesteps.steps[i + 1][0])
         moments = _moments(h)
         if change is None:
             corrected = base + weight * (x0 + 0.5 * (ahead - x0))

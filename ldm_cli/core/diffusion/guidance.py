@@ -1,10 +1,10 @@
-"""Guidance: pushing what the network predicts further than it would go by itself.
+"""Guidance: pushing the network's prediction further than it would go by itself.
 
 Classifier-free (Ho & Salimans 2022, arXiv:2207.12598), with rescaling (Lin et al. 2023), within an interval of noise
 levels (Kynkäänniemi et al. 2024), projected (APG, Sadat et al. 2024), thresholded (Saharia et al. 2022), away from a
-weaker network (Karras et al. 2024) or a spoilt one (Ahn et al. 2024), and along the gradient of a score (Dhariwal &
-Nichol 2021). Predictions of ε, v, x_0 and u are affine in x_0, so that differences of any of them mean the same;
-rescaling works on what the network predicts, projecting and thresholding on x_0, as their authors do.
+weaker network (Karras et al. 2024) or a perturbed one (Ahn et al. 2024), and along the gradient of a score (Dhariwal &
+Nichol 2021). Predictions of ε, v, x_0 and u are affine in x_0, so that differences of any of them mean the same.
+Rescaling works on the network's prediction, projecting and thresholding on x_0, as in the papers.
 """
 
 from __future__ import annotations
@@ -14,43 +14,44 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ldm_cli.core.condition import Condition
 from ldm_cli.core.diffusion.config import GuidanceConfig, ProjectionConfig, ThresholdConfig
-from ldm_cli.core.diffusion.level import Level
-from ldm_cli.core.diffusion.prediction import to_x0
-from ldm_cli.core.diffusion.samplers import Denoiser
+from ldm_cli.core.diffusion.prediction import Prediction
+from ldm_cli.core.diffusion.process import Level
+from ldm_cli.core.diffusion.samplers import CleanPredictor
 
-Network = Callable[[Tensor, Level, Tensor], Tensor]
-"""(x_t [B, …], its level, contexts [R·B, L, D]) → what the network predicts, [R·B, …]: for all of x_t with the first
-context of each row, then with the second, …"""
+ConditionalNetwork = Callable[[Tensor, Level, Condition], Tensor]
+"""(x_t [B, …], its level, B rows of conditions) → the network's prediction, [B, …]."""
 
 
 def guided(
-    network: Network,
-    conditional: Tensor,
-    unconditional: Tensor,
+    network: ConditionalNetwork,
+    conditional: Condition,
+    unconditional: Condition,
     config: GuidanceConfig,
-    prediction_type: str,
-    weaker: Network | None = None,
-    spoilt: Network | None = None,
-) -> Denoiser:
-    """The network with its contexts fixed, as a denoiser that is pushed as `config` says.
+    prediction: Prediction,
+    weaker: ConditionalNetwork | None = None,
+    perturbed: ConditionalNetwork | None = None,
+) -> CleanPredictor:
+    """The guided prediction of x_0, for fixed conditions.
 
-    Conditional and unconditional half are one call of the network, which sees x_t once; at scale 1 and 0, and outside
-    of the interval, only the half that counts is. The denoiser is for one run: APG's momentum remembers the last call.
+    One call of the network with twice the rows computes both predictions, conditional and unconditional. At scale 0 and
+    1, and outside of the interval, it computes only the one that is used. The result serves one sampling run: APG's
+    momentum depends on the previous call.
 
     Args:
-        network: takes a context.
-        conditional, unconditional: contexts [B, L, D], row by row; a negative prompt takes the place of the empty one.
-        config: scale and the rest; `model`, `clip` and the layers of `perturb` are the caller's business.
-        prediction_type: what the networks predict.
-        weaker: network that, with the conditional context, takes the unconditional one's place (autoguidance).
-        spoilt: network with `config.perturb` applied.
+        network: the guided network.
+        conditional, unconditional: B rows each; a negative prompt takes the place of the empty one.
+        config: all but `model`, `clip` and the layers of `perturb`, which the caller applies.
+        prediction: what the networks predict.
+        weaker: its prediction with the conditional rows replaces the unconditional one (autoguidance).
+        perturbed: network with `config.perturb` applied.
     """
     project = None if config.apg is None else _Projection(config.apg)
-    both = torch.cat([unconditional, conditional])
+    both = Condition.cat([unconditional, conditional])
 
     def predict(x: Tensor, level: Level, scale: float) -> tuple[Tensor, Tensor | None]:
-        """The prediction that counts, and the one to move away from."""
+        """The prediction to start from, and the one to move away from."""
         if scale == 1.0:
             return network(x, level, conditional), None
         if weaker is not None:
@@ -58,12 +59,12 @@ def guided(
             return (away, None) if scale == 0.0 else (network(x, level, conditional), away)
         if scale == 0.0:
             return network(x, level, unconditional), None
-        away, toward = network(x, level, both).chunk(2)
+        away, toward = network(torch.cat([x, x]), level, both).chunk(2)
         return toward, away
 
     def denoise(x: Tensor, level: Level) -> Tensor:
         def x0_of(output: Tensor) -> Tensor:
-            return to_x0(output, x, level.signal, level.noise, prediction_type)
+            return prediction.x0(output, x, level.signal, level.noise)
 
         active = config.interval is None or config.interval[0] <= level.sigma <= config.interval[1]
         scale = config.scale if active else 1.0
@@ -74,9 +75,9 @@ def guided(
             x0 = project(x0_of(output), x0_of(away), scale)
         else:
             x0 = x0_of(rescaled(guide(away, output, scale), output, config.rescale))
-        if active and spoilt is not None and config.perturb is not None and config.perturb.scale > 0.0:
-            context = unconditional if scale == 0.0 else conditional
-            x0 = x0 + config.perturb.scale * (x0_of(output) - x0_of(spoilt(x, level, context)))
+        if active and perturbed is not None and config.perturb is not None and config.perturb.scale > 0.0:
+            condition = unconditional if scale == 0.0 else conditional
+            x0 = x0 + config.perturb.scale * (x0_of(output) - x0_of(perturbed(x, level, condition)))
         return x0 if config.threshold is None else thresholded(x0, config.threshold)
 
     return denoise
@@ -106,15 +107,15 @@ def thresholded(x0: Tensor, config: ThresholdConfig) -> Tensor:
     return torch.clamp(x0, -bound, bound) * (config.limit / bound)
 
 
-def along_score(denoise: Denoiser, score: Callable[[Tensor], Tensor], scale: float) -> Denoiser:
-    """The denoiser, moved along the gradient of a score of what it shows.
+def along_score(denoise: CleanPredictor, score: Callable[[Tensor], Tensor], scale: float) -> CleanPredictor:
+    """The prediction of x_0, moved along the gradient of a score of it.
 
     x_0 + scale · (b²/a) ∇_x score(x_0(x)): ε − b · scale · ∇ of Dhariwal & Nichol 2021, algorithm 2, arXiv:2105.05233,
     in terms of x_0. By Tweedie's formula the factor is the covariance of x_0 given x: it fades with the noise.
 
     Args:
-        denoise: through which the gradient flows.
-        score: x_0 [B, …] → [B], of each its own.
+        denoise: predicts x_0; the gradient flows through it.
+        score: x_0 [B, …] → one score per sample, [B].
         scale: multiplies the gradient.
     """
 

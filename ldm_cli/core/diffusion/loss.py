@@ -1,67 +1,54 @@
-"""The denoising loss, one number per sample, with min-SNR-γ weights.
+"""The training objective: noised samples, and the weighted squared error of a prediction, one number per sample.
 
-The unweighted loss is the mean squared error to the target (Ho et al. 2020, eq. 14). An error in ε, v and x_0
-differs by a factor that depends on the level only,
-
-    |ε − ε̂|² = SNR |x_0 − x̂_0|²,   |v − v̂|² = (SNR + 1) |x_0 − x̂_0|²,   |u − û|² = (√SNR + 1)² |x_0 − x̂_0|²,
-
-so that the one weight min(SNR, γ) on |x_0 − x̂_0|² (Hang et al. 2023, eq. 6, arXiv:2303.09556) becomes
-
-    epsilon: min(SNR, γ) / SNR      v_prediction: min(SNR, γ) / (SNR + 1)
-    sample: min(SNR, γ)             flow_prediction: min(SNR, γ) / (√SNR + 1)².
-
-At the last level of a zero-SNR or flow schedule the weights of v, x_0 and u are 0: with min-SNR-γ that level is
-not trained.
+The unweighted loss is the mean squared error to the target (Ho et al. 2020, eq. 14). With min-SNR-γ weights, levels
+with zero signal are not trained: there the weights of v, x_0 and u are 0.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ldm_cli.core.diffusion.schedule import NoiseSchedule
+from ldm_cli.core.diffusion.prediction import Prediction
 
 
-def min_snr_weight(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """Weight of the squared error of this prediction type, of the shape and type of `snr`.
+def add_noise(x0: Tensor, noise: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x_t = a x_0 + b ε, of x0's shape and type.
 
-    Raises:
-        ValueError: unknown `prediction_type`.
+    Args:
+        x0, noise: [B, …].
+        a, b: levels, [B].
     """
-    capped = snr.clamp(max=gamma)
-    if prediction_type == "epsilon":
-        return torch.clamp(gamma / snr, max=1.0)  # capped / snr, without 0/0 at zero SNR
-    if prediction_type == "v_prediction":
-        return capped / (snr + 1.0)
-    if prediction_type == "sample":
-        return capped
-    if prediction_type == "flow_prediction":
-        return capped / (snr.sqrt() + 1.0) ** 2
-    raise ValueError(
-        f"prediction_type={prediction_type!r} is not 'epsilon', 'v_prediction', 'sample' or 'flow_prediction'"
-    )
+    return _per_sample(a, x0) * x0 + _per_sample(b, x0) * noise
 
 
 def diffusion_loss(
-    schedule: NoiseSchedule,
+    prediction: Prediction,
     model_output: Tensor,
     x0: Tensor,
     noise: Tensor,
-    t: Tensor,
+    a: Tensor,
+    b: Tensor,
     snr_gamma: float | None = None,
 ) -> Tensor:
     """Weighted mean squared error of the network's prediction, float32 [B].
 
     Args:
-        schedule: says what is predicted.
-        model_output: network output for `schedule.add_noise(x0, noise, t)`, [B, …].
+        prediction: what is predicted.
+        model_output: network output for `add_noise(x0, noise, a, b)`, [B, …].
         x0, noise: [B, …].
-        t: int64 [B].
+        a, b: levels, [B].
         snr_gamma: γ of the min-SNR weights; None weighs every level alike.
     """
+    target = prediction.target(x0, noise, _per_sample(a, x0), _per_sample(b, x0))
     # In float32 whatever autocast did: squares of half-precision errors lose their small values.
-    error = model_output.float() - schedule.target(x0, noise, t).float()
-    per_sample = error.square().flatten(1).mean(dim=1)
+    loss = (model_output.float() - target.float()).square().flatten(1).mean(dim=1)
     if snr_gamma is None:
-        return per_sample
-    return per_sample * min_snr_weight(schedule.snr(t), snr_gamma, schedule.prediction_type).to(per_sample.dtype)
+        return loss
+    return loss * prediction.min_snr_weight(a, b, snr_gamma).to(loss.dtype)
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """Values [B] as [B, 1, …], shaped and typed to be multiplied with `like` [B, …]."""
+    if values.shape != like.shape[:1]:
+        raise ValueError(f"levels of shape {tuple(values.shape)} for a batch of shape {tuple(like.shape)}")
+    return values.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))

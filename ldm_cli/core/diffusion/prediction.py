@@ -1,62 +1,82 @@
-"""From what the network predicts to x_0 and ε, where x_t = a x_0 + b ε.
+"""What a network predicts, in one table: F = p x_0 + q ε, where x_t = a x_0 + b ε.
 
-epsilon         x_0 = (x_t − b ε) / a
-v_prediction    x_0 = a x_t − b v,   ε = b x_t + a v,   if a² + b² = 1  (Salimans & Ho 2022, app. D, arXiv:2202.00512)
-sample          ε = (x_t − a x_0) / b
-flow_prediction x_0 = x_t − b u,     ε = x_t + a u,     if a + b = 1      (Lipman et al. 2023, arXiv:2210.02747)
+    type              p    q    d     prediction
+    epsilon           0    1    a     ε (Ho et al. 2020, arXiv:2006.11239)
+    v_prediction     −b    a    1     v = a ε − b x_0, if a² + b² = 1 (Salimans & Ho 2022, app. D, arXiv:2202.00512)
+    sample            1    0    −b    x_0
+    flow_prediction  −1    1    1     u = ε − x_0, if a + b = 1 (Lipman et al. 2023, arXiv:2210.02747)
 
-with v = a ε − b x_0 and the velocity u = ε − x_0 of the straight line from x_0 to ε.
+F and x_t are two linear equations for x_0 and ε, with the determinant d = a q − b p:
+
+    x_0 = (q/d) x_t − (b/d) F,   ε = (a/d) F − (p/d) x_t,   and at a known x_t   F − F̂ = −(d/b) (x_0 − x̂_0).
 """
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
-Number = TypeVar("Number", float, Tensor)
+Coefficient = float | Tensor
+"""A number, or a tensor that broadcasts with the samples [B, …]."""
 
 
-def to_x0(output: Tensor, x_t: Tensor, signal: Number, sigma: Number, prediction_type: str) -> Tensor:
-    """The clean sample x_0 that a network output stands for.
+@dataclass(frozen=True)
+class Prediction:
+    """One prediction type.
 
-    Args:
-        output, x_t: [B, …].
-        signal, sigma: a and b, numbers or tensors that broadcast with x_t.
-        prediction_type: `epsilon`, `v_prediction`, `sample` or `flow_prediction`.
-
-    Raises:
-        ValueError: unknown `prediction_type`, or ε-prediction at zero signal, which says nothing of x_0.
+    Attributes:
+        name: as in a diffusers scheduler_config.json.
+        coefficients: (a, b) → (p, q, d).
     """
-    if prediction_type == "sample":
-        return output
-    if prediction_type == "v_prediction":
-        return signal * x_t - sigma * output
-    if prediction_type == "flow_prediction":
-        return x_t - sigma * output
-    if prediction_type == "epsilon":
-        if isinstance(signal, float) and signal == 0.0:
-            raise ValueError(f"prediction_type='epsilon' at signal={signal}: x_0 is undetermined")
-        return (x_t - sigma * output) / signal
-    raise ValueError(_unknown(prediction_type))
+
+    name: str
+    coefficients: Callable[[Coefficient, Coefficient], tuple[Coefficient, Coefficient, Coefficient]]
+
+    def target(self, x0: Tensor, noise: Tensor, a: Coefficient, b: Coefficient) -> Tensor:
+        """F for x_0 and ε, both [B, …], at the level a, b."""
+        p, q, _ = self.coefficients(a, b)
+        return p * x0 + q * noise
+
+    def x0(self, output: Tensor, x: Tensor, a: Coefficient, b: Coefficient) -> Tensor:
+        """The clean sample x_0 that follows from a network output.
+
+        Args:
+            output, x: F and x_t, [B, …].
+            a, b: the level of x_t.
+
+        Raises:
+            ValueError: a is the number 0 and the network predicts ε: x_0 is undetermined.
+        """
+        _, q, d = self.coefficients(a, b)
+        if isinstance(d, float) and d == 0.0:
+            raise ValueError(f"prediction type '{self.name}' at a={a}, b={b}: x_0 is undetermined")
+        return (q / d) * x - (b / d) * output
+
+    def epsilon(self, output: Tensor, x: Tensor, a: Coefficient, b: Coefficient) -> Tensor:
+        """The noise ε that follows from a network output; arguments as in `x0`, and d not 0."""
+        p, _, d = self.coefficients(a, b)
+        return (a / d) * output - (p / d) * x
+
+    def min_snr_weight(self, a: Tensor, b: Tensor, gamma: float) -> Tensor:
+        """Weight on |F − F̂|² that puts min(SNR, γ) on |x_0 − x̂_0|² (Hang et al. 2023, eq. 6, arXiv:2303.09556).
+
+        It is min(SNR, γ) (b/d)² = min(a², γ b²) / d²: 0 at zero signal, where it is undefined for ε.
+
+        Args:
+            a, b: levels, of one shape.
+            gamma: γ.
+
+        Returns:
+            Weights of that shape.
+        """
+        return (a**2).minimum(gamma * b**2) / self.coefficients(a, b)[2] ** 2
 
 
-def to_epsilon(output: Tensor, x_t: Tensor, signal: Number, sigma: Number, prediction_type: str) -> Tensor:
-    """The noise ε that a network output stands for; arguments as in `to_x0`.
-
-    Raises:
-        ValueError: unknown `prediction_type`.
-    """
-    if prediction_type == "epsilon":
-        return output
-    if prediction_type == "v_prediction":
-        return sigma * x_t + signal * output
-    if prediction_type == "flow_prediction":
-        return x_t + signal * output
-    if prediction_type == "sample":
-        return (x_t - signal * output) / sigma
-    raise ValueError(_unknown(prediction_type))
-
-
-def _unknown(prediction_type: str) -> str:
-    return f"prediction_type={prediction_type!r} is not 'epsilon', 'v_prediction', 'sample' or 'flow_prediction'"
+EPSILON = Prediction("epsilon", lambda a, b: (0.0, 1.0, a))
+V_PREDICTION = Prediction("v_prediction", lambda a, b: (-b, a, 1.0))
+SAMPLE = Prediction("sample", lambda a, b: (1.0, 0.0, -b))
+FLOW_PREDICTION = Prediction("flow_prediction", lambda a, b: (-1.0, 1.0, 1.0))
+PREDICTIONS = {prediction.name: prediction for prediction in (EPSILON, V_PREDICTION, SAMPLE, FLOW_PREDICTION)}
+"""The prediction types by name."""

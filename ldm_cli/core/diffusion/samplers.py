@@ -1,8 +1,8 @@
-"""From noise to a sample: one short function per method, each over any denoiser, any levels and any noise.
+"""From noise to a sample: one short function per method, each for any prediction of x_0, any levels and any noise.
 
-A denoiser gives x_0 for x = a x_0 + b ε; all methods use nothing else of the network. They start from x, noise at the
-first level, and return x_0 where the last step ends. Most of what they do is one move, `toward`: with x_0 held fixed,
-the probability-flow ODE is solved exactly by
+The network is a function that predicts x_0 for x = a x_0 + b ε at a level. The methods start from x, noise at the
+first level, and return x where the last step ends, which is x_0. Most of them repeat one move, `toward`: with x_0 held
+fixed, the probability-flow ODE is solved exactly by
 
     x' = (b'/b) x + (a' − a b'/b) x_0,
 
@@ -18,13 +18,13 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from ldm_cli.core.diffusion.level import Level
-from ldm_cli.core.diffusion.prediction import to_epsilon, to_x0
-from ldm_cli.core.diffusion.timesteps import Trajectory
+from ldm_cli.core.diffusion.prediction import SAMPLE, Prediction
+from ldm_cli.core.diffusion.process import Level
+from ldm_cli.core.diffusion.timesteps import Timesteps
 
-Network = Callable[[Tensor, float], Tensor]
-"""(x_t [B, …], t) → what the network predicts, [B, …]."""
-Denoiser = Callable[[Tensor, Level], Tensor]
+UnconditionalNetwork = Callable[[Tensor, float], Tensor]
+"""(x_t [B, …], its time) → the network's prediction, [B, …]."""
+CleanPredictor = Callable[[Tensor, Level], Tensor]
 """(x [B, …], its level) → x_0, [B, …]."""
 NoiseSource = Callable[[int], Tensor]
 """Number of the draw → standard normal noise [B, …]. Sampler step i draws i; `dpmpp_sde`, with two, 2 i and 2 i + 1."""
@@ -32,14 +32,14 @@ NoiseSource = Callable[[int], Tensor]
 _LMS_ORDER = 4
 
 
-def denoiser(network: Network, prediction_type: str) -> Denoiser:
-    """The network as a function that gives x_0.
+def clean_predictor(network: UnconditionalNetwork, prediction: Prediction) -> CleanPredictor:
+    """The network as a function that predicts x_0.
 
     Args:
-        network: takes what it is told of a level, `Level.t`.
-        prediction_type: what it predicts, as in `to_x0`.
+        network: takes x and the time `Level.t`.
+        prediction: what the network predicts.
     """
-    return lambda x, level: to_x0(network(x, level.t), x, level.signal, level.noise, prediction_type)
+    return lambda x, level: prediction.x0(network(x, level.t), x, level.signal, level.noise)
 
 
 def toward(x: Tensor, x0: Tensor, start: Level, end: Level) -> Tensor:
@@ -59,7 +59,9 @@ def split(start: Level, end: Level, eta: float) -> tuple[Level, float]:
     return Level(end.t, end.signal, math.sqrt(max(0.0, end.noise**2 - up**2))), up
 
 
-def euler(denoise: Denoiser, x: Tensor, path: Trajectory, step_noise: NoiseSource, eta: float = 0.0) -> Tensor:
+def euler(
+    denoise: CleanPredictor, x: Tensor, timesteps: Timesteps, step_noise: NoiseSource, eta: float = 0.0
+) -> Tensor:
     """Five published samplers in one, by η and by levels.
 
     DDIM (Song et al. 2021, eq. 12, arXiv:2010.02502); DDPM, algorithm 2 of Ho et al. 2020, arXiv:2006.11239, with the
@@ -68,13 +70,13 @@ def euler(denoise: Denoiser, x: Tensor, path: Trajectory, step_noise: NoiseSourc
     η = 1.
 
     Args:
-        denoise: gives x_0.
+        denoise: predicts x_0.
         x: noise at the first level, [B, …].
-        path: the levels.
+        timesteps: the levels.
         step_noise: fresh noise of every step; not asked for where none is added.
         eta: η in [0, 1].
     """
-    for i, (start, end) in enumerate(path.steps):
+    for i, (start, end) in enumerate(timesteps.steps):
         down, up = split(start, end, eta)
         x = toward(x, denoise(x, start), start, down)
         if up > 0.0:
@@ -82,81 +84,81 @@ def euler(denoise: Denoiser, x: Tensor, path: Trajectory, step_noise: NoiseSourc
     return x
 
 
-def heun(denoise: Denoiser, x: Tensor, path: Trajectory) -> Tensor:
+def heun(denoise: CleanPredictor, x: Tensor, timesteps: Timesteps) -> Tensor:
     """Heun's method on dz/ds = (z − x_0) / s (Karras et al. 2022, algorithm 1, arXiv:2206.00364).
 
     A step to s = 0 is Euler's. Arguments as in `euler`.
     """
-    for start, end in path.steps:
+    for start, end in timesteps.steps:
         x0 = denoise(x, start)
         if end.noise > 0.0:
             ahead = toward(x, x0, start, end)
-            slope, other = _slope(x, x0, path, start), _slope(ahead, denoise(ahead, end), path, end)
-            x0 = _along(x0, slope, 0.5 * (slope + other), path, start)
+            slope, other = _slope(x, x0, timesteps, start), _slope(ahead, denoise(ahead, end), timesteps, end)
+            x0 = _along(x0, slope, 0.5 * (slope + other), timesteps, start)
         x = toward(x, x0, start, end)
     return x
 
 
-def dpm2(denoise: Denoiser, x: Tensor, path: Trajectory) -> Tensor:
+def dpm2(denoise: CleanPredictor, x: Tensor, timesteps: Timesteps) -> Tensor:
     """The midpoint method, midway in log s (DPM-Solver-2 of Karras et al. 2022, as in k-diffusion).
 
     A step to s = 0 is Euler's. Arguments as in `euler`.
     """
-    for start, end in path.steps:
+    for start, end in timesteps.steps:
         x0 = denoise(x, start)
         if end.noise > 0.0:
-            middle = path.between(start, end)
+            middle = timesteps.between(start, end)
             halfway = toward(x, x0, start, middle)
-            slope, other = _slope(x, x0, path, start), _slope(halfway, denoise(halfway, middle), path, middle)
-            x0 = _along(x0, slope, other, path, start)
+            slope, other = _slope(x, x0, timesteps, start), _slope(halfway, denoise(halfway, middle), timesteps, middle)
+            x0 = _along(x0, slope, other, timesteps, start)
         x = toward(x, x0, start, end)
     return x
 
 
-def lms(denoise: Denoiser, x: Tensor, path: Trajectory) -> Tensor:
+def lms(denoise: CleanPredictor, x: Tensor, timesteps: Timesteps) -> Tensor:
     """Linear multistep: the polynomial through the last four slopes dz/ds, integrated (Adams & Bashforth; k-diffusion).
 
     Arguments as in `euler`.
     """
     slopes: list[Tensor] = []
     nodes: list[float] = []
-    for start, end in path.steps:
+    for start, end in timesteps.steps:
         x0 = denoise(x, start)
-        s, s_end = path.coordinates(start)[0], path.coordinates(end)[0]
-        slope = _slope(x, x0, path, start)
+        s, s_end = timesteps.coordinates(start)[0], timesteps.coordinates(end)[0]
+        slope = _slope(x, x0, timesteps, start)
         slopes, nodes = [slope, *slopes][:_LMS_ORDER], [s, *nodes][:_LMS_ORDER]
         mean = _combined(_mean_lagrange(nodes, s, s_end), slopes)
-        x = toward(x, _along(x0, slope, mean, path, start), start, end)
+        x = toward(x, _along(x0, slope, mean, timesteps, start), start, end)
     return x
 
 
-def pndm(denoise: Denoiser, x: Tensor, path: Trajectory) -> Tensor:
+def pndm(denoise: CleanPredictor, x: Tensor, timesteps: Timesteps) -> Tensor:
     """Pseudo linear multistep, as Stable Diffusion's PLMS (Liu et al. 2022, eq. 11-13, arXiv:2202.09778).
 
     ε is extrapolated from the last four in t; the first step takes the mean of ε at both its ends, and so one more
     prediction. Steps should be equally long in t, and the first level must hold signal. Arguments as in `euler`.
     """
     epsilons: list[Tensor] = []
-    for i, (start, end) in enumerate(path.steps):
+    for i, (start, end) in enumerate(timesteps.steps):
         x0 = denoise(x, start)
-        epsilons = [to_epsilon(x0, x, start.signal, start.noise, "sample"), *epsilons][:4]
-        if i == 0 and len(path) > 1:
-            following = path.steps[1][0]
+        epsilons = [SAMPLE.epsilon(x0, x, start.signal, start.noise), *epsilons][:4]
+        if i == 0 and len(timesteps) > 1:
+            following = timesteps.steps[1][0]
             ahead = toward(x, x0, start, end)
             x0 = denoise(ahead, following)
-            mean = 0.5 * (epsilons[0] + to_epsilon(x0, ahead, following.signal, following.noise, "sample"))
+            mean = 0.5 * (epsilons[0] + SAMPLE.epsilon(x0, ahead, following.signal, following.noise))
         else:
             mean = _combined(_ADAMS_BASHFORTH[len(epsilons)], epsilons)
         x = toward(x, (x - start.noise * mean) / start.signal, start, end)
     return x
 
 
-def lcm(denoise: Denoiser, x: Tensor, path: Trajectory, step_noise: NoiseSource) -> Tensor:
+def lcm(denoise: CleanPredictor, x: Tensor, timesteps: Timesteps, step_noise: NoiseSource) -> Tensor:
     """Multistep sampling of a latent consistency model (Luo et al. 2023, algorithm 3, arXiv:2310.04378).
 
     Each step goes to x_0 and up again with fresh noise. Arguments as in `euler`.
     """
-    for i, (start, end) in enumerate(path.steps):
+    for i, (start, end) in enumerate(timesteps.steps):
         # The boundary condition that makes t = 0 the identity, with the constants of the distillation.
         scaled, data = 10.0 * start.t, 0.5
         skip, out = data**2 / (scaled**2 + data**2), scaled / math.sqrt(scaled**2 + data**2)
@@ -174,15 +176,15 @@ _ADAMS_BASHFORTH = {
 }
 
 
-def _slope(x: Tensor, x0: Tensor, path: Trajectory, level: Level) -> Tensor:
+def _slope(x: Tensor, x0: Tensor, timesteps: Timesteps, level: Level) -> Tensor:
     """dz/ds = (z − x_0) / s."""
-    s, scale = path.coordinates(level)
+    s, scale = timesteps.coordinates(level)
     return (x / scale - x0) / s
 
 
-def _along(x0: Tensor, slope: Tensor, mean: Tensor, path: Trajectory, start: Level) -> Tensor:
+def _along(x0: Tensor, slope: Tensor, mean: Tensor, timesteps: Timesteps, start: Level) -> Tensor:
     """The x_0 for which `toward` moves along `mean`: z − s · mean, without the difference of large numbers."""
-    return x0 + path.coordinates(start)[0] * (slope - mean)
+    return x0 + timesteps.coordinates(start)[0] * (slope - mean)
 
 
 def _combined(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:

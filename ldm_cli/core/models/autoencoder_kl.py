@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -165,7 +166,7 @@ class _Decoder(nn.Module):
 
 
 class AutoencoderKL(Checkpointable):
-    """Images to latents and back; PyTorch's default initialisation, as in latent diffusion.
+    """Images to latents and back: a `Codec`. PyTorch's default initialisation, as in latent diffusion.
 
     `config` may be replaced by a copy with the `scaling_factor` and `shift_factor` that were measured.
     """
@@ -182,33 +183,48 @@ class AutoencoderKL(Checkpointable):
         self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else None
 
     @property
-    def downscale_factor(self) -> int:
+    def channels(self) -> int:
+        """Channels of the latents."""
+        return self.config.latent_channels
+
+    @property
+    def factor(self) -> int:
         """Image pixels per latent pixel, along each side."""
         return 1 << (len(self.config.block_out_channels) - 1)
 
-    def encode(self, x: Tensor) -> DiagonalGaussian:
-        """Images [B, 3, H, W] in [-1, 1] → posterior over z [B, C, H / f, W / f]; f is `downscale_factor`.
+    def posterior(self, images: Tensor) -> DiagonalGaussian:
+        """Images [B, 3, H, W] in [-1, 1] → posterior over z [B, C, H / f, W / f]; f is `factor`.
 
         Raises:
             ValueError: f does not divide the height or the width.
         """
-        height, width = x.shape[-2:]
-        if height % self.downscale_factor or width % self.downscale_factor:
-            raise ValueError(
-                f"image of {height}×{width} px: not a multiple of downscale_factor={self.downscale_factor}"
-            )
-        moments = self.encoder(x)
+        height, width = images.shape[-2:]
+        if height % self.factor or width % self.factor:
+            raise ValueError(f"image of {height}×{width} px: not a multiple of factor={self.factor}")
+        moments = self.encoder(images)
         return DiagonalGaussian.from_moments(moments if self.quant_conv is None else self.quant_conv(moments))
 
-    def decode(self, z: Tensor) -> Tensor:
-        """z [B, C, h, w] → images [B, 3, h·f, w·f], about [-1, 1], not clamped."""
+    def decode_z(self, z: Tensor) -> Tensor:
+        """Posterior samples z [B, C, h, w] → images [B, 3, h·f, w·f], about [-1, 1], not clamped."""
         image: Tensor = self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
         return image
 
-    def to_latents(self, z: Tensor) -> Tensor:
-        """(z - shift) · scale: what the denoiser works on, deviation about 1 (Rombach et al. 2022, G)."""
+    def moments(self, images: Tensor) -> dict[str, Tensor]:
+        """The posterior's `mean` and `logvar` as float32; raises as `posterior`. See `Codec`."""
+        posterior = self.posterior(images.to(self.encoder.conv_in.weight.dtype))
+        return {"mean": posterior.mean.float(), "logvar": posterior.logvar.float()}
+
+    def latents(self, moments: Mapping[str, Tensor], noise: Tensor | None = None) -> Tensor:
+        """(z - shift) · scale, deviation about 1 (Rombach et al. 2022, appendix G). See `Codec`."""
+        posterior = DiagonalGaussian(moments["mean"], moments["logvar"])
+        z = posterior.mode() if noise is None else posterior.sample(noise)
         return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
 
-    def from_latents(self, latents: Tensor) -> Tensor:
-        """latents / scale + shift: the inverse of `to_latents`."""
-        return latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Images to latents; raises as `posterior`. See `Codec`."""
+        return self.latents(self.moments(images), noise)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents to images, by z = latents / scale + shift. See `Codec`."""
+        z = latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)
+        return self.decode_z(z.to(self.decoder.conv_in.weight.dtype))

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ldm_cli.core.models.model_config import Depth, DiffusersConfig, Size
+from ldm_cli.core.models.model_config import Depth, DiffusersConfig, Size, list_of
 
 
 class AutoencoderKLConfig(DiffusersConfig):
@@ -26,22 +26,22 @@ class AutoencoderKLConfig(DiffusersConfig):
     """Channels per level, outermost first; each level but the last halves height and width."""
     layers_per_block: Depth = 1
     """Residual blocks per level of the encoder; the decoder has one more."""
-    act_fn: Literal["silu"] = "silu"
-    """Activation."""
+    act_fn: Literal["silu", "swish"] = "silu"
+    """Activation; `swish` is another name of the same."""
     latent_channels: Size = 4
     """Channels of the latent."""
     norm_num_groups: Size = 32
     """Groups of the group norms; must divide every entry of `block_out_channels`."""
-    sample_size: Size = 32
+    sample_size: Size | tuple[Size, Size] = 32
     """Height and width of training images, in pixels; for information."""
     scaling_factor: Annotated[float, Field(gt=0)] = 0.18215
     """Latents are (z − shift) × scale, so that their deviation is about 1."""
     shift_factor: float | None = None
     """Mean of z, subtracted before scaling; null is 0."""
-    latents_mean: None = None
-    """Per-channel means are not supported."""
-    latents_std: None = None
-    """Per-channel deviations are not supported."""
+    latents_mean: Annotated[None, list_of(0.0, None)] = None
+    """Per-channel means are not supported, except zeros."""
+    latents_std: Annotated[None, list_of(1.0, None)] = None
+    """Per-channel deviations are not supported, except ones."""
     force_upcast: bool = True
     """Decode in fp32 even where the pipeline runs in fp16, because activations overflow."""
     use_quant_conv: bool = True

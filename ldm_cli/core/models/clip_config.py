@@ -155,8 +155,9 @@ class CLIPConfig(TransformersConfig):
     def from_hugging_face(cls, mapping: Mapping[str, Any]) -> Self:
         """Read a transformers CLIPConfig, also an old one with `text_config_dict`, `vision_config_dict`.
 
+        As in transformers, `*_config_dict` wins over `*_config`, also with the defaults of the fields it lacks.
+
         Raises:
-            ValueError: `*_config_dict` contradicts `*_config`.
             pydantic.ValidationError: unknown keys and values that are not implemented, one entry each.
         """
         top = without_bookkeeping(cls, mapping)
@@ -167,7 +168,9 @@ class CLIPConfig(TransformersConfig):
             "vision_config": CLIPVisionConfig,
         }
         for name, tower in towers.items():
-            values = _merged(name, top.get(name) or {}, top.pop(f"{name}_dict", None) or {})
+            values, legacy = top.get(name) or {}, top.pop(f"{name}_dict", None)
+            if legacy is not None:
+                values = {**values, **tower().to_mapping(), **legacy}
             top[name] = without_bookkeeping(tower, values)
         return cls.from_mapping(top)
 
@@ -177,10 +180,3 @@ class CLIPConfig(TransformersConfig):
         if isinstance(self.vision_config, ModifiedResNetConfig):
             mapping |= {"architectures": ["CLIPModelWithModifiedResNet"], "model_type": _OWN_MODEL_TYPE}
         return mapping
-
-
-def _merged(name: str, values: Mapping[str, Any], legacy: Mapping[str, Any]) -> dict[str, Any]:
-    for key, value in legacy.items():
-        if key in values and values[key] != value:
-            raise ValueError(f"{name}_dict.{key}={value!r} contradicts {name}.{key}={values[key]!r}")
-    return {**legacy, **values}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from ldm_cli.config import Config
 
@@ -14,9 +14,30 @@ Depth = Annotated[int, Field(ge=1, le=1000)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 One = Annotated[float, Field(ge=1, le=1)]
 
+
+def list_of(element: object, value: object) -> BeforeValidator:
+    """Reads a list that holds nothing but `element` as `value`, which means the same."""
+    return BeforeValidator(
+        lambda found: value if isinstance(found, list | tuple) and found and all(e == element for e in found) else found
+    )
+
+
 # Library versions whose key sets the written files follow; readers only ever use them in messages.
 DIFFUSERS_VERSION = "0.42.1"
 
+# Keys that diffusers' EMAModel adds to the config.json of the weights it saves.
+_EMA_BOOKKEEPING = frozenset(
+    {
+        "collected_params",
+        "decay",
+        "inv_gamma",
+        "min_decay",
+        "optimization_step",
+        "power",
+        "update_after_step",
+        "use_ema_warmup",
+    }
+)
 # Keys that transformers' base class writes into every config.json and that change nothing a CLIP computes.
 _TRANSFORMERS_BOOKKEEPING = frozenset(
     {
@@ -40,6 +61,7 @@ _TRANSFORMERS_BOOKKEEPING = frozenset(
         "finetuning_task",
         "forced_bos_token_id",
         "forced_eos_token_id",
+        "gradient_checkpointing",
         "id2label",
         "initializer_factor",
         "initializer_range",
@@ -49,9 +71,11 @@ _TRANSFORMERS_BOOKKEEPING = frozenset(
         "length_penalty",
         "max_length",
         "min_length",
+        "name_or_path",
         "no_repeat_ngram_size",
         "num_beam_groups",
         "num_beams",
+        "num_labels",
         "num_return_sequences",
         "output_attentions",
         "output_hidden_states",
@@ -78,6 +102,7 @@ _TRANSFORMERS_BOOKKEEPING = frozenset(
         "transformers_version",
         "typical_p",
         "use_bfloat16",
+        "use_cache",
     }
 )
 
@@ -89,7 +114,9 @@ class DiffusersConfig(Config):
 
     @classmethod
     def from_hugging_face(cls, mapping: Mapping[str, Any]) -> Self:
-        """Read a diffusers config.json; keys that begin with `_` are its bookkeeping.
+        """Read a diffusers config.json; keys that begin with `_`, and those of its EMAModel, change nothing.
+
+        As in diffusers, null stands for false.
 
         Raises:
             ValueError: the file is of another class.
@@ -98,7 +125,14 @@ class DiffusersConfig(Config):
         found = mapping.get("_class_name", cls.hugging_face_class)
         if found != cls.hugging_face_class:
             raise ValueError(f"_class_name is {found!r}, expected {cls.hugging_face_class!r}")
-        return cls.from_mapping({name: value for name, value in mapping.items() if not name.startswith("_")})
+        switches = {name for name, field in cls.model_fields.items() if isinstance(field.default, bool)}
+        return cls.from_mapping(
+            {
+                name: False if value is None and name in switches else value
+                for name, value in mapping.items()
+                if not (name.startswith("_") or name in _EMA_BOOKKEEPING)
+            }
+        )
 
     def to_hugging_face(self) -> dict[str, Any]:
         """The complete config.json that diffusers would write for this model."""
@@ -136,6 +170,8 @@ class TransformersConfig(Config):
 def without_bookkeeping(config_class: type[Config], mapping: Mapping[str, Any]) -> dict[str, Any]:
     """`mapping` without transformers' bookkeeping, except what `config_class` declares as a field of its own.
 
+    A tower without projection may say `projection_dim: null`, which is dropped.
+
     Raises:
         ValueError: the file is of a diffusers model; or a key that is normally without effect has one here
             (`pruned_heads` not empty).
@@ -147,6 +183,9 @@ def without_bookkeeping(config_class: type[Config], mapping: Mapping[str, Any]) 
     return {
         name: value
         for name, value in mapping.items()
-        if name in config_class.model_fields
-        or not (name.startswith("_") or name in _TRANSFORMERS_BOOKKEEPING or name == "pruned_heads")
+        if (name, value) != ("projection_dim", None)
+        and (
+            name in config_class.model_fields
+            or not (name.startswith("_") or name in _TRANSFORMERS_BOOKKEEPING or name == "pruned_heads")
+        )
     }

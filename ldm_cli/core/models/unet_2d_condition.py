@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm_cli.core.models.attention import FixedContext, Transformer2DModel
+from ldm_cli.core.condition import Condition
+from ldm_cli.core.models.attention import Transformer2DModel
 from ldm_cli.core.models.checkpointing import Checkpointable
 from ldm_cli.core.models.convolution import norm_silu_conv
-from ldm_cli.core.models.layers import ResnetBlock2D, TimestepEmbedding, repeated, timestep_embedding
+from ldm_cli.core.models.layers import ResnetBlock2D, TimestepEmbedding, timestep_embedding
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.core.models.unet_blocks import DownBlock, LevelSpec, MidBlock, UpBlock
 
@@ -101,104 +102,90 @@ class UNet2DConditionModel(Checkpointable):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor | float,
-        encoder_hidden_states: Tensor | FixedContext | None = None,
-        class_labels: Tensor | None = None,
-        *,
-        text_embeds: Tensor | None = None,
-        time_ids: Tensor | None = None,
-        timestep_cond: Tensor | None = None,
-    ) -> Tensor:
-        """The prediction for a noisy latent.
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The prediction for a noisy latent: a `Denoiser`.
 
         Args:
-            sample: [B, C, h, w]; any h and w.
-            timestep: number, [] or [1], the same for all rows and embedded once, or [B]; in units of training steps,
-                not necessarily whole.
-            encoder_hidden_states: text states [B, M, D], fixed where many calls see the same; or [R·B, M, D], R states
-                for each latent, all first ones before all second ones: what does not depend on them is computed
-                once. May be left out by a network without attention.
-            class_labels: [B], or [B, n] for `class_embed_type: projection`, or [B, E] for `identity`.
-            text_embeds, time_ids: [B, P] and [B, 6], for `addition_embed_type: text_time`.
-            timestep_cond: [B, time_cond_proj_dim].
+            x: [B, C, h, w]; any h and w.
+            t: float [B] or, the same for all rows, [1]; in units of training steps, not necessarily whole.
+            condition: `tokens` [B, M, D] for cross-attention. `pooled`: class indices int64 [B]; or what
+                `class_embed_type` embeds: numbers [B], vectors [B, P] (`projection`) or [B, E] (`identity`); or, for
+                `addition_embed_type: text_time`, pooled text followed by sizes in pixels, [B, P + S]. `guidance`
+                [B, time_cond_proj_dim]. `concat` [B, C', h, w] where `in_channels` is C + C'.
 
         Returns:
-            [B, C', h, w], or [R·B, C', h, w].
+            [B, out_channels, h, w].
 
         Raises:
             ValueError: a condition that the network needs is missing, or one it has no use for is given.
         """
-        embedding = self._embedding(sample, timestep, class_labels, text_embeds, time_ids, timestep_cond)
-        if encoder_hidden_states is None and self.config.levels_with_attention():
-            raise ValueError("encoder_hidden_states is None, but the network attends to text")
-        hidden = self.conv_in(sample)
+        self._check_conditions(x, condition)
+        embedding = self._embedding(x, t, condition)
+        hidden = self.conv_in(x if condition.concat is None else torch.cat([x, condition.concat], dim=1))
         skips = [hidden]
         for block in self.down_blocks:
-            skips += block(skips[-1], embedding, encoder_hidden_states)
+            skips += block(skips[-1], embedding, condition.tokens)
         hidden = skips[-1]
         if self.mid_block is not None:
-            hidden = self.mid_block(hidden, embedding, encoder_hidden_states)
+            hidden = self.mid_block(hidden, embedding, condition.tokens)
         for block in self.up_blocks:
-            hidden = block(hidden, embedding, encoder_hidden_states, skips)
+            hidden = block(hidden, embedding, condition.tokens, skips)
         prediction: Tensor = norm_silu_conv(hidden, self.conv_norm_out, self.conv_out)
-        return prediction if encoder_hidden_states is None else repeated(prediction, len(encoder_hidden_states))
+        return prediction
 
-    def _embedding(
-        self,
-        sample: Tensor,
-        timestep: Tensor | float,
-        class_labels: Tensor | None,
-        text_embeds: Tensor | None,
-        time_ids: Tensor | None,
-        timestep_cond: Tensor | None,
-    ) -> Tensor:
-        """silu of the sum of all embedded scalars and vectors: [B, E], or [1, E] if all rows have the same."""
-        self._check_conditions(class_labels, text_embeds, time_ids, timestep_cond)
-        timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1)
-        embedding: Tensor = self.time_embedding(
-            self._sinusoids(timesteps, self.config.block_out_channels[0], sample), timestep_cond
-        )
-        if self.class_embedding is not None and class_labels is not None:
+    def _check_conditions(self, x: Tensor, condition: Condition) -> None:
+        config = self.config
+        needs_pooled = self.class_embedding is not None or config.addition_embed_type is not None
+        if (condition.pooled is None) == needs_pooled:
+            raise ValueError(
+                f"condition.pooled is {'missing' if condition.pooled is None else 'given'}, but the network has "
+                f"class_embed_type={config.class_embed_type}, num_class_embeds={config.num_class_embeds}, "
+                f"addition_embed_type={config.addition_embed_type}"
+            )
+        if condition.tokens is None and config.levels_with_attention():
+            raise ValueError("condition.tokens is missing, but the network attends to text")
+        if condition.guidance is not None and config.time_cond_proj_dim is None:
+            raise ValueError("condition.guidance is given, but the network has time_cond_proj_dim=None")
+        if condition.image_tokens is not None:
+            raise ValueError("condition.image_tokens is given, but the network has no image adapter")
+        channels = x.shape[1] + (0 if condition.concat is None else condition.concat.shape[1])
+        if channels != config.in_channels:
+            raise ValueError(f"{channels} channels in x and condition.concat, but in_channels={config.in_channels}")
+
+    def _embedding(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """silu of the sum of all embedded numbers and vectors: [B, E], or [1, E] if all rows have the same."""
+        channels = self.config.block_out_channels[0]
+        embedding: Tensor = self.time_embedding(self._sinusoids(t, channels, x), condition.guidance)
+        if self.class_embedding is not None and (labels := condition.pooled) is not None:
             if self.config.class_embed_type == "timestep":
-                class_labels = self._sinusoids(class_labels, self.config.block_out_channels[0], sample)
-            embedding = embedding + self.class_embedding(class_labels)
-        if text_embeds is not None and time_ids is not None:
-            embedding = embedding + self._text_time(text_embeds, time_ids, sample)
+                labels = self._sinusoids(labels, channels, x)
+            embedding = embedding + self.class_embedding(labels)
+        elif condition.pooled is not None:
+            embedding = embedding + self._text_time(condition.pooled, x)
         return F.silu(embedding)
 
-    def _check_conditions(
-        self,
-        class_labels: Tensor | None,
-        text_embeds: Tensor | None,
-        time_ids: Tensor | None,
-        timestep_cond: Tensor | None,
-    ) -> None:
-        config = self.config
-        if (class_labels is None) != (self.class_embedding is None):
-            raise ValueError(
-                f"class_labels {'missing' if class_labels is None else 'given'}, but the network has "
-                f"class_embed_type={config.class_embed_type} and num_class_embeds={config.num_class_embeds}"
-            )
-        if config.addition_embed_type == "text_time" and (text_embeds is None or time_ids is None):
-            raise ValueError("text_embeds and time_ids are needed for addition_embed_type: text_time")
-        if config.addition_embed_type is None and not (text_embeds is None and time_ids is None):
-            raise ValueError("text_embeds or time_ids given, but the network has addition_embed_type=None")
-        if timestep_cond is not None and config.time_cond_proj_dim is None:
-            raise ValueError("timestep_cond given, but the network has time_cond_proj_dim=None")
+    def _text_time(self, pooled: Tensor, x: Tensor) -> Tensor:
+        """Pooled text beside the sinusoids of each size (Podell et al. 2023, arXiv:2307.01952, 2.2).
 
-    def _text_time(self, text_embeds: Tensor, time_ids: Tensor, sample: Tensor) -> Tensor:
-        """Pooled text beside the sinusoids of each size (Podell et al. 2023, arXiv:2307.01952, 2.2)."""
-        assert self.config.addition_time_embed_dim is not None  # the Config's own check
-        sizes = self._sinusoids(time_ids.flatten(), self.config.addition_time_embed_dim, sample)
-        result: Tensor = self.add_embedding(torch.cat((text_embeds, sizes.reshape(len(sample), -1)), dim=-1))
+        P + S numbers become P + S · d, which the configuration states; so S follows.
+        """
+        width, dim = self.add_embedding.linear_1.in_features, self.config.addition_time_embed_dim
+        assert dim is not None  # the Config's own check
+        num_sizes, rest = divmod(width - pooled.shape[1], dim - 1)
+        if rest or num_sizes < 0:
+            raise ValueError(
+                f"condition.pooled has {pooled.shape[1]} numbers, but addition_time_embed_dim={dim} and "
+                f"projection_class_embeddings_input_dim={width} leave no whole number of sizes among them"
+            )
+        text, sizes = pooled.tensor_split([pooled.shape[1] - num_sizes], dim=1)
+        embedded = self._sinusoids(sizes.flatten(), dim, x).reshape(len(sizes), -1)
+        result: Tensor = self.add_embedding(torch.cat((text.to(x.dtype), embedded), dim=1))
         return result
 
-    def _sinusoids(self, values: Tensor, dim: int, sample: Tensor) -> Tensor:
+    def _sinusoids(self, values: Tensor, dim: int, like: Tensor) -> Tensor:
+        """Numbers [N] → [N, dim], of the type of `like`."""
         config = self.config
         embedding = timestep_embedding(
             values, dim, flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
         )
-        return embedding.to(sample.dtype)
+        return embedding.to(like.dtype)

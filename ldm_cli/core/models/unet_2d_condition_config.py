@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ldm_cli.core.models.model_config import Depth, DiffusersConfig, One, Size, Zero
+from ldm_cli.core.models.model_config import Depth, DiffusersConfig, One, Size, Zero, list_of
 
 DownBlockType = Literal["DownBlock2D", "CrossAttnDownBlock2D"]
 UpBlockType = Literal["UpBlock2D", "CrossAttnUpBlock2D"]
@@ -48,8 +48,8 @@ class UNet2DConditionConfig(DiffusersConfig):
         "CrossAttnUpBlock2D",
     )
     """One per level, innermost first."""
-    only_cross_attention: Literal[False] = False
-    """Not supported."""
+    only_cross_attention: Annotated[Literal[False], list_of(False, False)] = False
+    """Not supported, as one value or one per level."""
     block_out_channels: tuple[Size, ...] = (320, 640, 1280, 1280)
     """Channels per level, outermost first; each level but the last halves height and width."""
     layers_per_block: DepthPerLevel = 2
@@ -60,8 +60,8 @@ class UNet2DConditionConfig(DiffusersConfig):
     """Not supported."""
     dropout: Zero = 0.0
     """Not supported: it would draw from a global random generator, and runs could not be repeated exactly."""
-    act_fn: Literal["silu"] = "silu"
-    """Activation."""
+    act_fn: Literal["silu", "swish"] = "silu"
+    """Activation; `swish` is another name of the same."""
     norm_num_groups: Size = 32
     """Groups of the group norms; must divide every entry of `block_out_channels`."""
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
@@ -98,7 +98,7 @@ class UNet2DConditionConfig(DiffusersConfig):
     """Not supported."""
     resnet_skip_time_act: Literal[False] = False
     """Not supported."""
-    resnet_out_scale_factor: One = 1.0
+    resnet_out_scale_factor: One | None = 1.0
     """Not supported."""
     time_embedding_type: Literal["positional"] = "positional"
     """Sinusoidal timestep embedding."""
@@ -116,7 +116,7 @@ class UNet2DConditionConfig(DiffusersConfig):
     """Kernel size of the last convolution."""
     projection_class_embeddings_input_dim: Size | None = None
     """Input width for `class_embed_type: projection` and `addition_embed_type: text_time`."""
-    attention_type: Literal["default"] = "default"
+    attention_type: Literal["default"] | None = "default"
     """Not supported."""
     class_embeddings_concat: Literal[False] = False
     """Not supported."""
@@ -124,8 +124,8 @@ class UNet2DConditionConfig(DiffusersConfig):
     """Not supported."""
     cross_attention_norm: None = None
     """Not supported."""
-    addition_embed_type_num_heads: Literal[64] = 64
-    """Not supported."""
+    addition_embed_type_num_heads: Size | None = 64
+    """Has no effect: it is for `addition_embed_type: text`, which is not supported."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -170,6 +170,10 @@ class UNet2DConditionConfig(DiffusersConfig):
                 raise ValueError(f"{option} needs projection_class_embeddings_input_dim, which is null")
         if self.addition_embed_type == "text_time" and self.addition_time_embed_dim is None:
             raise ValueError("addition_embed_type: text_time needs addition_time_embed_dim, which is null")
+        if self.addition_time_embed_dim is not None and self.addition_time_embed_dim % 2:
+            raise ValueError(f"addition_time_embed_dim={self.addition_time_embed_dim} is odd; sinusoids come in pairs")
+        if self.addition_embed_type and (self.class_embed_type or self.num_class_embeds):
+            raise ValueError("addition_embed_type together with class_embed_type or num_class_embeds is not supported")
 
     def per_level(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
         """One number per level, outermost first."""

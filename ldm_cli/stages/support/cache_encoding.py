@@ -1,4 +1,4 @@
-"""What a cache keeps of samples and captions: decoded as training decodes them, and encoded in its batches."""
+"""Samples and captions for a cache: decoded as training decodes them, and encoded in its batches."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from ldm_cli.data.bad_samples import BadSampleError
+from ldm_cli.data.cache_manifest import DTYPES, CacheKey
 from ldm_cli.data.cache_writer import moments_files
 from ldm_cli.data.config import DataConfig
-from ldm_cli.data.latent_cache import DTYPES, CacheKey
+from ldm_cli.data.latent_cache import MIRRORED
 from ldm_cli.data.prefetch import prefetched
 from ldm_cli.data.sample_decoder import Draw, SampleDecoder, Wanted
 from ldm_cli.data.shards import ShardSet
 from ldm_cli.data.workers import made_by_workers
 from ldm_cli.errors import DivergedError
 from ldm_cli.recipe.schema import TrainUnetRecipe
-from ldm_cli.stages.support.frozen_encoders import FrozenEncoders
+from ldm_cli.stages.support.batch_encoder import BatchEncoder
 
 NUM_AHEAD = 2
 """Chunks that each thread may be ahead of the next one."""
@@ -28,7 +29,7 @@ _NEVER = 2.0  # a draw of chance that no probability reaches
 
 @dataclass(frozen=True)
 class Pictures:
-    """Consecutive samples of a shard: images uint8 [n, 3, S, S] of those that can be used, why others cannot."""
+    """Consecutive samples of a shard: images uint8 [n, 3, S, S] of the good ones, and why others are bad."""
 
     images: Tensor
     bad: dict[int, tuple[str, str]]
@@ -36,7 +37,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """What has become of `Pictures`: a file per image, and how many samples there are, with bad ones."""
+    """`Pictures`, encoded: a file per image; why others are bad; how many samples there are in all."""
 
     files: list[bytes]
     bad: dict[int, tuple[str, str]]
@@ -44,7 +45,7 @@ class EncodedChunk:
 
 
 class Chunks:
-    """The pictures of chunk n, (shard, its samples), as training sees them where nothing is left to chance."""
+    """The pictures of chunk n, (shard, its samples), as training sees them without random choices."""
 
     def __init__(self, shards: ShardSet, config: DataConfig, chunks: list[tuple[int, range]]) -> None:
         self._chunks, self._config = chunks, config
@@ -82,14 +83,16 @@ class Chunks:
 
 
 class CacheEncoder:
-    """The encoders of a recipe, in the batches of its training: kernels of another shape would round otherwise.
+    """The networks of a recipe, run on batches of the size that training uses.
+
+    Kernels are chosen by shape and round differently, so that a cache equals training bit for bit at that size alone.
 
     Attributes:
         size: samples per batch.
     """
 
-    def __init__(self, encoders: FrozenEncoders, recipe: TrainUnetRecipe, key: CacheKey) -> None:
-        self._encoders, self._key, self._dtype = encoders, key, DTYPES[key.dtype]
+    def __init__(self, encoder: BatchEncoder, recipe: TrainUnetRecipe, key: CacheKey) -> None:
+        self._encoder, self._key, self._dtype = encoder, key, DTYPES[key.dtype]
         train = recipe.train
         elastic = train.deterministic == "elastic"
         self.size = train.chunk() if elastic else train.batch_size // train.gradient_accumulation
@@ -103,28 +106,29 @@ class CacheEncoder:
         size = len(pictures.images) + len(pictures.bad)
         return EncodedChunk(moments_files(self._moments(pictures.images)), pictures.bad, size)
 
-    def states(self, captions: Sequence[str]) -> Tensor:
-        """Captions, at most `size` → text states [n, L, D] of the kind that is kept; errors as in `chunk`."""
+    def conditions(self, captions: Sequence[str]) -> list[dict[str, Tensor]]:
+        """The fields of each caption's condition as they are kept; at most `size` captions; errors as in `chunk`."""
         filled = [*captions, *[""] * (self.size - len(captions))]
-        return self._kept(self._encoders.states(filled))[: len(captions)]
+        fields = {name: self._kept(tensor) for name, tensor in self._encoder.condition(filled).tensors.items()}
+        return [{name: tensor[i] for name, tensor in fields.items()} for i in range(len(captions))]
 
     def _moments(self, images: Tensor) -> dict[str, Tensor]:
         """Moments of images [n, 3, S, S], as they are and mirrored, as the recipe asks; each [n, C, h, w]."""
         if not len(images):
             return {}
         number = len(images)
-        # A batch that is not full is filled up, so that every batch has the kernels of training.
+        # Every batch has the size of training's: the last one is filled up.
         images = torch.cat([images, images[-1:].expand(self.size - number, -1, -1, -1)])
         moments: dict[str, Tensor] = {}
         for mirrored in self._key.flips:
-            posterior = self._encoders.posterior(images.flip(-1) if mirrored else images)
-            suffix = "_mirrored" if mirrored else ""
-            moments |= {"mean" + suffix: posterior.mean, "logvar" + suffix: posterior.logvar}
+            suffix = MIRRORED if mirrored else ""
+            encoded = self._encoder.moments(images.flip(-1) if mirrored else images)
+            moments |= {name + suffix: tensor for name, tensor in encoded.items()}
         return {name: self._kept(tensor[:number]) for name, tensor in moments.items()}
 
     def _kept(self, tensor: Tensor) -> Tensor:
-        """The numbers to write."""
-        tensor = tensor.to("cpu", self._dtype).contiguous()
+        """The numbers to write; integers stay as they are."""
+        tensor = tensor.to("cpu", self._dtype if tensor.is_floating_point() else None).contiguous()
         if not bool(tensor.isfinite().all()):
             raise DivergedError(
                 "an encoder gives numbers that are not finite",

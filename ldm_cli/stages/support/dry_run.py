@@ -13,10 +13,10 @@ from ldm_cli.core.models.clip import CLIPTextModel
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.errors import InputNotFoundError
+from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
 from ldm_cli.recipe.schema import EvalRecipe, Recipe, SampleRecipe, TrainUnetRecipe
 from ldm_cli.reporting import Reporter
-from ldm_cli.sampling.components import resolve_model
 from ldm_cli.stages.support.model_sizes import (
     autoencoder_of,
     clip_of,
@@ -34,7 +34,7 @@ from ldm_cli.training.config import TrainConfig
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
-def plan(recipe: Recipe, reporter: Reporter, num_ranks: int = 1) -> dict[str, Any]:
+def dry_run(recipe: Recipe, reporter: Reporter, num_ranks: int = 1) -> dict[str, Any]:
     """Parameters, memory, shards and epochs of `recipe`; models are built on the meta device.
 
     Args:

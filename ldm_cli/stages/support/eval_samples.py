@@ -20,10 +20,10 @@ from ldm_cli.errors import DataError
 from ldm_cli.evaluation.clip_features import CLIPFeatures
 from ldm_cli.evaluation.image_quality import psnr, ssim
 from ldm_cli.evaluation.scene_detector import SeenScene, read_scenes
+from ldm_cli.families.open_family import open_family, resolve_model
 from ldm_cli.formats.model_folder import load_model, weights_sha256
 from ldm_cli.recipe.schema import EvalRecipe, EvalSection
 from ldm_cli.reporting import Reporter
-from ldm_cli.sampling.components import resolve_model
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import ImageRequest
 
@@ -71,10 +71,10 @@ def load_models(config: EvalSection, device: torch.device) -> Models:
         vae = load_model(AutoencoderKL, folder).to(device).eval()
         hashes["vae"] = {"folder": str(folder), "sha256": weights_sha256(folder)}
     if config.pipeline is not None and _DRAWING_METRICS & set(config.metrics):
-        pipeline = Pipeline.load(
-            Path(config.pipeline), device, config.sampling.precision, compiled=config.sampling.compile
-        )
-        hashes["pipeline"] = {"folder": str(pipeline.folder), "sha256": pipeline.weights_sha256}
+        sampling = config.sampling
+        family = open_family(Path(config.pipeline), device, sampling.precision, compiled=sampling.compile)
+        pipeline = Pipeline(family)
+        hashes["pipeline"] = {"folder": str(family.folder), "sha256": family.weights_sha256}
     return Models(clip, vae, pipeline, device, hashes)
 
 
@@ -114,7 +114,7 @@ def _add_real(gathered: Gathered, batch: Batch, models: Models, with_scenes: boo
 @torch.inference_mode()
 def _reconstructed(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """uint8 [B, 3, H, W] through the latent's mean and back."""
-    again = vae.decode(vae.encode(images.float() / 127.5 - 1).mode())
+    again = vae.decode(vae.encode(images.float() / 127.5 - 1))
     return ((again + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -15,11 +15,12 @@ from torch import nn
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.clip import CLIPModel, CLIPTextModel
-from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig
+from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.core.models.patch_discriminator import PatchDiscriminator
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.errors import RecipeError, amount, first_line
+from ldm_cli.families.clip_text_encoder import text_config_of
 from ldm_cli.formats.model_folder import CONFIG_NAME, read_config, without_weights
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.stages.support.start import TrainRecipe, freeze
@@ -112,9 +113,7 @@ def clip_of(mapping: Mapping[str, Any]) -> CLIPModel:
 
 def text_encoder_of(mapping: Mapping[str, Any]) -> CLIPTextModel:
     """The text tower of a config.json, of its own or of a whole CLIP."""
-    if "text_config" in mapping:
-        return CLIPTextModel(CLIPConfig.from_hugging_face(mapping).text_config)
-    return CLIPTextModel(CLIPTextConfig.from_hugging_face(mapping))
+    return CLIPTextModel(text_config_of(mapping))
 
 
 def unet_of(mapping: Mapping[str, Any]) -> UNet2DConditionModel:

@@ -16,10 +16,11 @@ from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import InputNotFoundError, RecipeError
-from ldm_cli.formats.model_folder import ModelClass, load_model, parse_config
-from ldm_cli.formats.pipeline_folder import INDEX_NAME, TEXT_ENCODER, UNET, VAE, read_scheduler
+from ldm_cli.families.open_family import resolve_model
+from ldm_cli.formats.model_folder import CONFIG_NAME, ModelClass, load_model, read_as
+from ldm_cli.formats.pipeline_folder import INDEX_NAME, TEXT_ENCODER, UNET, VAE
+from ldm_cli.formats.scheduler_file import read_scheduler
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
-from ldm_cli.sampling.components import resolve_model
 from ldm_cli.training.run_identity import flatten
 
 TrainRecipe = TrainClipRecipe | TrainVaeRecipe | TrainUnetRecipe
@@ -57,13 +58,13 @@ def resolve_start(recipe: RecipeT, warn: Callable[[str], None]) -> RecipeT:
 
 def _taken_fields(recipe: TrainRecipe, folder: Path, warn: Callable[[str], None]) -> dict[str, Any]:
     if isinstance(recipe, TrainClipRecipe):
-        clip = parse_config(folder, CLIPConfig.from_hugging_face)
+        clip = read_as(CLIPConfig.from_hugging_face, folder / CONFIG_NAME)
         tokenizer = {**recipe.tokenizer.to_mapping(), "path": str(_agreed_tokenizer(recipe, folder))}
         return {"clip": _agreed("clip", recipe.clip, clip, folder), "tokenizer": tokenizer}
     if isinstance(recipe, TrainVaeRecipe):
-        vae = parse_config(folder, AutoencoderKLConfig.from_hugging_face)
+        vae = read_as(AutoencoderKLConfig.from_hugging_face, folder / CONFIG_NAME)
         return {"vae": _agreed("vae", recipe.vae, vae, folder)}
-    unet = parse_config(folder, UNet2DConditionConfig.from_hugging_face)
+    unet = read_as(UNet2DConditionConfig.from_hugging_face, folder / CONFIG_NAME)
     taken: dict[str, Any] = {"unet": _agreed("unet", recipe.unet, unet, folder)}
     if _is_pipeline(pipeline := folder.parent):
         taken["vae"] = recipe.vae or str(pipeline / VAE)

@@ -10,9 +10,8 @@ from itertools import pairwise
 import torch
 
 from ldm_cli.core.diffusion.config import DiffusionConfig
-from ldm_cli.core.diffusion.level import Levels
-from ldm_cli.core.diffusion.schedule import NoiseSchedule
-from ldm_cli.core.diffusion.timesteps import Trajectory
+from ldm_cli.core.diffusion.process import process_of
+from ldm_cli.core.diffusion.timesteps import Timesteps
 
 WEIGHTS = torch.tensor([0.3, 0.7], dtype=torch.float64)
 MEANS = torch.tensor([-1.0, 0.8], dtype=torch.float64)
@@ -21,8 +20,8 @@ MEAN = float((WEIGHTS * MEANS).sum())
 VARIANCE = float((WEIGHTS * (DEVIATIONS**2 + MEANS**2)).sum()) - MEAN**2
 SIGMA_MAX, SIGMA_MIN = 80.0, 0.1
 
-DIFFUSION = Levels(NoiseSchedule.from_config(DiffusionConfig()))
-FLOW = Levels(NoiseSchedule.from_config(DiffusionConfig(prediction_type="flow_prediction")))
+DIFFUSION = process_of(DiffusionConfig())
+FLOW = process_of(DiffusionConfig(prediction_type="flow_prediction"))
 
 
 def denoise(x, level):
@@ -55,8 +54,8 @@ def path(num_steps, flow=False, sigma_max=SIGMA_MAX, sigma_min=SIGMA_MIN):
     shares = [i / num_steps for i in range(num_steps + 1)]
     if flow:
         first, last = sigma_max / (1 + sigma_max), sigma_min / (1 + sigma_min)
-        visited = [FLOW.at(s / (1 - s)) for s in (first + (last - first) * share for share in shares)]
-        return Trajectory(tuple(pairwise(visited)), FLOW, straight=True)
+        visited = [FLOW.at_sigma(s / (1 - s)) for s in (first + (last - first) * share for share in shares)]
+        return Timesteps(tuple(pairwise(visited)), FLOW, straight=True)
     first, last = sigma_max ** (1 / 7), sigma_min ** (1 / 7)
-    visited = [DIFFUSION.at((first + (last - first) * share) ** 7) for share in shares]
-    return Trajectory(tuple(pairwise(visited)), DIFFUSION)
+    visited = [DIFFUSION.at_sigma((first + (last - first) * share) ** 7) for share in shares]
+    return Timesteps(tuple(pairwise(visited)), DIFFUSION, straight=False)

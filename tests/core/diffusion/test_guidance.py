@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from ldm_cli.core.condition import Condition
 from ldm_cli.core.diffusion.config import (
     GuidanceConfig,
     PerturbationConfig,
@@ -13,24 +14,25 @@ from ldm_cli.core.diffusion.config import (
     ThresholdConfig,
 )
 from ldm_cli.core.diffusion.guidance import along_score, guide, guided, rescaled, thresholded
-from ldm_cli.core.diffusion.level import Level
+from ldm_cli.core.diffusion.prediction import PREDICTIONS, SAMPLE, V_PREDICTION
+from ldm_cli.core.diffusion.process import Level
 
 LEVEL = Level(500.0, 0.6, 0.8)
-CONDITIONAL, UNCONDITIONAL = torch.full((2, 3, 4), 1.0), torch.zeros(2, 3, 4)
-KINDS = ("epsilon", "v_prediction", "sample", "flow_prediction")
+CONDITIONAL, UNCONDITIONAL = Condition(tokens=torch.full((2, 3, 4), 1.0)), Condition(tokens=torch.zeros(2, 3, 4))
+KINDS = list(PREDICTIONS.values())
 
 
 class Network:
-    """Counts rows of the contexts; its output depends on all that it is given, row by row."""
+    """Counts rows; its output depends on all that it is given, row by row."""
 
     def __init__(self, factor=1.0):
         self.factor = factor
         self.rows = []
 
-    def __call__(self, x, level, context):
-        self.rows.append(len(context))
-        shift = context.mean(dim=(1, 2))[:, None]
-        x = x.repeat(len(context) // len(x), 1)
+    def __call__(self, x, level, condition):
+        assert len(x) == len(condition.tokens)
+        self.rows.append(len(x))
+        shift = condition.tokens.mean(dim=(1, 2))[:, None]
         return torch.sin(self.factor * (x + level.t / 1000) + shift * (1 + x.roll(1, -1)))
 
 
@@ -38,9 +40,9 @@ def draw(rows=2):
     return torch.randn(rows, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def run(kind="v_prediction", level=LEVEL, network=None, weaker=None, spoilt=None, **config):
+def run(kind=V_PREDICTION, level=LEVEL, network=None, weaker=None, perturbed=None, **config):
     network = network or Network()
-    model = guided(network, CONDITIONAL, UNCONDITIONAL, GuidanceConfig(**config), kind, weaker, spoilt)
+    model = guided(network, CONDITIONAL, UNCONDITIONAL, GuidanceConfig(**config), kind, weaker, perturbed)
     return model(draw(), level)
 
 
@@ -51,7 +53,7 @@ def test_guidance_extrapolates_from_the_unconditional_prediction():
     assert guide(without, having, 3.0).tolist() == [4.0, -4.0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS, ids=list(PREDICTIONS))
 def test_scale_one_is_the_conditional_and_zero_the_unconditional_network_in_one_call(kind):
     for scale, context in [(1.0, CONDITIONAL), (0.0, UNCONDITIONAL)]:
         network = Network()
@@ -61,7 +63,7 @@ def test_scale_one_is_the_conditional_and_zero_the_unconditional_network_in_one_
         assert network.rows == [2]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS, ids=list(PREDICTIONS))
 def test_guidance_of_any_prediction_is_the_guidance_of_x0(kind):
     network = Network()
     mixed = run(kind, network=network, scale=3.0)
@@ -71,12 +73,12 @@ def test_guidance_of_any_prediction_is_the_guidance_of_x0(kind):
 
 
 def test_every_row_has_its_own_negative_context():
-    negatives = torch.stack([torch.zeros(3, 4), torch.full((3, 4), 0.5)])
+    negatives = Condition(tokens=torch.stack([torch.zeros(3, 4), torch.full((3, 4), 0.5)]))
     config = GuidanceConfig(scale=4.0)
-    together = guided(Network(), CONDITIONAL, negatives, config, "sample")(draw(), LEVEL)
+    together = guided(Network(), CONDITIONAL, negatives, config, SAMPLE)(draw(), LEVEL)
     for row in (0, 1):
         one = slice(row, row + 1)
-        alone = guided(Network(), CONDITIONAL[one], negatives[one], config, "sample")(draw()[one], LEVEL)
+        alone = guided(Network(), CONDITIONAL[one], negatives[one], config, SAMPLE)(draw()[one], LEVEL)
         torch.testing.assert_close(together[one], alone)
 
 
@@ -91,7 +93,7 @@ def test_every_row_has_its_own_negative_context():
     ids=lambda fields: next(iter(fields)),
 )
 def test_neutral_settings_are_the_plain_path_bit_for_bit(neutral):
-    assert torch.equal(run(scale=5.0, spoilt=Network(2.0), **neutral), run(scale=5.0))
+    assert torch.equal(run(scale=5.0, perturbed=Network(2.0), **neutral), run(scale=5.0))
 
 
 def test_projection_that_keeps_everything_is_the_plain_guidance():
@@ -124,7 +126,7 @@ def test_thresholding_clips_to_the_percentile_and_scales_to_the_limit():
 
 def test_projection_leaves_out_the_parallel_part_limits_the_step_and_remembers_it():
     config = ProjectionConfig(parallel=0.0, norm=0.7, momentum=-0.5)
-    model = guided(Network(), CONDITIONAL, UNCONDITIONAL, GuidanceConfig(scale=4.0, apg=config), "sample")
+    model = guided(Network(), CONDITIONAL, UNCONDITIONAL, GuidanceConfig(scale=4.0, apg=config), SAMPLE)
     x, running = draw(), 0.0
     for level in (LEVEL, Level(300.0, 0.8, 0.6)):
         having, without = Network()(x, level, CONDITIONAL), Network()(x, level, UNCONDITIONAL)
@@ -135,23 +137,23 @@ def test_projection_leaves_out_the_parallel_part_limits_the_step_and_remembers_i
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 4.0])
-def test_perturbation_pushes_away_from_the_spoilt_network_with_the_prompt_that_counts(scale):
-    spoilt = Network(2.0)
-    x0 = run("sample", scale=scale, spoilt=spoilt, perturb=PerturbationConfig(scale=2.5))
+def test_perturbation_pushes_away_from_the_perturbed_network_with_the_prompt_that_counts(scale):
+    perturbed = Network(2.0)
+    x0 = run(SAMPLE, scale=scale, perturbed=perturbed, perturb=PerturbationConfig(scale=2.5))
     context = UNCONDITIONAL if scale == 0.0 else CONDITIONAL
     difference = Network()(draw(), LEVEL, context) - Network(2.0)(draw(), LEVEL, context)
-    torch.testing.assert_close(x0, run("sample", scale=scale) + 2.5 * difference)
-    assert spoilt.rows == [2]
+    torch.testing.assert_close(x0, run(SAMPLE, scale=scale) + 2.5 * difference)
+    assert perturbed.rows == [2]
 
 
 def test_autoguidance_extrapolates_from_the_weaker_network_with_the_same_prompt():
     network, weaker = Network(), Network(0.5)
-    x0 = run("sample", network=network, weaker=weaker, scale=2.0)
+    x0 = run(SAMPLE, network=network, weaker=weaker, scale=2.0)
     strong, weak = Network()(draw(), LEVEL, CONDITIONAL), Network(0.5)(draw(), LEVEL, CONDITIONAL)
     torch.testing.assert_close(x0, weak + 2.0 * (strong - weak))
     assert (network.rows, weaker.rows) == ([2], [2])
     network, weaker = Network(), Network(0.5)
-    assert torch.equal(run("sample", network=network, weaker=weaker, scale=1.0), strong)
+    assert torch.equal(run(SAMPLE, network=network, weaker=weaker, scale=1.0), strong)
     assert (network.rows, weaker.rows) == ([2], [])
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ldm_cli.core.diffusion import exponential_samplers, samplers
-from ldm_cli.core.diffusion.level import Level
-from ldm_cli.core.diffusion.timesteps import Trajectory
+from ldm_cli.core.diffusion.process import Level
+from ldm_cli.core.diffusion.timesteps import Timesteps
 from tests.core.diffusion import mixture, order_of_accuracy
 
 PAGE = Path(__file__).parents[3] / "docs" / "samplers.md"
@@ -69,7 +69,7 @@ def test_a_step_costs_as_many_predictions_as_the_table_says(name, cost):
 def test_a_stochastic_sampler_reproduces_mean_and_covariance(name):
     generator = torch.Generator().manual_seed(0)
     steps = mixture.path(150, sigma_min=0.01).steps
-    path = Trajectory((*steps, (steps[-1][1], Level(0.0, 1.0, 0.0))), mixture.DIFFUSION)
+    path = Timesteps((*steps, (steps[-1][1], Level(0.0, 1.0, 0.0))), mixture.DIFFUSION, straight=False)
     draws = []
 
     def noise(i):

@@ -7,11 +7,12 @@ import torch
 
 from ldm_cli.core.diffusion import exponential_samplers, samplers, timesteps
 from ldm_cli.core.diffusion.config import DiffusionConfig
-from ldm_cli.core.diffusion.schedule import NoiseSchedule
+from ldm_cli.core.diffusion.prediction import EPSILON
+from ldm_cli.core.diffusion.process import process_of
 
 MEAN, DEVIATION = 1.5, 0.5
 NAMES = ("ddpm", "ddim", "ddim-eta", "euler", "dpmpp_2m")
-PROCESS = NoiseSchedule.from_config(DiffusionConfig(beta_schedule="squaredcos_cap_v2"))
+PROCESS = process_of(DiffusionConfig(beta_schedule="squaredcos_cap_v2"))
 
 
 def exact_epsilon(x, t, mean=MEAN, deviation=DEVIATION):
@@ -30,17 +31,17 @@ def sample(name, model, noise, steps, spacing="leading", step_noise=None):
         def step_noise(i):
             return torch.randn(noise.shape, generator=generator, dtype=noise.dtype)
 
-    denoise = samplers.denoiser(model, "epsilon")
+    denoise = samplers.clean_predictor(model, EPSILON)
     if name == "ddpm":
-        path = timesteps.ddpm_trajectory(PROCESS, steps, spacing, 0)
+        path = timesteps.ddpm_timesteps(PROCESS, steps, spacing, 0)
         return samplers.euler(denoise, noise, path, step_noise, 1.0)
     if name.startswith("ddim"):
-        path = timesteps.ddim_trajectory(PROCESS, steps, spacing, 0, True)
+        path = timesteps.ddim_timesteps(PROCESS, steps, spacing, 0, True)
         return samplers.euler(denoise, noise, path, step_noise, 1.0 if name.endswith("eta") else 0.0)
     if name == "euler":
-        path = timesteps.euler_trajectory(PROCESS, steps, spacing, 0)
+        path = timesteps.euler_timesteps(PROCESS, steps, spacing, 0)
         return samplers.euler(denoise, path.start_scale * noise, path, step_noise)
-    path = timesteps.dpmpp_trajectory(PROCESS, steps, spacing, 0)
+    path = timesteps.dpmpp_timesteps(PROCESS, steps, spacing, 0)
     return exponential_samplers.dpmpp_2m(denoise, noise, path, step_noise)
 
 
@@ -103,5 +104,5 @@ def test_more_steps_than_levels_are_refused_with_both_numbers():
 
 
 def test_leading_offset_never_leads_past_the_last_level():
-    assert timesteps.ddpm_trajectory(PROCESS, 1000, "leading", 1).timesteps == tuple(range(999, -1, -1))
-    assert timesteps.ddpm_trajectory(PROCESS, 500, "leading", 1).timesteps == tuple(range(999, 0, -2))
+    assert timesteps.ddpm_timesteps(PROCESS, 1000, "leading", 1).times == tuple(range(999, -1, -1))
+    assert timesteps.ddpm_timesteps(PROCESS, 500, "leading", 1).times == tuple(range(999, 0, -2))

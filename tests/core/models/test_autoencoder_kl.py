@@ -26,8 +26,8 @@ class Reconstruction(torch.nn.Module):
         self.vae = vae
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        posterior = self.vae.encode(images)
-        return self.vae.decode(posterior.sample(torch.ones_like(posterior.mean)))
+        posterior = self.vae.posterior(images)
+        return self.vae.decode_z(posterior.sample(torch.ones_like(posterior.mean)))
 
 
 def test_parameter_names_and_shapes_are_the_published_ones() -> None:
@@ -46,31 +46,45 @@ def test_a_model_made_on_the_meta_device_can_be_filled_and_run() -> None:
         copy = AutoencoderKL(original.config)
     copy.to_empty(device="cpu").load_state_dict(original.state_dict())
     images = torch.randn(1, 3, 8, 8)
-    assert torch.equal(copy.encode(images).mean, original.encode(images).mean)
+    assert torch.equal(copy.encode(images), original.encode(images))
 
 
 @pytest.mark.parametrize(("levels", "factor"), [(1, 1), (2, 2), (4, 8)])
-def test_latents_are_smaller_by_the_downscale_factor(levels: int, factor: int) -> None:
+def test_latents_are_smaller_by_the_factor(levels: int, factor: int) -> None:
     model = autoencoder((8,) * levels, latent_channels=16)
-    assert model.downscale_factor == factor
-    posterior = model.encode(torch.randn(2, 3, 3 * factor, 2 * factor))
-    assert posterior.mean.shape == posterior.logvar.shape == (2, 16, 3, 2)
-    assert model.decode(posterior.mode()).shape == (2, 3, 3 * factor, 2 * factor)
+    assert model.factor == factor
+    assert model.channels == 16
+    moments = model.moments(torch.randn(2, 3, 3 * factor, 2 * factor))
+    assert moments["mean"].shape == moments["logvar"].shape == (2, 16, 3, 2)
+    assert model.decode(model.latents(moments)).shape == (2, 3, 3 * factor, 2 * factor)
 
 
 def test_an_image_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match="9×8 px: not a multiple of downscale_factor=2"):
+    with pytest.raises(ValueError, match="9×8 px: not a multiple of factor=2"):
         autoencoder().encode(torch.zeros(1, 3, 9, 8))
 
 
-def test_scaled_latents_are_inverse_of_unscaled_ones_and_follow_a_replaced_config() -> None:
+@torch.no_grad()
+def test_latents_are_scaled_samples_of_the_posterior_and_decoding_undoes_the_scale() -> None:
     model = autoencoder((8,))
-    z = torch.randn(2, 4, 3, 3)
-    assert torch.equal(model.to_latents(z), z * 0.18215)
+    randomise(model)
+    images, noise = torch.rand(2, 3, 3, 3) * 2 - 1, torch.randn(2, 4, 3, 3)
+    posterior = model.posterior(images)
+    assert torch.equal(model.encode(images), posterior.mean * 0.18215)
     measured = {"scaling_factor": 1.5305, "shift_factor": 0.0609}
     model.config = model.config.model_copy(update=measured)
-    torch.testing.assert_close(model.to_latents(z), (z - 0.0609) * 1.5305)
-    torch.testing.assert_close(model.from_latents(model.to_latents(z)), z)
+    latents = model.encode(images, noise)
+    torch.testing.assert_close(latents, (posterior.sample(noise) - 0.0609) * 1.5305)
+    assert torch.equal(latents, model.latents(model.moments(images), noise))
+    torch.testing.assert_close(model.decode(latents), model.decode_z(posterior.sample(noise)))
+
+
+@torch.no_grad()
+def test_a_codec_in_bf16_takes_float32_images_and_keeps_float32_moments() -> None:
+    model = autoencoder((8,)).bfloat16()
+    moments = model.moments(torch.rand(1, 3, 4, 4))
+    assert {tensor.dtype for tensor in moments.values()} == {torch.float32}
+    assert model.decode(model.latents(moments)).dtype == torch.bfloat16
 
 
 def test_the_posterior_is_a_normal_distribution() -> None:

@@ -21,18 +21,18 @@ def test_standardizing_changes_the_units_of_the_latent_and_no_reconstruction() -
     vae = make()
     images = torch.rand(2, 3, 16, 16, dtype=torch.float64) * 2 - 1
     noise = torch.randn(2, 4, 16, 16, dtype=torch.float64)
-    before = vae.encode(images)
-    pictures = vae.decode(before.sample(noise))
+    before = vae.posterior(images)
+    pictures = vae.decode_z(before.sample(noise))
     mean = torch.tensor([0.5, -2.0, 0.0, 3.0], dtype=torch.float64)
     deviation = torch.tensor([1.0, 0.2, 5.0, 0.7], dtype=torch.float64)
     weights = standardized(vae.state_dict(), mean, deviation)
     assert weights is not None
     vae.load_state_dict(weights)
-    after = vae.encode(images)
+    after = vae.posterior(images)
     shift, scale = mean.view(4, 1, 1), deviation.view(4, 1, 1)
     torch.testing.assert_close(after.mean, (before.mean - shift) / scale, rtol=0, atol=1e-12)
     torch.testing.assert_close(after.logvar, before.logvar - 2 * scale.log(), rtol=0, atol=1e-12)
-    torch.testing.assert_close(vae.decode(after.sample(noise)), pictures, rtol=0, atol=1e-12)
+    torch.testing.assert_close(vae.decode_z(after.sample(noise)), pictures, rtol=0, atol=1e-12)
 
 
 def test_without_the_convolutions_around_the_latent_nothing_can_be_folded() -> None:

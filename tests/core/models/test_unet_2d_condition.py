@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from ldm_cli.core.models.attention import FixedContext, image_of, tokens_of
+from ldm_cli.core.condition import Condition
+from ldm_cli.core.models.attention import image_of, tokens_of
 from ldm_cli.core.models.layers import timestep_embedding
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
@@ -30,9 +32,9 @@ def small(**changes: Any) -> UNet2DConditionModel:
     return model
 
 
-def inputs(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, Condition]:
     torch.manual_seed(1)
-    return torch.randn(batch, 4, 8, 6), torch.linspace(1, 900, batch), torch.randn(batch, 5, 32)
+    return torch.randn(batch, 4, 8, 6), torch.linspace(1, 900, batch), Condition(tokens=torch.randn(batch, 5, 32))
 
 
 def test_parameter_names_and_shapes_are_the_published_ones() -> None:
@@ -110,8 +112,8 @@ def test_a_new_network_predicts_zero_and_starts_to_learn_at_its_last_layer() -> 
 
 def test_every_parameter_takes_part() -> None:
     model = small(num_class_embeds=3)
-    sample, timestep, text = inputs()
-    found = gradients(model, sample, timestep, text, torch.tensor([0, 2]))
+    sample, timestep, condition = inputs()
+    found = gradients(model, sample, timestep, replace(condition, pooled=torch.tensor([0, 2])))
     assert found.keys() == dict(model.named_parameters()).keys()
     assert all(gradient.abs().max() > 0 for gradient in found.values())
 
@@ -134,10 +136,10 @@ def test_gradient_checkpointing_leaves_gradients_as_they_are() -> None:
 
 def test_channels_last_changes_memory_order_only() -> None:
     model = small()
-    sample, timestep, text = inputs()
-    expected = model(sample, timestep, text)
+    sample, timestep, condition = inputs()
+    expected = model(sample, timestep, condition)
     model.to(memory_format=torch.channels_last)
-    actual = model(sample.to(memory_format=torch.channels_last), timestep, text)
+    actual = model(sample.to(memory_format=torch.channels_last), timestep, condition)
     assert actual.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=0)
 
@@ -145,18 +147,18 @@ def test_channels_last_changes_memory_order_only() -> None:
 @torch.no_grad()
 def test_samples_of_a_batch_do_not_see_one_another() -> None:
     model = small()
-    sample, timestep, text = inputs(batch=3)
-    together = model(sample, timestep, text)
+    sample, timestep, condition = inputs(batch=3)
+    together = model(sample, timestep, condition)
     for i in range(3):
-        alone = model(sample[i : i + 1], float(timestep[i]), text[i : i + 1])
+        alone = model(sample[i : i + 1], timestep[i : i + 1], condition[i : i + 1])
         torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=0)
 
 
 def test_a_network_in_bf16_answers_in_bf16() -> None:
-    sample, timestep, text = inputs()
+    sample, timestep, condition = inputs()
     model = small()
-    expected = model(sample, timestep, text)
-    actual = model.bfloat16()(sample.bfloat16(), timestep, text.bfloat16())
+    expected = model(sample, timestep, condition)
+    actual = model.bfloat16()(sample.bfloat16(), timestep, condition.map(torch.Tensor.bfloat16))
     assert actual.dtype == torch.bfloat16
     assert (actual.float() - expected).abs().mean() < 0.1 * expected.abs().mean()
 
@@ -164,86 +166,61 @@ def test_a_network_in_bf16_answers_in_bf16() -> None:
 def test_a_plain_network_needs_no_text() -> None:
     plain = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     model = small(**plain, mid_block_type="UNetMidBlock2D")
-    assert model(torch.randn(1, 4, 8, 8), 3).shape == (1, 4, 8, 8)
+    assert model(torch.randn(1, 4, 8, 8), torch.tensor([3.0]), Condition()).shape == (1, 4, 8, 8)
+
+
+TEXT_TIME = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 56,
+}
 
 
 @pytest.mark.parametrize(
-    ("changes", "arguments", "message"),
+    ("changes", "fields", "message"),
     [
-        ({}, {"encoder_hidden_states": None}, "encoder_hidden_states is None"),
-        ({"num_class_embeds": 3}, {}, "class_labels missing.* num_class_embeds=3"),
-        ({}, {"class_labels": torch.tensor([0, 1])}, "class_labels given.* num_class_embeds=None"),
-        ({}, {"timestep_cond": torch.ones(2, 8)}, "timestep_cond given.* time_cond_proj_dim=None"),
-        ({}, {"text_embeds": torch.ones(2, 8)}, "text_embeds or time_ids given.* addition_embed_type=None"),
-        (
-            {
-                "addition_embed_type": "text_time",
-                "addition_time_embed_dim": 8,
-                "projection_class_embeddings_input_dim": 56,
-            },
-            {"text_embeds": torch.ones(2, 8)},
-            "text_embeds and time_ids are needed",
-        ),
+        ({}, {"tokens": None}, "condition.tokens is missing"),
+        ({"num_class_embeds": 3}, {}, "condition.pooled is missing.* num_class_embeds=3"),
+        (TEXT_TIME, {}, "condition.pooled is missing.* addition_embed_type=text_time"),
+        ({}, {"pooled": torch.tensor([0, 1])}, "condition.pooled is given.* num_class_embeds=None"),
+        ({}, {"guidance": torch.ones(2, 8)}, "condition.guidance is given.* time_cond_proj_dim=None"),
+        ({}, {"image_tokens": torch.ones(2, 1, 32)}, "condition.image_tokens is given"),
+        ({}, {"concat": torch.ones(2, 1, 8, 6)}, "5 channels in x and condition.concat, but in_channels=4"),
     ],
 )
 def test_a_missing_or_unused_condition_is_an_error(
-    changes: dict[str, Any], arguments: dict[str, Any], message: str
+    changes: dict[str, Any], fields: dict[str, Any], message: str
 ) -> None:
-    sample, timestep, text = inputs()
+    sample, t, condition = inputs()
     with pytest.raises(ValueError, match=message):
-        small(**changes)(sample, timestep, **{"encoder_hidden_states": text} | arguments)
-
-
-def test_a_fixed_context_gives_the_same_bits_and_is_looked_at_once() -> None:
-    model, (sample, timesteps, states) = small(), inputs()
-    times_asked = 0
-
-    def count(*_: object) -> None:
-        nonlocal times_asked
-        times_asked += 1
-
-    layers = [module for name, module in model.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
-    for layer in layers:
-        layer.register_forward_hook(count)
-    fixed = FixedContext(states)
-    with torch.inference_mode():
-        for call in range(3):
-            noisy, t = sample + call, timesteps - call
-            assert torch.equal(model(noisy, t, fixed), model(noisy, t, states))
-    assert times_asked == (1 + 3) * len(layers) > 0
-    # What was kept in inference mode does not stand in the way of a gradient.
-    seen = sample.clone().requires_grad_()
-    (found,) = torch.autograd.grad(model(seen, timesteps, fixed).sum(), seen)
-    (expected,) = torch.autograd.grad(model(seen, timesteps, states).sum(), seen)
-    assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize("levels", [("CrossAttnDownBlock2D", "DownBlock2D"), ("DownBlock2D", "CrossAttnDownBlock2D")])
-@pytest.mark.parametrize("timestep", [[7.0], [1.0, 900.0]])
-@torch.no_grad()
-def test_several_contexts_of_a_latent_share_what_lies_before_them(
-    levels: tuple[str, ...], timestep: list[float]
-) -> None:
-    up = tuple(name.replace("Down", "Up") for name in reversed(levels))
-    model, (sample, _, states) = small(down_block_types=levels, up_block_types=up), inputs()
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    rows: dict[str, int] = {}
-    for name, module in model.named_modules():
-        module.register_forward_hook(lambda _m, _in, out, name=name: rows.update({name: len(out)}))
-    contexts = torch.cat([states, 2 * states, -states])
-    at = torch.tensor(timestep)
-    for given in (contexts, FixedContext(contexts)):
-        together = model(sample, at, given)
-        assert together.is_contiguous(memory_format=torch.channels_last)
-        assert rows["conv_in"] == rows["down_blocks.0.resnets.0"] == 2
-        assert rows["time_embedding"] == len(timestep)
-        assert rows["conv_norm_out"] == 6
-    apart = torch.cat([model(sample, at.expand(2), part) for part in contexts.split(2)])
-    torch.testing.assert_close(together, apart, atol=2e-5, rtol=0)
+        small(**changes)(sample, t, replace(condition, **fields))
 
 
 @torch.no_grad()
-def test_a_plain_network_answers_once_for_every_context() -> None:
-    plain = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    model, (sample, _, states) = small(**plain, mid_block_type="UNetMidBlock2D"), inputs()
-    assert torch.equal(model(sample, 3, torch.cat([states, states])), torch.cat([model(sample, 3)] * 2))
+def test_concat_is_joined_to_the_noisy_latent_as_further_channels() -> None:
+    model = small(in_channels=9)
+    sample, t, condition = inputs()
+    concat = torch.randn(2, 5, 8, 6)
+    seen: list[torch.Tensor] = []
+    model.conv_in.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model(sample, t, replace(condition, concat=concat))
+    assert torch.equal(seen[0], torch.cat([sample, concat], dim=1))
+    with pytest.raises(ValueError, match=r"4 channels in x and condition\.concat, but in_channels=9"):
+        model(sample, t, condition)
+
+
+@torch.no_grad()
+def test_the_number_of_sizes_follows_from_the_widths() -> None:
+    """16 text features and 3 sizes of 8 sinusoids each are 40 numbers, and so are 32 features and 1 size."""
+    embedding = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    model = small(**embedding, projection_class_embeddings_input_dim=40)
+    sample, t, condition = inputs()
+    seen: list[torch.Tensor] = []
+    model.add_embedding.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    for num_sizes, width in ((3, 16), (1, 32), (0, 40)):
+        text, sizes = torch.randn(2, width), torch.rand(2, num_sizes) * 1024
+        model(sample, t, replace(condition, pooled=torch.cat([text, sizes], dim=1)))
+        sinusoids = [timestep_embedding(s, 8, flip_sin_to_cos=True, freq_shift=0) for s in sizes.T]
+        assert torch.equal(seen[-1], torch.cat([text, *sinusoids], dim=1))
+    with pytest.raises(ValueError, match="has 20 numbers, but addition_time_embed_dim=8"):
+        model(sample, t, replace(condition, pooled=torch.randn(2, 20)))

@@ -19,7 +19,7 @@ from ldm_cli.formats.model_folder import save_model
 from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
-from ldm_cli.stages.support.dry_run import count_parameters, plan
+from ldm_cli.stages.support.dry_run import count_parameters, dry_run
 
 TRAIN = ["train.steps=30", "train.batch_size=8"]
 VAE = ["vae={block_out_channels: [16, 16], norm_num_groups: 8, down_block_types: [DownEncoderBlock2D,"
@@ -29,7 +29,7 @@ VAE = ["vae={block_out_channels: [16, 16], norm_num_groups: 8, down_block_types:
 def planned(command: str, *overrides: str) -> dict[str, Any]:
     base = ["name=tiny", "data.shards=shards/train-*.tar"] if command.startswith("train") else []
     loaded = load_recipe(None, [*base, *overrides], expected_command=command)
-    result = plan(loaded.recipe, SilentReporter())
+    result = dry_run(loaded.recipe, SilentReporter())
     json.dumps(result, allow_nan=False)
     assert result["recipe"] == loaded.mapping
     return result
@@ -144,7 +144,7 @@ def test_sharded_ranks_are_planned_with_a_part_each() -> None:
         None, ["name=x", "data.shards=x", "train.strategy=sharded", *changes], expected_command="train-vae"
     )
     whole, one, each = (
-        plan(recipe.recipe, SilentReporter(), ranks) for recipe, ranks in ((loaded, 4), (sharded, 1), (sharded, 4))
+        dry_run(recipe.recipe, SilentReporter(), ranks) for recipe, ranks in ((loaded, 4), (sharded, 1), (sharded, 4))
     )
     vae, discriminator = whole["parameters"]["vae"], whole["parameters"]["discriminator"]
     assert whole["bytes"] == one["bytes"]
@@ -152,4 +152,4 @@ def test_sharded_ranks_are_planned_with_a_part_each() -> None:
     assert each["bytes"]["ema"] == 4 * -(-vae // 4)
     assert "each of 4 ranks" in each["notes"][0]
     with pytest.raises(RecipeError, match="among 3 ranks"):
-        plan(sharded.recipe, SilentReporter(), 3)
+        dry_run(sharded.recipe, SilentReporter(), 3)

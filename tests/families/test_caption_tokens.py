@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.data.tokenizer_config import TokenizerConfig
-from ldm_cli.stages.support.caption_tokens import CaptionTokens
+from ldm_cli.families.caption_tokens import CaptionTokens
 
 
 def test_a_caption_that_is_cut_is_told_once_and_short_ones_never() -> None:

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from ldm_cli.families.prompt_weights import parse_weights
 from ldm_cli.reporting import SilentReporter
-from ldm_cli.sampling.prompt_weights import parse_weights
 from tests.sampling.tiny import tiny_pipeline
 
 
@@ -42,7 +42,7 @@ def pipeline():
 
 
 def states(pipeline, prompt, weighted=True):
-    return pipeline.text_states(weighted).encode([prompt], SilentReporter())[prompt]
+    return pipeline.family.encoder.encode_prompt(prompt, weighted=weighted, warn=list).tokens
 
 
 def test_weight_one_is_the_plain_prompt_bit_for_bit(pipeline):
@@ -71,6 +71,6 @@ def test_without_weighting_the_syntax_is_text(pipeline):
 def test_a_weighted_prompt_that_is_cut_says_so(pipeline):
     reporter = SilentReporter()
     prompt = "(red circle:1.2) " * 60 + "zebra"
-    encoded = pipeline.text_states(True).encode([prompt], reporter)[prompt]
+    encoded = pipeline.family.encoder.encode_prompt(prompt, weighted=True, warn=reporter.warn).tokens
     assert encoded.shape == (1, 40, 24)
     assert "zebra" in reporter.messages[0]

@@ -1,0 +1,220 @@
+"""The pictures of a folder: named by tables in it, with captions beside them, or sorted into folders by class."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ldm_cli.data.bad_samples import BadSampleError
+from ldm_cli.data.captions import captions_in, decode_text, parse_json
+from ldm_cli.data.pack_report import PackReport
+from ldm_cli.data.sources import Choices, Source, TableSource, caption_of_class
+from ldm_cli.data.tables import CAPTION_COLUMNS, TABLE_SUFFIXES, column_among, is_picture
+from ldm_cli.errors import DataError, InputNotFoundError, UnavailableError
+
+_CAPTION_SUFFIXES = (".txt", ".caption")
+_HIDDEN = frozenset(("thumbs.db", "desktop.ini", "__macosx", "@eadir"))
+_KOHYA = re.compile(r"(\d{1,3})_(.*\S.*)")
+# Folders that say how pictures are kept, not what they show.
+_NO_CLASSES = frozenset(
+    (
+        *("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "data", "dataset"),
+        *("image", "images", "img", "imgs", "photo", "photos", "picture", "pictures"),
+    )
+)
+_NO_WORD = re.compile(r"[\W\d_]*|n\d{8}|\d{3}[A-Z0-9_]{5}")  # years and numbers, WordNet's ids, camera folders
+
+
+def find_sources(source: Path, choices: Choices, report: PackReport) -> Iterator[Source]:
+    """The pictures that `source` names, in a fixed order.
+
+    Args:
+        source: a table of pictures (CSV, TSV, JSON, JSON Lines, Parquet), whose paths start at its folder; or a folder.
+            In a folder, every table that has a column of pictures is read. A picture that no table names has its
+            caption in `NAME.txt`, `NAME.caption` or `NAME.json` beside it. Where no picture has one, the name of its
+            folder is its class; folders `10_NAME` are those of kohya's scripts.
+        choices: of columns and of captions.
+        report: is told what is not used.
+
+    Raises:
+        InputNotFoundError: there is no such source.
+        DataError: a row cannot be understood, or a column is missing.
+        UnavailableError: Parquet is named, and pyarrow is not installed.
+    """
+    if source.is_dir():
+        return _Folder(source, choices, report).sources()
+    if not source.is_file():
+        raise InputNotFoundError(f"cannot pack '{source}'", "there is no such file or folder")
+    if source.suffix.lower() not in (*TABLE_SUFFIXES, ".txt", ""):
+        kind, remedy = f"a {source.suffix} file is no table of pictures", "name a folder, a CSV, JSON or Parquet file"
+        if source.suffix.lower() == ".tar":
+            kind, remedy = "a tar is a shard already", "name it as data.shards, or unpack it"
+        raise DataError(f"cannot pack '{source}'", kind, remedy)
+    table = TableSource(source, choices, report)
+    report.classes = tuple(sorted(table.class_names()))
+    return iter(table)
+
+
+class _Folder:
+    """A folder and all below it."""
+
+    def __init__(self, folder: Path, choices: Choices, report: PackReport) -> None:
+        self._folder, self._choices, self._report = folder, choices, report
+        files = sorted(self._walk(), key=self._name)
+        self._pictures = [path for path in files if is_picture(path)]
+        self._others = dict.fromkeys(path for path in files if not is_picture(path))
+        self._beside: dict[str, list[Path]] = {}
+        for path in self._others:
+            if path.suffix.lower() in (*_CAPTION_SUFFIXES, ".json"):
+                for name in {self._name(path.with_suffix("")), self._name(path.with_suffix("")).lower()}:
+                    self._beside.setdefault(name, []).append(path)
+
+    def sources(self) -> Iterator[Source]:
+        """The pictures of tables, then the others."""
+        tables = self._tables()
+        self._report.classes = tuple(sorted(set().union(*(table.class_names() for table in tables))))
+        named: set[str] = set()
+        for table in tables:
+            for source in table:
+                if isinstance(source.picture, Path):
+                    if (real := os.path.realpath(source.picture)) in named:
+                        self._report.remark("picture named more than once")
+                    named.add(real)
+                yield source
+        loose, without = [], []
+        for path in self._pictures:
+            if named and os.path.realpath(path) in named:
+                continue
+            folders = {table.table.parent for table in tables}
+            is_beside_table = not folders.isdisjoint(path.parents)
+            (without if is_beside_table and not self._companions(path) else loose).append(path)
+        yield from self._loose(loose)
+        for path in without:
+            self._report.pass_over("picture that no table names", self._name(path))
+        for path in self._others:
+            self._report.pass_over(path.suffix.lower() or "file without suffix", self._name(path))
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self._folder).as_posix()
+
+    def _walk(self) -> Iterator[Path]:
+        """All files; links are followed, and a folder is entered once."""
+        entered: set[str] = set()
+
+        def unreadable(error: OSError) -> None:
+            self._report.pass_over("unreadable folder", str(error.filename))
+
+        for parent, folders, files in os.walk(self._folder, onerror=unreadable, followlinks=True):
+            if (real := os.path.realpath(parent)) in entered:
+                self._report.pass_over("folder linked twice", self._name(Path(parent)))
+                folders.clear()
+                continue
+            entered.add(real)
+            for name in [*folders, *files]:
+                if name.startswith(".") or name.lower() in _HIDDEN:
+                    self._report.pass_over("hidden or system file", self._name(Path(parent, name)))
+            folders[:] = sorted(name for name in folders if not name.startswith(".") and name.lower() not in _HIDDEN)
+            for name in files:
+                if not name.startswith(".") and name.lower() not in _HIDDEN:
+                    yield Path(parent, name)
+
+    def _tables(self) -> list[TableSource]:
+        """The files that are tables of pictures; a `metadata.*` must be one."""
+        tables = []
+        stems = {self._name(path.with_suffix("")).lower() for path in self._pictures}
+        for path in list(self._others):
+            is_fact = path.suffix.lower() == ".json" and (
+                self._name(path.with_suffix("")).lower() in stems or is_picture(path.with_suffix(""))
+            )
+            if path.suffix.lower() not in TABLE_SUFFIXES or is_fact:
+                continue
+            try:
+                tables.append(TableSource(path, self._choices, self._report))
+            except (DataError, UnavailableError):
+                if path.stem.lower() == "metadata":
+                    raise
+                continue
+            del self._others[path]
+        return tables
+
+    def _companions(self, picture: Path) -> dict[str, Path]:
+        """The text and JSON files of a picture by suffix: `IMG_1.txt` or `IMG_1.JPG.txt`, else with other capitals.
+
+        Raises:
+            BadSampleError: "ambiguous caption": there are several of one suffix.
+        """
+        found: dict[str, Path] = {}
+        for name in (self._name(picture.with_suffix("")), self._name(picture)):
+            for path in self._beside.get(name) or self._beside.get(name.lower(), []):
+                if (other := found.setdefault(path.suffix.lower(), path)) != path:
+                    raise BadSampleError("ambiguous caption", f"{other.name} or {path.name}")
+        return found
+
+    def _loose(self, pictures: list[Path]) -> Iterator[Source]:
+        """Pictures that no table names."""
+        sources, has_captions = [], False
+        for path in pictures:
+            try:
+                source = self._with_companions(path)
+            except (BadSampleError, ValueError) as error:
+                bad = error if isinstance(error, BadSampleError) else BadSampleError("caption is no text", str(error))
+                self._report.leave_out(self._name(path), bad)
+                continue
+            has_captions = has_captions or bool(source.captions)
+            sources.append((path, source))
+        parents = {path.parent.name for path, _ in sources if path.parent != self._folder}
+        if parents and all(_KOHYA.fullmatch(name) for name in parents):
+            yield from (self._repeated(path, source) for path, source in sources)
+            return
+        depths = {len(path.parents) for path, _ in sources}
+        if has_captions or len(depths) > 1 or len(parents) < 2 or _NO_CLASSES & {name.lower() for name in parents}:
+            yield from (source for _, source in sources)
+            return
+        self._report.classes = tuple(sorted(parents))
+        for path, source in sources:
+            yield self._of_class(path.parent.name, source)
+
+    def _with_companions(self, picture: Path) -> Source:
+        """A picture with what the files beside it say."""
+        companions = self._companions(picture)
+        facts: dict[str, Any] = {}
+        captions: tuple[str, ...] = ()
+        if ".json" in companions:
+            try:
+                facts = parse_json(companions[".json"].read_bytes())
+                self._others.pop(companions[".json"], None)
+            except BadSampleError:
+                facts = {}  # and the file is among those that are not read
+        text = next((companions[suffix] for suffix in _CAPTION_SUFFIXES if suffix in companions), None)
+        if text is not None:
+            self._others.pop(text, None)
+            decoded = decode_text(text.read_bytes())
+            for remark in decoded.remarks:
+                self._report.remark(remark)
+            captions = captions_in(decoded.text)
+        elif column := column_among(list(facts), (self._choices.caption_column or "", *CAPTION_COLUMNS)):
+            captions = tuple(text for text in captions_in(facts[column]) if text != picture.name)
+            facts = {name: value for name, value in facts.items() if name != column}
+        return Source(self._name(picture), picture, captions, extra=facts)
+
+    def _repeated(self, path: Path, source: Source) -> Source:
+        """A picture of a folder `10_NAME`, ten times; without a caption it has NAME, as in kohya's scripts."""
+        found = _KOHYA.fullmatch(path.parent.name)
+        if found is None:
+            return source
+        self._report.repeats[path.parent.name] = int(found[1])
+        if not source.captions:
+            self._report.from_class_names += 1
+        return replace(source, captions=source.captions or (found[2].strip(),), repeats=int(found[1]))
+
+    def _of_class(self, name: str, source: Source) -> Source:
+        """A picture of a class folder, with the template's caption if the folder's name is a word."""
+        label = self._report.classes.index(name)
+        if _NO_WORD.fullmatch(name):
+            return replace(source, label=label)
+        self._report.from_class_names += 1
+        return replace(source, captions=(caption_of_class(name, self._choices.caption_template),), label=label)

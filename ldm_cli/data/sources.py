@@ -1,0 +1,235 @@
+"""The pictures of a table, with their captions, classes and other cells."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ldm_cli.data.bad_samples import BadSampleError
+from ldm_cli.data.captions import captions_in
+from ldm_cli.data.pack_report import PackReport
+from ldm_cli.data.tables import (
+    CAPTION_COLUMNS,
+    CLASS_COLUMNS,
+    Row,
+    column_among,
+    columns_of,
+    image_column_among,
+    is_picture,
+    rows_of,
+)
+from ldm_cli.errors import DataError
+
+_MOST_WORDS_OF_CLASS = 4
+
+
+@dataclass(frozen=True)
+class Source:
+    """One picture to pack.
+
+    Attributes:
+        name: what the source calls it.
+        picture: its file, or the bytes of one.
+        captions: none, one or several.
+        label: number of its class, if it has one.
+        repeats: how many samples it becomes.
+        extra: what else is known about it, as JSON data.
+    """
+
+    name: str
+    picture: Path | bytes
+    captions: tuple[str, ...]
+    label: int | None = None
+    repeats: int = 1
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the user says about a source.
+
+    Attributes:
+        image_column, caption_column: names of columns; None: the usual ones; an empty `caption_column`: no captions.
+        caption_template: the caption of a picture of which only the class is known; `{}` stands for its name.
+    """
+
+    image_column: str | None = None
+    caption_column: str | None = None
+    caption_template: str = "a photo of a {}"
+
+
+class TableSource:
+    """A table of pictures.
+
+    Args:
+        table: the file.
+        choices: which columns.
+        report: is told what is not used.
+
+    Raises:
+        DataError: the table is damaged, or its columns are not the expected ones.
+        UnavailableError: it is Parquet, and pyarrow is not installed.
+    """
+
+    def __init__(self, table: Path, choices: Choices, report: PackReport) -> None:
+        self.table = table
+        self._choices, self._report = choices, report
+        columns = columns_of(table)
+        self._image = self._given(choices.image_column, columns) or image_column_among(table, columns)
+        self._caption = self._given(choices.caption_column, columns)
+        if choices.caption_column is None:
+            self._caption = column_among(columns, CAPTION_COLUMNS)
+        chosen = (self._image, self._caption)
+        self._classes = [c for c in columns if column_among([c], CLASS_COLUMNS) and c not in chosen]
+        has_text = self._caption is not None or bool(self._classes) or choices.caption_column == ""
+        if self._image is None or not has_text:
+            missing = "pictures" if self._image is None else "captions or classes"
+            raise DataError(
+                f"cannot pack '{table}'",
+                f"no column of {missing} is known among {', '.join(map(repr, columns)) or 'none'}",
+                "name it with --image-column or --caption-column",
+            )
+
+    def _given(self, name: str | None, columns: list[str]) -> str | None:
+        """A column that the user names."""
+        if name and name not in columns:
+            found = ", ".join(map(repr, columns)) or "none"
+            raise DataError(f"cannot pack '{self.table}'", f"there is no column '{name}' among {found}")
+        return name or None
+
+    @cached_property
+    def _pictures(self) -> _Pictures:
+        return _Pictures(self.table.parent)
+
+    def class_names(self) -> set[str]:
+        """The names of the classes."""
+        rows = rows_of(self.table, only=self._classes) if self._classes else ()
+        return {name for _, row in rows if (name := self._class(row)[1]) is not None}
+
+    def __iter__(self) -> Iterator[Source]:
+        """One source for each picture; rows of one picture that follow one another are its captions. A class without a
+        number has its place among the report's classes.
+
+        Raises:
+            DataError: a row cannot be understood; the message names it.
+        """
+        rows = rows_of(self.table, self._report.remark)
+        for _, group in itertools.groupby(rows, key=self._same_picture):
+            try:
+                found = self._source(list(group))
+            except _RowError as error:
+                self._report.leave_out(error.name, error.cause)
+                continue
+            yield found
+
+    def _same_picture(self, row: Row) -> object:
+        image = row[1].get(self._image or "")
+        return image if isinstance(image, str) and image else row[0]
+
+    def _source(self, rows: list[Row]) -> Source:
+        where, first = rows[0]
+        name, picture = self._picture(where, first.get(self._image or ""))
+        captions: list[str] = []
+        for place, row in rows:
+            try:
+                captions += captions_in(row.get(self._caption)) if self._caption else ()
+            except ValueError as error:
+                raise DataError(f"cannot read '{self.table}' {place}: '{self._caption}'", str(error)) from error
+        number, class_name = self._class(first)
+        if number is None and class_name is not None:
+            number = self._report.classes.index(class_name)
+        if not self._caption and self._choices.caption_column is None and class_name:
+            if len(class_name.split()) > _MOST_WORDS_OF_CLASS:
+                cause = f"'{class_name}' is too long for the name of a class"
+                raise DataError(f"cannot read '{self.table}' {where}", cause, "add --caption-column NAME")
+            captions.append(caption_of_class(class_name, self._choices.caption_template))
+            self._report.from_class_names += 1
+        extra = dict(first)
+        for column in (self._image, self._caption):
+            extra.pop(column or "", None)
+        for column in extra:
+            cells = [row.get(column) for _, row in rows]
+            if cells[1:] and any(cell != cells[0] for cell in cells):
+                extra[column] = cells
+        return Source(name, picture, tuple(captions), number, extra=extra)
+
+    def _class(self, row: dict[str, Any]) -> tuple[int | None, str | None]:
+        """Number and name of a row's class, as far as it has them."""
+        cells = [row.get(column) for column in ("class_name", *self._classes)]
+        numbers = [int(cell) for cell in cells if not isinstance(cell, bool) and str(cell).isdecimal()]
+        names = [cell for cell in cells if isinstance(cell, str) and captions_in(cell) and not cell.isdecimal()]
+        return numbers[0] if numbers else None, names[0] if names else None
+
+    def _picture(self, where: str, cell: Any) -> tuple[str, Path | bytes]:
+        """Name and file, or bytes, of the picture in a cell: a path, bytes, or both as in Hugging Face `datasets`."""
+        name = f"{self.table.name} {where}"
+        if isinstance(cell, dict) and {"bytes", "path"} & cell.keys():
+            name = cell.get("path") or name
+            cell = cell.get("bytes") or cell.get("path")
+        if isinstance(cell, bytes):
+            return name, cell
+        if cell is not None and not isinstance(cell, str):
+            kind = type(cell).__name__
+            raise DataError(f"cannot read '{self.table}' {where}: '{self._image}'", f"expected a path, found {kind}")
+        if not cell:
+            raise _RowError(name, BadSampleError("no picture named", f"in '{self._image}'"))
+        if "://" in cell[:12]:
+            raise _RowError(cell, BadSampleError("remote picture", "download it first, as img2dataset does"))
+        try:
+            return cell, self._pictures.find(cell)
+        except BadSampleError as error:
+            raise _RowError(cell, error) from error
+
+
+class _RowError(Exception):
+    """A row whose picture cannot be packed, while the others can."""
+
+    def __init__(self, name: str, cause: BadSampleError) -> None:
+        super().__init__(name)
+        self.name, self.cause = name, cause
+
+
+class _Pictures:
+    """The files that a table's paths can mean."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def find(self, name: str) -> Path:
+        """The file at a path from the table's folder; else the only one of that name below it, with or without suffix.
+
+        Raises:
+            BadSampleError: "missing file" or "ambiguous file".
+        """
+        path = self._folder / name
+        if path.is_file():
+            return path
+        path = self._folder / name.replace("\\", "/")
+        if path.is_file():
+            return path
+        found = self._by_name.get(path.name.lower(), [])
+        if len(found) > 1:
+            raise BadSampleError("ambiguous file", f"{found[0]} or {found[1]}")
+        if not found:
+            raise BadSampleError("missing file", "there is no such file")
+        return found[0]
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[Path]]:
+        """All files below the folder by their names in lower case, and pictures by their names without suffix."""
+        found: dict[str, list[Path]] = {}
+        for path in sorted(Path(parent) / file for parent, _, files in os.walk(self._folder) for file in files):
+            found.setdefault(path.name.lower(), []).append(path)
+            if is_picture(path):
+                found.setdefault(path.stem.lower(), []).append(path)
+        return found
+
+
+def caption_of_class(name: str, template: str) -> str:
+    """`golden_retriever` in the template."""
+    return template.replace("{}", name.replace("_", " ").strip())

@@ -1,0 +1,245 @@
+"""Rows of the tables that name pictures: CSV and its relatives, JSON, JSON Lines and Parquet."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm_cli.data.bad_samples import BadSampleError
+from ldm_cli.data.captions import decode_text, encoding_of
+from ldm_cli.data.decode import IMAGE_EXTENSIONS
+from ldm_cli.errors import DataError, UnavailableError
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
+"""Of the files that are tables; a `.txt` that is named by itself is read as CSV."""
+
+IMAGE_COLUMNS = (
+    *("file_name", "path", "file_path", "image", "image_path", "image_file", "image_name", "image_file_name"),
+    *("img", "img_path", "img_file", "img_name", "file", "local_path", "picture", "photo", "jpg", "png", "webp"),
+)
+CAPTION_COLUMNS = (
+    *("text", "caption", "captions", "texts", "prompt", "title", "description", "sentence", "sentences", "comment"),
+    *("image_caption", "caption_text", "alt_text", "alt", "txt", "tags", "tag_string"),
+)
+CLASS_COLUMNS = ("class", "class_name", "label", "label_name", "cls", "category", "class_id", "label_id", "target")
+"""Column names in the order of preference; capitals, blanks and punctuation do not count."""
+
+Row = tuple[str, dict[str, Any]]
+"""Where a row stands (`line 3`), and its cells by column."""
+
+_MOST_BYTES_OF_CELL = 2**28
+_PICTURE_SUFFIXES = frozenset(f".{extension}" for extension in (*IMAGE_EXTENSIONS, "jfif", "jpe", "apng", "dib"))
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file's name says that it is a picture of a kind that can be read."""
+    return path.suffix.lower() in _PICTURE_SUFFIXES
+
+
+def columns_of(table: Path) -> list[str]:
+    """The names of all columns, in the order in which they occur.
+
+    Raises:
+        DataError: the table is damaged.
+        UnavailableError: it is Parquet, and pyarrow is not installed.
+    """
+    if table.suffix.lower() == ".parquet":
+        return list(_open_parquet(table).schema_arrow.names)
+    if table.suffix.lower() in (".jsonl", ".ndjson", ".json"):
+        return list(dict.fromkeys(name for _, row in rows_of(table) for name in row))
+    return next(_csv_records(table, lambda remark: None), ("", []))[1]
+
+
+def rows_of(
+    table: Path, remark: Callable[[str], None] = lambda remark: None, only: Collection[str] | None = None
+) -> Iterator[Row]:
+    """The rows of a table.
+
+    Args:
+        table: the file; its suffix tells the kind.
+        remark: is told of text that is not UTF-8, once for each line.
+        only: the columns that are wanted, which saves reading the others of a Parquet file; None: all.
+
+    Raises:
+        DataError: the table is damaged; the message names the row.
+        UnavailableError: it is Parquet, and pyarrow is not installed.
+    """
+    suffix = table.suffix.lower()
+    if suffix == ".parquet":
+        return _parquet_rows(table, only)
+    if suffix in (".jsonl", ".ndjson"):
+        return _json_lines(table, text_lines(table, remark))
+    return _json_rows(table, remark) if suffix == ".json" else _csv_rows(table, remark)
+
+
+def column_among(columns: Sequence[str], wanted: Iterable[str]) -> str | None:
+    """The first of the `wanted` names that `columns` has, as it is spelled there; None if it has none."""
+    spelled: dict[str, str] = {}
+    for column in columns:
+        spelled.setdefault(_plain(column), column)
+    return next((spelled[_plain(name)] for name in wanted if _plain(name) in spelled), None)
+
+
+def image_column_among(table: Path, columns: Sequence[str]) -> str | None:
+    """The column of pictures: one of `IMAGE_COLUMNS`, else the only one called `…_file_name`.
+
+    Raises:
+        DataError: there are several `…_file_name`.
+    """
+    found = column_among(columns, IMAGE_COLUMNS)
+    others = [column for column in columns if _plain(column).endswith("filename")]
+    if found is None and len(others) > 1:
+        names = ", ".join(map(repr, others))
+        raise DataError(f"cannot choose a picture of '{table}'", f"{names} each name one", "add --image-column NAME")
+    return found or (others[0] if others else None)
+
+
+def _plain(column: str) -> str:
+    return re.sub(r"[\W_]", "", column.casefold())
+
+
+def text_lines(file: Path, remark: Callable[[str], None]) -> Iterator[str]:
+    """The lines of a text with their ends; each by `decode_text`, or all by what the file's first bytes show.
+
+    Raises:
+        DataError: a line is in no known encoding.
+    """
+    with file.open("rb") as data:
+        encoding = encoding_of(data.peek(4096))
+        if encoding is not None and not encoding.startswith("utf-8"):
+            remark(f"{encoding[:6].upper()} text")
+            try:
+                yield from io.TextIOWrapper(data, encoding, newline="")
+            except UnicodeError as error:
+                raise DataError(f"cannot read '{file}'", str(error)) from error
+            return
+        for number, line in enumerate(data, start=1):
+            try:
+                found = decode_text(line)
+            except BadSampleError as error:
+                raise DataError(f"cannot read '{file}' line {number}", error.detail) from error
+            for what in found.remarks:
+                remark(what)
+            yield found.text.removeprefix("\ufeff")
+
+
+def delimiter_of(header: str, suffix: str) -> str:
+    """What separates the columns: of `,`, `;`, tab and `|` the one that a header has most often, `,` if none."""
+    return "\t" if suffix.lower() == ".tsv" else max(",;\t|", key=header.count)
+
+
+def _csv_records(table: Path, remark: Callable[[str], None]) -> Iterator[tuple[str, list[str]]]:
+    """Place and cells of each record that is not blank, the header first."""
+    csv.field_size_limit(_MOST_BYTES_OF_CELL)
+    lines = text_lines(table, remark)
+    header = next(lines, "")
+    first, delimiter = 1, delimiter_of(header, table.suffix)
+    if header.lower().startswith("sep="):  # Excel's first line
+        first, delimiter, header = 2, header[4:5], next(lines, "")
+    reader = csv.reader(_chained(header, lines), delimiter=delimiter, strict=True, skipinitialspace=True)
+    try:
+        for cells in reader:
+            if any(cell.strip() for cell in cells):
+                yield f"line {reader.line_num + first - 1}", cells
+    except csv.Error as error:
+        raise DataError(f"cannot read '{table}' after line {reader.line_num + first - 1}", str(error)) from error
+
+
+def _chained(header: str, lines: Iterator[str]) -> Iterator[str]:
+    yield header
+    yield from lines
+
+
+def _csv_rows(table: Path, remark: Callable[[str], None]) -> Iterator[Row]:
+    """The first record names the columns."""
+    records = _csv_records(table, remark)
+    columns = [cell.strip() for cell in next(records, ("", []))[1]]
+    named = [column for column in columns if column]
+    if doubled := {column for column in named if named.count(column) > 1}:
+        raise DataError(f"cannot read '{table}'", f"two columns are called {', '.join(map(repr, sorted(doubled)))}")
+    for where, cells in records:
+        if len(cells) != len(columns):
+            cause = f"it has not the {len(columns)} columns of the first line but {len(cells)}"
+            raise DataError(f"cannot read '{table}' {where}", cause, "put a text with commas in quotes")
+        yield where, {column: cell.strip() for column, cell in zip(columns, cells, strict=True) if column}
+
+
+def _json_lines(table: Path, lines: Iterable[str]) -> Iterator[Row]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"cannot read '{table}' line {number}", str(error)) from error
+            yield f"line {number}", _object(table, f"line {number}", row)
+
+
+def _json_rows(table: Path, remark: Callable[[str], None]) -> Iterator[Row]:
+    """A list of objects, a mapping from pictures to captions or objects, or JSON Lines under another name."""
+    lines = list(text_lines(table, remark))
+    try:
+        value = json.loads("".join(lines))
+    except (ValueError, RecursionError):
+        yield from _json_lines(table, lines)
+        return
+    if isinstance(value, dict) and _is_mapping_of_pictures(value):
+        value = [
+            {"file_name": name, **entry} if isinstance(entry, dict) else {"file_name": name, "text": entry}
+            for name, entry in value.items()
+        ]
+    if not isinstance(value, list):
+        raise DataError(f"cannot read '{table}'", "expected a list of objects, or a mapping from pictures to captions")
+    for number, entry in enumerate(value, start=1):
+        yield f"entry {number}", _object(table, f"entry {number}", entry)
+
+
+def _is_mapping_of_pictures(value: dict[str, Any]) -> bool:
+    """Whether the keys are pictures, by their suffixes or by what each has: `{"a.jpg": "a dog"}`."""
+    texts = [entry for entry in value.values() if isinstance(entry, str | list | dict)]
+    described = [entry for entry in texts if isinstance(entry, dict) and column_among(list(entry), CAPTION_COLUMNS)]
+    return len(texts) == len(value) and (len(described) == len(value) or any(is_picture(Path(name)) for name in value))
+
+
+def _object(table: Path, where: str, row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(f"cannot read '{table}' {where}", "it is no JSON object")
+    return row
+
+
+def _open_parquet(table: Path) -> Any:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        remedy = "install it with pip install 'ldm-cli[parquet]'"
+        raise UnavailableError(f"cannot read '{table}'", "pyarrow is not installed", remedy) from error
+    try:
+        return ParquetFile(table)
+    except (ArrowException, OSError) as error:
+        raise DataError(f"cannot read '{table}'", str(error)) from error
+
+
+def _parquet_rows(table: Path, only: Collection[str] | None) -> Iterator[Row]:
+    """Rows with the names of classes that Hugging Face `datasets` keeps in the file, as `class_name`."""
+    file = _open_parquet(table)
+    facts = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+    features = facts.get("info", {}).get("features", {})
+    names = {
+        column: feature["names"]
+        for column, feature in features.items()
+        if isinstance(feature, dict) and "names" in feature
+    }
+    wanted = None if only is None else [column for column in file.schema_arrow.names if column in only]
+    number = 0
+    for batch in file.iter_batches(batch_size=16, columns=wanted):
+        for row in batch.to_pylist():
+            number += 1
+            for column, classes in names.items():
+                if isinstance(row.get(column), int) and 0 <= row[column] < len(classes):
+                    row.setdefault("class_name", classes[row[column]])
+            yield f"row {number}", row

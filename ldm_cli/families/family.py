@@ -1,0 +1,132 @@
+"""What belongs to one text-to-image model: its networks, its diffusion process, how it is saved.
+
+Each kind of model has a file here with a subclass of `Family`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import torch
+from torch import nn
+
+from ldm_cli.core.codec import Codec
+from ldm_cli.core.condition import Condition
+from ldm_cli.core.diffusion.config import DiffusionConfig
+from ldm_cli.core.diffusion.process import Process, process_of
+from ldm_cli.formats.model_folder import weights_sha256
+from ldm_cli.formats.scheduler_file import SchedulerSettings
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By the names of `precision`."""
+
+
+class Encoder(Protocol):
+    """Prompts to the conditions that a denoiser takes."""
+
+    @property
+    def key(self) -> dict[str, str]:
+        """What decides the conditions (hashes of weights, configuration and tokenizer), by names that users know."""
+
+    @property
+    def empty(self) -> Condition:
+        """The condition of the empty prompt: one row."""
+
+    def encode(self, captions: Sequence[str]) -> Condition:
+        """B captions in one batch: B rows."""
+
+    def encode_prompt(self, prompt: str, *, weighted: bool, warn: Callable[[str], None]) -> Condition:
+        """One prompt by itself, so that its condition does not depend on other prompts: one row.
+
+        Args:
+            prompt: the text.
+            weighted: whether `(word:1.3)` is a weight.
+            warn: is called with a message where the prompt is cut.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Family(ABC):
+    """A text-to-image model.
+
+    Attributes:
+        denoiser: a `Denoiser` of latents.
+        codec: images to latents and back.
+        encoder: prompts to conditions, in the type of the denoiser.
+        settings: process, prediction type, and the sampler to take where none is asked for.
+        folder: where it was read; None if it was not.
+        is_compiled: whether denoiser and codec are compiled.
+    """
+
+    denoiser: nn.Module
+    codec: Codec
+    encoder: Encoder
+    settings: SchedulerSettings
+    folder: Path | None = None
+    is_compiled: bool = False
+
+    components: ClassVar[tuple[str, ...]]
+    """Subfolders that hold weights."""
+
+    @cached_property
+    def process(self) -> Process:
+        """The noise levels that the denoiser was trained at."""
+        return process_of(DiffusionConfig.from_mapping(self.settings.diffusion))
+
+    @cached_property
+    def weights_sha256(self) -> dict[str, str]:
+        """Hex sha256 of each component's tensors; empty if the model was not read from a folder."""
+        return {} if self.folder is None else {name: weights_sha256(self.folder / name) for name in self.components}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(self.denoiser.parameters()).device
+
+    @property
+    @abstractmethod
+    def sample_size(self) -> tuple[int | None, int | None]:
+        """Height and width of the latents that the denoiser was trained at; None where its files do not say."""
+
+    @property
+    def takes_mask(self) -> bool:
+        """Whether the denoiser fills masks: `concat` is then the mask, followed by the masked latents."""
+        return False
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that `open_family` opens.
+
+        Raises:
+            StorageError, OutputError: writing failed.
+        """
+        self.save_denoiser(folder)
+        self.save_companions(folder)
+
+    @abstractmethod
+    def save_denoiser(self, folder: Path) -> None:
+        """Write the denoiser's part of the folder; errors as in `save`."""
+
+    @abstractmethod
+    def save_companions(self, folder: Path) -> None:
+        """Write all but the denoiser's part of the folder; errors as in `save`."""
+
+
+def place(device: torch.device | str, dtype: torch.dtype, *modules: nn.Module, channels_last: bool = True) -> None:
+    """Freeze modules and bring them to the device on which they compute, and to its type and memory order.
+
+    Args:
+        device: of the modules.
+        dtype: of their weights.
+        modules: not to be trained.
+        channels_last: NHWC order, which tensor cores and CPUs prefer.
+    """
+    for module in modules:
+        module.requires_grad_(False).eval()
+        module.to(device=device, dtype=dtype)
+        if channels_last:
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

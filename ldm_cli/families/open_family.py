@@ -1,0 +1,68 @@
+"""Which folder a path means, and which family its model belongs to."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+
+import torch
+
+from ldm_cli import families
+from ldm_cli.errors import CheckpointError, InputNotFoundError
+from ldm_cli.families.family import Family
+from ldm_cli.formats.json_file import read_json
+from ldm_cli.formats.model_folder import CONFIG_NAME
+from ldm_cli.formats.pipeline_folder import INDEX_NAME
+
+
+def open_family(
+    path: Path, device: torch.device | str = "cpu", precision: str = "fp32", *, compiled: bool = False
+) -> Family:
+    """Read a model: a folder of a known kind from anywhere, a run of `train-unet` or one of its checkpoints.
+
+    A family is a module of this package with two functions: `is_mine(folder)` and `open_folder(folder, device,
+    precision, compiled=…)`, whose arguments and errors are those of this function.
+
+    Args:
+        path: the folder.
+        device: where to put the networks.
+        precision: `fp32`, `bf16` or `fp16`.
+        compiled: whether denoiser and codec are compiled.
+
+    Raises:
+        InputNotFoundError: the folder or a part of it is missing.
+        CheckpointError: it is of an unknown kind, damaged, or asks for something that is not implemented.
+    """
+    folder = resolve_model(path)
+    for found in pkgutil.iter_modules(families.__path__):
+        module = importlib.import_module(f"{families.__name__}.{found.name}")
+        if hasattr(module, "is_mine") and module.is_mine(folder):
+            family: Family = module.open_folder(folder, device, precision, compiled=compiled)
+            return family
+    if not (folder / INDEX_NAME).is_file():
+        remedy = "give a Stable Diffusion folder, or a run of train-unet"
+        raise InputNotFoundError(f"no pipeline in '{folder}'", f"{INDEX_NAME} is missing", remedy)
+    kind = read_json(folder / INDEX_NAME).get("_class_name")
+    raise CheckpointError(f"cannot use '{folder}'", f"it holds a {kind!r}, which is not supported")
+
+
+def resolve_model(path: Path) -> Path:
+    """The model folder that a path means: itself, or the model of a run or of a checkpoint.
+
+    A run's is `model/` once it is finished, before that its newest checkpoint; a checkpoint's is `ema/` where
+    weights are averaged, else `model/`.
+
+    Raises:
+        InputNotFoundError: there is no such folder, or no model in it.
+    """
+    if not path.is_dir():
+        raise InputNotFoundError(f"model folder '{path}' not found", remedy="check --model, or train it first")
+    manifests = sorted((path / "checkpoints").glob("step-*/manifest.json"))
+    newest = [manifests[-1].parent / name for name in ("ema", "model")] if manifests else []
+    for folder in (path, path / "ema", path / "model", *newest):
+        if (folder / INDEX_NAME).is_file() or (folder / CONFIG_NAME).is_file():
+            return folder
+    raise InputNotFoundError(
+        f"no model in '{path}'", f"neither {INDEX_NAME} nor {CONFIG_NAME}", "give a model folder or a run"
+    )

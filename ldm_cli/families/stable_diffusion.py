@@ -1,0 +1,119 @@
+"""Stable Diffusion 1 and 2 (Rombach et al. 2022, arXiv:2112.10752): a U-Net, a KL autoencoder, CLIP's text tower."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from pydantic import ValidationError
+
+from ldm_cli.core.compiling import compile_whole
+from ldm_cli.core.diffusion.config import DiffusionConfig
+from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
+from ldm_cli.core.models.latent_space import standardized
+from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
+from ldm_cli.errors import CheckpointError
+from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
+from ldm_cli.families.family import DTYPES, Family, place
+from ldm_cli.formats import pipeline_folder as layout
+from ldm_cli.formats.json_file import read_json
+from ldm_cli.formats.model_folder import load_model, save_model
+from ldm_cli.formats.scheduler_file import SCHEDULER_FILE, read_scheduler, write_scheduler
+
+_PIPELINES = (layout.PIPELINE_CLASS, "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+
+
+@dataclass(frozen=True, eq=False)
+class StableDiffusion(Family):
+    """A Stable Diffusion model; `save` writes a folder that `StableDiffusionPipeline.from_pretrained` opens."""
+
+    denoiser: UNet2DConditionModel
+    codec: AutoencoderKL
+    encoder: CLIPTextEncoder
+
+    components: ClassVar[tuple[str, ...]] = (layout.UNET, layout.VAE, layout.TEXT_ENCODER)
+
+    @property
+    def sample_size(self) -> tuple[int | None, int | None]:
+        """As the U-Net's `sample_size` says."""
+        size = self.denoiser.config.sample_size
+        return size if isinstance(size, tuple) else (size, size)
+
+    @property
+    def takes_mask(self) -> bool:
+        """Whether the U-Net is one for inpainting."""
+        return self.denoiser.config.in_channels == 2 * self.codec.channels + 1
+
+    def save_denoiser(self, folder: Path) -> None:
+        """Write the U-Net; errors as in `save`."""
+        save_model(folder / layout.UNET, self.denoiser.state_dict(), self.denoiser.config.to_hugging_face())
+
+    def save_companions(self, folder: Path) -> None:
+        """Write all but the U-Net; errors as in `save`.
+
+        The autoencoder's shift, unknown to the pipeline of diffusers, is folded into the weights if they allow it.
+        """
+        weights, config = self.codec.state_dict(), self.codec.config
+        if config.shift_factor:
+            ones = torch.ones(config.latent_channels)
+            folded = standardized(weights, config.shift_factor * ones, ones)
+            if folded is not None:
+                weights, config = folded, config.model_copy(update={"shift_factor": None})
+        save_model(folder / layout.VAE, weights, config.to_hugging_face())
+        self.encoder.save(folder / layout.TEXT_ENCODER, folder / layout.TOKENIZER)
+        write_scheduler(folder, self.settings)
+        layout.write_index(folder, self.settings)
+
+
+def is_mine(folder: Path) -> bool:
+    """Whether the folder holds a Stable Diffusion pipeline."""
+    index = folder / layout.INDEX_NAME
+    return index.is_file() and read_json(index).get("_class_name") in _PIPELINES
+
+
+def open_folder(folder: Path, device: torch.device | str, precision: str, *, compiled: bool = False) -> StableDiffusion:
+    """Read a folder; see `open_family`. An autoencoder with `force_upcast` is not put in fp16."""
+    settings = read_scheduler(folder)
+    try:
+        DiffusionConfig.from_mapping(settings.diffusion)
+    except ValidationError as error:
+        causes = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise CheckpointError(f"cannot use '{folder / SCHEDULER_FILE}'", "; ".join(causes)) from error
+    family = StableDiffusion(
+        denoiser=load_model(UNet2DConditionModel, folder / layout.UNET),
+        codec=load_model(AutoencoderKL, folder / layout.VAE),
+        encoder=CLIPTextEncoder.load(folder / layout.TEXT_ENCODER, folder / layout.TOKENIZER),
+        settings=settings,
+        folder=folder,
+        is_compiled=compiled,
+    )
+    check_fit(family)
+    is_upcast = precision == "fp16" and family.codec.config.force_upcast
+    place(device, DTYPES[precision], family.denoiser, family.encoder.model)
+    place(device, torch.float32 if is_upcast else DTYPES[precision], family.codec)
+    if compiled:
+        compile_whole(family.denoiser, family.codec.decoder, family.codec.encoder)
+    return family
+
+
+def check_fit(family: StableDiffusion) -> None:
+    """Make sure that the components belong together.
+
+    Raises:
+        CheckpointError: their channels, widths or vocabularies differ.
+    """
+    unet, channels, text = family.denoiser.config, family.codec.channels, family.encoder.model.config
+    pairs = [("unet.out_channels", unet.out_channels, "vae.latent_channels", channels)]
+    if not family.takes_mask:
+        pairs.append(("unet.in_channels", unet.in_channels, "vae.latent_channels", channels))
+    if isinstance(unet.cross_attention_dim, int):
+        width = "unet.cross_attention_dim", unet.cross_attention_dim
+        pairs.append((*width, "text_encoder.hidden_size", text.hidden_size))
+    causes = [f"{a}={value}, {b}={expected}" for a, value, b, expected in pairs if value != expected]
+    if family.encoder.tokenizer.vocab_size > text.vocab_size:
+        num_tokens = family.encoder.tokenizer.vocab_size
+        causes.append(f"the tokenizer has {num_tokens} tokens, the text encoder {text.vocab_size}")
+    if causes:
+        raise CheckpointError(f"the parts of '{family.folder}' do not fit", "; ".join(causes))

@@ -1,0 +1,131 @@
+"""Requests and noise to latents: conditions, guidance, known regions, windows and sampler put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ldm_cli.core.condition import Condition
+from ldm_cli.core.diffusion.guidance import ConditionalNetwork, along_score, guided
+from ldm_cli.core.diffusion.process import Level
+from ldm_cli.core.diffusion.samplers import CleanPredictor
+from ldm_cli.families.family import Encoder, Family
+from ldm_cli.sampling.config import SamplingConfig
+from ldm_cli.sampling.denoising import Start, denoise
+from ldm_cli.sampling.edit_input import LatentEditInput
+from ldm_cli.sampling.guidance_models import GuidanceModels, perturbed_network
+from ldm_cli.sampling.network import in_windows, keep_known_region
+from ldm_cli.sampling.noise import step_noise
+from ldm_cli.sampling.pixels import decode_images
+from ldm_cli.sampling.request import ImageRequest
+
+Watch = Callable[[CleanPredictor], CleanPredictor]
+"""Wraps the x_0 predictor of a group, to count its calls or to look at its results."""
+
+
+@dataclass(frozen=True)
+class LatentSampler:
+    """What all groups of one call of `Pipeline.generate` have in common.
+
+    Attributes:
+        family: the model.
+        config: sampler, steps, guidance.
+        conditions: of every prompt by itself, one row each.
+        models: further networks of the guidance.
+        edit: the picture to work on, if any.
+        window: side, in latents, of the windows that the networks see; None: they see all.
+    """
+
+    family: Family
+    config: SamplingConfig
+    conditions: Mapping[str, Condition]
+    models: GuidanceModels
+    edit: LatentEditInput | None = None
+    window: int | None = None
+
+    @torch.inference_mode()
+    def sample(self, requests: Sequence[ImageRequest], noise: Tensor, watch: Watch) -> Tensor:
+        """Latents of some requests, float32 [N, C, h, w].
+
+        Args:
+            requests: N pictures.
+            noise: standard normal [N, C, h, w], where sampling begins.
+            watch: wraps the predictor of x_0.
+        """
+        device, edit = self.family.device, self.edit
+        noise = noise.to(device=device, dtype=torch.float32)
+        predictor = watch(self.predictor(requests))
+        mask = None if edit is None or self.family.takes_mask else edit.mask
+        if edit is not None and mask is not None:
+            predictor = keep_known_region(predictor, edit.latents, mask, noise)
+        x0 = denoise(
+            predictor,
+            noise,
+            self.family.process,
+            self.family.settings,
+            self.config,
+            lambda i: step_noise(requests, i, tuple(noise.shape[1:])).to(device),
+            None if edit is None else Start(edit.latents.expand_as(noise), edit.strength),
+        )
+        return x0 if edit is None or mask is None else torch.where(mask > 0, x0, edit.latents)
+
+    def predictor(self, requests: Sequence[ImageRequest]) -> CleanPredictor:
+        """x_t [N, C, h, w] and its level → guided x_0, of some requests."""
+        guidance, family = self.config.guidance, self.family
+        conditional = Condition.cat([self._condition(request) for request in requests])
+        unconditional = Condition.cat([self.conditions[self.config.negative]] * len(requests))
+        network = self._network(family.denoiser)
+        model = guided(
+            network,
+            self._with_mask(conditional, len(requests)),
+            self._with_mask(unconditional, len(requests)),
+            guidance,
+            family.process.prediction,
+            None if self.models.weaker is None else self._network(self.models.weaker),
+            None if guidance.perturb is None else perturbed_network(network, family.denoiser, guidance.perturb),
+        )
+        if guidance.clip is None or self.models.clip is None:
+            return model
+        decode = partial(decode_images, family.codec, window=self.window)
+        score = self.models.clip.of([request.prompt for request in requests], decode)
+        return along_score(model, score, guidance.clip.scale)
+
+    def _condition(self, request: ImageRequest) -> Condition:
+        """One row, on the line between the request's two prompts if it has two."""
+        condition, blend = self.conditions[request.prompt], request.blend
+        if blend is None:
+            return condition
+        ends = [condition, self.conditions[blend.prompt]]
+        return Condition.combined(lambda pair: torch.lerp(pair[0], pair[1], blend.weight), ends)
+
+    def _with_mask(self, condition: Condition, rows: int) -> Condition:
+        """With the mask and the masked latents as further channels, for a denoiser that takes them."""
+        edit = self.edit
+        if not self.family.takes_mask or edit is None or edit.mask is None or edit.masked_latents is None:
+            return condition
+        return replace(condition, concat=torch.cat([edit.mask, edit.masked_latents], dim=1).expand(rows, -1, -1, -1))
+
+    def _network(self, denoiser: nn.Module) -> ConditionalNetwork:
+        """A denoiser in its own type, in windows if asked for."""
+        dtype = next(denoiser.parameters()).dtype
+
+        def network(x: Tensor, level: Level, condition: Condition) -> Tensor:
+            # Times stay float32: half precision cannot tell 998 from 999.
+            t = torch.full((1,), level.t, device=x.device)
+            cast = condition.map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+            prediction: Tensor = denoiser(x.to(dtype), t, cast)
+            return prediction.float()
+
+        return network if self.window is None else in_windows(network, self.window)
+
+
+def prompt_conditions(
+    encoder: Encoder, requests: Sequence[ImageRequest], negative: str, weighted: bool, warn: Callable[[str], None]
+) -> dict[str, Condition]:
+    """The conditions of all prompts of some requests, each encoded once and by itself; arguments as of `Encoder`."""
+    prompts = [*(r.prompt for r in requests), *(r.blend.prompt for r in requests if r.blend), negative]
+    return {p: encoder.encode_prompt(p, weighted=weighted, warn=warn) for p in dict.fromkeys(prompts)}

@@ -1,0 +1,62 @@
+"""Pictures as bytes to latents and back, in windows where networks cannot take them whole."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ldm_cli.core.codec import Codec
+from ldm_cli.sampling.edit_input import EditInput, LatentEditInput, adain, latent_mask
+from ldm_cli.sampling.fixed_rows import DECODED_PIXELS, filled, row_groups
+from ldm_cli.sampling.tiling import in_parts
+
+_PIXELS_OFF_CPU = 2**20  # of a call of the decoder: its activations take a few kilobytes for each
+
+
+def decode_images(codec: Codec, latents: Tensor, window: int | None = None) -> Tensor:
+    """Latents [N, C, h, w] → images [N, 3, H, W] in [−1, 1], not clamped; in windows of `window` latents, if given."""
+    return in_parts(codec.decode, latents, window, 1, codec.factor)
+
+
+@torch.inference_mode()
+def decode_pixels(codec: Codec, latents: Tensor, window: int | None = None) -> Tensor:
+    """Latents [N, C, h, w] → pictures, uint8 [N, 3, H, W] on the CPU; windows as in `decode_images`."""
+    height, width = (side if window is None else min(side, window) for side in latents.shape[-2:])
+    num_pixels = height * width * codec.factor**2
+    most = max(1, _PIXELS_OFF_CPU // num_pixels)
+    pictures = []
+    for images, rows in row_groups(len(latents), DECODED_PIXELS, num_pixels, latents.device, most):
+        part = latents[images]
+        decoded = decode_images(codec, filled(part, rows), window)[: len(part)]
+        pictures.append(((decoded.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu())
+    return torch.cat(pictures)
+
+
+@torch.inference_mode()
+def encode_pixels(codec: Codec, pixels: Tensor, window: int | None = None, hidden: Tensor | None = None) -> Tensor:
+    """A picture → the mode of its latents, float32 [1, C, h, w].
+
+    Args:
+        codec: of the model.
+        pixels: uint8 [3, H, W], on the codec's device.
+        window: side, in latents, of the windows that the codec sees; None: it sees all.
+        hidden: bool [H, W], true where grey takes the picture's place.
+    """
+    image = pixels[None].float() / 127.5 - 1.0
+    image = image if hidden is None else image.masked_fill(hidden, 0.0)
+    return in_parts(codec.encode, image, window, codec.factor, 1)
+
+
+def encode_edit_input(
+    codec: Codec, edit: EditInput, device: torch.device, window: int | None = None
+) -> LatentEditInput:
+    """A picture to work on in latents, in its style; `window` as in `encode_pixels`."""
+    pixels = edit.pixels.to(device)
+    latents = encode_pixels(codec, pixels, window)
+    if edit.style is not None:
+        latents = adain(latents, encode_pixels(codec, edit.style.to(device), window), edit.style_strength)
+    mask = masked = None
+    if edit.mask is not None:
+        mask = latent_mask(edit.mask, codec.factor).to(latents)
+        masked = encode_pixels(codec, pixels, window, edit.mask.to(device))
+    return LatentEditInput(latents, mask, masked, edit.strength)

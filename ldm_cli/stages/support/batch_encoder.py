@@ -1,0 +1,101 @@
+"""Codec and encoder of a denoiser's recipe, frozen: their results are computed in training, or once before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm_cli.core.condition import Condition
+from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
+from ldm_cli.data.batch import Batch
+from ldm_cli.data.cache_manifest import CacheKey
+from ldm_cli.data.latent_cache import LatentCache
+from ldm_cli.data.tokenizer import Tokenizer
+from ldm_cli.errors import RecipeError
+from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, encoder_key
+from ldm_cli.families.family import place
+from ldm_cli.formats.model_folder import load_model, model_sha256
+from ldm_cli.recipe.schema import TrainUnetRecipe
+from ldm_cli.stages.train_vae import to_signed
+
+# Fields of an autoencoder's config.json on which the moments do not depend.
+_IRRELEVANT = {"sample_size", "scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast"}
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class BatchEncoder:
+    """Images to moments and captions to conditions; both are float32, whatever the networks compute in.
+
+    Args:
+        recipe: names the folders, the precision and the memory order.
+        device: where the networks compute.
+        warn: called once if captions are cut.
+    """
+
+    def __init__(self, recipe: TrainUnetRecipe, device: torch.device, warn: Callable[[str], None]) -> None:
+        self.codec = load_model(AutoencoderKL, Path(recipe.vae))
+        self.encoder = CLIPTextEncoder.load(Path(recipe.text_encoder), warn=warn)
+        place(device, torch.float32, self.codec, self.encoder.model, channels_last=recipe.train.channels_last)
+        self._device, self._dtype = device, _AUTOCAST.get(recipe.train.precision)
+
+    def __call__(self, batch: Batch) -> tuple[dict[str, Tensor], Condition]:
+        """Moments and conditions of a batch, on the device: out of the cache, or computed."""
+        if batch.moments is None or batch.condition is None:
+            return self.moments(batch.images), self.condition(batch.captions)
+        return self._on_device(batch.moments), Condition(**self._on_device(batch.condition))
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> dict[str, Tensor]:
+        """Images uint8 [B, 3, H, W] → the codec's moments."""
+        with self._precision():
+            return self.codec.moments(to_signed(images, self._device))
+
+    @torch.no_grad()
+    def condition(self, captions: Sequence[str]) -> Condition:
+        """B captions → B rows."""
+        with self._precision():
+            condition = self.encoder.encode(captions)
+        return condition.map(_as_float32)
+
+    def cached(self, cache: LatentCache, caption: str) -> Condition:
+        """The condition of a caption out of a cache: one row, on the device."""
+        return Condition(**self._on_device(cache.condition(caption))).map(lambda tensor: tensor[None])
+
+    def _on_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: _as_float32(tensor.to(self._device, non_blocking=True)) for name, tensor in tensors.items()}
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None)
+
+
+def _as_float32(tensor: Tensor) -> Tensor:
+    """The tensor; as float32 unless it holds integers."""
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def cache_key(recipe: TrainUnetRecipe) -> CacheKey:
+    """What decides the cache of a recipe: the weights and configurations of its models, its preprocessing.
+
+    Raises:
+        RecipeError: it crops at random, so that no encoding would serve twice.
+        InputNotFoundError, CheckpointError: a model cannot be read.
+    """
+    if recipe.data.crop == "random":
+        raise RecipeError(
+            "data.crop=random cannot be cached",
+            "every epoch sees another part of each image",
+            "set data.crop=center or squash, or train without a cache",
+        )
+    data, text = recipe.data, Path(recipe.text_encoder)
+    names = ("image_size", "crop", "background", "max_pixels", "max_member_bytes")
+    preparation = {f"data.{name}": value for name, value in data.to_mapping().items() if name in names}
+    precision = {"train.precision": recipe.train.precision}
+    probability = data.flip_probability
+    return CacheKey(
+        latents={"vae": model_sha256(Path(recipe.vae), _IRRELEVANT), **preparation, **precision},
+        text={**encoder_key(text, Tokenizer.load(text)), **precision},
+        flips=tuple(flip for flip in (False, True) if probability != (0.0 if flip else 1.0)),
+    )

@@ -1,0 +1,225 @@
+"""The pictures of a job: generated with a model and its inputs, whose provenance is recorded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ldm_cli.core.diffusion.config import GuidanceConfig
+from ldm_cli.errors import CheckpointError, InputNotFoundError, UsageError
+from ldm_cli.formats.weight_files import refuse_foreign_content, tensors_sha256
+from ldm_cli.pictures.job import Item
+from ldm_cli.pictures.progress import PartOfProgress
+from ldm_cli.recipe.schema import SampleRecipe
+from ldm_cli.reporting import Reporter
+from ldm_cli.sampling.config import SamplingConfig
+from ldm_cli.sampling.denoising import plan, sampler_of
+from ldm_cli.sampling.edit_config import EditConfig
+from ldm_cli.sampling.edit_input import EditInput, open_edit_input
+from ldm_cli.sampling.guidance_models import guidance_hashes, with_absolute_paths
+from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.sampling.sample_options import OnPreview, SampleOptions
+
+_MOST_TOGETHER = 256
+# Fields that change no picture, or that the provenance of each picture holds by itself.
+_NOT_RECORDED = ("batch_size", "images_per_prompt", "seed")
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Initial noise from a file: float32 [N, C, h, w], one row per picture of the job.
+
+    Attributes:
+        file: safetensors with `latents`.
+        row: the only row to take, for the only picture; None: all, in order.
+    """
+
+    file: Path
+    row: int | None = None
+
+
+class PictureGenerator:
+    """The model of a job, the pictures to work on and the initial noise."""
+
+    def __init__(self, pipeline: Pipeline, recipe: SampleRecipe, latents: Latents | None, num_images: int) -> None:
+        self.pipeline, self.recipe = pipeline, recipe
+        self._edit_inputs: dict[tuple[EditConfig, int | None, int | None], EditInput] = {}
+        self._hashes: dict[GuidanceConfig, dict[str, str]] = {}
+        self._latents, self._noise = latents, None
+        factor = pipeline.family.codec.factor
+        if recipe.tile is not None and recipe.tile < 2 * factor:
+            raise UsageError(f"tile={recipe.tile} px is too small", remedy=f"give {2 * factor} or more")
+        self._window = None if recipe.tile is None else recipe.tile // factor
+        if latents is not None:
+            shape = pipeline.latent_shape(self._sized(recipe.sampling, self._edit_input(recipe.sampling, recipe.edit)))
+            self._noise = _read_latents(latents, num_images, shape)
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Absolute paths of the model and the files that the pictures are made of."""
+        paths = {"model": self.pipeline.family.folder, "latents": self._latents.file if self._latents else None}
+        paths |= {name: getattr(self.recipe.edit, name) for name in ("image", "mask", "style")}
+        return {n: str(Path(p).expanduser().absolute()) for n, p in paths.items() if p is not None}
+
+    def check(self, items: Sequence[Item]) -> None:
+        """Find impossible sizes, steps and pictures before anything is generated.
+
+        Raises:
+            UsageError: naming them.
+        """
+        for sampling, edit in {(item.sampling, item.edit): None for item in items}:
+            for name in ("precision", "compile"):
+                asked, shared = getattr(sampling, name), getattr(self.recipe.sampling, name)
+                if asked != shared:
+                    raise UsageError(
+                        f"{name}={asked} for some pictures",
+                        f"the model is loaded once, with {name}={shared}",
+                        "give them a command of their own",
+                    )
+            sized = self._sized(sampling, self._edit_input(sampling, edit))
+            self.pipeline.image_size(sized)
+            plan(self.pipeline.family.process, self.pipeline.family.settings, sized)
+
+    @cached_property
+    def shared(self) -> dict[str, Any]:
+        """The provenance that all pictures of the job share, as JSON."""
+        provenance: dict[str, Any] = {
+            "sampling": self._sampling_provenance(self.recipe.sampling, self.recipe.edit),
+            # Without its sampler: `sampling` names the one that is used.
+            "scheduler": {n: value for n, value in vars(self.pipeline.family.settings).items() if n != "sampler"},
+            "weights": self.pipeline.family.weights_sha256,
+            "weighted_words": self.recipe.weighted_words,
+        }
+        if self.recipe.edit.image is not None:
+            provenance["edit"] = self._edit_provenance(self.recipe.edit)
+        if self.recipe.tile is not None:
+            provenance["tile"] = self.recipe.tile
+        if hashes := self._guidance_hashes(self.recipe.sampling):
+            provenance["guidance_models"] = hashes
+        if self._latents is not None:
+            provenance["latents_sha256"] = tensors_sha256([self._latents.file])
+        return provenance
+
+    def provenance(self, item: Item, index: int) -> dict[str, Any]:
+        """The provenance that one picture has beside `shared`, as JSON."""
+        own: dict[str, Any] = {"prompt": item.request.prompt, "seed": item.request.seed}
+        if item.request.blend is not None:
+            own["blend"] = item.request.blend.to_mapping()
+        sampling = self._sampling_provenance(item.sampling, item.edit)
+        if sampling != self.shared["sampling"]:
+            own["sampling"] = sampling
+        if item.edit.image is not None and self._edit_provenance(item.edit) != self.shared["edit"]:
+            own["edit"] = self._edit_provenance(item.edit)
+        if self._guidance_hashes(item.sampling) != self.shared.get("guidance_models", {}):
+            own["guidance_models"] = self._guidance_hashes(item.sampling)
+        if self._latents is not None:
+            own["latents_row"] = index if self._latents.row is None else self._latents.row
+        return own
+
+    def generate(
+        self, items: Sequence[Item], indices: Sequence[int], reporter: Reporter, on_preview: OnPreview
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Generate some of the pictures; yields the index and the pixels of each."""
+        with reporter.progress("sampling", len(indices), unit="image") as progress:
+            done = 0
+            for part in _alike(items, indices):
+                sampling, edit = items[part[0]].sampling, items[part[0]].edit
+                options = SampleOptions(
+                    edit_input=self._edit_input(sampling, edit),
+                    window=self._window,
+                    weighted=self.recipe.weighted_words,
+                    preview_every=self.recipe.preview_every,
+                    on_preview=on_preview,
+                )
+                sized = self._sized(sampling, options.edit_input)
+                noise = None if self._noise is None else self._noise[part]
+                requests = [items[i].request for i in part]
+                inner = PartOfProgress(reporter, progress, done)
+                for image in self.pipeline.generate(requests, sized, noise, inner, options):
+                    yield part[image.index], image.pixels
+                done += len(part)
+
+    def _edit_input(self, sampling: SamplingConfig, edit: EditConfig) -> EditInput | None:
+        """The picture to work on, read once."""
+        if edit.image is None:
+            return None
+        key = (edit, sampling.width, sampling.height)
+        if key not in self._edit_inputs:
+            factor, given = self.pipeline.family.codec.factor, (sampling.height, sampling.width)
+            size = None if None in given else self.pipeline.image_size(sampling)
+            self._edit_inputs[key] = open_edit_input(edit, factor, size)
+        return self._edit_inputs[key]
+
+    def _sized(self, sampling: SamplingConfig, edit_input: EditInput | None) -> SamplingConfig:
+        """With the size of the picture, which is that of the picture to work on where there is one."""
+        height, width = self.pipeline.image_size(sampling) if edit_input is None else edit_input.pixels.shape[1:]
+        return sampling.model_copy(update={"height": height, "width": width})
+
+    def _sampling_provenance(self, sampling: SamplingConfig, edit: EditConfig) -> dict[str, Any]:
+        """The configuration as JSON; without sizes that follow from the picture to work on."""
+        sized = sampling if edit.image is not None else self._sized(sampling, None)
+        guidance = with_absolute_paths(sampling.guidance).to_mapping()
+        sampler = sampler_of(self.pipeline.family.settings, sampling)
+        recorded = sized.to_mapping() | {"sampler": sampler, "guidance": guidance}
+        return {name: value for name, value in recorded.items() if name not in _NOT_RECORDED}
+
+    def _guidance_hashes(self, sampling: SamplingConfig) -> dict[str, str]:
+        """Hashes of the further networks of the guidance, computed once."""
+        if sampling.guidance not in self._hashes:
+            self._hashes[sampling.guidance] = guidance_hashes(sampling.guidance)
+        return self._hashes[sampling.guidance]
+
+    def _edit_provenance(self, edit: EditConfig) -> dict[str, Any]:
+        """The work on a picture as JSON, hashes in place of paths."""
+        provenance = edit.to_mapping() | {"strength": edit.resolved_strength}
+        for name in ("image", "mask", "style"):
+            path = provenance.pop(name)
+            provenance[f"{name}_sha256"] = None if path is None else _file_sha256(path)
+        return provenance
+
+
+def _alike(items: Sequence[Item], indices: Sequence[int]) -> Iterator[list[int]]:
+    """Indices of pictures that one call of the pipeline generates; not too many, for conditions take memory."""
+    groups: dict[tuple[SamplingConfig, EditConfig], list[int]] = {}
+    for i in indices:
+        groups.setdefault((items[i].sampling, items[i].edit), []).append(i)
+    for group in groups.values():
+        yield from (group[start : start + _MOST_TOGETHER] for start in range(0, len(group), _MOST_TOGETHER))
+
+
+def _file_sha256(path: str) -> str:
+    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
+
+
+def _read_latents(latents: Latents, num_images: int, shape: tuple[int, int, int]) -> Tensor:
+    """Initial noise float32 [N, C, h, w]."""
+    file = latents.file
+    try:
+        refuse_foreign_content(file)
+        noise = load_file(file).get("latents")
+    except FileNotFoundError as error:
+        raise InputNotFoundError(f"latents '{file}' not found", remedy="check --latents") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read latents '{file}'", str(error)) from error
+    if noise is None:
+        raise CheckpointError(f"cannot use latents '{file}'", "it has no tensor named 'latents'")
+    noise = noise if latents.row is None else noise[latents.row : latents.row + 1]
+    expected = (num_images, *shape)
+    if tuple(noise.shape) != expected:
+        raise UsageError(
+            f"latents '{file}' do not fit",
+            f"their shape is {tuple(noise.shape)}, {expected} expected: one per image, prompt by prompt",
+            "change --latents, -n, --size or the prompts",
+        )
+    if not bool(torch.isfinite(noise).all()):
+        raise CheckpointError(f"cannot use latents '{file}'", "some values are not finite")
+    return noise.float()

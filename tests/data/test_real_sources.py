@@ -1,0 +1,383 @@
+"""`pack` on the folders and tables that people have, read back by the standard library's tarfile."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldm_cli.data.pack import pack
+from ldm_cli.errors import DataError, InputNotFoundError
+from ldm_cli.reporting import SilentReporter
+from tests.data.tars import png
+
+Files = dict[str, str | bytes]
+
+
+def _folder(root: Path, files: Files) -> Path:
+    """Files below `root`; those called like pictures are all the same one if they have no content."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = content.encode() if isinstance(content, str) else content
+        path.write_bytes(data if data or name.endswith(".txt") else png())
+    return root
+
+
+def _samples(source: Path, out: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The samples that `pack` writes, members by extension, json parsed; and its report."""
+    report = pack(source, out, SilentReporter())
+    samples: dict[str, dict[str, Any]] = {}
+    for shard in sorted(out.glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                assert file is not None
+                key, _, extension = member.name.partition(".")
+                samples.setdefault(key, {})[extension] = file.read()
+    for sample in samples.values():
+        sample["json"] = json.loads(sample["json"], parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    return list(samples.values()), report
+
+
+def _captions(samples: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Path to captions; txt must be the first of them."""
+    for sample in samples:
+        captions = sample["json"].get("captions", [])
+        assert sample.get("txt", b"").decode() == (captions[0] if captions else "")
+    return {sample["json"]["path"]: sample["json"].get("captions", []) for sample in samples}
+
+
+def _csv(rows: list[list[str]], encoding: str = "utf-8", **dialect: Any) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, **dialect).writerows(rows)
+    return text.getvalue().encode(encoding)
+
+
+ROWS = [["a.png", "señor, one"], ["b.png", "two"]]
+JSON_ROWS = [{"file_name": "a.png", "text": "señor, one"}, {"file_name": "b.png", "text": "two"}]
+LINES = "\n".join(json.dumps(row) for row in JSON_ROWS)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.csv", _csv([["file_name", "text"], *ROWS])),
+        ("metadata.csv", _csv([["Image_Path", "Alt Text"], *ROWS], delimiter=";")),
+        ("list.csv", _csv([["img", "Description"], *ROWS], delimiter="|")),
+        ("list.csv", b"sep=;\r\n" + _csv([["filename", "comment"], *ROWS], delimiter=";")),
+        ("list.tsv", _csv([["filepath", "sentence"], *ROWS], delimiter="\t")),
+        ("list.csv", _csv([["photo", "title"], *ROWS], "utf-16", delimiter="\t")),
+        ("list.csv", _csv([["photo", "title"], *ROWS], "utf-16-le", delimiter=";")),
+        ("list.csv", _csv([["photo", "title"], *ROWS], "cp1252")),
+        ("list.csv", _csv([["photo", "title"], *ROWS], "utf-8-sig")),
+        ("list.csv", _csv([["target_file_name", "prompt"], *ROWS], quoting=csv.QUOTE_ALL)),
+        ("metadata.jsonl", LINES.encode("utf-16")),
+        ("data.ndjson", LINES.encode()),
+        ("data.json", json.dumps(JSON_ROWS).encode()),
+        ("data.json", LINES.encode()),
+        ("data.json", json.dumps(dict(ROWS)).encode()),
+        ("data.json", json.dumps({name: {"caption": text, "tags": "x"} for name, text in ROWS}).encode()),
+    ],
+    ids=str,
+)
+def test_a_table_of_any_kind_is_found_in_its_folder_and_read(tmp_path: Path, name: str, content: bytes) -> None:
+    source = _folder(tmp_path / "in", {"a.png": b"", "b.png": b"", name: content})
+    samples, report = _samples(source, tmp_path / "out")
+    assert _captions(samples) == {path: [text] for path, text in ROWS}
+    assert (report["samples"], report["without_caption"], report["not_read"]) == (2, 0, {})
+
+
+@pytest.mark.parametrize("folders", [("train", "test"), ("a/b", "a/c"), ("data/val", "data/train/deep")])
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "captions.tsv"])
+def test_each_split_folder_has_a_table_of_its_own(tmp_path: Path, folders: tuple[str, str], name: str) -> None:
+    files: Files = {}
+    for number, folder in enumerate(folders):
+        row = {"file_name": "same.png", "text": f"number {number}"}
+        table = json.dumps(row).encode() if name.endswith("l") else b""
+        delimiter = "\t" if name.endswith("tsv") else ","
+        files[f"{folder}/same.png"] = png((number, 0, 0))
+        files[f"{folder}/{name}"] = table or _csv([[*row], [*row.values()]], delimiter=delimiter)
+    samples, _ = _samples(_folder(tmp_path / "in", files), tmp_path / "out")
+    found = {sample["txt"].decode(): sample["png"] for sample in samples}
+    assert found == {"number 0": png((0, 0, 0)), "number 1": png((1, 0, 0))}
+
+
+@pytest.mark.parametrize(
+    ("picture", "text"),
+    [
+        ("IMG_1.PNG", "IMG_1.TXT"),
+        ("IMG_1.png", "img_1.Txt"),
+        ("a.b.png", "a.b.caption"),
+        ("x.png", "x.png.txt"),
+        ("deep/er/x.Png", "deep/er/x.CAPTION"),
+    ],
+)
+def test_a_caption_beside_its_picture_is_found_whatever_its_capitals(tmp_path: Path, picture: str, text: str) -> None:
+    source = _folder(tmp_path / "in", {picture: png(), text: " a dog \n"})
+    samples, report = _samples(source, tmp_path / "out")
+    assert _captions(samples) == {picture: ["a dog"]}
+    assert report["not_read"] == {}
+
+
+@pytest.mark.parametrize(
+    ("data", "text", "remark"),
+    [
+        (
+            "it\u2019s \u201cold\u201d \u2013 5 \u20ac".encode("cp1252"),
+            "it\u2019s \u201cold\u201d \u2013 5 \u20ac",
+            "Windows-1252 text",
+        ),
+        ("größer".encode("latin-1"), "größer", "Windows-1252 text"),
+        ("a 猫".encode("utf-16"), "a 猫", "UTF-16 text"),
+        ("a 猫".encode("utf-16-be").join((b"\xfe\xff", b"")), "a 猫", "UTF-16 text"),
+        ("a black cat".encode("utf-16-le"), "a black cat", "UTF-16 text"),
+        ("a 猫".encode("utf-32"), "a 猫", "UTF-32 text"),
+        ("a 猫".encode("utf-8-sig"), "a 猫", None),
+    ],
+)
+def test_text_in_any_usual_encoding_is_what_was_written(
+    tmp_path: Path, data: bytes, text: str, remark: str | None
+) -> None:
+    samples, report = _samples(_folder(tmp_path / "in", {"a.png": b"", "a.txt": data}), tmp_path / "out")
+    assert _captions(samples) == {"a.png": [text]}
+    assert report["remarks"] == ({remark: 1} if remark else {})
+
+
+def test_text_in_an_unknown_encoding_is_named_and_its_picture_left_out(tmp_path: Path) -> None:
+    files: Files = {"a.png": b"", "a.txt": "犬と猫".encode("shift-jis"), "b.png": b"", "b.txt": "a dog"}
+    samples, report = _samples(_folder(tmp_path / "in", files), tmp_path / "out")
+    assert _captions(samples) == {"b.png": ["a dog"]}
+    assert report["bad"] == {"unknown encoding": 1}
+    assert report["bad_files"][0].startswith("a.png: unknown encoding")
+
+
+@pytest.mark.parametrize(
+    ("value", "captions"),
+    [
+        (["a dog", "a cat"], ["a dog", "a cat"]),
+        (["a dog", None, " ", "a cat"], ["a dog", "a cat"]),
+        (["only"], ["only"]),
+        ('["a dog", "a cat"]', ["a dog", "a cat"]),
+        ("['a dog', 'it is \"x\"']", ["a dog", 'it is "x"']),
+        ([], []),
+        (None, []),
+        (float("nan"), []),
+        ("  ", []),
+        ("NaN", []),
+        ("[a|b] (red:1.2)", ["[a|b] (red:1.2)"]),
+        ("{a|b}", ["{a|b}"]),
+    ],
+)
+def test_several_captions_stay_several_and_nothing_is_none(tmp_path: Path, value: Any, captions: list[str]) -> None:
+    lines = [{"file_name": "a.png", "caption": value, "score": float("nan")}, {"file_name": "b.png", "caption": "x"}]
+    files: Files = {"a.png": b"", "b.png": b"", "metadata.jsonl": "\n".join(map(json.dumps, lines))}
+    samples, report = _samples(_folder(tmp_path / "in", files), tmp_path / "out")
+    assert _captions(samples) == {"a.png": captions, "b.png": ["x"]}
+    assert samples[0]["json"]["score"] is None
+    assert (report["without_caption"], report["several_captions"]) == (not captions, len(captions) > 1)
+
+
+@pytest.mark.parametrize("value", [7, 0.5, True, {"en": "a dog"}, [{"raw": "a dog"}], [["a"], ["b"]], [1, 2]])
+def test_what_is_no_text_is_refused_with_file_and_row(tmp_path: Path, value: Any) -> None:
+    lines = [{"file_name": "a.png", "caption": "x"}, {"file_name": "b.png", "caption": value}]
+    files: Files = {"a.png": b"", "b.png": b"", "metadata.jsonl": "\n".join(map(json.dumps, lines))}
+    with pytest.raises(DataError, match=r"metadata\.jsonl' line 2: 'caption'.*expected text"):
+        _samples(_folder(tmp_path / "in", files), tmp_path / "out")
+
+
+@pytest.mark.parametrize("cell", ["['a dog'\n 'a cat']", "{'raw': 'a dog'}", '{"en": "a dog"}'])
+def test_the_print_of_a_structure_in_a_cell_is_refused_with_file_and_row(tmp_path: Path, cell: str) -> None:
+    files: Files = {"a.png": b"", "list.csv": _csv([["image", "caption"], ["a.png", cell]])}
+    with pytest.raises(DataError, match=r"list\.csv' line \d: 'caption'"):
+        _samples(_folder(tmp_path / "in", files), tmp_path / "out")
+
+
+def test_rows_of_one_picture_are_its_captions(tmp_path: Path) -> None:
+    rows = [["image", "n", "caption"], ["a.png", "0", "one"], ["a.png", "1", "two, too"], ["b.png", "0", "three"]]
+    source = _folder(tmp_path / "in", {"Images/a.png": b"", "Images/b.png": b"", "captions.csv": _csv(rows)})
+    samples, _ = _samples(source, tmp_path / "out")
+    assert _captions(samples) == {"a.png": ["one", "two, too"], "b.png": ["three"]}
+    assert [sample["json"]["n"] for sample in samples] == [["0", "1"], "0"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "prefix"), [("{}/1.png", ""), ("train/{}/1.png", ""), ("{}/x.y.png", ""), ("a/b/{}/1.png", "")]
+)
+def test_class_folders_give_labels_in_sorted_order_and_captions(tmp_path: Path, layout: str, prefix: str) -> None:
+    names = ["tabby_cat", "Dog", "bird"]
+    source = _folder(tmp_path / "in", {layout.format(name): b"" for name in names})
+    samples, report = _samples(source, tmp_path / "out")
+    expected = {layout.format(name): [f"a photo of a {name.replace('_', ' ')}"] for name in names}
+    assert _captions(samples) == expected
+    # As Hugging Face's imagefolder numbers them: by the sorted names.
+    labels = {sample["json"]["path"]: int(sample["cls"]) for sample in samples}
+    assert labels == {layout.format(name): number for number, name in enumerate(sorted(names))}
+    assert report["captions_from_class_names"] == 3
+
+
+@pytest.mark.parametrize(
+    "names", [("2021", "2022"), ("100APPLE", "101APPLE"), ("n01440764", "n01443537"), ("train", "val"), ("one",)]
+)
+def test_folders_that_are_no_classes_give_no_captions(tmp_path: Path, names: tuple[str, ...]) -> None:
+    samples, report = _samples(_folder(tmp_path / "in", {f"{n}/1.png": b"" for n in names}), tmp_path / "out")
+    assert [captions for captions in _captions(samples).values() if captions] == []
+    assert report["without_caption"] == len(names)
+
+
+@pytest.mark.parametrize("column", ["label", "class_name", "Category"])
+def test_a_class_column_gives_labels_and_captions(tmp_path: Path, column: str) -> None:
+    rows = [["image", column], ["a.png", "dog"], ["b.png", "cat"], ["c.png", "dog"]]
+    source = _folder(tmp_path / "in", {"a.png": b"", "b.png": b"", "c.png": b"", "labels.csv": _csv(rows)})
+    samples, report = _samples(source, tmp_path / "out")
+    assert _captions(samples) == {
+        f"{n}.png": [f"a photo of a {c}"] for n, c in zip("abc", ("dog", "cat", "dog"), strict=True)
+    }
+    assert [sample["cls"] for sample in samples] == [b"1", b"0", b"1"]
+    assert report["classes"] == {"cat": 0, "dog": 1}
+
+
+def test_numbers_of_classes_are_kept_and_a_caption_column_goes_first(tmp_path: Path) -> None:
+    rows = [["image", "label", "text"], ["a.png", "7", "a dog"], ["b.png", "3", ""]]
+    source = _folder(tmp_path / "in", {"a.png": b"", "b.png": b"", "labels.csv": _csv(rows)})
+    samples, report = _samples(source, tmp_path / "out")
+    assert _captions(samples) == {"a.png": ["a dog"], "b.png": []}
+    assert [sample["cls"] for sample in samples] == [b"7", b"3"]
+    assert report["without_caption"] == 1
+
+
+@pytest.mark.parametrize(
+    ("folder", "times", "name"), [("3_sks dog", 3, "sks dog"), ("2_1girl", 2, "1girl"), ("1_x y z", 1, "x y z")]
+)
+def test_kohya_folders_repeat_their_pictures(tmp_path: Path, folder: str, times: int, name: str) -> None:
+    files: Files = {f"{folder}/a.png": b"", f"{folder}/a.caption": "a dog", f"{folder}/b.png": b"", "1_reg/c.png": b""}
+    samples, report = _samples(_folder(tmp_path / "in", files), tmp_path / "out")
+    texts = [sample["txt"].decode() for sample in samples]
+    assert {text: texts.count(text) for text in texts} == {"a dog": times, name: times, "reg": 1}
+    assert report["repeats"] == {folder: times, "1_reg": 1}
+
+
+@pytest.mark.parametrize("kind", [".heic", ".CR2", ".psd", ".mov", ".tar", ".xlsx"])
+def test_what_is_not_read_is_named_and_counted(tmp_path: Path, kind: str) -> None:
+    files: Files = {"a.png": b"", "a.txt": "a dog", f"b{kind}": b"?", f"sub/c{kind}": b"?", ".DS_Store": b"?"}
+    _, report = _samples(_folder(tmp_path / "in", files), tmp_path / "out")
+    assert report["not_read"] == {kind.lower(): 2, "hidden or system file": 1}
+    assert report["not_read_files"] == [".DS_Store", f"b{kind}", f"sub/c{kind}"]
+    (tmp_path / "in" / "a.png").unlink()
+    with pytest.raises(InputNotFoundError, match=rf"2 × {kind.lower()}.*b{kind}"):
+        pack(tmp_path / "in", tmp_path / "out-2", SilentReporter())
+
+
+def test_pictures_that_are_missing_unnamed_or_remote_are_named_and_counted(tmp_path: Path) -> None:
+    rows = [["image", "text"], ["a.png", "x"], ["gone.png", "x"], ["http://h/b.png", "x"], ["", "x"], ["twice", "x"]]
+    files: Files = {"a.png": b"", "c.png": b"", "p/twice.png": b"", "q/twice.png": b"", "metadata.csv": _csv(rows)}
+    samples, report = _samples(_folder(tmp_path / "in", files), tmp_path / "out")
+    assert _captions(samples) == {"a.png": ["x"]}
+    assert report["bad"] == {"missing file": 1, "remote picture": 1, "no picture named": 1, "ambiguous file": 1}
+    assert report["not_read"] == {"picture that no table names": 3}
+    assert "c.png" in report["not_read_files"]
+
+
+def test_linked_folders_are_entered_once_and_loops_end(tmp_path: Path) -> None:
+    source = _folder(tmp_path / "in", {"a/1.png": b"", "a/1.txt": "one"})
+    _folder(tmp_path / "elsewhere", {"2.png": b"", "2.txt": "two"})
+    (source / "b").symlink_to(tmp_path / "elsewhere")
+    (source / "a" / "loop").symlink_to(source)
+    samples, report = _samples(source, tmp_path / "out")
+    assert _captions(samples) == {"a/1.png": ["one"], "b/2.png": ["two"]}
+    assert report["not_read"] == {"folder linked twice": 1}
+
+
+def test_two_pictures_of_one_stem_share_its_caption_and_two_captions_are_refused(tmp_path: Path) -> None:
+    files: Files = {"a.png": b"", "a.PNG": png((1, 1, 1)), "a.txt": "x", "b.png": b"", "b.txt": "x", "b.TXT": "y"}
+    samples, report = _samples(_folder(tmp_path / "in", files), tmp_path / "out")
+    assert _captions(samples) == {"a.png": ["x"], "a.PNG": ["x"]}
+    assert report["bad"] == {"ambiguous caption": 1}
+
+
+def test_files_of_img2dataset_keep_caption_and_facts(tmp_path: Path) -> None:
+    facts = {"caption": "a dog", "url": "http://h/1", "similarity": float("nan"), "exif": "{}"}
+    files: Files = {"00000/000000000.png": b"", "00000/000000000.txt": "a dog", "00000_stats.json": '{"count": 1}'}
+    files |= {
+        "00000/000000000.json": json.dumps(facts),
+        "00000/000000001.png": b"",
+        "00000/000000001.json": '{"text": "b"}',
+    }
+    samples, report = _samples(_folder(tmp_path / "in", files), tmp_path / "out")
+    assert _captions(samples) == {"00000/000000000.png": ["a dog"], "00000/000000001.png": ["b"]}
+    assert samples[0]["json"]["url"] == "http://h/1"
+    assert samples[0]["json"]["similarity"] is None
+    assert report["not_read"] == {".json": 1}
+
+
+def _arrow_classes(names: list[str]) -> dict[bytes, bytes]:
+    features = {"label": {"names": names, "_type": "ClassLabel"}}
+    return {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+
+
+@pytest.mark.parametrize("shape", ["struct", "bytes", "path", "class"])
+def test_parquet_holds_pictures_or_names_them(tmp_path: Path, shape: str) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet: Any = pytest.importorskip("pyarrow.parquet")
+    pictures = [png((1, 0, 0)), png((2, 0, 0))]
+    source = _folder(
+        tmp_path / "in", {"a.png": pictures[0], "b.png": pictures[1]} if shape == "path" else {"x.md": "x"}
+    )
+    cells: dict[str, list[Any]] = {
+        "struct": [{"bytes": data, "path": None} for data in pictures],
+        "class": [{"bytes": data, "path": "p.png"} for data in pictures],
+        "bytes": pictures,
+        "path": ["a.png", "b.png"],
+    }
+    columns = {
+        "image": cells[shape],
+        **({"label": [1, 0]} if shape == "class" else {"text": [["one", "uno"], ["two"]]}),
+    }
+    table = arrow.table(columns)
+    if shape == "class":
+        table = table.replace_schema_metadata(_arrow_classes(["cat", "dog"]))
+    parquet.write_table(table, source / "train-00000-of-00001.parquet")
+    samples, _ = _samples(source, tmp_path / "out")
+    assert [sample["png"] for sample in samples] == pictures
+    expected = [["a photo of a dog"], ["a photo of a cat"]] if shape == "class" else [["one", "uno"], ["two"]]
+    assert [sample["json"]["captions"] for sample in samples] == expected
+    assert [sample.get("cls") for sample in samples] == ([b"1", b"0"] if shape == "class" else [None, None])
+
+
+def test_the_caption_of_a_picture_is_never_its_file_name(tmp_path: Path) -> None:
+    files: Files = {"a.png": b"", "a.png.json": '{"title": "a.png"}', "b.png": b"", "b.json": '{"title": "a dog"}'}
+    samples, _ = _samples(_folder(tmp_path / "in", files), tmp_path / "out")
+    assert _captions(samples) == {"a.png": [], "b.png": ["a dog"]}
+
+
+def _check_refused(make: Callable[[Path], Path], tmp_path: Path, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        pack(make(tmp_path), tmp_path / "out", SilentReporter())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.zip", b"PK", "'a.zip'.*no table"),
+        ("a.tar", b"", "a tar is a shard already"),
+        (
+            "a.csv",
+            b"left_file_name,right_file_name,text\nx,y,z\n",
+            "'left_file_name', 'right_file_name'.*--image-column",
+        ),
+        ("a.csv", b"image,text,text\nx,y,z\n", "two columns are called 'text'"),
+        ("a.csv", b"image,label\na.png,a red circle on the left of it\n", "line 2.*too long.*--caption-column"),
+        ("a.json", b'{"images": [], "annotations": []}', "expected a list of objects"),
+    ],
+)
+def test_what_is_ambiguous_or_of_another_kind_is_refused(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    _folder(tmp_path, {name: content or b"x", "a.png": b""})
+    with pytest.raises(DataError, match=words.replace("'a.zip'", "a.zip'")):
+        pack(tmp_path / name, tmp_path / "out", SilentReporter())

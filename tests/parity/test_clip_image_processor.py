@@ -1,0 +1,85 @@
+"""Images for CLIP's image tower, prepared as transformers' CLIPImageProcessor prepares them (its Pillow backend)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from ldm_cli.core.models.clip import normalize_images
+from ldm_cli.core.models.clip_image_processor import CLIPImageProcessor
+
+theirs = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
+
+# Where only the height shrinks, Pillow 13 resizes it first; earlier versions, and we, always begin with the width.
+CONTENTS: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "no normalisation": {"image_mean": [0.0, 0.0, 0.0], "image_std": [1.0, 1.0, 1.0]},
+    "mean 0.5": {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "do_convert_rgb": True},
+    "numbers as sizes": {"size": 40, "crop_size": 30, "feature_extractor_type": "CLIPFeatureExtractor"},
+    "both sides": {"size": {"height": 60, "width": 36}, "do_center_crop": False},
+    "a pair of sides": {"size": [61, 30], "crop_size": {"height": 20, "width": 31}},
+    "bilinear": {"size": {"shortest_edge": 24}, "resample": 2, "crop_size": {"height": 24, "width": 24}},
+    "crop larger than image": {"size": {"shortest_edge": 20}, "crop_size": {"height": 37, "width": 45}},
+    "crop larger on one side": {"do_resize": False, "crop_size": {"height": 50, "width": 51}},
+    "no resizing": {"do_resize": False, "crop_size": {"height": 21, "width": 16}},
+    "no cropping": {"size": {"shortest_edge": 20}, "do_center_crop": False},
+    "other factor": {"rescale_factor": 1 / 127.5, "image_mean": [1.0, 1.0, 1.0], "image_std": [1.0, 1.0, 1.0]},
+    "no rescaling": {"do_rescale": False, "image_mean": [120.0, 110.0, 100.0], "image_std": [60.0, 61.0, 62.0]},
+    "neither": {"do_rescale": False, "do_normalize": False},
+    "rescaled only": {"do_normalize": False},
+}
+
+
+@pytest.mark.parametrize(("height", "width"), [(33, 57), (57, 33), (40, 40), (64, 47)])
+@pytest.mark.parametrize("content", CONTENTS)
+def test_pixels_equal_those_of_transformers(content: str, height: int, width: int) -> None:
+    generator = np.random.default_rng(height)
+    image = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    expected = theirs.CLIPImageProcessorPil(**CONTENTS[content])(image, return_tensors="pt")["pixel_values"]
+    processor = CLIPImageProcessor.from_hugging_face(CONTENTS[content])
+    found = processor(torch.from_numpy(image).permute(2, 0, 1)[None])
+    assert found.shape == expected.shape
+    assert processor.side in (None, found.shape[2])
+    scale = (processor.rescale_factor if processor.do_rescale else 1) / (
+        min(processor.image_std) if processor.do_normalize else 1
+    )
+    levels = (found - expected.float()).abs() / scale
+    assert levels.max() <= 1.001  # Pillow resizes with fixed-point weights
+    assert (levels > 0.01).float().mean() <= 0.1
+
+
+def test_defaults_are_those_of_our_own_normalisation() -> None:
+    images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    assert CLIPImageProcessor.for_side(224) == CLIPImageProcessor()
+    assert CLIPImageProcessor().side == 224
+    assert torch.allclose(CLIPImageProcessor()(images), normalize_images(images), atol=1e-6)
+
+
+def test_gradients_reach_the_pixels() -> None:
+    images = (torch.rand(1, 3, 40, 50) * 255).requires_grad_()
+    CLIPImageProcessor.from_hugging_face({"size": 20, "crop_size": 20})(images).square().sum().backward()
+    assert images.grad is not None
+    assert (images.grad != 0).float().mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("content", "field"),
+    [
+        ({"resample": 1}, "resample"),
+        ({"resample": 0}, "resample"),
+        ({"do_pad": True}, "do_pad"),
+        ({"size": {"longest_edge": 224}}, "size"),
+        ({"size": {"shortest_edge": 224, "longest_edge": 300}}, "size"),
+        ({"image_std": [0.5, 0.0, 0.5]}, "image_std"),
+        ({"image_mean": [0.5]}, "image_mean"),
+        ({"do_flip_channel_order": True}, "do_flip_channel_order"),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(content: dict[str, Any], field: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        CLIPImageProcessor.from_hugging_face(content)
+    assert {error["loc"][0] for error in caught.value.errors()} == {field}
