@@ -44,7 +44,7 @@ class TrainClipRecipe(Config):
     command: Literal["train-clip"]
     """Which command this recipe is for."""
     name: Name
-    """Name of the run; it lives in `runs/NAME`."""
+    """Name of the run, whose folder is `runs/NAME`."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of everything random."""
     data: DataConfig
@@ -56,7 +56,7 @@ class TrainClipRecipe(Config):
     start_from: StartFrom = None
     freeze: Freeze = ()
     equal_captions_match: bool = False
-    """Images of one batch whose captions are equal match each other's (Yang et al. 2022), instead of being told apart:
+    """Images of one batch whose captions are equal match each other's (Yang et al. 2022), instead of being negatives:
     for data whose captions repeat, such as class names. `accuracy` then counts a caption, not a pair; equal captions
     have equal features, so that the loss stays what it is."""
     train: TrainConfig
@@ -81,7 +81,7 @@ class TrainVaeRecipe(Config):
     command: Literal["train-vae"]
     """Which command this recipe is for."""
     name: Name
-    """Name of the run; it lives in `runs/NAME`."""
+    """Name of the run, whose folder is `runs/NAME`."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of everything random."""
     data: DataConfig
@@ -125,7 +125,7 @@ class SamplesConfig(Config):
     num_prompts: Annotated[int, Field(ge=1, le=64)] = 8
     """How many captions to take when `prompts` is empty."""
     sampling: SamplingConfig = SamplingConfig(steps=20, images_per_prompt=1)
-    """How they are drawn."""
+    """Sampler, steps, guidance, size."""
 
 
 class TrainUnetRecipe(Config):
@@ -134,7 +134,7 @@ class TrainUnetRecipe(Config):
     command: Literal["train-unet"]
     """Which command this recipe is for."""
     name: Name
-    """Name of the run; it lives in `runs/NAME`."""
+    """Name of the run, whose folder is `runs/NAME`."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of everything random."""
     data: DataConfig

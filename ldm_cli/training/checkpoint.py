@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or not there.
+"""Checkpoints that are complete or absent.
 
 Commit: write into `.tmp-…` beside the target → fsync every file → manifest.json last (sizes, sha256, versions) →
 fsync → rename → fsync the parent; only then are old checkpoints deleted. The latest checkpoint is the one of
@@ -27,7 +27,7 @@ _STEP_PREFIX = "step-"
 
 
 class _Entry(TypedDict):
-    """What a manifest says of a file."""
+    """A file's entry in a manifest."""
 
     bytes: int
     sha256: str
@@ -51,10 +51,9 @@ def commit_folder(
     linked: Path | None = None,
     num_bytes: int | None = None,
 ) -> None:
-    """Create the folder `target` as a whole: `write` fills a temporary folder, which is synced, sealed and
-    renamed.
+    """Create the folder `target` in one step: `write` fills a temporary folder, which is synced, sealed and renamed.
 
-    What `write` leaves empty is not created.
+    If `write` leaves it empty, `target` is not created.
 
     Args:
         target: final path; its parent must exist.
@@ -153,7 +152,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def problem_with(folder: Path) -> str | None:
-    """None if every file listed in the manifest has its recorded size and sha256, else what is wrong."""
+    """None if every file in the manifest has its recorded size and sha256, else the first problem."""
     try:
         for name, entry in _entries(folder).items():
             if (problem := _problem(folder / name, entry)) is not None:
@@ -198,8 +197,8 @@ def latest_checkpoint(folder: Path, warn: Callable[[str], None], spare: Path) ->
 
     Args:
         folder: holds the checkpoints.
-        warn: is told what was found.
-        spare: a committed folder that checkpoints link to; what is damaged of it in a checkpoint is replaced.
+        warn: receives a message for each damaged checkpoint.
+        spare: a committed folder that checkpoints link to; its files replace damaged ones in a checkpoint.
 
     Raises:
         CheckpointError: there are checkpoints, but none verifies.
@@ -223,7 +222,7 @@ def latest_checkpoint(folder: Path, warn: Callable[[str], None], spare: Path) ->
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what cannot be deleted now, later."""
+    """Delete all but the newest `keep` checkpoints; one that cannot be deleted is tried again next time."""
     for old in checkpoints(folder)[:-keep]:
         # Renamed first: a kill in the middle of the deletion leaves no half checkpoint under a final name.
         doomed = folder / f"{TEMPORARY_PREFIX}{old.name}"
@@ -233,7 +232,7 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what an interrupted save or deletion left behind."""
+    """Delete the temporary files of an interrupted save or deletion."""
     for stale in folder.glob(f"{TEMPORARY_PREFIX}*"):
         with suppress(OSError):
             if stale.is_dir() and not stale.is_symlink():

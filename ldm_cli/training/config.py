@@ -1,4 +1,4 @@
-"""What a recipe says about training: the same fields for all three trainers."""
+"""The training section of a recipe: the same fields for all trainers."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class TrainConfig(Config):
     """Samples whose gradient is computed at once where `deterministic` is elastic; must divide `batch_size`. null: an
     eighth of it, or the next smaller part that divides it."""
     strategy: Literal["replicated", "sharded"] = "replicated"
-    """How several ranks hold the model. replicated: each one whole (data parallel). sharded: each a part of weights,
-    gradients, moments and averages (ZeRO-3, FSDP2), for models that are too large otherwise; `channels_last` is left
-    out, and neither `muon` nor `elastic` can be had."""
+    """How several ranks hold the model. replicated: each a full copy (data parallel). sharded: each a part of weights,
+    gradients, moments and averages (ZeRO-3, FSDP2), for models that are too large otherwise; `channels_last` has no
+    effect, and `muon` and `elastic` are refused."""
     rank_timeout: Annotated[float, Field(ge=1)] = 120.0
-    """Seconds after which a rank that gives no sign of life counts as lost."""
+    """Seconds of silence after which a rank counts as lost."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW for all; or Muon for hidden matrices and kernels, with AdamW for the rest: often fewer steps to a loss."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
@@ -91,7 +91,7 @@ class TrainConfig(Config):
         if self.strategy == "sharded" and self.deterministic == "elastic":
             raise ValueError("strategy=sharded adds up gradients as parts, not in the order of deterministic=elastic")
         if self.strategy == "sharded" and self.compile:
-            raise ValueError("strategy=sharded cannot be had with compile=true yet")
+            raise ValueError("strategy=sharded does not work with compile=true yet")
         if self.strategy == "sharded" and self.optimizer == "muon":
             raise ValueError("strategy=sharded cuts the matrices that optimizer=muon needs whole")
         if self.warmup_steps > self.steps:
@@ -99,13 +99,13 @@ class TrainConfig(Config):
         return self
 
     def chunk(self) -> int:
-        """Samples per chunk of the canonical sum: `chunk_size`, or what stands in its place."""
+        """Samples per chunk of the canonical sum: `chunk_size` or its default."""
         if self.chunk_size is not None:
             return self.chunk_size
         return max(d for d in range(1, max(1, self.batch_size // 8) + 1) if self.batch_size % d == 0)
 
     def parts_per_rank(self, world_size: int) -> int:
-        """In how many parts each of `world_size` ranks runs its share of the batch.
+        """Number of parts in which each of `world_size` ranks runs its share of the batch.
 
         Raises:
             RecipeError: the batch cannot be divided so.

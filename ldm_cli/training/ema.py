@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 class ExponentialMovingAverage:
-    """Averages of some parameters, with `averaged()` to put them in place for a while.
+    """Averages of some parameters; `averaged()` swaps them into the parameters.
 
-    Buffers (batch-norm statistics) are averages already and are shared with the live modules.
+    Buffers (batch-norm statistics) are averages already and are not averaged again.
     """
 
     def __init__(self, parameters: Iterable[Tensor], decay: float, warmup: bool) -> None:
@@ -35,7 +35,7 @@ class ExponentialMovingAverage:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """While it is entered, the parameters hold the averages, and writing to them changes the averages."""
+        """Within, the parameters hold the averages, and writing to them changes the averages."""
         self._swap()
         try:
             yield

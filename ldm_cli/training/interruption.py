@@ -1,5 +1,5 @@
-"""Stop requests: signals and the time limit. The loop asks after each step; a second signal ends the
-process at once."""
+"""Stop requests: signals and the time limit. The loop asks after each step; a second signal ends the process at
+once."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ _ANSWERED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _FATAL_TWICE = (signal.SIGTERM, signal.SIGINT)
 _TIME_IS_UP = 1  # the number of SIGHUP, which is never a reason
 TIME_LIMIT = "reached --max-time"
-"""Why a run stops that had only so much time."""
+"""The reason of a stop at the time limit."""
 MORE_TIME = "no step fitted into it: run the same command again, with more time"
-"""What to do when it was too little."""
+"""The remedy when the limit came before the first step."""
 SECONDS_APART = 0.1
-"""timeout(1) and batch queues signal the process and then its group: that is one request, not two."""
+"""Signals this close count as one: timeout(1) and batch queues signal the process and then its group."""
 
 
 def hold_signals() -> None:
-    """Keep signals waiting until `release_signals` or a `StopRequest`: imports take seconds, in which a batch
-    queue may already want its node back."""
+    """Block signals until `release_signals` or a `StopRequest`: a batch queue may send one during the imports, which
+    take seconds."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _ANSWERED)
 
 
 def release_signals() -> None:
-    """Let signals come, those that waited at once."""
+    """Unblock signals; those that waited are delivered at once."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _ANSWERED)
 
 
 class InterruptNote:
-    """Context in which an interrupt (Ctrl-C) raises KeyboardInterrupt, as always, and is remembered in `came`: a
-    library's compiled code may answer that exception with one of its own. An ignored SIGINT stays ignored."""
+    """Context in which Ctrl-C raises KeyboardInterrupt, as always, and sets `came`: compiled code of a library may turn
+    that exception into another. An ignored SIGINT stays ignored."""
 
     def __init__(self) -> None:
         self.came = False
@@ -84,22 +84,22 @@ class StopRequest:
 
     @property
     def code(self) -> int:
-        """Why to stop, as a number that ranks can compare: that of a signal, 1 for the time limit, or 0 to go on."""
+        """The reason to stop as a number that ranks can compare: of a signal, 1 for the time limit, 0 to go on."""
         if self._signal is not None:
             return int(self._signal)
         return _TIME_IS_UP if self.deadline is not None and time.monotonic() >= self.deadline else 0
 
     @property
     def reason(self) -> str | None:
-        """Why to stop, or None to go on."""
+        """The reason to stop; None to go on."""
         return stop_reason(self.code)
 
     @contextmanager
     def answered_at_once(self, *, with_limit: bool = True) -> Iterator[None]:
-        """While it is entered, a signal ends what runs at once: for preparations, which have no step to finish.
+        """Within, a signal interrupts at once: for preparations, which have no step to finish.
 
         Args:
-            with_limit: the time limit is looked at before and after, too.
+            with_limit: whether the time limit is checked before and after.
 
         Raises:
             Preempted: a signal came, or the time is up.
@@ -111,7 +111,7 @@ class StopRequest:
         except LdmError:
             raise
         except BaseException:
-            if self._signal is not None:  # whatever a library made of the interruption
+            if self._signal is not None:  # a library may have replaced the exception
                 self._raise_if_requested(with_limit)
             raise
         finally:
@@ -151,7 +151,7 @@ class StopRequest:
             self._watcher.join()
 
     def _watch(self) -> None:
-        """Let a thread see every signal as it arrives: Python's handlers wait until the main thread comes back
+        """Start a thread that sees every signal as it arrives: Python's handlers wait until the main thread returns
         from a kernel, a write or a sync, which may take long."""
         reading, writing = os.pipe()
         os.set_blocking(writing, False)

@@ -65,9 +65,9 @@ def _newton_schulz(gram: Tensor) -> Tensor:
 
 
 def _together(matrices: Sequence[Tensor]) -> list[list[int]]:
-    """Numbers of the matrices that are orthogonalized together, largest groups first.
+    """Indexes of the matrices that are orthogonalized together, largest groups first.
 
-    They follow from the shapes alone: a rank that did part of a group would round otherwise.
+    They follow from the shapes alone, so that the rounding does not depend on the number of ranks.
     """
     groups: dict[int, list[list[int]]] = {}
     for index, matrix in enumerate(matrices):
@@ -81,7 +81,7 @@ def _together(matrices: Sequence[Tensor]) -> list[list[int]]:
 
 
 def _pays_to_share(matrices: Sequence[Tensor]) -> bool:
-    """Whether ranks gain by each orthogonalizing a share: computing takes time with the sides, telling does not."""
+    """Whether sharing pays: the cost of computing grows with the sides of the matrices, that of sending does not."""
     return sum(m.numel() * min(m.shape) for m in matrices) >= _SIDE_TO_SHARE * sum(m.numel() for m in matrices)
 
 

@@ -1,4 +1,4 @@
-"""How the ranks of one job notice that one of them is gone, and tell one another why."""
+"""The watch by which the ranks of one job notice a lost rank, and the store entry that says why it failed."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from datetime import timedelta
 from torch.distributed import Store  # type: ignore[attr-defined]  # exported without a word
 
 POLL = timedelta(milliseconds=500)
-"""How often whoever waits for other ranks asks the watch."""
+"""Time between two looks at the watch, of a thread that waits for other ranks."""
 TELLING = 3.0
-"""Seconds in which a rank that fails tells why, and the others hear of it."""
+"""Seconds in which a failing rank stores its reason, and the others read it."""
 _STORE_TIMEOUT = timedelta(seconds=5)
 
 
 class RankWatch(threading.Thread):
-    """Gives a sign of life every second; rank 0 looks for those of all others, and each of them for rank 0's.
+    """Counts up a number in the store every second (a beat); rank 0 watches the beats of all others, they watch its.
 
-    Silence is counted in signs of one's own, not in time: a job that was stopped and continued as a whole finds
-    nobody silent. Where rank 0 serves the store and is stopped, no request to the store returns, with or without a
-    time-out of its own: so this thread alone waits for answers, and who waits for other ranks looks at this thread.
+    Silence is measured in this rank's own beats, not in time: after a job was stopped and continued as a whole, no
+    rank counts as silent. If rank 0 serves the store and is stopped, no request to the store returns, whatever its
+    time-out. So this thread alone waits for answers; a thread that waits for other ranks looks at this one.
 
     Attributes:
         verdict: what failed, and why; None while all are well.
@@ -41,20 +41,20 @@ class RankWatch(threading.Thread):
         self._beat()
 
     def run(self) -> None:
-        """Until the job ends or a rank is found lost."""
+        """Run until the job ends or a rank is lost."""
         while not self._ended.wait(self._interval) and self.verdict is None:
             self._beats += 1
             try:
                 self._beat()
                 self.verdict = announced(self._store)
-                signs = self._store.multi_get([f"life/{rank}" for rank in self._watched])
+                beats = self._store.multi_get([f"beat/{rank}" for rank in self._watched])
             except RuntimeError:  # the store is silent or gone, and rank 0 with it
-                signs = [self._last_seen.get(rank, (b"", 0))[0] for rank in self._watched]
-            for rank, sign in zip(self._watched, signs, strict=True):
-                self._judge(rank, sign)
+                beats = [self._last_seen.get(rank, (b"", 0))[0] for rank in self._watched]
+            for rank, beat in zip(self._watched, beats, strict=True):
+                self._judge(rank, beat)
 
     def asked(self) -> tuple[str, str] | None:
-        """The verdict; whoever waits for other ranks asks every half second, which counts the store's silence."""
+        """The verdict. A thread that waits for other ranks asks every `POLL`; the calls measure the store's silence."""
         if self._beats != self._beats_when_asked:
             self._beats_when_asked, self._silence = self._beats, 0.0
         else:
@@ -64,39 +64,39 @@ class RankWatch(threading.Thread):
         return self.verdict
 
     def end(self) -> None:
-        """Stop and wait for it, unless the store has fallen silent."""
+        """Stop the thread and wait for it, unless the store no longer answers."""
         self._ended.set()
         self.join(_STORE_TIMEOUT.total_seconds())
 
     def _beat(self) -> None:
-        self._store.set(f"life/{self._rank}", str(self._beats))
+        self._store.set(f"beat/{self._rank}", str(self._beats))
 
     def _lost(self, rank: int) -> tuple[str, str]:
         return f"rank {rank} of {self._world_size} is lost", f"it gave no sign of life for {self._timeout:g} s"
 
-    def _judge(self, rank: int, sign: bytes) -> None:
-        before, beat = self._last_seen.get(rank, (None, self._beats))
-        if sign != before:
-            self._last_seen[rank] = (sign, self._beats)
-        elif (self._beats - beat) * self._interval > self._timeout and self.verdict is None:
+    def _judge(self, rank: int, beat: bytes) -> None:
+        before, since = self._last_seen.get(rank, (None, self._beats))
+        if beat != before:
+            self._last_seen[rank] = (beat, self._beats)
+        elif (self._beats - since) * self._interval > self._timeout and self.verdict is None:
             self.verdict = self._lost(rank)
             announce(self._store, *self.verdict)
 
 
 def announce(store: Store, what: str, reason: str) -> None:
-    """Leave what failed, unless something has before; a store that does not answer is not waited for."""
+    """Store what failed and why, unless an earlier failure is there; does not wait for a store without answer."""
 
     def leave() -> None:
         with suppress(RuntimeError):
             store.compare_set("failure", "", json.dumps([what, reason]))
 
-    telling = threading.Thread(target=leave, daemon=True)
-    telling.start()
-    telling.join(TELLING)
+    writing = threading.Thread(target=leave, daemon=True)
+    writing.start()
+    writing.join(TELLING)
 
 
 def announced(store: Store) -> tuple[str, str] | None:
-    """What the first rank to fail left."""
+    """What failed first and why; None while all is well."""
     try:
         if not store.check(["failure"]):
             return None

@@ -1,4 +1,4 @@
-"""Who owns a run folder, and in which step the owner is."""
+"""The lock of a run folder, which also says in which step its owner is."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
 
 
 class RunLock:
-    """`.lock`: locked by the live owner of a folder, and telling who that is: `pid 12 on host, in step 34`.
+    """`.lock`: locked by the process that owns the folder, with its name as text: `pid 12 on host, in step 34`.
 
-    The system drops the lock of a process that dies, so a dead owner needs no clearing away. What it wrote stays,
-    and says in which step it died.
+    The system releases the lock of a process that dies. Its text stays and says in which step it died.
     """
 
     def __init__(self, file: Path) -> None:
@@ -61,7 +60,7 @@ class RunLock:
         return self._descriptor is not None
 
     def note(self, step: int | None) -> None:
-        """Tell which step is being computed; None: none is."""
+        """Write down which step is being computed; None: no step."""
         if self._descriptor is not None:
             text = self._owner + ("" if step is None else f", in step {step}") + "\n"
             with suppress(OSError):  # information only
@@ -69,7 +68,7 @@ class RunLock:
                 os.ftruncate(self._descriptor, os.pwrite(self._descriptor, text.encode(), 0))
 
     def release(self) -> None:
-        """Give the folder up."""
+        """Release the lock."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

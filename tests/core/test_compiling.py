@@ -158,7 +158,7 @@ def test_a_compiled_pipeline_draws_the_same_pictures_in_any_company(
 
 
 def test_a_sharded_run_is_not_compiled() -> None:
-    with pytest.raises(ValueError, match="strategy=sharded cannot be had with compile=true"):
+    with pytest.raises(ValueError, match="strategy=sharded does not work with compile=true"):
         TrainConfig(steps=1, batch_size=1, strategy="sharded", compile=True)
 
 

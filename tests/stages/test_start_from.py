@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
-from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.data.loader import sequential_batches
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.errors import CheckpointError, InputNotFoundError, RecipeError
@@ -47,12 +47,16 @@ def changed(source: Path, model: Path) -> set[str]:
 
 
 def test_a_decoder_alone_is_tuned_and_its_encoder_keeps_every_bit(scenes: Path, vae_run: Path, tmp_path: Path) -> None:
-    result = trained(decoder_recipe(scenes, vae_run, steps=6, lr=1e-2, ema_decay=0.5), tmp_path)
-    source = AutoencoderKLConfig.from_hugging_face(json.loads((vae_run / "model/config.json").read_text()))
-    moved = changed(vae_run / "model", tmp_path / "model")
+    source = tmp_path / "source"
+    shutil.copytree(vae_run / "model", source)
+    theirs = json.loads((source / "config.json").read_text()) | {"scaling_factor": 0.75, "shift_factor": 0.25}
+    (source / "config.json").write_text(json.dumps(theirs))
+    result = trained(decoder_recipe(scenes, source, steps=6, lr=1e-2, ema_decay=0.5), tmp_path / "run")
+    moved = changed(source, tmp_path / "run/model")
     assert {name.partition(".")[0] for name in moved} == {"decoder", "post_quant_conv"}
-    config = json.loads((tmp_path / "model/config.json").read_text())
-    assert config["scaling_factor"] == result["figures"]["scaling_factor"] == source.scaling_factor
+    ours = json.loads((tmp_path / "run/model/config.json").read_text())
+    for name in ("scaling_factor", "shift_factor"):
+        assert ours[name] == result["figures"][name] == theirs[name], name
 
 
 def test_frozen_parameters_are_written_once_and_diffusers_opens_every_folder(

@@ -116,6 +116,8 @@ def test_accumulation_equals_the_whole_batch(tmp_path: Path) -> None:
     one, two = (load_file(tmp_path / p / "model/model.safetensors") for p in ("whole", "parts"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=2e-6)
+    for left, right in zip(figures(tmp_path / "whole"), figures(tmp_path / "parts"), strict=True):
+        assert left == pytest.approx(right, rel=1e-4)
 
 
 def test_the_loop_equals_plain_torch(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the three training commands share: open the data, own the run folder, hand a task to the loop."""
+"""The part that all training commands share: open the data, own the run folder, pass a task to the loop."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from ldm_cli.training.task import Task
 
 @dataclass(frozen=True)
 class Workbench:
-    """What a task is built from."""
+    """The surroundings of a task: run folder, data, device."""
 
     run: RunFolder
     shards: ShardSet | Stream
@@ -50,9 +50,9 @@ class Workbench:
     device: torch.device
     reporter: Reporter
     cache: LatentCache | None = None
-    """Encodings of the training data, which the batches then hold in place of images."""
+    """Encodings of the training data, which the batches then hold instead of images."""
     ranks: Ranks = field(default_factory=Ranks)
-    """Who trains together."""
+    """The processes that train together."""
 
 
 def run_training(
@@ -66,12 +66,12 @@ def run_training(
     open_cache: Callable[[ShardSet], LatentCache] | None = None,
     with_captions: bool = True,
 ) -> dict[str, Any]:
-    """Train, continue or recognise as finished the run `recipe` describes.
+    """Train the run that `recipe` describes, or continue it, or report that it is finished.
 
     Args:
         build: makes the task; torch's generator is seeded for the initial weights, and restored.
-        uses: recipe field → folder of a model that the task uses; its weights are part of what the run is.
-        facts: whatever else is part of what the run is, by name.
+        uses: recipe field → folder of a model that the task uses; its weights belong to the run's identity.
+        facts: other values that belong to the run's identity, by name.
         open_cache: opens the encodings of the training data, in a run that is not finished.
         with_captions: False reads images alone, so that shards without captions serve.
 
@@ -84,16 +84,12 @@ def run_training(
         expect_memory(recipe, device, ranks.world_size)
         if recipe.train.deterministic == "elastic" and device.type == "cpu":
             torch.set_num_threads(1)  # sums depend on the number of threads, and ranks share the cores
-        # What is indexed stays indexed: the time limit counts from where the run folder can remember it.
+        # The time limit does not interrupt indexing: the index is kept, but no run folder could note the interruption.
         with _nothing_to_save(stop, ranks, with_limit=False), ranks.first_then_others():
             shards = open_data(recipe.data, reporter)
         run = RunFolder(options.out or Path("runs") / recipe.name, reporter)
-        resolved, fingerprints = recipe.to_mapping(), {"data": shards.fingerprint}
-        folders = {name: Path(folder) for name, folder in (uses or {}).items()}
-        if recipe.start_from is not None:
-            folders["start_from"] = start_folder(recipe)
-        fingerprints |= {name: weights_sha256(folder) for name, folder in folders.items()}
-        fingerprints |= facts or {}
+        resolved = recipe.to_mapping()
+        fingerprints = {"data": shards.fingerprint} | _weights_fingerprints(recipe, uses or {}) | dict(facts or {})
         ranks.expect_equal(_facts(resolved, fingerprints))
         status = json.loads(ranks.from_first(json.dumps(run.finished() if ranks.is_first else None)))
         if status is not None and status["steps"] == recipe.train.steps and options.resume != "never":
@@ -167,12 +163,20 @@ def open_data(config: DataConfig, reporter: Reporter) -> ShardSet | Stream:
 
 
 def _nothing_to_save(stop: StopRequest, ranks: Ranks, *, with_limit: bool = True) -> AbstractContextManager[None]:
-    """Answer signals at once while the run is prepared; several ranks stop together, before their first step."""
+    """Answer signals at once during preparations; several ranks stop together, before their first step."""
     return stop.answered_at_once(with_limit=with_limit) if ranks.world_size == 1 else nullcontext()
 
 
+def _weights_fingerprints(recipe: TrainRecipe, uses: Mapping[str, str]) -> dict[str, str]:
+    """Hashes of the weights that a run begins with or uses."""
+    folders = {name: Path(folder) for name, folder in uses.items()}
+    if recipe.start_from is not None:
+        folders["start_from"] = start_folder(recipe)
+    return {name: weights_sha256(folder) for name, folder in folders.items()}
+
+
 def _facts(resolved: Mapping[str, Any], fingerprints: Mapping[str, str]) -> dict[str, str]:
-    """What all ranks must have in common."""
+    """The values that all ranks must share."""
     facts = {f"recipe: {name}": repr(value) for name, value in flatten(resolved).items()}
     facts |= {f"fingerprint of {name}": value for name, value in fingerprints.items()}
     return facts | {"version of ldm": __version__, "version of torch": torch.__version__}
