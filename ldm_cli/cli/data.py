@@ -84,7 +84,7 @@ def pack(
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:
-    """Make shards from a folder with .txt captions, an imagefolder with metadata.jsonl, or a CSV."""
+    """Make shards of a folder with .txt captions, an imagefolder with metadata.jsonl, or a CSV."""
     from ldm_cli.stages import data
 
     result = data.pack(
