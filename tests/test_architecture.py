@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
@@ -36,6 +37,7 @@ ROOM_OF_LIBRARY = {"typer": "cli", "rich": "cli", "click": "cli", "matplotlib": 
 CORE_LIBRARIES = {"torch", "pydantic", "ldm_cli"}
 MAX_LINES = 300
 MAX_FUNCTION_LINES = 60
+MAX_FILES_TO_LOSS = 8
 
 
 def room_of(module: str) -> str:
@@ -165,6 +167,28 @@ def cycles(sources: Mapping[str, str]) -> list[str]:
     return []
 
 
+def path_violations(text: str, sources: Mapping[str, str]) -> list[str]:
+    """Errors in the documented path from the command to the loss: each file is imported by one before it, at most 8.
+
+    Args:
+        text: of docs/architecture.md; the path is its first section, a file per numbered line.
+        sources: of all modules by name.
+    """
+    section = text.partition("\n## ")[2].partition("\n## ")[0]
+    files = re.findall(r"^\d+\. `([\w/]+)\.py`", section, re.MULTILINE)
+    modules = ["ldm_cli." + file.replace("/", ".") for file in files]
+    if not 2 <= len(modules) <= MAX_FILES_TO_LOSS:
+        return [f"{len(modules)} files from command to loss"]
+    found = [f"{module} does not exist" for module in modules if module not in sources]
+    reached: set[str] = {modules[0]}
+    for module in modules:
+        if module not in reached:
+            found.append(f"no file before {module} imports it")
+        for name in imported_modules(ast.parse(sources.get(module, ""))):
+            reached |= {name, name.rpartition(".")[0]}
+    return found
+
+
 CHECKS = (
     import_violations,
     device_violations,
@@ -188,6 +212,29 @@ def test_every_module_keeps_the_rule(check) -> None:  # type: ignore[no-untyped-
 
 def test_no_modules_import_one_another() -> None:
     assert cycles({module_name(path): path.read_text(encoding="utf-8") for path in MODULES}) == []
+
+
+def test_the_path_from_the_command_to_the_loss_is_as_documented() -> None:
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    sources = {module_name(path): path.read_text(encoding="utf-8") for path in MODULES}
+    assert path_violations(text, sources) == []
+
+
+def test_a_wrong_path_to_the_loss_is_found() -> None:
+    sources = {
+        "ldm_cli.cli.train": "def f():\n    from ldm_cli.stages import train_vae",
+        "ldm_cli.stages.train_vae": "from ldm_cli.core.vae_loss import VAELoss",
+        "ldm_cli.core.vae_loss": "",
+    }
+
+    def violations(*files: str) -> int:
+        lines = [f"{number}. `{file}`: text" for number, file in enumerate(files, 1)]
+        return len(path_violations("# Title\n\n## Path\n" + "\n".join(lines) + "\n\n## Other\n1. `x.py`", sources))
+
+    assert violations("cli/train.py", "stages/train_vae.py", "core/vae_loss.py") == 0
+    assert violations("cli/train.py", "core/vae_loss.py") == 1
+    assert violations("cli/train.py", "stages/train_unet.py") == 2
+    assert violations(*["cli/train.py"] * 9) == 1
 
 
 @pytest.mark.parametrize(

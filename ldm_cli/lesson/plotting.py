@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +99,7 @@ def save_png(panels: Sequence[Panel], columns: int, path: Path) -> None:
     total_width = 2 * _MARGIN + columns * (width + _GAP) - _GAP
     total_height = 2 * _MARGIN + rows * (height + _TITLE_HEIGHT + _GAP) - _GAP
     pixels = io.BytesIO()
-    with matplotlib.rc_context(_SETTINGS):
+    with _fixed_style():
         figure = _figure(total_width, total_height, LIGHT["paper"])
         for i, panel in enumerate(panels):
             left = _MARGIN + i % columns * (width + _GAP)
@@ -119,7 +121,7 @@ def svg(panel: Panel, name: str) -> str:
         name: unique on the page, of letters, digits and hyphens.
     """
     text = io.StringIO()
-    with matplotlib.rc_context(_SETTINGS):
+    with _fixed_style():
         figure = _figure(*panel.size, "none")
         panel.draw(_axes(figure, (0.0, 0.0, 1.0, 1.0)))
         figure.savefig(text, format="svg", metadata=_NO_METADATA)
@@ -130,13 +132,21 @@ def svg(panel: Panel, name: str) -> str:
     body = re.sub(r'id="|(?<=url\()#|(?<=href=")#', lambda found: f"{found[0]}{name}-", body)
     for colour, value in LIGHT.items():
         body = body.replace(value, f"var(--{colour})")
-    label = panel.title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{label}">{body.strip()}'
+    return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(panel.title)}">{body.strip()}'
 
 
 def _shortened(path: re.Match[str]) -> str:
     """Path data with one decimal and without needless spaces: half the size."""
     return re.sub(r"\s*([MLCQz])\s*", r"\1", re.sub(r"(\.\d)\d+", r"\1", path[0]))
+
+
+@contextmanager
+def _fixed_style() -> Iterator[None]:
+    """matplotlib's defaults in place of the user's settings, so that the output is the same everywhere."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_SETTINGS)
+        yield
 
 
 def _figure(width: float, height: float, colour: str) -> Figure:

@@ -1,5 +1,6 @@
 import xml.etree.ElementTree as ET
 
+import matplotlib
 import torch
 from PIL import Image
 
@@ -51,12 +52,15 @@ def test_every_point_inside_is_one_stroke_of_the_svg_in_a_colour_of_the_page():
     assert path.get("clip-path")[5:-1] in ids
 
 
-def test_the_same_panel_gives_the_same_bytes(tmp_path):
+def test_the_same_panel_gives_the_same_bytes_whatever_the_settings_of_matplotlib(tmp_path):
     drawn = panel(draw_marks)
-    for name in ("a.png", "b.png"):
-        save_png([drawn], 1, tmp_path / name)
+    save_png([drawn], 1, tmp_path / "a.png")
+    text = svg(drawn, "f")
+    with matplotlib.rc_context({"axes.grid": True, "font.size": 20, "savefig.transparent": True}):
+        save_png([drawn], 1, tmp_path / "b.png")
+        assert svg(drawn, "f") == text
+        assert matplotlib.rcParams["font.size"] == 20
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    assert svg(drawn, "f") == svg(drawn, "f")
 
 
 def test_dark_colours_have_the_names_of_the_light_ones():
