@@ -171,7 +171,8 @@ def _in_names_of(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) 
     for name, tensor in tensors.items():
         if name.endswith("embeddings.position_ids") and name not in expected:
             continue
-        renamed[next((n for n in _spellings(name) if n in expected), name)] = tensor
+        known = (n for n in _spellings(name) if n in expected and (n == name or n not in tensors))
+        renamed[next(known, name)] = tensor
     return renamed
 
 
