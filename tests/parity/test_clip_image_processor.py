@@ -19,6 +19,7 @@ CONTENTS: dict[str, dict[str, Any]] = {
     "nothing": {},
     "no normalisation": {"image_mean": [0.0, 0.0, 0.0], "image_std": [1.0, 1.0, 1.0]},
     "mean 0.5": {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "do_convert_rgb": True},
+    "one number for all channels": {"image_mean": 0.4, "image_std": 0.25},
     "numbers as sizes": {"size": 40, "crop_size": 30, "feature_extractor_type": "CLIPFeatureExtractor"},
     "both sides": {"size": {"height": 60, "width": 36}, "do_center_crop": False},
     "a pair of sides": {"size": [61, 30], "crop_size": {"height": 20, "width": 31}},
