@@ -32,6 +32,7 @@ __all__ = [
     "load_weights",
     "read_as",
     "read_config",
+    "read_image_processor",
     "save_model",
     "weights_sha256",
     "without_weights",
@@ -104,6 +105,20 @@ def read_as(parse: Callable[[Mapping[str, Any]], T], file: Path) -> T:
         raise CheckpointError(f"cannot use '{file}'", named(causes, "; ")) from error
     except ValueError as error:
         raise CheckpointError(f"cannot use '{file}'", str(error)) from error
+
+
+def read_image_processor(parse: Callable[[Mapping[str, Any]], T], folder: Path) -> T | None:
+    """What `parse` makes of the image processor of a CLIP folder; errors as in `read_as`.
+
+    Transformers 5 writes it into processor_config.json, which has the last word; 4 into preprocessor_config.json. None:
+    the folder has neither.
+    """
+    folder = resolve_model_folder(folder)
+    nested = folder / "processor_config.json"
+    if nested.is_file() and isinstance(read_json(nested).get("image_processor"), dict):
+        return read_as(lambda content: parse(content["image_processor"]), nested)
+    file = folder / "preprocessor_config.json"
+    return read_as(parse, file) if file.is_file() else None
 
 
 @contextmanager
