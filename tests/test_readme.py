@@ -44,6 +44,7 @@ NAMES = (
     "sample",
     "samplers",
     "edit",
+    "foreign-models",
     "eval",
     "spiral",
     "data",

@@ -36,6 +36,7 @@ __all__ = [
     "model_sha256",
     "read_as",
     "read_config",
+    "read_image_processor",
     "save_frozen",
     "save_model",
     "weights_sha256",
@@ -115,6 +116,20 @@ def read_as(parse: Callable[[Mapping[str, Any]], T], file: Path) -> T:
         raise CheckpointError(f"cannot use '{file}'", str(error)) from error
 
 
+def read_image_processor(parse: Callable[[Mapping[str, Any]], T], folder: Path) -> T | None:
+    """What `parse` makes of the image processor of a CLIP folder; errors as in `read_as`.
+
+    Transformers 5 writes it into processor_config.json, which has the last word; 4 into preprocessor_config.json. None:
+    the folder has neither.
+    """
+    folder = resolve_model_folder(folder)
+    nested = folder / "processor_config.json"
+    if nested.is_file() and isinstance(read_json(nested).get("image_processor"), dict):
+        return read_as(lambda content: parse(content["image_processor"]), nested)
+    file = folder / "preprocessor_config.json"
+    return read_as(parse, file) if file.is_file() else None
+
+
 @contextmanager
 def without_weights() -> Iterator[None]:
     """Within, modules are made on the meta device: nothing is allocated, or drawn at random, only to be overwritten."""
@@ -180,7 +195,8 @@ def _in_names_of(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) 
     for name, tensor in tensors.items():
         if name.endswith("embeddings.position_ids") and name not in expected:
             continue
-        renamed[next((n for n in _spellings(name) if n in expected), name)] = tensor
+        known = (n for n in _spellings(name) if n in expected and (n == name or n not in tensors))
+        renamed[next(known, name)] = tensor
     return renamed
 
 

@@ -136,6 +136,15 @@ def test_other_spellings_of_names_are_understood(tmp_path, written, read):
     assert same(ours, theirs)
 
 
+def test_of_two_spellings_of_one_name_the_other_one_is_left_over(tmp_path):
+    layer = nn.Linear(2, 2)
+    state = {"layer.weight": layer.weight + 1, "layer.bias": layer.bias, "text_model.layer.weight": layer.weight}
+    for names in (state, reversed(state)):
+        save_file({name: state[name].detach() for name in names}, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=r"unexpected: text_model\.layer\.weight"):
+            load_weights(named(layer=nn.Linear(2, 2)), tmp_path)
+
+
 def test_misfits_are_named_up_to_five(tmp_path):
     save_file({"0.weight": torch.zeros(4, 3), **{f"extra{i}": torch.zeros(1) for i in range(7)}},
               tmp_path / "model.safetensors")  # fmt: skip

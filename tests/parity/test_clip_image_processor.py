@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,8 @@ from pydantic import ValidationError
 
 from ldm_cli.core.models.clip import normalize_images
 from ldm_cli.core.models.clip_image_processor import CLIPImageProcessor
+from ldm_cli.errors import CheckpointError
+from ldm_cli.formats.model_folder import read_image_processor
 
 theirs = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
 
@@ -19,6 +23,7 @@ CONTENTS: dict[str, dict[str, Any]] = {
     "nothing": {},
     "no normalisation": {"image_mean": [0.0, 0.0, 0.0], "image_std": [1.0, 1.0, 1.0]},
     "mean 0.5": {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "do_convert_rgb": True},
+    "one number for all channels": {"image_mean": 0.4, "image_std": 0.25},
     "numbers as sizes": {"size": 40, "crop_size": 30, "feature_extractor_type": "CLIPFeatureExtractor"},
     "both sides": {"size": {"height": 60, "width": 36}, "do_center_crop": False},
     "a pair of sides": {"size": [61, 30], "crop_size": {"height": 20, "width": 31}},
@@ -50,6 +55,35 @@ def test_pixels_equal_those_of_transformers(content: str, height: int, width: in
     levels = (found - expected.float()).abs() / scale
     assert levels.max() <= 1.001  # Pillow resizes with fixed-point weights
     assert (levels > 0.01).float().mean() <= 0.1
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"preprocessor_config.json": CONTENTS["mean 0.5"]},
+        {"processor_config.json": {"image_processor": CONTENTS["mean 0.5"], "processor_class": "CLIPProcessor"}},
+        {
+            "processor_config.json": {"image_processor": CONTENTS["bilinear"]},
+            "preprocessor_config.json": CONTENTS["mean 0.5"],
+        },
+        {"processor_config.json": {"processor_class": "X"}, "preprocessor_config.json": CONTENTS["numbers as sizes"]},
+    ],
+)
+def test_the_file_is_found_where_transformers_finds_it(files: dict[str, Any], tmp_path: Path) -> None:
+    assert read_image_processor(CLIPImageProcessor.from_hugging_face, tmp_path) is None
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    found = read_image_processor(CLIPImageProcessor.from_hugging_face, tmp_path)
+    expected = theirs.CLIPImageProcessorPil.from_pretrained(tmp_path).to_dict()
+    assert found == CLIPImageProcessor.from_hugging_face(expected)
+    assert found != CLIPImageProcessor()
+
+
+def test_a_processor_that_is_not_implemented_is_refused_with_its_file(tmp_path: Path) -> None:
+    for name, content in (("preprocessor_config.json", {"do_pad": True}), ("processor_config.json", {})):
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json': do_pad"):
+        read_image_processor(CLIPImageProcessor.from_hugging_face, tmp_path)
 
 
 def test_defaults_are_those_of_our_own_normalisation() -> None:

@@ -158,6 +158,7 @@ class CLIPConfig(TransformersConfig):
         As in transformers, `*_config_dict` wins over `*_config`, also with the defaults of the fields it lacks.
 
         Raises:
+            ValueError: a tower's configuration is no object.
             pydantic.ValidationError: unknown keys and values that are not implemented, one entry each.
         """
         top = without_bookkeeping(cls, mapping)
@@ -168,10 +169,11 @@ class CLIPConfig(TransformersConfig):
             "vision_config": CLIPVisionConfig,
         }
         for name, tower in towers.items():
-            values, legacy = top.get(name) or {}, top.pop(f"{name}_dict", None)
-            if legacy is not None:
-                values = {**values, **tower().to_mapping(), **legacy}
-            top[name] = without_bookkeeping(tower, values)
+            values, legacy = top.get(name), top.pop(f"{name}_dict", None)
+            if not all(isinstance(found, dict | None) for found in (values, legacy)):
+                raise ValueError(f"{name} is no object")
+            defaults = {} if legacy is None else tower().to_mapping()
+            top[name] = without_bookkeeping(tower, {**(values or {}), **defaults, **(legacy or {})})
         return cls.from_mapping(top)
 
     def to_hugging_face(self, dtype: str = "float32") -> dict[str, Any]:

@@ -19,18 +19,9 @@ _FILTERS = {2: "bilinear", 3: "bicubic"}
 # Keys of the file that change nothing for a batch of RGB images.
 _BOOKKEEPING = frozenset(
     {
-        "data_format",
-        "default_to_square",
-        "device",
-        "disable_grouping",
-        "do_convert_rgb",
-        "feature_extractor_type",
-        "image_processor_type",
-        "image_seq_length",
-        "input_data_format",
-        "pad_size",
-        "processor_class",
-        "return_tensors",
+        *("data_format", "default_to_square", "device", "disable_grouping", "do_convert_rgb"),
+        *("feature_extractor_type", "image_processor_type", "image_seq_length", "input_data_format", "pad_size"),
+        *("processor_class", "return_tensors"),
     }
 )
 
@@ -65,7 +56,12 @@ def _resized_sides(value: Any) -> Any:
     return {"shortest_edge": value} if isinstance(value, int) else _sides(value)
 
 
-Channels = tuple[float, float, float]
+def _of_each_channel(value: Any) -> Any:
+    """A number as that of every channel, and a list as the tuple that a strict field wants."""
+    return (value,) * 3 if isinstance(value, int | float) else tuple(value) if isinstance(value, list) else value
+
+
+Positive = Annotated[float, Field(gt=0)]
 
 
 class CLIPImageProcessor(Config):
@@ -87,9 +83,9 @@ class CLIPImageProcessor(Config):
     """Makes [0, 255] into [0, 1]."""
     do_normalize: bool = True
     """Subtract `image_mean`, divide by `image_std`."""
-    image_mean: Channels = IMAGE_MEAN
+    image_mean: Annotated[tuple[float, float, float], BeforeValidator(_of_each_channel)] = IMAGE_MEAN
     """Per channel, after rescaling."""
-    image_std: tuple[Annotated[float, Field(gt=0)], ...] = IMAGE_STD
+    image_std: Annotated[tuple[Positive, Positive, Positive], BeforeValidator(_of_each_channel)] = IMAGE_STD
     """Per channel, after rescaling."""
     do_pad: Literal[False] = False
     """Not supported."""

@@ -95,6 +95,13 @@ def test_both_generations_of_clip_config_are_read() -> None:
     assert CLIPConfig.from_hugging_face(config.to_hugging_face()) == config
 
 
+@pytest.mark.parametrize("found", [5, [1], "x", True])
+@pytest.mark.parametrize("name", ["text_config", "vision_config", "text_config_dict"])
+def test_a_tower_that_is_no_object_is_named(name: str, found: Any) -> None:
+    with pytest.raises(ValueError, match=name.removesuffix("_dict")):
+        CLIPConfig.from_hugging_face({name: found})
+
+
 def test_a_resnet_tower_is_marked_as_ours_and_read_back() -> None:
     config = CLIPConfig(vision_config=ModifiedResNetConfig(width=32))
     written = config.to_hugging_face()
