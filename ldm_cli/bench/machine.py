@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ldm_cli.core.models.linear import linear
-
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -55,7 +53,7 @@ def ceiling(device: torch.device, precision: str = "fp32", rounds: int = 5) -> d
         seconds = _best(
             {
                 "matmul": lambda: a @ b,
-                "linear": lambda: linear(a, b, None),  # on a CPU another library
+                "linear": lambda: F.linear(a, b),
                 "convolution": lambda: F.conv2d(x, kernel, padding=1),
                 "copy": lambda: target.copy_(source),
             },

@@ -16,11 +16,9 @@ from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.diffusion.guidance import Network, along_score, guided
 from ldm_cli.core.diffusion.level import Level
 from ldm_cli.core.diffusion.schedule import NoiseSchedule
-from ldm_cli.core.models.attention import FixedContext
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPTextModel
 from ldm_cli.core.models.latent_space import standardized
-from ldm_cli.core.models.prepared import PreparedWeights
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError, UsageError
@@ -40,7 +38,7 @@ from ldm_cli.sampling.components import (
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.denoising import Start, denoise
 from ldm_cli.sampling.edit_input import Canvas, LatentCanvas, adain, latent_mask
-from ldm_cli.sampling.fixed_rows import filled, images_per_call, latents_per_call, not_alone
+from ldm_cli.sampling.fixed_rows import filled, images_per_call, latents_per_call
 from ldm_cli.sampling.groups import Group, Lanes, lanes_here, rounds
 from ldm_cli.sampling.guidance_models import Guides, spoilt_network
 from ldm_cli.sampling.known_rows import rows_that_do
@@ -228,7 +226,6 @@ class Pipeline:
         guides = Guides.load(config.guidance, self.unet)
         texts = [*(r.prompt for r in requests), *(r.blend.prompt for r in requests if r.blend), config.negative]
         contexts = self.text_states(extras.weighted).encode(texts, reporter)
-        prepared = PreparedWeights()
 
         def draw(group: Group, progress: Progress | None, go_on: Callable[[], None]) -> Tensor:
             drawn = list(requests[group.start : group.start + group.count])
@@ -237,8 +234,7 @@ class Pipeline:
             noise = initial_noise(padded, shape) if given is None else filled(given, group.rows)
             show = partial(self._preview, group.count, extras)
             look = Look(progress, group.start, config.steps, extras, show, go_on)
-            with prepared.in_use():
-                return self._draw(padded, config, contexts, noise, canvas, extras, guides, look)[: group.count]
+            return self._draw(padded, config, contexts, noise, canvas, extras, guides, look)[: group.count]
 
         side_by_side = Lanes(lanes_here())
         with reporter.progress("sampling", len(requests), unit="image") as progress, side_by_side:
@@ -342,15 +338,14 @@ class Pipeline:
         return in_parts(self.vae.decode, z, window, 1, self.vae.downscale_factor)
 
     def _network(self, unet: UNet2DConditionModel, canvas: LatentCanvas | None, extras: Extras) -> Network:
-        """A U-Net, in windows, shown the mask if it takes one; compiled it cannot look into a `FixedContext`."""
+        """A U-Net, in windows, shown the mask if it takes one."""
         dtype = next(unet.parameters()).dtype
-        fixed: dict[int, FixedContext] = {}  # keeps the contexts, and so their ids
 
         def network(x: Tensor, level: Level, context: Tensor) -> Tensor:
             # Timesteps stay float32: half precision cannot tell 998 from 999.
             timestep = torch.full((1,), level.t, device=x.device)
-            seen = context if self.is_compiled else fixed.setdefault(id(context), FixedContext(context))
-            prediction: Tensor = unet(not_alone(x.to(dtype), context), timestep, seen)
+            rows = torch.cat([x.to(dtype)] * (len(context) // len(x)))
+            prediction: Tensor = unet(rows, timestep, context)
             return prediction.float()
 
         shown: Network = network if extras.window is None else in_windows(network, extras.window)

@@ -6,7 +6,6 @@ import torch
 
 from ldm_cli import philox
 from ldm_cli.core.diffusion.config import DiffusionConfig
-from ldm_cli.core.models import convolution
 from ldm_cli.errors import CheckpointError, InputNotFoundError, UsageError
 from ldm_cli.formats.json_file import read_json, write_json
 from ldm_cli.reporting import SilentReporter
@@ -110,19 +109,6 @@ def test_no_lane_draws_on_when_one_has_failed(pipeline, monkeypatch):
     with pytest.raises(ValueError, match="out of luck"):
         list(pipeline.generate(requests, SamplingConfig(**QUICK | {"steps": 900})))
     assert len(calls) < 500
-
-
-def test_weights_are_prepared_once_for_all_steps_and_groups(pipeline, monkeypatch):
-    times = []
-    spread = convolution._spread
-    monkeypatch.setattr(convolution, "_spread", lambda kernel: (times.append(kernel.shape), spread(kernel))[1])
-    monkeypatch.setattr(pipeline_module, "lanes_here", lambda: 1)  # two may make the same at once
-    monkeypatch.setattr(pipeline, "decode", lambda x, window: torch.zeros(len(x), 3, 32, 32, dtype=torch.uint8))
-    requests = [ImageRequest("a red circle", seed) for seed in range(16)]
-    for steps in (3, 9):
-        times.clear()
-        pictures(pipeline, requests, width=32, height=32, steps=steps)
-    assert times == [(32, 32, 3, 3)]
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -89,8 +89,7 @@ class CLIPVisionTransformer(nn.Module):
     def forward(self, pixel_values: Tensor, *, output_hidden_states: bool = False) -> VisionOutput:
         """Normalised images [B, 3, H, W] → the class token's feature."""
         embeddings = self.pre_layrnorm(self.embeddings(pixel_values))
-        class_token = None if output_hidden_states else embeddings.new_zeros(len(embeddings), dtype=torch.int64)
-        states = self.encoder(embeddings, keep_all=output_hidden_states, at=class_token)
+        states = self.encoder(embeddings, keep_all=output_hidden_states)
         return VisionOutput(self.post_layernorm(states[-1][:, 0]), states if output_hidden_states else ())
 
 

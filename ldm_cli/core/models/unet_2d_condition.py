@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm_cli.core.models.attention import FixedContext, Transformer2DModel
+from ldm_cli.core.models.attention import Transformer2DModel
 from ldm_cli.core.models.checkpointing import Checkpointable
-from ldm_cli.core.models.convolution import norm_silu_conv
-from ldm_cli.core.models.layers import ResnetBlock2D, TimestepEmbedding, repeated, timestep_embedding
+from ldm_cli.core.models.layers import ResnetBlock2D, TimestepEmbedding, timestep_embedding
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.core.models.unet_blocks import DownBlock, LevelSpec, MidBlock, UpBlock
 
@@ -105,7 +104,7 @@ class UNet2DConditionModel(Checkpointable):
         self,
         sample: Tensor,
         timestep: Tensor | float,
-        encoder_hidden_states: Tensor | FixedContext | None = None,
+        encoder_hidden_states: Tensor | None = None,
         class_labels: Tensor | None = None,
         *,
         text_embeds: Tensor | None = None,
@@ -118,15 +117,13 @@ class UNet2DConditionModel(Checkpointable):
             sample: [B, C, h, w]; any h and w.
             timestep: number, [] or [1], the same for all rows and embedded once, or [B]; in units of training steps,
                 not necessarily whole.
-            encoder_hidden_states: text states [B, M, D], fixed where many calls see the same; or [R·B, M, D], R states
-                for each latent, all first ones before all second ones: what does not depend on them is computed
-                once. May be left out by a network without attention.
+            encoder_hidden_states: text states [B, M, D]; None only for a network without attention.
             class_labels: [B], or [B, n] for `class_embed_type: projection`, or [B, E] for `identity`.
             text_embeds, time_ids: [B, P] and [B, 6], for `addition_embed_type: text_time`.
             timestep_cond: [B, time_cond_proj_dim].
 
         Returns:
-            [B, C', h, w], or [R·B, C', h, w].
+            [B, C', h, w].
 
         Raises:
             ValueError: a condition that the network needs is missing, or one it has no use for is given.
@@ -143,8 +140,8 @@ class UNet2DConditionModel(Checkpointable):
             hidden = self.mid_block(hidden, embedding, encoder_hidden_states)
         for block in self.up_blocks:
             hidden = block(hidden, embedding, encoder_hidden_states, skips)
-        prediction: Tensor = norm_silu_conv(hidden, self.conv_norm_out, self.conv_out)
-        return prediction if encoder_hidden_states is None else repeated(prediction, len(encoder_hidden_states))
+        prediction: Tensor = self.conv_out(F.silu(self.conv_norm_out(hidden)))
+        return prediction
 
     def _embedding(
         self,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldm_cli.core.models.attention import FixedContext, image_of, tokens_of
+from ldm_cli.core.models.attention import image_of, tokens_of
 from ldm_cli.core.models.layers import timestep_embedding
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
@@ -192,58 +192,3 @@ def test_a_missing_or_unused_condition_is_an_error(
     sample, timestep, text = inputs()
     with pytest.raises(ValueError, match=message):
         small(**changes)(sample, timestep, **{"encoder_hidden_states": text} | arguments)
-
-
-def test_a_fixed_context_gives_the_same_bits_and_is_looked_at_once() -> None:
-    model, (sample, timesteps, states) = small(), inputs()
-    times_asked = 0
-
-    def count(*_: object) -> None:
-        nonlocal times_asked
-        times_asked += 1
-
-    layers = [module for name, module in model.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
-    for layer in layers:
-        layer.register_forward_hook(count)
-    fixed = FixedContext(states)
-    with torch.inference_mode():
-        for call in range(3):
-            noisy, t = sample + call, timesteps - call
-            assert torch.equal(model(noisy, t, fixed), model(noisy, t, states))
-    assert times_asked == (1 + 3) * len(layers) > 0
-    # What was kept in inference mode does not stand in the way of a gradient.
-    seen = sample.clone().requires_grad_()
-    (found,) = torch.autograd.grad(model(seen, timesteps, fixed).sum(), seen)
-    (expected,) = torch.autograd.grad(model(seen, timesteps, states).sum(), seen)
-    assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize("levels", [("CrossAttnDownBlock2D", "DownBlock2D"), ("DownBlock2D", "CrossAttnDownBlock2D")])
-@pytest.mark.parametrize("timestep", [[7.0], [1.0, 900.0]])
-@torch.no_grad()
-def test_several_contexts_of_a_latent_share_what_lies_before_them(
-    levels: tuple[str, ...], timestep: list[float]
-) -> None:
-    up = tuple(name.replace("Down", "Up") for name in reversed(levels))
-    model, (sample, _, states) = small(down_block_types=levels, up_block_types=up), inputs()
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    rows: dict[str, int] = {}
-    for name, module in model.named_modules():
-        module.register_forward_hook(lambda _m, _in, out, name=name: rows.update({name: len(out)}))
-    contexts = torch.cat([states, 2 * states, -states])
-    at = torch.tensor(timestep)
-    for given in (contexts, FixedContext(contexts)):
-        together = model(sample, at, given)
-        assert together.is_contiguous(memory_format=torch.channels_last)
-        assert rows["conv_in"] == rows["down_blocks.0.resnets.0"] == 2
-        assert rows["time_embedding"] == len(timestep)
-        assert rows["conv_norm_out"] == 6
-    apart = torch.cat([model(sample, at.expand(2), part) for part in contexts.split(2)])
-    torch.testing.assert_close(together, apart, atol=2e-5, rtol=0)
-
-
-@torch.no_grad()
-def test_a_plain_network_answers_once_for_every_context() -> None:
-    plain = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    model, (sample, _, states) = small(**plain, mid_block_type="UNetMidBlock2D"), inputs()
-    assert torch.equal(model(sample, 3, torch.cat([states, states])), torch.cat([model(sample, 3)] * 2))
