@@ -8,8 +8,8 @@ from collections.abc import Container, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW
 
-from ldm_cli.core.adamw import AdamW
 from ldm_cli.training.config import TrainConfig
 from ldm_cli.training.distributed import Ranks
 from ldm_cli.training.muon import Muon, is_hidden_matrix
@@ -52,7 +52,7 @@ def build_optimizers(parameters: Mapping[str, nn.Parameter], config: TrainConfig
     optimizers: list[AdamW | Muon] = []
     if others:
         filled = [group for group in groups if group["params"]]
-        optimizers.append(AdamW(filled, lr=config.lr, betas=config.betas, eps=config.eps))
+        optimizers.append(AdamW(filled, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
     if hidden:
         optimizers.append(Muon(hidden, config.lr, config.weight_decay, ranks=ranks))
     return optimizers
