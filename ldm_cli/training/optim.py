@@ -161,7 +161,7 @@ class GuardedOptimizers:
                 value = tensors[f"{prefix}{field}"]
                 if field != "step":
                     value = self.weights.own(parameter, value)
-                # empty_like keeps the parameter's memory order, on which the fused kernel depends
+                # empty_like keeps the parameter's memory order, in which torch's own AdamW keeps the moments
                 place = torch.empty_like(parameter.detach() if field != "step" else value, device=parameter.device)
                 optimizer.state[parameter][field] = place.copy_(value)
 

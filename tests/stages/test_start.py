@@ -25,7 +25,9 @@ print(*sorted({"transformers", "diffusers", "webdataset", "matplotlib"} & set(sy
 
 
 @pytest.mark.slow
-def test_libraries_that_are_not_used_are_not_imported(scenes: Path, clip_run: Path, vae_run: Path, tmp_path: Path) -> None:
+def test_libraries_that_are_not_used_are_not_imported(
+    scenes: Path, clip_run: Path, vae_run: Path, tmp_path: Path
+) -> None:
     train: dict[str, Any] = {"steps": 2, "optimizer": "muon"}  # and AdamW, for what Muon is not meant for
     denoiser = unet_recipe(scenes, clip_run / "model", vae_run / "model", **train)
     recipes = json.dumps([clip_recipe(scenes, **train), vae_recipe(scenes, **train), denoiser])
