@@ -14,7 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Each group may import the groups before it; rooms of one group never import one another.
 GROUPS = (
-    {"errors", "config", "reporting", "philox", "storage", "allocator", "threads"},
+    {"errors", "config", "reporting", "philox", "storage", "threads"},
     {"core", "data", "formats"},
     {"families"},
     {"training", "sampling", "evaluation", "lesson"},
@@ -118,7 +118,18 @@ def size_violations(module: str, source: str) -> list[str]:
     return [f"{module}: {num_lines} lines, more than {MAX_LINES}"] if num_lines > MAX_LINES else []
 
 
-CHECKS = (import_violations, speech_violations, docstring_violations, size_violations)
+def processor_violations(module: str, source: str) -> list[str]:
+    """Operators of one processor and hand-written gradients outside of core/cpu; branches on the device in models."""
+    if module.startswith("ldm_cli.core.cpu"):
+        return []
+    words = ["torch.ops", "autograd.Function"]
+    if module.startswith("ldm_cli.core.models"):
+        words += [".device.type", ".is_cpu", ".is_cuda", ".is_meta"]
+    lines = enumerate(source.splitlines(), start=1)
+    return [f"{module}:{number}: {word}" for number, line in lines for word in words if word in line]
+
+
+CHECKS = (import_violations, speech_violations, docstring_violations, size_violations, processor_violations)
 
 
 def test_the_package_was_found_with_all_its_rooms() -> None:
@@ -156,6 +167,9 @@ def test_every_module_keeps_the_rule(check) -> None:  # type: ignore[no-untyped-
             "ldm_cli.stages.support.dry_run",
             '"""Doc."""\nclass A:\n    """Doc."""\n    def f(self): ...',
         ),
+        (processor_violations, "ldm_cli.core.vae_loss", "y = torch.ops.mkldnn._linear_pointwise(x)"),
+        (processor_violations, "ldm_cli.training.optim", "class A(torch.autograd.Function): ..."),
+        (processor_violations, "ldm_cli.core.models.layers", "if x.device.type == 'cpu': ..."),
         (size_violations, "ldm_cli.stages.support.dry_run", "\n" * (MAX_LINES + 1)),
     ],
 )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm_cli.core.compiling import eagerly
+from ldm_cli.core.cpu import tune_for_cpu
 from ldm_cli.core.diffusion.config import GuidanceConfig, PerturbationConfig
 from ldm_cli.core.diffusion.guidance import Network
 from ldm_cli.core.diffusion.level import Level
@@ -89,9 +90,10 @@ class Guides:
                 if ours != theirs:
                     cause = f"its {name} is {theirs}, the guided model's {ours}"
                     raise CheckpointError(f"'{folder}' cannot guide this model", cause)
-            weaker.to(weight).requires_grad_(False).eval()
+            tune_for_cpu(weaker.to(weight).requires_grad_(False).eval())
         if (folder := folders.get("clip")) is not None:
             model = load_model(CLIPModel, folder).to(weight.device).requires_grad_(False).eval()
+            tune_for_cpu(model)
             clip = CLIPScore(model, Tokenizer.load(folder))
         return cls(weaker, clip)
 

@@ -37,7 +37,7 @@ from ldm_cli.sampling.edit_input import Canvas, open_canvas
 from ldm_cli.sampling.guidance_models import guide_hashes, with_absolute_paths
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.sample_options import Extras
-from ldm_cli.stages.support.options import RunOptions, device_of_process
+from ldm_cli.stages.support.options import RunOptions, resolve_device
 from ldm_cli.storage import storage_errors
 from ldm_cli.training.distributed import Ranks, joined, local_rank
 from ldm_cli.training.run_lock import RunLock
@@ -90,7 +90,7 @@ def run(
     job = plan_job(recipe.prompts, recipe.sampling, recipe.edit, recipe.variation, recipe.interpolate, recipe.xy)
     if recipe.wildcards is not None:
         job = Wildcards(Path(recipe.wildcards)).filled_in(job)
-    device = device_of_process(options.device, local_rank())
+    device = resolve_device(options.device, local_rank())
     with joined(device, _SECONDS_OF_SILENCE) as ranks:
         pipeline = Pipeline.load(
             Path(recipe.model), device, recipe.sampling.precision, compiled=recipe.sampling.compile

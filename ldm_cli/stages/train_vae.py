@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm_cli import philox
+from ldm_cli.core.cpu import tune_for_cpu
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.core.models.clip_vision import CLIPVisionTransformer
@@ -48,6 +49,7 @@ class VAETask:
         if recipe.train.gradient_checkpointing:
             self.vae.enable_gradient_checkpointing()
         self.loss = VAELoss(recipe.loss, _perceptual_tower(recipe.loss.perceptual_clip)).to(bench.device)
+        tune_for_cpu(self.loss)
         self.modules = {"vae": self.vae}
         self.auxiliary = {} if self.loss.discriminator is None else {"discriminator": self.loss.discriminator}
         self._noise_key = philox.key(recipe.seed, "posterior noise")

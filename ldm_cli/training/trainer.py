@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_cli.core.compiling import compile_regions, eagerly
+from ldm_cli.core.cpu import tune_for_cpu
 from ldm_cli.errors import (
     CheckpointError,
     DivergedError,
@@ -354,11 +355,14 @@ class Trainer:
 
 def _held(task: Task[Any], config: TrainConfig, device: torch.device, ranks: Ranks) -> Weights:
     """Bring the task's modules to the device, as the recipe says."""
+    trained = {**task.modules, **task.auxiliary}
+    if device.type == "cpu" and not config.compile:
+        for module in trained.values():
+            tune_for_cpu(module)
     if config.strategy == "sharded" and ranks.world_size > 1:
         from ldm_cli.training.sharded_weights import Shards  # takes seconds to import
 
         return Shards(task.modules, task.auxiliary, device, ranks)
-    trained = {**task.modules, **task.auxiliary}
     for module in trained.values():
         module.to(device)
         if config.channels_last:

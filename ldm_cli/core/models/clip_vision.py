@@ -49,9 +49,8 @@ class _VisionEmbeddings(nn.Module):
         self.patch_embedding = nn.Conv2d(config.num_channels, width, patch, stride=patch, bias=False)
         self.position_embedding = nn.Embedding((config.image_size // patch) ** 2 + 1, width)
         nn.init.normal_(self.class_embedding, std=width**-0.5)
-        if not self.position_embedding.weight.is_meta:
-            with torch.no_grad():
-                self.position_embedding.weight.copy_(_position_sinusoids(config.image_size // patch, width))
+        with torch.no_grad():
+            self.position_embedding.weight.copy_(_position_sinusoids(config.image_size // patch, width))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[B, 3, H, W] → [B, 1 + patches, D], the class token first."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm_cli.core.cpu import tune_for_cpu
 from ldm_cli.core.models.autoencoder_kl import DiagonalGaussian
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.latent_cache import CacheKey
@@ -42,6 +43,8 @@ class FrozenEncoders:
         self.tokenizer = Tokenizer.load(Path(recipe.text_encoder))
         if recipe.train.channels_last:
             self.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        tune_for_cpu(self.vae)
+        tune_for_cpu(self.text_encoder)
         self._device, self._dtype = device, _AUTOCAST.get(recipe.train.precision)
         self._tokens = CaptionTokens(self.tokenizer, self.text_encoder.config.max_position_embeddings, warn)
 
