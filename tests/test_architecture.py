@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Each group may import the groups before it; rooms of one group never import one another.
 GROUPS = (
-    {"errors", "config", "reporting", "philox", "storage", "allocator", "threads"},
+    {"errors", "config", "reporting", "philox", "storage", "threads"},
     {"core", "data", "formats"},
     {"families"},
     {"training", "sampling", "evaluation", "lesson"},

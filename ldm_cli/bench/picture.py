@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from ldm_cli.allocator import keep_freed_memory
 from ldm_cli.bench import peers
 from ldm_cli.bench.race import Contender, race, speedup
 from ldm_cli.bench.workload import build_model
@@ -70,8 +69,6 @@ class OurPictures:
     """Our pipeline, loaded; a step generates all pictures."""
 
     def __init__(self, folder: str, images: int, steps: int, device: str, compiled: bool) -> None:
-        if device == "cpu":
-            keep_freed_memory()
         precision = "fp32" if device == "cpu" else "fp16"
         self.pipeline = Pipeline(open_family(Path(folder), device, precision, compiled=compiled))
         self.config = SamplingConfig.from_mapping(

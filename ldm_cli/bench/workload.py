@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm_cli.allocator import keep_freed_memory
 from ldm_cli.core.clip_loss import contrastive_loss
 from ldm_cli.core.compiling import compile_regions, eagerly
 from ldm_cli.core.condition import Condition
+from ldm_cli.core.cpu import tune_for_cpu
 from ldm_cli.core.diffusion.loss import add_noise, diffusion_loss
 from ldm_cli.core.diffusion.process import process_of
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
@@ -155,8 +155,6 @@ class TrainingStep:
 def our_step(work: Workload) -> TrainingStep:
     """Our training step on the workload's batch."""
     recipe, device = work.recipe, torch.device(work.device)
-    if device.type == "cpu":
-        keep_freed_memory()
     model = build_model(recipe).to(device)
     if recipe.train.gradient_checkpointing:
         model.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -164,6 +162,8 @@ def our_step(work: Workload) -> TrainingStep:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if recipe.train.compile:
         compile_regions(model)
+    else:
+        tune_for_cpu(model)
     batch = {name: value.to(device) for name, value in random_batch(work).items()}
     return TrainingStep(work, model, batch)
 
@@ -213,9 +213,8 @@ def our_encoding(work: Workload) -> EncodingStep:
     recipe, device = work.recipe, torch.device(work.device)
     if not isinstance(recipe, TrainVaeRecipe):
         raise ValueError(f"recipe of {recipe.command}, expected train-vae")
-    if device.type == "cpu":
-        keep_freed_memory()
     vae = build_model(recipe).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    tune_for_cpu(vae)
     images = random_batch(work)["images"].to(device)
     return EncodingStep(work, lambda: vae.posterior(images), images)
 

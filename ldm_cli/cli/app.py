@@ -14,12 +14,10 @@ from ldm_cli import __version__
 from ldm_cli.cli import bench, data, evaluate, options, precompute, recipe, sample, spiral, streams, train
 from ldm_cli.cli.failures import exit_code_of, report
 from ldm_cli.cli.launch import is_rank
-from ldm_cli.cli.startup import leave, load_torch_libraries
 from ldm_cli.errors import UsageError
 from ldm_cli.training.interruption import InterruptNote, release_signals
 
 _SAVE_WHEN_STOPPED = ("train-clip", "train-vae", "train-unet", "precompute")
-_COMPUTE = (*_SAVE_WHEN_STOPPED, "sample", "eval", "spiral", "bench")
 
 app = typer.Typer(
     name="ldm",
@@ -56,8 +54,6 @@ def _root(
 ) -> None:
     if context.invoked_subcommand not in _SAVE_WHEN_STOPPED:
         release_signals()
-    if context.invoked_subcommand in _COMPUTE and not {"-h", "--help"} & set(context.obj):
-        load_torch_libraries()
     if context.invoked_subcommand is None:
         raise UsageError("no command given", remedy="see ldm --help")
 
@@ -88,9 +84,6 @@ def run(arguments: Sequence[str]) -> int:
 def main() -> NoReturn:
     """The rest of the console script."""
     code = run(sys.argv[1:])
-    # CPython notes an interrupt inside of exec(TEXT), as dataclasses have it, and `python -m ldm_cli` would end by the
-    # signal whatever the exit code; the next exec forgets the note (run_eval_code_obj in pythonrun.c).
-    exec("")
     if code and is_rank():  # an orderly end would wait for ranks that may be gone
         os._exit(code)
-    leave(code)
+    sys.exit(code)

@@ -18,7 +18,6 @@ from PIL import Image, ImageMath, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ldm_cli.allocator import give_back_memory
 from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.color_profiles import Conversion, color_mode, conversion
 
@@ -96,9 +95,6 @@ def decode_rgb(data: bytes, background: Color, max_pixels: int, min_side: int | 
         raise
     except Exception as error:  # Pillow's plugins raise nearly every kind of exception on damaged files
         raise BadSampleError("damaged image", str(error)) from error
-    if image.width * image.height > _HUGE_PIXELS and result is not image:
-        del image
-        give_back_memory()
     return Picture(result, (to_srgb.remark,) if to_srgb.remark else ())
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm_cli.core.cpu import tune_for_cpu
 from ldm_cli.core.models.clip import CLIPModel, normalize_images
 from ldm_cli.data.tokenizer import Tokenizer
 
@@ -22,6 +23,7 @@ class CLIPFeatures:
 
     def __init__(self, model: CLIPModel, tokenizer: Tokenizer, device: torch.device) -> None:
         self._model, self._tokenizer, self._device = model.to(device).eval(), tokenizer, device
+        tune_for_cpu(model)
         self.image_size = model.config.vision_config.image_size
         self.num_truncated = 0
 

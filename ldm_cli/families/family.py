@@ -17,6 +17,7 @@ from torch import nn
 
 from ldm_cli.core.codec import Codec
 from ldm_cli.core.condition import Condition
+from ldm_cli.core.cpu import tune_for_cpu
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.diffusion.process import Process, process_of
 from ldm_cli.formats.model_folder import weights_sha256
@@ -117,7 +118,7 @@ class Family(ABC):
 
 
 def place(device: torch.device | str, dtype: torch.dtype, *modules: nn.Module, channels_last: bool = True) -> None:
-    """Freeze modules and bring them to the device on which they compute, and to its type and memory order.
+    """Freeze modules and bring them to the device on which they compute, and to its type, memory order and kernels.
 
     Args:
         device: of the modules.
@@ -130,3 +131,4 @@ def place(device: torch.device | str, dtype: torch.dtype, *modules: nn.Module, c
         module.to(device=device, dtype=dtype)
         if channels_last:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        tune_for_cpu(module)

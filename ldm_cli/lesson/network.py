@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm_cli import philox
-from ldm_cli.core.adamw import AdamW
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.diffusion.loss import add_noise, diffusion_loss
 from ldm_cli.core.diffusion.process import Process, process_of
@@ -106,7 +105,7 @@ def train(data: Points, num_steps: int, seed: int, on_step: Callable[[int, float
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = SpiralNetwork()
-    optimizer = AdamW(network.parameters(), lr=_LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=_LEARNING_RATE, weight_decay=0.0, fused=True)
     decay = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 50) * 0.5 * (1.0 + math.cos(math.pi * step / num_steps))
     )

@@ -33,7 +33,7 @@ from ldm_cli.formats.model_folder import write_json
 from ldm_cli.recipe.schema import EvalRecipe, EvalSection
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.eval_samples import Gathered, Models, load_models, measure_drawn, measure_real
-from ldm_cli.stages.support.options import RunOptions, device_of_process
+from ldm_cli.stages.support.options import RunOptions, resolve_device
 from ldm_cli.training.run_folder import environment
 
 RESULT_NAME = "eval.json"
@@ -55,7 +55,7 @@ def run(recipe: EvalRecipe, options: RunOptions, reporter: Reporter) -> dict[str
     target = _target(options)
     config = recipe.eval
     shards = open_shards(recipe.data.shards, recipe.data, reporter)
-    models = load_models(config, device_of_process(options.device))
+    models = load_models(config, resolve_device(options.device))
     _check_sizes(recipe, models)
     real = measure_real(recipe, shards, models, reporter)
     metrics = _metrics_of_real(config, models, real)

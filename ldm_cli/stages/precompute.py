@@ -33,7 +33,7 @@ from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import Progress, Reporter
 from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
 from ldm_cli.stages.support.cache_encoding import NUM_AHEAD, CacheEncoder, Chunks, EncodedChunk
-from ldm_cli.stages.support.options import RunOptions, device_of_process
+from ldm_cli.stages.support.options import RunOptions, resolve_device
 from ldm_cli.stages.support.start import resolve_start
 from ldm_cli.training.failures import FailureJournal
 from ldm_cli.training.interruption import TIME_LIMIT, StopRequest
@@ -75,7 +75,7 @@ def run(
             failures.check()
             before = Manifest.read(folder)
             key = _key_to_use(folder, before, wanted, dtype, options.overwrite)
-            encoder = BatchEncoder(recipe, device_of_process(options.device), reporter.warn)
+            encoder = BatchEncoder(recipe, resolve_device(options.device), reporter.warn)
             counts = _Precomputation(recipe, folder, shards, key, encoder, stop, reporter, failures).run(before)
     size = sum(path.stat().st_size for path in folder.glob("*.tar"))
     seconds = round(time.perf_counter() - started, 1)

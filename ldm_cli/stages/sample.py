@@ -24,7 +24,7 @@ from ldm_cli.pictures.writer import written_meanwhile
 from ldm_cli.recipe.schema import SampleRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.pipeline import Pipeline
-from ldm_cli.stages.support.options import RunOptions, device_of_process
+from ldm_cli.stages.support.options import RunOptions, resolve_device
 from ldm_cli.stages.support.picture_generator import Latents, PictureGenerator
 from ldm_cli.storage import storage_errors
 from ldm_cli.training.distributed import joined, local_rank
@@ -63,7 +63,7 @@ def run(
     job = plan_job(recipe.prompts, recipe.sampling, recipe.edit, recipe.variation, recipe.interpolate, recipe.xy)
     if recipe.wildcards is not None:
         job = Wildcards(Path(recipe.wildcards)).filled_in(job)
-    device = device_of_process(options.device, local_rank())
+    device = resolve_device(options.device, local_rank())
     with joined(device, _SECONDS_OF_SILENCE) as ranks:
         sampling = recipe.sampling
         family = open_family(Path(recipe.model), device, sampling.precision, compiled=sampling.compile)

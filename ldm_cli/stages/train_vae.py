@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm_cli import philox
+from ldm_cli.core.cpu import tune_for_cpu
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.core.models.clip_vision import CLIPVisionTransformer
@@ -55,6 +56,7 @@ class VAETask:
         if recipe.train.gradient_checkpointing:
             self.vae.enable_gradient_checkpointing()
         self.terms = VAELoss(recipe.loss, _perceptual_tower(recipe.loss.perceptual_clip)).to(bench.device)
+        tune_for_cpu(self.terms)
         self.modules = {"vae": self.vae}
         self.auxiliary = {} if self.terms.discriminator is None else {"discriminator": self.terms.discriminator}
         self._noise_key = philox.key(recipe.seed, "posterior noise")

@@ -8,8 +8,8 @@ from collections.abc import Container, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW
 
-from ldm_cli.core.adamw import AdamW
 from ldm_cli.training.config import TrainConfig
 from ldm_cli.training.muon import Muon, is_hidden_matrix
 from ldm_cli.training.ranks import Ranks
@@ -52,7 +52,7 @@ def build_optimizers(parameters: Mapping[str, nn.Parameter], config: TrainConfig
     optimizers: list[AdamW | Muon] = []
     if others:
         filled = [group for group in groups if group["params"]]
-        optimizers.append(AdamW(filled, lr=config.lr, betas=config.betas, eps=config.eps))
+        optimizers.append(AdamW(filled, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
     if hidden:
         optimizers.append(Muon(hidden, config.lr, config.weight_decay, ranks=ranks))
     return optimizers
@@ -161,7 +161,7 @@ class GuardedOptimizers:
                 value = tensors[f"{prefix}{field}"]
                 if field != "step":
                     value = self.weights.local_part(parameter, value)
-                # empty_like keeps the parameter's memory order, on which the fused kernel depends
+                # empty_like keeps the parameter's memory order, in which torch's own AdamW keeps the moments
                 place = torch.empty_like(parameter.detach() if field != "step" else value, device=parameter.device)
                 optimizer.state[parameter][field] = place.copy_(value)
 

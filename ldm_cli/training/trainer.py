@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_cli.core.compiling import compile_regions, eagerly
+from ldm_cli.core.cpu import tune_for_cpu
 from ldm_cli.errors import DivergedError, WorkerError
 from ldm_cli.training.config import TrainConfig
 from ldm_cli.training.ema import ExponentialMovingAverage
@@ -166,12 +167,15 @@ def _is_frozen(module: nn.Module) -> bool:
 
 def _placed(task: Task[Any], config: TrainConfig, device: torch.device, ranks: Ranks) -> Weights:
     """Bring the task's modules to the device, as the recipe says."""
+    trained = {**task.modules, **task.auxiliary}
+    if device.type == "cpu" and not config.compile:
+        for module in trained.values():
+            tune_for_cpu(module)
     if config.strategy == "sharded" and ranks.world_size > 1:
         from ldm_cli.training.sharded_weights import ShardedWeights  # takes seconds to import
 
         return ShardedWeights(task.modules, task.auxiliary, device, ranks)
-    modules = {**task.modules, **task.auxiliary}
-    for module in modules.values():
+    for module in trained.values():
         module.to(device)
         if config.channels_last:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

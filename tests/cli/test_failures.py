@@ -224,14 +224,6 @@ def test_control_c_of_which_a_library_makes_another_error_is_130_too(
     assert capfd.readouterr().err == "ldm: error: interrupted\n"
 
 
-def test_control_c_inside_of_an_exec_is_130_too(tmp_path: Path) -> None:
-    lines = ["from ldm_cli.cli import app", "app.run = lambda _: 130", "try: exec('raise KeyboardInterrupt')"]
-    (tmp_path / "program.py").write_text("\n".join([*lines, "except KeyboardInterrupt: app.main()"]))
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    result = subprocess.run([sys.executable, "-m", "program"], cwd=tmp_path, env=environment)
-    assert result.returncode == 130
-
-
 def test_an_exit_that_is_no_failure_says_nothing() -> None:
     assert failures.exit_code_of(BrokenPipeError()) == 141
     assert failures.exit_code_of(SystemExit(1)) == 141

@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from ldm_cli.core.cpu.group_norm import TunedGroupNorm
+from ldm_cli.core.cpu.linear import TunedLinear
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip_text import CLIPTextModel
 from ldm_cli.data import cache_writer
@@ -26,7 +28,6 @@ from ldm_cli.errors import DataError, InputNotFoundError, LdmError, OutputError,
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages import precompute
-from ldm_cli.stages.support import options as stage_options
 from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
 from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.training.failures import MAX_ATTEMPTS
@@ -101,12 +102,10 @@ def test_no_encoder_runs_in_a_step_from_a_cache(parts: Parts, tmp_path: Path, mo
     assert {"posterior", "forward"} == set(calls)
 
 
-def test_encoding_keeps_the_memory_that_it_frees(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without, a batch of the demo takes 310,000 page faults a second, and 1.6 times as long."""
-    kept: list[bool] = []
-    monkeypatch.setattr(stage_options, "keep_freed_memory", lambda: kept.append(True))
-    cached(unet_recipe(*parts), tmp_path / "cache")
-    assert kept == [True]
+def test_codec_and_encoder_are_tuned_where_they_encode(parts: Parts) -> None:
+    encoder = BatchEncoder(TrainUnetRecipe.from_mapping(unet_recipe(*parts)), torch.device("cpu"), pytest.fail)
+    kinds = {type(module) for model in (encoder.codec, encoder.encoder.model) for module in model.modules()}
+    assert {TunedLinear, TunedGroupNorm} <= kinds
 
 
 def test_a_run_may_be_continued_with_a_cache_and_without(parts: Parts, tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ldm_cli.core.models.attention import AttentionBlock2D
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.checkpointing import Checkpointable, Checkpointed
-from ldm_cli.core.models.convolution import norm_silu_conv
 from ldm_cli.core.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
 
 _EPS = 1e-6
@@ -133,7 +133,7 @@ class _Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down_blocks:
             x = level(x)
-        moments: Tensor = norm_silu_conv(self.mid_block(x), self.conv_norm_out, self.conv_out)
+        moments: Tensor = self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
         return moments
 
 
@@ -161,7 +161,7 @@ class _Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for level in self.up_blocks:
             x = level(x)
-        image: Tensor = norm_silu_conv(x, self.conv_norm_out, self.conv_out)
+        image: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
         return image
 
 

@@ -76,7 +76,7 @@ class CLIPModel(Checkpointable):
 
     def get_text_features(self, input_ids: Tensor) -> Tensor:
         """Token ids, int64 [B, L] → [B, P] in the joint space, not normalised."""
-        features: Tensor = self.text_projection(self.text_model(input_ids, pooled_only=True).pooled)
+        features: Tensor = self.text_projection(self.text_model(input_ids).pooled)
         return features
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:

@@ -17,8 +17,7 @@ class TextOutput:
     """What a text tower returns.
 
     Attributes:
-        last_hidden_state: [B, L, D], after the final layer norm; [B, 1, D], at the end-of-text token, where only
-            that was asked for.
+        last_hidden_state: [B, L, D], after the final layer norm.
         pooled: [B, D], the last hidden state at the end-of-text token.
         hidden_states: if asked for, the embeddings and the output of every layer, before the final norm, each
             [B, L, D]; entry -2 is the penultimate layer ("clip skip").
@@ -67,18 +66,12 @@ class CLIPTextTransformer(nn.Module):
         )
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(
-        self, input_ids: Tensor, *, output_hidden_states: bool = False, pooled_only: bool = False
-    ) -> TextOutput:
-        """Token ids, int64 [B, L] → states and pooled feature; causality hides the padding: no mask.
-
-        `pooled_only` spares the last layer the states of all tokens but the one that is pooled.
-        """
-        end = self._end_of_text(input_ids)
-        at = end if pooled_only else None
-        states = self.encoder(self.embeddings(input_ids), keep_all=output_hidden_states, at=at)
+    def forward(self, input_ids: Tensor, *, output_hidden_states: bool = False) -> TextOutput:
+        """Token ids, int64 [B, L] → states and pooled feature; causality hides the padding: no mask."""
+        states = self.encoder(self.embeddings(input_ids), keep_all=output_hidden_states)
         last = self.final_layer_norm(states[-1])
-        pooled = last[:, 0] if pooled_only else last[torch.arange(len(end), device=end.device), end]
+        end = self._end_of_text(input_ids)
+        pooled = last[torch.arange(len(end), device=end.device), end]
         return TextOutput(last, pooled, states if output_hidden_states else ())
 
     def _end_of_text(self, input_ids: Tensor) -> Tensor:

@@ -13,9 +13,11 @@ from ldm_cli.core.compiling import Region
 from ldm_cli.core.models.attention import attend
 from ldm_cli.core.models.checkpointing import Checkpointed
 from ldm_cli.core.models.clip_config import Activation
-from ldm_cli.core.models.linear import Linear, linear
 
-_QUICK = 1.702
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x · sigmoid(1.702 x): the approximation of GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415) that CLIP uses."""
+    return x * torch.sigmoid(1.702 * x)
 
 
 class CLIPAttention(nn.Module):
@@ -24,44 +26,31 @@ class CLIPAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, *, is_causal: bool) -> None:
         super().__init__()
         self.num_heads, self.is_causal = num_heads, is_causal
-        self.k_proj = Linear(dim, dim)
-        self.v_proj = Linear(dim, dim)
-        self.q_proj = Linear(dim, dim)
-        self.out_proj = Linear(dim, dim)
+        self.k_proj = nn.Linear(dim, dim)
+        self.v_proj = nn.Linear(dim, dim)
+        self.q_proj = nn.Linear(dim, dim)
+        self.out_proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, at: Tensor | None = None) -> Tensor:
-        """[B, L, D] → [B, L, D]; with `at` [B], of that token of each sequence alone: [B, 1, D]."""
-        key, value = self.k_proj(x), self.v_proj(x)
-        if at is None:
-            hidden = attend(self.q_proj(x), key, value, self.num_heads, is_causal=self.is_causal)
-        else:
-            before = torch.arange(x.shape[1], device=at.device) <= at[:, None, None, None]
-            mask = before if self.is_causal else None
-            hidden = attend(self.q_proj(_tokens(x, at)), key, value, self.num_heads, mask=mask)
-        projected: Tensor = self.out_proj(hidden)
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, D] → [B, L, D]."""
+        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        projected: Tensor = self.out_proj(attend(query, key, value, self.num_heads, is_causal=self.is_causal))
         return projected
 
 
 class CLIPMLP(nn.Module):
-    """Linear, activation, linear.
-
-    `quick_gelu`, x · sigmoid(1.702 x), is SiLU(1.702 x) / 1.702. Both factors go to the layers' weights, of which there
-    are fewer than activations: a seventh of the time of a small model's training step.
-    """
+    """Linear, activation, linear."""
 
     def __init__(self, dim: int, inner_dim: int, activation: Activation) -> None:
         super().__init__()
-        self.is_quick = activation == "quick_gelu"
-        self.fc1 = Linear(dim, inner_dim)
-        self.fc2 = Linear(inner_dim, dim)
+        self.activation = quick_gelu if activation == "quick_gelu" else F.gelu
+        self.fc1 = nn.Linear(dim, inner_dim)
+        self.fc2 = nn.Linear(inner_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, D] → [B, L, D]."""
-        if not self.is_quick:
-            projected: Tensor = self.fc2(F.gelu(self.fc1(x)))
-            return projected
-        hidden = F.silu(linear(x, _QUICK * self.fc1.weight, _QUICK * self.fc1.bias))
-        return linear(hidden, self.fc2.weight / _QUICK, self.fc2.bias)
+        projected: Tensor = self.fc2(self.activation(self.fc1(x)))
+        return projected
 
 
 class CLIPEncoderLayer(Region):
@@ -76,10 +65,9 @@ class CLIPEncoderLayer(Region):
         self.mlp = CLIPMLP(dim, inner_dim, activation)
         self.layer_norm2 = nn.LayerNorm(dim, eps=eps)
 
-    def forward(self, x: Tensor, at: Tensor | None = None) -> Tensor:
-        """[B, L, D] → [B, L, D]; with `at` [B], of that token of each sequence alone: [B, 1, D]."""
-        attention = self.self_attn(self.layer_norm1(x), at)
-        x = attention + (x if at is None else _tokens(x, at))
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, D] → [B, L, D]."""
+        x = x + self.self_attn(self.layer_norm1(x))
         hidden: Tensor = x + self.mlp(self.layer_norm2(x))
         return hidden
 
@@ -110,28 +98,21 @@ class CLIPEncoder(Checkpointed):
             assert isinstance(layer, CLIPEncoderLayer)
             _initialise(layer, dim, num_layers)
 
-    def forward(self, x: Tensor, *, keep_all: bool = False, at: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, *, keep_all: bool = False) -> tuple[Tensor, ...]:
         """Run all layers.
 
         Args:
             x: [B, L, D].
-            keep_all: return what every layer takes, too.
-            at: [B], the one token of each sequence that is wanted. In the last layer the others then serve as keys and
-                values only, which saves five sixths of its products.
+            keep_all: also return the input of each layer.
 
         Returns:
-            The output, [B, L, D] or with `at` [B, 1, D]; before it, if `keep_all`, the input of each layer, [B, L, D].
+            The output [B, L, D]; before it, if `keep_all`, the input of each layer, [B, L, D].
         """
         states = [x]
-        for number, layer in enumerate(self.layers, start=1):
-            output: Tensor = self.run(layer, states[-1], at if number == len(self.layers) else None)
+        for layer in self.layers:
+            output: Tensor = self.run(layer, states[-1])
             states = [*states, output] if keep_all else [output]
         return tuple(states)
-
-
-def _tokens(x: Tensor, at: Tensor) -> Tensor:
-    """Token `at` [B] of each sequence of x [B, L, D]: [B, 1, D]."""
-    return x[torch.arange(len(x), device=x.device), at, None]
 
 
 def _initialise(layer: CLIPEncoderLayer, dim: int, num_layers: int) -> None:

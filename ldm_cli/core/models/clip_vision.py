@@ -49,9 +49,8 @@ class _VisionEmbeddings(nn.Module):
         self.patch_embedding = nn.Conv2d(config.num_channels, width, patch, stride=patch, bias=False)
         self.position_embedding = nn.Embedding((config.image_size // patch) ** 2 + 1, width)
         nn.init.normal_(self.class_embedding, std=width**-0.5)
-        if not self.position_embedding.weight.is_meta:
-            with torch.no_grad():
-                self.position_embedding.weight.copy_(_position_sinusoids(config.image_size // patch, width))
+        with torch.no_grad():
+            self.position_embedding.weight.copy_(_position_sinusoids(config.image_size // patch, width))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[B, 3, H, W] → [B, 1 + patches, D], the class token first."""
@@ -89,8 +88,7 @@ class CLIPVisionTransformer(nn.Module):
     def forward(self, pixel_values: Tensor, *, output_hidden_states: bool = False) -> VisionOutput:
         """Normalised images [B, 3, H, W] → the class token's feature."""
         embeddings = self.pre_layrnorm(self.embeddings(pixel_values))
-        class_token = None if output_hidden_states else embeddings.new_zeros(len(embeddings), dtype=torch.int64)
-        states = self.encoder(embeddings, keep_all=output_hidden_states, at=class_token)
+        states = self.encoder(embeddings, keep_all=output_hidden_states)
         return VisionOutput(self.post_layernorm(states[-1][:, 0]), states if output_hidden_states else ())
 
 

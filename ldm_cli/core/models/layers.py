@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm_cli.core.compiling import Region
-from ldm_cli.core.models.convolution import norm_silu_conv, upsample_conv
-from ldm_cli.core.models.linear import linear
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shift: int) -> Tensor:
@@ -36,11 +34,6 @@ def timestep_embedding(timesteps: Tensor, dim: int, *, flip_sin_to_cos: bool, fr
     return torch.cat((cos, sin) if flip_sin_to_cos else (sin, cos), dim=-1)
 
 
-def repeated(x: Tensor, rows: int) -> Tensor:
-    """[B, …] → [rows, …], in the same memory order: all of x again for each of rows / B contexts."""
-    return x if len(x) == rows else torch.cat([x] * (rows // len(x)))
-
-
 class TimestepEmbedding(nn.Module):
     """Two linear layers with a SiLU between them; optionally a second vector is added to the input."""
 
@@ -58,20 +51,11 @@ class TimestepEmbedding(nn.Module):
         return hidden
 
 
-def pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A 1×1 convolution of [B, C, H, W] as the matrix product that it is, in channels-last order a view on both sides.
-
-    A convolution of that size runs at a third of a matrix product's speed on a CPU.
-    """
-    tokens = linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias)
-    return tokens.permute(0, 3, 1, 2)
-
-
 class ResnetBlock2D(Region):
-    """Two 3×3 convolutions, each after group norm and SiLU, around which the input is added.
+    """x + conv2(silu(norm2(conv1(silu(norm1(x))) + e))), with e a projection of the timestep embedding.
 
     Args:
-        in_channels, out_channels: where they differ the input passes a 1×1 convolution.
+        in_channels, out_channels: C and C'. If they differ, a 1×1 convolution brings x to C' before the sum.
         embedding_dim: E; None for a block without timestep.
         groups, eps: of both group norms.
     """
@@ -88,18 +72,16 @@ class ResnetBlock2D(Region):
         self.conv_shortcut = None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        """[R·B, C, H, W] and the *activated* timestep embedding silu(e) [B, E] or [1, E] → [R·B, C', H, W].
+        """[B, C, H, W] and the *activated* timestep embedding silu(e), [B, E] or [1, E] → [B, C', H, W].
 
         The activation is the same for every block of a network, so the network applies it once.
         """
-        hidden = norm_silu_conv(x, self.norm1, self.conv1)
+        hidden = self.conv1(F.silu(self.norm1(x)))
         if self.time_emb_proj is not None:
-            hidden = hidden + repeated(self.time_emb_proj(embedding), len(hidden))[:, :, None, None]
-        hidden = norm_silu_conv(hidden, self.norm2, self.conv2)
-        if self.conv_shortcut is not None:
-            x = pointwise(self.conv_shortcut, x)
-        result: Tensor = x + hidden
-        return result
+            hidden = hidden + self.time_emb_proj(embedding)[:, :, None, None]
+        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        shortcut: Tensor = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return shortcut + hidden
 
 
 class Downsample2D(nn.Module):
@@ -132,4 +114,5 @@ class Upsample2D(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """[B, C, H, W] → [B, C, *size]."""
-        return upsample_conv(x, size, self.conv)
+        enlarged: Tensor = self.conv(F.interpolate(x, size=size, mode="nearest"))
+        return enlarged

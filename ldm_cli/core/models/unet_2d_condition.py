@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from ldm_cli.core.condition import Condition
 from ldm_cli.core.models.attention import Transformer2DModel
 from ldm_cli.core.models.checkpointing import Checkpointable
-from ldm_cli.core.models.convolution import norm_silu_conv
 from ldm_cli.core.models.layers import ResnetBlock2D, TimestepEmbedding, timestep_embedding
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.core.models.unet_blocks import DownBlock, LevelSpec, MidBlock, UpBlock
@@ -130,7 +129,7 @@ class UNet2DConditionModel(Checkpointable):
             hidden = self.mid_block(hidden, embedding, condition.tokens)
         for block in self.up_blocks:
             hidden = block(hidden, embedding, condition.tokens, skips)
-        prediction: Tensor = norm_silu_conv(hidden, self.conv_norm_out, self.conv_out)
+        prediction: Tensor = self.conv_out(F.silu(self.conv_norm_out(hidden)))
         return prediction
 
     def _check_conditions(self, x: Tensor, condition: Condition) -> None:

@@ -1,7 +1,6 @@
 """The levels of the U-Net: down, middle, up. Parameter names are those of diffusers.
 
-Letters: B batch, R contexts of each row, C channels, H height, W width, E width of the timestep embedding, M text
-tokens. The first attention to the contexts makes R·B rows of B.
+Letters: B batch, C channels, H height, W width, E width of the timestep embedding, M text tokens.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ldm_cli.core.models.attention import FixedContext, Transformer2DModel
+from ldm_cli.core.models.attention import Transformer2DModel
 from ldm_cli.core.models.checkpointing import Checkpointed
-from ldm_cli.core.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, repeated
+from ldm_cli.core.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,8 @@ class DownBlock(Checkpointed):
         self.resnets = nn.ModuleList(spec.resnet(in_channels if i == 0 else spec.channels) for i in range(num_layers))
         self.downsamplers = nn.ModuleList([Downsample2D(spec.channels, asymmetric=False)] if downsample else [])
 
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | FixedContext | None) -> list[Tensor]:
-        """[B, C, H, W], activated embedding [B, E], text [R·B, M, D] → every result; the last is the output."""
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None) -> list[Tensor]:
+        """[B, C, H, W], activated embedding [B, E], text [B, M, D] → every result; the last is the output."""
         results = []
         for i, resnet in enumerate(self.resnets):
             x = self.run(resnet, x, embedding)
@@ -83,8 +82,8 @@ class MidBlock(Checkpointed):
         self.has_attention = attention
         self.resnets = nn.ModuleList(spec.resnet(spec.channels) for _ in range(2 if attention else 1))
 
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | FixedContext | None) -> Tensor:
-        """[B, C, H, W], activated embedding [B, E], text [R·B, M, D] → [R·B, C, H, W]."""
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None) -> Tensor:
+        """[B, C, H, W], activated embedding [B, E], text [B, M, D] → [B, C, H, W]."""
         x = self.run(self.resnets[0], x, embedding)
         if self.has_attention:
             x = self.attentions[0](x, context)
@@ -114,15 +113,13 @@ class UpBlock(Checkpointed):
         )
         self.upsamplers = nn.ModuleList([Upsample2D(spec.channels)] if upsample else [])
 
-    def forward(
-        self, x: Tensor, embedding: Tensor, context: Tensor | FixedContext | None, skips: list[Tensor]
-    ) -> Tensor:
-        """[R·B, C, H, W], embedding [B, E], text [R·B, M, D] → [R·B, C', H', W'], the size of the next skip.
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None, skips: list[Tensor]) -> Tensor:
+        """[B, C, H, W], embedding [B, E], text [B, M, D] → [B, C', H', W'], the size of the next skip.
 
         Takes its results of the way down from the end of `skips`.
         """
         for i, resnet in enumerate(self.resnets):
-            x = self.run(resnet, torch.cat((x, repeated(skips.pop(), len(x))), dim=1), embedding)
+            x = self.run(resnet, torch.cat((x, skips.pop()), dim=1), embedding)
             if self.has_attention:
                 x = self.attentions[i](x, context)
         for upsampler in self.upsamplers:

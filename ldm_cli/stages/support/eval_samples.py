@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm_cli.core.cpu import tune_for_cpu
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.data.batch import Batch
@@ -69,6 +70,7 @@ def load_models(config: EvalSection, device: torch.device) -> Models:
     if config.vae is not None and "reconstruction" in config.metrics:
         folder = resolve_model(Path(config.vae))
         vae = load_model(AutoencoderKL, folder).to(device).eval()
+        tune_for_cpu(vae)
         hashes["vae"] = {"folder": str(folder), "sha256": weights_sha256(folder)}
     if config.pipeline is not None and _DRAWING_METRICS & set(config.metrics):
         sampling = config.sampling

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from ldm_cli.allocator import keep_freed_memory
 from ldm_cli.errors import UnavailableError, UsageError
 
 
@@ -57,12 +56,4 @@ def resolve_device(device: str, local_rank: int = 0) -> torch.device:
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         build = "this build of torch has no CUDA" if torch.version.cuda is None else "torch sees no such device"
         raise UnavailableError(f"device '{resolved}' is missing", build, "use --device cpu, or install torch with CUDA")
-    return resolved
-
-
-def device_of_process(device: str, local_rank: int = 0) -> torch.device:
-    """`resolve_device` for a process that does nothing but compute: on a CPU it keeps the memory that it frees."""
-    resolved = resolve_device(device, local_rank)
-    if resolved.type == "cpu":
-        keep_freed_memory()
     return resolved

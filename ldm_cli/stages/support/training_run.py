@@ -26,7 +26,7 @@ from ldm_cli.formats.model_folder import weights_sha256
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.data_trace import traced
 from ldm_cli.stages.support.model_sizes import expect_memory
-from ldm_cli.stages.support.options import RunOptions, device_of_process
+from ldm_cli.stages.support.options import RunOptions, resolve_device
 from ldm_cli.stages.support.start import TrainRecipe, start_folder
 from ldm_cli.training.distributed import joined, local_rank
 from ldm_cli.training.interruption import StopRequest
@@ -78,7 +78,7 @@ def run_training(
     Returns:
         `run`, `model`, `state`, `step` and the final figures.
     """
-    device = device_of_process(options.device, local_rank())
+    device = resolve_device(options.device, local_rank())
     with StopRequest(options.max_time) as stop, joined(device, recipe.train.rank_timeout) as ranks:
         recipe.train.parts_per_rank(ranks.world_size)
         expect_memory(recipe, device, ranks.world_size)

@@ -1,4 +1,4 @@
-"""Keep the memory that a step frees for the next step, in large pages.
+"""Keeps the memory that a step frees for the next step, in large pages.
 
 A training step on a CPU allocates and frees hundreds of buffers of megabytes. glibc returns such buffers to the kernel
 at once, which hands them out again as zeroed 4 KiB pages, one fault each: 34,000 faults a step of a U-Net of 12.6 M
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from contextlib import suppress
+from functools import cache
 from typing import Any
 
 # malloc.h and asm-generic/mman-common.h
@@ -20,13 +20,14 @@ _POOL = 1 << 30
 """Address space reserved at a time; only touched pages take memory."""
 
 
+@cache
 def keep_freed_memory() -> bool:
     """Let malloc serve large buffers from one heap that is not given back, and back that heap with large pages.
 
-    Changes when pages are taken, and no result. Call it once, before the work, in a process that computes on a CPU.
+    No result changes. The first call of a process acts, later ones return its answer.
 
     Returns:
-        Whether it could be done: on Linux with glibc.
+        Whether it could be done: True on Linux with glibc.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -45,10 +46,3 @@ def keep_freed_memory() -> bool:
         return end <= start or bool(libc.madvise(start, end - start, _MADV_HUGEPAGE) == 0)
     except (OSError, AttributeError):
         return False
-
-
-def give_back_memory() -> None:
-    """Return freed memory to the kernel, after a single operation that needed far more than the rest of the run."""
-    if sys.platform.startswith("linux"):
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)

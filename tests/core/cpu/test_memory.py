@@ -11,7 +11,7 @@ import pytest
 SCRIPT = """
 import sys
 import torch
-from ldm_cli.allocator import keep_freed_memory
+from ldm_cli.core.cpu.memory import keep_freed_memory
 
 if sys.argv[1] == "kept" and not keep_freed_memory():
     sys.exit(9)
@@ -25,7 +25,7 @@ print(any(int(low, 16) <= buffer.data_ptr() < int(high, 16) for low, high in par
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
 @pytest.mark.parametrize(("how", "expected"), [("kept", "True"), ("plain", "False")])
 def test_large_buffers_are_taken_from_the_heap_where_memory_is_kept(how: str, expected: str) -> None:
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[3]
     run = subprocess.run([sys.executable, "-c", SCRIPT, how], cwd=root, capture_output=True, text=True, check=False)
     if run.returncode == 9:
         pytest.skip("not glibc")
