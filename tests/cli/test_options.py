@@ -80,7 +80,14 @@ def test_options_of_sample_override_the_recipe(sampled: dict[str, Any], tmp_path
 
     recipe, options = sampled["recipe"], sampled["options"]
     prompts_of_entries = [getattr(entry, "prompt", entry) for entry in recipe.prompts]
-    assert prompts_of_entries == ["zeroth", "first", "second", "bad \N{LATIN SMALL LETTER Y WITH DIAERESIS}", "last", ""]
+    assert prompts_of_entries == [
+        "zeroth",
+        "first",
+        "second",
+        "bad \N{LATIN SMALL LETTER Y WITH DIAERESIS}",
+        "last",
+        "",
+    ]
     assert recipe.model == "runs/demo-unet/model"
     assert recipe.sampling.guidance.scale == 2.0
     assert recipe.sampling.model_dump(exclude={"timestep_spacing", "timesteps", "guidance"}) == {
