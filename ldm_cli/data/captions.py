@@ -53,7 +53,7 @@ def encoding_of(start: bytes) -> str | None:
             return encoding
     num_letters = len(start) // 2
     zeros = start[: 2 * num_letters : 2].count(0), start[1 : 2 * num_letters : 2].count(0)  # high and low bytes
-    if min(zeros) == 0 and 2 * max(zeros) > num_letters:
+    if min(zeros) == 0 and 2 * max(zeros) > max(num_letters, 2):
         return "utf-16-be" if zeros[0] else "utf-16-le"
     return None
 
@@ -67,7 +67,7 @@ def decode_text(data: bytes) -> Text:
     """
     encoding = encoding_of(data)
     for name in (encoding,) if encoding else ("utf-8", "cp1252"):
-        if name == "cp1252" and _is_mostly_high(data):
+        if name == "cp1252" and (b"\0" in data or _is_mostly_high(data)):
             continue
         try:
             text = data.decode(name)

@@ -12,7 +12,7 @@ from typing import Any
 from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.captions import captions_in, decode_text, parse_json
 from ldm_cli.data.pack_report import PackReport
-from ldm_cli.data.sources import Choices, Source, TableSource, caption_of_class
+from ldm_cli.data.sources import Choices, Source, TableSource, captions_of_class
 from ldm_cli.data.tables import CAPTION_COLUMNS, TABLE_SUFFIXES, column_among, is_picture
 from ldm_cli.errors import DataError, InputNotFoundError, UnavailableError
 
@@ -26,7 +26,6 @@ _NO_CLASSES = frozenset(
         *("image", "images", "img", "imgs", "photo", "photos", "picture", "pictures"),
     )
 )
-_NO_WORD = re.compile(r"[\W\d_]*|n\d{8}|\d{3}[A-Z0-9_]{5}")  # years and numbers, WordNet's ids, camera folders
 
 
 def find_sources(source: Path, choices: Choices, report: PackReport) -> Iterator[Source]:
@@ -85,7 +84,8 @@ class _Folder:
                         self._report.remark("picture named more than once")
                     named.add(real)
                 yield source
-        loose, without = [], []
+        loose: list[Path] = []
+        without: list[Path] = []
         for path in self._pictures:
             if named and os.path.realpath(path) in named:
                 continue
@@ -133,7 +133,7 @@ class _Folder:
             if path.suffix.lower() not in TABLE_SUFFIXES or is_fact:
                 continue
             try:
-                tables.append(TableSource(path, self._choices, self._report))
+                tables.append(TableSource(path, self._choices, self._report, self._folder))
             except (DataError, UnavailableError):
                 if path.stem.lower() == "metadata":
                     raise
@@ -214,7 +214,6 @@ class _Folder:
     def _of_class(self, name: str, source: Source) -> Source:
         """A picture of a class folder, with the template's caption if the folder's name is a word."""
         label = self._report.classes.index(name)
-        if _NO_WORD.fullmatch(name):
-            return replace(source, label=label)
-        self._report.from_class_names += 1
-        return replace(source, captions=(caption_of_class(name, self._choices.caption_template),), label=label)
+        return replace(
+            source, captions=captions_of_class(name, self._choices.caption_template, self._report), label=label
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +27,9 @@ from ldm_cli.data.tables import (
 from ldm_cli.errors import DataError
 
 _MOST_WORDS_OF_CLASS = 4
+_NUMBER = re.compile(r"[+-]?\d+(\.0*)?")
+# Years and numbers, answers, WordNet's ids, camera folders: what says nothing about a picture.
+_NO_NAME = re.compile(r"[\W\d_]*|(?i:true|false|yes|no)|n\d{8}|\d{3}[A-Z0-9_]{5}")
 
 
 @dataclass(frozen=True)
@@ -70,14 +74,16 @@ class TableSource:
         table: the file.
         choices: which columns.
         report: is told what is not used.
+        root: where to look for a picture that is not at its path; None: the table's folder.
 
     Raises:
         DataError: the table is damaged, or its columns are not the expected ones.
         UnavailableError: it is Parquet, and pyarrow is not installed.
     """
 
-    def __init__(self, table: Path, choices: Choices, report: PackReport) -> None:
+    def __init__(self, table: Path, choices: Choices, report: PackReport, root: Path | None = None) -> None:
         self.table = table
+        self._root = root
         self._choices, self._report = choices, report
         columns = columns_of(table)
         self._image = self._given(choices.image_column, columns) or image_column_among(table, columns)
@@ -104,7 +110,7 @@ class TableSource:
 
     @cached_property
     def _pictures(self) -> _Pictures:
-        return _Pictures(self.table.parent)
+        return _Pictures(self.table.parent, self._root or self.table.parent)
 
     def class_names(self) -> set[str]:
         """The names of the classes."""
@@ -147,8 +153,7 @@ class TableSource:
             if len(class_name.split()) > _MOST_WORDS_OF_CLASS:
                 cause = f"'{class_name}' is too long for the name of a class"
                 raise DataError(f"cannot read '{self.table}' {where}", cause, "add --caption-column NAME")
-            captions.append(caption_of_class(class_name, self._choices.caption_template))
-            self._report.from_class_names += 1
+            captions += captions_of_class(class_name, self._choices.caption_template, self._report)
         extra = dict(first)
         for column in (self._image, self._caption):
             extra.pop(column or "", None)
@@ -161,9 +166,13 @@ class TableSource:
     def _class(self, row: dict[str, Any]) -> tuple[int | None, str | None]:
         """Number and name of a row's class, as far as it has them."""
         cells = [row.get(column) for column in ("class_name", *self._classes)]
-        numbers = [int(cell) for cell in cells if not isinstance(cell, bool) and str(cell).isdecimal()]
-        names = [cell for cell in cells if isinstance(cell, str) and captions_in(cell) and not cell.isdecimal()]
-        return numbers[0] if numbers else None, names[0] if names else None
+        number, name = None, None
+        for cell in cells:
+            if _NUMBER.fullmatch(str(cell)):
+                number = int(float(cell)) if number is None and float(cell) >= 0 else number
+            elif name is None and isinstance(cell, str) and captions_in(cell):
+                name = cell
+        return number, name
 
     def _picture(self, where: str, cell: Any) -> tuple[str, Path | bytes]:
         """Name and file, or bytes, of the picture in a cell: a path, bytes, or both as in Hugging Face `datasets`."""
@@ -197,11 +206,11 @@ class _RowError(Exception):
 class _Pictures:
     """The files that a table's paths can mean."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, root: Path) -> None:
+        self._folder, self._root = folder, root
 
     def find(self, name: str) -> Path:
-        """The file at a path from the table's folder; else the only one of that name below it, with or without suffix.
+        """The file at a path from the table's folder; else the only one below the root that has the name or the stem.
 
         Raises:
             BadSampleError: "missing file" or "ambiguous file".
@@ -221,15 +230,18 @@ class _Pictures:
 
     @cached_property
     def _by_name(self) -> dict[str, list[Path]]:
-        """All files below the folder by their names in lower case, and pictures by their names without suffix."""
+        """All files below the root by their names in lower case, and pictures by their names without suffix."""
         found: dict[str, list[Path]] = {}
-        for path in sorted(Path(parent) / file for parent, _, files in os.walk(self._folder) for file in files):
+        for path in sorted(Path(parent) / file for parent, _, files in os.walk(self._root) for file in files):
             found.setdefault(path.name.lower(), []).append(path)
             if is_picture(path):
                 found.setdefault(path.stem.lower(), []).append(path)
         return found
 
 
-def caption_of_class(name: str, template: str) -> str:
-    """`golden_retriever` in the template."""
-    return template.replace("{}", name.replace("_", " ").strip())
+def captions_of_class(name: str, template: str, report: PackReport) -> tuple[str, ...]:
+    """`golden_retriever` in the template, if the name of the class is one."""
+    if _NO_NAME.fullmatch(name):
+        return ()
+    report.from_class_names += 1
+    return (template.replace("{}", name.replace("_", " ").strip()),)

@@ -63,6 +63,10 @@ def _csv(rows: list[list[str]], encoding: str = "utf-8", **dialect: Any) -> byte
 
 ROWS = [["a.png", "señor, one"], ["b.png", "two"]]
 JSON_ROWS = [{"file_name": "a.png", "text": "señor, one"}, {"file_name": "b.png", "text": "two"}]
+COCO = {
+    "images": [{"id": 10 + number, "file_name": name} for number, (name, _) in enumerate(ROWS)],
+    "annotations": [{"id": 1, "image_id": 10 + number, "caption": text} for number, (_, text) in enumerate(ROWS)],
+}
 LINES = "\n".join(json.dumps(row) for row in JSON_ROWS)
 
 
@@ -83,6 +87,8 @@ LINES = "\n".join(json.dumps(row) for row in JSON_ROWS)
         ("data.ndjson", LINES.encode()),
         ("data.json", json.dumps(JSON_ROWS).encode()),
         ("data.json", LINES.encode()),
+        ("captions_val.json", json.dumps(COCO).encode()),
+        ("list.csv", _csv([[" image ", " caption "], *ROWS], lineterminator="\r")),
         ("data.json", json.dumps(dict(ROWS)).encode()),
         ("data.json", json.dumps({name: {"caption": text, "tags": "x"} for name, text in ROWS}).encode()),
     ],
@@ -244,6 +250,13 @@ def test_a_class_column_gives_labels_and_captions(tmp_path: Path, column: str) -
     assert report["classes"] == {"cat": 0, "dog": 1}
 
 
+@pytest.mark.parametrize(("cell", "label"), [("3.0", b"3"), ("-1", None), ("007", b"7"), ("", None)])
+def test_a_number_of_a_class_is_no_name(tmp_path: Path, cell: str, label: bytes | None) -> None:
+    source = _folder(tmp_path / "in", {"a.png": b"", "labels.csv": _csv([["image", "label"], ["a.png", cell]])})
+    samples, report = _samples(source, tmp_path / "out")
+    assert (samples[0].get("cls"), report["without_caption"], report["classes"]) == (label, 1, {})
+
+
 def test_numbers_of_classes_are_kept_and_a_caption_column_goes_first(tmp_path: Path) -> None:
     rows = [["image", "label", "text"], ["a.png", "7", "a dog"], ["b.png", "3", ""]]
     source = _folder(tmp_path / "in", {"a.png": b"", "b.png": b"", "labels.csv": _csv(rows)})
@@ -374,7 +387,7 @@ def _check_refused(make: Callable[[Path], Path], tmp_path: Path, words: str) -> 
         ),
         ("a.csv", b"image,text,text\nx,y,z\n", "two columns are called 'text'"),
         ("a.csv", b"image,label\na.png,a red circle on the left of it\n", "line 2.*too long.*--caption-column"),
-        ("a.json", b'{"images": [], "annotations": []}', "expected a list of objects"),
+        ("a.json", b'{"count": 3}', "expected a list of objects"),
     ],
 )
 def test_what_is_ambiguous_or_of_another_kind_is_refused(tmp_path: Path, name: str, content: bytes, words: str) -> None:
