@@ -98,7 +98,7 @@ class TableSource:
             raise DataError(
                 f"cannot pack '{table}'",
                 f"no column of {missing} is known among {', '.join(map(repr, columns)) or 'none'}",
-                "name it with --image-column or --caption-column",
+                "name it with --image-column or --caption-column, or say --caption-column '' for no captions",
             )
 
     def _given(self, name: str | None, columns: list[str]) -> str | None:
@@ -142,10 +142,11 @@ class TableSource:
         name, picture = self._picture(where, first.get(self._image or ""))
         captions: list[str] = []
         for place, row in rows:
+            column = self._caption_column(row)
             try:
-                captions += captions_in(row.get(self._caption)) if self._caption else ()
+                captions += captions_in(row[column]) if column else ()
             except ValueError as error:
-                raise DataError(f"cannot read '{self.table}' {place}: '{self._caption}'", str(error)) from error
+                raise DataError(f"cannot read '{self.table}' {place}: '{column}'", str(error)) from error
         number, class_name = self._class(first)
         if number is None and class_name is not None:
             number = self._report.classes.index(class_name)
@@ -155,13 +156,19 @@ class TableSource:
                 raise DataError(f"cannot read '{self.table}' {where}", cause, "add --caption-column NAME")
             captions += captions_of_class(class_name, self._choices.caption_template, self._report)
         extra = dict(first)
-        for column in (self._image, self._caption):
-            extra.pop(column or "", None)
+        for used in (self._image, self._caption_column(first)):
+            extra.pop(used or "", None)
         for column in extra:
             cells = [row.get(column) for _, row in rows]
             if cells[1:] and any(cell != cells[0] for cell in cells):
                 extra[column] = cells
         return Source(name, picture, tuple(captions), number, extra=extra)
+
+    def _caption_column(self, row: dict[str, Any]) -> str | None:
+        """The column of captions; JSON rows may each have another."""
+        if self._caption in row or self._choices.caption_column is not None:
+            return self._caption if self._caption in row else None
+        return column_among(list(row), CAPTION_COLUMNS)
 
     def _class(self, row: dict[str, Any]) -> tuple[int | None, str | None]:
         """Number and name of a row's class, as far as it has them."""
@@ -169,7 +176,7 @@ class TableSource:
         number, name = None, None
         for cell in cells:
             if _NUMBER.fullmatch(str(cell)):
-                number = int(float(cell)) if number is None and float(cell) >= 0 else number
+                number = int(float(str(cell))) if number is None and float(str(cell)) >= 0 else number
             elif name is None and isinstance(cell, str) and captions_in(cell):
                 name = cell
         return number, name

@@ -87,6 +87,7 @@ LINES = "\n".join(json.dumps(row) for row in JSON_ROWS)
         ("data.ndjson", LINES.encode()),
         ("data.json", json.dumps(JSON_ROWS).encode()),
         ("data.json", LINES.encode()),
+        ("data.jsonl", b'{"image": "a.png", "caption": "se\\u00f1or, one"}\n{"image": "b.png", "title": "two"}'),
         ("captions_val.json", json.dumps(COCO).encode()),
         ("list.csv", _csv([[" image ", " caption "], *ROWS], lineterminator="\r")),
         ("data.json", json.dumps(dict(ROWS)).encode()),
