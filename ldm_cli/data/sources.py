@@ -86,15 +86,15 @@ class TableSource:
         self._root = root
         self._choices, self._report = choices, report
         columns = columns_of(table)
-        self._image = self._given(choices.image_column, columns) or image_column_among(table, columns)
+        self._image = self._given(choices.image_column, columns) or image_column_among(table, columns) or ""
         self._caption = self._given(choices.caption_column, columns)
         if choices.caption_column is None:
             self._caption = column_among(columns, CAPTION_COLUMNS)
         chosen = (self._image, self._caption)
         self._classes = [c for c in columns if column_among([c], CLASS_COLUMNS) and c not in chosen]
         has_text = self._caption is not None or bool(self._classes) or choices.caption_column == ""
-        if self._image is None or not has_text:
-            missing = "pictures" if self._image is None else "captions or classes"
+        if not self._image or not has_text:
+            missing = "captions or classes" if self._image else "pictures"
             raise DataError(
                 f"cannot pack '{table}'",
                 f"no column of {missing} is known among {', '.join(map(repr, columns)) or 'none'}",
@@ -113,9 +113,10 @@ class TableSource:
         return _Pictures(self.table.parent, self._root or self.table.parent)
 
     def class_names(self) -> set[str]:
-        """The names of the classes."""
+        """The names of the classes that have no number."""
         rows = rows_of(self.table, only=self._classes) if self._classes else ()
-        return {name for _, row in rows if (name := self._class(row)[1]) is not None}
+        classes = [self._class(row) for _, row in rows]
+        return {name for number, name in classes if number is None and name is not None}
 
     def __iter__(self) -> Iterator[Source]:
         """One source for each picture; rows of one picture that follow one another are its captions. A class without a
@@ -125,21 +126,26 @@ class TableSource:
             DataError: a row cannot be understood; the message names it.
         """
         rows = rows_of(self.table, self._report.remark)
-        for _, group in itertools.groupby(rows, key=self._same_picture):
+        for name, group in itertools.groupby(rows, key=self._name):
             try:
-                found = self._source(list(group))
-            except _RowError as error:
-                self._report.leave_out(error.name, error.cause)
+                source = self._source(name, list(group))
+            except BadSampleError as error:
+                self._report.leave_out(name, error)
                 continue
-            yield found
+            yield source
 
-    def _same_picture(self, row: Row) -> object:
-        image = row[1].get(self._image or "")
-        return image if isinstance(image, str) and image else row[0]
+    def _name(self, row: Row) -> str:
+        """The path in a row, or the place of a row that holds the picture itself."""
+        where, cells = row
+        path = cells.get(self._image)
+        return path if isinstance(path, str) and path else f"{self.table.name} {where}"
 
-    def _source(self, rows: list[Row]) -> Source:
+    def _source(self, name: str, rows: list[Row]) -> Source:
         where, first = rows[0]
-        name, picture = self._picture(where, first.get(self._image or ""))
+        cell = first.get(self._image)
+        picture = self._picture(where, cell)
+        if isinstance(cell, dict):
+            name = cell.get("path") or name
         captions: list[str] = []
         for place, row in rows:
             column = self._caption_column(row)
@@ -155,13 +161,10 @@ class TableSource:
                 cause = f"'{class_name}' is too long for the name of a class"
                 raise DataError(f"cannot read '{self.table}' {where}", cause, "add --caption-column NAME")
             captions += captions_of_class(class_name, self._choices.caption_template, self._report)
-        extra = dict(first)
-        for used in (self._image, self._caption_column(first)):
-            extra.pop(used or "", None)
-        for column in extra:
+        extra = {}
+        for column in first.keys() - {self._image, self._caption_column(first)}:
             cells = [row.get(column) for _, row in rows]
-            if cells[1:] and any(cell != cells[0] for cell in cells):
-                extra[column] = cells
+            extra[column] = cells if any(cell != cells[0] for cell in cells[1:]) else cells[0]
         return Source(name, picture, tuple(captions), number, extra=extra)
 
     def _caption_column(self, row: dict[str, Any]) -> str | None:
@@ -181,33 +184,20 @@ class TableSource:
                 name = cell
         return number, name
 
-    def _picture(self, where: str, cell: Any) -> tuple[str, Path | bytes]:
-        """Name and file, or bytes, of the picture in a cell: a path, bytes, or both as in Hugging Face `datasets`."""
-        name = f"{self.table.name} {where}"
+    def _picture(self, where: str, cell: Any) -> Path | bytes:
+        """The picture in a cell: a path, bytes, or a struct of both as in Hugging Face `datasets`."""
         if isinstance(cell, dict) and {"bytes", "path"} & cell.keys():
-            name = cell.get("path") or name
             cell = cell.get("bytes") or cell.get("path")
         if isinstance(cell, bytes):
-            return name, cell
-        if cell is not None and not isinstance(cell, str):
+            return cell
+        if not cell:
+            raise BadSampleError("no picture named", f"in '{self._image}'")
+        if not isinstance(cell, str):
             kind = type(cell).__name__
             raise DataError(f"cannot read '{self.table}' {where}: '{self._image}'", f"expected a path, found {kind}")
-        if not cell:
-            raise _RowError(name, BadSampleError("no picture named", f"in '{self._image}'"))
         if "://" in cell[:12]:
-            raise _RowError(cell, BadSampleError("remote picture", "download it first, as img2dataset does"))
-        try:
-            return cell, self._pictures.find(cell)
-        except BadSampleError as error:
-            raise _RowError(cell, error) from error
-
-
-class _RowError(Exception):
-    """A row whose picture cannot be packed, while the others can."""
-
-    def __init__(self, name: str, cause: BadSampleError) -> None:
-        super().__init__(name)
-        self.name, self.cause = name, cause
+            raise BadSampleError("remote picture", "download it first, as img2dataset does")
+        return self._pictures.find(cell)
 
 
 class _Pictures:
@@ -223,9 +213,8 @@ class _Pictures:
             BadSampleError: "missing file" or "ambiguous file".
         """
         path = self._folder / name
-        if path.is_file():
-            return path
-        path = self._folder / name.replace("\\", "/")
+        if not path.is_file():
+            path = self._folder / name.replace("\\", "/")
         if path.is_file():
             return path
         found = self._by_name.get(path.name.lower(), [])
