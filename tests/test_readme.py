@@ -34,6 +34,7 @@ from ldm_cli.recipe.load import load_recipe, load_section
 from ldm_cli.recipe.schema import RECIPES
 from ldm_cli.recipe.shipped import shipped_recipes
 from tests.conftest import REPOSITORY
+from tests.data.walks import write_img2dataset, write_phone
 from tests.fork_server import client
 
 NAMES = (
@@ -261,6 +262,8 @@ def shell(tmp_path: Path) -> Iterator[Callable[[Block], list[str]]]:
     program, home, server = tmp_path / "bin" / "ldm", tmp_path / "home", tmp_path / "server"
     program.parent.mkdir()
     home.mkdir()
+    write_phone(home / "phone")
+    write_img2dataset(home / "downloads")
     program.write_text(client(server))
     program.chmod(0o755)
     path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"

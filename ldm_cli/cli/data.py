@@ -90,13 +90,14 @@ def pack(
     debug: given.Debug = False,
 ) -> None:
     """Make shards of a folder of pictures with captions, of class folders, or of a table that names pictures."""
+    from ldm_cli.data.sources import Choices
     from ldm_cli.stages import data
 
     result = data.pack(
         source,
         out,
         make_reporter(),
-        choices=data.Choices(image_column, caption_column, caption_template),
+        choices=Choices(image_column, caption_column, caption_template),
         shard_samples=shard_samples,
         prefix=prefix,
     )

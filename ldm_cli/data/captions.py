@@ -40,7 +40,7 @@ _MARKS = {  # UTF-32 first: its mark begins like that of UTF-16
 }
 _HIGH = bytes(range(0x80, 0x100))
 # What programs write where there is no text; pandas reads the same spellings as missing.
-_NO_TEXT = frozenset(("nan", "NaN", "NAN", "null", "NULL", "None", "NA", "N/A", "n/a", "<NA>", "#N/A"))
+_NO_TEXT = frozenset(("nan", "NaN", "NAN", "null", "NULL", "None", "NA", "N/A", "n/a", "<NA>", "#N/A", "[]", "[nan]"))
 _PRINTED_ARRAY = re.compile(r"""['"]\s+['"]""")
 
 
@@ -53,7 +53,7 @@ def encoding_of(start: bytes) -> str | None:
             return encoding
     num_letters = len(start) // 2
     zeros = start[: 2 * num_letters : 2].count(0), start[1 : 2 * num_letters : 2].count(0)  # high and low bytes
-    if min(zeros) == 0 and 2 * max(zeros) > num_letters:
+    if min(zeros) == 0 and 2 * max(zeros) > max(num_letters, 2):
         return "utf-16-be" if zeros[0] else "utf-16-le"
     return None
 
@@ -67,7 +67,7 @@ def decode_text(data: bytes) -> Text:
     """
     encoding = encoding_of(data)
     for name in (encoding,) if encoding else ("utf-8", "cp1252"):
-        if name == "cp1252" and _is_mostly_high(data):
+        if name == "cp1252" and (b"\0" in data or _is_mostly_high(data)):
             continue
         try:
             text = data.decode(name)
@@ -111,8 +111,8 @@ def captions_in(value: Any) -> tuple[str, ...]:
     return () if not text or text in _NO_TEXT else (text,)
 
 
-def _spelled_value(text: str) -> dict[str, Any] | list[str | None] | None:
-    """The mapping, or the list of texts, that a cell spells as JSON or as Python prints it; None for all other text."""
+def _spelled_value(text: str) -> dict[str, Any] | list[Any] | None:
+    """The mapping or the list that a cell spells as JSON or as Python prints it; None for all other text."""
     if text[:1] + text[-1:] not in ("[]", "{}"):
         return None
     try:
@@ -124,10 +124,7 @@ def _spelled_value(text: str) -> dict[str, Any] | list[str | None] | None:
             return None
         if _PRINTED_ARRAY.search(text):  # Python would join the texts of a printed array to one
             raise ValueError(f"expected text or a list of texts, found a printed array {text:.60}") from None
-    if isinstance(value, dict):
-        return value
-    is_list = isinstance(value, list) and all(entry is None or isinstance(entry, str) for entry in value)
-    return value if is_list else None
+    return value if isinstance(value, dict | list) else None
 
 
 def clean_caption(text: str) -> Text:

@@ -25,7 +25,7 @@ class Conversion(NamedTuple):
     transform: ImageCms.ImageCmsTransform | None
     remark: str = ""
 
-    def __call__(self, image: Image.Image) -> Image.Image:
+    def applied(self, image: Image.Image) -> Image.Image:
         """RGB of a picture without transparency."""
         if self.transform is None:
             return image.convert("RGB")

@@ -241,10 +241,10 @@ def _to_rgb(image: Image.Image, to_srgb: Conversion, background: Color, reductio
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
         return _in_bands(image, lambda band: _over(background, to_srgb, band), reduction)
     if image.mode in _SIXTEEN_BIT:
-        return _in_bands(image, lambda band: to_srgb(_eight_bit(band)), reduction)
+        return _in_bands(image, lambda band: to_srgb.applied(_eight_bit(band)), reduction)
     if image.mode == "RGB" and to_srgb.transform is None and reduction == 1:
         return image
-    return _in_bands(image, to_srgb, reduction)
+    return _in_bands(image, to_srgb.applied, reduction)
 
 
 def _in_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image], reduction: int) -> Image.Image:
@@ -272,7 +272,7 @@ def _over(background: Color, to_srgb: Conversion, image: Image.Image) -> Image.I
     else:
         with_alpha = image.convert("LA" if color_mode(image.mode) == "L" else "RGBA")
         color, alpha = with_alpha.convert(with_alpha.mode[:-1]), with_alpha.getchannel("A")
-    color = to_srgb(color).convert("RGBA")
+    color = to_srgb.applied(color).convert("RGBA")
     color.putalpha(alpha)
     return Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), color).convert("RGB")
 

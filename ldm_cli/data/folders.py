@@ -12,7 +12,7 @@ from typing import Any
 from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.captions import captions_in, decode_text, parse_json
 from ldm_cli.data.pack_report import PackReport
-from ldm_cli.data.sources import Choices, Source, TableSource, caption_of_class
+from ldm_cli.data.sources import Choices, Source, TableSource, captions_of_class
 from ldm_cli.data.tables import CAPTION_COLUMNS, TABLE_SUFFIXES, column_among, is_picture
 from ldm_cli.errors import DataError, InputNotFoundError, UnavailableError
 
@@ -26,7 +26,6 @@ _NO_CLASSES = frozenset(
         *("image", "images", "img", "imgs", "photo", "photos", "picture", "pictures"),
     )
 )
-_NO_WORD = re.compile(r"[\W\d_]*|n\d{8}|\d{3}[A-Z0-9_]{5}")  # years and numbers, WordNet's ids, camera folders
 
 
 def find_sources(source: Path, choices: Choices, report: PackReport) -> Iterator[Source]:
@@ -70,7 +69,8 @@ class _Folder:
         self._beside: dict[str, list[Path]] = {}
         for path in self._others:
             if path.suffix.lower() in (*_CAPTION_SUFFIXES, ".json"):
-                for name in {self._name(path.with_suffix("")), self._name(path.with_suffix("")).lower()}:
+                stem = self._name(path.with_suffix(""))
+                for name in {stem, stem.lower()}:
                     self._beside.setdefault(name, []).append(path)
 
     def sources(self) -> Iterator[Source]:
@@ -85,13 +85,13 @@ class _Folder:
                         self._report.remark("picture named more than once")
                     named.add(real)
                 yield source
-        loose, without = [], []
+        loose: list[Path] = []
+        without: list[Path] = []
+        folders = {table.table.parent for table in tables}
         for path in self._pictures:
-            if named and os.path.realpath(path) in named:
-                continue
-            folders = {table.table.parent for table in tables}
-            is_beside_table = not folders.isdisjoint(path.parents)
-            (without if is_beside_table and not self._companions(path) else loose).append(path)
+            if not named or os.path.realpath(path) not in named:
+                is_beside_table = not folders.isdisjoint(path.parents)
+                (without if is_beside_table and not self._beside_picture(path) else loose).append(path)
         yield from self._loose(loose)
         for path in without:
             self._report.pass_over("picture that no table names", self._name(path))
@@ -114,44 +114,44 @@ class _Folder:
                 folders.clear()
                 continue
             entered.add(real)
-            for name in [*folders, *files]:
-                if name.startswith(".") or name.lower() in _HIDDEN:
-                    self._report.pass_over("hidden or system file", self._name(Path(parent, name)))
-            folders[:] = sorted(name for name in folders if not name.startswith(".") and name.lower() not in _HIDDEN)
-            for name in files:
-                if not name.startswith(".") and name.lower() not in _HIDDEN:
-                    yield Path(parent, name)
+            hidden = {name for name in (*folders, *files) if name.startswith(".") or name.lower() in _HIDDEN}
+            for name in sorted(hidden):
+                self._report.pass_over("hidden or system file", self._name(Path(parent, name)))
+            folders[:] = sorted({*folders} - hidden)
+            yield from (Path(parent, name) for name in files if name not in hidden)
 
     def _tables(self) -> list[TableSource]:
         """The files that are tables of pictures; a `metadata.*` must be one."""
-        tables = []
-        stems = {self._name(path.with_suffix("")).lower() for path in self._pictures}
-        for path in list(self._others):
-            is_fact = path.suffix.lower() == ".json" and (
-                self._name(path.with_suffix("")).lower() in stems or is_picture(path.with_suffix(""))
-            )
-            if path.suffix.lower() not in TABLE_SUFFIXES or is_fact:
-                continue
+        tables: list[TableSource] = []
+        refused: list[Exception] = []
+        beside = {path for picture in self._pictures for path in self._beside_picture(picture)}
+        for path in [path for path in self._others if path.suffix.lower() in TABLE_SUFFIXES and path not in beside]:
             try:
-                tables.append(TableSource(path, self._choices, self._report))
-            except (DataError, UnavailableError):
+                tables.append(TableSource(path, self._choices, self._report, self._folder))
+                del self._others[path]
+            except (DataError, UnavailableError) as error:
                 if path.stem.lower() == "metadata":
                     raise
-                continue
-            del self._others[path]
+                refused.append(error)
+        if refused and not tables and (self._choices.image_column or self._choices.caption_column):
+            raise refused[0]
         return tables
 
+    def _beside_picture(self, picture: Path) -> list[Path]:
+        """The text and JSON files of a picture: `IMG_1.txt` or `IMG_1.JPG.txt`, else with other capitals."""
+        names = (self._name(picture.with_suffix("")), self._name(picture))
+        return [path for name in names for path in self._beside.get(name) or self._beside.get(name.lower(), [])]
+
     def _companions(self, picture: Path) -> dict[str, Path]:
-        """The text and JSON files of a picture by suffix: `IMG_1.txt` or `IMG_1.JPG.txt`, else with other capitals.
+        """The files beside a picture by suffix.
 
         Raises:
             BadSampleError: "ambiguous caption": there are several of one suffix.
         """
         found: dict[str, Path] = {}
-        for name in (self._name(picture.with_suffix("")), self._name(picture)):
-            for path in self._beside.get(name) or self._beside.get(name.lower(), []):
-                if (other := found.setdefault(path.suffix.lower(), path)) != path:
-                    raise BadSampleError("ambiguous caption", f"{other.name} or {path.name}")
+        for path in self._beside_picture(picture):
+            if (other := found.setdefault(path.suffix.lower(), path)) != path:
+                raise BadSampleError("ambiguous caption", f"{other.name} or {path.name}")
         return found
 
     def _loose(self, pictures: list[Path]) -> Iterator[Source]:
@@ -167,16 +167,20 @@ class _Folder:
             has_captions = has_captions or bool(source.captions)
             sources.append((path, source))
         parents = {path.parent.name for path, _ in sources if path.parent != self._folder}
-        if parents and all(_KOHYA.fullmatch(name) for name in parents):
-            yield from (self._repeated(path, source) for path, source in sources)
-            return
         depths = {len(path.parents) for path, _ in sources}
-        if has_captions or len(depths) > 1 or len(parents) < 2 or _NO_CLASSES & {name.lower() for name in parents}:
-            yield from (source for _, source in sources)
-            return
-        self._report.classes = tuple(sorted(parents))
+        is_kohya = bool(parents) and all(_KOHYA.fullmatch(name) for name in parents)
+        are_classes = len(depths) == 1 and len(parents) > 1 and not _NO_CLASSES & {name.lower() for name in parents}
+        are_classes = are_classes and not (is_kohya or has_captions or self._report.classes)
+        if are_classes:
+            self._report.classes = tuple(sorted(parents))
         for path, source in sources:
-            yield self._of_class(path.parent.name, source)
+            name = path.parent.name
+            if are_classes:
+                captions = captions_of_class(name, self._choices.caption_template, self._report)
+                source = replace(source, captions=captions, label=self._report.classes.index(name))
+            elif is_kohya and path.parent != self._folder:
+                source = self._repeated(name, source)
+            yield source
 
     def _with_companions(self, picture: Path) -> Source:
         """A picture with what the files beside it say."""
@@ -188,7 +192,7 @@ class _Folder:
                 facts = parse_json(companions[".json"].read_bytes())
                 self._others.pop(companions[".json"], None)
             except BadSampleError:
-                facts = {}  # and the file is among those that are not read
+                facts = {}  # the file stays among those that are not read
         text = next((companions[suffix] for suffix in _CAPTION_SUFFIXES if suffix in companions), None)
         if text is not None:
             self._others.pop(text, None)
@@ -201,20 +205,9 @@ class _Folder:
             facts = {name: value for name, value in facts.items() if name != column}
         return Source(self._name(picture), picture, captions, extra=facts)
 
-    def _repeated(self, path: Path, source: Source) -> Source:
+    def _repeated(self, folder: str, source: Source) -> Source:
         """A picture of a folder `10_NAME`, ten times; without a caption it has NAME, as in kohya's scripts."""
-        found = _KOHYA.fullmatch(path.parent.name)
-        if found is None:
-            return source
-        self._report.repeats[path.parent.name] = int(found[1])
-        if not source.captions:
-            self._report.from_class_names += 1
-        return replace(source, captions=source.captions or (found[2].strip(),), repeats=int(found[1]))
-
-    def _of_class(self, name: str, source: Source) -> Source:
-        """A picture of a class folder, with the template's caption if the folder's name is a word."""
-        label = self._report.classes.index(name)
-        if _NO_WORD.fullmatch(name):
-            return replace(source, label=label)
-        self._report.from_class_names += 1
-        return replace(source, captions=(caption_of_class(name, self._choices.caption_template),), label=label)
+        times, _, name = folder.partition("_")
+        self._report.repeats[folder] = int(times)
+        self._report.from_class_names += not source.captions
+        return replace(source, captions=source.captions or (name.strip(),), repeats=int(times))

@@ -77,7 +77,8 @@ def pack(
                     packing.add(item)
                     progress.update(number)
         if not packing.num_samples:
-            raise InputNotFoundError(f"there are no pictures to pack in '{source}'", report.what_was_seen())
+            remedy = "tars are shards already: name them as data.shards" if report.not_read[".tar"] else ""
+            raise InputNotFoundError(f"there are no pictures to pack in '{source}'", report.what_was_seen(), remedy)
         partial.replace(out)
     except OSError as error:
         raise StorageError(f"cannot pack into '{out}'", error.strerror or str(error)) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +27,9 @@ from ldm_cli.data.tables import (
 from ldm_cli.errors import DataError
 
 _MOST_WORDS_OF_CLASS = 4
+_NUMBER = re.compile(r"[+-]?\d+(\.0*)?")
+# Years and numbers, answers, WordNet's ids, camera folders: what says nothing about a picture.
+_NO_NAME = re.compile(r"[\W\d_]*|(?i:true|false|yes|no)|n\d{8}|\d{3}[A-Z0-9_]{5}")
 
 
 @dataclass(frozen=True)
@@ -70,29 +74,31 @@ class TableSource:
         table: the file.
         choices: which columns.
         report: is told what is not used.
+        root: where to look for a picture that is not at its path; None: the table's folder.
 
     Raises:
         DataError: the table is damaged, or its columns are not the expected ones.
         UnavailableError: it is Parquet, and pyarrow is not installed.
     """
 
-    def __init__(self, table: Path, choices: Choices, report: PackReport) -> None:
+    def __init__(self, table: Path, choices: Choices, report: PackReport, root: Path | None = None) -> None:
         self.table = table
+        self._root = root
         self._choices, self._report = choices, report
         columns = columns_of(table)
-        self._image = self._given(choices.image_column, columns) or image_column_among(table, columns)
+        self._image = self._given(choices.image_column, columns) or image_column_among(table, columns) or ""
         self._caption = self._given(choices.caption_column, columns)
         if choices.caption_column is None:
             self._caption = column_among(columns, CAPTION_COLUMNS)
         chosen = (self._image, self._caption)
         self._classes = [c for c in columns if column_among([c], CLASS_COLUMNS) and c not in chosen]
         has_text = self._caption is not None or bool(self._classes) or choices.caption_column == ""
-        if self._image is None or not has_text:
-            missing = "pictures" if self._image is None else "captions or classes"
+        if not self._image or not has_text:
+            missing = "captions or classes" if self._image else "pictures"
             raise DataError(
                 f"cannot pack '{table}'",
                 f"no column of {missing} is known among {', '.join(map(repr, columns)) or 'none'}",
-                "name it with --image-column or --caption-column",
+                "name it with --image-column or --caption-column, or say --caption-column '' for no captions",
             )
 
     def _given(self, name: str | None, columns: list[str]) -> str | None:
@@ -104,12 +110,13 @@ class TableSource:
 
     @cached_property
     def _pictures(self) -> _Pictures:
-        return _Pictures(self.table.parent)
+        return _Pictures(self.table.parent, self._root or self.table.parent)
 
     def class_names(self) -> set[str]:
-        """The names of the classes."""
+        """The names of the classes that have no number."""
         rows = rows_of(self.table, only=self._classes) if self._classes else ()
-        return {name for _, row in rows if (name := self._class(row)[1]) is not None}
+        classes = [self._class(row) for _, row in rows]
+        return {name for number, name in classes if number is None and name is not None}
 
     def __iter__(self) -> Iterator[Source]:
         """One source for each picture; rows of one picture that follow one another are its captions. A class without a
@@ -119,27 +126,33 @@ class TableSource:
             DataError: a row cannot be understood; the message names it.
         """
         rows = rows_of(self.table, self._report.remark)
-        for _, group in itertools.groupby(rows, key=self._same_picture):
+        for name, group in itertools.groupby(rows, key=self._name):
             try:
-                found = self._source(list(group))
-            except _RowError as error:
-                self._report.leave_out(error.name, error.cause)
+                source = self._source(name, list(group))
+            except BadSampleError as error:
+                self._report.leave_out(name, error)
                 continue
-            yield found
+            yield source
 
-    def _same_picture(self, row: Row) -> object:
-        image = row[1].get(self._image or "")
-        return image if isinstance(image, str) and image else row[0]
+    def _name(self, row: Row) -> str:
+        """The path in a row, or the place of a row that holds the picture itself."""
+        where, cells = row
+        path = cells.get(self._image)
+        return path if isinstance(path, str) and path else f"{self.table.name} {where}"
 
-    def _source(self, rows: list[Row]) -> Source:
+    def _source(self, name: str, rows: list[Row]) -> Source:
         where, first = rows[0]
-        name, picture = self._picture(where, first.get(self._image or ""))
+        cell = first.get(self._image)
+        picture = self._picture(where, cell)
+        if isinstance(cell, dict):
+            name = cell.get("path") or name
         captions: list[str] = []
         for place, row in rows:
+            column = self._caption_column(row)
             try:
-                captions += captions_in(row.get(self._caption)) if self._caption else ()
+                captions += captions_in(row[column]) if column else ()
             except ValueError as error:
-                raise DataError(f"cannot read '{self.table}' {place}: '{self._caption}'", str(error)) from error
+                raise DataError(f"cannot read '{self.table}' {place}: '{column}'", str(error)) from error
         number, class_name = self._class(first)
         if number is None and class_name is not None:
             number = self._report.classes.index(class_name)
@@ -147,69 +160,61 @@ class TableSource:
             if len(class_name.split()) > _MOST_WORDS_OF_CLASS:
                 cause = f"'{class_name}' is too long for the name of a class"
                 raise DataError(f"cannot read '{self.table}' {where}", cause, "add --caption-column NAME")
-            captions.append(caption_of_class(class_name, self._choices.caption_template))
-            self._report.from_class_names += 1
-        extra = dict(first)
-        for column in (self._image, self._caption):
-            extra.pop(column or "", None)
-        for column in extra:
+            captions += captions_of_class(class_name, self._choices.caption_template, self._report)
+        extra = {}
+        for column in first.keys() - {self._image, self._caption_column(first)}:
             cells = [row.get(column) for _, row in rows]
-            if cells[1:] and any(cell != cells[0] for cell in cells):
-                extra[column] = cells
+            extra[column] = cells if any(cell != cells[0] for cell in cells[1:]) else cells[0]
         return Source(name, picture, tuple(captions), number, extra=extra)
+
+    def _caption_column(self, row: dict[str, Any]) -> str | None:
+        """The column of captions; JSON rows may each have another."""
+        if self._caption in row or self._choices.caption_column is not None:
+            return self._caption if self._caption in row else None
+        return column_among(list(row), CAPTION_COLUMNS)
 
     def _class(self, row: dict[str, Any]) -> tuple[int | None, str | None]:
         """Number and name of a row's class, as far as it has them."""
         cells = [row.get(column) for column in ("class_name", *self._classes)]
-        numbers = [int(cell) for cell in cells if not isinstance(cell, bool) and str(cell).isdecimal()]
-        names = [cell for cell in cells if isinstance(cell, str) and captions_in(cell) and not cell.isdecimal()]
-        return numbers[0] if numbers else None, names[0] if names else None
+        number, name = None, None
+        for cell in cells:
+            if _NUMBER.fullmatch(str(cell)):
+                number = int(float(str(cell))) if number is None and float(str(cell)) >= 0 else number
+            elif name is None and isinstance(cell, str) and captions_in(cell):
+                name = cell
+        return number, name
 
-    def _picture(self, where: str, cell: Any) -> tuple[str, Path | bytes]:
-        """Name and file, or bytes, of the picture in a cell: a path, bytes, or both as in Hugging Face `datasets`."""
-        name = f"{self.table.name} {where}"
+    def _picture(self, where: str, cell: Any) -> Path | bytes:
+        """The picture in a cell: a path, bytes, or a struct of both as in Hugging Face `datasets`."""
         if isinstance(cell, dict) and {"bytes", "path"} & cell.keys():
-            name = cell.get("path") or name
             cell = cell.get("bytes") or cell.get("path")
         if isinstance(cell, bytes):
-            return name, cell
-        if cell is not None and not isinstance(cell, str):
+            return cell
+        if not cell:
+            raise BadSampleError("no picture named", f"in '{self._image}'")
+        if not isinstance(cell, str):
             kind = type(cell).__name__
             raise DataError(f"cannot read '{self.table}' {where}: '{self._image}'", f"expected a path, found {kind}")
-        if not cell:
-            raise _RowError(name, BadSampleError("no picture named", f"in '{self._image}'"))
         if "://" in cell[:12]:
-            raise _RowError(cell, BadSampleError("remote picture", "download it first, as img2dataset does"))
-        try:
-            return cell, self._pictures.find(cell)
-        except BadSampleError as error:
-            raise _RowError(cell, error) from error
-
-
-class _RowError(Exception):
-    """A row whose picture cannot be packed, while the others can."""
-
-    def __init__(self, name: str, cause: BadSampleError) -> None:
-        super().__init__(name)
-        self.name, self.cause = name, cause
+            raise BadSampleError("remote picture", "download it first, as img2dataset does")
+        return self._pictures.find(cell)
 
 
 class _Pictures:
     """The files that a table's paths can mean."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, root: Path) -> None:
+        self._folder, self._root = folder, root
 
     def find(self, name: str) -> Path:
-        """The file at a path from the table's folder; else the only one of that name below it, with or without suffix.
+        """The file at a path from the table's folder; else the only one below the root that has the name or the stem.
 
         Raises:
             BadSampleError: "missing file" or "ambiguous file".
         """
         path = self._folder / name
-        if path.is_file():
-            return path
-        path = self._folder / name.replace("\\", "/")
+        if not path.is_file():
+            path = self._folder / name.replace("\\", "/")
         if path.is_file():
             return path
         found = self._by_name.get(path.name.lower(), [])
@@ -221,15 +226,18 @@ class _Pictures:
 
     @cached_property
     def _by_name(self) -> dict[str, list[Path]]:
-        """All files below the folder by their names in lower case, and pictures by their names without suffix."""
+        """All files below the root by their names in lower case, and pictures by their names without suffix."""
         found: dict[str, list[Path]] = {}
-        for path in sorted(Path(parent) / file for parent, _, files in os.walk(self._folder) for file in files):
+        for path in sorted(Path(parent) / file for parent, _, files in os.walk(self._root) for file in files):
             found.setdefault(path.name.lower(), []).append(path)
             if is_picture(path):
                 found.setdefault(path.stem.lower(), []).append(path)
         return found
 
 
-def caption_of_class(name: str, template: str) -> str:
-    """`golden_retriever` in the template."""
-    return template.replace("{}", name.replace("_", " ").strip())
+def captions_of_class(name: str, template: str, report: PackReport) -> tuple[str, ...]:
+    """`golden_retriever` in the template, if the name of the class is one."""
+    if _NO_NAME.fullmatch(name):
+        return ()
+    report.from_class_names += 1
+    return (template.replace("{}", name.replace("_", " ").strip()),)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ IMAGE_COLUMNS = (
 )
 CAPTION_COLUMNS = (
     *("text", "caption", "captions", "texts", "prompt", "title", "description", "sentence", "sentences", "comment"),
-    *("image_caption", "caption_text", "alt_text", "alt", "txt", "tags", "tag_string"),
+    *("image_caption", "caption_text", "alt_text", "alt", "txt"),
 )
 CLASS_COLUMNS = ("class", "class_name", "label", "label_name", "cls", "category", "class_id", "label_id", "target")
 """Column names in the order of preference; capitals, blanks and punctuation do not count."""
@@ -49,10 +51,11 @@ def columns_of(table: Path) -> list[str]:
         UnavailableError: it is Parquet, and pyarrow is not installed.
     """
     if table.suffix.lower() == ".parquet":
-        return list(_open_parquet(table).schema_arrow.names)
+        with _opened_parquet(table) as file:
+            return list(file.schema_arrow.names)
     if table.suffix.lower() in (".jsonl", ".ndjson", ".json"):
         return list(dict.fromkeys(name for _, row in rows_of(table) for name in row))
-    return next(_csv_records(table, lambda remark: None), ("", []))[1]
+    return _csv_header(table, _csv_records(table, lambda remark: None))
 
 
 def rows_of(
@@ -79,10 +82,8 @@ def rows_of(
 
 def column_among(columns: Sequence[str], wanted: Iterable[str]) -> str | None:
     """The first of the `wanted` names that `columns` has, as it is spelled there; None if it has none."""
-    spelled: dict[str, str] = {}
-    for column in columns:
-        spelled.setdefault(_plain(column), column)
-    return next((spelled[_plain(name)] for name in wanted if _plain(name) in spelled), None)
+    spelled = {_plain(column): column for column in reversed(columns)} | {column: column for column in columns}
+    return next((spelled[key] for name in wanted for key in (name, _plain(name)) if key in spelled), None)
 
 
 def image_column_among(table: Path, columns: Sequence[str]) -> str | None:
@@ -110,7 +111,8 @@ def text_lines(file: Path, remark: Callable[[str], None]) -> Iterator[str]:
         DataError: a line is in no known encoding.
     """
     with file.open("rb") as data:
-        encoding = encoding_of(data.peek(4096))
+        start = data.peek(4096)
+        encoding = encoding_of(start)
         if encoding is not None and not encoding.startswith("utf-8"):
             remark(f"{encoding[:6].upper()} text")
             try:
@@ -118,7 +120,8 @@ def text_lines(file: Path, remark: Callable[[str], None]) -> Iterator[str]:
             except UnicodeError as error:
                 raise DataError(f"cannot read '{file}'", str(error)) from error
             return
-        for number, line in enumerate(data, start=1):
+        has_old_ends = b"\r" in start and b"\n" not in start
+        for number, line in enumerate(data.read().splitlines(keepends=True) if has_old_ends else data, start=1):
             try:
                 found = decode_text(line)
             except BadSampleError as error:
@@ -141,7 +144,7 @@ def _csv_records(table: Path, remark: Callable[[str], None]) -> Iterator[tuple[s
     first, delimiter = 1, delimiter_of(header, table.suffix)
     if header.lower().startswith("sep="):  # Excel's first line
         first, delimiter, header = 2, header[4:5], next(lines, "")
-    reader = csv.reader(_chained(header, lines), delimiter=delimiter, strict=True, skipinitialspace=True)
+    reader = csv.reader(itertools.chain((header,), lines), delimiter=delimiter, strict=True, skipinitialspace=True)
     try:
         for cells in reader:
             if any(cell.strip() for cell in cells):
@@ -150,18 +153,18 @@ def _csv_records(table: Path, remark: Callable[[str], None]) -> Iterator[tuple[s
         raise DataError(f"cannot read '{table}' after line {reader.line_num + first - 1}", str(error)) from error
 
 
-def _chained(header: str, lines: Iterator[str]) -> Iterator[str]:
-    yield header
-    yield from lines
+def _csv_header(table: Path, records: Iterator[tuple[str, list[str]]]) -> list[str]:
+    """The names in the first record; those of columns without one are empty."""
+    columns = [cell.strip() for cell in next(records, ("", []))[1]]
+    if doubled := {column for column in columns if column and columns.count(column) > 1}:
+        raise DataError(f"cannot read '{table}'", f"two columns are called {', '.join(map(repr, sorted(doubled)))}")
+    return columns
 
 
 def _csv_rows(table: Path, remark: Callable[[str], None]) -> Iterator[Row]:
     """The first record names the columns."""
     records = _csv_records(table, remark)
-    columns = [cell.strip() for cell in next(records, ("", []))[1]]
-    named = [column for column in columns if column]
-    if doubled := {column for column in named if named.count(column) > 1}:
-        raise DataError(f"cannot read '{table}'", f"two columns are called {', '.join(map(repr, sorted(doubled)))}")
+    columns = _csv_header(table, records)
     for where, cells in records:
         if len(cells) != len(columns):
             cause = f"it has not the {len(columns)} columns of the first line but {len(cells)}"
@@ -180,14 +183,16 @@ def _json_lines(table: Path, lines: Iterable[str]) -> Iterator[Row]:
 
 
 def _json_rows(table: Path, remark: Callable[[str], None]) -> Iterator[Row]:
-    """A list of objects, a mapping from pictures to captions or objects, or JSON Lines under another name."""
+    """A list of objects, a mapping from pictures to captions or objects, COCO's captions, or JSON Lines."""
     lines = list(text_lines(table, remark))
     try:
         value = json.loads("".join(lines))
     except (ValueError, RecursionError):
         yield from _json_lines(table, lines)
         return
-    if isinstance(value, dict) and _is_mapping_of_pictures(value):
+    if isinstance(value, dict) and {"images", "annotations"} <= value.keys():
+        value = _coco_rows(value)
+    elif isinstance(value, dict) and _is_mapping_of_pictures(value):
         value = [
             {"file_name": name, **entry} if isinstance(entry, dict) else {"file_name": name, "text": entry}
             for name, entry in value.items()
@@ -196,6 +201,14 @@ def _json_rows(table: Path, remark: Callable[[str], None]) -> Iterator[Row]:
         raise DataError(f"cannot read '{table}'", "expected a list of objects, or a mapping from pictures to captions")
     for number, entry in enumerate(value, start=1):
         yield f"entry {number}", _object(table, f"entry {number}", entry)
+
+
+def _coco_rows(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """COCO's images with all their captions."""
+    captions: dict[Any, list[Any]] = {}
+    for annotation in value["annotations"]:
+        captions.setdefault(annotation.get("image_id"), []).append(annotation.get("caption"))
+    return [{**image, "captions": captions.get(image.get("id"), [])} for image in value["images"]]
 
 
 def _is_mapping_of_pictures(value: dict[str, Any]) -> bool:
@@ -211,35 +224,32 @@ def _object(table: Path, where: str, row: Any) -> dict[str, Any]:
     return row
 
 
-def _open_parquet(table: Path) -> Any:
+@contextmanager
+def _opened_parquet(table: Path) -> Iterator[Any]:
+    """A `pyarrow.parquet.ParquetFile`, whose errors within the context tell that the table is damaged."""
     try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
+        from pyarrow import ArrowException  # type: ignore[import-untyped]
+        from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
     except ImportError as error:
         remedy = "install it with pip install 'ldm-cli[parquet]'"
         raise UnavailableError(f"cannot read '{table}'", "pyarrow is not installed", remedy) from error
     try:
-        return ParquetFile(table)
+        with ParquetFile(table) as file:
+            yield file
     except (ArrowException, OSError) as error:
         raise DataError(f"cannot read '{table}'", str(error)) from error
 
 
 def _parquet_rows(table: Path, only: Collection[str] | None) -> Iterator[Row]:
     """Rows with the names of classes that Hugging Face `datasets` keeps in the file, as `class_name`."""
-    file = _open_parquet(table)
-    facts = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
-    features = facts.get("info", {}).get("features", {})
-    names = {
-        column: feature["names"]
-        for column, feature in features.items()
-        if isinstance(feature, dict) and "names" in feature
-    }
-    wanted = None if only is None else [column for column in file.schema_arrow.names if column in only]
-    number = 0
-    for batch in file.iter_batches(batch_size=16, columns=wanted):
-        for row in batch.to_pylist():
-            number += 1
-            for column, classes in names.items():
-                if isinstance(row.get(column), int) and 0 <= row[column] < len(classes):
-                    row.setdefault("class_name", classes[row[column]])
+    with _opened_parquet(table) as file:
+        facts = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+        features = facts.get("info", {}).get("features", {})
+        classes = {name: entry["names"] for name, entry in features.items() if "names" in entry}
+        wanted = None if only is None else [column for column in file.schema_arrow.names if column in only]
+        batches = file.iter_batches(batch_size=16, columns=wanted)
+        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
+            for column, names in classes.items():
+                if isinstance(row.get(column), int) and 0 <= row[column] < len(names):
+                    row.setdefault("class_name", names[row[column]])
             yield f"row {number}", row
