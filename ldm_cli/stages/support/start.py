@@ -21,6 +21,7 @@ from ldm_cli.formats.model_folder import CONFIG_NAME, ModelClass, load_model, re
 from ldm_cli.formats.pipeline_folder import INDEX_NAME, TEXT_ENCODER, UNET, VAE
 from ldm_cli.formats.scheduler_file import read_scheduler
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
+from ldm_cli.storage import resolve_model_folder
 from ldm_cli.training.run_identity import flatten
 
 TrainRecipe = TrainClipRecipe | TrainVaeRecipe | TrainUnetRecipe
@@ -39,7 +40,7 @@ def resolve_start(recipe: RecipeT, warn: Callable[[str], None]) -> RecipeT:
 
     Args:
         recipe: of any trainer.
-        warn: is told which given fields of the process differ from the pipeline's.
+        warn: receives a message for each given field of the process that differs from the pipeline's.
 
     Raises:
         InputNotFoundError, CheckpointError: the folder does not exist, or holds no model of this kind.
@@ -85,7 +86,7 @@ def start_folder(recipe: TrainRecipe) -> Path:
     if not Path(recipe.start_from).is_dir():
         remedy = "give the folder of a model, a run or a checkpoint"
         raise InputNotFoundError(f"start_from: no folder '{recipe.start_from}'", remedy=remedy)
-    root = resolve_model(Path(recipe.start_from))
+    root = resolve_model(resolve_model_folder(Path(recipe.start_from)))
     if not _is_pipeline(root) or isinstance(recipe, TrainClipRecipe):
         return root
     return root / (VAE if isinstance(recipe, TrainVaeRecipe) else UNET)
@@ -112,7 +113,7 @@ def _agreed(section: str, given: Config | None, found: Config, folder: Path) -> 
 
 
 def _agreed_tokenizer(recipe: TrainClipRecipe, folder: Path) -> Path:
-    """Where the tokenizer lies with which the text tower was trained."""
+    """The folder of the tokenizer with which the text tower was trained."""
     given = recipe.tokenizer.path
     if given is None or Tokenizer.load(given).fingerprint == Tokenizer.load(folder).fingerprint:
         return folder
