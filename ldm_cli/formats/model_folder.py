@@ -58,7 +58,7 @@ ModuleT_co = TypeVar("ModuleT_co", bound=nn.Module, covariant=True)
 
 
 class ModelClass(Protocol[ModuleT_co]):
-    """A class of models; `config_class.from_hugging_face(mapping)` makes what it is called with."""
+    """A class of models; its argument is the result of `config_class.from_hugging_face(mapping)`."""
 
     config_class: Any
 
@@ -132,14 +132,17 @@ def read_image_processor(parse: Callable[[Mapping[str, Any]], T], folder: Path) 
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Within, modules are made on the meta device: nothing is allocated, or drawn at random, only to be overwritten."""
+    """Modules are made on the meta device: no memory is allocated and no weight initialised before it is read."""
     with torch.device("meta"), _Unfilled():
         yield
 
 
 class _Unfilled(TorchFunctionMode):
-    """Within, nothing is initialised: on the meta device there is nothing to fill, and asking for normal numbers there
-    makes torch import its compiler, which takes longer than all else that a small model needs."""
+    """Skips every initialisation of weights.
+
+    The meta device has no numbers to initialise, and normal numbers on it make torch import its compiler, which takes
+    longer than the rest of reading a small model.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -214,8 +217,8 @@ def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor],
     """Make sure that `tensors`, read from `source`, are those that `expected` wants, with its shapes, and finite.
 
     Raises:
-        CheckpointError: tensors are missing, left over, of another shape, integers in place of numbers with a fraction,
-            of a type without conversion, or not finite; up to five are named.
+        CheckpointError: tensors are missing, left over, of another shape, not of a floating-point type that is read, or
+            not finite; up to five are named.
     """
     problems = [f"missing: {named(missing)}"] if (missing := [n for n in expected if n not in tensors]) else []
     if extra := [n for n in tensors if n not in expected]:
@@ -234,7 +237,10 @@ def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor],
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are, seen from the extremes, of which NaN is one: 17 times as fast as to ask each number."""
+    """Whether all numbers are finite.
+
+    Only the extremes are tested, which are NaN where any number is: 17 times as fast as a test of each number.
+    """
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     if tensor.dtype in _FLOAT8:
