@@ -301,7 +301,7 @@ def test_logit_normal_levels_follow_the_logistic_of_a_normal_and_stay_in_range(
 ) -> None:
     task, _ = make_task(parts, tmp_path / "run", diffusion={"timestep_sampling": "logit_normal"})
     position = torch.arange(20_000)
-    _, _, t = task.process.at(task._shares(torch.zeros_like(position), position))
+    _, _, t = task.family.process.at(task._levels(torch.zeros_like(position), position))
     assert bool((t == t.long()).all())
     assert 0 <= t.min() < 40
     assert 960 < t.max() <= 999
