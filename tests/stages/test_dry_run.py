@@ -19,7 +19,7 @@ from ldm_cli.formats.model_folder import save_model
 from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
-from ldm_cli.stages.support.dry_run import count_parameters, dry_run
+from ldm_cli.stages.dry_run import count_parameters, dry_run
 
 TRAIN = ["train.steps=30", "train.batch_size=8"]
 VAE = ["vae={block_out_channels: [16, 16], norm_num_groups: 8, down_block_types: [DownEncoderBlock2D,"
