@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ldm_cli.core import models
+from ldm_cli.core import cpu, models
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.errors import LdmError
 from ldm_cli.sampling.fixed_rows import enough, trial
@@ -73,5 +73,5 @@ def _machine() -> list[Any]:
 
 def _code() -> list[Any]:
     """Which code the network is of: its files, their sizes and when they were written."""
-    files = sorted(Path(next(iter(models.__path__))).glob("*.py"))
+    files = sorted(file for room in (models, cpu) for file in Path(next(iter(room.__path__))).glob("*.py"))
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
