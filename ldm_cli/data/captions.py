@@ -42,7 +42,7 @@ _HIGH = bytes(range(0x80, 0x100))
 NO_TEXT = frozenset(
     ("nan", "NaN", "NAN", "null", "NULL", "None", "NA", "N/A", "n/a", "<NA>", "#N/A", "[]", "[nan]", "")
 )
-"""What programs write where there is no text; pandas reads most of these spellings as missing."""
+"""Spellings of a missing text; pandas reads most of them as missing, too."""
 
 _PRINTED_ARRAY = re.compile(r"""['"]\s+['"]""")
 
@@ -82,7 +82,7 @@ def decode_text(data: bytes) -> Text:
 
 
 def _is_mostly_high(data: bytes) -> bool:
-    """Whether more than three bytes, and most of those that are no blanks, are not ASCII."""
+    """Whether more than three bytes, and more than half of those that are no blanks, are not ASCII."""
     text = b"".join(data.split())
     return len(text) - len(text.translate(None, _HIGH)) > max(3, len(text) // 2)
 

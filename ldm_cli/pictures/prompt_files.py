@@ -54,7 +54,7 @@ def read_prompt_file(path: Path, warn: Callable[[str], None]) -> list[PromptEntr
 
     Args:
         path: the file.
-        warn: hears of text that is not UTF-8, and of words that look like options.
+        warn: receives a warning of text that is not UTF-8, and one of words that look like options.
 
     Raises:
         InputNotFoundError: the file cannot be read.
@@ -82,7 +82,7 @@ def read_prompt_file(path: Path, warn: Callable[[str], None]) -> list[PromptEntr
 
 
 def stray_option(prompt: str) -> str | None:
-    """What looks like an option in a prompt, such as `-w 64`; None if nothing does."""
+    """The first words of a prompt that look like an option, such as `-w 64`; None if there are none."""
     found = _STRAY_OPTION.search(prompt)
     return found[0].strip() if found else None
 
