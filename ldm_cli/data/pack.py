@@ -86,7 +86,7 @@ def pack(
         shutil.rmtree(partial, ignore_errors=True)
     if packing.num_several:
         reporter.warn(
-            f"{packing.num_several} samples have several captions, and txt holds the first: train with "
+            f"samples with several captions: {packing.num_several}; txt holds the first of them: train with "
             "data.caption=json:captions to choose one of them each time"
         )
     return packing.summary()
