@@ -112,6 +112,8 @@ def check_fit(family: StableDiffusion) -> None:
         width = "unet.cross_attention_dim", unet.cross_attention_dim
         pairs.append((*width, "text_encoder.hidden_size", text.hidden_size))
     causes = [f"{a}={value}, {b}={expected}" for a, value, b, expected in pairs if value != expected]
+    if unet.takes_pooled:
+        causes.append("the U-Net is conditioned on classes or on pooled text, the text encoder gives tokens alone")
     if family.encoder.tokenizer.vocab_size > text.vocab_size:
         num_tokens = family.encoder.tokenizer.vocab_size
         causes.append(f"the tokenizer has {num_tokens} tokens, the text encoder {text.vocab_size}")

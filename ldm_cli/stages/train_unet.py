@@ -212,6 +212,8 @@ def fitted_config(recipe: TrainUnetRecipe, codec: Codec, text_width: int) -> UNe
         problems.append(
             f"unet.cross_attention_dim={config.cross_attention_dim}, but '{recipe.text_encoder}' gives {text_width}"
         )
+    if config.takes_pooled:
+        problems.append("unet: class_embed_type, num_class_embeds and addition_embed_type need more than captions")
     if recipe.data.image_size % codec.factor:
         problems.append(f"data.image_size={recipe.data.image_size} is no multiple of {codec.factor}")
     if problems:
