@@ -19,7 +19,8 @@ from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
 from ldm_cli.families.family import DTYPES, Family, place
 from ldm_cli.formats import pipeline_folder as layout
 from ldm_cli.formats.json_file import read_json
-from ldm_cli.formats.model_folder import load_model, save_model
+from ldm_cli.formats.model_folder import load_model
+from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.scheduler_file import SCHEDULER_FILE, read_scheduler, write_scheduler
 
 _PIPELINES = (layout.PIPELINE_CLASS, "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")

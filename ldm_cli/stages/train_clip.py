@@ -19,13 +19,8 @@ from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import sequential_batches
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.families.caption_tokens import CaptionTokens
-from ldm_cli.formats.model_folder import (
-    TRANSFORMERS_WEIGHTS,
-    load_weights,
-    save_frozen,
-    save_model,
-    write_json,
-)
+from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, load_weights, write_json
+from ldm_cli.formats.save_model import save_frozen, save_model
 from ldm_cli.pictures.grid import image_grid
 from ldm_cli.pictures.images import save_image
 from ldm_cli.recipe.schema import TrainClipRecipe

@@ -23,8 +23,9 @@ from ldm_cli.data.cache_manifest import Manifest
 from ldm_cli.data.latent_cache import LatentCache
 from ldm_cli.errors import RecipeError
 from ldm_cli.families.stable_diffusion import StableDiffusion
-from ldm_cli.formats.model_folder import load_weights, save_frozen, save_model
+from ldm_cli.formats.model_folder import load_weights
 from ldm_cli.formats.pipeline_folder import UNET
+from ldm_cli.formats.save_model import save_frozen, save_model
 from ldm_cli.formats.scheduler_file import our_settings
 from ldm_cli.pictures.grid import image_grid
 from ldm_cli.pictures.images import save_image

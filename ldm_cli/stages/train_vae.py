@@ -21,7 +21,8 @@ from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import Loader
 from ldm_cli.errors import RecipeError
 from ldm_cli.evaluation.image_quality import psnr
-from ldm_cli.formats.model_folder import load_model, load_weights, save_frozen, save_model
+from ldm_cli.formats.model_folder import load_model, load_weights
+from ldm_cli.formats.save_model import save_frozen, save_model
 from ldm_cli.pictures.grid import image_grid
 from ldm_cli.pictures.images import save_image
 from ldm_cli.recipe.schema import TrainVaeRecipe

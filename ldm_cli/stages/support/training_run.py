@@ -100,15 +100,11 @@ def run_training(
             run.changes(resolved, fingerprints)
             reporter.info(f"'{run.path}' is finished already: step {status['step']}")
             return _result(run, status["step"], status["figures"])
-        if device.type == "cpu" and recipe.train.precision != "fp32" and ranks.is_first:
-            reporter.warn(f"{recipe.train.precision} is slower than fp32 on most CPUs: see train.precision=fp32")
-        if recipe.train.compile and ranks.is_first:
-            reporter.info(NOTICE)
-        cache = None
-        if open_cache:
-            if isinstance(shards, Stream):
-                raise RecipeError("a cache cannot be used with data.stream", "its samples are numbered", "remove one")
-            cache = open_cache(shards)
+        if ranks.is_first:
+            _say_what_is_slow(recipe, device, reporter)
+        if open_cache and isinstance(shards, Stream):
+            raise RecipeError("a cache cannot be used with data.stream", "its samples are numbered", "remove one")
+        cache = open_cache(shards) if open_cache and isinstance(shards, ShardSet) else None
         with run if ranks.is_first else nullcontext():
             if ranks.is_first and options.resume == "never":
                 run.expect_unused()
@@ -160,6 +156,13 @@ def _train(
         start=None if options.resume in ("auto", "never") else Path(options.resume),
         title=recipe.name,
     )
+
+
+def _say_what_is_slow(recipe: TrainRecipe, device: torch.device, reporter: Reporter) -> None:
+    if device.type == "cpu" and recipe.train.precision != "fp32":
+        reporter.warn(f"{recipe.train.precision} is slower than fp32 on most CPUs: see train.precision=fp32")
+    if recipe.train.compile:
+        reporter.info(NOTICE)
 
 
 def open_data(config: DataConfig, reporter: Reporter) -> ShardSet | Stream:
