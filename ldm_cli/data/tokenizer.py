@@ -47,8 +47,7 @@ class Tokens:
     Attributes:
         input_ids: int64 [B, L]: start, text, end, then padding.
         num_tokens: for each text, tokens before the padding, start and end included; at most L.
-        truncated: (index in the batch, the end of the text that found no room), for each text that was too
-            long.
+        truncated: for each text that was too long, its index in the batch and the part that was cut off.
     """
 
     input_ids: Tensor

@@ -15,7 +15,9 @@ from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.families.caption_tokens import CaptionTokens
 from ldm_cli.families.prompt_weights import WeightedText, parse_weights
-from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, load_model, model_sha256, save_model
+from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, load_model, model_sha256
+from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TOKENIZER
+from ldm_cli.formats.save_model import save_model
 
 
 def _ignore(message: str) -> None:
@@ -52,11 +54,11 @@ class CLIPTextEncoder:
 
         Args:
             folder: of the tower.
-            tokenizer: folder of the tokenizer; None: the same.
+            tokenizer: folder of the tokenizer; None: `tokenizer_folder`.
             warn: called once if captions are cut.
         """
         model = load_model(CLIPTextModel, folder, text_config_of, allow_extra=True)
-        return cls(model, Tokenizer.load(tokenizer or folder), folder, warn)
+        return cls(model, Tokenizer.load(tokenizer or tokenizer_folder(folder)), folder, warn)
 
     def save(self, folder: Path, tokenizer: Path) -> None:
         """Write the tower and the tokenizer into their folders; errors as in `save_model`."""
@@ -121,6 +123,12 @@ class CLIPTextEncoder:
         rest = places - len(ids)
         row = [self.tokenizer.start_id, *ids, self.tokenizer.end_id, *[self.tokenizer.pad_id] * rest]
         return torch.tensor([row]), torch.tensor([1.0, *weights, 1.0, *[1.0] * rest]), cut
+
+
+def tokenizer_folder(text_encoder: Path) -> Path:
+    """Where the tokenizer of a tower lies: in the same folder, or in `tokenizer` beside it, as in pipelines."""
+    beside = text_encoder.parent / TOKENIZER
+    return beside if text_encoder.name == TEXT_ENCODER and beside.is_dir() else text_encoder
 
 
 def encoder_key(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:

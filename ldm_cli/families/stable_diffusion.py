@@ -19,7 +19,8 @@ from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
 from ldm_cli.families.family import DTYPES, Family, place
 from ldm_cli.formats import pipeline_folder as layout
 from ldm_cli.formats.json_file import read_json
-from ldm_cli.formats.model_folder import load_model, save_model
+from ldm_cli.formats.model_folder import load_model
+from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.scheduler_file import SCHEDULER_FILE, read_scheduler, write_scheduler
 
 _PIPELINES = (layout.PIPELINE_CLASS, "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
@@ -112,6 +113,8 @@ def check_fit(family: StableDiffusion) -> None:
         width = "unet.cross_attention_dim", unet.cross_attention_dim
         pairs.append((*width, "text_encoder.hidden_size", text.hidden_size))
     causes = [f"{a}={value}, {b}={expected}" for a, value, b, expected in pairs if value != expected]
+    if unet.takes_pooled:
+        causes.append("the U-Net is conditioned on classes or on pooled text, the text encoder gives tokens alone")
     if family.encoder.tokenizer.vocab_size > text.vocab_size:
         num_tokens = family.encoder.tokenizer.vocab_size
         causes.append(f"the tokenizer has {num_tokens} tokens, the text encoder {text.vocab_size}")

@@ -21,11 +21,9 @@ from ldm_cli.formats.weight_files import (
     TRANSFORMERS_WEIGHTS,
     load_tensors,
     named,
-    shard_names,
     weights_sha256,
-    write_tensors,
 )
-from ldm_cli.storage import resolve_model_folder, storage_errors
+from ldm_cli.storage import resolve_model_folder
 
 __all__ = [
     "CONFIG_NAME",
@@ -37,8 +35,6 @@ __all__ = [
     "read_as",
     "read_config",
     "read_image_processor",
-    "save_frozen",
-    "save_model",
     "weights_sha256",
     "without_weights",
     "write_json",
@@ -50,15 +46,13 @@ CONFIG_NAME = "config.json"
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *_FLOAT8)
-# What DDP, compile and FSDP put into parameter names.
-_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
 
 T = TypeVar("T")
 ModuleT_co = TypeVar("ModuleT_co", bound=nn.Module, covariant=True)
 
 
 class ModelClass(Protocol[ModuleT_co]):
-    """A class of models; `config_class.from_hugging_face(mapping)` makes what it is called with."""
+    """A class of models; its argument is the result of `config_class.from_hugging_face(mapping)`."""
 
     config_class: Any
 
@@ -132,14 +126,17 @@ def read_image_processor(parse: Callable[[Mapping[str, Any]], T], folder: Path) 
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Within, modules are made on the meta device: nothing is allocated, or drawn at random, only to be overwritten."""
+    """Modules are made on the meta device: no memory is allocated and no weight initialised before it is read."""
     with torch.device("meta"), _Unfilled():
         yield
 
 
 class _Unfilled(TorchFunctionMode):
-    """Within, nothing is initialised: on the meta device there is nothing to fill, and asking for normal numbers there
-    makes torch import its compiler, which takes longer than all else that a small model needs."""
+    """Skips every initialisation of weights.
+
+    The meta device has no numbers to initialise, and normal numbers on it make torch import its compiler, which takes
+    longer than the rest of reading a small model.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -214,8 +211,8 @@ def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor],
     """Make sure that `tensors`, read from `source`, are those that `expected` wants, with its shapes, and finite.
 
     Raises:
-        CheckpointError: tensors are missing, left over, of another shape, integers in place of numbers with a fraction,
-            of a type without conversion, or not finite; up to five are named.
+        CheckpointError: tensors are missing, left over, of another shape, not of a floating-point type that is read, or
+            not finite; up to five are named.
     """
     problems = [f"missing: {named(missing)}"] if (missing := [n for n in expected if n not in tensors]) else []
     if extra := [n for n in tensors if n not in expected]:
@@ -234,69 +231,13 @@ def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor],
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are, seen from the extremes, of which NaN is one: 17 times as fast as to ask each number."""
+    """Whether all numbers are finite.
+
+    Only the extremes are tested, which are NaN where any number is: 17 times as fast as a test of each number.
+    """
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     if tensor.dtype in _FLOAT8:
         tensor = tensor.float()
     # In float32, the type they are used in: a large float64 is not finite there.
     return all(bool(extreme.float().isfinite()) for extreme in tensor.aminmax())
-
-
-def save_model(
-    folder: Path,
-    state_dict: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    weights_name: str = DIFFUSERS_WEIGHTS,
-    frozen: Collection[str] = (),
-) -> None:
-    """Write config.json and float32 weights, each file whole or not at all, with the mode the umask says.
-
-    Args:
-        folder: is created where needed.
-        state_dict: name → tensor, on any device; prefixes of wrappers (DDP, compile, FSDP) are taken off.
-        config: content of config.json.
-        weights_name: `DIFFUSERS_WEIGHTS` or `TRANSFORMERS_WEIGHTS`.
-        frozen: tensors that `save_frozen` has written as the first of two shards: the others become the second.
-
-    Raises:
-        OutputError, StorageError: writing failed.
-    """
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / CONFIG_NAME, config)
-    tensors = {_unwrapped(name): _for_file(tensor) for name, tensor in state_dict.items()}
-    if not frozen:
-        write_tensors(folder / weights_name, tensors)
-        return
-    first, second = shard_names(weights_name, 2)
-    write_tensors(folder / second, {name: tensor for name, tensor in tensors.items() if name not in frozen})
-    index = {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-        "weight_map": {name: first if name in frozen else second for name in sorted(tensors)},
-    }
-    write_json(folder / f"{weights_name}.index.json", index)
-
-
-def save_frozen(
-    folder: Path, state_dict: Mapping[str, Tensor], frozen: Collection[str], weights_name: str = DIFFUSERS_WEIGHTS
-) -> None:
-    """Write the first of two shards of a model: the tensors that training leaves alone; arguments as in `save_model`.
-
-    Raises:
-        OutputError, StorageError: writing failed.
-    """
-    if frozen:
-        with storage_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        first, _ = shard_names(weights_name, 2)
-        write_tensors(folder / first, {name: _for_file(state_dict[name]) for name in frozen})
-
-
-def _unwrapped(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-def _for_file(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.is_floating_point() else tensor).contiguous()

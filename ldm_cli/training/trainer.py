@@ -181,4 +181,4 @@ def _placed(task: Task[Any], config: TrainConfig, device: torch.device, ranks: R
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.compile:
             compile_regions(module)
-    return Weights(modules, ranks)
+    return Weights(trained, ranks)

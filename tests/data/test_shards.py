@@ -56,7 +56,7 @@ def test_brackets_in_the_name_of_a_folder_are_no_pattern(tmp_path: Path, folder:
     numbered_shards(tmp_path / "ab", [1])
     expected = tuple(tmp_path / folder / name for name in ("000.tar", "001.tar"))
     for pattern in ("*.tar", "00[01].tar", "00{0,1}.tar"):
-        assert find_shards(f"{tmp_path}/{folder}/{pattern}") == expected
+        assert find_sources(f"{tmp_path}/{folder}/{pattern}") == (expected,)
 
 
 def test_all_holes_are_listed_at_once(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from ldm_cli.evaluation.image_quality import psnr
 from ldm_cli.formats.model_folder import load_tensors
 from ldm_cli.recipe.schema import TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.reporting import SilentReporter
-from ldm_cli.stages.support.dry_run import plan
+from ldm_cli.stages.dry_run import dry_run
 from ldm_cli.stages.support.start import freeze, frozen_names, resolve_start
 from ldm_cli.stages.train_vae import to_bytes, to_signed
 from tests.faults.runs import assert_same_run, metrics
@@ -173,7 +173,7 @@ def test_a_given_field_of_the_process_wins_with_a_warning(scenes: Path, unet_run
 
 def test_the_dry_run_counts_frozen_parameters_without_moments(scenes: Path, vae_run: Path) -> None:
     recipe = TrainVaeRecipe.from_mapping(decoder_recipe(scenes, vae_run, ema_decay=0.9))
-    found = plan(recipe, SilentReporter())
+    found = dry_run(recipe, SilentReporter())
     model = AutoencoderKL(resolve_start(recipe, print).model)
     parts = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
     tuned, kept = parts["decoder"] + parts["post_quant_conv"], parts["encoder"] + parts["quant_conv"]

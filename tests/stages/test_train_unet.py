@@ -276,6 +276,8 @@ def test_prompts_are_optional_and_pictures_then_left_out(
         ({"in_channels": 4, "out_channels": 4}, "have 3 channels"),
         ({"cross_attention_dim": 32}, "gives 16"),
         ({"cross_attention_dim": [16, 24]}, "gives 16"),
+        ({"num_class_embeds": 10}, "need more than captions"),
+        ({"class_embed_type": "timestep"}, "need more than captions"),
     ],
 )
 def test_parts_that_do_not_fit_are_named(
@@ -301,7 +303,7 @@ def test_logit_normal_levels_follow_the_logistic_of_a_normal_and_stay_in_range(
 ) -> None:
     task, _ = make_task(parts, tmp_path / "run", diffusion={"timestep_sampling": "logit_normal"})
     position = torch.arange(20_000)
-    _, _, t = task.process.at(task._shares(torch.zeros_like(position), position))
+    _, _, t = task.family.process.at(task._levels(torch.zeros_like(position), position))
     assert bool((t == t.long()).all())
     assert 0 <= t.min() < 40
     assert 960 < t.max() <= 999

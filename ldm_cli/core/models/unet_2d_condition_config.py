@@ -179,6 +179,11 @@ class UNet2DConditionConfig(DiffusersConfig):
         """One number per level, outermost first."""
         return (value,) * len(self.block_out_channels) if isinstance(value, int) else value
 
+    @property
+    def takes_pooled(self) -> bool:
+        """Whether the denoiser needs `Condition.pooled`: classes, vectors, or pooled text with sizes."""
+        return any((self.class_embed_type, self.num_class_embeds, self.addition_embed_type))
+
     def levels_with_attention(self) -> list[int]:
         """Indices of the levels, outermost first, with a Transformer on the way down, up or in the middle."""
         levels = len(self.block_out_channels)

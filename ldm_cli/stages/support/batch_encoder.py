@@ -15,7 +15,7 @@ from ldm_cli.data.cache_manifest import CacheKey
 from ldm_cli.data.latent_cache import LatentCache
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import RecipeError
-from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, encoder_key
+from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, encoder_key, tokenizer_folder
 from ldm_cli.families.family import place
 from ldm_cli.formats.model_folder import load_model, model_sha256
 from ldm_cli.recipe.schema import TrainUnetRecipe
@@ -96,6 +96,6 @@ def cache_key(recipe: TrainUnetRecipe) -> CacheKey:
     probability = data.flip_probability
     return CacheKey(
         latents={"vae": model_sha256(Path(recipe.vae), _IRRELEVANT), **preparation, **precision},
-        text={**encoder_key(text, Tokenizer.load(text)), **precision},
+        text={**encoder_key(text, Tokenizer.load(tokenizer_folder(text))), **precision},
         flips=tuple(flip for flip in (False, True) if probability != (0.0 if flip else 1.0)),
     )
