@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -31,7 +29,6 @@ __all__ = [
     "TRANSFORMERS_WEIGHTS",
     "load_model",
     "load_weights",
-    "model_sha256",
     "read_as",
     "read_config",
     "read_image_processor",
@@ -63,13 +60,6 @@ class ModelClass(Protocol[ModuleT_co]):
 def read_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json; errors as in `read_json` and `resolve_model_folder`."""
     return read_json(resolve_model_folder(folder) / CONFIG_NAME)
-
-
-def model_sha256(folder: Path, ignored: Collection[str] = ()) -> str:
-    """Hex sha256 of what a model computes: its weights and config.json, without `ignored` fields; errors as in
-    `read_config` and `weights_sha256`."""
-    config = {k: v for k, v in read_config(folder).items() if not k.startswith("_") and k not in ignored}
-    return hashlib.sha256((weights_sha256(folder) + json.dumps(config, sort_keys=True)).encode()).hexdigest()
 
 
 def load_model(

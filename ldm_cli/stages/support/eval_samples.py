@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_cli.core.cpu import tune_for_cpu
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.data.batch import Batch
@@ -21,6 +20,7 @@ from ldm_cli.errors import DataError
 from ldm_cli.evaluation.clip_features import CLIPFeatures
 from ldm_cli.evaluation.image_quality import psnr, ssim
 from ldm_cli.evaluation.scene_detector import SeenScene, read_scenes
+from ldm_cli.families.family import place
 from ldm_cli.families.open_family import open_family, resolve_model
 from ldm_cli.formats.model_folder import load_model, weights_sha256
 from ldm_cli.recipe.schema import EvalRecipe, EvalSection
@@ -69,8 +69,8 @@ def load_models(config: EvalSection, device: torch.device) -> Models:
         hashes["clip"] = {"folder": str(folder), "sha256": weights_sha256(folder)}
     if config.vae is not None and "reconstruction" in config.metrics:
         folder = resolve_model(Path(config.vae))
-        vae = load_model(AutoencoderKL, folder).to(device).eval()
-        tune_for_cpu(vae)
+        vae = load_model(AutoencoderKL, folder)
+        place(device, torch.float32, vae)
         hashes["vae"] = {"folder": str(folder), "sha256": weights_sha256(folder)}
     if config.pipeline is not None and _METRICS_OF_GENERATED & set(config.metrics):
         sampling = config.sampling
