@@ -30,6 +30,7 @@ from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import requests_for
+from ldm_cli.sampling.sample_options import SampleOptions
 from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
 from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start
@@ -144,7 +145,10 @@ class DenoiserTask:
         if not prompts:
             return
         requests = requests_for(prompts, samples.sampling)
-        images = [image.pixels for image in Pipeline(self.family).generate(requests, samples.sampling)]
+        options = SampleOptions(on_nonfinite=lambda error: self.bench.run.warn(f"{error.what}: {error.cause}"))
+        pictures = Pipeline(self.family).generate(requests, samples.sampling, options=options)
+        if not (images := [picture.pixels for picture in pictures]):
+            return
         save_image(folder / "grid.png", image_grid(images))
         (folder / "prompts.json").write_text(json.dumps(prompts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
