@@ -20,7 +20,7 @@ from ldm_cli.sampling.fixed_rows import DENOISED_PIXELS, enough_rows, filled, ro
 from ldm_cli.sampling.guidance_models import GuidanceModels, guidance_folders
 from ldm_cli.sampling.latent_sampler import LatentSampler, prompt_conditions
 from ldm_cli.sampling.noise import initial_noise
-from ldm_cli.sampling.pixels import decode_pixels, encode_edit_input, within_bounds
+from ldm_cli.sampling.pixels import decode_pixels, encode_edit_input
 from ldm_cli.sampling.request import GeneratedImage, ImageRequest
 from ldm_cli.sampling.sample_options import PLAIN, SampleOptions
 
@@ -173,7 +173,7 @@ def _nonfinite(request: ImageRequest, x0: Tensor, sampler: LatentSampler) -> Div
     if not all(bool(tensor.isfinite().all()) for tensor in conditions):
         culprit = "the text encoder"
     else:
-        culprit = "the autoencoder" if bool(within_bounds(x0[None])) else "the denoiser or its guidance"
+        culprit = "the autoencoder" if bool(x0.isfinite().all()) else "the denoiser or its guidance"
     is_half = sampler.config.precision == "fp16"
     return DivergedError(
         f"the picture of {request.prompt[:60]!r} with seed {request.seed} is not finite",

@@ -14,12 +14,12 @@ _PIXELS_OFF_CPU = 2**20  # of a call of the decoder: its activations take a few 
 _LARGEST = torch.finfo(torch.float16).max
 
 
-def within_bounds(rows: Tensor) -> Tensor:
-    """Whether each row of latents or images [N, …] is free of NaN, infinity and absurdly large numbers: bool [N].
+def is_sound(images: Tensor) -> Tensor:
+    """Whether each of [N, 3, H, W] images is free of NaN, infinity and absurd numbers: bool [N].
 
-    Latents are about ±4 and images about ±1: what fp16 cannot express has overflowed, whatever the precision.
+    Images are about ±1: what fp16 cannot express has overflowed, whatever the precision.
     """
-    return (rows.abs() <= _LARGEST).flatten(1).all(1)
+    return (images.abs() <= _LARGEST).flatten(1).all(1)
 
 
 def decode_images(codec: Codec, latents: Tensor, window: int | None = None) -> Tensor:
@@ -40,9 +40,9 @@ def decode_pixels(codec: Codec, latents: Tensor, window: int | None = None) -> l
     for images, rows in row_groups(len(latents), DECODED_PIXELS, num_pixels, latents.device, most):
         part = latents[images]
         decoded = decode_images(codec, filled(part, rows), window)[: len(part)]
-        is_sound = (within_bounds(part) & within_bounds(decoded)).tolist()
+        kept = (part.isfinite().flatten(1).all(1) & is_sound(decoded)).tolist()
         pixels = ((decoded.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-        pictures += [picture if sound else None for picture, sound in zip(pixels, is_sound, strict=True)]
+        pictures += [picture if keep else None for picture, keep in zip(pixels, kept, strict=True)]
     return pictures
 
 

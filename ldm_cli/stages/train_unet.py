@@ -172,13 +172,28 @@ class DenoiserTask:
         return {}
 
 
+def expect_known_conditions(config: UNet2DConditionConfig) -> None:
+    """Make sure that training has every condition that the denoiser needs.
+
+    Raises:
+        RecipeError: naming the fields that ask for others.
+    """
+    fields = config.unmet_conditions
+    if config.time_cond_proj_dim is not None:
+        fields = [*fields, f"time_cond_proj_dim={config.time_cond_proj_dim}"]
+    if fields:
+        problems = tuple(f"unet.{field} asks for a condition that train-unet does not have" for field in fields)
+        raise RecipeError("this U-Net cannot be trained", "; ".join(problems), "set it to null", problems=problems)
+
+
 def fitted_config(recipe: TrainUnetRecipe, codec: Codec, text_width: int) -> UNet2DConditionConfig:
     """The denoiser's configuration for latents of this size, if it fits codec and text encoder.
 
     Raises:
-        RecipeError: channels or widths do not fit together.
+        RecipeError: channels or widths do not fit together; or as in `expect_known_conditions`.
     """
     config = recipe.model
+    expect_known_conditions(config)
     problems = []
     channels = codec.channels
     if config.in_channels != channels or config.out_channels != channels:

@@ -108,8 +108,8 @@ class UNet2DConditionConfig(DiffusersConfig):
     """Not supported."""
     timestep_post_act: None = None
     """Not supported."""
-    time_cond_proj_dim: Size | None = None
-    """Width of a vector that conditions the timestep embedding (guidance-distilled models)."""
+    time_cond_proj_dim: Annotated[int, Field(ge=4, le=2**20)] | None = None
+    """Width of the embedding of the guidance scale, for models that were distilled with guidance."""
     conv_in_kernel: Literal[3] = 3
     """Kernel size of the first convolution."""
     conv_out_kernel: Literal[3] = 3
@@ -174,6 +174,12 @@ class UNet2DConditionConfig(DiffusersConfig):
             raise ValueError(f"addition_time_embed_dim={self.addition_time_embed_dim} is odd; sinusoids come in pairs")
         if self.addition_embed_type and (self.class_embed_type or self.num_class_embeds):
             raise ValueError("addition_embed_type together with class_embed_type or num_class_embeds is not supported")
+
+    @property
+    def unmet_conditions(self) -> list[str]:
+        """Fields that ask for conditions that no encoder gives: classes, pooled text and sizes."""
+        names = ("num_class_embeds", "class_embed_type", "addition_embed_type")
+        return [f"{name}={value}" for name in names if (value := getattr(self, name)) is not None]
 
     def per_level(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
         """One number per level, outermost first."""

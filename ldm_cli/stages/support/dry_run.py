@@ -13,7 +13,7 @@ from ldm_cli.core.models.clip import CLIPTextModel
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.errors import InputNotFoundError
-from ldm_cli.families.open_family import resolve_model
+from ldm_cli.families.open_family import check_family, resolve_model
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
 from ldm_cli.recipe.schema import EvalRecipe, Recipe, SampleRecipe, TrainUnetRecipe
 from ldm_cli.reporting import Reporter
@@ -28,7 +28,7 @@ from ldm_cli.stages.support.model_sizes import (
     unet_of,
 )
 from ldm_cli.stages.support.start import resolve_start
-from ldm_cli.stages.train_unet import fitted_config
+from ldm_cli.stages.train_unet import expect_known_conditions, fitted_config
 from ldm_cli.training.config import TrainConfig
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -49,6 +49,7 @@ def dry_run(recipe: Recipe, reporter: Reporter, num_ranks: int = 1) -> dict[str,
 
     Raises:
         RecipeError: the models that the recipe names do not fit together, or the ranks cannot share the batch.
+        CheckpointError: a model cannot be used.
     """
     notes: list[str] = []
     result: dict[str, Any] = {"recipe": recipe.to_mapping()}
@@ -87,6 +88,7 @@ def _about_ranks(train: TrainConfig, num_ranks: int) -> list[str]:
 
 
 def _expect_to_fit(recipe: TrainUnetRecipe) -> None:
+    expect_known_conditions(recipe.model)
     vae = model_at("vae", recipe.vae, autoencoder_of, [])
     text_encoder = model_at("text_encoder", recipe.text_encoder, text_encoder_of, [])
     if isinstance(vae, AutoencoderKL) and isinstance(text_encoder, CLIPTextModel):
@@ -103,6 +105,7 @@ def _pipeline(field: str, folder: str, notes: list[str]) -> dict[str, int]:
     if not (root / INDEX_NAME).is_file():
         notes.append(f"{field}: '{root}' is not a whole pipeline")
         return {}
+    check_family(root)
     builders: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
         "unet": unet_of,
         "vae": autoencoder_of,

@@ -24,7 +24,7 @@ from ldm_cli.formats.model_folder import load_model, weights_sha256
 from ldm_cli.recipe.schema import EvalRecipe, EvalSection
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.pipeline import Pipeline
-from ldm_cli.sampling.pixels import within_bounds
+from ldm_cli.sampling.pixels import is_sound
 from ldm_cli.sampling.request import ImageRequest
 
 _CLIP_METRICS = {"clip_score", "zero_shot", "retrieval", "frechet_distance"}
@@ -120,7 +120,7 @@ def _reconstructed(vae: AutoencoderKL, images: Tensor) -> Tensor:
         DivergedError: a reconstruction is not finite.
     """
     again = vae.decode(vae.encode(images.float() / 127.5 - 1))
-    if not bool(within_bounds(again).all()):
+    if not bool(is_sound(again).all()):
         raise DivergedError("the reconstructions of eval.vae are not finite", remedy="give another autoencoder")
     return ((again + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
