@@ -85,4 +85,4 @@ gpu-check: $(TESTED)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
-	find ldm_cli tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+	find ldm_cli tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

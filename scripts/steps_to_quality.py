@@ -1,7 +1,7 @@
 """What each sampler reaches in how many steps: python scripts/steps_to_quality.py results.json SAMPLER… --steps 5 10 20
 
-For every sampler and number of steps the pictures of the recipe's first captions are drawn, from the same seeds, and
-measured as `ldm eval` does. Results are added to the file, what it has already is left alone, and a table is printed.
+For every sampler and number of steps the pictures of the recipe's first captions are generated from the same seeds,
+and measured as `ldm eval` does. New results are added to the file, and a table is printed.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import EvalRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplerName
-from ldm_cli.stages.support.eval_samples import Gathered, Models, load_models, measure_drawn, measure_real
+from ldm_cli.stages.support.eval_samples import Gathered, Models, load_models, measure_generated, measure_real
 
 
 def measured(recipe: EvalRecipe, models: Models, real: Gathered, sampler: str, steps: int) -> dict[str, float]:
     """Share of single objects with the right shape and colour, and the Fréchet distance on CLIP's features."""
     changes = {"sampler": sampler, "steps": steps}
     config = recipe.eval.model_copy(update={"sampling": recipe.eval.sampling.model_copy(update=changes)})
-    drawn = measure_drawn(config, real, models, SilentReporter())
-    scores: dict[str, Any] = score_scenes(drawn.scenes, real.metadata[: len(drawn.scenes)], stated_only=True)
+    generated = measure_generated(config, real, models, SilentReporter())
+    scores: dict[str, Any] = score_scenes(generated.scenes, real.metadata[: len(generated.scenes)], stated_only=True)
     gaussians = []
-    for features in (real.image_features, drawn.image_features):
+    for features in (real.image_features, generated.image_features):
         statistics = FeatureStatistics()
         statistics.update(torch.cat(features))
         gaussians.append(statistics.gaussian())

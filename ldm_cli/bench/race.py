@@ -8,29 +8,36 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from statistics import median
+from typing import Any
 
 import torch
 
 from ldm_cli.errors import LdmError, UnavailableError, WorkerError
 
 
-class Runner(Protocol):
-    """The work to time."""
+@dataclass(frozen=True)
+class Runner:
+    """The work to time.
 
-    def step(self) -> None:
-        """Do the work once; the caller waits for the device."""
+    Attributes:
+        step: does the work once; the caller waits for the device.
+        units: images, pairs or samples of a step.
+        facts: other facts about the work, computed after the last step.
+    """
 
-    def facts(self) -> dict[str, Any]:
-        """Facts about the work: units per step, floating-point operations, a figure to compare."""
+    step: Callable[[], object]
+    units: int
+    facts: Callable[[], dict[str, Any]] = dict
 
 
 @dataclass(frozen=True)
@@ -53,35 +60,24 @@ class Lap:
     """The measurements of one contender.
 
     Attributes:
+        units: of one step.
         seconds: of every timed step, in order.
         cpu_seconds: processor time of the same steps, all threads together.
         peak_bytes: most memory held: resident, of the whole process, on a CPU; allocated on a GPU.
-        base_bytes: resident before the first step, imports and weights included; 0 on a GPU.
         facts: from the runner.
     """
 
+    units: int = 1
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
-    base_bytes: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def median(self) -> float:
-        """Median seconds a step."""
-        return statistics.median(self.seconds)
-
-    @property
-    def cpu_median(self) -> float:
-        """Median processor seconds a step."""
-        return statistics.median(self.cpu_seconds)
 
 
 def race(
     contenders: Sequence[Contender],
     *,
     rounds: int,
-    steps: int = 1,
     warmup: int = 2,
     device: str = "cpu",
     one_processor: bool = False,
@@ -90,165 +86,117 @@ def race(
 
     Args:
         contenders: with different names.
-        rounds: turns of each.
-        steps: steps per turn, each timed.
-        warmup: steps of each before the first turn, not timed.
+        rounds: timed steps of each.
+        warmup: steps of each before the first round, not timed.
         device: where the work is done: `cpu` or `cuda`.
         one_processor: run all on the same processor, where the system allows it. Single-threaded work otherwise stays
             on the processor it began on, and one with a busy hyperthread sibling is slower by half.
 
     Raises:
         LdmError: of a contender.
+        UnavailableError: another exception of a contender.
         WorkerError: a contender's process died.
     """
     laps = {contender.name: Lap() for contender in contenders}
-    if len(laps) != len(contenders):
-        raise ValueError(f"contenders share a name: {[c.name for c in contenders]}")
+    context, threads = multiprocessing.get_context("spawn"), 1 if one_processor else torch.get_num_threads()
     with ExitStack() as stack:
-        workers = {c.name: stack.enter_context(_Worker(c, device, one_processor)) for c in contenders}
-        for name, worker in workers.items():
-            laps[name].base_bytes = worker.ask("memory")
-            worker.ask("run", warmup)
+        processes: dict[str, partial[Any]] = {}
+        for contender in contenders:
+            pool = stack.enter_context(ProcessPoolExecutor(1, context))
+            processes[contender.name] = call = partial(_call, contender.name, pool)
+            laps[contender.name].units = call(_prepare, contender, device, threads, one_processor)
+        for call in processes.values():
+            for _ in range(warmup):
+                call(_timed_step)
         for _ in range(rounds):
-            for name, worker in workers.items():
-                for wall, cpu in worker.ask("run", steps):
-                    laps[name].seconds.append(wall)
-                    laps[name].cpu_seconds.append(cpu)
-        for name, worker in workers.items():
-            laps[name].peak_bytes = worker.ask("memory")
-            laps[name].facts = worker.ask("facts")  # last: counting operations takes memory of its own
+            for name, call in processes.items():
+                wall, cpu = call(_timed_step)
+                laps[name].seconds.append(wall)
+                laps[name].cpu_seconds.append(cpu)
+        for name, call in processes.items():
+            laps[name].peak_bytes = call(_peak_bytes)
+            laps[name].facts = call(_facts)  # last: counting operations takes memory of its own
     return laps
+
+
+def speed(name: str, lap: Lap, ours: Lap) -> dict[str, Any]:
+    """The speed of one contender; `speedup` is ours against it."""
+    seconds = median(lap.seconds)
+    return {
+        "contender": name,
+        "per_second": lap.units / seconds,
+        "step_ms": 1e3 * seconds,
+        "speedup": speedup(ours, lap),
+    }
+
+
+def speed_and_memory(name: str, lap: Lap, ours: Lap) -> dict[str, Any]:
+    """`speed`, and what the process itself takes; `memory_ratio` is ours against it."""
+    return speed(name, lap, ours) | {
+        "cpu_ms": 1e3 * median(lap.cpu_seconds),
+        "peak_mib": lap.peak_bytes / 2**20,
+        "memory_ratio": ours.peak_bytes / lap.peak_bytes,
+    }
 
 
 def speedup(ours: Lap, theirs: Lap) -> float:
     """Median over the rounds of their seconds divided by ours: above 1 we are faster."""
-    return statistics.median(b / a for a, b in zip(ours.seconds, theirs.seconds, strict=True))
+    return median(b / a for a, b in zip(ours.seconds, theirs.seconds, strict=True))
 
 
-class _Worker:
-    """The process of a contender, and requests to it."""
-
-    def __init__(self, contender: Contender, device: str, one_processor: bool) -> None:
-        self._name = contender.name
-        context = multiprocessing.get_context("spawn")
-        self._here, there = context.Pipe()
-        arguments = (there, contender.build, contender.arguments, device, torch.get_num_threads(), one_processor)
-        self._process = context.Process(target=_serve, args=arguments)
-        self._process.start()
-        there.close()
-
-    def __enter__(self) -> _Worker:
-        self._answer()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._here.close()
-        self._process.join(timeout=5)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-
-    def ask(self, question: str, number: int = 0) -> Any:
-        """The answer to `facts`, `memory` or `run`."""
-        self._here.send((question, number))
-        return self._answer()
-
-    def _answer(self) -> Any:
-        try:
-            kind, value = self._here.recv()
-        except EOFError:
-            self._process.join()
-            code = self._process.exitcode
-            raise WorkerError(f"benchmark process '{self._name}' died", f"exit code {code}") from None
-        if kind == "error":
-            if isinstance(value, LdmError):
-                raise value
-            raise UnavailableError(f"'{self._name}' cannot do this work", str(value))
-        return value
+def _call(name: str, pool: ProcessPoolExecutor, function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a function in a contender's process."""
+    try:
+        return pool.submit(function, *arguments).result()
+    except LdmError:
+        raise
+    except BrokenProcessPool as error:
+        raise WorkerError(f"benchmark process '{name}' died", str(error)) from None
+    except Exception as error:
+        raise UnavailableError(f"'{name}' cannot do this work", f"{type(error).__name__}: {error}") from error
 
 
-def _serve(
-    connection: Connection,
-    build: Callable[..., Runner],
-    arguments: tuple[Any, ...],
-    device: str,
-    num_threads: int,
-    one_processor: bool,
-) -> None:
-    """Run a contender's process: build the runner, answer requests, end when the other side closes."""
+_running: tuple[Runner, str]
+"""The runner and the device of a contender's process."""
+
+
+def _prepare(contender: Contender, device: str, num_threads: int, one_processor: bool) -> int:
+    """Build the runner of this process: its units."""
+    global _running
     if one_processor and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    torch.set_num_threads(1 if one_processor else num_threads)
-    try:
-        runner = build(*arguments)
-    except Exception as error:
-        connection.send(("error", _portable(error)))
-        return
-    connection.send(("ready", None))
-    while True:
-        try:
-            question, number = connection.recv()
-        except (EOFError, OSError):
-            return
-        try:
-            if question == "run":
-                answer: Any = _timed(runner, number, device)
-            else:
-                answer = _memory(device) if question == "memory" else runner.facts()
-            connection.send(("answer", answer))
-        except Exception as error:
-            connection.send(("error", _portable(error)))
+    torch.set_num_threads(num_threads)
+    runner = contender.build(*contender.arguments)
+    _running = runner, device
+    return runner.units
 
 
-def _portable(error: Exception) -> LdmError | str:
-    """An LdmError that can be pickled, with its three parts as arguments; the text of any other error."""
-    if not isinstance(error, LdmError):
-        return f"{type(error).__name__}: {error}"
-    error.args = (error.what, error.cause, error.remedy)
-    return error
+def _timed_step() -> tuple[float, float]:
+    """(wall, processor) seconds of one step."""
+    runner, device = _running
+    wait_for(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    runner.step()
+    wait_for(device)
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def _timed(runner: Runner, steps: int, device: str) -> list[tuple[float, float]]:
-    """(wall, processor) seconds of each step."""
-    laps = []
-    for _ in range(steps):
-        _wait(device)
-        wall, cpu = time.perf_counter(), time.process_time()
-        runner.step()
-        _wait(device)
-        laps.append((time.perf_counter() - wall, time.process_time() - cpu))
-    return laps
-
-
-def _wait(device: str) -> None:
-    if device != "cpu":
+def wait_for(device: str) -> None:
+    """Wait until a CUDA device has done its work; a CPU has nothing outstanding."""
+    if device == "cuda":
         torch.cuda.synchronize()
 
 
-def _memory(device: str) -> int:
-    """Peak bytes so far."""
-    return torch.cuda.max_memory_allocated() if device != "cpu" else peak_resident_bytes()
+def _facts() -> dict[str, Any]:
+    return _running[0].facts()
 
 
-def peak_resident_bytes() -> int:
-    """Peak of this process's resident bytes.
-
-    From /proc where it exists, as `ru_maxrss` includes the peak of the parent process.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        lines = []
+def _peak_bytes() -> int:
+    """Peak of this process, from /proc where it exists, as `ru_maxrss` includes the peak of the parent process."""
+    if _running[1] == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="ascii", errors="replace").splitlines() if status.exists() else []
     peaks = [1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if peaks:
-        return peaks[0]
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def resident_bytes() -> int:
-    """Resident bytes from /proc where it exists, else the peak."""
-    try:
-        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return peak_resident_bytes()
+    return peaks[0] if peaks else peak if sys.platform == "darwin" else 1024 * peak

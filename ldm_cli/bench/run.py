@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
-import tempfile
+import importlib.util
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
-from ldm_cli.bench import growth, input_pipeline, memory, peers, picture
-from ldm_cli.bench.machine import ceiling, describe
-from ldm_cli.bench.race import Contender, Lap, race, speedup
+from ldm_cli.bench import input_pipeline, peers, picture
+from ldm_cli.bench.machine import describe, matmul_gflops
+from ldm_cli.bench.race import Contender, race, speed_and_memory
 from ldm_cli.bench.workload import TrainRecipe, Workload, our_encoding, our_step, with_known_ids
-from ldm_cli.errors import UsageError
+from ldm_cli.errors import UnavailableError, UsageError
 from ldm_cli.recipe.load import load_recipe
 from ldm_cli.reporting import Reporter
 
-PEERS = {
-    "train-clip": "transformers",
-    "train-vae": "diffusers",
-    "encode-vae": "diffusers",
-    "train-unet": "diffusers",
-    "sample": "diffusers",
-    "data": "webdataset",
-    "start": "diffusers",
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: the peer that does the same work; of a model, the command and its default recipe."""
+
+    peer: str
+    command: str = ""
+    recipe: str = ""
+
+
+SUBJECTS = {
+    "train-clip": Subject("transformers", "train-clip", "bench/clip"),
+    "train-vae": Subject("diffusers", "train-vae", "bench/vae"),
+    "encode-vae": Subject("diffusers", "train-vae", "bench/vae"),
+    "train-unet": Subject("diffusers", "train-unet", "bench/unet"),
+    "sample": Subject("diffusers"),
+    "data": Subject("webdataset"),
+    "start": Subject("diffusers"),
 }
-"""Subject → the peer that does the same work."""
-SUBJECTS = (*PEERS, "growth", "memory", "published", "all")
-RECIPES = {"train-clip": "bench/clip", "train-vae": "bench/vae", "encode-vae": "bench/vae", "train-unet": "bench/unet"}
-"""Subject → default recipe."""
-COMMANDS = {"train-clip": "train-clip", "train-vae": "train-vae", "encode-vae": "train-vae", "train-unet": "train-unet"}
-"""Subject → command of its recipes."""
+"""The single subjects; `all` measures each, `published` some of them at published sizes."""
 
 PUBLISHED = (
     ("train-unet", "unet/sd15", {"train.batch_size": 32}),
@@ -63,7 +68,7 @@ class BenchOptions:
         context_length: text tokens per picture of a U-Net.
         model: pipeline folder for `sample` and `start`; None: random weights.
         images: pictures of `sample`, or samples of `data`.
-        steps: denoising steps of `sample`, or training steps of `memory`.
+        steps: denoising steps of `sample` and `start`.
         compiled: whether each contender, ours or a peer, also runs compiled where possible.
     """
 
@@ -73,7 +78,7 @@ class BenchOptions:
     context_length: int = 77
     model: str | None = None
     images: int | None = None
-    steps: int | None = None
+    steps: int = 50
     compiled: bool = False
 
 
@@ -84,70 +89,61 @@ def check_peers(subject: str, against: Sequence[str]) -> frozenset[str]:
         UsageError: no such peer, or it does not do this work.
         UnavailableError: it is not installed.
     """
-    known = set(PEERS.values())
-    wanted = known if "all" in against else set(against)
+    known = {each.peer for each in SUBJECTS.values()}
+    useful = {SUBJECTS[subject].peer} if subject in SUBJECTS else known
+    wanted = useful if "all" in against else set(against)
     if unknown := wanted - known:
         raise UsageError(f"unknown peer '{min(unknown)}'", remedy=f"--against takes {', '.join(sorted(known))} or all")
-    if subject in PEERS and "all" not in against and wanted - {PEERS[subject]}:
-        other = min(wanted - {PEERS[subject]})
-        raise UsageError(f"'{other}' does not do the work of {subject}", remedy=f"use --against {PEERS[subject]}")
-    mine = {PEERS[subject]} & wanted if subject in PEERS else wanted
-    for package in sorted(mine):
-        peers.require(package)
-    return frozenset(mine)
+    if other := wanted - useful:
+        raise UsageError(f"'{min(other)}' does not do the work of {subject}", remedy=f"use --against {min(useful)}")
+    for package in sorted(wanted):
+        if importlib.util.find_spec(package) is None:
+            remedy = f"pip install {package}, or leave out --against"
+            raise UnavailableError(f"cannot run against '{package}'", "it is not installed", remedy)
+    return frozenset(wanted)
 
 
 def run(subject: str, recipes: Mapping[str, TrainRecipe], options: BenchOptions, reporter: Reporter) -> dict[str, Any]:
     """Measure one subject, or all.
 
     Args:
-        subject: one of `SUBJECTS`.
-        recipes: subject → recipe of a training subject.
+        subject: one of `SUBJECTS`, `published` or `all`.
+        recipes: subject → recipe of a model.
         options: the settings.
         reporter: receives the name of each subject as it starts.
 
     Returns:
-        `machine`, `ceiling`, and the figures of each subject under its name.
+        `machine`, `matmul_gflops`, and the rows of each subject under its name.
 
     Raises:
         LdmError: a peer is missing, a process died, a recipe cannot be used.
     """
     device = torch.device(options.device)
     precision = next(iter(recipes.values())).train.precision if recipes else "fp32"
+    gflops = matmul_gflops(device, "bf16" if subject == "published" else precision)
+    result: dict[str, Any] = {"machine": describe(device), "matmul_gflops": gflops}
     if subject == "published":
-        precision = "bf16"
-    result: dict[str, Any] = {"machine": describe(device), "ceiling": ceiling(device, precision)}
-    if subject == "published":
-        return result | published(options, result["ceiling"]["matmul"], reporter)
-    subjects = list(PEERS) if subject == "all" else [subject]
-    for name in subjects:
+        return result | published(options, gflops, reporter)
+    for name in SUBJECTS if subject == "all" else [subject]:
         reporter.info(f"measuring {name}")
-        result[name] = _measure(name, recipes, options, result["ceiling"]["matmul"], reporter)
+        result[name] = _measure(name, recipes.get(name), options, gflops)
     return result
 
 
-def _measure(
-    subject: str, recipes: Mapping[str, TrainRecipe], options: BenchOptions, gflops: float, reporter: Reporter
-) -> dict[str, Any] | list[dict[str, Any]]:
-    compared = subject in PEERS and PEERS[subject] in options.against
-    if subject in RECIPES:
-        return compare(subject, recipes[subject], options, gflops, compared)
-    others: dict[str, Callable[[], Any]] = {
-        "sample": lambda: picture.sample(
-            options.model,
-            options.images or 8,
-            options.steps or 50,
-            options.rounds,
-            compared,
-            options.device,
-            options.compiled,
-        ),
-        "start": lambda: picture.start(options.model, options.steps or 50, options.rounds, compared),
-        "data": lambda: input_pipeline.measure(options.images or 2048, options.rounds, compared),
-        "growth": lambda: growth.growth(options.rounds, options.device, reporter),
-        "memory": lambda: memory.memory(options.steps or 2000, options.device, reporter),
-    }
-    return others[subject]()  # type: ignore[no-any-return]
+def _measure(subject: str, recipe: TrainRecipe | None, options: BenchOptions, gflops: float) -> list[dict[str, Any]]:
+    compared = SUBJECTS[subject].peer in options.against
+    if recipe is not None:
+        return compare(subject, recipe, options, gflops, compared)
+    if subject == "data":
+        return input_pipeline.measure(options.images or 2048, options.rounds, compared)
+    with nullcontext(options.model) if options.model else picture.random_pipeline() as folder:
+        if subject == "start":
+            return picture.start(folder, options.steps, options.rounds, compared)
+        return _sample(folder, options.images or 8, options, compared)
+
+
+def _sample(folder: str, images: int, options: BenchOptions, compared: bool) -> list[dict[str, Any]]:
+    return picture.sample(folder, images, options.steps, options.rounds, compared, options.device, options.compiled)
 
 
 def published(options: BenchOptions, gflops: float, reporter: Reporter) -> dict[str, Any]:
@@ -158,30 +154,24 @@ def published(options: BenchOptions, gflops: float, reporter: Reporter) -> dict[
     Args:
         gflops: as in `compare`.
     """
-
-    def training(subject: str, recipe: str, changes: Mapping[str, Any]) -> list[dict[str, Any]]:
-        words = [f"{key}={value}" for key, value in {**_AT_ONCE, **changes}.items()]
-        loaded: Any = load_recipe(recipe, words, expected_command=COMMANDS[subject]).recipe
-        return compare(subject, loaded, options, gflops, compared=False)
-
-    steps, compared = options.steps or 50, "diffusers" in options.against
     deadline, result = time.monotonic() + _PUBLISHED_SECONDS, {}
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = picture.random_pipeline(Path(scratch) / "model", *PUBLISHED_PIPELINE)
-        works: list[tuple[str, Callable[[], Any]]] = [
-            (
-                f"sample {n}",
-                partial(picture.sample, folder, n, steps, options.rounds, compared, options.device, options.compiled),
-            )
-            for n in _PUBLISHED_PICTURES
-        ]
-        works += [(f"{work[0]} {work[1]}", partial(training, *work)) for work in PUBLISHED]
-        for name, work in works:
-            if time.monotonic() > deadline:
-                reporter.warn(f"no time is left for {name}")
-                continue
-            reporter.info(f"measuring {name}")
-            result[name] = work()
+
+    def begins(name: str) -> bool:
+        if time.monotonic() > deadline:
+            reporter.warn(f"no time is left for {name}")
+            return False
+        reporter.info(f"measuring {name}")
+        return True
+
+    with picture.random_pipeline(*PUBLISHED_PIPELINE) as folder:
+        for n in _PUBLISHED_PICTURES:
+            if begins(f"sample {n}"):
+                result[f"sample {n}"] = _sample(folder, n, options, "diffusers" in options.against)
+    for subject, recipe, changes in PUBLISHED:
+        if begins(name := f"{subject} {recipe}"):
+            words = [f"{key}={value}" for key, value in {**_AT_ONCE, **changes}.items()]
+            loaded: Any = load_recipe(recipe, words, expected_command=SUBJECTS[subject].command).recipe
+            result[name] = compare(subject, loaded, options, gflops, compared=False)
     return result
 
 
@@ -194,39 +184,24 @@ def compare(
     Args:
         gflops: speed of a matrix product on this machine.
     """
-    recipe = with_known_ids(recipe)
+    recipe, peer = with_known_ids(recipe), SUBJECTS[subject].peer
     work = Workload(recipe, options.device, options.context_length)
     ours, theirs = (our_encoding, peers.their_encoding) if subject == "encode-vae" else (our_step, peers.their_step)
     field = [Contender("ldm", ours, (work,))]
     if compared:
-        field.append(Contender(PEERS[subject], theirs, (work,)))
+        field.append(Contender(peer, theirs, (work,)))
         if subject != "train-clip":  # CLIP has almost no convolutions
-            field.append(Contender(f"{PEERS[subject]} channels_last", theirs, (work, True)))
+            field.append(Contender(f"{peer} channels_last", theirs, (work, True)))
     if options.compiled and subject != "encode-vae":
         train = recipe.train.model_copy(update={"compile": True})
         work = replace(work, recipe=recipe.model_copy(update={"train": train}))
         field.append(Contender("ldm compiled", ours, (work,)))
         if compared:
-            field.append(Contender(f"{PEERS[subject]} compiled", theirs, (work, subject != "train-clip")))
+            field.append(Contender(f"{peer} compiled", theirs, (work, subject != "train-clip")))
     laps = race(field, rounds=options.rounds, device=options.device)
-    return [row(name, lap, laps["ldm"], gflops) for name, lap in laps.items()]
-
-
-def row(name: str, lap: Lap, ours: Lap, gflops: float) -> dict[str, Any]:
-    """The figures of one contender; `speedup` and `memory_ratio` are ours against it."""
-    units, flops = lap.facts["units"], ours.facts.get("flops")
-    figures: dict[str, Any] = {
-        "contender": name,
-        "per_second": units / lap.median,
-        "step_ms": 1e3 * lap.median,
-        "cpu_ms": 1e3 * lap.cpu_median,
-        "peak_mib": lap.peak_bytes / 2**20,
-    }
-    if flops:
-        figures["gflop_per_unit"] = flops / units / 1e9
-        figures["fraction_of_matmul"] = flops / lap.median / 1e9 / gflops
-    if "first_loss" in lap.facts:
-        figures["first_loss"] = lap.facts["first_loss"]
-    figures["speedup"] = speedup(ours, lap)
-    figures["memory_ratio"] = ours.peak_bytes / lap.peak_bytes
-    return figures
+    flops, rows = laps["ldm"].facts["flops"], []
+    for name, lap in laps.items():
+        row = speed_and_memory(name, lap, laps["ldm"]) | {"gflop_per_unit": flops / lap.units / 1e9}
+        row["fraction_of_matmul"] = flops / median(lap.seconds) / 1e9 / gflops
+        rows.append(row | {key: value for key, value in lap.facts.items() if key == "first_loss"})
+    return rows

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm_cli.bench.race import Runner
 from ldm_cli.core.clip_loss import contrastive_loss
 from ldm_cli.core.compiling import compile_regions, eagerly
 from ldm_cli.core.condition import Condition
@@ -32,6 +33,11 @@ from ldm_cli.training.weights import Weights
 TrainRecipe = TrainClipRecipe | TrainVaeRecipe | TrainUnetRecipe
 CONTEXT_LENGTH = 77
 """Default text tokens per picture of a U-Net: the context length of every CLIP."""
+_MODELS: Mapping[type[TrainRecipe], Callable[..., nn.Module]] = {
+    TrainClipRecipe: CLIPModel,
+    TrainVaeRecipe: AutoencoderKL,
+    TrainUnetRecipe: UNet2DConditionModel,
+}
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -48,6 +54,20 @@ class Workload:
     recipe: TrainRecipe
     device: str = "cpu"
     context_length: int = CONTEXT_LENGTH
+
+    def random_batch(self) -> dict[str, Tensor]:
+        """One batch on the device.
+
+        Returns:
+            For CLIP `pixels` and `ids`; for the autoencoder `images` and `noise`; for the U-Net `latents`, `noise`, `u`
+            and `context`.
+        """
+        return {name: value.to(self.device) for name, value in _random_batch(self).items()}
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Autocast as the trainers use it."""
+        dtype = _AUTOCAST.get(self.recipe.train.precision)
+        return torch.autocast(self.device, dtype, enabled=dtype is not None)
 
 
 def with_known_ids(recipe: TrainRecipe) -> TrainRecipe:
@@ -74,20 +94,10 @@ def build_model(recipe: TrainRecipe) -> nn.Module:
 
 
 def _model(recipe: TrainRecipe) -> nn.Module:
-    if isinstance(recipe, TrainClipRecipe):
-        return CLIPModel(recipe.model)
-    if isinstance(recipe, TrainVaeRecipe):
-        return AutoencoderKL(recipe.model)
-    return UNet2DConditionModel(recipe.model)
+    return _MODELS[type(recipe)](recipe.model)
 
 
-def random_batch(work: Workload) -> dict[str, Tensor]:
-    """One batch, on the CPU.
-
-    Returns:
-        For CLIP `pixels` and `ids`; for the autoencoder `images` and `noise`; for the U-Net `latents`, `noise`, `u` and
-        `context`.
-    """
+def _random_batch(work: Workload) -> dict[str, Tensor]:
     recipe, size = work.recipe, work.recipe.train.batch_size
     generator = torch.Generator().manual_seed(recipe.seed + 1)
 
@@ -107,148 +117,122 @@ def random_batch(work: Workload) -> dict[str, Tensor]:
         return {"images": images, "noise": normal(size, recipe.model.latent_channels, latent, latent)}
     unet = recipe.model
     height, width = unet.sample_size if isinstance(unet.sample_size, tuple) else (unet.sample_size or 64,) * 2
-    width_of_text = max(unet.per_level(unet.cross_attention_dim))
     shape_of_latents = (size, unet.in_channels, height, width)
     return {
         "latents": normal(*shape_of_latents),
         "noise": normal(*shape_of_latents),
         "u": torch.rand(size, generator=generator),
-        "context": normal(size, work.context_length, width_of_text),
+        "context": normal(size, work.context_length, max(unet.per_level(unet.cross_attention_dim))),
     }
 
 
-class TrainingStep:
-    """Forward, backward, gradient norm, clipping and AdamW, as the trainers do them.
+def our_step(work: Workload) -> Runner:
+    """Our training step on the workload's batch: forward, backward, gradient norm, clipping and optimizer."""
+    recipe, train = work.recipe, work.recipe.train
+    model, loss = our_training(work)
+    optimizers = GuardedOptimizers(Weights({"model": model}), train, torch.device(work.device))
 
-    Args:
-        work: the workload.
-        model: on its device, in its memory order.
-        batch: from `random_batch`, on the same device.
-    """
+    def update(loss: Tensor) -> None:
+        (loss.float() * optimizers.loss_scale).backward()  # type: ignore[no-untyped-call]
+        optimizers.step(train.lr, loss)
 
-    def __init__(self, work: Workload, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
-        self.recipe, self.train = work.recipe, work.recipe.train
-        self.model, self.batch, self.loss = model, batch, _our_loss(work.recipe, model, batch)
-        self.device = next(model.parameters()).device
-        self.optimizers = GuardedOptimizers(Weights({"model": model}), self.train, self.device)
-        with torch.no_grad(), autocast(self.device, self.train.precision):
-            self.first_loss = self.loss().item()
+    def facts() -> dict[str, int]:
+        shapes = {name: value.to("meta") for name, value in work.random_batch().items()}
+        flops = _flops(recipe, lambda meta: _our_loss(recipe, meta, shapes)().backward())  # type: ignore[no-untyped-call]
+        return {"flops": flops, "parameters": sum(p.numel() for p in model.parameters())}
 
-    def step(self) -> None:
-        """One optimizer step."""
-        with autocast(self.device, self.train.precision):
-            loss = self.loss()
-        (loss.float() * self.optimizers.loss_scale).backward()  # type: ignore[no-untyped-call]
-        self.optimizers.step(self.train.lr, loss)
-
-    def facts(self) -> dict[str, Any]:
-        """Units and counted operations per step, parameters, and the first loss."""
-        parameters = sum(p.numel() for p in self.model.parameters())
-        return {
-            "units": self.train.batch_size,
-            "flops": training_flops(self.recipe, self.batch),
-            "parameters": parameters,
-            "first_loss": self.first_loss,
-        }
+    return training_step(work, loss, update, facts)
 
 
-def our_step(work: Workload) -> TrainingStep:
-    """Our training step on the workload's batch."""
-    recipe, device = work.recipe, torch.device(work.device)
-    model = build_model(recipe).to(device)
-    if recipe.train.gradient_checkpointing:
+def our_training(work: Workload) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """Our model, set up as the recipe says, and its loss on the workload's batch."""
+    recipe, train = work.recipe, work.recipe.train
+    model = build_model(recipe).to(work.device)
+    if train.gradient_checkpointing:
         model.enable_gradient_checkpointing()  # type: ignore[operator]
-    if recipe.train.channels_last:
+    if train.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if recipe.train.compile:
+    if train.compile:
         compile_regions(model)
     else:
         tune_for_cpu(model)
-    batch = {name: value.to(device) for name, value in random_batch(work).items()}
-    return TrainingStep(work, model, batch)
+    return model, _our_loss(recipe, model, work.random_batch())
+
+
+def training_step(
+    work: Workload,
+    loss: Callable[[], Tensor],
+    update: Callable[[Tensor], None],
+    facts: Callable[[], dict[str, Any]] = dict,
+) -> Runner:
+    """One optimizer step; the facts include the loss before the first one."""
+    with torch.no_grad(), work.autocast():
+        first_loss = loss().item()
+
+    def step() -> None:
+        with work.autocast():
+            value = loss()
+        update(value)
+
+    return Runner(step, work.recipe.train.batch_size, lambda: {"first_loss": first_loss} | facts())
 
 
 def _our_loss(recipe: TrainRecipe, model: nn.Module, batch: Mapping[str, Tensor]) -> Callable[[], Tensor]:
     if isinstance(recipe, TrainClipRecipe):
-        return lambda: _clip_loss(model, batch)
+        return lambda: _clip_loss(*model(batch["ids"], batch["pixels"]))
     if isinstance(recipe, TrainVaeRecipe):
         terms = VAELoss(recipe.loss.model_copy(update={"perceptual_weight": 0.0, "adversarial_weight": 0.0}))
         return lambda: terms(model, batch["images"], batch["noise"], 1)[0]
-    process = process_of(recipe.diffusion)
-    x0, noise = batch["latents"], batch["noise"]
+    condition = Condition(tokens=batch["context"])
+    return denoising_loss(recipe, batch, lambda x, time: model(x, time, condition))
+
+
+def _clip_loss(texts: Tensor, images: Tensor, scale: Tensor) -> Tensor:
+    return contrastive_loss(images, texts, scale)[0]
+
+
+def denoising_loss(
+    recipe: TrainUnetRecipe, batch: Mapping[str, Tensor], denoise: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[], Tensor]:
+    """Mean loss of a batch; `denoise` maps noisy latents [B, C, H, W] and times [B] to predictions [B, C, H, W]."""
+    process, x0, noise = process_of(recipe.diffusion), batch["latents"], batch["noise"]
 
     def loss() -> Tensor:
         a, b, time = process.at(batch["u"])
-        output = model(add_noise(x0, noise, a, b), time, Condition(tokens=batch["context"]))
+        output = denoise(add_noise(x0, noise, a, b), time)
         return diffusion_loss(process.prediction, output, x0, noise, a, b, recipe.diffusion.snr_gamma).mean()
 
     return loss
 
 
-def _clip_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    texts, images, scale = model(batch["ids"], batch["pixels"])
-    return contrastive_loss(images, texts, scale)[0]
+def our_encoding(work: Workload) -> Runner:
+    """The autoencoder's encoder on the workload's images, as `ldm precompute` runs it."""
+    vae = build_model(work.recipe).to(work.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    tune_for_cpu(vae)
+    images = work.random_batch()["images"]
+    flops = lambda: _flops(work.recipe, lambda meta: meta.posterior(images.to("meta")))  # noqa: E731
+    return encoding_step(work, lambda: vae.posterior(images), lambda: {"flops": flops()})
 
 
-class EncodingStep:
-    """Images to latents, as `ldm precompute` does it: no gradients."""
-
-    def __init__(self, work: Workload, encode: Callable[[], object], images: Tensor) -> None:
-        self.recipe, self.device = work.recipe, torch.device(work.device)
-        self.encode, self.images = encode, images
+def encoding_step(work: Workload, encode: Callable[[], object], facts: Callable[[], dict[str, Any]] = dict) -> Runner:
+    """Images to latents, without gradients."""
 
     @torch.inference_mode()
-    def step(self) -> None:
-        """One batch."""
-        with autocast(self.device, self.recipe.train.precision):
-            self.encode()
+    def step() -> None:
+        with work.autocast():
+            encode()
 
-    def facts(self) -> dict[str, Any]:
-        """Images and counted operations a batch."""
-        return {"units": len(self.images), "flops": encoding_flops(self.recipe, self.images)}
+    return Runner(step, work.recipe.train.batch_size, facts)
 
 
-def our_encoding(work: Workload) -> EncodingStep:
-    """The autoencoder's encoder on the workload's images."""
-    recipe, device = work.recipe, torch.device(work.device)
-    if not isinstance(recipe, TrainVaeRecipe):
-        raise ValueError(f"recipe of {recipe.command}, expected train-vae")
-    vae = build_model(recipe).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    tune_for_cpu(vae)
-    images = random_batch(work)["images"].to(device)
-    return EncodingStep(work, lambda: vae.posterior(images), images)
-
-
-def training_flops(recipe: TrainRecipe, batch: Mapping[str, Tensor]) -> int:
-    """Floating-point operations of matrix products and convolutions, 2 per multiply-add, forward and backward.
+def _flops(recipe: TrainRecipe, do: Callable[[Any], object]) -> int:
+    """Floating-point operations of matrix products and convolutions, 2 per multiply-add, in `do(model)`.
 
     They are counted for the plain layers on torch's meta device: independent of CPU kernels, and without the second
     computation of gradient checkpointing. So the fractions of peers and of papers are comparable.
     """
-    loss = _our_loss(recipe, _meta_model(recipe), {name: value.to("meta") for name, value in batch.items()})
-    return _count(lambda: loss().backward())  # type: ignore[no-untyped-call]
-
-
-def encoding_flops(recipe: TrainRecipe, images: Tensor) -> int:
-    """Floating-point operations of encoding images [B, 3, H, W]."""
-    model = _meta_model(recipe)
-    with torch.no_grad():
-        return _count(lambda: model.posterior(images.to("meta")))  # type: ignore[operator]
-
-
-def _meta_model(recipe: TrainRecipe) -> nn.Module:
-    """The recipe's model on the meta device, without storage."""
     with torch.device("meta"):
-        return _model(recipe)
-
-
-def _count(do: Callable[[], object]) -> int:
+        model = _model(recipe)
     with eagerly(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        do()
+        do(model)
     return int(counter.get_total_flops())
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
-    """Autocast as the trainers use it."""
-    dtype = _AUTOCAST.get(precision)
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)

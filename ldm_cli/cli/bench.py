@@ -15,7 +15,7 @@ from ldm_cli.errors import UsageError
 if TYPE_CHECKING:
     from ldm_cli.bench.workload import TrainRecipe
 
-_SUBJECTS = "train-clip|train-vae|train-unet|encode-vae|sample|data|start|growth|memory|published|all"
+_SUBJECTS = "train-clip|train-vae|train-unet|encode-vae|sample|data|start|published|all"
 
 
 def register(app: typer.Typer) -> None:
@@ -38,9 +38,7 @@ def _bench(
         str | None, given.option("--model", metavar="DIR", text="Pipeline folder for sample and start.")
     ] = None,
     images: Annotated[int | None, given.option("-n", metavar="N", least=1, text="Images of sample and data.")] = None,
-    steps: Annotated[
-        int | None, given.option("--steps", metavar="N", least=1, text="Steps of sample, start and memory.")
-    ] = None,
+    steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Steps of sample and start.")] = 50,
     tokens: Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="Text tokens of train-unet.")] = 77,
     compiled: Annotated[bool, given.option("--compile", text="Also run each contender compiled.")] = False,
     out: Annotated[Path | None, given.option("--out", metavar="FILE", text="Also write the JSON here.")] = None,
@@ -48,7 +46,7 @@ def _bench(
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:
-    """Measure speed and memory against the machine's limits and against other libraries."""
+    """Measure speed and memory, beside a matrix product of this machine and beside other libraries."""
     if subject not in _SUBJECTS.split("|"):
         raise UsageError(f"unknown subject '{subject}'", remedy=f"one of {_SUBJECTS.replace('|', ', ')}")
     recipe, changes = _split(arguments)
@@ -58,12 +56,13 @@ def _bench(
     from ldm_cli.stages.support.options import resolve_device
 
     peers = bench.check_peers(subject, [name for name in against.split(",") if name])
-    if (recipe or changes) and subject not in bench.RECIPES:
+    models = {name: known for name, known in bench.SUBJECTS.items() if known.recipe and subject in (name, "all")}
+    if (recipe or changes) and subject not in models:
         raise UsageError(f"bench {subject} takes no recipe", remedy="see ldm bench --help")
     where = resolve_device(device)
     recipes: dict[str, TrainRecipe] = {}
-    for name in bench.RECIPES if subject == "all" else {subject} & set(bench.RECIPES):
-        loaded = load_recipe(recipe or bench.RECIPES[name], changes, expected_command=bench.COMMANDS[name])
+    for name, known in models.items():
+        loaded = load_recipe(recipe or known.recipe, changes, expected_command=known.command)
         recipes[name] = cast("TrainRecipe", loaded.recipe)
     options = bench.BenchOptions(peers, rounds, where.type, tokens, model, images, steps, compiled)
     result = bench.run(subject, recipes, options, make_reporter())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json as json_format
+import operator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -110,10 +112,11 @@ def show_schema(
     from pydantic import TypeAdapter
 
     from ldm_cli.recipe.problems import did_you_mean
-    from ldm_cli.recipe.schema import RECIPES, Recipe
+    from ldm_cli.recipe.schema import RECIPES
 
     if command is not None and command not in RECIPES:
         hint = did_you_mean(command, list(RECIPES)) or f"one of {', '.join(RECIPES)}"
         raise UsageError(f"no recipe is for the command '{command}'", hint.strip(" ()?"))
-    schema = RECIPES[command].model_json_schema() if command else TypeAdapter(Recipe).json_schema()
+    kinds: Any = RECIPES[command] if command else functools.reduce(operator.or_, RECIPES.values())
+    schema = TypeAdapter(kinds).json_schema()
     write_result(json_format.dumps(schema, indent=2) + "\n")

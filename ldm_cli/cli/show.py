@@ -42,7 +42,7 @@ def show_dry_run(loaded: LoadedRecipe, as_json: bool, num_ranks: int = 1) -> Non
     """`--dry-run`: the resolved recipe, and the memory and data of each rank."""
     from ldm_cli.cli.report import make_reporter
     from ldm_cli.recipe.yaml_source import to_yaml
-    from ldm_cli.stages.support.dry_run import dry_run
+    from ldm_cli.stages.dry_run import dry_run
 
     result = dry_run(loaded.recipe, make_reporter(), num_ranks)
     if as_json:

@@ -68,17 +68,9 @@ def _run(command: str, recipe: Any, options: Any) -> dict[str, Any]:
     """Run the stage of a command; only that one is imported."""
     reporter = make_reporter() if is_first_rank() else SilentReporter()
     warn_of_copies(reporter)
-    if command == "train-clip":
-        with importing():
-            from ldm_cli.stages import train_clip
-
-        return train_clip.run(recipe, options, reporter)
-    if command == "train-vae":
-        with importing():
-            from ldm_cli.stages import train_vae
-
-        return train_vae.run(recipe, options, reporter)
     with importing():
-        from ldm_cli.stages import train_unet
+        from ldm_cli.stages import trainer_stage
 
-    return train_unet.run(recipe, options, reporter)
+        stage = trainer_stage(command)
+    result: dict[str, Any] = stage.run(recipe, options, reporter)
+    return result

@@ -48,15 +48,21 @@ class Batch:
     def parts(self, num_parts: int) -> list[Batch]:
         """The batch as `num_parts` equal parts, in order."""
         size = len(self) // num_parts
-        names = [f.name for f in fields(self) if getattr(self, f.name) is not None]
-        starts = range(0, len(self), size)
-        return [replace(self, **{name: getattr(self, name)[i : i + size] for name in names}) for i in starts]
+        parts = [slice(start, start + size) for start in range(0, len(self), size)]
+        return [replace(self, **{f.name: _rows(getattr(self, f.name), rows) for f in fields(self)}) for rows in parts]
 
     def trace(self, step: int) -> Iterator[str]:
         """A line `step shard key` for each sample, to compare two runs."""
         for name in self.keys:
             shard, _, key = name.partition("/")
             yield f"{step} {printable(shard)} {printable(key)}"
+
+
+def _rows(value: Any, rows: slice) -> Any:
+    """Some rows of a field of `Batch`."""
+    if isinstance(value, dict):
+        return {name: tensor[rows] for name, tensor in value.items()}
+    return None if value is None else value[rows]
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,11 @@ _MARKS = {  # UTF-32 first: its mark begins like that of UTF-16
     codecs.BOM_UTF8: "utf-8-sig",
 }
 _HIGH = bytes(range(0x80, 0x100))
-# What programs write where there is no text; pandas reads the same spellings as missing.
-_NO_TEXT = frozenset(("nan", "NaN", "NAN", "null", "NULL", "None", "NA", "N/A", "n/a", "<NA>", "#N/A", "[]", "[nan]"))
+NO_TEXT = frozenset(
+    ("nan", "NaN", "NAN", "null", "NULL", "None", "NA", "N/A", "n/a", "<NA>", "#N/A", "[]", "[nan]", "")
+)
+"""Spellings of a missing text; pandas reads most of them as missing, too."""
+
 _PRINTED_ARRAY = re.compile(r"""['"]\s+['"]""")
 
 
@@ -79,7 +82,7 @@ def decode_text(data: bytes) -> Text:
 
 
 def _is_mostly_high(data: bytes) -> bool:
-    """Whether more than three bytes, and most of those that are no blanks, are not ASCII."""
+    """Whether more than three bytes, and more than half of those that are no blanks, are not ASCII."""
     text = b"".join(data.split())
     return len(text) - len(text.translate(None, _HIGH)) > max(3, len(text) // 2)
 
@@ -108,7 +111,7 @@ def captions_in(value: Any) -> tuple[str, ...]:
         raise ValueError(f"expected text or a list of texts, found a mapping {text:.60}")
     if spelled:
         return captions_in(spelled)
-    return () if not text or text in _NO_TEXT else (text,)
+    return () if text in NO_TEXT else (text,)
 
 
 def _spelled_value(text: str) -> dict[str, Any] | list[Any] | None:

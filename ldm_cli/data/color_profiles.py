@@ -18,7 +18,7 @@ class Conversion(NamedTuple):
     Attributes:
         mode: Pillow's mode of the pixels that the profile describes: "L", "RGB" or "CMYK".
         transform: from that to RGB; None: the profile is sRGB, or there is none.
-        remark: what is counted: "converted to sRGB", "unusable color profile", or nothing.
+        remark: to be counted: "converted to sRGB" or "unusable color profile"; empty if nothing is done.
     """
 
     mode: str

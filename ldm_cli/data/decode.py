@@ -54,7 +54,7 @@ class Picture(NamedTuple):
 
     Attributes:
         image: 8-bit RGB, in sRGB.
-        remarks: what had to be done to its colours, by which it is counted: "converted to sRGB", …
+        remarks: conversions of its colours, to be counted: "converted to sRGB", "unusable color profile".
     """
 
     image: Image.Image

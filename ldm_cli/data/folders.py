@@ -19,7 +19,7 @@ from ldm_cli.errors import DataError, InputNotFoundError, UnavailableError
 _CAPTION_SUFFIXES = (".txt", ".caption")
 _HIDDEN = frozenset(("thumbs.db", "desktop.ini", "__macosx", "@eadir"))
 _KOHYA = re.compile(r"(\d{1,3})_(.*\S.*)")
-# Folders that say how pictures are kept, not what they show.
+# Names of folders that do not describe the pictures in them.
 _NO_CLASSES = frozenset(
     (
         *("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "data", "dataset"),
@@ -37,7 +37,7 @@ def find_sources(source: Path, choices: Choices, report: PackReport) -> Iterator
             caption in `NAME.txt`, `NAME.caption` or `NAME.json` beside it. Where no picture has one, the name of its
             folder is its class; folders `10_NAME` are those of kohya's scripts.
         choices: of columns and of captions.
-        report: is told what is not used.
+        report: records pictures that are left out, files that are not read, and remarks.
 
     Raises:
         InputNotFoundError: there is no such source.
@@ -183,7 +183,7 @@ class _Folder:
             yield source
 
     def _with_companions(self, picture: Path) -> Source:
-        """A picture with what the files beside it say."""
+        """A picture with the captions and facts of the files beside it."""
         companions = self._companions(picture)
         facts: dict[str, Any] = {}
         captions: tuple[str, ...] = ()

@@ -6,8 +6,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -62,34 +62,43 @@ def pack(
     sources = find_sources(source, choices, report)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"cannot pack into '{out}'", "it exists already", "choose a new folder")
-    absolute = out.absolute()
-    partial = absolute.with_name(f".tmp-{absolute.name}")
+    with _appearing_whole(out) as folder:
+        packing = _Packing(folder, shard_samples, prefix, report)
+        with reporter.progress(f"packing into {out}", None, unit="image") as progress, closing(packing):
+            for number, item in enumerate(sources, start=1):
+                packing.add(item)
+                progress.update(number)
+        if not packing.num_samples:
+            remedy = "tars are shards already: name them as data.shards" if report.not_read[".tar"] else ""
+            raise InputNotFoundError(f"there are no pictures to pack in '{source}'", report.what_was_seen(), remedy)
+    if packing.num_several:
+        reporter.warn(
+            f"samples with several captions: {packing.num_several}; txt holds the first of them: train with "
+            "data.caption=json:captions to choose one of them each time"
+        )
+    return packing.summary()
+
+
+@contextmanager
+def _appearing_whole(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` if nothing is raised.
+
+    Raises:
+        OutputError, StorageError: it cannot be made or written.
+    """
+    partial = out.absolute().with_name(f".tmp-{out.absolute().name}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     except OSError as error:
         raise OutputError(f"cannot pack into '{out}'", error.strerror or str(error)) from error
     try:
-        with reporter.progress(f"packing into {out}", None, unit="image") as progress:
-            packing = _Packing(partial, shard_samples, prefix, report)
-            with closing(packing):
-                for number, item in enumerate(sources, start=1):
-                    packing.add(item)
-                    progress.update(number)
-        if not packing.num_samples:
-            remedy = "tars are shards already: name them as data.shards" if report.not_read[".tar"] else ""
-            raise InputNotFoundError(f"there are no pictures to pack in '{source}'", report.what_was_seen(), remedy)
+        yield partial
         partial.replace(out)
     except OSError as error:
         raise StorageError(f"cannot pack into '{out}'", error.strerror or str(error)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    if packing.num_several:
-        reporter.warn(
-            f"{packing.num_several} samples have several captions, and txt holds the first: train with "
-            "data.caption=json:captions to choose one of them each time"
-        )
-    return packing.summary()
 
 
 class _Packing:

@@ -1,4 +1,4 @@
-"""What `ldm data pack` tells of its source: what was left out, what was not read, and what had to be converted."""
+"""The report of `ldm data pack`: pictures that were left out, files that were not read, conversions."""
 
 from __future__ import annotations
 

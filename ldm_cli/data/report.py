@@ -26,7 +26,7 @@ def check(shards: ShardSet, config: DataConfig, reporter: Reporter) -> dict[str,
 
     Returns:
         `ok`, `samples`, `good`, `bad` (reason to count), `bad_samples` (shard, key, reason, detail of each),
-        `remarks` (what had to be done to captions and colours, counted), `ignored` (members passed over, by reason),
+        `remarks` (conversions of captions and colours, counted), `ignored` (members passed over, by reason),
         `not_used` (members that no setting reads, by extension), `first_not_used` (one of each), `hidden_samples`
         (parts of a sample that look like one: a key with a dot in it) and `damaged_shards` (path to damage).
     """

@@ -28,7 +28,7 @@ from ldm_cli.errors import DataError
 
 _MOST_WORDS_OF_CLASS = 4
 _NUMBER = re.compile(r"[+-]?\d+(\.0*)?")
-# Years and numbers, answers, WordNet's ids, camera folders: what says nothing about a picture.
+# Years and numbers, answers, WordNet's ids and camera folders say nothing about a picture.
 _NO_NAME = re.compile(r"[\W\d_]*|(?i:true|false|yes|no)|n\d{8}|\d{3}[A-Z0-9_]{5}")
 
 
@@ -37,12 +37,12 @@ class Source:
     """One picture to pack.
 
     Attributes:
-        name: what the source calls it.
+        name: its path or place in the source.
         picture: its file, or the bytes of one.
         captions: none, one or several.
         label: number of its class, if it has one.
         repeats: how many samples it becomes.
-        extra: what else is known about it, as JSON data.
+        extra: all other facts about it, as JSON data.
     """
 
     name: str
@@ -55,11 +55,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user says about a source.
+    """The user's settings for a source.
 
     Attributes:
         image_column, caption_column: names of columns; None: the usual ones; an empty `caption_column`: no captions.
-        caption_template: the caption of a picture of which only the class is known; `{}` stands for its name.
+        caption_template: caption of a picture with a class and no caption; `{}` stands for the name of the class.
     """
 
     image_column: str | None = None
@@ -73,8 +73,8 @@ class TableSource:
     Args:
         table: the file.
         choices: which columns.
-        report: is told what is not used.
-        root: where to look for a picture that is not at its path; None: the table's folder.
+        report: records pictures that are left out, and remarks.
+        root: folder to search for a picture that is not at its path; None: the table's folder.
 
     Raises:
         DataError: the table is damaged, or its columns are not the expected ones.
@@ -174,7 +174,7 @@ class TableSource:
         return column_among(list(row), CAPTION_COLUMNS)
 
     def _class(self, row: dict[str, Any]) -> tuple[int | None, str | None]:
-        """Number and name of a row's class, as far as it has them."""
+        """Number and name of a row's class; None for one that the row has not."""
         cells = [row.get(column) for column in ("class_name", *self._classes)]
         number, name = None, None
         for cell in cells:

@@ -65,8 +65,8 @@ def rows_of(
 
     Args:
         table: the file; its suffix tells the kind.
-        remark: is told of text that is not UTF-8, once for each line.
-        only: the columns that are wanted, which saves reading the others of a Parquet file; None: all.
+        remark: receives a remark for each line that is not UTF-8, and one for a file in UTF-16.
+        only: columns to read of a Parquet file; None: all. Other tables are read whole.
 
     Raises:
         DataError: the table is damaged; the message names the row.
@@ -105,7 +105,7 @@ def _plain(column: str) -> str:
 
 
 def text_lines(file: Path, remark: Callable[[str], None]) -> Iterator[str]:
-    """The lines of a text with their ends; each by `decode_text`, or all by what the file's first bytes show.
+    """The lines of a text with their ends, decoded by the mark at its beginning, or each by `decode_text`.
 
     Raises:
         DataError: a line is in no known encoding.
@@ -131,17 +131,12 @@ def text_lines(file: Path, remark: Callable[[str], None]) -> Iterator[str]:
             yield found.text.removeprefix("\ufeff")
 
 
-def delimiter_of(header: str, suffix: str) -> str:
-    """What separates the columns: of `,`, `;`, tab and `|` the one that a header has most often, `,` if none."""
-    return "\t" if suffix.lower() == ".tsv" else max(",;\t|", key=header.count)
-
-
 def _csv_records(table: Path, remark: Callable[[str], None]) -> Iterator[tuple[str, list[str]]]:
-    """Place and cells of each record that is not blank, the header first."""
+    """Place and cells of each record that is not blank, the header first, which shows what separates columns."""
     csv.field_size_limit(_MOST_BYTES_OF_CELL)
     lines = text_lines(table, remark)
     header = next(lines, "")
-    first, delimiter = 1, delimiter_of(header, table.suffix)
+    first, delimiter = 1, "\t" if table.suffix.lower() == ".tsv" else max(",;\t|", key=header.count)
     if header.lower().startswith("sep="):  # Excel's first line
         first, delimiter, header = 2, header[4:5], next(lines, "")
     reader = csv.reader(itertools.chain((header,), lines), delimiter=delimiter, strict=True, skipinitialspace=True)

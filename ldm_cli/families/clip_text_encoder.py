@@ -14,9 +14,11 @@ from ldm_cli.core.models.clip import CLIPTextModel
 from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.families.caption_tokens import CaptionTokens
+from ldm_cli.families.family import model_sha256
 from ldm_cli.families.prompt_weights import WeightedText, parse_weights
-from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, load_model, model_sha256, save_model
+from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, load_model
 from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TOKENIZER
+from ldm_cli.formats.save_model import save_model
 
 
 def _ignore(message: str) -> None:

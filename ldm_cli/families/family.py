@@ -5,8 +5,10 @@ Each kind of model has a file here with a subclass of `Family`.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +22,7 @@ from ldm_cli.core.condition import Condition
 from ldm_cli.core.cpu import tune_for_cpu
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.diffusion.process import Process, process_of
-from ldm_cli.formats.model_folder import weights_sha256
+from ldm_cli.formats.model_folder import read_config, weights_sha256
 from ldm_cli.formats.scheduler_file import SchedulerSettings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -137,3 +139,10 @@ def place(device: torch.device | str, dtype: torch.dtype, *modules: nn.Module, c
         if channels_last:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         tune_for_cpu(module)
+
+
+def model_sha256(folder: Path, ignored: Collection[str] = ()) -> str:
+    """Hex sha256 of what a model computes: its weights and config.json, without `ignored` fields; errors as in
+    `read_config` and `weights_sha256`."""
+    config = {k: v for k, v in read_config(folder).items() if not k.startswith("_") and k not in ignored}
+    return hashlib.sha256((weights_sha256(folder) + json.dumps(config, sort_keys=True)).encode()).hexdigest()

@@ -23,7 +23,8 @@ from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, text_config_of
 from ldm_cli.families.family import DTYPES, Family, place
 from ldm_cli.formats import pipeline_folder as layout
 from ldm_cli.formats.json_file import read_json
-from ldm_cli.formats.model_folder import CONFIG_NAME, load_model, read_as, save_model
+from ldm_cli.formats.model_folder import CONFIG_NAME, load_model, read_as
+from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.scheduler_file import SCHEDULER_FILE, SchedulerSettings, read_scheduler, write_scheduler
 
 _PIPELINES = (
@@ -152,7 +153,7 @@ def _check_parts(
         width = "unet.cross_attention_dim", unet.cross_attention_dim
         pairs.append((*width, "text_encoder.hidden_size", text.hidden_size))
     causes = [f"{a}={value}, {b}={expected}" for a, value, b, expected in pairs if value != expected]
-    causes += [f"unet.{field} asks for a condition that is not supported" for field in unet.unmet_conditions]
+    causes += [f"unet.{field} asks for a condition that is not supported" for field in unet.pooled_fields]
     if num_tokens > text.vocab_size:
         causes.append(f"the tokenizer has {num_tokens} tokens, the text encoder {text.vocab_size}")
     if causes:

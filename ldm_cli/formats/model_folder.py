@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -21,11 +19,9 @@ from ldm_cli.formats.weight_files import (
     TRANSFORMERS_WEIGHTS,
     load_tensors,
     named,
-    shard_names,
     weights_sha256,
-    write_tensors,
 )
-from ldm_cli.storage import resolve_model_folder, storage_errors
+from ldm_cli.storage import resolve_model_folder
 
 __all__ = [
     "CONFIG_NAME",
@@ -33,12 +29,9 @@ __all__ = [
     "TRANSFORMERS_WEIGHTS",
     "load_model",
     "load_weights",
-    "model_sha256",
     "read_as",
     "read_config",
     "read_image_processor",
-    "save_frozen",
-    "save_model",
     "weights_sha256",
     "without_weights",
     "write_json",
@@ -50,8 +43,6 @@ CONFIG_NAME = "config.json"
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *_FLOAT8)
-# What DDP, compile and FSDP put into parameter names.
-_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
 
 T = TypeVar("T")
 ModuleT_co = TypeVar("ModuleT_co", bound=nn.Module, covariant=True)
@@ -69,13 +60,6 @@ class ModelClass(Protocol[ModuleT_co]):
 def read_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json; errors as in `read_json` and `resolve_model_folder`."""
     return read_json(resolve_model_folder(folder) / CONFIG_NAME)
-
-
-def model_sha256(folder: Path, ignored: Collection[str] = ()) -> str:
-    """Hex sha256 of what a model computes: its weights and config.json, without `ignored` fields; errors as in
-    `read_config` and `weights_sha256`."""
-    config = {k: v for k, v in read_config(folder).items() if not k.startswith("_") and k not in ignored}
-    return hashlib.sha256((weights_sha256(folder) + json.dumps(config, sort_keys=True)).encode()).hexdigest()
 
 
 def load_model(
@@ -247,62 +231,3 @@ def _is_finite(tensor: Tensor) -> bool:
         tensor = tensor.float()
     # In float32, the type they are used in: a large float64 is not finite there.
     return all(bool(extreme.float().isfinite()) for extreme in tensor.aminmax())
-
-
-def save_model(
-    folder: Path,
-    state_dict: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    weights_name: str = DIFFUSERS_WEIGHTS,
-    frozen: Collection[str] = (),
-) -> None:
-    """Write config.json and float32 weights, each file whole or not at all, with the mode the umask says.
-
-    Args:
-        folder: is created where needed.
-        state_dict: name → tensor, on any device; prefixes of wrappers (DDP, compile, FSDP) are taken off.
-        config: content of config.json.
-        weights_name: `DIFFUSERS_WEIGHTS` or `TRANSFORMERS_WEIGHTS`.
-        frozen: tensors that `save_frozen` has written as the first of two shards: the others become the second.
-
-    Raises:
-        OutputError, StorageError: writing failed.
-    """
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / CONFIG_NAME, config)
-    tensors = {_unwrapped(name): _for_file(tensor) for name, tensor in state_dict.items()}
-    if not frozen:
-        write_tensors(folder / weights_name, tensors)
-        return
-    first, second = shard_names(weights_name, 2)
-    write_tensors(folder / second, {name: tensor for name, tensor in tensors.items() if name not in frozen})
-    index = {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-        "weight_map": {name: first if name in frozen else second for name in sorted(tensors)},
-    }
-    write_json(folder / f"{weights_name}.index.json", index)
-
-
-def save_frozen(
-    folder: Path, state_dict: Mapping[str, Tensor], frozen: Collection[str], weights_name: str = DIFFUSERS_WEIGHTS
-) -> None:
-    """Write the first of two shards of a model: the tensors that training leaves alone; arguments as in `save_model`.
-
-    Raises:
-        OutputError, StorageError: writing failed.
-    """
-    if frozen:
-        with storage_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        first, _ = shard_names(weights_name, 2)
-        write_tensors(folder / first, {name: _for_file(state_dict[name]) for name in frozen})
-
-
-def _unwrapped(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-def _for_file(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.is_floating_point() else tensor).contiguous()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm_cli.data.captions import NO_TEXT
 from ldm_cli.data.tables import rows_of, text_lines
 from ldm_cli.errors import DataError, InputNotFoundError
 from ldm_cli.pictures.job import PromptEntry, value_of
@@ -17,8 +18,9 @@ from ldm_cli.pictures.job import PromptEntry, value_of
 _MOST_BYTES = 2**28
 _TEXT_SUFFIXES = ("", ".txt", ".text", ".prompt", ".prompts")
 _OPTION = re.compile(r"(?:^|\s)--(\w+)(?=\s|=|$)")
+_MARKUP = re.compile(r"\s*(\{\\rtf|<!doctype|<html|<\?xml|%PDF)", re.IGNORECASE)
 # Two hyphens before any word; before kohya's options also one, or a dash that a text program made of two.
-_STRAY_OPTION = re.compile(r"(?:^|\s)(?:--[A-Za-z]\w*|[-\u2013\u2014](?:[nwhdsl]|ss|seed|steps|cfg|ar))[ =]+\S+")
+_STRAY_OPTION = re.compile(r"(?:^|\s)(?:--[A-Za-z][\w-]*|[-\u2013\u2014](?:[nwhdsl]|ss|seed|steps|cfg|ar))[ =]+\S+")
 # The options of a line as kohya's sd-scripts have them.
 _LINE_OPTIONS = {
     "n": "negative",
@@ -52,7 +54,7 @@ def read_prompt_file(path: Path, warn: Callable[[str], None]) -> list[PromptEntr
 
     Args:
         path: the file.
-        warn: hears of text that is not UTF-8, and of words that look like options.
+        warn: receives a warning of text that is not UTF-8, and one of words that look like options.
 
     Raises:
         InputNotFoundError: the file cannot be read.
@@ -80,7 +82,7 @@ def read_prompt_file(path: Path, warn: Callable[[str], None]) -> list[PromptEntr
 
 
 def stray_option(prompt: str) -> str | None:
-    """What looks like an option in a prompt, such as `-w 64`; None if nothing does."""
+    """The first words of a prompt that look like an option, such as `-w 64`; None if there are none."""
     found = _STRAY_OPTION.search(prompt)
     return found[0].strip() if found else None
 
@@ -99,6 +101,8 @@ def _expect_lines_of_text(path: Path, lines: list[str]) -> None:
     kind = None
     if any("\0" in line for line in text):
         kind = "no text"
+    elif text and _MARKUP.match(text[0]):
+        kind = "markup"
     elif text and (_is_json(text[0]) or _is_json("".join(text))):
         kind = "JSON: call it .json or .jsonl"
     elif text and len(cells := re.split(r"[,;|\t]", text[0].lower())) > 1 and "prompt" in map(str.strip, cells):
@@ -138,7 +142,7 @@ def _from_rows(path: Path, remarks: Counter[str]) -> Iterator[PromptEntry]:
     for where, row in rows_of(path, lambda what: remarks.update((what,))):
         where, fields = f"'{path}' {where}", row
         if not is_typed:
-            fields = {name.lower().replace(" ", "_"): text for name, text in row.items() if text}
+            fields = {name.lower().replace(" ", "_"): text for name, text in row.items() if text not in NO_TEXT}
             fields = {name: _value(_ALIASES.get(name, name), text) for name, text in fields.items()}
         yield _entry(fields, where)
 

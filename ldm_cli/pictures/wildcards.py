@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 
 from ldm_cli import philox
-from ldm_cli.errors import InputNotFoundError
+from ldm_cli.data.bad_samples import BadSampleError
+from ldm_cli.data.captions import decode_text
+from ldm_cli.errors import DataError, InputNotFoundError
 from ldm_cli.pictures.job import Item, Job
 
 # No separators and no dots: a prompt cannot name a file elsewhere.
@@ -60,9 +62,11 @@ class Wildcards:
     def _read(self, name: str) -> list[str]:
         file = self._folder / f"{name}.txt"
         try:
-            lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+            lines = decode_text(file.read_bytes()).text.splitlines()
         except OSError as error:
             raise InputNotFoundError(f"no words for '__{name}__'", f"'{file}': {error.strerror}", "add it") from error
+        except BadSampleError as error:
+            raise DataError(f"cannot read '{file}'", error.detail) from error
         words = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
         if not words:
             raise InputNotFoundError(f"no words for '__{name}__'", f"'{file}' is empty", "write a word per line")

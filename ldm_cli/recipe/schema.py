@@ -22,26 +22,12 @@ from ldm_cli.training.config import TrainConfig
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-StartFrom = Annotated[
-    str | None,
-    Field(
-        description="Begin at the trained weights of this folder: a model of this kind as we, diffusers or "
-        "transformers write it, a run or a checkpoint. null: fresh weights."
-    ),
-]
-Freeze = Annotated[
-    tuple[str, ...],
-    Field(
-        description="Parameters that stay as they are in `start_from`, by patterns of their names such as `encoder.*`. "
-        "A pattern that begins with `!` excepts what it matches; the last match wins."
-    ),
-]
 
 
-class TrainClipRecipe(Config):
-    """`ldm train-clip`: a contrastive image-text model from shards."""
+class TrainRecipe(Config):
+    """The fields that every trainer's recipe has."""
 
-    command: Literal["train-clip"]
+    command: str
     """Which command this recipe is for."""
     name: Name
     """Name of the run, whose folder is `runs/NAME`."""
@@ -49,18 +35,42 @@ class TrainClipRecipe(Config):
     """Seed of everything random."""
     data: DataConfig
     """Shards and preprocessing."""
+    train: TrainConfig
+    """Optimization."""
+
+
+class StartedRecipe(TrainRecipe):
+    """A recipe whose training may begin at trained weights."""
+
+    start_from: str | None = None
+    """Begin at the trained weights of this folder: a model of this kind as we, diffusers or transformers write it, a
+    run or a checkpoint. null: fresh weights."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that stay as they are in `start_from`, by patterns of their names such as `encoder.*`. A pattern that
+    begins with `!` excepts what it matches; the last match wins."""
+
+    def _check_start(self, *sections: str) -> None:
+        """Make sure that `start_from` or the recipe gives each section."""
+        missing = [name for name in sections if not getattr(self, name)]
+        if self.start_from is None and missing:
+            raise ValueError(f"{' and '.join(missing)}: missing, and there is no start_from to take it from")
+        if self.start_from is None and self.freeze:
+            raise ValueError("freeze needs start_from: fresh weights would stay random")
+
+
+class TrainClipRecipe(StartedRecipe):
+    """`ldm train-clip`: a contrastive image-text model from shards."""
+
+    command: Literal["train-clip"]
+    """Which command this recipe is for."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """Train a vocabulary from the captions, or load one."""
     clip: CLIPConfig | None = None
     """The model; fields as in its Hugging Face config.json. null: that of `start_from`."""
-    start_from: StartFrom = None
-    freeze: Freeze = ()
     equal_captions_match: bool = False
     """Images of one batch whose captions are equal match each other's (Yang et al. 2022), instead of being negatives:
     for data whose captions repeat, such as class names. `accuracy` then counts a caption, not a pair; equal captions
     have equal features, so that the loss stays what it is."""
-    train: TrainConfig
-    """Optimization."""
 
     @property
     def model(self) -> CLIPConfig:
@@ -69,31 +79,21 @@ class TrainClipRecipe(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _check_start(self.start_from, self.freeze, clip=self.clip)
+        self._check_start("clip")
         if self.clip is not None and (size := self.clip.vision_config.image_size) != self.data.image_size:
             raise ValueError(f"data.image_size={self.data.image_size} is not clip.vision_config.image_size={size}")
         return self
 
 
-class TrainVaeRecipe(Config):
+class TrainVaeRecipe(StartedRecipe):
     """`ldm train-vae`: an image autoencoder from shards; captions are not needed."""
 
     command: Literal["train-vae"]
     """Which command this recipe is for."""
-    name: Name
-    """Name of the run, whose folder is `runs/NAME`."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of everything random."""
-    data: DataConfig
-    """Shards and preprocessing."""
     vae: AutoencoderKLConfig | None = None
     """The model; fields as in its Hugging Face config.json. null: that of `start_from`."""
-    start_from: StartFrom = None
-    freeze: Freeze = ()
     loss: VAELossConfig = VAELossConfig()
     """Reconstruction, KL, perceptual and adversarial terms."""
-    train: TrainConfig
-    """Optimization."""
 
     @property
     def model(self) -> AutoencoderKLConfig:
@@ -102,7 +102,7 @@ class TrainVaeRecipe(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _check_start(self.start_from, self.freeze, vae=self.vae)
+        self._check_start("vae")
         size = self.data.image_size
         if self.vae is not None and size % (factor := 2 ** (len(self.vae.block_out_channels) - 1)):
             raise ValueError(f"data.image_size={size} is no multiple of the autoencoder's factor {factor}")
@@ -128,17 +128,11 @@ class SamplesConfig(Config):
     """Sampler, steps, guidance, size."""
 
 
-class TrainUnetRecipe(Config):
+class TrainUnetRecipe(StartedRecipe):
     """`ldm train-unet`: a text-conditional denoiser in the latent space of a trained VAE."""
 
     command: Literal["train-unet"]
     """Which command this recipe is for."""
-    name: Name
-    """Name of the run, whose folder is `runs/NAME`."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of everything random."""
-    data: DataConfig
-    """Shards and preprocessing."""
     vae: str = ""
     """Folder of the trained AutoencoderKL (`runs/…/model`). Empty: that of the pipeline in `start_from`."""
     text_encoder: str = ""
@@ -148,13 +142,9 @@ class TrainUnetRecipe(Config):
     """Folder that `ldm precompute` wrote for this recipe, to read latents and text states from; null computes them."""
     unet: UNet2DConditionConfig | None = None
     """The model; fields as in its Hugging Face config.json. null: that of `start_from`."""
-    start_from: StartFrom = None
-    freeze: Freeze = ()
     diffusion: DiffusionConfig = DiffusionConfig()
     """Noise schedule, prediction, loss weights, caption dropout. A pipeline in `start_from` gives the defaults of
     schedule and prediction."""
-    train: TrainConfig
-    """Optimization."""
     samples: SamplesConfig = SamplesConfig()
     """Pictures drawn on the way."""
 
@@ -165,15 +155,8 @@ class TrainUnetRecipe(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _check_start(self.start_from, self.freeze, unet=self.unet, vae=self.vae, text_encoder=self.text_encoder)
+        self._check_start("unet", "vae", "text_encoder")
         return self
-
-
-def _check_start(start_from: str | None, freeze: tuple[str, ...], **sections: object) -> None:
-    if start_from is None and (missing := [name for name, value in sections.items() if not value]):
-        raise ValueError(f"{' and '.join(missing)}: missing, and there is no start_from to take it from")
-    if start_from is None and freeze:
-        raise ValueError("freeze needs start_from: fresh weights would stay random")
 
 
 def _known(config: ConfigT | None, section: str) -> ConfigT:
@@ -237,11 +220,12 @@ class EvalRecipe(Config):
     """Models and metrics."""
 
 
-Recipe = TrainClipRecipe | TrainVaeRecipe | TrainUnetRecipe | SampleRecipe | EvalRecipe
-RECIPES: dict[str, type[Config]] = {
+Recipe = TrainRecipe | SampleRecipe | EvalRecipe
+RECIPES: dict[str, type[Recipe]] = {
     "train-clip": TrainClipRecipe,
     "train-vae": TrainVaeRecipe,
     "train-unet": TrainUnetRecipe,
     "sample": SampleRecipe,
     "eval": EvalRecipe,
 }
+"""By command."""

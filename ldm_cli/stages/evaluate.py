@@ -33,7 +33,7 @@ from ldm_cli.evaluation.scene_detector import WORKING_SIZE
 from ldm_cli.formats.model_folder import write_json
 from ldm_cli.recipe.schema import EvalRecipe, EvalSection
 from ldm_cli.reporting import Reporter
-from ldm_cli.stages.support.eval_samples import Gathered, Models, load_models, measure_drawn, measure_real
+from ldm_cli.stages.support.eval_samples import Gathered, Models, load_models, measure_generated, measure_real
 from ldm_cli.stages.support.options import RunOptions, resolve_device
 from ldm_cli.training.run_folder import environment
 from ldm_cli.training.run_identity import flatten
@@ -64,10 +64,10 @@ def run(recipe: EvalRecipe, options: RunOptions, reporter: Reporter) -> dict[str
     metrics = _metrics_of_real(config, models, real)
     if "attribute_accuracy" in config.metrics:
         _check_truths(real, config.num_generated)
-    drawn = None
+    generated = None
     if models.pipeline is not None:
-        drawn = measure_drawn(config, real, models, reporter)
-        for name, values in _metrics_of_drawn(config, models, real, drawn, reporter).items():
+        generated = measure_generated(config, real, models, reporter)
+        for name, values in _metrics_of_generated(config, models, real, generated, reporter).items():
             metrics[name] = metrics.get(name, {}) | values
     if models.clip is not None and models.clip.num_truncated:
         reporter.warn(f"{models.clip.num_truncated} texts were too long for the CLIP and were cut")
@@ -76,7 +76,7 @@ def run(recipe: EvalRecipe, options: RunOptions, reporter: Reporter) -> dict[str
         raise DivergedError(f"{', '.join(bad)} cannot be measured", "the values are not finite")
     result = {
         "metrics": {name: metrics[name] for name in config.metrics},
-        "provenance": _provenance(recipe, shards, models, real, drawn),
+        "provenance": _provenance(recipe, shards, models, real, generated),
     }
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -141,13 +141,13 @@ def _metrics_of_real(config: EvalSection, models: Models, real: Gathered) -> dic
     return result
 
 
-def _metrics_of_drawn(
-    config: EvalSection, models: Models, real: Gathered, drawn: Gathered, reporter: Reporter
+def _metrics_of_generated(
+    config: EvalSection, models: Models, real: Gathered, generated: Gathered, reporter: Reporter
 ) -> dict[str, Any]:
     """What all the pictures tell, beside the real samples."""
     result: dict[str, Any] = {}
     if models.clip is not None:
-        pictures = torch.cat(drawn.image_features)
+        pictures = torch.cat(generated.image_features)
         if "clip_score" in config.metrics:
             texts = torch.cat(real.text_features)[: len(pictures)]
             result["clip_score"] = {"generated": summarize_clip_score(pictures, texts)}
@@ -155,9 +155,9 @@ def _metrics_of_drawn(
             images = torch.cat(real.image_features)[: config.num_samples]
             result["frechet_distance"] = _frechet(images, pictures, models, reporter)
     if "attribute_accuracy" in config.metrics:
-        truths = real.metadata[: len(drawn.scenes)]
+        truths = real.metadata[: len(generated.scenes)]
         result["attribute_accuracy"] = {
-            "generated": score_scenes(drawn.scenes, truths, stated_only=True),
+            "generated": score_scenes(generated.scenes, truths, stated_only=True),
             # How well real images of the same samples are read, in everything: how far to trust the above.
             "detector": score_scenes(real.scenes[: len(truths)], truths),
         }
@@ -195,9 +195,9 @@ def _label(task: ZeroShotTask, real: Gathered, i: int) -> int | None:
     )
 
 
-def _frechet(real: Tensor, drawn: Tensor, models: Models, reporter: Reporter) -> dict[str, Any]:
+def _frechet(real: Tensor, generated: Tensor, models: Models, reporter: Reporter) -> dict[str, Any]:
     gaussians = []
-    for name, features in (("real", real), ("generated", drawn)):
+    for name, features in (("real", real), ("generated", generated)):
         if len(features) <= features.shape[1]:
             reporter.warn(
                 f"frechet_distance: {len(features)} {name} images for {features.shape[1]} features; "
@@ -210,7 +210,7 @@ def _frechet(real: Tensor, drawn: Tensor, models: Models, reporter: Reporter) ->
     return {
         frechet_name(models.hashes["clip"]["sha256"]): frechet_distance(*gaussians),
         "num_real": len(real),
-        "num_generated": len(drawn),
+        "num_generated": len(generated),
         "num_features": real.shape[1],
     }
 
@@ -227,7 +227,7 @@ def _check_truths(real: Gathered, num_generated: int) -> None:
 
 
 def _provenance(
-    recipe: EvalRecipe, shards: ShardSet, models: Models, real: Gathered, drawn: Gathered | None
+    recipe: EvalRecipe, shards: ShardSet, models: Models, real: Gathered, generated: Gathered | None
 ) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -238,7 +238,7 @@ def _provenance(
             "shards": [path.name for path in shards.paths],
             "fingerprint": shards.fingerprint,
             "num_samples": min(recipe.eval.num_samples, len(real.keys)),
-            "num_generated": len(drawn.captions) if drawn is not None else 0,
+            "num_generated": len(generated.captions) if generated is not None else 0,
         },
         "recipe": recipe.to_mapping(),
     }

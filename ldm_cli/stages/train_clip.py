@@ -19,19 +19,15 @@ from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import sequential_batches
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.families.caption_tokens import CaptionTokens
-from ldm_cli.formats.model_folder import (
-    TRANSFORMERS_WEIGHTS,
-    load_weights,
-    save_frozen,
-    save_model,
-    write_json,
-)
+from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, load_weights, write_json
+from ldm_cli.formats.save_model import save_frozen, save_model
 from ldm_cli.pictures.grid import image_grid
 from ldm_cli.pictures.images import save_image
 from ldm_cli.recipe.schema import TrainClipRecipe
 from ldm_cli.reporting import Reporter
+from ldm_cli.stages.support.model_sizes import Parameters, trained_parameters
 from ldm_cli.stages.support.options import RunOptions
-from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start
+from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_uses
 from ldm_cli.stages.support.training_run import Workbench, run_training
 from ldm_cli.training.checkpoint import commit_folder, link_folder
 from ldm_cli.training.gradient_sum import gradient_sum
@@ -46,7 +42,9 @@ def run(recipe: TrainClipRecipe, options: RunOptions, reporter: Reporter) -> dic
     recipe = resolve_start(recipe, reporter.warn)
     path = recipe.tokenizer.path
     facts = {} if path is None else {"tokenizer": Tokenizer.load(path).fingerprint}
-    return run_training(recipe, options, reporter, lambda bench: CLIPTask(recipe, bench), facts=facts)
+    build = lambda bench: CLIPTask(recipe, bench)  # noqa: E731
+    sizes, uses = parameters(recipe, []), start_uses(recipe)
+    return run_training(recipe, options, reporter, build, sizes, uses=uses, facts=facts)
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,13 @@ class _Part:
     scale_gradient: Tensor
     value: Tensor
     figures: dict[str, Tensor]
+
+
+def parameters(recipe: TrainClipRecipe, notes: list[str]) -> Parameters:
+    """The sizes of `recipe`; see `support/model_sizes.py`."""
+    if recipe.tokenizer.path is None:
+        notes.append("clip: the trained vocabulary may have fewer tokens than text_config.vocab_size")
+    return trained_parameters("clip", lambda: CLIPModel(recipe.model), recipe.freeze)
 
 
 class CLIPTask:

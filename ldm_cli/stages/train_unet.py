@@ -14,6 +14,8 @@ from ldm_cli import philox
 from ldm_cli.core.codec import Codec
 from ldm_cli.core.condition import Condition
 from ldm_cli.core.diffusion.loss import add_noise, diffusion_loss
+from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
+from ldm_cli.core.models.clip import CLIPTextModel
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.data.batch import Batch
@@ -21,8 +23,9 @@ from ldm_cli.data.cache_manifest import Manifest
 from ldm_cli.data.latent_cache import LatentCache
 from ldm_cli.errors import RecipeError
 from ldm_cli.families.stable_diffusion import StableDiffusion
-from ldm_cli.formats.model_folder import load_weights, save_frozen, save_model
+from ldm_cli.formats.model_folder import load_weights
 from ldm_cli.formats.pipeline_folder import UNET
+from ldm_cli.formats.save_model import save_frozen, save_model
 from ldm_cli.formats.scheduler_file import our_settings
 from ldm_cli.pictures.grid import image_grid
 from ldm_cli.pictures.images import save_image
@@ -32,8 +35,16 @@ from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import requests_for
 from ldm_cli.sampling.sample_options import SampleOptions
 from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
+from ldm_cli.stages.support.model_sizes import (
+    Parameters,
+    autoencoder_of,
+    count_parameters,
+    model_at,
+    text_encoder_of,
+    trained_parameters,
+)
 from ldm_cli.stages.support.options import RunOptions
-from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start
+from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_uses
 from ldm_cli.stages.support.training_run import Workbench, run_training
 from ldm_cli.training.checkpoint import link_folder
 
@@ -43,16 +54,32 @@ _NUM_NOISE_LEVELS = 5
 def run(recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
     """Train the denoiser of `recipe`; the result is a complete Stable Diffusion folder."""
     recipe = resolve_start(recipe, reporter.warn)
-    uses = {"vae": recipe.vae, "text_encoder": recipe.text_encoder}
-    build = lambda bench: DenoiserTask(recipe, bench)  # noqa: E731
+    uses = {"vae": recipe.vae, "text_encoder": recipe.text_encoder} | start_uses(recipe)
+    build, sizes = lambda bench: DenoiserTask(recipe, bench), parameters(recipe, [])
     if recipe.cache is None:
-        return run_training(recipe, options, reporter, build, uses=uses)
+        return run_training(recipe, options, reporter, build, sizes, uses=uses)
     folder = Path(recipe.cache)
     open_cache = lambda shards: LatentCache(folder, shards, cache_key(recipe), reporter)  # noqa: E731
     manifest = Manifest.read(folder)
     # In fp32 a cache changes nothing; rounded, it makes another run.
     rounded = {"cache": manifest.key.dtype} if manifest and manifest.key.dtype != "fp32" else {}
-    return run_training(recipe, options, reporter, build, uses=uses, facts=rounded, open_cache=open_cache)
+    return run_training(recipe, options, reporter, build, sizes, uses=uses, facts=rounded, open_cache=open_cache)
+
+
+def parameters(recipe: TrainUnetRecipe, notes: list[str]) -> Parameters:
+    """The sizes of `recipe`; see `support/model_sizes.py`.
+
+    Raises:
+        RecipeError: the models do not fit together.
+    """
+    expect_known_conditions(recipe.model)
+    vae = model_at("vae", recipe.vae, autoencoder_of, notes)
+    text_encoder = model_at("text_encoder", recipe.text_encoder, text_encoder_of, notes)
+    if isinstance(vae, AutoencoderKL) and isinstance(text_encoder, CLIPTextModel):
+        fitted_config(recipe, vae, text_encoder.config.hidden_size)
+    trained, frozen = trained_parameters("unet", lambda: UNet2DConditionModel(recipe.model), recipe.freeze)
+    found = {"vae": vae, "text_encoder": text_encoder}
+    return trained, frozen | {n: count_parameters(model) for n, model in found.items() if model is not None}
 
 
 class DenoiserTask:
@@ -178,7 +205,7 @@ def expect_known_conditions(config: UNet2DConditionConfig) -> None:
     Raises:
         RecipeError: naming the fields that ask for others.
     """
-    fields = config.unmet_conditions
+    fields = config.pooled_fields
     if config.time_cond_proj_dim is not None:
         fields = [*fields, f"time_cond_proj_dim={config.time_cond_proj_dim}"]
     if fields:

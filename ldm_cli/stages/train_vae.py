@@ -15,18 +15,21 @@ from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.core.models.clip_vision import CLIPVisionTransformer
 from ldm_cli.core.models.latent_space import standardized
+from ldm_cli.core.models.patch_discriminator import PatchDiscriminator
 from ldm_cli.core.vae_loss import VAELoss
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import Loader
 from ldm_cli.errors import RecipeError
 from ldm_cli.evaluation.image_quality import psnr
-from ldm_cli.formats.model_folder import load_model, load_weights, save_frozen, save_model
+from ldm_cli.formats.model_folder import load_model, load_weights
+from ldm_cli.formats.save_model import save_frozen, save_model
 from ldm_cli.pictures.grid import image_grid
 from ldm_cli.pictures.images import save_image
 from ldm_cli.recipe.schema import TrainVaeRecipe
 from ldm_cli.reporting import Reporter
+from ldm_cli.stages.support.model_sizes import Parameters, clip_of, count_parameters, model_at, trained_parameters
 from ldm_cli.stages.support.options import RunOptions
-from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start
+from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_uses
 from ldm_cli.stages.support.training_run import Workbench, run_training
 from ldm_cli.training.checkpoint import link_folder
 
@@ -38,8 +41,23 @@ def run(recipe: TrainVaeRecipe, options: RunOptions, reporter: Reporter) -> dict
     """Train the autoencoder of `recipe`; the result is an AutoencoderKL folder with a measured scale."""
     recipe = resolve_start(recipe, reporter.warn)
     clip = recipe.loss.perceptual_clip
-    uses = {} if clip is None else {"loss.perceptual_clip": clip}
-    return run_training(recipe, options, reporter, lambda bench: VAETask(recipe, bench), uses=uses, with_captions=False)
+    uses = start_uses(recipe) | ({} if clip is None else {"loss.perceptual_clip": clip})
+    build = lambda bench: VAETask(recipe, bench)  # noqa: E731
+    return run_training(recipe, options, reporter, build, parameters(recipe, []), uses=uses, with_captions=False)
+
+
+def parameters(recipe: TrainVaeRecipe, notes: list[str]) -> Parameters:
+    """The sizes of `recipe`; see `support/model_sizes.py`."""
+    trained, frozen = trained_parameters("vae", lambda: AutoencoderKL(recipe.model), recipe.freeze)
+    loss = recipe.loss
+    if loss.adversarial_weight > 0:
+        build = lambda: PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)  # noqa: E731
+        trained |= trained_parameters("discriminator", build)[0]
+    if loss.perceptual_clip is not None:
+        clip = model_at("loss.perceptual_clip", loss.perceptual_clip, clip_of, notes)
+        if isinstance(clip, CLIPModel):
+            frozen["perceptual_clip"] = count_parameters(clip.vision_model)
+    return trained, frozen
 
 
 class VAETask:

@@ -106,7 +106,8 @@ class GuardedOptimizers:
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                optimizer.grad_scale, optimizer.found_inf = scale * clip, found_inf
+                # Fused AdamW reads both, but does not declare them.
+                optimizer.grad_scale, optimizer.found_inf = scale * clip, found_inf  # type: ignore[union-attr]
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         self.nonfinite_run = (self.nonfinite_run + 1.0) * found_inf

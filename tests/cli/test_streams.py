@@ -85,7 +85,7 @@ def test_damaged_data_is_shown_and_65(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert app.run(["data", "check", str(shard), "--json"]) == 65
     captured = capfd.readouterr()
     assert list(json.loads(captured.out)["damaged_shards"]) == [str(shard)]
-    assert captured.err.splitlines()[-1].startswith("ldm: error: the data is damaged: ")
+    assert captured.err.splitlines()[-1].startswith("ldm: error: the data is not sound: ")
 
 
 def on_terminal(*arguments: str, folder: Path, **variables: str) -> tuple[int, str]:

@@ -19,7 +19,7 @@ from PIL import Image, ImageChops
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 
-from ldm_cli.bench.workload import Workload, our_step
+from ldm_cli.bench.workload import Workload, our_training
 from ldm_cli.core.compiling import compile_regions, eagerly
 from ldm_cli.core.condition import Condition
 from ldm_cli.core.models.clip_resnet import Bottleneck
@@ -70,10 +70,10 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def one_step(subject: str, changes: list[str]) -> tuple[float, dict[str, Tensor]]:
     """Loss of one batch, and the gradients by name."""
     recipe: Any = load_recipe(SMALL[subject][0], [*SMALL[subject][1], *changes], expected_command=subject).recipe
-    step = our_step(Workload(recipe))
-    loss = step.loss()
+    model, compute_loss = our_training(Workload(recipe))
+    loss = compute_loss()
     loss.backward()  # type: ignore[no-untyped-call]
-    return loss.item(), {n: p.grad for n, p in step.model.named_parameters() if p.grad is not None}
+    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.slow

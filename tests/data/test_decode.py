@@ -149,7 +149,7 @@ SHOWN = {
 
 
 @pytest.mark.parametrize("orientation", SHOWN)
-@pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF", "JPEG"])
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF", "JPEG", "AVIF"])
 def test_exif_orientation_is_applied_once(orientation: int, format: str) -> None:
     scale = 16  # blocks, so that JPEG keeps them
     stored = Image.new("L", (3, 2))
@@ -165,7 +165,7 @@ def test_exif_orientation_is_applied_once(orientation: int, format: str) -> None
         for x, value in enumerate(row):
             pixel = shown.getpixel((x * scale + scale // 2, y * scale + scale // 2))
             assert isinstance(pixel, tuple)
-            assert abs(pixel[0] - 40 * value) <= (4 if format == "JPEG" else 0)
+            assert abs(pixel[0] - 40 * value) <= (4 if format in ("JPEG", "AVIF") else 0)
 
 
 def test_broken_exif_means_no_orientation() -> None:
@@ -173,7 +173,7 @@ def test_broken_exif_means_no_orientation() -> None:
     assert decode_rgb(data, BACKGROUND, MAX_PIXELS).image.size == (4, 2)
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "TIFF"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "AVIF"])
 def test_a_truncated_image_is_damaged_wherever_it_ends(format: str) -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, (24 * 24 * 3,), generator=generator, dtype=torch.uint8)
@@ -345,6 +345,7 @@ def test_what_takes_more_memory_than_its_pixels_counts_for_more() -> None:
     at_half, at_two_thirds = Image.new("RGB", (75, 75)), Image.new("RGB", (85, 85))
     for data, times in {
         _encoded(at_half, "WEBP"): "4",
+        _encoded(at_half, "AVIF"): "4",
         _webp_frame_claiming(60, 60, lossless=False): "4",
         _webp_frame_claiming(60, 60, lossless=True): "4",
         _encoded(at_half, "TIFF", exif=turned): "2",

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
+from ldm_cli.data.loader import Loader
 from ldm_cli.data.pack import pack
 from ldm_cli.data.sources import Choices
 from ldm_cli.errors import DataError, InputNotFoundError
 from ldm_cli.reporting import SilentReporter
-from tests.data.tars import png
+from tests.data.tars import opened, png
 
 Files = dict[str, str | bytes]
 
@@ -191,6 +192,17 @@ def test_several_captions_stay_several_and_nothing_is_none(tmp_path: Path, value
     assert _captions(samples) == {"a.png": captions, "b.png": ["x"]}
     assert samples[0]["json"]["score"] is None
     assert (report["without_caption"], report["several_captions"]) == (not captions, len(captions) > 1)
+
+
+def test_training_takes_each_of_several_captions_in_some_epoch_and_the_same_in_each_run(tmp_path: Path) -> None:
+    row = {"file_name": "a.png", "text": ["one", "two", "three"]}
+    source = _folder(tmp_path / "in", {"a.png": b"", "metadata.jsonl": json.dumps(row)})
+    pack(source, tmp_path / "out", SilentReporter())
+    shards, config = opened(tmp_path / "out", label=None, caption="json:captions")
+    runs = [Loader(shards, config, seed=seed, batch_size=1) for seed in (0, 0, 1)]
+    captions = [[batch.captions[0] for batch in loader.batches(0, 40)] for loader in runs]
+    assert set(captions[0]) == {"one", "two", "three"}
+    assert captions[0] == captions[1] != captions[2]
 
 
 @pytest.mark.parametrize("value", [7, 0.5, True, {"en": "a dog"}, [{"raw": "a dog"}], [["a"], ["b"]], [1, 2]])

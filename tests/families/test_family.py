@@ -20,7 +20,8 @@ from ldm_cli.errors import CheckpointError, InputNotFoundError
 from ldm_cli.families.family import Family
 from ldm_cli.families.open_family import open_family
 from ldm_cli.formats.json_file import write_json
-from ldm_cli.formats.model_folder import load_weights, save_model
+from ldm_cli.formats.model_folder import load_weights
+from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.scheduler_file import our_settings
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.pipeline import Pipeline

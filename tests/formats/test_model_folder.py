@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldm_cli.errors import CheckpointError, InputNotFoundError, OutputError, StorageError
-from ldm_cli.formats.model_folder import check_tensors, load_model, load_weights, read_config, save_model
+from ldm_cli.formats.model_folder import check_tensors, load_model, load_weights, read_config
+from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.weight_files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, weights_sha256
 
 

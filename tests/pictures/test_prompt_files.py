@@ -54,7 +54,7 @@ def test_json_lines_and_csv_say_the_same(tmp_path):
         ("p.JSON", b'{"prompts": [{"prompt": "caf\\u00e9"}, "b"]}', None),
         ("p.ndjson", '{"prompt": "caf\u00e9"}\n{"prompt": "b"}'.encode("utf-16"), "1 × UTF-16 text"),
         ("p.tsv", "Prompt\tseed\ncaf\u00e9\t\nb\t\n".encode(), None),
-        ("p.csv", "seed;prompt\n;caf\u00e9\n;b\n".encode(), None),
+        ("p.csv", "seed;prompt\nNaN;caf\u00e9\n;b\n".encode(), None),
         ("p.csv", "seed\tprompt\n\tcaf\u00e9\n\tb\n".encode("utf-16"), "1 × UTF-16 text"),
     ],
 )
@@ -77,6 +77,8 @@ def test_a_file_of_another_kind_is_refused_by_its_kind(tmp_path, name):
         (b'{"prompt": "a cat"}\n{"prompt": "a dog"}\n', "JSON"),
         (b'[\n  {"prompt": "a cat"}\n]', "JSON"),
         (b"prompt,seed\na cat,1\n", "a table"),
+        (b"{\\rtf1 a cat}", "markup"),
+        (b"<!DOCTYPE html>\n<p>a cat", "markup"),
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0", "no text"),
         (b"PK\x03\x04\x14\0\x06\0\x08", "no text"),
     ],

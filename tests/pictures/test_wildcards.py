@@ -44,3 +44,9 @@ def test_each_image_of_a_job_has_its_own_word(words):
     assert {item.request.prompt for item in plain.items} == {"__color__"}, "off unless asked for"
     with pytest.raises(UsageError):
         plan_job(["a"], config, EditConfig(), frames=2)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "cp1252"])
+def test_word_lists_are_read_in_any_usual_encoding(tmp_path, encoding):
+    (tmp_path / "color.txt").write_bytes("señor roux\n".encode(encoding))
+    assert Wildcards(tmp_path).fill_in("a __color__ cat", 0) == "a señor roux cat"

@@ -12,7 +12,7 @@ from ldm_cli.recipe.schema import RECIPES, TrainUnetRecipe
 from ldm_cli.recipe.shipped import find_recipe, recipes_folder, shipped_recipes
 from ldm_cli.recipe.yaml_source import to_yaml
 from ldm_cli.reporting import SilentReporter
-from ldm_cli.stages.support.dry_run import dry_run
+from ldm_cli.stages.dry_run import dry_run
 
 NAMES = sorted(shipped_recipes())
 PUBLISHED = {

@@ -191,6 +191,9 @@ def test_parts_that_do_not_fit_together_are_named(tmp_path):
     wider = UNet2DConditionModel(UNet2DConditionConfig(**(UNET | {"cross_attention_dim": 32})))
     with pytest.raises(CheckpointError, match=r"cross_attention_dim=32, text_encoder.hidden_size=24"):
         check_fit(replace(pipeline.family, denoiser=wider))
+    classes = UNet2DConditionModel(UNet2DConditionConfig(**(UNET | {"num_class_embeds": 5})))
+    with pytest.raises(CheckpointError, match="conditioned on classes or on pooled text"):
+        check_fit(replace(pipeline.family, denoiser=classes))
 
 
 def test_zero_snr_model_is_sampled_from_its_last_level(tmp_path):

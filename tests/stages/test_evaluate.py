@@ -26,7 +26,8 @@ from ldm_cli.data.tokenizer_config import TokenizerConfig
 from ldm_cli.errors import DataError, DivergedError, OutputError, RecipeError
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
 from ldm_cli.families.stable_diffusion import StableDiffusion
-from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, save_model, weights_sha256
+from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, weights_sha256
+from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.scheduler_file import our_settings
 from ldm_cli.recipe.schema import EvalRecipe
 from ldm_cli.reporting import SilentReporter
@@ -200,7 +201,7 @@ def test_a_pipeline_that_draws_the_truth_is_perfect(home: Path, monkeypatch: pyt
         flat = [torch.frombuffer(bytearray(p.image.tobytes()), dtype=torch.uint8) for p in pictures]
         yield torch.stack([pixels.view(32, 32, 3).permute(2, 0, 1) for pixels in flat])
 
-    monkeypatch.setattr("ldm_cli.stages.support.eval_samples._drawn", draw)
+    monkeypatch.setattr("ldm_cli.stages.support.eval_samples._generated", draw)
     found = evaluate(home, ["attribute_accuracy", "frechet_distance"], num_generated=20)["metrics"]
     rates = found["attribute_accuracy"]["generated"]["all"]
     assert {name: rate for name, rate in rates.items() if not name.startswith("num_") and rate not in (1, None)} == {}
@@ -261,7 +262,7 @@ def test_samples_without_ground_truth_are_named_before_anything_is_drawn(
     Image.new("RGB", (32, 32)).save(png, format="PNG")
     with TarWriter(str(tmp_path / "plain.tar"), encoder=False) as tar:
         tar.write({"__key__": "only", "png": png.getvalue(), "txt": b"a photo", "json": b"{}"})
-    monkeypatch.setattr("ldm_cli.stages.support.eval_samples._drawn", lambda *_: pytest.fail("drew pictures"))
+    monkeypatch.setattr("ldm_cli.stages.support.eval_samples._generated", lambda *_: pytest.fail("drew pictures"))
     with pytest.raises(DataError, match="plain/only"):
         evaluate(home, ["attribute_accuracy"], data={"shards": str(tmp_path / "plain.tar")})
 

@@ -20,7 +20,7 @@ from ldm_cli.evaluation.image_quality import psnr
 from ldm_cli.formats.model_folder import load_tensors
 from ldm_cli.recipe.schema import TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.reporting import SilentReporter
-from ldm_cli.stages.support.dry_run import dry_run
+from ldm_cli.stages.dry_run import dry_run
 from ldm_cli.stages.support.start import freeze, frozen_names, resolve_start
 from ldm_cli.stages.train_vae import to_bytes, to_signed
 from tests.faults.runs import assert_same_run, metrics

@@ -24,8 +24,11 @@ class TunedGroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, *] → [B, C, *]."""
-        if not (torch.is_grad_enabled() and self._is_slow(input)):
+        if not torch.is_grad_enabled():
             return super().forward(input)
+        if not self._is_slow(input):
+            # Without a gradient of its input, torch's backward pass (2.13) crashes in channels-last order.
+            return super().forward(input if input.requires_grad else input.contiguous())
         normed: Tensor = _GroupNorm.apply(input, self.weight, self.bias, self.num_groups, self.eps)  # type: ignore[no-untyped-call]
         return normed
 

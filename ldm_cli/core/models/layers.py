@@ -91,8 +91,9 @@ class ResnetBlock2D(Region):
         if self.time_emb_proj is not None:
             hidden = hidden + self.time_emb_proj(embedding)[:, :, None, None]
         hidden = self.conv2(F.silu(self.norm2(hidden)))
-        shortcut: Tensor = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return shortcut + hidden
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        result: Tensor = shortcut + hidden
+        return result
 
 
 class Downsample2D(nn.Module):

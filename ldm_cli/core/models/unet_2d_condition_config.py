@@ -176,8 +176,8 @@ class UNet2DConditionConfig(DiffusersConfig):
             raise ValueError("addition_embed_type together with class_embed_type or num_class_embeds is not supported")
 
     @property
-    def unmet_conditions(self) -> list[str]:
-        """Fields that ask for conditions that no encoder gives: classes, pooled text and sizes."""
+    def pooled_fields(self) -> list[str]:
+        """The fields that ask for `Condition.pooled`: classes, vectors, or pooled text with sizes."""
         names = ("num_class_embeds", "class_embed_type", "addition_embed_type")
         return [f"{name}={value}" for name in names if (value := getattr(self, name)) is not None]
 

@@ -16,8 +16,8 @@ from ldm_cli.data.latent_cache import LatentCache
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import RecipeError
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, encoder_key, tokenizer_folder
-from ldm_cli.families.family import place
-from ldm_cli.formats.model_folder import load_model, model_sha256
+from ldm_cli.families.family import model_sha256, place
+from ldm_cli.formats.model_folder import load_model
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.stages.train_vae import to_signed
 

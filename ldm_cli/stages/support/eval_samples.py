@@ -1,4 +1,4 @@
-"""What `ldm eval` measures on images: one pass over real ones, one over pictures drawn for their captions."""
+"""What `ldm eval` measures: one pass over real images, one over pictures that are generated for their captions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_cli.core.cpu import tune_for_cpu
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import sequential_batches
@@ -19,6 +18,7 @@ from ldm_cli.errors import DataError, DivergedError
 from ldm_cli.evaluation.clip_features import CLIPFeatures
 from ldm_cli.evaluation.image_quality import psnr, ssim
 from ldm_cli.evaluation.scene_detector import SeenScene, read_scenes
+from ldm_cli.families.family import place
 from ldm_cli.families.open_family import open_family, resolve_model
 from ldm_cli.formats.model_folder import load_model, weights_sha256
 from ldm_cli.recipe.schema import EvalRecipe, EvalSection
@@ -28,7 +28,7 @@ from ldm_cli.sampling.pixels import is_sound
 from ldm_cli.sampling.request import ImageRequest
 
 _CLIP_METRICS = {"clip_score", "zero_shot", "retrieval", "frechet_distance"}
-_DRAWING_METRICS = {"clip_score", "frechet_distance", "attribute_accuracy"}
+_METRICS_OF_GENERATED = {"clip_score", "frechet_distance", "attribute_accuracy"}
 _REQUESTS_PER_CALL = 256
 
 
@@ -45,7 +45,7 @@ class Models:
 
 @dataclass
 class Gathered:
-    """What was measured on images, real or drawn, in the order of the samples (N of them)."""
+    """What was measured on images, real or generated, in the order of the samples (N of them)."""
 
     captions: list[str] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
@@ -68,10 +68,10 @@ def load_models(config: EvalSection, device: torch.device) -> Models:
         hashes["clip"] = {"folder": str(folder), "sha256": weights_sha256(folder)}
     if config.vae is not None and "reconstruction" in config.metrics:
         folder = resolve_model(Path(config.vae))
-        vae = load_model(AutoencoderKL, folder).to(device).eval()
-        tune_for_cpu(vae)
+        vae = load_model(AutoencoderKL, folder)
+        place(device, torch.float32, vae)
         hashes["vae"] = {"folder": str(folder), "sha256": weights_sha256(folder)}
-    if config.pipeline is not None and _DRAWING_METRICS & set(config.metrics):
+    if config.pipeline is not None and _METRICS_OF_GENERATED & set(config.metrics):
         sampling = config.sampling
         family = open_family(Path(config.pipeline), device, sampling.precision, compiled=sampling.compile)
         pipeline = Pipeline(family)
@@ -125,11 +125,11 @@ def _reconstructed(vae: AutoencoderKL, images: Tensor) -> Tensor:
     return ((again + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def measure_drawn(config: EvalSection, real: Gathered, models: Models, reporter: Reporter) -> Gathered:
+def measure_generated(config: EvalSection, real: Gathered, models: Models, reporter: Reporter) -> Gathered:
     """A picture for each of the first captions, measured and dropped."""
     gathered = Gathered(captions=real.captions[: config.num_generated])
     with_scenes = "attribute_accuracy" in config.metrics
-    for images in _drawn(config, gathered.captions, models, reporter):
+    for images in _generated(config, gathered.captions, models, reporter):
         if models.clip is not None:
             gathered.image_features.append(models.clip.images(images))
         if with_scenes:
@@ -137,7 +137,7 @@ def measure_drawn(config: EvalSection, real: Gathered, models: Models, reporter:
     return gathered
 
 
-def _drawn(config: EvalSection, captions: list[str], models: Models, reporter: Reporter) -> Iterator[Tensor]:
+def _generated(config: EvalSection, captions: list[str], models: Models, reporter: Reporter) -> Iterator[Tensor]:
     """Batches of pictures, uint8 [B, 3, H, W], one picture per caption."""
     assert models.pipeline is not None
     requests = [ImageRequest(caption, config.sampling.seed + i) for i, caption in enumerate(captions)]

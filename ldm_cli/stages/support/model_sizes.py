@@ -16,17 +16,19 @@ from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.clip import CLIPModel, CLIPTextModel
 from ldm_cli.core.models.clip_config import CLIPConfig
-from ldm_cli.core.models.patch_discriminator import PatchDiscriminator
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.errors import RecipeError, amount, first_line
 from ldm_cli.families.clip_text_encoder import text_config_of
 from ldm_cli.formats.model_folder import CONFIG_NAME, read_as, without_weights
-from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
-from ldm_cli.stages.support.start import TrainRecipe, freeze
+from ldm_cli.recipe.schema import TrainRecipe
+from ldm_cli.stages.support.start import freeze
 from ldm_cli.training.config import TrainConfig
 
 FROZEN = ".frozen"
+Parameters = tuple[dict[str, int], dict[str, int]]
+"""Numbers of trained parameters by module, and of those that are only used. Each trainer's stage has a function
+`parameters(recipe, notes)` that returns them, and tells `notes` which models do not exist yet."""
 _LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
 
 
@@ -43,47 +45,17 @@ def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         raise RecipeError("a model cannot exist", first_line(error), "give it smaller sizes") from error
 
 
-def trainer_parameters(recipe: TrainRecipe, notes: list[str]) -> tuple[dict[str, int], dict[str, int]]:
-    """Trained parameters by module, and those that are only used; `notes` says which models are missing.
-
-    Frozen parameters of a trained module NAME count as `NAME.frozen` among the latter.
+def trained_parameters(name: str, build: Callable[[], nn.Module], patterns: Sequence[str] = ()) -> Parameters:
+    """The parameters of a trained model, which is built on the meta device; frozen ones count as `NAME.frozen`.
 
     Raises:
-        RecipeError: a model is so large that not even its sizes can be written down; or `freeze` does not fit it.
+        RecipeError: the model is so large that not even its sizes can be written down; or `freeze` does not fit it.
     """
-    if isinstance(recipe, TrainClipRecipe):
-        if recipe.tokenizer.path is None:
-            notes.append("clip: the trained vocabulary may have fewer tokens than text_config.vocab_size")
-        return _split("clip", _on_meta(lambda: CLIPModel(recipe.model)), recipe.freeze)
-    if isinstance(recipe, TrainVaeRecipe):
-        return _autoencoder_modules(recipe, notes)
-    trained, frozen = _split("unet", _on_meta(lambda: UNet2DConditionModel(recipe.model)), recipe.freeze)
-    found = {
-        "vae": model_at("vae", recipe.vae, autoencoder_of, notes),
-        "text_encoder": model_at("text_encoder", recipe.text_encoder, text_encoder_of, notes),
-    }
-    return trained, frozen | {n: count_parameters(m) for n, m in found.items() if m is not None}
-
-
-def _split(name: str, module: nn.Module, patterns: Sequence[str]) -> tuple[dict[str, int], dict[str, int]]:
-    """Counts of the trained and of the frozen parameters of a module."""
+    module = _on_meta(build)
     freeze(module, patterns)
     total = count_parameters(module)
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     return {name: trained}, {f"{name}{FROZEN}": total - trained} if trained < total else {}
-
-
-def _autoencoder_modules(recipe: TrainVaeRecipe, notes: list[str]) -> tuple[dict[str, int], dict[str, int]]:
-    trained, frozen = _split("vae", _on_meta(lambda: AutoencoderKL(recipe.model)), recipe.freeze)
-    loss = recipe.loss
-    if loss.adversarial_weight > 0:
-        build = lambda: PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)  # noqa: E731
-        trained["discriminator"] = count_parameters(_on_meta(build))
-    if loss.perceptual_clip is not None:
-        clip = model_at("loss.perceptual_clip", loss.perceptual_clip, clip_of, notes)
-        if isinstance(clip, CLIPModel):
-            frozen["perceptual_clip"] = count_parameters(clip.vision_model)
-    return trained, frozen
 
 
 def model_at(
@@ -142,7 +114,9 @@ def training_bytes(
     }
 
 
-def expect_memory(recipe: TrainRecipe, device: torch.device, world_size: int) -> None:
+def expect_memory(
+    recipe: TrainRecipe, parameters: Parameters, device: torch.device, world_size: int, *, reads_images: bool
+) -> None:
     """Refuse what cannot be trained here, before anything is allocated; activations are not counted.
 
     Lenient where it cannot know: Muon counts as if it had all weights, for which it keeps one number and not two.
@@ -150,7 +124,7 @@ def expect_memory(recipe: TrainRecipe, device: torch.device, world_size: int) ->
     Raises:
         RecipeError: model or batch are larger than the memory there is.
     """
-    trained, frozen = trainer_parameters(recipe, [])
+    trained, frozen = parameters
     room = memory_bytes(device)
     sizes = training_bytes(trained, frozen, recipe.train, world_size)
     if recipe.train.optimizer == "muon":
@@ -163,10 +137,8 @@ def expect_memory(recipe: TrainRecipe, device: torch.device, world_size: int) ->
             "give the model smaller sizes; --dry-run shows what a recipe takes",
         )
     share, side = recipe.train.batch_size // world_size, recipe.data.image_size
-    if isinstance(recipe, TrainUnetRecipe) and recipe.cache is not None:
-        return  # no images are read
     # All images of a step wait in main memory, a byte per colour.
-    if (needed := share * 3 * side * side) > (room := memory_bytes(torch.device("cpu"))):
+    if reads_images and (needed := share * 3 * side * side) > (room := memory_bytes(torch.device("cpu"))):
         raise RecipeError(
             f"train.batch_size={recipe.train.batch_size} images of data.image_size={side} do not fit into memory",
             f"{amount(needed)}; there are {amount(room)}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from torch import nn
@@ -20,12 +20,11 @@ from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.model_folder import CONFIG_NAME, ModelClass, load_model, read_as
 from ldm_cli.formats.pipeline_folder import INDEX_NAME, TEXT_ENCODER, UNET, VAE
 from ldm_cli.formats.scheduler_file import read_scheduler
-from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
+from ldm_cli.recipe.schema import StartedRecipe, TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.storage import resolve_model_folder
 from ldm_cli.training.run_identity import flatten
 
-TrainRecipe = TrainClipRecipe | TrainVaeRecipe | TrainUnetRecipe
-RecipeT = TypeVar("RecipeT", bound=TrainRecipe)
+RecipeT = TypeVar("RecipeT", bound=StartedRecipe)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 # Sizes of pictures and latents, which follow from data.image_size.
@@ -54,10 +53,10 @@ def resolve_start(recipe: RecipeT, warn: Callable[[str], None]) -> RecipeT:
     except ValidationError as error:
         problems = tuple(str(one["msg"]) for one in error.errors())
         raise RecipeError(f"the recipe does not fit '{folder}'", "; ".join(problems), problems=problems) from error
-    return cast("RecipeT", filled)
+    return filled
 
 
-def _taken_fields(recipe: TrainRecipe, folder: Path, warn: Callable[[str], None]) -> dict[str, Any]:
+def _taken_fields(recipe: StartedRecipe, folder: Path, warn: Callable[[str], None]) -> dict[str, Any]:
     if isinstance(recipe, TrainClipRecipe):
         clip = read_as(CLIPConfig.from_hugging_face, folder / CONFIG_NAME)
         tokenizer = {**recipe.tokenizer.to_mapping(), "path": str(_agreed_tokenizer(recipe, folder))}
@@ -65,6 +64,8 @@ def _taken_fields(recipe: TrainRecipe, folder: Path, warn: Callable[[str], None]
     if isinstance(recipe, TrainVaeRecipe):
         vae = read_as(AutoencoderKLConfig.from_hugging_face, folder / CONFIG_NAME)
         return {"vae": _agreed("vae", recipe.vae, vae, folder)}
+    if not isinstance(recipe, TrainUnetRecipe):
+        raise TypeError(f"start_from of a {type(recipe).__name__}")
     unet = read_as(UNet2DConditionConfig.from_hugging_face, folder / CONFIG_NAME)
     taken: dict[str, Any] = {"unet": _agreed("unet", recipe.unet, unet, folder)}
     if _is_pipeline(pipeline := folder.parent):
@@ -74,7 +75,7 @@ def _taken_fields(recipe: TrainRecipe, folder: Path, warn: Callable[[str], None]
     return taken
 
 
-def start_folder(recipe: TrainRecipe) -> Path:
+def start_folder(recipe: StartedRecipe) -> Path:
     """The model folder that `start_from` means: of a run or checkpoint its model, of a pipeline the part to train.
 
     Raises:
@@ -90,6 +91,11 @@ def start_folder(recipe: TrainRecipe) -> Path:
     if not _is_pipeline(root) or isinstance(recipe, TrainClipRecipe):
         return root
     return root / (VAE if isinstance(recipe, TrainVaeRecipe) else UNET)
+
+
+def start_uses(recipe: StartedRecipe) -> dict[str, str]:
+    """`start_from` and the folder that it means, for `run_training`; nothing without `start_from`."""
+    return {} if recipe.start_from is None else {"start_from": str(start_folder(recipe))}
 
 
 def _is_pipeline(folder: Path) -> bool:
@@ -130,7 +136,7 @@ def _process_defaults(recipe: TrainUnetRecipe, pipeline: Path, warn: Callable[[s
     return {name: value for name, value in found.items() if name not in given}
 
 
-def build_model(model_class: ModelClass[ModuleT], config: Any, recipe: TrainRecipe) -> ModuleT:
+def build_model(model_class: ModelClass[ModuleT], config: Any, recipe: StartedRecipe) -> ModuleT:
     """The model that a recipe trains: with fresh weights or those of `start_from`, frozen as the recipe says.
 
     Args:

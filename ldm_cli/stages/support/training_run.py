@@ -23,11 +23,11 @@ from ldm_cli.data.shards import ShardSet
 from ldm_cli.data.streaming import Stream, open_stream
 from ldm_cli.errors import RecipeError
 from ldm_cli.formats.model_folder import weights_sha256
+from ldm_cli.recipe.schema import TrainRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.data_trace import traced
-from ldm_cli.stages.support.model_sizes import expect_memory
+from ldm_cli.stages.support.model_sizes import Parameters, expect_memory
 from ldm_cli.stages.support.options import RunOptions, resolve_device
-from ldm_cli.stages.support.start import TrainRecipe, start_folder
 from ldm_cli.training.distributed import joined, local_rank
 from ldm_cli.training.interruption import StopRequest
 from ldm_cli.training.loop import train
@@ -60,6 +60,7 @@ def run_training(
     options: RunOptions,
     reporter: Reporter,
     build: Callable[[Workbench], Task[Batch]],
+    parameters: Parameters,
     *,
     uses: Mapping[str, str] | None = None,
     facts: Mapping[str, str] | None = None,
@@ -70,7 +71,9 @@ def run_training(
 
     Args:
         build: makes the task; torch's generator is seeded for the initial weights, and restored.
-        uses: recipe field → folder of a model that the task uses; its weights belong to the run's identity.
+        parameters: how many there are.
+        uses: recipe field → folder of a model that the task uses or, `start_from`, begins at; its weights belong to the
+            run's identity. A run that begins at trained weights is validated before its first step.
         facts: other values that belong to the run's identity, by name.
         open_cache: opens the encodings of the training data, in a run that is not finished.
         with_captions: False reads images alone, so that shards without captions serve.
@@ -81,7 +84,7 @@ def run_training(
     device = resolve_device(options.device, local_rank())
     with StopRequest(options.max_time) as stop, joined(device, recipe.train.rank_timeout) as ranks:
         recipe.train.parts_per_rank(ranks.world_size)
-        expect_memory(recipe, device, ranks.world_size)
+        expect_memory(recipe, parameters, device, ranks.world_size, reads_images=open_cache is None)
         if recipe.train.deterministic == "elastic" and device.type == "cpu":
             torch.set_num_threads(1)  # sums depend on the number of threads, and ranks share the cores
         # The time limit does not interrupt indexing: the index is kept, but no run folder could note the interruption.
@@ -89,22 +92,19 @@ def run_training(
             shards = open_data(recipe.data, reporter)
         run = RunFolder(options.out or Path("runs") / recipe.name, reporter)
         resolved = recipe.to_mapping()
-        fingerprints = {"data": shards.fingerprint} | _weights_fingerprints(recipe, uses or {}) | dict(facts or {})
+        fingerprints = {"data": shards.fingerprint} | dict(facts or {})
+        fingerprints |= {name: weights_sha256(Path(folder)) for name, folder in (uses or {}).items()}
         ranks.expect_equal(_facts(resolved, fingerprints))
         status = json.loads(ranks.from_first(json.dumps(run.finished() if ranks.is_first else None)))
         if status is not None and status["steps"] == recipe.train.steps and options.resume != "never":
             run.changes(resolved, fingerprints)
             reporter.info(f"'{run.path}' is finished already: step {status['step']}")
             return _result(run, status["step"], status["figures"])
-        if device.type == "cpu" and recipe.train.precision != "fp32" and ranks.is_first:
-            reporter.warn(f"{recipe.train.precision} is slower than fp32 on most CPUs: see train.precision=fp32")
-        if recipe.train.compile and ranks.is_first:
-            reporter.info(NOTICE)
-        cache = None
-        if open_cache:
-            if isinstance(shards, Stream):
-                raise RecipeError("a cache cannot be used with data.stream", "its samples are numbered", "remove one")
-            cache = open_cache(shards)
+        if ranks.is_first:
+            _say_what_is_slow(recipe, device, reporter)
+        if open_cache and isinstance(shards, Stream):
+            raise RecipeError("a cache cannot be used with data.stream", "its samples are numbered", "remove one")
+        cache = open_cache(shards) if open_cache and isinstance(shards, ShardSet) else None
         with run if ranks.is_first else nullcontext():
             if ranks.is_first and options.resume == "never":
                 run.expect_unused()
@@ -112,7 +112,7 @@ def run_training(
                 run.claim(resolved, options.recipe_text, fingerprints)
             ranks.wait()
             bench = Workbench(run, shards, (), device, reporter, cache, ranks)
-            figures = _train(recipe, options, bench, build, stop, with_captions)
+            figures = _train(recipe, options, bench, build, stop, with_captions, "start_from" in (uses or {}))
     return _result(run, recipe.train.steps, figures)
 
 
@@ -123,6 +123,7 @@ def _train(
     build: Callable[[Workbench], Task[Batch]],
     stop: StopRequest,
     with_captions: bool,
+    validates_start: bool,
 ) -> dict[str, Any]:
     ranks = bench.ranks
     with _nothing_to_save(stop, ranks):
@@ -151,10 +152,17 @@ def _train(
         device=bench.device,
         stop=stop,
         ranks=ranks,
-        validates_start=recipe.start_from is not None,
+        validates_start=validates_start,
         start=None if options.resume in ("auto", "never") else Path(options.resume),
         title=recipe.name,
     )
+
+
+def _say_what_is_slow(recipe: TrainRecipe, device: torch.device, reporter: Reporter) -> None:
+    if device.type == "cpu" and recipe.train.precision != "fp32":
+        reporter.warn(f"{recipe.train.precision} is slower than fp32 on most CPUs: see train.precision=fp32")
+    if recipe.train.compile:
+        reporter.info(NOTICE)
 
 
 def open_data(config: DataConfig, reporter: Reporter) -> ShardSet | Stream:
@@ -165,14 +173,6 @@ def open_data(config: DataConfig, reporter: Reporter) -> ShardSet | Stream:
 def _nothing_to_save(stop: StopRequest, ranks: Ranks, *, with_limit: bool = True) -> AbstractContextManager[None]:
     """Answer signals at once during preparations; several ranks stop together, before their first step."""
     return stop.answered_at_once(with_limit=with_limit) if ranks.world_size == 1 else nullcontext()
-
-
-def _weights_fingerprints(recipe: TrainRecipe, uses: Mapping[str, str]) -> dict[str, str]:
-    """Hashes of the weights that a run begins with or uses."""
-    folders = {name: Path(folder) for name, folder in uses.items()}
-    if recipe.start_from is not None:
-        folders["start_from"] = start_folder(recipe)
-    return {name: weights_sha256(folder) for name, folder in folders.items()}
 
 
 def _facts(resolved: Mapping[str, Any], fingerprints: Mapping[str, str]) -> dict[str, str]:

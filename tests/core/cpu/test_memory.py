@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+
+from tests.conftest import REPOSITORY
 
 SCRIPT = """
 import sys
 import torch
-from ldm_cli.core.cpu.memory import keep_freed_memory
+from ldm_cli.core.cpu import tune_for_cpu
 
-if sys.argv[1] == "kept" and not keep_freed_memory():
-    sys.exit(9)
+if sys.argv[1] == "kept":
+    tune_for_cpu(torch.nn.Linear(1, 1))
 buffer = torch.ones(32 << 20)
 with open("/proc/self/maps") as maps:
     parts = [line.split()[0].split("-") for line in maps if line.endswith("[heap]\\n")]
@@ -22,11 +24,10 @@ print(any(int(low, 16) <= buffer.data_ptr() < int(high, 16) for low, high in par
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc only")
 @pytest.mark.parametrize(("how", "expected"), [("kept", "True"), ("plain", "False")])
 def test_large_buffers_are_taken_from_the_heap_where_memory_is_kept(how: str, expected: str) -> None:
-    root = Path(__file__).resolve().parents[3]
-    run = subprocess.run([sys.executable, "-c", SCRIPT, how], cwd=root, capture_output=True, text=True, check=False)
-    if run.returncode == 9:
-        pytest.skip("not glibc")
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, how], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
     assert run.stdout.strip() == expected, run.stderr

@@ -115,6 +115,7 @@ def test_in_other_types_and_under_autocast_the_plain_layer_runs(name: str, how: 
     plain, x = layer_and_input(name)
     if how != "autocast":
         plain, x = plain.to(getattr(torch, how)), x.to(getattr(torch, how))
+    x.requires_grad_()  # without, a group norm takes another memory order
     ours = tuned(plain)
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
         assert torch.equal(ours(x), plain(x))
@@ -248,3 +249,13 @@ def test_large_linear_layers_do_not_see_the_size_of_the_batch() -> None:
         assert all(torch.equal(layer(rows[:count].clone()), together[:count]) for count in (16, 32, 48, 96, 160))
     finally:
         torch.set_num_threads(num_threads)
+
+
+def test_a_group_norm_is_trained_where_its_input_needs_no_gradient() -> None:
+    """torch's own backward pass crashes there in channels-last order: a frozen layer before a trained norm."""
+    norm, plain = nn.GroupNorm(8, 32), nn.GroupNorm(8, 32)
+    tune_for_cpu(norm)
+    x, upstream = torch.randn(2, 4, 32, 8, 8).unbind()
+    norm(x.to(memory_format=torch.channels_last)).backward(upstream)
+    plain(x).backward(upstream)
+    torch.testing.assert_close(norm.weight.grad, plain.weight.grad)

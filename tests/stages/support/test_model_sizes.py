@@ -13,6 +13,7 @@ from ldm_cli.cli.app import run
 from ldm_cli.errors import RecipeError, as_ldm_error
 from ldm_cli.recipe.load import load_recipe
 from ldm_cli.stages.support.model_sizes import expect_memory, memory_bytes
+from ldm_cli.stages.train_vae import parameters
 
 CPU = torch.device("cpu")
 BLOCKS = (
@@ -26,8 +27,13 @@ def recipe(*changes: str) -> Any:
     return load_recipe(None, [*VAE, *TRAIN, *changes], expected_command="train-vae").recipe
 
 
+def expect(*changes: str, ranks: int) -> None:
+    its_recipe = recipe(*changes)
+    expect_memory(its_recipe, parameters(its_recipe, []), CPU, ranks, reads_images=True)
+
+
 def test_what_fits_is_not_refused() -> None:
-    expect_memory(recipe(), CPU, 1)
+    expect(ranks=1)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +47,7 @@ def test_what_fits_is_not_refused() -> None:
 def test_sizes_beyond_all_memory_are_faults_of_the_recipe_told_at_once(change: str, words: str) -> None:
     started = time.process_time()
     with pytest.raises(RecipeError, match=words):
-        expect_memory(recipe(*change.split()), CPU, 1)
+        expect(*change.split(), ranks=1)
     assert time.process_time() - started < 2
 
 
@@ -51,7 +57,7 @@ def test_memory_is_bounded_by_the_limit_of_the_process(monkeypatch: pytest.Monke
     monkeypatch.setattr(resource, "getrlimit", lambda which: (12345, -1))
     assert memory_bytes(CPU) == 12345
     with pytest.raises(RecipeError, match=r"there are 12\.06 KiB"):
-        expect_memory(recipe(), CPU, 1)
+        expect(ranks=1)
 
 
 def test_sharded_ranks_hold_a_part_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,8 +65,8 @@ def test_sharded_ranks_hold_a_part_each(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(resource, "getrlimit", lambda which: (500_000, -1))
     with pytest.raises(RecipeError):
-        expect_memory(recipe("train.batch_size=4"), CPU, 4)
-    expect_memory(recipe("train.batch_size=4", "data.image_size=64", "train.strategy=sharded"), CPU, 4)
+        expect("train.batch_size=4", ranks=4)
+    expect("train.batch_size=4", "data.image_size=64", "train.strategy=sharded", ranks=4)
 
 
 @pytest.mark.parametrize(

@@ -8,27 +8,24 @@ from typing import Any
 
 from torch import nn
 
-from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
-from ldm_cli.core.models.clip import CLIPTextModel
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.errors import InputNotFoundError
 from ldm_cli.families.open_family import check_family, resolve_model
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
-from ldm_cli.recipe.schema import EvalRecipe, Recipe, SampleRecipe, TrainUnetRecipe
+from ldm_cli.recipe.schema import EvalRecipe, Recipe, SampleRecipe, StartedRecipe
 from ldm_cli.reporting import Reporter
+from ldm_cli.stages import trainer_stage
 from ldm_cli.stages.support.model_sizes import (
     autoencoder_of,
     clip_of,
     count_parameters,
     model_at,
     text_encoder_of,
-    trainer_parameters,
     training_bytes,
     unet_of,
 )
 from ldm_cli.stages.support.start import resolve_start
-from ldm_cli.stages.train_unet import expect_known_conditions, fitted_config
 from ldm_cli.training.config import TrainConfig
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -61,12 +58,11 @@ def dry_run(recipe: Recipe, reporter: Reporter, num_ranks: int = 1) -> dict[str,
         result |= _memory(_evaluated(recipe, notes))
         result |= _shards(recipe.data, notes, reporter)
     else:
-        recipe = resolve_start(recipe, notes.append)
-        result["recipe"] = recipe.to_mapping()
-        if isinstance(recipe, TrainUnetRecipe):
-            _expect_to_fit(recipe)
+        if isinstance(recipe, StartedRecipe):
+            recipe = resolve_start(recipe, notes.append)
+            result["recipe"] = recipe.to_mapping()
         recipe.train.parts_per_rank(num_ranks)
-        trained, frozen = trainer_parameters(recipe, notes)
+        trained, frozen = trainer_stage(recipe.command).parameters(recipe, notes)
         sizes = training_bytes(trained, frozen, recipe.train, num_ranks)
         result |= {"parameters": trained | frozen, "bytes": sizes}
         notes += _about_ranks(recipe.train, num_ranks)
@@ -85,14 +81,6 @@ def _about_ranks(train: TrainConfig, num_ranks: int) -> list[str]:
         f"strategy=sharded: the bytes are those of each of {num_ranks} ranks; rank 0 has the whole weights beside them "
         "while it saves, validates or draws"
     ]
-
-
-def _expect_to_fit(recipe: TrainUnetRecipe) -> None:
-    expect_known_conditions(recipe.model)
-    vae = model_at("vae", recipe.vae, autoencoder_of, [])
-    text_encoder = model_at("text_encoder", recipe.text_encoder, text_encoder_of, [])
-    if isinstance(vae, AutoencoderKL) and isinstance(text_encoder, CLIPTextModel):
-        fitted_config(recipe, vae, text_encoder.config.hidden_size)
 
 
 def _pipeline(field: str, folder: str, notes: list[str]) -> dict[str, int]:

@@ -1,29 +1,33 @@
-"""Growth of memory in a long training: the real commands on synthetic scenes, with very small models.
+"""How memory grows in a long training: python benchmarks/memory.py --steps 2000
 
+The real commands train very small models on synthetic scenes; the result is JSON.
 Loader, loss, optimizer, average, log, validation, pictures and checkpoints are those of any run. Each training has its
 own process, whose memory is read whenever it logs.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
+import json
+import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any, cast
 
 import torch
 
-from ldm_cli.bench.growth import slope
-from ldm_cli.bench.race import Contender, race, resident_bytes
+from ldm_cli.bench.race import Contender, Runner, race
 from ldm_cli.bench.workload import TrainRecipe
 from ldm_cli.data.scenes import write_scenes
-from ldm_cli.errors import UsageError
 from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainVaeRecipe
-from ldm_cli.reporting import Figure, Reporter, SilentReporter
+from ldm_cli.reporting import Figure, SilentReporter
 from ldm_cli.stages import train_clip, train_unet, train_vae
 from ldm_cli.stages.support.options import RunOptions
 
@@ -57,26 +61,20 @@ _LARGE_PAGE = 2.125
 _MIB = 2**20
 
 
-class LongRun:
-    """A whole training run; its one step trains from beginning to end."""
+def long_run(recipe: str, changes: Sequence[str], folder: str, device: str) -> Runner:
+    """A whole training run; its one step trains from beginning to end. The facts are the readings of memory."""
+    loaded = cast("TrainRecipe", load_recipe(recipe, changes).recipe)
+    options, readings = RunOptions(out=Path(folder), device=device), Readings(loaded.name, device)
 
-    def __init__(self, recipe: str, changes: Sequence[str], folder: str, device: str) -> None:
-        self.recipe = cast("TrainRecipe", load_recipe(recipe, changes).recipe)
-        self.options = RunOptions(out=Path(folder), device=device)
-        self.readings = Readings(self.recipe.name, device)
-
-    def step(self) -> None:
-        """Train."""
-        if isinstance(self.recipe, TrainClipRecipe):
-            train_clip.run(self.recipe, self.options, self.readings)
-        elif isinstance(self.recipe, TrainVaeRecipe):
-            train_vae.run(self.recipe, self.options, self.readings)
+    def train() -> None:
+        if isinstance(loaded, TrainClipRecipe):
+            train_clip.run(loaded, options, readings)
+        elif isinstance(loaded, TrainVaeRecipe):
+            train_vae.run(loaded, options, readings)
         else:
-            train_unet.run(self.recipe, self.options, self.readings)
+            train_unet.run(loaded, options, readings)
 
-    def facts(self) -> dict[str, Any]:
-        """The readings: kind of memory → (step, bytes) of each."""
-        return {"readings": self.readings.points}
+    return Runner(train, 1, lambda: readings.points)
 
 
 class Readings(SilentReporter):
@@ -86,6 +84,7 @@ class Readings(SilentReporter):
         super().__init__()
         self.title, self.device = title, device
         self.points: dict[str, list[tuple[int, int]]] = {}
+        """Kind of memory → (step, bytes) of each reading."""
 
     @contextmanager
     def progress(self, title: str, total: int | None, done: int = 0, unit: str = "step") -> Iterator[Any]:
@@ -115,6 +114,12 @@ class _MallocInfo(ctypes.Structure):
     )
 
 
+def resident_bytes() -> int | None:
+    """Resident bytes of this process; None where /proc does not report them."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else None
+
+
 def allocated_bytes() -> int | None:
     """Bytes that malloc has allocated and not freed, without gaps between them; None if it does not report them."""
     try:
@@ -126,7 +131,7 @@ def allocated_bytes() -> int | None:
     return int(info.uordblks + info.hblkhd)
 
 
-def memory(steps: int, device: str, reporter: Reporter) -> list[dict[str, Any]]:
+def memory(steps: int, device: str) -> list[dict[str, Any]]:
     """One row per trainer and kind of memory: `resident`; `allocated` of it by malloc; on a GPU `allocated_on_device`.
 
     Args:
@@ -136,22 +141,22 @@ def memory(steps: int, device: str, reporter: Reporter) -> list[dict[str, Any]]:
         The result of `trend` for each.
 
     Raises:
-        UsageError: there are too few steps for a slope.
+        ValueError: there are too few steps for a slope.
     """
     if steps < _FEWEST:
-        raise UsageError(f"{steps} steps are too few for a slope", remedy=f"--steps takes {_FEWEST} or more")
+        raise ValueError(f"{steps} steps are too few for a slope, which takes {_FEWEST}")
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_scenes(folder / "data", 256, 32, 0, SilentReporter(), val_samples=16)
         for recipe, changes in _SMALL.items():
-            reporter.info(f"training {recipe} for {steps:,} steps")
+            print(f"training {recipe} for {steps:,} steps", file=sys.stderr)
             words = [*changes, *_shared(folder, steps)]
             if recipe == "demo/unet":
                 words += [f"vae={folder / 'demo/vae/model'}", f"text_encoder={folder / 'demo/clip/model'}"]
-            run = Contender(recipe, LongRun, (recipe, words, str(folder / recipe), device))
+            run = Contender(recipe, long_run, (recipe, words, str(folder / recipe), device))
             (lap,) = race([run], rounds=1, warmup=0, device=device).values()
-            for kind, points in cast("dict[str, list[tuple[int, int]]]", lap.facts["readings"]).items():
+            for kind, points in lap.facts.items():
                 rows.append({"work": recipe, "memory": kind} | trend(points))
     return rows
 
@@ -209,4 +214,12 @@ def _without_a_page(points: Sequence[tuple[int, float]]) -> list[tuple[int, floa
 
 
 def _per_1000_steps(points: Sequence[tuple[int, float]]) -> float:
-    return 1000 * slope(*zip(*points, strict=True))
+    return 1000 * linear_regression(*zip(*points, strict=True)).slope
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=2000, help="steps of each training")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    given = parser.parse_args()
+    print(json.dumps(memory(given.steps, given.device), indent=2))

@@ -1,16 +1,22 @@
-"""Growth of a training step's time with batch, tokens, image side and width, beside the growth of its operations."""
+"""How a training step's time grows with batch, tokens, image side and width: python benchmarks/growth.py
+
+The growth of counted operations stands beside it. The result is JSON.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import linear_regression, median
 from typing import Any, cast
 
 from ldm_cli.bench.race import Contender, race
 from ldm_cli.bench.workload import CONTEXT_LENGTH, TrainRecipe, Workload, our_step
 from ldm_cli.recipe.load import load_recipe
-from ldm_cli.reporting import Reporter
 
 
 @dataclass(frozen=True)
@@ -98,19 +104,10 @@ WORKS: Mapping[str, Work] = {
 
 def exponent(x: Sequence[float], y: Sequence[float]) -> float:
     """p of the power law y ∝ x^p by least squares in logarithms: 1 is proportional, 0 does not grow."""
-    if len(x) != len(y) or len(x) < 2:
-        raise ValueError(f"{len(x)} abscissas and {len(y)} ordinates; at least 2 of each are needed")
-    return slope([math.log(a) for a in x], [math.log(b) for b in y])
+    return linear_regression([math.log(a) for a in x], [math.log(b) for b in y]).slope
 
 
-def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Slope of the least-squares line through the points."""
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    rise = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    return rise / sum((a - mean_x) ** 2 for a in x)
-
-
-def growth(rounds: int, device: str, reporter: Reporter, works: Mapping[str, Work] = WORKS) -> list[dict[str, Any]]:
+def growth(rounds: int, device: str, works: Mapping[str, Work] = WORKS) -> list[dict[str, Any]]:
     """One row per series. The points of a series take turns, so that a disturbance affects all of them.
 
     Returns:
@@ -121,7 +118,7 @@ def growth(rounds: int, device: str, reporter: Reporter, works: Mapping[str, Wor
     rows = []
     for name, work in works.items():
         for axis in work.axes:
-            reporter.info(f"measuring {name} against {axis.against}")
+            print(f"measuring {name} against {axis.against}", file=sys.stderr)
             rows.append(_series(name, work, axis, rounds, device))
     return rows
 
@@ -132,7 +129,7 @@ def _series(name: str, work: Work, axis: Axis, rounds: int, device: str) -> dict
     points = [axis.size(value) for value in axis.values]
     if axis.against == "parameters":
         points = [lap.facts["parameters"] for lap in laps]
-    seconds, processor = [lap.median for lap in laps], [lap.cpu_median for lap in laps]
+    seconds, processor = [median(lap.seconds) for lap in laps], [median(lap.cpu_seconds) for lap in laps]
     gflop = [lap.facts["flops"] / 1e9 for lap in laps]
     return {
         "work": name,
@@ -151,3 +148,11 @@ def _series(name: str, work: Work, axis: Axis, rounds: int, device: str) -> dict
 def _workload(work: Work, axis: Axis, value: int, device: str) -> Workload:
     recipe = load_recipe(work.recipe, [*work.changes, *axis.changes(value)]).recipe
     return Workload(cast("TrainRecipe", recipe), device, axis.tokens(value))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each point")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    given = parser.parse_args()
+    print(json.dumps(growth(given.rounds, given.device), indent=2))

@@ -15,11 +15,11 @@ from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.data.scenes import write_scenes
 from ldm_cli.errors import RecipeError
-from ldm_cli.formats.model_folder import save_model
+from ldm_cli.formats.save_model import save_model
 from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
-from ldm_cli.stages.support.dry_run import count_parameters, dry_run
+from ldm_cli.stages.dry_run import count_parameters, dry_run
 
 TRAIN = ["train.steps=30", "train.batch_size=8"]
 VAE = ["vae={block_out_channels: [16, 16], norm_num_groups: 8, down_block_types: [DownEncoderBlock2D,"

@@ -1,0 +1,52 @@
+"""The study of growth: what it varies, and what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from benchmarks import growth
+from benchmarks.growth import Axis, Work
+from ldm_cli.bench.race import Contender, Lap
+
+
+def steps_that_take_a_second_a_gflop(contenders: Sequence[Contender], **_: Any) -> dict[str, Lap]:
+    """Stands in for a race: everything is built and counted, nothing is timed."""
+    facts = {contender.name: contender.build(*contender.arguments).facts() for contender in contenders}
+    return {name: Lap(1, [fact["flops"] / 1e9], [2.0], facts=fact) for name, fact in facts.items()}
+
+
+def test_an_exponent_is_that_of_the_power_law() -> None:
+    assert growth.exponent([1.0, 2.0, 4.0], [3.0, 12.0, 48.0]) == pytest.approx(2.0)
+
+
+def test_growth_is_reported_over_size_and_over_counted_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growth, "race", steps_that_take_a_second_a_gflop)
+    axes = (
+        Axis("batch", (1, 2, 4), lambda n: [f"train.batch_size={n}"]),
+        Axis("text tokens", (4, 256), lambda _: [], tokens=int),
+        Axis("parameters", (32, 64), lambda w: [f"unet.block_out_channels=[{w},{w},{w}]"]),
+    )
+    small = ("train.batch_size=1", "unet.sample_size=8", "unet.block_out_channels=[32,32,32]")
+    batch, tokens, parameters = growth.growth(1, "cpu", {"train-unet": Work("bench/unet", small, axes)})
+    assert (batch["work"], batch["against"], batch["points"]) == ("train-unet", "batch", [1, 2, 4])
+    assert batch["step_ms"] == pytest.approx([1e3 * value for value in batch["gflop"]], rel=0.1)
+    assert batch["exponent"] == pytest.approx(1.0, abs=0.02)  # the embedding of the step is a product per batch, too
+    assert batch["cpu_exponent"] == 0.0
+    for row in (batch, tokens, parameters):
+        assert row["exponent"] == pytest.approx(row["gflop_exponent"])
+        assert row["exponent_by_gflop"] == pytest.approx(1.0)
+    assert 0.0 < tokens["exponent"] < batch["exponent"]
+    assert tokens["points"] == [4, 256]
+    assert parameters["points"][1] > 2 * parameters["points"][0] > 1e5
+
+
+@pytest.mark.parametrize("name", growth.WORKS)
+def test_every_point_of_every_series_is_a_recipe(name: str) -> None:
+    work = growth.WORKS[name]
+    for axis in work.axes:
+        assert len(axis.values) >= 4
+        recipes = [growth._workload(work, axis, value, "cpu") for value in axis.values]
+        assert len(set(map(repr, recipes))) == len(recipes)
