@@ -144,6 +144,11 @@ def sampler_of(settings: SchedulerSettings, config: SamplingConfig) -> SamplerNa
     return config.sampler or cast(SamplerName, settings.sampler)
 
 
+def takes_eta(settings: SchedulerSettings, config: SamplingConfig) -> bool:
+    """Whether the sampler has a use for η."""
+    return _SAMPLERS[sampler_of(settings, config)].takes_eta
+
+
 def spacing_of(settings: SchedulerSettings, config: SamplingConfig) -> Spacing | Sequence[float]:
     """The configuration's table or spacing, else the model's spacing, else the sampler's default in diffusers."""
     if config.timesteps is not None:

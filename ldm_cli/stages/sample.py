@@ -17,6 +17,7 @@ from ldm_cli.families.open_family import open_family
 from ldm_cli.pictures.images import slug
 from ldm_cli.pictures.job import Job, plan_job
 from ldm_cli.pictures.job_folder import GRID, JobFolder
+from ldm_cli.pictures.job_warnings import job_warnings
 from ldm_cli.pictures.provenance import check_repeatable
 from ldm_cli.pictures.sheets import Sheets
 from ldm_cli.pictures.wildcards import Wildcards
@@ -72,6 +73,8 @@ def run(
             reporter.info(NOTICE)
         generator = PictureGenerator(Pipeline(family), recipe, latents, len(job.items))
         generator.check(job.items)
+        for message in job_warnings(job.items, family, recipe.weighted_words):
+            reporter.warn(message)
         if repeated is not None:
             check_repeatable(generator.shared, repeated, reporter.warn)
         images = [generator.provenance(item, i) for i, item in enumerate(job.items)]
@@ -86,6 +89,12 @@ def run(
             lock.release()
     if failures:
         raise _of_several(failures, len(missing))
+    result = _result(folder, images, animations)
+    return result | {"generated": len(missing), "seconds": round(time.monotonic() - started, 3)}
+
+
+def _result(folder: JobFolder, images: Sequence[Mapping[str, Any]], animations: Sequence[Path]) -> dict[str, Any]:
+    """The paths of a job's files."""
     return {
         "out": str(folder.path),
         "grid": str(folder.path / GRID),
@@ -93,8 +102,6 @@ def run(
         "images": [
             {"file": str(folder.file(i)), "prompt": m["prompt"], "seed": m["seed"]} for i, m in enumerate(images)
         ],
-        "generated": len(missing),
-        "seconds": round(time.monotonic() - started, 3),
     }
 
 
