@@ -8,6 +8,7 @@ import torch
 from ldm_cli.core.diffusion import exponential_samplers, samplers
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.diffusion.process import process_of
+from ldm_cli.core.diffusion.spacing import SigmaSpacing
 from ldm_cli.core.diffusion.timesteps import euler_timesteps
 from ldm_cli.formats.scheduler_file import SchedulerSettings
 from ldm_cli.sampling.config import SamplingConfig
@@ -148,7 +149,7 @@ def test_two_stage_solver_equals_that_of_diffusers_where_its_stages_lie_midway(p
     )
     mine, other = ToyNetwork("epsilon"), ToyNetwork("epsilon")
     process = process_of(diffusion)
-    path = euler_timesteps(process, pairs + 1, "exponential", 0)
+    path = euler_timesteps(process, pairs + 1, SigmaSpacing("exponential"), 0)
     x = exponential_samplers.dpmpp_2s(
         samplers.clean_predictor(mine, process.prediction), initial_noise(), path, step_noise, 0.0
     )
