@@ -25,7 +25,7 @@ class Config(BaseModel):
         strict=True,
         protected_namespaces=(),
         use_attribute_docstrings=True,
-        ser_json_inf_nan="strings",
+        allow_inf_nan=False,
     )
 
     @field_validator("*")

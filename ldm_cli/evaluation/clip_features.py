@@ -3,43 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ldm_cli.core.cpu import tune_for_cpu
-from ldm_cli.core.models.clip import CLIPModel, normalize_images
+from ldm_cli.core.models.clip import CLIPModel
+from ldm_cli.core.models.clip_image_processor import CLIPImageProcessor
 from ldm_cli.data.tokenizer import Tokenizer
+from ldm_cli.errors import DivergedError
+from ldm_cli.families.clip_folder import open_clip
 
 
 class CLIPFeatures:
     """Embeddings of a CLIP model.
 
     Attributes:
-        image_size: side to which images are resized, in pixels.
         num_truncated: number of texts so far that exceeded its context.
     """
 
-    def __init__(self, model: CLIPModel, tokenizer: Tokenizer, device: torch.device) -> None:
-        self._model, self._tokenizer, self._device = model.to(device).eval(), tokenizer, device
+    def __init__(
+        self, model: CLIPModel, tokenizer: Tokenizer, processor: CLIPImageProcessor, device: torch.device
+    ) -> None:
+        self._model, self._device = model.to(device).eval(), device
+        self._tokenizer, self._processor = tokenizer, processor
         tune_for_cpu(model)
-        self.image_size = model.config.vision_config.image_size
         self.num_truncated = 0
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device) -> Self:
+        """Read a CLIP folder; errors as in `open_clip`."""
+        return cls(*open_clip(folder), device)
 
     @torch.inference_mode()
     def images(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] to float32 [B, P] on the CPU; other sizes are resized, bicubic and
-        anti-aliased."""
-        pixels = images.to(self._device).float()
-        if pixels.shape[2:] != (self.image_size, self.image_size):
-            size = (self.image_size, self.image_size)
-            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 255)
-        return self._model.get_image_features(normalize_images(pixels)).float().cpu()
+        """uint8 [B, 3, H, W] → float32 [B, P] on the CPU, prepared as the image processor says.
+
+        Raises:
+            DivergedError: a feature is not finite.
+        """
+        features = self._model.get_image_features(self._processor(images.to(self._device)))
+        return _finite(features.float().cpu(), "images")
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """B texts to float32 [B, P] on the CPU; longer texts than the context are truncated."""
+        """B texts → float32 [B, P] on the CPU; longer texts than the context are truncated. Raises as `images`."""
         tokens = self._tokenizer.encode(texts, self._model.config.text_config.max_position_embeddings)
         self.num_truncated += len(tokens.truncated)
-        return self._model.get_text_features(tokens.input_ids.to(self._device)).float().cpu()
+        features = self._model.get_text_features(tokens.input_ids.to(self._device))
+        return _finite(features.float().cpu(), "texts")
+
+
+def _finite(features: Tensor, of_what: str) -> Tensor:
+    # A length beyond float32 would make every cosine 0.
+    if not bool(torch.linalg.vector_norm(features, dim=-1).isfinite().all()):
+        raise DivergedError(f"the CLIP's features of {of_what} are not finite", remedy="give another eval.clip")
+    return features

@@ -101,6 +101,11 @@ class Family(ABC):
         """Whether the denoiser fills masks: `concat` is then the mask, followed by the masked latents."""
         return False
 
+    @property
+    def guidance_width(self) -> int | None:
+        """Width of the guidance scale's embedding, for a denoiser that was distilled with guidance; else None."""
+        return None
+
     def save(self, folder: Path) -> None:
         """Write a folder that `open_family` opens.
 

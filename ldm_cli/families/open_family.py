@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,8 +22,8 @@ def open_family(
 ) -> Family:
     """Read a model: a folder of a known kind from anywhere, a run of `train-unet` or one of its checkpoints.
 
-    A family is a module of this package with two functions: `is_mine(folder)` and `open_folder(folder, device,
-    precision, compiled=…)`, whose arguments and errors are those of this function.
+    A family is a module of this package with three functions: `is_mine(folder)`, `open_folder(folder, device,
+    precision, compiled=…)` and `check_folder(folder)`, whose arguments and errors are those of this function.
 
     Args:
         path: the folder.
@@ -35,11 +36,21 @@ def open_family(
         CheckpointError: it is of an unknown kind, damaged, or asks for something that is not implemented.
     """
     folder = resolve_model(path)
+    family: Family = _module_of(folder).open_folder(folder, device, precision, compiled=compiled)
+    return family
+
+
+def check_family(folder: Path) -> None:
+    """Make sure that `open_family` can open a folder, without reading weights; errors as there."""
+    _module_of(folder).check_folder(folder)
+
+
+def _module_of(folder: Path) -> Any:
+    """The family whose folder this is."""
     for found in pkgutil.iter_modules(families.__path__):
         module = importlib.import_module(f"{families.__name__}.{found.name}")
         if hasattr(module, "is_mine") and module.is_mine(folder):
-            family: Family = module.open_folder(folder, device, precision, compiled=compiled)
-            return family
+            return module
     if not (folder / INDEX_NAME).is_file():
         remedy = "give a Stable Diffusion folder, or a run of train-unet"
         raise InputNotFoundError(f"no pipeline in '{folder}'", f"{INDEX_NAME} is missing", remedy)

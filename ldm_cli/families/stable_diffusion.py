@@ -12,18 +12,29 @@ from pydantic import ValidationError
 from ldm_cli.core.compiling import compile_whole
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
+from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
+from ldm_cli.core.models.clip_config import CLIPTextConfig
 from ldm_cli.core.models.latent_space import standardized
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
+from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
+from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError
-from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
+from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, text_config_of
 from ldm_cli.families.family import DTYPES, Family, place
 from ldm_cli.formats import pipeline_folder as layout
 from ldm_cli.formats.json_file import read_json
-from ldm_cli.formats.model_folder import load_model
+from ldm_cli.formats.model_folder import CONFIG_NAME, load_model, read_as
 from ldm_cli.formats.save_model import save_model
-from ldm_cli.formats.scheduler_file import SCHEDULER_FILE, read_scheduler, write_scheduler
+from ldm_cli.formats.scheduler_file import SCHEDULER_FILE, SchedulerSettings, read_scheduler, write_scheduler
 
-_PIPELINES = (layout.PIPELINE_CLASS, "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+_PIPELINES = (
+    layout.PIPELINE_CLASS,
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionInpaintPipelineLegacy",
+    "LatentConsistencyModelPipeline",
+    "LatentConsistencyModelImg2ImgPipeline",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +56,12 @@ class StableDiffusion(Family):
     @property
     def takes_mask(self) -> bool:
         """Whether the U-Net is one for inpainting."""
-        return self.denoiser.config.in_channels == 2 * self.codec.channels + 1
+        return self.denoiser.config.in_channels == _channels_with_mask(self.codec.channels)
+
+    @property
+    def guidance_width(self) -> int | None:
+        """As the U-Net's `time_cond_proj_dim` says."""
+        return self.denoiser.config.time_cond_proj_dim
 
     def save_denoiser(self, folder: Path) -> None:
         """Write the U-Net; errors as in `save`."""
@@ -76,12 +92,7 @@ def is_mine(folder: Path) -> bool:
 
 def open_folder(folder: Path, device: torch.device | str, precision: str, *, compiled: bool = False) -> StableDiffusion:
     """Read a folder; see `open_family`. An autoencoder with `force_upcast` is not put in fp16."""
-    settings = read_scheduler(folder)
-    try:
-        DiffusionConfig.from_mapping(settings.diffusion)
-    except ValidationError as error:
-        causes = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise CheckpointError(f"cannot use '{folder / SCHEDULER_FILE}'", "; ".join(causes)) from error
+    settings = _read_settings(folder)
     family = StableDiffusion(
         denoiser=load_model(UNet2DConditionModel, folder / layout.UNET),
         codec=load_model(AutoencoderKL, folder / layout.VAE),
@@ -99,24 +110,56 @@ def open_folder(folder: Path, device: torch.device | str, precision: str, *, com
     return family
 
 
+def check_folder(folder: Path) -> None:
+    """Make sure that a folder can be opened, by all its files but the weights; errors as in `open_family`."""
+    _read_settings(folder)
+    unet = read_as(UNet2DConditionConfig.from_hugging_face, folder / layout.UNET / CONFIG_NAME)
+    vae = read_as(AutoencoderKLConfig.from_hugging_face, folder / layout.VAE / CONFIG_NAME)
+    text = read_as(text_config_of, folder / layout.TEXT_ENCODER / CONFIG_NAME)
+    num_tokens = Tokenizer.load(folder / layout.TOKENIZER).vocab_size
+    _check_parts(folder, unet, vae.latent_channels, text, num_tokens)
+
+
 def check_fit(family: StableDiffusion) -> None:
     """Make sure that the components belong together.
 
     Raises:
-        CheckpointError: their channels, widths or vocabularies differ.
+        CheckpointError: their channels, widths or vocabularies differ, or the U-Net needs conditions that none gives.
     """
-    unet, channels, text = family.denoiser.config, family.codec.channels, family.encoder.model.config
+    encoder = family.encoder
+    num_tokens = encoder.tokenizer.vocab_size
+    _check_parts(family.folder, family.denoiser.config, family.codec.channels, encoder.model.config, num_tokens)
+
+
+def _read_settings(folder: Path) -> SchedulerSettings:
+    pipeline = read_json(folder / layout.INDEX_NAME).get("_class_name", layout.PIPELINE_CLASS)
+    settings = read_scheduler(folder, pipeline)
+    try:
+        DiffusionConfig.from_mapping(settings.diffusion)
+    except ValidationError as error:
+        causes = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise CheckpointError(f"cannot use '{folder / SCHEDULER_FILE}'", "; ".join(causes)) from error
+    return settings
+
+
+def _check_parts(
+    folder: Path | None, unet: UNet2DConditionConfig, channels: int, text: CLIPTextConfig, num_tokens: int
+) -> None:
+    """As `check_fit`, of `channels` of the latents and `num_tokens` of the tokenizer."""
     pairs = [("unet.out_channels", unet.out_channels, "vae.latent_channels", channels)]
-    if not family.takes_mask:
+    if unet.in_channels != _channels_with_mask(channels):
         pairs.append(("unet.in_channels", unet.in_channels, "vae.latent_channels", channels))
     if isinstance(unet.cross_attention_dim, int):
         width = "unet.cross_attention_dim", unet.cross_attention_dim
         pairs.append((*width, "text_encoder.hidden_size", text.hidden_size))
     causes = [f"{a}={value}, {b}={expected}" for a, value, b, expected in pairs if value != expected]
-    if unet.takes_pooled:
-        causes.append("the U-Net is conditioned on classes or on pooled text, the text encoder gives tokens alone")
-    if family.encoder.tokenizer.vocab_size > text.vocab_size:
-        num_tokens = family.encoder.tokenizer.vocab_size
+    causes += [f"unet.{field} asks for a condition that is not supported" for field in unet.pooled_fields]
+    if num_tokens > text.vocab_size:
         causes.append(f"the tokenizer has {num_tokens} tokens, the text encoder {text.vocab_size}")
     if causes:
-        raise CheckpointError(f"the parts of '{family.folder}' do not fit", "; ".join(causes))
+        raise CheckpointError(f"the parts of '{folder}' do not fit", "; ".join(causes))
+
+
+def _channels_with_mask(channels: int) -> int:
+    """Channels of noisy latents, mask and masked latents."""
+    return 2 * channels + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,12 +36,41 @@ _SAMPLERS = {
     "KDPM2AncestralDiscreteScheduler": "dpmpp_2s_ancestral",
 }
 _FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
-# What would move the levels, or change what the network says.
-_UNSUPPORTED = ("trained_betas", "thresholding", "use_dynamic_shifting", "use_beta_sigmas", "use_lu_lambdas")
-_UNSUPPORTED_IN_FLOW = (
-    *("invert_sigmas", "shift_terminal", "stochastic_sampling"),
-    *("use_karras_sigmas", "use_exponential_sigmas"),
-)
+# Fields that would move the levels, or change a step, with the values that do neither; null, too, where it is false.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "trained_betas": (None,),
+    "thresholding": (False, None),
+    "use_dynamic_shifting": (False, None),
+    "use_beta_sigmas": (False, None),
+    "use_lu_lambdas": (False, None),
+    "interpolation_type": ("linear",),
+    "timestep_type": ("discrete",),
+    "timestep_scaling": (10.0,),
+    "final_sigmas_type": ("zero",),
+    "lambda_min_clipped": (-math.inf,),
+    "variance_type": (None, "fixed_small", "fixed_small_log"),
+    "invert_sigmas": (False, None),
+    "shift_terminal": (None, False),
+    "stochastic_sampling": (False, None),
+}
+_NEUTRAL_IN_FLOW = {"use_karras_sigmas": (False, None), "use_exponential_sigmas": (False, None)}
+_NEUTRAL_BY_CLASS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "DPMSolverMultistepScheduler": {
+        "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
+        "solver_order": (2,),
+        "solver_type": ("midpoint",),
+    },
+    "PNDMScheduler": {"skip_prk_steps": (True,), "timestep_spacing": ("leading",)},
+    "UniPCMultistepScheduler": {
+        "solver_order": (2,),
+        "solver_type": ("bh2",),
+        "predict_x0": (True,),
+        "lower_order_final": (True,),
+        "disable_corrector": ([], None),
+        "solver_p": (None,),
+    },
+    **dict.fromkeys(_FLOW_SCHEDULERS, _NEUTRAL_IN_FLOW),
+}
 # diffusers' defaults, for files that leave them out.
 _DIFFUSION_DEFAULTS: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -49,6 +79,15 @@ _DIFFUSION_DEFAULTS: dict[str, Any] = {
     "beta_schedule": "linear",
     "prediction_type": "epsilon",
     "rescale_betas_zero_snr": False,
+}
+_STABLE_DIFFUSION_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
+_DEFAULTS_BY_CLASS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"),
+        _STABLE_DIFFUSION_BETAS,
+    ),
+    "LCMScheduler": {**_STABLE_DIFFUSION_BETAS, "beta_schedule": "scaled_linear"},
+    "PNDMScheduler": {"skip_prk_steps": False},
 }
 
 
@@ -62,6 +101,8 @@ class SchedulerSettings:
         steps_offset: added to the timesteps of `leading` spacing.
         set_alpha_to_one: DDIM's last step ends at ᾱ = 1 rather than ᾱ_0; None: not said.
         sigmas: levels with equal steps in σ^(1/7) or log σ, for samplers that step in σ; None: as `timestep_spacing`.
+        sigma_min, sigma_max: the ends of these levels; None: those of the spacing, or of training.
+        num_distilled: levels at which a latent consistency model was distilled.
         sampler: ours for the scheduler's class, by its name in recipes; the one to take where none is asked for.
     """
 
@@ -70,6 +111,9 @@ class SchedulerSettings:
     steps_offset: int = 1
     set_alpha_to_one: bool | None = None
     sigmas: Literal["karras", "exponential"] | None = None
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    num_distilled: int = 50
     sampler: str = "ddim"
 
     @property
@@ -123,35 +167,48 @@ def write_scheduler(folder: Path, settings: SchedulerSettings) -> None:
     write_json(folder / SCHEDULER_FILE, content)
 
 
-def read_scheduler(folder: Path) -> SchedulerSettings:
+def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> SchedulerSettings:
     """What scheduler/scheduler_config.json of a Stable Diffusion folder says, for any solver of ours.
 
-    `clip_sample` is ignored and `steps_offset` is 1 whatever the file says: so does StableDiffusionPipeline.
+    As the pipelines of Stable Diffusion, `clip_sample` is ignored and `steps_offset` is 1 whatever the file says.
+
+    Args:
+        folder: of the pipeline.
+        pipeline: class of the pipeline in diffusers.
 
     Raises:
         InputNotFoundError: there is no such file.
-        CheckpointError: its class, or something that it asks for, is not supported (its own betas, thresholding, …).
+        CheckpointError: its class, or a field that is not neutral, is not supported (its own betas, thresholding, …).
     """
     file = folder / SCHEDULER_FILE
     content = read_json(file)
     found = content.get("_class_name")
     if found not in _SAMPLERS:
         raise CheckpointError(f"cannot use '{file}'", f"scheduler {found!r} is not supported", "use a DDIMScheduler's")
-    refused = list(_UNSUPPORTED)
+    content = {**_DEFAULTS_BY_CLASS.get(found, {}), **content}
+    neutral = {**_NEUTRAL, **_NEUTRAL_BY_CLASS.get(found, {})}
+    if found == "DPMSolverMultistepScheduler" and content.get("algorithm_type") == "sde-dpmsolver++":
+        neutral["solver_order"] = (2, 3)
+    if "Inpaint" in pipeline:
+        neutral.pop("skip_prk_steps", None)
+    if pipeline.startswith("LatentConsistency"):
+        neutral["clip_sample"] = (False, None)
     if found in _FLOW_SCHEDULERS:
-        refused += _UNSUPPORTED_IN_FLOW
         # These classes say nothing of the prediction, which is always a velocity, and call its shift so.
         content = {**content, "prediction_type": "flow_prediction", "flow_shift": content.get("shift", 1.0)}
     elif content.get("prediction_type") != "flow_prediction":
-        refused.append("use_flow_sigmas")
-    unsupported = [name for name in refused if content.get(name)]
+        neutral["use_flow_sigmas"] = (False, None)
+    unsupported = [f"{n}={content[n]!r}" for n, values in neutral.items() if n in content and content[n] not in values]
     if unsupported:
-        raise CheckpointError(f"cannot use '{file}'", f"{', '.join(unsupported)} is not supported")
+        raise CheckpointError(f"cannot use '{file}'", f"{', '.join(unsupported)} is not supported", "correct the file")
     return SchedulerSettings(
         diffusion=_diffusion(content),
         timestep_spacing=content.get("timestep_spacing"),
         set_alpha_to_one=content.get("set_alpha_to_one"),
         sigmas=_sigmas(content),
+        sigma_min=content.get("sigma_min"),
+        sigma_max=content.get("sigma_max"),
+        num_distilled=content.get("original_inference_steps") or 50,
         sampler=_sampler(found, content),
     )
 

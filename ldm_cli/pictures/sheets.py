@@ -52,14 +52,14 @@ class Sheets:
         return path
 
     def write_animations(self) -> list[Path]:
-        """A WebP file for every walk: `walk-SEED.webp`; returns their paths.
+        """A WebP file for every walk without missing frames: `walk-SEED.webp`; returns their paths.
 
         Raises:
             OutputError, StorageError: writing failed.
         """
         paths = []
         for sheet in self._job.sheets:
-            if sheet.is_walk:
+            if sheet.is_walk and all(self._folder.file(i).is_file() for i in sheet.items):
                 seed = self._job.items[sheet.items[0]].request.seed
                 path = self._folder.path / f"walk-{seed}.webp"
                 save_animation(path, [read_image(self._folder.file(i)) for i in sheet.items], _MILLISECONDS_PER_FRAME)

@@ -16,6 +16,7 @@ from ldm_cli.recipe.yaml_source import Path, dotted
 _EXPECTED = {
     "int_type": "an integer",
     "float_type": "a number",
+    "finite_number": "a finite number",
     "string_type": "text",
     "bool_type": "true or false",
     "tuple_type": "a list",

@@ -11,7 +11,7 @@ from torch import Tensor
 from ldm_cli.core.diffusion.exponential_samplers import dpmpp_2m, dpmpp_2s, dpmpp_3m, dpmpp_sde, unipc
 from ldm_cli.core.diffusion.process import Process
 from ldm_cli.core.diffusion.samplers import CleanPredictor, NoiseSource, dpm2, euler, heun, lcm, lms, pndm
-from ldm_cli.core.diffusion.spacing import Spacing
+from ldm_cli.core.diffusion.spacing import SigmaSpacing, Spacing
 from ldm_cli.core.diffusion.timesteps import (
     Timesteps,
     ddim_timesteps,
@@ -126,7 +126,7 @@ def denoise(
     Raises:
         UsageError: more steps than the network has levels.
     """
-    timesteps = plan(process, settings, config)
+    timesteps = visited_timesteps(process, settings, config)
     x = timesteps.start_scale * noise
     if start is not None and start.strength < 1.0:
         timesteps = timesteps.last(int(start.strength * config.steps))
@@ -144,29 +144,44 @@ def sampler_of(settings: SchedulerSettings, config: SamplingConfig) -> SamplerNa
     return config.sampler or cast(SamplerName, settings.sampler)
 
 
+def takes_eta(settings: SchedulerSettings, config: SamplingConfig) -> bool:
+    """Whether the sampler has a use for η."""
+    return _SAMPLERS[sampler_of(settings, config)].takes_eta
+
+
 def spacing_of(settings: SchedulerSettings, config: SamplingConfig) -> Spacing | Sequence[float]:
     """The configuration's table or spacing, else the model's spacing, else the sampler's default in diffusers."""
-    asked = config.timesteps or config.timestep_spacing
-    if asked is not None:
-        return asked
+    if config.timesteps is not None:
+        return config.timesteps
+    if config.timestep_spacing == "karras" or config.timestep_spacing == "exponential":
+        return SigmaSpacing(config.timestep_spacing)
+    if config.timestep_spacing is not None:
+        return config.timestep_spacing
     if _SAMPLERS[sampler_of(settings, config)].steps_in_sigma:
-        return settings.sigmas or settings.timestep_spacing or "linspace"
+        linear = settings.timestep_spacing or "linspace"
+        if settings.sigmas is None:
+            return linear
+        return SigmaSpacing(settings.sigmas, linear, settings.sigma_min, settings.sigma_max)
     return settings.timestep_spacing or "leading"
 
 
-def plan(process: Process, settings: SchedulerSettings, config: SamplingConfig) -> Timesteps:
+def visited_timesteps(process: Process, settings: SchedulerSettings, config: SamplingConfig) -> Timesteps:
     """The levels that will be visited; arguments and errors as in `denoise`."""
     name, spacing = sampler_of(settings, config), spacing_of(settings, config)
+    is_distilled = name == "lcm" and config.timesteps is None and config.timestep_spacing is None
     try:
-        if name == "lcm" and config.timesteps is None and config.timestep_spacing is None:
-            return lcm_timesteps(process, config.steps)
+        if is_distilled:
+            return lcm_timesteps(process, config.steps, settings.num_distilled)
         asked = process, config.steps, spacing, settings.steps_offset
         return _GRIDS[_SAMPLERS[name].grid](asked, settings.set_alpha_to_one)
     except ValueError as error:
-        if not isinstance(spacing, str):
+        if is_distilled:
+            cause = f"latent consistency models are distilled at {settings.num_distilled} levels (4 to 8 steps suffice)"
+            raise UsageError(f"lcm cannot take {config.steps} steps", cause, "ask for fewer steps") from error
+        if config.timesteps is not None:
             raise UsageError("cannot use these timesteps", str(error), "remove higher timesteps") from error
         raise UsageError(
-            f"{name} cannot take {config.steps} steps with {spacing} spacing",
+            f"{name} cannot take {config.steps} steps with {getattr(spacing, 'between', spacing)} spacing",
             f"the model has {process.num_timesteps} noise levels",
             "ask for fewer steps",
         ) from error

@@ -18,9 +18,11 @@ from ldm_cli.core.diffusion.config import GuidanceConfig, PerturbationConfig
 from ldm_cli.core.diffusion.guidance import ConditionalNetwork
 from ldm_cli.core.diffusion.process import Level
 from ldm_cli.core.models.attention import Attention, BasicTransformerBlock
-from ldm_cli.core.models.clip import CLIPModel, normalize_images
+from ldm_cli.core.models.clip import CLIPModel
+from ldm_cli.core.models.clip_image_processor import CLIPImageProcessor
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError, UsageError
+from ldm_cli.families.clip_folder import open_clip
 from ldm_cli.families.family import Family, place
 from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.model_folder import load_model, weights_sha256
@@ -34,10 +36,12 @@ class CLIPScore:
     Attributes:
         model: images and texts to one space.
         tokenizer: of its texts.
+        processor: prepares its images.
     """
 
     model: CLIPModel
     tokenizer: Tokenizer
+    processor: CLIPImageProcessor
 
     def of(self, prompts: Sequence[str], decode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Cosine similarity of each picture and its prompt, as a function of latents [B, C, h, w] → [B].
@@ -46,18 +50,15 @@ class CLIPScore:
             prompts: B texts; those that are too long are cut.
             decode: latents → images in [−1, 1], [B, 3, H, W].
         """
-        config = self.model.config
-        size, device = config.vision_config.image_size, next(self.model.parameters()).device
-        ids = self.tokenizer.encode(list(prompts), config.text_config.max_position_embeddings).input_ids
+        device, length = next(self.model.parameters()).device, self.model.config.text_config.max_position_embeddings
+        ids = self.tokenizer.encode(list(prompts), length).input_ids
         with torch.inference_mode(False), torch.no_grad():
             # One by one: a text's features must not depend on the others (see fixed_rows).
             texts = torch.cat([self.model.get_text_features(row[None].to(device)) for row in ids])
 
         def score(latents: Tensor) -> Tensor:
             pixels = (decode(latents).float() / 2 + 0.5).clamp(0, 1) * 255
-            if pixels.shape[-2:] != (size, size):
-                pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(0, 255)
-            return F.cosine_similarity(self.model.get_image_features(normalize_images(pixels)), texts)
+            return F.cosine_similarity(self.model.get_image_features(self.processor(pixels)), texts)
 
         return score
 
@@ -87,9 +88,8 @@ class GuidanceModels:
             weaker = _weaker(folder, family)
             place(weight.device, weight.dtype, weaker)
         if (folder := folders.get("clip")) is not None:
-            model = load_model(CLIPModel, folder)
-            place(weight.device, torch.float32, model)
-            clip = CLIPScore(model, Tokenizer.load(folder))
+            clip = CLIPScore(*open_clip(folder))
+            place(weight.device, torch.float32, clip.model)
         return cls(weaker, clip)
 
 

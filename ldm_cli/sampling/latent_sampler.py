@@ -13,6 +13,7 @@ from ldm_cli.core.condition import Condition
 from ldm_cli.core.diffusion.guidance import ConditionalNetwork, along_score, guided
 from ldm_cli.core.diffusion.process import Level
 from ldm_cli.core.diffusion.samplers import CleanPredictor
+from ldm_cli.core.models.layers import guidance_embedding
 from ldm_cli.families.family import Encoder, Family
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.denoising import Start, denoise
@@ -78,11 +79,14 @@ class LatentSampler:
         guidance, family = self.config.guidance, self.family
         conditional = Condition.cat([self._condition(request) for request in requests])
         unconditional = Condition.cat([self.conditions[self.config.negative]] * len(requests))
+        if family.guidance_width is not None:
+            # The embedding of the scale, which the denoiser was distilled with, takes the place of the second call.
+            guidance = guidance.model_copy(update={"scale": 1.0})
         network = self._network(family.denoiser)
         model = guided(
             network,
-            self._with_mask(conditional, len(requests)),
-            self._with_mask(unconditional, len(requests)),
+            self._completed(conditional, len(requests)),
+            self._completed(unconditional, len(requests)),
             guidance,
             family.process.prediction,
             None if self.models.weaker is None else self._network(self.models.weaker),
@@ -102,9 +106,12 @@ class LatentSampler:
         ends = [condition, self.conditions[blend.prompt]]
         return Condition.combined(lambda pair: torch.lerp(pair[0], pair[1], blend.weight), ends)
 
-    def _with_mask(self, condition: Condition, rows: int) -> Condition:
-        """With the mask and the masked latents as further channels, for a denoiser that takes them."""
-        edit = self.edit
+    def _completed(self, condition: Condition, rows: int) -> Condition:
+        """With the scale's embedding, and with mask and masked latents as channels, for a denoiser that takes them."""
+        edit, width = self.edit, self.family.guidance_width
+        if width is not None:
+            embedding = guidance_embedding(self.config.guidance.scale, width).to(self.family.device)
+            condition = replace(condition, guidance=embedding.expand(rows, -1))
         if not self.family.takes_mask or edit is None or edit.mask is None or edit.masked_latents is None:
             return condition
         return replace(condition, concat=torch.cat([edit.mask, edit.masked_latents], dim=1).expand(rows, -1, -1, -1))

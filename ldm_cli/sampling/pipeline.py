@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm_cli.core.diffusion.config import GuidanceConfig
 from ldm_cli.core.diffusion.process import Level
 from ldm_cli.core.diffusion.samplers import CleanPredictor
-from ldm_cli.errors import UsageError
+from ldm_cli.errors import DivergedError, UsageError
 from ldm_cli.families.family import Family
 from ldm_cli.reporting import Progress, Reporter, SilentReporter
 from ldm_cli.sampling.config import SamplingConfig
@@ -83,6 +83,7 @@ class Pipeline:
 
         Raises:
             UsageError: a size or a number of steps that the model cannot do.
+            DivergedError: a picture is not finite, unless `options.on_nonfinite` says otherwise.
             ValueError: `noise` of another shape.
         """
         reporter = reporter or SilentReporter()
@@ -107,8 +108,11 @@ class Pipeline:
                 start = initial_noise(padded, shape) if noise is None else filled(noise[images], rows)
                 watch = partial(self._watched, progress=progress, images=images, config=config, options=options)
                 x0 = sampler.sample(padded, start, watch)[: len(group)]
-                for index, pixels in enumerate(decode_pixels(family.codec, x0, window), start=images.start):
-                    yield GeneratedImage(index, requests[index], pixels if edit is None else edit.pasted(pixels))
+                for i, pixels in enumerate(decode_pixels(family.codec, x0, window)):
+                    if pixels is None:
+                        options.on_nonfinite(_nonfinite(group[i], x0[i], sampler))
+                        continue
+                    yield GeneratedImage(images.start + i, group[i], pixels if edit is None else edit.pasted(pixels))
                 progress.update(images.stop)
 
     def _guidance_models(self, config: GuidanceConfig) -> GuidanceModels:
@@ -154,8 +158,25 @@ class Pipeline:
             progress.update(images.start, {"step": f"{calls}/{config.steps}"})
             x0 = predict(x, level)
             if on_preview is not None and every and calls % every == 0:
-                visible = x0[: images.stop - images.start]
-                on_preview(decode_pixels(self.family.codec, visible, options.window))
+                pictures = decode_pixels(self.family.codec, x0[: images.stop - images.start], options.window)
+                if visible := [picture for picture in pictures if picture is not None]:
+                    on_preview(torch.stack(visible))
             return x0
 
         return watched
+
+
+def _nonfinite(request: ImageRequest, x0: Tensor, sampler: LatentSampler) -> DivergedError:
+    """The error that names a picture that is not finite, and the first network whose output is not."""
+    prompts = [request.prompt, sampler.config.negative, *([request.blend.prompt] if request.blend else [])]
+    conditions = [tensor for prompt in prompts for tensor in sampler.conditions[prompt].tensors.values()]
+    if not all(bool(tensor.isfinite().all()) for tensor in conditions):
+        culprit = "the text encoder"
+    else:
+        culprit = "the autoencoder" if bool(x0.isfinite().all()) else "the denoiser or its guidance"
+    is_half = sampler.config.precision == "fp16"
+    return DivergedError(
+        f"the picture of {request.prompt[:60]!r} with seed {request.seed} is not finite",
+        f"{culprit} {'overflows in fp16' if is_half else 'gives values that are not finite'}",
+        "set sampling.precision to bf16 or fp32" if is_half else "lower sampling.guidance.scale, or check the weights",
+    )

@@ -11,6 +11,15 @@ from ldm_cli.sampling.fixed_rows import DECODED_PIXELS, filled, row_groups
 from ldm_cli.sampling.tiling import in_parts
 
 _PIXELS_OFF_CPU = 2**20  # of a call of the decoder: its activations take a few kilobytes for each
+_LARGEST = torch.finfo(torch.float16).max
+
+
+def is_sound(images: Tensor) -> Tensor:
+    """Whether each of [N, 3, H, W] images is free of NaN, infinity and absurd numbers: bool [N].
+
+    Images are about ±1: what fp16 cannot express has overflowed, whatever the precision.
+    """
+    return (images.abs() <= _LARGEST).flatten(1).all(1)
 
 
 def decode_images(codec: Codec, latents: Tensor, window: int | None = None) -> Tensor:
@@ -19,17 +28,22 @@ def decode_images(codec: Codec, latents: Tensor, window: int | None = None) -> T
 
 
 @torch.inference_mode()
-def decode_pixels(codec: Codec, latents: Tensor, window: int | None = None) -> Tensor:
-    """Latents [N, C, h, w] → pictures, uint8 [N, 3, H, W] on the CPU; windows as in `decode_images`."""
+def decode_pixels(codec: Codec, latents: Tensor, window: int | None = None) -> list[Tensor | None]:
+    """Latents [N, C, h, w] → N pictures, uint8 [3, H, W] on the CPU; windows as in `decode_images`.
+
+    None stands for a picture whose latents or pixels overflow.
+    """
     height, width = (side if window is None else min(side, window) for side in latents.shape[-2:])
     num_pixels = height * width * codec.factor**2
     most = max(1, _PIXELS_OFF_CPU // num_pixels)
-    pictures = []
+    pictures: list[Tensor | None] = []
     for images, rows in row_groups(len(latents), DECODED_PIXELS, num_pixels, latents.device, most):
         part = latents[images]
         decoded = decode_images(codec, filled(part, rows), window)[: len(part)]
-        pictures.append(((decoded.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu())
-    return torch.cat(pictures)
+        kept = (part.isfinite().flatten(1).all(1) & is_sound(decoded)).tolist()
+        pixels = ((decoded.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+        pictures += [picture if keep else None for picture, keep in zip(pixels, kept, strict=True)]
+    return pictures
 
 
 @torch.inference_mode()

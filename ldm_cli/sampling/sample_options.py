@@ -7,10 +7,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ldm_cli.errors import DivergedError
 from ldm_cli.sampling.edit_input import EditInput
 
 OnPreview = Callable[[Tensor], None]
 """Receives a group of pictures in their present state: uint8 [N, 3, H, W]."""
+OnNonfinite = Callable[[DivergedError], None]
+"""Receives the error that names a picture with values that are not finite, in place of the picture."""
+
+
+def _raise(error: DivergedError) -> None:
+    raise error
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,7 @@ class SampleOptions:
         weighted: whether `(word:1.3)` in a prompt is a weight.
         preview_every: steps between previews; 0: none.
         on_preview: receives them.
+        on_nonfinite: is called for each picture that is not finite; it raises the error unless told otherwise.
     """
 
     edit_input: EditInput | None = None
@@ -30,6 +38,7 @@ class SampleOptions:
     weighted: bool = False
     preview_every: int = 0
     on_preview: OnPreview | None = None
+    on_nonfinite: OnNonfinite = _raise
 
 
 PLAIN = SampleOptions()

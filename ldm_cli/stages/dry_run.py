@@ -11,7 +11,7 @@ from torch import nn
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.errors import InputNotFoundError
-from ldm_cli.families.open_family import resolve_model
+from ldm_cli.families.open_family import check_family, resolve_model
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
 from ldm_cli.recipe.schema import EvalRecipe, Recipe, SampleRecipe, StartedRecipe
 from ldm_cli.reporting import Reporter
@@ -46,6 +46,7 @@ def dry_run(recipe: Recipe, reporter: Reporter, num_ranks: int = 1) -> dict[str,
 
     Raises:
         RecipeError: the models that the recipe names do not fit together, or the ranks cannot share the batch.
+        CheckpointError: a model cannot be used.
     """
     notes: list[str] = []
     result: dict[str, Any] = {"recipe": recipe.to_mapping()}
@@ -92,6 +93,7 @@ def _pipeline(field: str, folder: str, notes: list[str]) -> dict[str, int]:
     if not (root / INDEX_NAME).is_file():
         notes.append(f"{field}: '{root}' is not a whole pipeline")
         return {}
+    check_family(root)
     builders: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
         "unet": unet_of,
         "vae": autoencoder_of,

@@ -6,6 +6,7 @@ measures those; then the metrics are computed from what was gathered. Pictures a
 
 from __future__ import annotations
 
+import math
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from torch import Tensor
 from ldm_cli.data.captions import field_of
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.shards import ShardSet
-from ldm_cli.errors import DataError, OutputError, RecipeError
+from ldm_cli.errors import DataError, DivergedError, OutputError, RecipeError
 from ldm_cli.evaluation.attribute_accuracy import score_scenes
 from ldm_cli.evaluation.clip_features import CLIPFeatures
-from ldm_cli.evaluation.config import ZeroShotTask
+from ldm_cli.evaluation.config import ZeroShotClassification
 from ldm_cli.evaluation.frechet import FeatureStatistics, frechet_distance, frechet_name
 from ldm_cli.evaluation.image_quality import SSIM_WINDOW
 from ldm_cli.evaluation.metrics import (
@@ -35,6 +36,7 @@ from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.eval_samples import Gathered, Models, load_models, measure_generated, measure_real
 from ldm_cli.stages.support.options import RunOptions, resolve_device
 from ldm_cli.training.run_folder import environment
+from ldm_cli.training.run_identity import flatten
 
 RESULT_NAME = "eval.json"
 
@@ -51,6 +53,7 @@ def run(recipe: EvalRecipe, options: RunOptions, reporter: Reporter) -> dict[str
         OutputError: if the results exist already and are not to be overwritten.
         InputNotFoundError, CheckpointError: if a model cannot be loaded.
         DataError: if the samples lack what a metric needs.
+        DivergedError: if a model gives values that are not finite.
     """
     target = _target(options)
     config = recipe.eval
@@ -68,6 +71,9 @@ def run(recipe: EvalRecipe, options: RunOptions, reporter: Reporter) -> dict[str
             metrics[name] = metrics.get(name, {}) | values
     if models.clip is not None and models.clip.num_truncated:
         reporter.warn(f"{models.clip.num_truncated} texts were too long for the CLIP and were cut")
+    numbers = flatten(metrics)
+    if bad := [name for name, value in numbers.items() if isinstance(value, float) and not math.isfinite(value)]:
+        raise DivergedError(f"{', '.join(bad)} cannot be measured", "the values are not finite")
     result = {
         "metrics": {name: metrics[name] for name in config.metrics},
         "provenance": _provenance(recipe, shards, models, real, generated),
@@ -158,7 +164,7 @@ def _metrics_of_generated(
     return result
 
 
-def _zero_shot(task: ZeroShotTask, clip: CLIPFeatures, images: Tensor, real: Gathered) -> dict[str, Any]:
+def _zero_shot(task: ZeroShotClassification, clip: CLIPFeatures, images: Tensor, real: Gathered) -> dict[str, Any]:
     prompts = [template.replace("{}", name) for name in task.classes for template in task.templates]
     classes = class_embeddings(clip.texts(prompts).view(len(task.classes), len(task.templates), -1))
     labels = [_label(task, real, i) for i in range(len(images))]
@@ -173,7 +179,7 @@ def _zero_shot(task: ZeroShotTask, clip: CLIPFeatures, images: Tensor, real: Gat
     return {**accuracy, "num_samples": len(known), "num_classes": len(task.classes)}
 
 
-def _label(task: ZeroShotTask, real: Gathered, i: int) -> int | None:
+def _label(task: ZeroShotClassification, real: Gathered, i: int) -> int | None:
     """The class index of a sample, None where it has none."""
     value = real.labels[i] if task.label == "cls" else field_of(real.metadata[i], task.label.removeprefix("json:"))
     if value is None:

@@ -12,11 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from ldm_cli.core.compiling import NOTICE
-from ldm_cli.errors import UsageError
+from ldm_cli.errors import DivergedError, UsageError
 from ldm_cli.families.open_family import open_family
 from ldm_cli.pictures.images import slug
-from ldm_cli.pictures.job import Job, plan_job
+from ldm_cli.pictures.job import Job, make_job
 from ldm_cli.pictures.job_folder import GRID, JobFolder
+from ldm_cli.pictures.job_warnings import job_warnings
 from ldm_cli.pictures.provenance import check_repeatable
 from ldm_cli.pictures.sheets import Sheets
 from ldm_cli.pictures.wildcards import Wildcards
@@ -57,10 +58,11 @@ def run(
         UsageError: no prompts, or sizes, steps or latents that do not fit the model.
         InputNotFoundError, CheckpointError, DataError: the model, a picture or the latents cannot be used.
         OutputError, StorageError: the folder holds another job, is in use, or cannot be written.
+        DivergedError: pictures are not finite; all others are written.
     """
     if not recipe.prompts:
         raise UsageError("no prompts", remedy="give -p TEXT, --prompts FILE, or prompts in the recipe")
-    job = plan_job(recipe.prompts, recipe.sampling, recipe.edit, recipe.variation, recipe.interpolate, recipe.xy)
+    job = make_job(recipe.prompts, recipe.sampling, recipe.edit, recipe.variation, recipe.interpolate, recipe.xy)
     if recipe.wildcards is not None:
         job = Wildcards(Path(recipe.wildcards)).filled_in(job)
     device = resolve_device(options.device, local_rank())
@@ -71,6 +73,8 @@ def run(
             reporter.info(NOTICE)
         generator = PictureGenerator(Pipeline(family), recipe, latents, len(job.items))
         generator.check(job.items)
+        for message in job_warnings(job.items, family, recipe.weighted_words):
+            reporter.warn(message)
         if repeated is not None:
             check_repeatable(generator.shared, repeated, reporter.warn)
         images = [generator.provenance(item, i) for i, item in enumerate(job.items)]
@@ -80,9 +84,17 @@ def run(
         started = time.monotonic()
         try:
             missing = json.loads(ranks.from_first(json.dumps(_claimed(folder, lock, options, reporter, ranks))))
-            animations = _generate(generator, job, folder, missing, reporter, ranks)
+            animations, failures = _generate(generator, job, folder, missing, reporter, ranks)
         finally:
             lock.release()
+    if failures:
+        raise _of_several(failures, len(missing))
+    result = _result(folder, images, animations)
+    return result | {"generated": len(missing), "seconds": round(time.monotonic() - started, 3)}
+
+
+def _result(folder: JobFolder, images: Sequence[Mapping[str, Any]], animations: Sequence[Path]) -> dict[str, Any]:
+    """The paths of a job's files."""
     return {
         "out": str(folder.path),
         "grid": str(folder.path / GRID),
@@ -90,8 +102,6 @@ def run(
         "images": [
             {"file": str(folder.file(i)), "prompt": m["prompt"], "seed": m["seed"]} for i, m in enumerate(images)
         ],
-        "generated": len(missing),
-        "seconds": round(time.monotonic() - started, 3),
     }
 
 
@@ -112,9 +122,18 @@ def _generate(
     missing: Sequence[int],
     reporter: Reporter,
     ranks: Ranks,
-) -> list[Path]:
-    """Generate this rank's share of the missing pictures; the first rank writes sheets, too, and returns animations."""
+) -> tuple[list[Path], list[DivergedError]]:
+    """Generate this rank's share of the missing pictures; the first rank also writes sheets.
+
+    Returns:
+        The animations, and an error for each picture of any rank that is not finite.
+    """
     sheets = Sheets(folder, job)
+    failures: list[DivergedError] = []
+
+    def leave_out(error: DivergedError) -> None:
+        failures.append(error)
+        reporter.warn(f"{error.what}: {error.cause}")
 
     def write(index: int, pixels: Tensor) -> None:
         folder.add(pixels, index)
@@ -124,15 +143,25 @@ def _generate(
     try:
         with written_meanwhile(write) as hand_over:
             share = missing[ranks.rank :: ranks.world_size]
-            for index, pixels in generator.generate(job.items, share, reporter, sheets.write_preview):
+            for index, pixels in generator.generate(job.items, share, reporter, sheets.write_preview, leave_out):
                 hand_over(index, pixels)
-        ranks.wait()
-        if not ranks.is_first:
-            return []
+        own = json.dumps([(error.what, error.cause, error.remedy) for error in failures])
+        failures = [DivergedError(*texts) for text in ranks.texts(own) for texts in json.loads(text)]
+        if not ranks.is_first or len(folder.missing()) == len(job.items):
+            return [], failures
         sheets.write_grid()
-        return sheets.write_animations()
+        return sheets.write_animations(), failures
     finally:
         sheets.remove_preview()
+
+
+def _of_several(failures: Sequence[DivergedError], num_pictures: int) -> DivergedError:
+    """One error for the pictures of a job that are not finite."""
+    if len(failures) == 1:
+        return failures[0]
+    named = "; ".join(error.what for error in failures[:5]) + ("; …" if len(failures) > 5 else "")
+    cause = f"{named}: {failures[0].cause}"
+    return DivergedError(f"{len(failures)} of {num_pictures} pictures are not finite", cause, failures[0].remedy)
 
 
 def default_folder(job: Mapping[str, Any], images: Sequence[Mapping[str, Any]]) -> Path:

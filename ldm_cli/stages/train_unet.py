@@ -33,6 +33,7 @@ from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import requests_for
+from ldm_cli.sampling.sample_options import SampleOptions
 from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
 from ldm_cli.stages.support.model_sizes import (
     Parameters,
@@ -71,6 +72,7 @@ def parameters(recipe: TrainUnetRecipe, notes: list[str]) -> Parameters:
     Raises:
         RecipeError: the models do not fit together.
     """
+    expect_known_conditions(recipe.model)
     vae = model_at("vae", recipe.vae, autoencoder_of, notes)
     text_encoder = model_at("text_encoder", recipe.text_encoder, text_encoder_of, notes)
     if isinstance(vae, AutoencoderKL) and isinstance(text_encoder, CLIPTextModel):
@@ -170,7 +172,10 @@ class DenoiserTask:
         if not prompts:
             return
         requests = requests_for(prompts, samples.sampling)
-        images = [image.pixels for image in Pipeline(self.family).generate(requests, samples.sampling)]
+        options = SampleOptions(on_nonfinite=lambda error: self.bench.run.warn(f"{error.what}: {error.cause}"))
+        pictures = Pipeline(self.family).generate(requests, samples.sampling, options=options)
+        if not (images := [picture.pixels for picture in pictures]):
+            return
         save_image(folder / "grid.png", image_grid(images))
         (folder / "prompts.json").write_text(json.dumps(prompts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -194,13 +199,28 @@ class DenoiserTask:
         return {}
 
 
+def expect_known_conditions(config: UNet2DConditionConfig) -> None:
+    """Make sure that training has every condition that the denoiser needs.
+
+    Raises:
+        RecipeError: naming the fields that ask for others.
+    """
+    fields = config.pooled_fields
+    if config.time_cond_proj_dim is not None:
+        fields = [*fields, f"time_cond_proj_dim={config.time_cond_proj_dim}"]
+    if fields:
+        problems = tuple(f"unet.{field} asks for a condition that train-unet does not have" for field in fields)
+        raise RecipeError("this U-Net cannot be trained", "; ".join(problems), "set it to null", problems=problems)
+
+
 def fitted_config(recipe: TrainUnetRecipe, codec: Codec, text_width: int) -> UNet2DConditionConfig:
     """The denoiser's configuration for latents of this size, if it fits codec and text encoder.
 
     Raises:
-        RecipeError: channels or widths do not fit together.
+        RecipeError: channels or widths do not fit together; or as in `expect_known_conditions`.
     """
     config = recipe.model
+    expect_known_conditions(config)
     problems = []
     channels = codec.channels
     if config.in_channels != channels or config.out_channels != channels:
@@ -213,8 +233,6 @@ def fitted_config(recipe: TrainUnetRecipe, codec: Codec, text_width: int) -> UNe
         problems.append(
             f"unet.cross_attention_dim={config.cross_attention_dim}, but '{recipe.text_encoder}' gives {text_width}"
         )
-    if config.takes_pooled:
-        problems.append("unet: class_embed_type, num_class_embeds and addition_embed_type need more than captions")
     if recipe.data.image_size % codec.factor:
         problems.append(f"data.image_size={recipe.data.image_size} is no multiple of {codec.factor}")
     if problems:

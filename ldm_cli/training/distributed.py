@@ -206,6 +206,7 @@ def joined(device: torch.device, timeout: float) -> Iterator[Ranks]:
         timeout: seconds without a time stamp after which a rank counts as lost.
 
     Raises:
+        UsageError: the environment is wrong.
         WorkerError: the others do not come.
     """
     rank, world_size, local = _environment()
@@ -232,12 +233,15 @@ def joined(device: torch.device, timeout: float) -> Iterator[Ranks]:
 
 def _rendezvous(rank: int, world_size: int) -> Store:
     """The store at MASTER_ADDR:MASTER_PORT, served by rank 0 unless torchrun's agent or a launcher's socket does."""
-    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
+    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
+    if not (port.isascii() and port.isdecimal() and 0 < int(port) < 2**16) or not address or "/" in address:
+        cause = f"MASTER_ADDR={address}, MASTER_PORT={port}"
+        raise UsageError("cannot tell where the ranks meet", cause, "give a host name and a number from 1 to 65535")
     listening = os.environ.get("LDM_STORE_FD")
     served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = TCPStore(
         address,
-        port,
+        int(port),
         world_size,
         is_master=rank == 0 and not served_by_agent,
         timeout=_JOINING,

@@ -155,6 +155,8 @@ def _follow_up(trainer: Trainer, due: _Due, figures: dict[str, float], progress:
 
 
 def _log_figures(trainer: Trainer, figures: Mapping[str, float]) -> None:
+    if bad := [name for name, value in figures.items() if not math.isfinite(value)]:
+        trainer.run.warn(f"step {trainer.step}: {', '.join(bad)} not finite, written as null")
     trainer.run.metrics.append({"step": trainer.step, **{name: _rounded(value) for name, value in figures.items()}})
 
 

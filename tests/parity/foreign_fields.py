@@ -12,8 +12,7 @@ import inspect
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,43 +37,9 @@ from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.data.tokenizer_config import TokenizerConfig
 from tests.core.models.weights import randomise
+from tests.parity.foreign import Content, Foreign, parameters_of
+from tests.parity.foreign_schedulers import SCHEDULERS
 from tests.parity.test_models import unet_conditions, with_prefix
-
-Content = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Foreign:
-    """One class of another library.
-
-    Attributes:
-        name: as the library calls it.
-        file: where its fields are found.
-        names: of all fields of the installed version.
-        base: a small configuration, of which one field at a time is varied.
-        both: what our program and the library compute with a configuration; an `Exception` of ours refuses it.
-        honoured: field → other values. A dict holds the value under "", and further fields that it needs.
-        refused: field → a value.
-        harmless: field → a value.
-    """
-
-    name: str
-    file: str
-    names: set[str]
-    base: Content
-    both: Callable[[Content], tuple[Any, Any]]
-    honoured: dict[str, list[Any]]
-    refused: dict[str, Any]
-    harmless: dict[str, Any]
-
-    def varied(self, name: str, value: Any) -> dict[str, Any]:
-        """The base with another value of one field, and what that needs."""
-        needed = dict(value) if isinstance(value, dict) and "" in value else {"": value}
-        return {**self.base, name: needed.pop(""), **needed}
-
-
-def parameters_of(function: Any) -> set[str]:
-    return set(inspect.signature(function).parameters) - {"self", "args", "kwargs"}
 
 
 def unet_predictions(content: Content) -> tuple[Tensor, Tensor]:
@@ -87,9 +52,11 @@ def unet_predictions(content: Content) -> tuple[Tensor, Tensor]:
         torch.randn(2, config.in_channels, 8, 8),
         torch.randn(2, 3, config.per_level(config.cross_attention_dim)[0]),
     )
-    our_conditions, their_conditions = unet_conditions(config, 2)
+    condition, their_conditions = unet_conditions(config, 2)
+    condition, their_conditions["encoder_hidden_states"] = replace(condition, tokens=text), text
+    time = torch.tensor([7.0])
     with torch.no_grad():
-        return ours(sample, 7, text, **our_conditions), theirs(sample, 7, text, **their_conditions).sample
+        return ours(sample, time, condition), theirs(sample, time, **their_conditions).sample
 
 
 def vae_images(content: Content) -> tuple[Any, Any]:
@@ -101,10 +68,11 @@ def vae_images(content: Content) -> tuple[Any, Any]:
     torch.manual_seed(0)
     images = torch.rand(2, theirs.config.in_channels, 16, 16)
     with torch.no_grad():
-        our_mean, mean = ours.encode(images).mean, theirs.encode(images).latent_dist.mean
+        mean = theirs.encode(images).latent_dist.mean
         shift, scale = theirs.config.shift_factor or 0.0, theirs.config.scaling_factor
-        found = torch.cat((ours.to_latents(our_mean).flatten(), ours.decode(mean).flatten()))
-        return found, torch.cat((((mean - shift) * scale).flatten(), theirs.decode(mean).sample.flatten()))
+        latents = (mean - shift) * scale
+        found = torch.cat((ours.encode(images).flatten(), ours.decode(latents).flatten()))
+        return found, torch.cat((latents.flatten(), theirs.decode(mean).sample.flatten()))
 
 
 def text_states(content: Content) -> tuple[Tensor, Tensor]:
@@ -474,4 +442,4 @@ IMAGES = Foreign(
         "return_tensors": "pt",
     },
 )
-CLASSES = (UNET, VAE, TEXT, VISION, CLIP, TOKENIZER, IMAGES)
+CLASSES = (UNET, VAE, TEXT, VISION, CLIP, TOKENIZER, IMAGES, *SCHEDULERS)

@@ -8,10 +8,11 @@ import torch
 from ldm_cli.core.diffusion import exponential_samplers, samplers
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.diffusion.process import process_of
+from ldm_cli.core.diffusion.spacing import SigmaSpacing
 from ldm_cli.core.diffusion.timesteps import euler_timesteps
 from ldm_cli.formats.scheduler_file import SchedulerSettings
 from ldm_cli.sampling.config import SamplingConfig
-from ldm_cli.sampling.denoising import denoise, plan
+from ldm_cli.sampling.denoising import denoise, visited_timesteps
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -148,7 +149,7 @@ def test_two_stage_solver_equals_that_of_diffusers_where_its_stages_lie_midway(p
     )
     mine, other = ToyNetwork("epsilon"), ToyNetwork("epsilon")
     process = process_of(diffusion)
-    path = euler_timesteps(process, pairs + 1, "exponential", 0)
+    path = euler_timesteps(process, pairs + 1, SigmaSpacing("exponential"), 0)
     x = exponential_samplers.dpmpp_2s(
         samplers.clean_predictor(mine, process.prediction), initial_noise(), path, step_noise, 0.0
     )
@@ -168,7 +169,7 @@ def test_align_your_steps_table_gives_the_levels_that_diffusers_gives_for_it():
     )
     scheduler.set_timesteps(timesteps=list(table))
     config = SamplingConfig(sampler="euler", steps=10, timesteps=table)
-    path = plan(process_of(DiffusionConfig()), SchedulerSettings({}), config)
+    path = visited_timesteps(process_of(DiffusionConfig()), SchedulerSettings({}), config)
     sigmas = torch.tensor([start.sigma for start, _ in path.steps])
     assert path.times == table
     torch.testing.assert_close(sigmas, scheduler.sigmas[:-1], rtol=1e-6, atol=0)

@@ -10,12 +10,18 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from torch.nn import functional as F
 
 from ldm_cli.core.models.clip import normalize_images
 from ldm_cli.core.models.clip_image_processor import CLIPImageProcessor
 from ldm_cli.errors import CheckpointError
+from ldm_cli.evaluation.clip_features import CLIPFeatures
+from ldm_cli.families.clip_folder import open_clip
 from ldm_cli.formats.model_folder import read_image_processor
+from ldm_cli.sampling.guidance_models import CLIPScore
+from tests.sampling.test_guidance_models import tiny_clip_folder
 
+transformers = pytest.importorskip("transformers")
 theirs = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
 
 # Where only the height shrinks, Pillow 13 resizes it first; earlier versions, and we, always begin with the width.
@@ -91,6 +97,49 @@ def test_defaults_are_those_of_our_own_normalisation() -> None:
     assert CLIPImageProcessor.for_side(224) == CLIPImageProcessor()
     assert CLIPImageProcessor().side == 224
     assert torch.allclose(CLIPImageProcessor()(images), normalize_images(images), atol=1e-6)
+
+
+PREPROCESSORS = [
+    {"image_mean": [0.0] * 3, "image_std": [1.0] * 3},
+    {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2},
+    {"do_normalize": False},
+    {"size": {"height": 12, "width": 10}},
+    {"size": 14, "do_rescale": False, "do_normalize": False},
+]
+
+
+@pytest.mark.parametrize("content", PREPROCESSORS)
+def test_a_clip_sees_pictures_in_eval_and_in_guidance_as_its_folder_says(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tiny_clip_folder(tmp_path)
+    whole = {"size": 8, "crop_size": 8} | content
+    (folder / "preprocessor_config.json").write_text(json.dumps(whole))
+    images = torch.randint(0, 256, (2, 3, 24, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = theirs.CLIPImageProcessorPil.from_pretrained(folder)(list(images.numpy()), return_tensors="pt")
+    with torch.no_grad():
+        expected = transformers.CLIPModel.from_pretrained(folder).get_image_features(pixels["pixel_values"])
+        expected = getattr(expected, "pooler_output", expected)
+    found = CLIPFeatures.load(folder, torch.device("cpu")).images(images)
+    assert F.cosine_similarity(found, expected).min() > 0.9995
+    plain = CLIPFeatures.load(folder, torch.device("cpu"))
+    plain._processor = CLIPImageProcessor.for_side(8)
+    assert F.cosine_similarity(plain.images(images), expected).min() < 0.999, "the file must matter"
+    clip = CLIPScore(*open_clip(folder))
+    prompts = ["a red circle", "a blue square"]
+    score = clip.of(prompts, lambda latents: latents)(images / 127.5 - 1)
+    texts = CLIPFeatures.load(folder, torch.device("cpu")).texts(prompts)
+    assert torch.allclose(score, F.cosine_similarity(expected, texts), atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "content", [{"crop_size": 16}, {"do_center_crop": False}, {"do_resize": False, "do_center_crop": False}]
+)
+def test_a_processor_of_another_size_than_the_model_is_refused(content: dict[str, Any], tmp_path: Path) -> None:
+    folder = tiny_clip_folder(tmp_path)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"size": 8, "crop_size": 8} | content))
+    with pytest.raises(CheckpointError, match="its image processor does not give 8x8 px"):
+        open_clip(folder)
 
 
 def test_gradients_reach_the_pixels() -> None:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ldm_cli.core.condition import Condition
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPTextModel
 from ldm_cli.core.models.clip_config import CLIPConfig
@@ -90,7 +91,8 @@ def test_null_and_lists_in_a_unet_config_are_read_as_diffusers_reads_them(
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
     sample, text = torch.randn(1, 4, 8, 8), torch.randn(1, 3, 12)
     with torch.no_grad():
-        assert torch.allclose(ours(sample, 5, text), theirs(sample, 5, text).sample, atol=1e-5)
+        found = ours(sample, torch.tensor([5.0]), Condition(tokens=text))
+        assert torch.allclose(found, theirs(sample, 5, text).sample, atol=1e-5)
 
 
 def test_what_ema_saves_is_read(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from ldm_cli.core.diffusion import exponential_samplers, samplers
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.diffusion.process import process_of
+from ldm_cli.core.diffusion.spacing import SigmaSpacing
 from ldm_cli.core.diffusion.timesteps import euler_timesteps
 
 PROCESS = process_of(DiffusionConfig())
@@ -151,7 +152,7 @@ PAIRS = {
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 12])
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
-@pytest.mark.parametrize("spacing", ["karras", "linspace"])
+@pytest.mark.parametrize("spacing", [SigmaSpacing("karras"), "linspace"])
 @pytest.mark.parametrize("name", PAIRS)
 def test_trajectory_equals_that_of_the_algorithm_in_sigma(name, spacing, eta, steps):
     ours, theirs = PAIRS[name]

@@ -31,6 +31,16 @@ def pipeline():
     return tiny_pipeline()
 
 
+def tiny_clip_folder(folder):
+    tokenizer = tiny_tokenizer()
+    text = {**TEXT, **special_ids(tokenizer), "max_position_embeddings": 40}
+    config = CLIPConfig.from_hugging_face({"text_config": text, "vision_config": VISION, "projection_dim": 16})
+    clip = randomize(CLIPModel(config), 9)
+    save_model(folder, clip.state_dict(), config.to_hugging_face(), TRANSFORMERS_WEIGHTS)
+    tokenizer.save(folder)
+    return folder
+
+
 def inputs():
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(2, 5, 24, generator=generator)
@@ -92,13 +102,8 @@ def test_a_weaker_network_is_read_from_a_pipeline_folder_and_must_fit(pipeline, 
 
 
 def test_clip_score_is_the_cosine_of_the_embeddings_and_its_gradient_raises_it(pipeline, tmp_path):
-    tokenizer = tiny_tokenizer()
-    text = {**TEXT, **special_ids(tokenizer), "max_position_embeddings": 40}
-    config = CLIPConfig.from_hugging_face({"text_config": text, "vision_config": VISION, "projection_dim": 16})
-    clip = randomize(CLIPModel(config), 9)
-    save_model(tmp_path, clip.state_dict(), config.to_hugging_face(), TRANSFORMERS_WEIGHTS)
-    tokenizer.save(tmp_path)
-    models = GuidanceModels.load(GuidanceConfig(clip=CLIPGuidanceConfig(model=str(tmp_path))), pipeline.family)
+    clip = CLIPGuidanceConfig(model=str(tiny_clip_folder(tmp_path)))
+    models = GuidanceModels.load(GuidanceConfig(clip=clip), pipeline.family)
     assert models.clip is not None
 
     score = models.clip.of(["a red circle", "a blue square"], lambda z: torch.tanh(z[:, :3]))

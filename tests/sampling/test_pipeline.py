@@ -120,7 +120,7 @@ def test_pixels_are_bytes_of_the_asked_size(pipeline):
 def test_decoding_clamps_and_rounds_to_the_nearest_byte(pipeline, monkeypatch):
     values = torch.tensor([-3.0, -1.0, 0.0, 0.5, 1.0, 2.0])
     monkeypatch.setattr(pipeline.family.codec, "decode", lambda latents: values.expand(len(latents), 3, 1, 6))
-    assert decode_pixels(pipeline.family.codec, torch.zeros(1, 4, 8, 8))[0, 0, 0].tolist() == [0, 0, 128, 191, 255, 255]
+    assert decode_pixels(pipeline.family.codec, torch.zeros(1, 4, 8, 8))[0][0, 0].tolist() == [0, 0, 128, 191, 255, 255]
 
 
 def test_prompts_that_are_cut_are_reported_once_with_what_was_cut(pipeline):

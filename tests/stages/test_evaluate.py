@@ -4,12 +4,14 @@ measured."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
@@ -21,7 +23,7 @@ from ldm_cli.data import scene_vocabulary as words
 from ldm_cli.data.scenes import scene, write_scenes
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.data.tokenizer_config import TokenizerConfig
-from ldm_cli.errors import DataError, OutputError, RecipeError
+from ldm_cli.errors import DataError, DivergedError, OutputError, RecipeError
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
 from ldm_cli.families.stable_diffusion import StableDiffusion
 from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, weights_sha256
@@ -263,3 +265,27 @@ def test_samples_without_ground_truth_are_named_before_anything_is_drawn(
     monkeypatch.setattr("ldm_cli.stages.support.eval_samples._generated", lambda *_: pytest.fail("drew pictures"))
     with pytest.raises(DataError, match="plain/only"):
         evaluate(home, ["attribute_accuracy"], data={"shards": str(tmp_path / "plain.tar")})
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "metrics", "culprit"),
+    [
+        ("clip", "visual_projection.weight", ["retrieval"], "the CLIP's features of images are not finite"),
+        ("clip", "text_model.final_layer_norm.weight", ["clip_score"], "the CLIP's features of texts are not finite"),
+        ("vae", "decoder.conv_out.weight", ["reconstruction"], "the reconstructions of eval.vae are not finite"),
+        ("pipeline/unet", "conv_out.bias", ["clip_score"], "with seed 0 is not finite"),
+        ("pipeline/vae", "decoder.conv_out.bias", ["frechet_distance"], "with seed 0 is not finite"),
+    ],
+)
+def test_a_model_that_overflows_is_named_and_gives_no_numbers(
+    home: Path, tmp_path: Path, part: str, name: str, metrics: list[str], culprit: str
+) -> None:
+    shutil.copytree(home, tmp_path / "home")
+    file = next((tmp_path / "home" / part).glob("*.safetensors"))
+    tensors = load_file(file)
+    huge = torch.full_like(tensors[name], 3e38)
+    save_file(tensors | {name: huge}, file)
+    asked = recipe(tmp_path / "home", metrics, sampling={"steps": 2, "guidance": 3.0})
+    with pytest.raises(DivergedError, match=culprit):
+        run(asked, RunOptions(device="cpu", out=tmp_path / "out"), SilentReporter())
+    assert not (tmp_path / "out").exists()

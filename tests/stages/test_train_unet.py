@@ -276,8 +276,8 @@ def test_prompts_are_optional_and_pictures_then_left_out(
         ({"in_channels": 4, "out_channels": 4}, "have 3 channels"),
         ({"cross_attention_dim": 32}, "gives 16"),
         ({"cross_attention_dim": [16, 24]}, "gives 16"),
-        ({"num_class_embeds": 10}, "need more than captions"),
-        ({"class_embed_type": "timestep"}, "need more than captions"),
+        ({"num_class_embeds": 10}, "asks for a condition that train-unet does not have"),
+        ({"class_embed_type": "timestep"}, "asks for a condition that train-unet does not have"),
     ],
 )
 def test_parts_that_do_not_fit_are_named(

@@ -10,6 +10,8 @@ from pydantic import Field, model_validator
 
 from ldm_cli.config import Config
 
+Scale = Annotated[float, Field(ge=0, le=1000)]
+
 
 class DiffusionConfig(Config):
     """Noise schedule, prediction type, and how training chooses and weighs noise levels."""
@@ -26,7 +28,7 @@ class DiffusionConfig(Config):
     prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] = "epsilon"
     """The network predicts the noise ε, v = √ᾱ ε − √(1−ᾱ) x_0 (Salimans & Ho 2022), x_0, or the velocity ε − x_0 of
     flow matching (Lipman et al. 2023), whose paths are straight lines: it has no use for the β above."""
-    flow_shift: Annotated[float, Field(gt=0)] = 1.0
+    flow_shift: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """Flow matching: above 1 moves the levels towards noise, as large images need (Esser et al. 2024, eq. 23); 3 in
     Stable Diffusion 3."""
     rescale_betas_zero_snr: bool = False
@@ -79,7 +81,7 @@ class PerturbationConfig(Config):
     kind: Literal["attention", "layer"] = "attention"
     """`attention`: each token attends to itself only (PAG, Ahn et al. 2024, arXiv:2403.17377); `layer`: the transformer
     block is skipped (skip-layer guidance, as in Stable Diffusion 3.5)."""
-    scale: Annotated[float, Field(ge=0)] = 3.0
+    scale: Scale = 3.0
     """Guidance scale; 0 is off."""
     layers: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = ("mid_block",)
     """Beginnings of the names of the perturbed modules, such as `mid_block` or `down_blocks.1.attentions.0`."""
@@ -90,7 +92,7 @@ class CLIPGuidanceConfig(Config):
 
     model: str
     """Folder of a CLIP model, such as `train-clip` writes."""
-    scale: Annotated[float, Field(ge=0)] = 100.0
+    scale: Annotated[float, Field(ge=0, le=1_000_000)] = 100.0
     """Multiplies the gradient of the cosine similarity of image and prompt; 0 is off."""
 
 
@@ -100,7 +102,7 @@ NoiseLevel = Annotated[float, Field(ge=0)]
 class GuidanceConfig(Config):
     """Guidance of the conditional prediction; a plain number in place of the section means `scale`."""
 
-    scale: Annotated[float, Field(ge=0)] = 7.5
+    scale: Scale = 7.5
     """Classifier-free guidance scale (Ho & Salimans 2022): 1 is the conditional model, 0 the unconditional one; both
     take one network call per step where other scales take two."""
     rescale: Annotated[float, Field(ge=0, le=1)] = 0.0

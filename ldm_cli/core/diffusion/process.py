@@ -99,7 +99,7 @@ class Process(Protocol):
         """The level of noise-to-signal ratio σ ≥ 0."""
 
     def at_time(self, time: float) -> Level:
-        """The level of a time in [0, T]; its σ is at most MAX_SIGMA where variance is preserved."""
+        """The level of a time in [0, T]; its σ is finite: MAX_SIGMA at zero signal where variance is preserved."""
 
     def in_training(self, level: Level) -> Level:
         """The same level with the nearest time that training visits."""
@@ -198,7 +198,7 @@ class VariancePreserving:
     @cached_property
     def _sigmas(self) -> list[float]:
         """σ of the training levels, rising; the last is finite."""
-        return [math.sqrt(1.0 / max(share, LEAST_ALPHA_BAR) - 1.0) for share in self.alphas_cumprod.tolist()]
+        return [math.sqrt(1.0 / (share or LEAST_ALPHA_BAR) - 1.0) for share in self.alphas_cumprod.tolist()]
 
     @cached_property
     def _logs(self) -> list[float]:

@@ -135,21 +135,25 @@ def lms(denoise: CleanPredictor, x: Tensor, timesteps: Timesteps) -> Tensor:
 def pndm(denoise: CleanPredictor, x: Tensor, timesteps: Timesteps) -> Tensor:
     """Pseudo linear multistep, as Stable Diffusion's PLMS (Liu et al. 2022, eq. 11-13, arXiv:2202.09778).
 
-    ε is extrapolated from the last four in t; the first step takes the mean of ε at both its ends, and so one more
-    prediction. Steps should be equally long in t, and the first level must hold signal. Arguments as in `euler`.
+    The network's output, ε or v, is extrapolated from the last four in t; the first step takes the mean of the outputs
+    at both its ends, and so one more prediction. Steps should be equally long in t, and the first level must hold
+    signal. Arguments as in `euler`.
     """
-    epsilons: list[Tensor] = []
+    prediction = timesteps.process.prediction
+
+    def output(x0: Tensor, x: Tensor, level: Level) -> Tensor:
+        epsilon = SAMPLE.epsilon(x0, x, level.signal, level.noise)
+        return prediction.target(x0, epsilon, level.signal, level.noise)
+
+    outputs: list[Tensor] = []
     for i, (start, end) in enumerate(timesteps.steps):
         x0 = denoise(x, start)
-        epsilons = [SAMPLE.epsilon(x0, x, start.signal, start.noise), *epsilons][:4]
+        outputs = [output(x0, x, start), *outputs][:4]
+        mean = _combined(_ADAMS_BASHFORTH[len(outputs)], outputs)
         if i == 0 and len(timesteps) > 1:
-            following = timesteps.steps[1][0]
-            ahead = toward(x, x0, start, end)
-            x0 = denoise(ahead, following)
-            mean = 0.5 * (epsilons[0] + SAMPLE.epsilon(x0, ahead, following.signal, following.noise))
-        else:
-            mean = _combined(_ADAMS_BASHFORTH[len(epsilons)], epsilons)
-        x = toward(x, (x - start.noise * mean) / start.signal, start, end)
+            ahead, following = toward(x, x0, start, end), timesteps.steps[1][0]
+            mean = 0.5 * (mean + output(denoise(ahead, following), ahead, following))
+        x = toward(x, prediction.x0(mean, x, start.signal, start.noise), start, end)
     return x
 
 

@@ -5,10 +5,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 LinearSpacing = Literal["leading", "linspace", "trailing"]
-Spacing = Literal["leading", "linspace", "trailing", "karras", "exponential"]
+
+
+@dataclass(frozen=True)
+class SigmaSpacing:
+    """Levels with equal steps in σ^(1/7) (`karras`) or log σ (`exponential`).
+
+    Attributes:
+        kind: in which the steps are equal.
+        between: the linear spacing whose first and last level are the ends; None: the levels of training are.
+        sigma_min, sigma_max: ends in place of these.
+    """
+
+    kind: Literal["karras", "exponential"]
+    between: LinearSpacing | None = None
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+
+
+Spacing = LinearSpacing | SigmaSpacing
 
 
 def from_to(first: float, last: float, count: int) -> list[float]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Self, TypeGuard
 
 from ldm_cli.core.diffusion.process import CLEAN, LEAST_ALPHA_BAR, MAX_SIGMA, Cut, Level, Process
-from ldm_cli.core.diffusion.spacing import LinearSpacing, Spacing, from_to
+from ldm_cli.core.diffusion.spacing import LinearSpacing, SigmaSpacing, Spacing, from_to
 
 _KARRAS_RHO = 7.0
 
@@ -54,11 +54,11 @@ class Timesteps:
         return replace(self, steps=self.steps[len(self) - count :])
 
     def finite(self) -> Self:
-        """The same for samplers that cannot start without any signal: it is at least √LEAST_ALPHA_BAR."""
+        """The same for samplers that cannot start without any signal: √LEAST_ALPHA_BAR takes the place of 0."""
         least = math.sqrt(LEAST_ALPHA_BAR)
 
         def lifted(level: Level) -> Level:
-            return replace(level, signal=max(level.signal, least))
+            return level if level.signal > 0.0 else replace(level, signal=least)
 
         return replace(self, steps=tuple((lifted(start), lifted(end)) for start, end in self.steps))
 
@@ -114,22 +114,25 @@ def euler_timesteps(process: Process, num_steps: int, spacing: Spacing | Sequenc
     in `ddpm_timesteps`.
     """
     timesteps = Timesteps.through(_visited(process, num_steps, spacing, offset, "fractional"), process)
-    return timesteps if spacing == "leading" else replace(timesteps, start_scale=timesteps.steps[0][0].noise)
+    linear = spacing.between if isinstance(spacing, SigmaSpacing) else spacing
+    return timesteps if linear == "leading" else replace(timesteps, start_scale=timesteps.steps[0][0].noise)
 
 
 def dpmpp_timesteps(process: Process, num_steps: int, spacing: Spacing | Sequence[float], offset: int) -> Timesteps:
     """As DDPM's, but `linspace` and `leading` are cut into one part more and the last is dropped.
 
-    With `karras` and `exponential` the network is given times of training, as in diffusers. Arguments and errors as in
-    `ddpm_timesteps`; with `linspace` and `leading` at most T − 1 steps fit.
+    With a `SigmaSpacing` the network is given times of training, and the ends are those of training, as in diffusers.
+    Arguments and errors as in `ddpm_timesteps`; with `linspace` and `leading` at most T − 1 steps fit.
     """
+    if isinstance(spacing, SigmaSpacing):
+        spacing = replace(spacing, between=None)
     visited = _visited(process, num_steps, spacing, offset, "open")
-    if spacing in ("karras", "exponential"):
+    if isinstance(spacing, SigmaSpacing):
         visited = [process.in_training(level) for level in visited]
     return Timesteps.through(visited, process).finite()
 
 
-def lcm_timesteps(process: Process, num_steps: int, num_distilled: int = 50) -> Timesteps:
+def lcm_timesteps(process: Process, num_steps: int, num_distilled: int) -> Timesteps:
     """Levels that a latent consistency model was distilled at (Luo et al. 2023, section 4.3, arXiv:2310.04378).
 
     Args:
@@ -160,12 +163,16 @@ def _visited(
     if _is_linear(spacing):
         return process.levels(num_steps, spacing, offset, cut)
     last = process.training_level(process.num_timesteps - 1)
-    high, low = min(last.sigma, MAX_SIGMA), process.training_level(0).sigma
-    if spacing == "karras":
+    if isinstance(spacing, SigmaSpacing):
+        ends = [last, process.training_level(0)]
+        if spacing.between is not None:
+            ends = process.levels(num_steps, spacing.between, offset, cut)
+        high = spacing.sigma_max or (ends[0].sigma if ends[0].signal > 0.0 else MAX_SIGMA)
+        low = spacing.sigma_min or ends[-1].sigma
+        if spacing.kind == "exponential":
+            return [process.at_sigma(math.exp(log)) for log in from_to(math.log(high), math.log(low), num_steps)]
         roots = from_to(high ** (1.0 / _KARRAS_RHO), low ** (1.0 / _KARRAS_RHO), num_steps)
         return [process.at_sigma(root**_KARRAS_RHO) for root in roots]
-    if spacing == "exponential":
-        return [process.at_sigma(math.exp(log)) for log in from_to(math.log(high), math.log(low), num_steps)]
     times = [float(time) for time in spacing]
     if max(times) > last.t:
         raise ValueError(f"timestep {max(times)} is above the highest, {last.t:g}")

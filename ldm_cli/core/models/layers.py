@@ -34,6 +34,17 @@ def timestep_embedding(timesteps: Tensor, dim: int, *, flip_sin_to_cos: bool, fr
     return torch.cat((cos, sin) if flip_sin_to_cos else (sin, cos), dim=-1)
 
 
+def guidance_embedding(scale: float, dim: int) -> Tensor:
+    """Sinusoids of a guidance scale w, for denoisers that were distilled with guidance: float32 [1, dim].
+
+    Of 1000 (w − 1), as diffusers' `get_guidance_scale_embedding` (Meng et al. 2023, arXiv:2210.03142, section 3.1; Luo
+    et al. 2023, arXiv:2310.04378). An odd `dim` ends in 0.
+    """
+    value = torch.tensor([1000.0 * (scale - 1.0)])
+    embedding = timestep_embedding(value, dim - dim % 2, flip_sin_to_cos=False, freq_shift=1)
+    return F.pad(embedding, (0, dim % 2))
+
+
 class TimestepEmbedding(nn.Module):
     """Two linear layers with a SiLU between them; optionally a second vector is added to the input."""
 

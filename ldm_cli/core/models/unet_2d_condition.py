@@ -134,11 +134,10 @@ class UNet2DConditionModel(Checkpointable):
 
     def _check_conditions(self, x: Tensor, condition: Condition) -> None:
         config = self.config
-        if (condition.pooled is None) == config.takes_pooled:
+        if (condition.pooled is None) == bool(config.pooled_fields):
             raise ValueError(
                 f"condition.pooled is {'missing' if condition.pooled is None else 'given'}, but the network has "
-                f"class_embed_type={config.class_embed_type}, num_class_embeds={config.num_class_embeds}, "
-                f"addition_embed_type={config.addition_embed_type}"
+                f"{', '.join(config.pooled_fields) or 'no field that asks for it'}"
             )
         if condition.tokens is None and config.levels_with_attention():
             raise ValueError("condition.tokens is missing, but the network attends to text")

@@ -108,8 +108,8 @@ class UNet2DConditionConfig(DiffusersConfig):
     """Not supported."""
     timestep_post_act: None = None
     """Not supported."""
-    time_cond_proj_dim: Size | None = None
-    """Width of a vector that conditions the timestep embedding (guidance-distilled models)."""
+    time_cond_proj_dim: Annotated[int, Field(ge=4, le=2**20)] | None = None
+    """Width of the embedding of the guidance scale, for models that were distilled with guidance."""
     conv_in_kernel: Literal[3] = 3
     """Kernel size of the first convolution."""
     conv_out_kernel: Literal[3] = 3
@@ -175,14 +175,15 @@ class UNet2DConditionConfig(DiffusersConfig):
         if self.addition_embed_type and (self.class_embed_type or self.num_class_embeds):
             raise ValueError("addition_embed_type together with class_embed_type or num_class_embeds is not supported")
 
+    @property
+    def pooled_fields(self) -> list[str]:
+        """The fields that ask for `Condition.pooled`: classes, vectors, or pooled text with sizes."""
+        names = ("num_class_embeds", "class_embed_type", "addition_embed_type")
+        return [f"{name}={value}" for name in names if (value := getattr(self, name)) is not None]
+
     def per_level(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
         """One number per level, outermost first."""
         return (value,) * len(self.block_out_channels) if isinstance(value, int) else value
-
-    @property
-    def takes_pooled(self) -> bool:
-        """Whether the denoiser needs `Condition.pooled`: classes, vectors, or pooled text with sizes."""
-        return any((self.class_embed_type, self.num_class_embeds, self.addition_embed_type))
 
     def levels_with_attention(self) -> list[int]:
         """Indices of the levels, outermost first, with a Transformer on the way down, up or in the middle."""

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
-from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import sequential_batches
 from ldm_cli.data.shards import ShardSet
-from ldm_cli.data.tokenizer import Tokenizer
-from ldm_cli.errors import DataError
+from ldm_cli.errors import DataError, DivergedError
 from ldm_cli.evaluation.clip_features import CLIPFeatures
 from ldm_cli.evaluation.image_quality import psnr, ssim
 from ldm_cli.evaluation.scene_detector import SeenScene, read_scenes
@@ -26,6 +24,7 @@ from ldm_cli.formats.model_folder import load_model, weights_sha256
 from ldm_cli.recipe.schema import EvalRecipe, EvalSection
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.sampling.pixels import is_sound
 from ldm_cli.sampling.request import ImageRequest
 
 _CLIP_METRICS = {"clip_score", "zero_shot", "retrieval", "frechet_distance"}
@@ -65,7 +64,7 @@ def load_models(config: EvalSection, device: torch.device) -> Models:
     clip, vae, pipeline = None, None, None
     if config.clip is not None and _CLIP_METRICS & set(config.metrics):
         folder = resolve_model(Path(config.clip))
-        clip = CLIPFeatures(load_model(CLIPModel, folder), Tokenizer.load(folder), device)
+        clip = CLIPFeatures.load(folder, device)
         hashes["clip"] = {"folder": str(folder), "sha256": weights_sha256(folder)}
     if config.vae is not None and "reconstruction" in config.metrics:
         folder = resolve_model(Path(config.vae))
@@ -115,8 +114,14 @@ def _add_real(gathered: Gathered, batch: Batch, models: Models, with_scenes: boo
 
 @torch.inference_mode()
 def _reconstructed(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] through the latent's mean and back."""
+    """uint8 [B, 3, H, W] through the latent's mean and back.
+
+    Raises:
+        DivergedError: a reconstruction is not finite.
+    """
     again = vae.decode(vae.encode(images.float() / 127.5 - 1))
+    if not bool(is_sound(again).all()):
+        raise DivergedError("the reconstructions of eval.vae are not finite", remedy="give another autoencoder")
     return ((again + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

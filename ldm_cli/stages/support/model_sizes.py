@@ -20,7 +20,7 @@ from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.errors import RecipeError, amount, first_line
 from ldm_cli.families.clip_text_encoder import text_config_of
-from ldm_cli.formats.model_folder import CONFIG_NAME, read_config, without_weights
+from ldm_cli.formats.model_folder import CONFIG_NAME, read_as, without_weights
 from ldm_cli.recipe.schema import TrainRecipe
 from ldm_cli.stages.support.start import freeze
 from ldm_cli.training.config import TrainConfig
@@ -61,16 +61,15 @@ def trained_parameters(name: str, build: Callable[[], nn.Module], patterns: Sequ
 def model_at(
     field: str, folder: str, build: Callable[[Mapping[str, Any]], nn.Module], notes: list[str]
 ) -> nn.Module | None:
-    """The model of a folder without its weights; a missing one is noted."""
+    """The model of a folder without its weights; a missing one is noted.
+
+    Raises:
+        CheckpointError: the folder's configuration cannot be used.
+    """
     if not (Path(folder) / CONFIG_NAME).is_file():
         notes.append(f"{field}: no model in '{folder}' yet")
         return None
-    config = read_config(Path(folder))
-    try:
-        return _on_meta(lambda: build(config))
-    except ValueError as error:
-        notes.append(f"{field}: '{folder}' cannot be used: {str(error).splitlines()[0]}")
-        return None
+    return _on_meta(lambda: read_as(build, Path(folder) / CONFIG_NAME))
 
 
 def autoencoder_of(mapping: Mapping[str, Any]) -> AutoencoderKL:

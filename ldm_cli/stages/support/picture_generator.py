@@ -22,12 +22,12 @@ from ldm_cli.pictures.progress import PartOfProgress
 from ldm_cli.recipe.schema import SampleRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.config import SamplingConfig
-from ldm_cli.sampling.denoising import plan, sampler_of
+from ldm_cli.sampling.denoising import sampler_of, visited_timesteps
 from ldm_cli.sampling.edit_config import EditConfig
 from ldm_cli.sampling.edit_input import EditInput, open_edit_input
 from ldm_cli.sampling.guidance_models import guidance_hashes, with_absolute_paths
 from ldm_cli.sampling.pipeline import Pipeline
-from ldm_cli.sampling.sample_options import OnPreview, SampleOptions
+from ldm_cli.sampling.sample_options import OnNonfinite, OnPreview, SampleOptions
 
 _MOST_TOGETHER = 256
 # Fields that change no picture, or that the provenance of each picture holds by itself.
@@ -87,7 +87,7 @@ class PictureGenerator:
                     )
             sized = self._sized(sampling, self._edit_input(sampling, edit))
             self.pipeline.image_size(sized)
-            plan(self.pipeline.family.process, self.pipeline.family.settings, sized)
+            visited_timesteps(self.pipeline.family.process, self.pipeline.family.settings, sized)
 
     @cached_property
     def shared(self) -> dict[str, Any]:
@@ -126,9 +126,14 @@ class PictureGenerator:
         return own
 
     def generate(
-        self, items: Sequence[Item], indices: Sequence[int], reporter: Reporter, on_preview: OnPreview
+        self,
+        items: Sequence[Item],
+        indices: Sequence[int],
+        reporter: Reporter,
+        on_preview: OnPreview,
+        on_nonfinite: OnNonfinite,
     ) -> Iterator[tuple[int, Tensor]]:
-        """Generate some of the pictures; yields the index and the pixels of each."""
+        """Generate some of the pictures; yields the index and the pixels of each that is finite."""
         with reporter.progress("sampling", len(indices), unit="image") as progress:
             done = 0
             for part in _alike(items, indices):
@@ -139,6 +144,7 @@ class PictureGenerator:
                     weighted=self.recipe.weighted_words,
                     preview_every=self.recipe.preview_every,
                     on_preview=on_preview,
+                    on_nonfinite=on_nonfinite,
                 )
                 sized = self._sized(sampling, options.edit_input)
                 noise = None if self._noise is None else self._noise[part]

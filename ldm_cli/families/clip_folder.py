@@ -1,0 +1,27 @@
+"""A whole CLIP as a folder holds it: both towers, the tokenizer, the image processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ldm_cli.core.models.clip import CLIPModel
+from ldm_cli.core.models.clip_image_processor import CLIPImageProcessor
+from ldm_cli.data.tokenizer import Tokenizer
+from ldm_cli.errors import CheckpointError
+from ldm_cli.formats.model_folder import load_model, read_image_processor
+
+
+def open_clip(folder: Path) -> tuple[CLIPModel, Tokenizer, CLIPImageProcessor]:
+    """Read a CLIPModel folder; errors as in `load_model`.
+
+    Raises:
+        CheckpointError: the image processor does not give images of the model's size.
+    """
+    model = load_model(CLIPModel, folder)
+    size = model.config.vision_config.image_size
+    processor = read_image_processor(CLIPImageProcessor.from_hugging_face, folder)
+    processor = CLIPImageProcessor.for_side(size) if processor is None else processor
+    if processor.side != size:
+        cause = f"its image processor does not give {size}x{size} px, which the model's image_size asks for"
+        raise CheckpointError(f"cannot use '{folder}'", cause, "correct size and crop_size of preprocessor_config.json")
+    return model, Tokenizer.load(folder), processor

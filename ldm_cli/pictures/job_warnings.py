@@ -1,0 +1,96 @@
+"""Settings of a job that change no picture, and words in its prompts that other programs take as commands."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from ldm_cli.families.family import Family
+from ldm_cli.families.prompt_weights import parse_weights
+from ldm_cli.pictures.job import Item
+from ldm_cli.sampling.config import SamplingConfig
+from ldm_cli.sampling.denoising import sampler_of, takes_eta
+
+_MOST_NAMED = 3
+_ESCAPED = re.compile(r"\\.")
+_COMMANDS = re.compile(
+    r"""
+      <(?:lora|lyco|lycoris|hypernet|ti):[^<>]*>        # further networks
+    | \b(?:BREAK|AND)\b                                 # several prompts in one
+    | \[[^\[\]]*\]                                      # [less], [this|that], [this:that:8]
+    | \{[^{}]*\}                                        # {more}, {this|that}
+    | \(\([^()]*\)\) | \([^()]*:[^()\w]*[\d.,]+\s*\)    # ((more)), (weights:-1) that are not read
+    | \bembedding:[\w./-]+ | __[\w/*-]+__               # embeddings and word lists by name
+    | \w+::-?[\d.]+ | (?<!\S)--(?:ar|no|niji|stylize|chaos|v|q|s)\b
+    | \)(?:\+{1,5}|-{1,5})(?!\w) | \)\.(?:and|blend|swap)\(
+    """,
+    re.VERBOSE,
+)
+
+
+def job_warnings(items: Sequence[Item], family: Family, weighted: bool) -> list[str]:
+    """One message for each kind of setting or word without the effect that it seems to ask for.
+
+    Args:
+        items: of the job.
+        family: the model.
+        weighted: whether `(word:1.3)` in a prompt is a weight.
+    """
+    found: dict[str, str] = {}
+    for item in {(item.sampling, item.edit): item for item in items}.values():
+        for kind, message in [*_unused_settings(item.sampling, family), *_unused_prompts(item, family)]:
+            found.setdefault(kind, message)
+    texts = [text for item in items for text in (item.request.prompt, item.sampling.negative)]
+    texts += [item.request.blend.prompt for item in items if item.request.blend is not None]
+    if commands := foreign_commands(dict.fromkeys(texts), weighted):
+        named = ", ".join(map(repr, commands[:_MOST_NAMED])) + (", …" if len(commands) > _MOST_NAMED else "")
+        found["commands"] = f"prompts hold {named}: commands of other programs, which are read as words here"
+    return list(found.values())
+
+
+def foreign_commands(prompts: Iterable[str], weighted: bool) -> list[str]:
+    """The parts of prompts that web interfaces take as commands, each once; arguments as in `job_warnings`."""
+    commands: dict[str, None] = {}
+    for prompt in prompts:
+        text = _ESCAPED.sub(" ", prompt)
+        if weighted:
+            text = "".join(piece.text for piece in parse_weights(text))
+        matches = [match[0] for match in _COMMANDS.finditer(text)]
+        commands |= dict.fromkeys(
+            command
+            for command in matches
+            if not (command in ("BREAK", "AND") and text.isupper()) and (weighted or not command.startswith("("))
+        )
+    return list(commands)
+
+
+def _unused_settings(config: SamplingConfig, family: Family) -> Iterator[tuple[str, str]]:
+    """The kind and the message of each setting that changes nothing."""
+    guidance, is_distilled = config.guidance, family.guidance_width is not None
+    if config.eta is not None and not takes_eta(family.settings, config):
+        yield "eta", f"sampling.eta={config.eta:g} has no effect on {sampler_of(family.settings, config)}"
+    if not is_distilled and guidance.scale != 1.0:
+        unused = ["negative"] if guidance.model is not None and config.negative else []
+        reason = "with guidance.model"
+    else:
+        given = {"interval": guidance.interval, "apg": guidance.apg, "model": guidance.model}
+        unused = ["negative"] if config.negative else []
+        unused += [f"guidance.{name}" for name, value in given.items() if value is not None]
+        unused += ["guidance.rescale"] if guidance.rescale > 0.0 else []
+        reason = "on a model that was distilled with guidance" if is_distilled else "with guidance.scale=1"
+    for name in unused:
+        yield name, f"sampling.{name} has no effect {reason}"
+
+
+def _unused_prompts(item: Item, family: Family) -> Iterator[tuple[str, str]]:
+    """The kind and the message of each setting that leaves the prompt without effect."""
+    guidance, edit = item.sampling.guidance, item.edit
+    follows_prompt = guidance.scale != 0.0 or guidance.model is not None or guidance.clip is not None
+    if item.request.prompt and not follows_prompt and family.guidance_width is None:
+        yield "scale", "guidance.scale=0 ignores the prompt; where the card of a Turbo model says 0, give 1"
+    if edit.image is not None and int(edit.resolved_strength * item.sampling.steps) == 0:
+        yield (
+            "strength",
+            f"edit.strength={edit.resolved_strength:g} of {item.sampling.steps} steps leaves none: "
+            "the prompt is ignored, the picture only passes through the autoencoder",
+        )
