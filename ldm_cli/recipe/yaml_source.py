@@ -9,6 +9,7 @@ are problems.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,7 +109,7 @@ class _Reader:
 
     def __init__(self, source: YamlSource, text: str) -> None:
         self.source = source
-        self.events = yaml.parse(text, Loader=yaml.SafeLoader)
+        self.events: Iterator[Any] = yaml.parse(text, Loader=yaml.SafeLoader)
 
     def read(self) -> None:
         """Read the document."""
