@@ -17,7 +17,7 @@ from ldm_cli.cli.launch import is_rank
 from ldm_cli.errors import UsageError
 from ldm_cli.training.interruption import InterruptNote, release_signals
 
-_SAVE_WHEN_STOPPED = ("train-clip", "train-vae", "train-unet", "precompute")
+_SAVE_WHEN_STOPPED = (*train.COMMANDS, "precompute")
 
 app = typer.Typer(
     name="ldm",

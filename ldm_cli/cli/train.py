@@ -1,4 +1,4 @@
-"""`ldm train-clip`, `ldm train-vae`, `ldm train-unet`."""
+"""`ldm train-clip` and the other trainers: one command for all, and the stage of its name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ldm_cli.cli.startup import importing
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.training.interruption import release_signals
 
-_HELP = {
+COMMANDS = {
     "train-clip": "Train CLIP on image-text shards; writes a CLIPModel folder with its tokenizer.",
     "train-vae": "Train an image autoencoder on shards; writes an AutoencoderKL folder.",
     "train-unet": "Train a text-to-image denoiser in the space of a VAE; writes a pipeline folder.",
@@ -22,8 +22,8 @@ _HELP = {
 
 
 def register(app: typer.Typer) -> None:
-    """Add the three commands to the program."""
-    for name, text in _HELP.items():
+    """Add the trainers' commands to the program."""
+    for name, text in COMMANDS.items():
         app.command(name, help=text, rich_help_panel="Models")(_train)
 
 
