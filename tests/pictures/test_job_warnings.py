@@ -87,7 +87,7 @@ def test_a_command_of_another_program_is_named(command: str) -> None:
 @pytest.mark.parametrize(
     "prompt",
     [
-        "a (red:1.3) circle (or so)", r"a \(\(red\)\) circle, \[x\]", "a <cat-toy> sks", "CATS AND DOGS", 
+        "a (red:1.3) circle (or so)", r"a \(\(red\)\) circle, \[x\]", "a <cat-toy> sks", "CATS AND DOGS",
         "a cat and a dog", "3:4 ratio, 10:30 pm", "well-known -- and old", "C++ logo", "snake_case_name",
     ],
 )  # fmt: skip
