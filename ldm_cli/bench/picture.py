@@ -83,9 +83,11 @@ def process(command: list[str], target: str) -> Runner:
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise WorkerError(f"'{' '.join(command[:4])} …' failed", (done.stderr.strip().splitlines() or [""])[-1])
+    try:
+        subprocess.check_output(command, stderr=subprocess.STDOUT, text=True)
+    except subprocess.CalledProcessError as error:
+        last = (error.output.strip().splitlines() or ["no message"])[-1]
+        raise WorkerError(f"'{' '.join(command[:4])} …' failed", last) from None
 
 
 @contextmanager

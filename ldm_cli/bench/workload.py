@@ -210,8 +210,11 @@ def our_encoding(work: Workload) -> Runner:
     vae = build_model(work.recipe).to(work.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     tune_for_cpu(vae)
     images = work.random_batch()["images"]
-    flops = lambda: _flops(work.recipe, lambda meta: meta.posterior(images.to("meta")))  # noqa: E731
-    return encoding_step(work, lambda: vae.posterior(images), lambda: {"flops": flops()})
+
+    def facts() -> dict[str, Any]:
+        return {"flops": _flops(work.recipe, lambda meta: meta.posterior(images.to("meta")))}
+
+    return encoding_step(work, lambda: vae.posterior(images), facts)
 
 
 def encoding_step(work: Workload, encode: Callable[[], object], facts: Callable[[], dict[str, Any]] = dict) -> Runner:

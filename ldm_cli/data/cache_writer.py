@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm_cli.data.cache_manifest import MANIFEST, Manifest
 from ldm_cli.data.latent_cache import BAD, CONDITION, MOMENTS, caption_digest
 from ldm_cli.errors import OutputError, StorageError
-from ldm_cli.storage import TEMPORARY_PREFIX, megabytes, whole_file, write_whole
+from ldm_cli.storage import TEMPORARY_PREFIX, megabytes, write_whole
 
 
 @contextmanager
@@ -72,17 +72,6 @@ def caption_members(caption: str, condition: Mapping[str, Tensor]) -> dict[str, 
     text = caption.encode("utf-8", "backslashreplace")
     content = save({name: tensor.contiguous() for name, tensor in condition.items()})
     return {"__key__": caption_digest(caption), CONDITION: content, "txt": text}
-
-
-def write_shard(path: Path, samples: Iterable[Mapping[str, Any]]) -> None:
-    """A WebDataset shard of these samples, whole or not at all; errors as in `whole_file`, and of `samples`."""
-    from webdataset import TarWriter  # a slow import, needed here alone
-
-    # Fixed owner, mode and time: the same content is the same bytes.
-    owner = {"user": "ldm", "group": "ldm", "mode": 0o644, "mtime": 0}
-    with whole_file(path) as partial, partial.open("wb") as stream, TarWriter(stream, encoder=False, **owner) as tar:
-        for sample in samples:
-            tar.write(sample)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -7,9 +7,9 @@ is therefore a function of t.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import lru_cache
 
 import torch
 
@@ -33,7 +33,7 @@ class Interleaving:
         total = sum(map(Fraction, weights), Fraction())
         self._rates = [block * Fraction(weight) / total for weight in weights]
         self._key, self._block = key, block
-        self._blocks: OrderedDict[int, list[tuple[int, int]]] = OrderedDict()
+        self._items = lru_cache(maxsize=_NUM_CACHED_BLOCKS)(self._make_items)
 
     def __call__(self, place: int) -> tuple[int, int]:
         """Stream, and number within it, at a place of the interleaved stream."""
@@ -51,19 +51,15 @@ class Interleaving:
     def _start(self, block: int) -> int:
         return sum(self._given(block))
 
-    def _items(self, block: int) -> list[tuple[int, int]]:
+    def _make_items(self, block: int) -> list[tuple[int, int]]:
         """The items of a block in their order."""
-        if block not in self._blocks:
-            before, after = self._given(block), self._given(block + 1)
-            counts = [end - first for first, end in zip(before, after, strict=True)]
-            streams = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-            words = philox.bits(self._key, torch.full_like(streams, block), torch.arange(len(streams)), 2)
-            order = torch.argsort((words[:, 0] << 30) | (words[:, 1] >> 2), stable=True)
-            items = []
-            for stream in streams[order].tolist():
-                items.append((stream, before[stream]))
-                before[stream] += 1
-            self._blocks[block] = items
-            while len(self._blocks) > _NUM_CACHED_BLOCKS:
-                self._blocks.popitem(last=False)
-        return self._blocks[block]
+        before, after = self._given(block), self._given(block + 1)
+        counts = [end - first for first, end in zip(before, after, strict=True)]
+        streams = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        words = philox.bits(self._key, torch.full_like(streams, block), torch.arange(len(streams)), 2)
+        order = torch.argsort((words[:, 0] << 30) | (words[:, 1] >> 2), stable=True)
+        items = []
+        for stream in streams[order].tolist():
+            items.append((stream, before[stream]))
+            before[stream] += 1
+        return items

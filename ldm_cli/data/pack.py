@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.decode import decode_rgb, image_header, upright_size
 from ldm_cli.data.folders import find_sources
 from ldm_cli.data.pack_report import PackReport
+from ldm_cli.data.shard_writer import write_shard
 from ldm_cli.data.sources import Choices, Source
 from ldm_cli.errors import InputNotFoundError, OutputError, StorageError
-from ldm_cli.reporting import Reporter
+from ldm_cli.reporting import Progress, Reporter
 
 _LIMITS = DataConfig(shards="")
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # of formats that are not their own
@@ -58,17 +59,18 @@ def pack(
     """
     if shard_samples < 1:
         raise ValueError(f"pack: shard_samples={shard_samples}")
-    report = PackReport()
+    report, shards = PackReport(), dict[str, int]()
     sources = find_sources(source, choices, report)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"cannot pack into '{out}'", "it exists already", "choose a new folder")
+    packing = _Packing(report)
     with _appearing_whole(out) as folder:
-        packing = _Packing(folder, shard_samples, prefix, report)
-        with reporter.progress(f"packing into {out}", None, unit="image") as progress, closing(packing):
-            for number, item in enumerate(sources, start=1):
-                packing.add(item)
-                progress.update(number)
-        if not packing.num_samples:
+        with reporter.progress(f"packing into {out}", None, unit="image") as progress:
+            samples = packing.samples(sources, progress)
+            for shard, group in groupby(samples, key=lambda sample: int(sample["__key__"]) // shard_samples):
+                name = f"{prefix}{shard:06d}.tar"
+                shards[name] = write_shard(folder / name, group)
+        if not shards:
             remedy = "tars are shards already: name them as data.shards" if report.not_read[".tar"] else ""
             raise InputNotFoundError(f"there are no pictures to pack in '{source}'", report.what_was_seen(), remedy)
     if packing.num_several:
@@ -76,7 +78,13 @@ def pack(
             f"samples with several captions: {packing.num_several}; txt holds the first of them: train with "
             "data.caption=json:captions to choose one of them each time"
         )
-    return packing.summary()
+    return {
+        "samples": packing.num_samples,
+        "without_caption": packing.num_without,
+        "several_captions": packing.num_several,
+        "shards": shards,
+        **report.summary(),
+    }
 
 
 @contextmanager
@@ -102,33 +110,35 @@ def _appearing_whole(out: Path) -> Iterator[Path]:
 
 
 class _Packing:
-    """Shards being written, and the account of them."""
+    """Samples of sources, and their counts."""
 
-    def __init__(self, folder: Path, shard_samples: int, prefix: str, report: PackReport) -> None:
-        from webdataset import TarWriter  # a slow import, needed here alone
-
-        self.num_samples = self.num_several = 0
+    def __init__(self, report: PackReport) -> None:
+        self.num_samples = self.num_several = self.num_without = 0
         self._report = report
-        self._without_caption = 0
-        self._shards: dict[str, int] = {}
-        self._folder, self._shard_samples, self._prefix = folder, shard_samples, prefix
-        self._make_writer = TarWriter
-        self._writer: Any = None
-        self._file: BinaryIO | None = None
 
-    def add(self, source: Source) -> None:
-        """Write a picture's samples, or count why it is left out."""
-        try:
-            data = source.picture if isinstance(source.picture, bytes) else _read(source.picture)
-            form = image_header(data, _LIMITS.max_pixels)[0]
-            width, height = upright_size(data, _LIMITS.max_pixels)
-            for remark in decode_rgb(data, _LIMITS.background, _LIMITS.max_pixels, _LIMITS.image_size).remarks:
-                self._report.remark(remark)
-        except BadSampleError as bad:
-            self._report.leave_out(source.name, bad)
-            return
+    def samples(self, sources: Iterable[Source], progress: Progress) -> Iterator[dict[str, Any]]:
+        """The samples of every picture; one that cannot be used is left out and counted."""
+        for number, source in enumerate(sources, start=1):
+            try:
+                members = self._members(source)
+            except BadSampleError as bad:
+                self._report.leave_out(source.name, bad)
+            else:
+                self.num_without += source.repeats * (not source.captions)
+                self.num_several += source.repeats * (len(source.captions) > 1)
+                for _ in range(source.repeats):
+                    yield {"__key__": f"{self.num_samples:09d}", **members}
+                    self.num_samples += 1
+            progress.update(number)
+
+    def _members(self, source: Source) -> dict[str, bytes]:
+        data = source.picture if isinstance(source.picture, bytes) else _read(source.picture)
+        form = image_header(data, _LIMITS.max_pixels)[0]
+        width, height = upright_size(data, _LIMITS.max_pixels)
+        for remark in decode_rgb(data, _LIMITS.background, _LIMITS.max_pixels, _LIMITS.image_size).remarks:
+            self._report.remark(remark)
         facts = {**source.extra, "path": source.name, "width": width, "height": height}
-        members: dict[str, Any] = {_EXTENSIONS.get(form, form.lower()): data}
+        members = {_EXTENSIONS.get(form, form.lower()): data}
         if source.captions:
             facts["captions"] = source.captions
             members["txt"] = source.captions[0].encode()
@@ -136,42 +146,7 @@ class _Packing:
             members["cls"] = str(source.label).encode()
         text = json.dumps(_json_value(facts), ensure_ascii=False, sort_keys=True, allow_nan=False)
         members["json"] = text.encode("utf-8", "backslashreplace")
-        self._without_caption += source.repeats * (not source.captions)
-        self.num_several += source.repeats * (len(source.captions) > 1)
-        for _ in range(source.repeats):
-            self._current().write({"__key__": f"{self.num_samples:09d}", **members})
-            self.num_samples += 1
-
-    def close(self) -> None:
-        """Finish the shard being written, and see it on disk."""
-        if self._file is not None:
-            self._writer.close()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-        self._writer = self._file = None
-
-    def summary(self) -> dict[str, Any]:
-        """What `pack` returns."""
-        return {
-            "samples": self.num_samples,
-            "without_caption": self._without_caption,
-            "several_captions": self.num_several,
-            "shards": self._shards,
-            **self._report.summary(),
-        }
-
-    def _current(self) -> Any:
-        """The writer of the shard that takes the next sample."""
-        shard, within = divmod(self.num_samples, self._shard_samples)
-        name = f"{self._prefix}{shard:06d}.tar"
-        if within == 0:
-            self.close()
-            self._file = (self._folder / name).open("wb")
-            # Fixed owner, mode and time: the same source gives the same bytes.
-            self._writer = self._make_writer(self._file, encoder=False, user="ldm", group="ldm", mode=0o644, mtime=0)
-        self._shards[name] = within + 1
-        return self._writer
+        return members
 
 
 def _json_value(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ldm_cli.data.config import DataConfig
 from ldm_cli.data.decode import IMAGE_EXTENSIONS, image_header
 from ldm_cli.data.sample_decoder import Draw, SampleDecoder, Wanted, image_extensions
 from ldm_cli.data.shards import ShardSet
+from ldm_cli.data.tar_index import ShardIndex
 from ldm_cli.errors import OutputError
 from ldm_cli.reporting import Reporter
 
@@ -34,18 +35,12 @@ def check(shards: ShardSet, config: DataConfig, reporter: Reporter) -> dict[str,
     bad: list[BadSample] = []
     remarks: Counter[str] = Counter()
     members = _MembersNotUsed(config)
-    with reporter.progress("checking samples", shards.num_samples, unit="sample") as progress:
-        done = 0
-        for shard, index in enumerate(shards.indexes):
-            for number in range(index.num_samples):
-                members.add(shards.name(shard, number), index.sample(number))
-                try:
-                    remarks.update(decoder.decode(shard, number, Draw()).remarks)
-                except BadSampleError as error:
-                    path = str(shards.paths[shard])
-                    bad.append(BadSample(path, index.key(number), error.reason, error.detail))
-                done += 1
-                progress.update(done)
+    for shard, index, number in _each(shards, "checking samples", reporter):
+        members.add(shards.name(shard, number), index.sample(number))
+        try:
+            remarks.update(decoder.decode(shard, number, Draw()).remarks)
+        except BadSampleError as error:
+            bad.append(BadSample(str(shards.paths[shard]), index.key(number), error.reason, error.detail))
     decoder.close()
     damaged = {
         str(path): index.damage for path, index in zip(shards.paths, shards.indexes, strict=True) if index.damage
@@ -63,6 +58,15 @@ def check(shards: ShardSet, config: DataConfig, reporter: Reporter) -> dict[str,
         "hidden_samples": members.hidden,
         "damaged_shards": damaged,
     }
+
+
+def _each(shards: ShardSet, title: str, reporter: Reporter) -> Iterator[tuple[int, ShardIndex, int]]:
+    """Shard, its index and the number within it of each sample, with progress."""
+    places = ((shard, index, n) for shard, index in enumerate(shards.indexes) for n in range(index.num_samples))
+    with reporter.progress(title, shards.num_samples, unit="sample") as progress:
+        for done, place in enumerate(places, start=1):
+            yield place
+            progress.update(done)
 
 
 class _MembersNotUsed:
@@ -101,20 +105,15 @@ def stats(shards: ShardSet, config: DataConfig, reporter: Reporter) -> dict[str,
     decoder = SampleDecoder(shards, config, Wanted(image=False))
     extensions, formats, captions, unusable = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     sizes: list[tuple[int, int]] = []
-    with reporter.progress("reading samples", shards.num_samples, unit="sample") as progress:
-        done = 0
-        for shard, index in enumerate(shards.indexes):
-            for number in range(index.num_samples):
-                extensions.update(list(index.sample(number)))
-                try:
-                    form, width, height = image_header(decoder.image_bytes(shard, number), config.max_pixels)
-                    formats[form.lower()] += 1
-                    sizes.append((width, height))
-                    captions[decoder.decode(shard, number, Draw()).caption] += 1
-                except BadSampleError as error:
-                    unusable[error.reason] += 1
-                done += 1
-                progress.update(done)
+    for shard, index, number in _each(shards, "reading samples", reporter):
+        extensions.update(list(index.sample(number)))
+        try:
+            form, width, height = image_header(decoder.image_bytes(shard, number), config.max_pixels)
+            formats[form.lower()] += 1
+            sizes.append((width, height))
+            captions[decoder.decode(shard, number, Draw()).caption] += 1
+        except BadSampleError as error:
+            unusable[error.reason] += 1
     decoder.close()
     return {
         "shards": len(shards.paths),

@@ -24,10 +24,11 @@ from PIL import Image
 from ldm_cli.data import scene_vocabulary as words
 from ldm_cli.data.scene_captions import FULL_FRACTION, caption
 from ldm_cli.data.scene_drawing import paint
+from ldm_cli.data.shard_writer import write_shard
 from ldm_cli.data.workers import made_by_workers
 from ldm_cli.errors import OutputError
 from ldm_cli.reporting import Reporter
-from ldm_cli.storage import TEMPORARY_PREFIX, whole_file, write_whole
+from ldm_cli.storage import TEMPORARY_PREFIX, write_whole
 
 Split = Literal["train", "val"]
 Truth = dict[str, Any]
@@ -269,25 +270,13 @@ def _write_shard(
     out: Path, shards: Sequence[_Shard], seed: int, size: int, two_object_fraction: float, number: int
 ) -> int:
     """Write shard `number` of `shards`; returns its number of scenes."""
-    from webdataset import TarWriter  # a slow import, needed here alone
-
     name, split, indices = shards[number]
-    stream = io.BytesIO()
-    # Fixed owner, mode and time: the same scenes are the same bytes.
-    with TarWriter(stream, encoder=False, user="ldm", group="ldm", mode=0o644, mtime=0) as tar:
-        for index in indices:
-            drawn = scene(seed, index, split, size, two_object_fraction)
-            png = io.BytesIO()
-            drawn.image.save(png, format="PNG")
-            text = json.dumps(drawn.truth, separators=(",", ":")).encode()
-            tar.write(
-                {
-                    "__key__": f"{index:09d}",
-                    "png": png.getvalue(),
-                    "txt": drawn.caption.encode(),
-                    "json": text,
-                }
-            )
-    with whole_file(out / name) as temporary:
-        temporary.write_bytes(stream.getvalue())
-    return len(indices)
+    scenes = (scene(seed, index, split, size, two_object_fraction) for index in indices)
+    return write_shard(out / name, (_members(index, one) for index, one in zip(indices, scenes, strict=True)))
+
+
+def _members(index: int, one: Scene) -> dict[str, Any]:
+    png = io.BytesIO()
+    one.image.save(png, format="PNG")
+    text = json.dumps(one.truth, separators=(",", ":")).encode()
+    return {"__key__": f"{index:09d}", "png": png.getvalue(), "txt": one.caption.encode(), "json": text}

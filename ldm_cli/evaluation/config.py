@@ -21,7 +21,7 @@ _NEEDS: dict[str, tuple[str, ...]] = {
 }
 
 
-class ZeroShotTask(Config):
+class ZeroShotClassification(Config):
     """One classification by class prompts."""
 
     name: str
@@ -53,7 +53,7 @@ class EvalConfig(Config):
     num_generated: Annotated[int, Field(ge=1)] = 256
     """Number of pictures to generate: one for each of the first captions, the i-th (from 0) with seed
     `sampling.seed + i`."""
-    zero_shot: tuple[ZeroShotTask, ...] = ()
+    zero_shot: tuple[ZeroShotClassification, ...] = ()
     """Classifications for `zero_shot`."""
     batch_size: Annotated[int, Field(ge=1)] = 64
     """Samples per model call."""

@@ -7,7 +7,6 @@ the web UI puts it, and ours in ImageDescription.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,6 @@ PARAMETERS, OURS = "parameters", "ldm_cli"
 _NEGATIVE = "Negative prompt: "
 _COMMENT_CHARSET = b"UNICODE\0"
 _MOST_EXIF_BYTES = 65_000
-# One `key: value` of the last line, and what makes a last line one: as the web UI reads them.
-_FIELD = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
-_LEAST_FIELDS = 3
 
 
 def format_parameters(prompt: str, negative: str, fields: Mapping[str, Any]) -> str:
@@ -35,23 +31,6 @@ def format_parameters(prompt: str, negative: str, fields: Mapping[str, Any]) -> 
     """
     last = ", ".join(f"{name}: {_quoted(value)}" for name, value in fields.items() if value is not None)
     return f"{prompt}\n{_NEGATIVE}{negative}\n{last}" if negative else f"{prompt}\n{last}"
-
-
-def parse_parameters(text: str) -> dict[str, str]:
-    """`Prompt`, `Negative prompt` and the fields of a `parameters` text; the inverse of `format_parameters`.
-
-    >>> parse_parameters("a cat\\nNegative prompt: a dog\\nSteps: 20, Sampler: Euler, Seed: 1")["Seed"]
-    '1'
-    """
-    lines = text.strip().split("\n")
-    fields = _FIELD.findall(lines[-1])
-    if len(fields) >= _LEAST_FIELDS:
-        lines.pop()
-    else:
-        fields = []
-    at = next((i for i, line in enumerate(lines) if line.strip().startswith(_NEGATIVE)), len(lines))
-    negative = "\n".join(lines[at:]).strip().removeprefix(_NEGATIVE)
-    return {"Prompt": "\n".join(lines[:at]), "Negative prompt": negative} | {k: _unquoted(v) for k, v in fields}
 
 
 def png_chunks(texts: Mapping[str, str]) -> PngImagePlugin.PngInfo:
@@ -98,10 +77,3 @@ def read_provenance(path: Path) -> dict[str, Any]:
 def _quoted(value: Any) -> str:
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if any(c in text for c in ",\n:") else text
-
-
-def _unquoted(text: str) -> str:
-    try:
-        return str(json.loads(text)) if text[:1] == text[-1:] == '"' else text
-    except ValueError:
-        return text

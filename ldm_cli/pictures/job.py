@@ -69,7 +69,7 @@ class Job:
     sheets: tuple[Sheet, ...]
 
 
-def plan_job(
+def make_job(
     prompts: Sequence[str | PromptEntry],
     sampling: SamplingConfig,
     edit: EditConfig,

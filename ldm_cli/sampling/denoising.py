@@ -126,7 +126,7 @@ def denoise(
     Raises:
         UsageError: more steps than the network has levels.
     """
-    timesteps = plan(process, settings, config)
+    timesteps = visited_timesteps(process, settings, config)
     x = timesteps.start_scale * noise
     if start is not None and start.strength < 1.0:
         timesteps = timesteps.last(int(start.strength * config.steps))
@@ -165,7 +165,7 @@ def spacing_of(settings: SchedulerSettings, config: SamplingConfig) -> Spacing |
     return settings.timestep_spacing or "leading"
 
 
-def plan(process: Process, settings: SchedulerSettings, config: SamplingConfig) -> Timesteps:
+def visited_timesteps(process: Process, settings: SchedulerSettings, config: SamplingConfig) -> Timesteps:
     """The levels that will be visited; arguments and errors as in `denoise`."""
     name, spacing = sampler_of(settings, config), spacing_of(settings, config)
     is_distilled = name == "lcm" and config.timesteps is None and config.timestep_spacing is None

@@ -12,24 +12,12 @@ from ldm_cli.data import pack as packing
 from ldm_cli.data import report, scenes
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.open_shards import open_shards
-from ldm_cli.data.sources import Choices
 from ldm_cli.reporting import Reporter
 
 synth = scenes.write_scenes
 """Write synthetic scenes with captions and ground truth as shards."""
-
-
-def pack(
-    source: Path,
-    out: Path,
-    reporter: Reporter,
-    *,
-    choices: Choices = Choices(),
-    shard_samples: int = 10_000,
-    prefix: str = "train-",
-) -> dict[str, Any]:
-    """Make shards of a folder of pictures, or of a table that names some: `data.pack.pack`."""
-    return packing.pack(source, out, reporter, choices=choices, shard_samples=shard_samples, prefix=prefix)
+pack = packing.pack
+"""Make shards of a folder of pictures, or of a table that names some."""
 
 
 def check(config: DataConfig, reporter: Reporter) -> dict[str, Any]:

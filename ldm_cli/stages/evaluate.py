@@ -20,7 +20,7 @@ from ldm_cli.data.shards import ShardSet
 from ldm_cli.errors import DataError, DivergedError, OutputError, RecipeError
 from ldm_cli.evaluation.attribute_accuracy import score_scenes
 from ldm_cli.evaluation.clip_features import CLIPFeatures
-from ldm_cli.evaluation.config import ZeroShotTask
+from ldm_cli.evaluation.config import ZeroShotClassification
 from ldm_cli.evaluation.frechet import FeatureStatistics, frechet_distance, frechet_name
 from ldm_cli.evaluation.image_quality import SSIM_WINDOW
 from ldm_cli.evaluation.metrics import (
@@ -164,7 +164,7 @@ def _metrics_of_generated(
     return result
 
 
-def _zero_shot(task: ZeroShotTask, clip: CLIPFeatures, images: Tensor, real: Gathered) -> dict[str, Any]:
+def _zero_shot(task: ZeroShotClassification, clip: CLIPFeatures, images: Tensor, real: Gathered) -> dict[str, Any]:
     prompts = [template.replace("{}", name) for name in task.classes for template in task.templates]
     classes = class_embeddings(clip.texts(prompts).view(len(task.classes), len(task.templates), -1))
     labels = [_label(task, real, i) for i in range(len(images))]
@@ -179,7 +179,7 @@ def _zero_shot(task: ZeroShotTask, clip: CLIPFeatures, images: Tensor, real: Gat
     return {**accuracy, "num_samples": len(known), "num_classes": len(task.classes)}
 
 
-def _label(task: ZeroShotTask, real: Gathered, i: int) -> int | None:
+def _label(task: ZeroShotClassification, real: Gathered, i: int) -> int | None:
     """The class index of a sample, None where it has none."""
     value = real.labels[i] if task.label == "cls" else field_of(real.metadata[i], task.label.removeprefix("json:"))
     if value is None:

@@ -19,13 +19,13 @@ from ldm_cli.data.cache_writer import (
     moments_members,
     remove_orphans,
     write_manifest,
-    write_shard,
 )
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.latent_cache import caption_digest, known_captions
 from ldm_cli.data.open_shards import index_shards, open_shards
 from ldm_cli.data.prefetch import prefetched
 from ldm_cli.data.sample_decoder import SampleDecoder, Wanted
+from ldm_cli.data.shard_writer import write_shard
 from ldm_cli.data.shards import ShardSet
 from ldm_cli.errors import DataError, InputNotFoundError, OutputError, Preempted
 from ldm_cli.formats.model_folder import read_config

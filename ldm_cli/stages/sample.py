@@ -15,7 +15,7 @@ from ldm_cli.core.compiling import NOTICE
 from ldm_cli.errors import DivergedError, UsageError
 from ldm_cli.families.open_family import open_family
 from ldm_cli.pictures.images import slug
-from ldm_cli.pictures.job import Job, plan_job
+from ldm_cli.pictures.job import Job, make_job
 from ldm_cli.pictures.job_folder import GRID, JobFolder
 from ldm_cli.pictures.job_warnings import job_warnings
 from ldm_cli.pictures.provenance import check_repeatable
@@ -62,7 +62,7 @@ def run(
     """
     if not recipe.prompts:
         raise UsageError("no prompts", remedy="give -p TEXT, --prompts FILE, or prompts in the recipe")
-    job = plan_job(recipe.prompts, recipe.sampling, recipe.edit, recipe.variation, recipe.interpolate, recipe.xy)
+    job = make_job(recipe.prompts, recipe.sampling, recipe.edit, recipe.variation, recipe.interpolate, recipe.xy)
     if recipe.wildcards is not None:
         job = Wildcards(Path(recipe.wildcards)).filled_in(job)
     device = resolve_device(options.device, local_rank())

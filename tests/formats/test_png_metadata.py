@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from ldm_cli.errors import DataError, InputNotFoundError
-from ldm_cli.formats.png_metadata import exif, format_parameters, parse_parameters, png_chunks, read_provenance
+from ldm_cli.formats.png_metadata import exif, format_parameters, png_chunks, read_provenance
+from tests.formats.web_ui import parse_parameters
 
 FIELDS = {"Steps": 20, "Sampler": "DPM++ 2M", "CFG scale": 7.0, "Seed": 1, "Size": "512x512", "Nothing": None}
 # The pattern of AUTOMATIC1111's web UI (modules/infotext_utils.py), by which others read its pictures.

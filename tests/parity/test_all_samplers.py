@@ -12,7 +12,7 @@ from ldm_cli.core.diffusion.spacing import SigmaSpacing
 from ldm_cli.core.diffusion.timesteps import euler_timesteps
 from ldm_cli.formats.scheduler_file import SchedulerSettings
 from ldm_cli.sampling.config import SamplingConfig
-from ldm_cli.sampling.denoising import denoise, plan
+from ldm_cli.sampling.denoising import denoise, visited_timesteps
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -169,7 +169,7 @@ def test_align_your_steps_table_gives_the_levels_that_diffusers_gives_for_it():
     )
     scheduler.set_timesteps(timesteps=list(table))
     config = SamplingConfig(sampler="euler", steps=10, timesteps=table)
-    path = plan(process_of(DiffusionConfig()), SchedulerSettings({}), config)
+    path = visited_timesteps(process_of(DiffusionConfig()), SchedulerSettings({}), config)
     sigmas = torch.tensor([start.sigma for start, _ in path.steps])
     assert path.times == table
     torch.testing.assert_close(sigmas, scheduler.sigmas[:-1], rtol=1e-6, atol=0)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ldm_cli.families.family import Family
-from ldm_cli.pictures.job import plan_job
+from ldm_cli.pictures.job import make_job
 from ldm_cli.pictures.job_warnings import foreign_commands, job_warnings
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.edit_config import EditConfig
@@ -22,7 +22,7 @@ def family() -> Family:
 
 def warnings(family: Family, sampling: dict[str, Any], edit: dict[str, Any] | None = None, **job: Any) -> list[str]:
     edited = EditConfig.from_mapping(edit or {})
-    planned = plan_job(["a red circle"], SamplingConfig.from_mapping(sampling), edited, **job)
+    planned = make_job(["a red circle"], SamplingConfig.from_mapping(sampling), edited, **job)
     return job_warnings(planned.items, family, weighted=True)
 
 
@@ -101,7 +101,7 @@ def test_parentheses_are_text_where_weights_are_off() -> None:
 
 def test_a_job_names_commands_of_all_its_prompts_in_one_message(family: Family) -> None:
     sampling = SamplingConfig(negative="<lora:x:1>", images_per_prompt=2)
-    job = plan_job(["a BREAK b", "c AND d", "{e|f}"], sampling, EditConfig())
+    job = make_job(["a BREAK b", "c AND d", "{e|f}"], sampling, EditConfig())
     (message,) = job_warnings(job.items, family, weighted=True)
     assert "'BREAK', '<lora:x:1>', 'AND', …: commands of other programs" in message
 

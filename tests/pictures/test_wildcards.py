@@ -1,7 +1,7 @@
 import pytest
 
 from ldm_cli.errors import InputNotFoundError, UsageError
-from ldm_cli.pictures.job import plan_job
+from ldm_cli.pictures.job import make_job
 from ldm_cli.pictures.wildcards import Wildcards
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.edit_config import EditConfig
@@ -38,12 +38,12 @@ def test_missing_and_empty_lists_are_named(words, tmp_path):
 
 def test_each_image_of_a_job_has_its_own_word(words):
     config = SamplingConfig(images_per_prompt=12)
-    job = words.filled_in(plan_job(["__color__"], config, EditConfig()))
+    job = words.filled_in(make_job(["__color__"], config, EditConfig()))
     assert {item.request.prompt for item in job.items} == {"red", "green", "blue"}
-    plain = plan_job(["__color__"], config, EditConfig())
+    plain = make_job(["__color__"], config, EditConfig())
     assert {item.request.prompt for item in plain.items} == {"__color__"}, "off unless asked for"
     with pytest.raises(UsageError):
-        plan_job(["a"], config, EditConfig(), frames=2)
+        make_job(["a"], config, EditConfig(), frames=2)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "cp1252"])

@@ -17,7 +17,7 @@ from ldm_cli.core.cpu.group_norm import TunedGroupNorm
 from ldm_cli.core.cpu.linear import TunedLinear
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip_text import CLIPTextModel
-from ldm_cli.data import cache_writer
+from ldm_cli.data import cache_writer, shard_writer
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.cache_manifest import MANIFEST
 from ldm_cli.data.latent_cache import LatentCache
@@ -137,7 +137,7 @@ def test_a_second_life_does_nothing_and_an_interrupted_one_is_finished(
     parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = {**unet_recipe(*parts), "cache": str(tmp_path / "cache")}
-    write = cache_writer.write_shard
+    write = shard_writer.write_shard
     num_written = 0
 
     def interrupted(path: Path, samples: Any) -> None:

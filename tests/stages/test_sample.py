@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ldm_cli.errors import CheckpointError, DataError, OutputError, UsageError
-from ldm_cli.formats.png_metadata import parse_parameters, read_provenance
+from ldm_cli.formats.png_metadata import read_provenance
 from ldm_cli.pictures.images import read_image, save_image
 from ldm_cli.pictures.provenance import recipe_of
 from ldm_cli.recipe.load import load_recipe
@@ -26,6 +26,7 @@ from ldm_cli.stages.sample import run
 from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.stages.support.picture_generator import Latents
 from tests.conftest import REPOSITORY
+from tests.formats.web_ui import parse_parameters
 from tests.sampling.tiny import tiny_pipeline
 
 USUAL_SAMPLERS = ("ddim", "dpmpp_2m_sde")

@@ -22,7 +22,7 @@ from ldm_cli.pictures.progress import PartOfProgress
 from ldm_cli.recipe.schema import SampleRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.config import SamplingConfig
-from ldm_cli.sampling.denoising import plan, sampler_of
+from ldm_cli.sampling.denoising import sampler_of, visited_timesteps
 from ldm_cli.sampling.edit_config import EditConfig
 from ldm_cli.sampling.edit_input import EditInput, open_edit_input
 from ldm_cli.sampling.guidance_models import guidance_hashes, with_absolute_paths
@@ -87,7 +87,7 @@ class PictureGenerator:
                     )
             sized = self._sized(sampling, self._edit_input(sampling, edit))
             self.pipeline.image_size(sized)
-            plan(self.pipeline.family.process, self.pipeline.family.settings, sized)
+            visited_timesteps(self.pipeline.family.process, self.pipeline.family.settings, sized)
 
     @cached_property
     def shared(self) -> dict[str, Any]:
