@@ -33,7 +33,6 @@ _PIPELINES = (
     "StableDiffusionInpaintPipeline",
     "StableDiffusionInpaintPipelineLegacy",
     "LatentConsistencyModelPipeline",
-    "LatentConsistencyModelImg2ImgPipeline",
 )
 
 

@@ -270,6 +270,16 @@ def test_prompts_are_optional_and_pictures_then_left_out(
     assert (tmp_path / "run/model/model_index.json").is_file()
 
 
+def test_pictures_that_overflow_while_training_are_named_and_left_out(
+    scenes: Path, clip_run: Path, vae_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ldm_cli.sampling.pixels.is_sound", lambda images: torch.zeros(len(images), dtype=torch.bool))
+    recipe = unet_recipe(scenes, clip_run / "model", vae_run / "model", steps=2, sample_every=2)
+    assert trained(recipe, tmp_path / "run")["state"] == "finished"
+    assert not list((tmp_path / "run").rglob("grid.png"))
+    assert "with seed 0 is not finite: the autoencoder gives values" in (tmp_path / "run/log.txt").read_text()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
