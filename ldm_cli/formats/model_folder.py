@@ -13,29 +13,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm_cli.errors import CheckpointError
-from ldm_cli.formats.json_file import read_json, write_json
-from ldm_cli.formats.weight_files import (
-    DIFFUSERS_WEIGHTS,
-    TRANSFORMERS_WEIGHTS,
-    load_tensors,
-    named,
-    weights_sha256,
-)
+from ldm_cli.formats.json_file import read_json
+from ldm_cli.formats.weight_files import load_tensors, named
 from ldm_cli.storage import resolve_model_folder
-
-__all__ = [
-    "CONFIG_NAME",
-    "DIFFUSERS_WEIGHTS",
-    "TRANSFORMERS_WEIGHTS",
-    "load_model",
-    "load_weights",
-    "read_as",
-    "read_config",
-    "read_image_processor",
-    "weights_sha256",
-    "without_weights",
-    "write_json",
-]
 
 CONFIG_NAME = "config.json"
 

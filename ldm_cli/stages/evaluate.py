@@ -30,7 +30,7 @@ from ldm_cli.evaluation.metrics import (
     zero_shot_accuracy,
 )
 from ldm_cli.evaluation.scene_detector import WORKING_SIZE
-from ldm_cli.formats.model_folder import write_json
+from ldm_cli.formats.json_file import write_json
 from ldm_cli.recipe.schema import EvalRecipe, EvalSection
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.eval_samples import Gathered, Models, load_models, measure_generated, measure_real
