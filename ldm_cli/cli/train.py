@@ -1,4 +1,4 @@
-"""`ldm train-clip`, `ldm train-vae`, `ldm train-unet`."""
+"""`ldm train-clip` and the other trainers: one command for all, and the stage of its name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ldm_cli.cli.startup import importing
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.training.interruption import release_signals
 
-HELP = {
+COMMANDS = {
     "train-clip": "Train CLIP on image-text shards; writes a CLIPModel folder with its tokenizer.",
     "train-vae": "Train an image autoencoder on shards; writes an AutoencoderKL folder.",
     "train-unet": "Train a text-to-image denoiser in the space of a VAE; writes a pipeline folder.",

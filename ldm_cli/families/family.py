@@ -75,7 +75,7 @@ class Family(ABC):
     is_compiled: bool = False
 
     components: ClassVar[tuple[str, ...]]
-    """Subfolders that hold weights."""
+    """Subfolders that hold weights, that of the denoiser first."""
 
     @cached_property
     def process(self) -> Process:

@@ -52,7 +52,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "invert_sigmas": (False, None),
     "shift_terminal": (None, False),
     "stochastic_sampling": (False, None),
+    "timestep_spacing": ("leading", "linspace", "trailing", None),
 }
+_POSITIVE = ("sigma_min", "sigma_max", "original_inference_steps")
 _NEUTRAL_IN_FLOW = {"use_karras_sigmas": (False, None), "use_exponential_sigmas": (False, None)}
 _NEUTRAL_BY_CLASS: dict[str, dict[str, tuple[Any, ...]]] = {
     "DPMSolverMultistepScheduler": {
@@ -196,11 +198,13 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
     if found in _FLOW_SCHEDULERS:
         # These classes say nothing of the prediction, which is always a velocity, and call its shift so.
         content = {**content, "prediction_type": "flow_prediction", "flow_shift": content.get("shift", 1.0)}
-    elif content.get("prediction_type") != "flow_prediction":
+    elif found != "UniPCMultistepScheduler" or content.get("prediction_type") != "flow_prediction":
         neutral["use_flow_sigmas"] = (False, None)
-    unsupported = [f"{n}={content[n]!r}" for n, values in neutral.items() if n in content and content[n] not in values]
-    if unsupported:
-        raise CheckpointError(f"cannot use '{file}'", f"{', '.join(unsupported)} is not supported", "correct the file")
+    refused = [name for name, values in neutral.items() if name in content and content[name] not in values]
+    refused += [name for name in _POSITIVE if not _is_positive_or_none(content.get(name))]
+    if refused:
+        named = ", ".join(f"{name}={content[name]!r}" for name in refused)
+        raise CheckpointError(f"cannot use '{file}'", f"{named} is not supported", "correct the file")
     return SchedulerSettings(
         diffusion=_diffusion(content),
         timestep_spacing=content.get("timestep_spacing"),
@@ -211,6 +215,10 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
         num_distilled=content.get("original_inference_steps") or 50,
         sampler=_sampler(found, content),
     )
+
+
+def _is_positive_or_none(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and 0 < value < math.inf)
 
 
 def _sampler(scheduler_class: str, content: Mapping[str, Any]) -> str:

@@ -71,7 +71,7 @@ def test_img2img_is_that_of_diffusers(tmp_path, monkeypatch, sampler, strength):
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m"])
 def test_inpainting_is_that_of_diffusers_inside_of_the_mask(tmp_path, monkeypatch, sampler, strength, in_channels):
     module = diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint
-    folder, hole = their_folder(tmp_path, scheduler("ddim"), in_channels), mask()
+    folder, hole = their_folder(tmp_path, scheduler("ddim"), in_channels=in_channels), mask()
     given = {"mask_image": hole[None, None].float(), "height": 16, "width": 16}
     inpainting = diffusers.StableDiffusionInpaintPipeline
     expected = theirs(inpainting, folder, monkeypatch, module, sampler, strength, **given)

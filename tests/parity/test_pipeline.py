@@ -133,6 +133,12 @@ def test_every_other_scheduler_chooses_its_sampler_or_the_nearest(tmp_path, name
         ("EulerDiscreteScheduler", {"use_beta_sigmas": True}),
         ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}),
         ("DDIMScheduler", {"thresholding": True}),
+        ("DEISMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}),
+        ("EulerDiscreteScheduler", {"timestep_spacing": "random"}),
+        ("EulerDiscreteScheduler", {"sigma_min": 0.0, "use_karras_sigmas": True}),
+        ("UniPCMultistepScheduler", {"sigma_max": "high"}),
+        ("LCMScheduler", {"original_inference_steps": -1}),
     ],
 )
 def test_what_a_scheduler_asks_for_and_we_cannot_do_is_refused_by_name(tmp_path, name, fields):

@@ -25,7 +25,7 @@ def scheduler(name, **fields):
     return classes[name](**(stable | extra.get(name, {}) | fields))
 
 
-def their_folder(folder, the_scheduler, in_channels=4):
+def their_folder(folder, the_scheduler, **unet):
     """Write a pipeline into a subfolder; returns that."""
     tokenizer = tiny_tokenizer()
     tokenizer.save(folder / "own_tokenizer")
@@ -34,7 +34,7 @@ def their_folder(folder, the_scheduler, in_channels=4):
         vae=randomize(diffusers.AutoencoderKL(**VAE), 1),
         text_encoder=randomize(transformers.CLIPTextModel(text), 2),
         tokenizer=transformers.CLIPTokenizer.from_pretrained(folder / "own_tokenizer"),
-        unet=randomize(diffusers.UNet2DConditionModel(**UNET, in_channels=in_channels), 3),
+        unet=randomize(diffusers.UNet2DConditionModel(**(UNET | unet)), 3),
         scheduler=the_scheduler,
         safety_checker=None,
         feature_extractor=None,

@@ -11,8 +11,10 @@ from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.errors import CheckpointError, UsageError
 from ldm_cli.families.stable_diffusion import check_fit
 from ldm_cli.formats.json_file import read_json, write_json
+from ldm_cli.formats.scheduler_file import SchedulerSettings
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplingConfig
+from ldm_cli.sampling.denoising import plan
 from ldm_cli.sampling.pixels import decode_pixels
 from ldm_cli.sampling.request import ImageRequest, requests_for
 from tests.sampling.tiny import UNET, loaded_pipeline, tiny_pipeline
@@ -136,6 +138,10 @@ def test_prompts_that_are_cut_are_reported_once_with_what_was_cut(pipeline):
 def test_impossible_sizes_and_steps_are_usage_errors_with_a_remedy(pipeline):
     with pytest.raises(UsageError, match=r"width 31.*multiple of 2.*take 32"):
         pictures(pipeline, [ImageRequest("a", 0)], width=31)
+    for distilled, steps in ((50, 60), (25, 26), (20, 1000)):
+        settings = SchedulerSettings({}, num_distilled=distilled)
+        with pytest.raises(UsageError, match=f"lcm cannot take {steps} steps: .* distilled at {distilled} levels"):
+            plan(pipeline.family.process, settings, SamplingConfig(sampler="lcm", steps=steps))
     with pytest.raises(UsageError, match="1000 noise levels"):
         pictures(pipeline, [ImageRequest("a", 0)], sampler="dpmpp_2m", steps=1000)
 
@@ -192,7 +198,7 @@ def test_parts_that_do_not_fit_together_are_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"cross_attention_dim=32, text_encoder.hidden_size=24"):
         check_fit(replace(pipeline.family, denoiser=wider))
     classes = UNet2DConditionModel(UNet2DConditionConfig(**(UNET | {"num_class_embeds": 5})))
-    with pytest.raises(CheckpointError, match="conditioned on classes or on pooled text"):
+    with pytest.raises(CheckpointError, match=r"unet\.num_class_embeds=5 asks for a condition"):
         check_fit(replace(pipeline.family, denoiser=classes))
 
 

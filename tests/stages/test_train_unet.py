@@ -150,13 +150,13 @@ def test_caption_dropout_drops_its_fraction_and_leaves_the_rest_alone(
 ) -> None:
     task, loader = make_task(parts, tmp_path, diffusion={"caption_dropout": fraction})
     spy = Spy()
-    task.family = replace(task.family, denoiser=spy)  # type: ignore[type-var]
+    task.denoising.family = replace(task.family, denoiser=spy)  # type: ignore[type-var]
     captions = []
     for batch in loader.batches(0, num_steps):
         captions += batch.captions
         task.loss(batch, 1)
     given = torch.cat([tokens for _, tokens in spy.seen])
-    dropped = (given == task._empty.tokens).flatten(1).all(dim=1)
+    dropped = (given == task.denoising.empty.tokens).flatten(1).all(dim=1)
     sigma = math.sqrt(fraction * (1 - fraction) / (8 * num_steps))
     assert abs(dropped.float().mean() - fraction) <= 4 * sigma
     expected = task.encoder.condition(captions).tokens
@@ -174,7 +174,7 @@ def test_min_snr_weights_each_sample_by_its_level(parts: tuple[Path, Path, Path]
     batch = next(loader.batches(0, 1))
     spy = Spy()
     for task in (plain, weighted):
-        task.family = replace(task.family, denoiser=spy)  # type: ignore[type-var]
+        task.denoising.family = replace(task.family, denoiser=spy)  # type: ignore[type-var]
     for i in range(8):
         one = replace(
             batch, images=batch.images[i : i + 1], captions=batch.captions[i : i + 1],
@@ -270,6 +270,16 @@ def test_prompts_are_optional_and_pictures_then_left_out(
     assert (tmp_path / "run/model/model_index.json").is_file()
 
 
+def test_pictures_that_overflow_while_training_are_named_and_left_out(
+    scenes: Path, clip_run: Path, vae_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ldm_cli.sampling.pixels.is_sound", lambda images: torch.zeros(len(images), dtype=torch.bool))
+    recipe = unet_recipe(scenes, clip_run / "model", vae_run / "model", steps=2, sample_every=2)
+    assert trained(recipe, tmp_path / "run")["state"] == "finished"
+    assert not list((tmp_path / "run").rglob("grid.png"))
+    assert "with seed 0 is not finite: the autoencoder gives values" in (tmp_path / "run/log.txt").read_text()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -303,7 +313,7 @@ def test_logit_normal_levels_follow_the_logistic_of_a_normal_and_stay_in_range(
 ) -> None:
     task, _ = make_task(parts, tmp_path / "run", diffusion={"timestep_sampling": "logit_normal"})
     position = torch.arange(20_000)
-    _, _, t = task.family.process.at(task._levels(torch.zeros_like(position), position))
+    _, _, t = task.family.process.at(task.denoising.levels(torch.zeros_like(position), position))
     assert bool((t == t.long()).all())
     assert 0 <= t.min() < 40
     assert 960 < t.max() <= 999

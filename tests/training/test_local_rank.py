@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from ldm_cli.cli.launch import warn_of_copies
+from ldm_cli.errors import UsageError
 from ldm_cli.reporting import SilentReporter
-from ldm_cli.training.distributed import local_rank
+from ldm_cli.training.distributed import joined, local_rank
 
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS")
 
@@ -66,3 +67,23 @@ def test_copies_that_slurm_starts_and_nothing_joins_are_told_of(
     reporter = _Listening()
     warn_of_copies(reporter)
     assert len(reporter.warnings) == num_warnings
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        {"MASTER_PORT": "tcp://10.0.0.1:29500"},
+        {"MASTER_PORT": "29500.0"},
+        {"MASTER_PORT": "70000"},
+        {"MASTER_PORT": ""},
+        {"MASTER_PORT": "-1"},
+        {"MASTER_ADDR": "tcp://10.0.0.1"},
+        {"MASTER_ADDR": ""},
+    ],
+)
+def test_an_address_that_is_none_is_named(address: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    _set(monkeypatch, {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", **address})
+    ((name, value),) = address.items()
+    with pytest.raises(UsageError, match=f"{name}={value}") as caught, joined(torch.device("cpu"), 1.0):
+        pass
+    assert caught.value.code == 2

@@ -1,7 +1,5 @@
 """Guidance, term by term: what it reduces to, what it costs, and the published formulas written out."""
 
-import math
-
 import pytest
 import torch
 from pydantic import ValidationError
@@ -86,7 +84,7 @@ def test_every_row_has_its_own_negative_context():
     "neutral",
     [
         {"rescale": 0.0},
-        {"interval": (0.0, math.inf)},
+        {"interval": (0.0, 1e9)},
         {"threshold": ThresholdConfig(percentile=1.0, limit=100.0)},
         {"perturb": PerturbationConfig(scale=0.0)},
     ],
