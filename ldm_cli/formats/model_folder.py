@@ -116,7 +116,7 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def load_weights(module: nn.Module, folder: Path, variant: str | None = None, allow_extra: bool = False) -> None:
+def load_weights(module: nn.Module, folder: Path, allow_extra: bool = False) -> None:
     """Give a module the weights of a model folder, in the types of the module; errors as in `load_tensors`.
 
     Known other spellings of the names are understood: with or without `text_model.`, attention names of old
@@ -125,14 +125,13 @@ def load_weights(module: nn.Module, folder: Path, variant: str | None = None, al
     Args:
         module: has the parameter names of the format.
         folder: the model folder.
-        variant: as in `weight_files`.
         allow_extra: the folder may hold more than the module has (a CLIPModel, for its text tower).
 
     Raises:
         CheckpointError: float8 weights have scales; or as in `check_tensors`.
     """
     expected = module.state_dict()
-    tensors = _in_names_of(expected, load_tensors(folder, variant))
+    tensors = _in_names_of(expected, load_tensors(folder))
     if scales := _float8_scales(expected, tensors):
         cause = f"float8 weights with scales are not supported: {named(scales)}"
         raise CheckpointError(f"cannot use the tensors in '{folder}'", cause, "convert them to fp16")
