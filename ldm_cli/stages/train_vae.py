@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ldm_cli.core.pixels import to_bytes, to_signed
 from ldm_cli.core.vae_loss import VAELoss
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import Loader
-from ldm_cli.errors import RecipeError
+from ldm_cli.errors import DivergedError, RecipeError
 from ldm_cli.evaluation.image_quality import psnr
 from ldm_cli.formats.model_folder import load_model, load_weights
 from ldm_cli.formats.save_model import save_frozen, save_model
@@ -28,6 +29,7 @@ from ldm_cli.pictures.grid import image_grid
 from ldm_cli.pictures.images import save_image
 from ldm_cli.recipe.schema import TrainVaeRecipe
 from ldm_cli.reporting import Reporter
+from ldm_cli.sampling.pixels import is_sound
 from ldm_cli.stages.support.model_sizes import Parameters, clip_of, count_parameters, model_at, trained_parameters
 from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_uses
@@ -101,7 +103,8 @@ class VAETask:
             images = to_signed(batch.images, self.bench.device)
             again = self.reconstruct(images)
             errors.append((again - images).abs().mean(dim=(1, 2, 3)))
-            ratios.append(psnr(to_bytes(again), batch.images.to(self.bench.device)))
+            ratio = psnr(to_bytes(again), batch.images.to(self.bench.device))
+            ratios.append(ratio.where(is_sound(again), torch.nan))
         if not ratios:
             return {}
         return {"val_psnr": torch.cat(ratios).mean().item(), "val_l1": torch.cat(errors).mean().item()}
@@ -115,8 +118,11 @@ class VAETask:
         if not self.bench.held_out:
             return
         images = self.bench.held_out[0].images[:_NUM_PICTURES]
-        again = to_bytes(self.reconstruct(to_signed(images, self.bench.device))).cpu()
-        save_image(folder / "grid.png", image_grid([*images, *again], columns=len(images)))
+        again = self.reconstruct(to_signed(images, self.bench.device))
+        if not bool(is_sound(again).all()):
+            self.bench.run.warn("reconstructions of held-out images overflow: there is no picture of them")
+            return
+        save_image(folder / "grid.png", image_grid([*images, *to_bytes(again).cpu()], columns=len(images)))
 
     def export(self, folder: Path) -> None:
         """Write the AutoencoderKL folder."""
@@ -137,6 +143,9 @@ class VAETask:
         `scaling_factor` and `shift_factor` are 1 and 0 but for rounding. Where those convolutions are missing or
         frozen, the overall mean and deviation are stored, as in Stable Diffusion 3. Where encoder and latent are
         frozen, all stays as it was.
+
+        Raises:
+            DivergedError: mean or deviation is not finite.
         """
         config = self.vae.config
         trained = dict(self.vae.named_parameters()).keys() - self._frozen
@@ -151,6 +160,8 @@ class VAETask:
             _, _, overall = self._latent_statistics()
             shift = 0.0
         scale = 1.0 / overall
+        if not (math.isfinite(scale) and math.isfinite(shift) and scale > 0.0):
+            raise DivergedError("the autoencoder's latents are not finite", f"scale={scale}, shift={shift}")
         self.vae.config = config.model_copy(update={"scaling_factor": scale, "shift_factor": shift})
         return {"scaling_factor": scale, "shift_factor": shift}
 

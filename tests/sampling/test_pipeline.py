@@ -14,7 +14,7 @@ from ldm_cli.formats.json_file import read_json, write_json
 from ldm_cli.formats.scheduler_file import SchedulerSettings
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplingConfig
-from ldm_cli.sampling.denoising import plan
+from ldm_cli.sampling.denoising import visited_timesteps
 from ldm_cli.sampling.pixels import decode_pixels
 from ldm_cli.sampling.request import ImageRequest, requests_for
 from tests.sampling.tiny import UNET, loaded_pipeline, tiny_pipeline
@@ -141,7 +141,7 @@ def test_impossible_sizes_and_steps_are_usage_errors_with_a_remedy(pipeline):
     for distilled, steps in ((50, 60), (25, 26), (20, 1000)):
         settings = SchedulerSettings({}, num_distilled=distilled)
         with pytest.raises(UsageError, match=f"lcm cannot take {steps} steps: .* distilled at {distilled} levels"):
-            plan(pipeline.family.process, settings, SamplingConfig(sampler="lcm", steps=steps))
+            visited_timesteps(pipeline.family.process, settings, SamplingConfig(sampler="lcm", steps=steps))
     with pytest.raises(UsageError, match="1000 noise levels"):
         pictures(pipeline, [ImageRequest("a", 0)], sampler="dpmpp_2m", steps=1000)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from ldm_cli.core.pixels import to_signed
 from ldm_cli.data.loader import Loader, sequential_batches
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.scenes import write_scenes
-from ldm_cli.errors import CheckpointError, Preempted, RecipeError, StuckError
+from ldm_cli.errors import CheckpointError, DivergedError, Preempted, RecipeError, StuckError
 from ldm_cli.formats.model_folder import load_model
 from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import TrainVaeRecipe
@@ -215,3 +217,23 @@ def test_half_precision_on_a_cpu_is_warned_about(scenes: Path, tmp_path: Path, p
     reporter = SilentReporter()
     trained(vae_recipe(scenes, steps=1, precision=precision), tmp_path, reporter)
     assert any("bf16 is slower than fp32 on most CPUs" in message for message in reporter.messages) == warned
+
+
+def test_reconstructions_that_overflow_give_neither_a_number_nor_a_picture(scenes: Path, tmp_path: Path) -> None:
+    for name in ("run", "pictures"):
+        (tmp_path / name).mkdir()
+    task, loader = make_task(tmp_path / "run", vae_recipe(scenes))
+    task.bench = replace(task.bench, held_out=tuple(loader.batches(0, 1)))
+    task.picture(tmp_path / "pictures")
+    assert (tmp_path / "pictures/grid.png").is_file()
+    assert math.isfinite(task.validate()["val_psnr"])
+    (tmp_path / "pictures/grid.png").unlink()
+    with torch.no_grad():
+        task.vae.decoder.conv_out.weight.fill_(3e38)
+    task.picture(tmp_path / "pictures")
+    assert not (tmp_path / "pictures/grid.png").exists()
+    assert math.isnan(task.validate()["val_psnr"])
+    with torch.no_grad():
+        task.vae.encoder.conv_out.weight.fill_(3e38)
+    with pytest.raises(DivergedError, match="the autoencoder's latents are not finite"):
+        task.finalize()
