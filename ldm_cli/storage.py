@@ -141,6 +141,19 @@ def storage_errors(target: Path, num_bytes: int | None = None) -> Iterator[None]
         raise _as_ldm_error(number, target, num_bytes) from error
 
 
+def expect_room(folder: Path, num_bytes: int, what: str, or_else: str = "") -> None:
+    """Make sure that a folder's disk has room for `num_bytes` more bytes of `what`.
+
+    Raises:
+        StorageError: it has less; `or_else` completes the remedy "free some space".
+    """
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        cause = f"it takes {megabytes(num_bytes)}, and {megabytes(free)} are free"
+        remedy = f"free some space{or_else or ' and run the same command again'}"
+        raise StorageError(f"no room for {what} in '{folder}'", cause, remedy)
+
+
 def error_number(error: BaseException) -> int | None:
     """The errno of an OSError, or of an error that safetensors or torch made of one; None for all others."""
     if isinstance(error, OSError):

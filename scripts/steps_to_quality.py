@@ -17,7 +17,7 @@ import torch
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.errors import UsageError
 from ldm_cli.evaluation.attribute_accuracy import score_scenes
-from ldm_cli.evaluation.frechet import FeatureStatistics, frechet_distance
+from ldm_cli.evaluation.frechet import fit_gaussian, frechet_distance
 from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import EvalRecipe
 from ldm_cli.reporting import SilentReporter
@@ -31,11 +31,7 @@ def measured(recipe: EvalRecipe, models: Models, real: Gathered, sampler: str, s
     config = recipe.eval.model_copy(update={"sampling": recipe.eval.sampling.model_copy(update=changes)})
     generated = measure_generated(config, real, models, SilentReporter())
     scores: dict[str, Any] = score_scenes(generated.scenes, real.metadata[: len(generated.scenes)], stated_only=True)
-    gaussians = []
-    for features in (real.image_features, generated.image_features):
-        statistics = FeatureStatistics()
-        statistics.update(torch.cat(features))
-        gaussians.append(statistics.gaussian())
+    gaussians = [fit_gaussian(torch.cat(features)) for features in (real.image_features, generated.image_features)]
     return {"accuracy": scores["all"]["shape_and_color"], "distance": float(frechet_distance(*gaussians))}
 
 

@@ -17,7 +17,7 @@ from ldm_cli.cli.launch import is_rank
 from ldm_cli.errors import UsageError
 from ldm_cli.training.interruption import InterruptNote, release_signals
 
-_SAVE_WHEN_STOPPED = ("train-clip", "train-vae", "train-unet", "precompute")
+_SAVE_WHEN_STOPPED = (*train.COMMANDS, "precompute")
 
 app = typer.Typer(
     name="ldm",
@@ -28,14 +28,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-train.register(app)
-precompute.register(app)
-sample.register(app)
-evaluate.register(app)
-spiral.register(app)
-data.register(app)
-bench.register(app)
-recipe.register(app)
+for name, text in train.COMMANDS.items():
+    app.command(name, help=text, rich_help_panel="Models")(train.command)
+_MODELS = {"precompute": precompute, "sample": sample, "eval": evaluate, "spiral": spiral, "bench": bench}
+for name, module in _MODELS.items():
+    app.command(name, rich_help_panel="Models")(module.command)
+for name, group in {"data": data.commands, "recipe": recipe.commands}.items():
+    app.add_typer(group, name=name, rich_help_panel="Recipes and data")
 
 
 def _show_version(wanted: bool) -> None:

@@ -18,12 +18,7 @@ if TYPE_CHECKING:
 _SUBJECTS = "train-clip|train-vae|train-unet|encode-vae|sample|data|start|published|all"
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("bench", rich_help_panel="Models")(_bench)
-
-
-def _bench(
+def command(
     subject: Annotated[str, given.argument("SUBJECT", _SUBJECTS.replace("|", ", "))],
     arguments: Annotated[
         list[str] | None, given.argument("RECIPE|KEY=VALUE", "Recipe of another model, and changes to it.")

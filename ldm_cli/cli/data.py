@@ -27,11 +27,6 @@ Shards = Annotated[
 Output = Annotated[Path, typer.Argument(metavar="OUT", help="Output folder for the shards.", show_default=False)]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the group to the program."""
-    app.add_typer(commands, name="data", rich_help_panel="Recipes and data")
-
-
 @commands.command()
 def synth(
     out: Output,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-import typer
-
 from ldm_cli.cli import options as given
 from ldm_cli.cli.report import make_reporter
 from ldm_cli.cli.show import show_dry_run, show_result
@@ -15,12 +13,7 @@ if TYPE_CHECKING:
     from ldm_cli.recipe.schema import EvalRecipe
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("eval", rich_help_panel="Models")(_eval)
-
-
-def _eval(
+def command(
     recipe: given.RecipeName,
     overrides: given.Overrides = None,
     out: given.Out = None,

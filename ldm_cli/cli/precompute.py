@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import typer
-
 from ldm_cli.cli import options as given
 from ldm_cli.cli.report import make_reporter
 from ldm_cli.cli.show import show_result
@@ -15,12 +13,7 @@ from ldm_cli.errors import UsageError
 _DTYPES = ("fp32", "fp16", "bf16")
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("precompute", rich_help_panel="Models")(_precompute)
-
-
-def _precompute(
+def command(
     recipe: given.RecipeName,
     overrides: given.Overrides = None,
     dtype: Annotated[

@@ -18,11 +18,6 @@ from ldm_cli.errors import InputNotFoundError, RecipeError, UsageError
 commands = typer.Typer(help="List, show and check recipes.", no_args_is_help=False)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the group to the program."""
-    app.add_typer(commands, name="recipe", rich_help_panel="Recipes and data")
-
-
 @commands.command("list")
 def list_recipes(json: given.Json = False, debug: given.Debug = False) -> None:
     """List the shipped recipes."""

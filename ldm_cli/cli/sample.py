@@ -23,12 +23,7 @@ if TYPE_CHECKING:
     from ldm_cli.recipe.schema import SampleRecipe
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("sample", rich_help_panel="Models")(_sample)
-
-
-def _sample(
+def command(
     context: typer.Context,
     arguments: arg.Arguments = None,
     model: arg.Model = None,

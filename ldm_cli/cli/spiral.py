@@ -12,12 +12,7 @@ from ldm_cli.cli.report import make_reporter
 from ldm_cli.cli.show import show_result
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    app.command("spiral", rich_help_panel="Models")(_spiral)
-
-
-def _spiral(
+def command(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Output folder.")] = Path("spiral"),
     seed: Annotated[int, typer.Option("--seed", metavar="K", min=0, help="Same seed, same lesson.")] = 0,
     steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Training steps.")] = 1500,

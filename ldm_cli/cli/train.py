@@ -1,4 +1,4 @@
-"""`ldm train-clip`, `ldm train-vae`, `ldm train-unet`."""
+"""`ldm train-clip` and the other trainers: one command for all, and the stage of its name."""
 
 from __future__ import annotations
 
@@ -14,20 +14,15 @@ from ldm_cli.cli.startup import importing
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.training.interruption import release_signals
 
-_HELP = {
+COMMANDS = {
     "train-clip": "Train CLIP on image-text shards; writes a CLIPModel folder with its tokenizer.",
     "train-vae": "Train an image autoencoder on shards; writes an AutoencoderKL folder.",
     "train-unet": "Train a text-to-image denoiser in the space of a VAE; writes a pipeline folder.",
 }
+"""Command → its help."""
 
 
-def register(app: typer.Typer) -> None:
-    """Add the three commands to the program."""
-    for name, text in _HELP.items():
-        app.command(name, help=text, rich_help_panel="Models")(_train)
-
-
-def _train(
+def command(
     context: typer.Context,
     recipe: given.RecipeName,
     overrides: given.Overrides = None,
@@ -41,6 +36,7 @@ def _train(
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:
+    """Train the model of a recipe for this command."""
     changes, limit = given.check_overrides(overrides), given.seconds(max_time)
     if is_rank():
         expect_as_many(nproc)
@@ -49,8 +45,8 @@ def _train(
         raise typer.Exit(launch(context.obj, nproc))
     from ldm_cli.recipe.load import load_recipe
 
-    command = str(context.info_name)
-    loaded = load_recipe(recipe, changes, expected_command=command)
+    name = str(context.info_name)
+    loaded = load_recipe(recipe, changes, expected_command=name)
     with importing():
         from ldm_cli.stages.support.options import RunOptions  # imports torch: a faulty recipe is refused before
 
@@ -59,18 +55,18 @@ def _train(
         release_signals()
         show_dry_run(loaded, json, max(1, nproc or 1))
         return
-    result = _run(command, loaded.recipe, options)
+    result = _run(name, loaded.recipe, options)
     if is_first_rank():
         show_result(result, json)
 
 
-def _run(command: str, recipe: Any, options: Any) -> dict[str, Any]:
+def _run(name: str, recipe: Any, options: Any) -> dict[str, Any]:
     """Run the stage of a command; only that one is imported."""
     reporter = make_reporter() if is_first_rank() else SilentReporter()
     warn_of_copies(reporter)
     with importing():
         from ldm_cli.stages import trainer_stage
 
-        stage = trainer_stage(command)
+        stage = trainer_stage(name)
     result: dict[str, Any] = stage.run(recipe, options, reporter)
     return result

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +15,8 @@ from torch import Tensor
 
 from ldm_cli.data.cache_manifest import MANIFEST, Manifest
 from ldm_cli.data.latent_cache import BAD, CONDITION, MOMENTS, caption_digest
-from ldm_cli.errors import OutputError, StorageError
-from ldm_cli.storage import TEMPORARY_PREFIX, megabytes, write_whole
+from ldm_cli.errors import OutputError
+from ldm_cli.storage import TEMPORARY_PREFIX, write_whole
 
 
 @contextmanager
@@ -86,18 +85,3 @@ def remove_orphans(folder: Path, manifest: Manifest) -> int:
     for orphan in orphans:
         orphan.unlink(missing_ok=True)
     return len(orphans)
-
-
-def check_room(folder: Path, needed: int) -> None:
-    """Make sure that `needed` more bytes find room.
-
-    Raises:
-        StorageError: they do not.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise StorageError(
-            f"no room for the cache in '{folder}'",
-            f"it takes {megabytes(needed)}, and {megabytes(free)} are free",
-            "free some space, choose another folder, or --dtype fp16",
-        )

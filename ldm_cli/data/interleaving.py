@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 
 from ldm_cli import philox
+from ldm_cli.data.order import permutation
 
 _NUM_CACHED_BLOCKS = 2
 
@@ -56,10 +57,8 @@ class Interleaving:
         before, after = self._given(block), self._given(block + 1)
         counts = [end - first for first, end in zip(before, after, strict=True)]
         streams = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-        words = philox.bits(self._key, torch.full_like(streams, block), torch.arange(len(streams)), 2)
-        order = torch.argsort((words[:, 0] << 30) | (words[:, 1] >> 2), stable=True)
         items = []
-        for stream in streams[order].tolist():
+        for stream in streams[permutation(self._key, block, torch.arange(len(streams)))].tolist():
             items.append((stream, before[stream]))
             before[stream] += 1
         return items

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -69,8 +69,8 @@ class Order:
         self._sizes = tuple(shard_sizes)
         self._starts = (0, *itertools.accumulate(self._sizes))
         self._window = window
-        self._epochs: OrderedDict[int, tuple[list[int], list[int]]] = OrderedDict()
-        self._windows: OrderedDict[tuple[int, int], list[int]] = OrderedDict()
+        self._epoch = lru_cache(maxsize=_NUM_CACHED_EPOCHS)(self._make_epoch)
+        self._permuted = lru_cache(maxsize=_NUM_CACHED_WINDOWS)(self._make_window)
 
     @property
     def num_samples(self) -> int:
@@ -91,31 +91,23 @@ class Order:
         shard = bisect_right(self._starts, number) - 1
         return shard, number - self._starts[shard]
 
-    def _epoch(self, epoch: int) -> tuple[list[int], list[int]]:
+    def _make_epoch(self, epoch: int) -> tuple[list[int], list[int]]:
         """The permuted shards of an epoch, and the position at which each window ends."""
-        if epoch not in self._epochs:
-            shards = _permutation(self._shard_key, epoch, torch.arange(len(self._sizes))).tolist()
-            sizes = [
-                sum(self._sizes[shard] for shard in shards[first : first + self._window])
-                for first in range(0, len(shards), self._window)
-            ]
-            self._epochs[epoch] = (shards, list(itertools.accumulate(sizes)))
-            while len(self._epochs) > _NUM_CACHED_EPOCHS:
-                self._epochs.popitem(last=False)
-        return self._epochs[epoch]
+        shards = permutation(self._shard_key, epoch, torch.arange(len(self._sizes))).tolist()
+        sizes = [
+            sum(self._sizes[shard] for shard in shards[first : first + self._window])
+            for first in range(0, len(shards), self._window)
+        ]
+        return shards, list(itertools.accumulate(sizes))
 
-    def _permuted(self, epoch: int, window: int) -> list[int]:
+    def _make_window(self, epoch: int, window: int) -> list[int]:
         """Numbers of the samples of a window, in the order in which they are read."""
-        if (epoch, window) not in self._windows:
-            shards = self._epoch(epoch)[0][window * self._window : (window + 1) * self._window]
-            numbers = torch.cat([torch.arange(self._starts[s], self._starts[s + 1]) for s in shards])
-            self._windows[epoch, window] = _permutation(self._sample_key, epoch, numbers).tolist()
-            while len(self._windows) > _NUM_CACHED_WINDOWS:
-                self._windows.popitem(last=False)
-        return self._windows[epoch, window]
+        shards = self._epoch(epoch)[0][window * self._window : (window + 1) * self._window]
+        numbers = torch.cat([torch.arange(self._starts[s], self._starts[s + 1]) for s in shards])
+        return permutation(self._sample_key, epoch, numbers).tolist()
 
 
-def _permutation(key: philox.Key, epoch: int, numbers: Tensor) -> Tensor:
+def permutation(key: philox.Key, epoch: int, numbers: Tensor) -> Tensor:
     """`numbers` int64 [n], sorted by the 62-bit random keys of (epoch, number); ties keep their order."""
     words = philox.bits(key, torch.full_like(numbers, epoch), numbers, 2)
     return numbers[torch.argsort((words[:, 0] << 30) | (words[:, 1] >> 2), stable=True)]

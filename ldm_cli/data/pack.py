@@ -103,6 +103,8 @@ def _appearing_whole(out: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.replace(out)
+    except StorageError as error:
+        raise StorageError(f"cannot pack into '{out}'", error.cause, error.remedy) from error
     except OSError as error:
         raise StorageError(f"cannot pack into '{out}'", error.strerror or str(error)) from error
     finally:

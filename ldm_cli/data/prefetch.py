@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ldm_cli.threads import compute_alone
 
 Item = TypeVar("Item")
-
-
-class _End:
-    """Put after the last item, with the exception that ended the source, if one did."""
-
-    def __init__(self, error: BaseException | None) -> None:
-        self.error = error
+_END: Any = object()
 
 
 @contextmanager
@@ -29,39 +23,15 @@ def prefetched(source: Generator[Item], depth: int, *, alone: bool = False) -> I
 
     An exception of `source` is raised in the consumer, after the items before it.
     """
-    items: queue.Queue[Item | _End] = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
+    with closing(source), ThreadPoolExecutor(1, "ldm-prefetch", compute_alone if alone else None) as thread:
+        ahead = deque(thread.submit(next, source, _END) for _ in range(depth))
 
-    def produce() -> None:
-        error: BaseException | None = None
-        if alone:
-            compute_alone()
+        def consume() -> Iterator[Item]:
+            while (item := ahead.popleft().result()) is not _END:
+                ahead.append(thread.submit(next, source, _END))
+                yield item
+
         try:
-            with closing(source):
-                for item in source:
-                    items.put(item)
-                    if stopped.is_set():
-                        return
-        except BaseException as caught:
-            error = caught
-        items.put(_End(error))
-
-    def consume() -> Iterator[Item]:
-        while not isinstance(item := items.get(), _End):
-            yield item
-        if item.error is not None:
-            raise item.error
-
-    thread = threading.Thread(target=produce, name="ldm-prefetch", daemon=True)
-    thread.start()
-    try:
-        yield consume()
-    finally:
-        stopped.set()
-        while thread.is_alive():
-            # The producer may wait for room in the queue; with room, it sees the request to stop.
-            try:
-                items.get(timeout=0.01)
-            except queue.Empty:
-                continue
-        thread.join()
+            yield consume()
+        finally:
+            thread.shutdown(cancel_futures=True)

@@ -75,7 +75,8 @@ def choose_samples(shards: ShardSet, config: DataConfig, reporter: Reporter) -> 
             "data.filter and data.quarantine exclude all of them",
             "see `ldm data stats`, or relax data.filter",
         )
-    reporter.info(f"data.filter and data.quarantine keep {result.num_samples} of {shards.num_samples} samples")
+    if result.num_samples < shards.num_samples:
+        reporter.info(f"data.filter and data.quarantine keep {result.num_samples} of {shards.num_samples} samples")
     return result
 
 

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import permutations
 from typing import Any
 
-from torch import Tensor
-
-from ldm_cli.evaluation.scene_detector import SeenObject, SeenScene, read_scenes, relation
+from ldm_cli.evaluation.scene_detector import SeenObject, SeenScene, relation
 
 Truth = Mapping[str, Any]
 Rates = dict[str, float | int | None]
@@ -17,20 +15,6 @@ Rates = dict[str, float | int | None]
 _OF_OBJECTS = ("shape", "color", "size", "place")
 RATES = (*_OF_OBJECTS, "background", "num_objects", "shape_and_color", "pair_shape_and_color", "relation")
 """The scores: see `score_scenes`."""
-
-
-def attribute_accuracy(
-    images: Tensor, truths: Sequence[Truth], stated_only: bool = False, batch_size: int = 64
-) -> dict[str, Rates]:
-    """Read pictures of synthetic scenes and score them against their ground truth.
-
-    Args:
-        images: uint8 [N, 3, H, H], H at least 32.
-        truths, stated_only: as in `score_scenes`.
-        batch_size: images read at once.
-    """
-    parts = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
-    return score_scenes([seen for part in parts for seen in read_scenes(part)], truths, stated_only)
 
 
 def score_scenes(found: Sequence[SeenScene], truths: Sequence[Truth], stated_only: bool = False) -> dict[str, Rates]:

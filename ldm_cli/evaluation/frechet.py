@@ -14,58 +14,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean float64 [D] and unbiased covariance float64 [D, D] of `count` feature vectors."""
+    """Mean float64 [D] and unbiased covariance float64 [D, D] of feature vectors."""
 
     mean: Tensor
     covariance: Tensor
-    count: int
 
 
-class FeatureStatistics:
-    """Mean and covariance of features that arrive in batches, in float64 and in one pass.
+def fit_gaussian(features: Tensor) -> Gaussian:
+    """The Gaussian of features [N, D], in float64 on the CPU.
 
-    Batches are merged by Chan, Golub, LeVeque 1983 (doi:10.1080/00031305.1983.10483115), which loses no
-    digits to a large mean.
+    Raises:
+        ValueError: a feature is not finite, or there are fewer than two.
     """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._mean: Tensor | None = None
-        self._scatter: Tensor | None = None
-
-    def update(self, features: Tensor) -> None:
-        """Take in float [B, D].
-
-        Raises:
-            ValueError: if D is not that of the batches before, or a feature is not finite.
-        """
-        batch = features.detach().to(device="cpu", dtype=torch.float64)
-        if not bool(torch.isfinite(batch).all()):
-            raise ValueError("FeatureStatistics: a feature is not finite")
-        if self._mean is not None and (batch.ndim != 2 or batch.shape[1] != len(self._mean)):
-            raise ValueError(f"FeatureStatistics: features are {list(batch.shape)}, not [B, {len(self._mean)}]")
-        if len(batch) == 0:
-            return
-        mean = batch.mean(0)
-        scatter = (batch - mean).T @ (batch - mean)
-        if self._mean is None or self._scatter is None:
-            self._mean, self._scatter, self.count = mean, scatter, len(batch)
-            return
-        total = self.count + len(batch)
-        shift = mean - self._mean
-        self._scatter = self._scatter + scatter + torch.outer(shift, shift) * (self.count * len(batch) / total)
-        self._mean = self._mean + shift * (len(batch) / total)
-        self.count = total
-
-    def gaussian(self) -> Gaussian:
-        """The Gaussian of all features so far.
-
-        Raises:
-            ValueError: if there are fewer than two.
-        """
-        if self._mean is None or self._scatter is None or self.count < 2:
-            raise ValueError(f"FeatureStatistics: {self.count} features have no covariance; at least 2 are needed")
-        return Gaussian(self._mean, self._scatter / (self.count - 1), self.count)
+    features = features.detach().to(device="cpu", dtype=torch.float64)
+    if not bool(torch.isfinite(features).all()):
+        raise ValueError("fit_gaussian: a feature is not finite")
+    if len(features) < 2:
+        raise ValueError(f"fit_gaussian: {len(features)} features have no covariance; at least 2 are needed")
+    return Gaussian(features.mean(0), torch.cov(features.T).reshape(features.shape[1], -1))
 
 
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:

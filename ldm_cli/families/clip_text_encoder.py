@@ -16,9 +16,10 @@ from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.families.caption_tokens import CaptionTokens
 from ldm_cli.families.family import model_sha256
 from ldm_cli.families.prompt_weights import WeightedText, parse_weights
-from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, load_model
+from ldm_cli.formats.model_folder import load_model
 from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TOKENIZER
 from ldm_cli.formats.save_model import save_model
+from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS
 
 
 def _ignore(message: str) -> None:

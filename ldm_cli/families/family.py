@@ -22,8 +22,9 @@ from ldm_cli.core.condition import Condition
 from ldm_cli.core.cpu import tune_for_cpu
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.diffusion.process import Process, process_of
-from ldm_cli.formats.model_folder import read_config, weights_sha256
+from ldm_cli.formats.model_folder import read_config
 from ldm_cli.formats.scheduler_file import SchedulerSettings
+from ldm_cli.formats.weight_files import weights_sha256
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """By the names of `precision`."""
@@ -74,7 +75,7 @@ class Family(ABC):
     is_compiled: bool = False
 
     components: ClassVar[tuple[str, ...]]
-    """Subfolders that hold weights."""
+    """Subfolders that hold weights, that of the denoiser first."""
 
     @cached_property
     def process(self) -> Process:

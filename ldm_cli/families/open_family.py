@@ -40,9 +40,14 @@ def open_family(
     return family
 
 
-def check_family(folder: Path) -> None:
-    """Make sure that `open_family` can open a folder, without reading weights; errors as there."""
-    _module_of(folder).check_folder(folder)
+def check_family(folder: Path) -> tuple[str, ...]:
+    """Make sure that `open_family` can open a folder, without reading weights; errors as there.
+
+    Returns:
+        The subfolders that hold weights, `Family.components`.
+    """
+    components: tuple[str, ...] = _module_of(folder).check_folder(folder)
+    return components
 
 
 def _module_of(folder: Path) -> Any:

@@ -109,14 +109,15 @@ def open_folder(folder: Path, device: torch.device | str, precision: str, *, com
     return family
 
 
-def check_folder(folder: Path) -> None:
-    """Make sure that a folder can be opened, by all its files but the weights; errors as in `open_family`."""
+def check_folder(folder: Path) -> tuple[str, ...]:
+    """Make sure that a folder can be opened, by all its files but the weights; see `check_family`."""
     _read_settings(folder)
     unet = read_as(UNet2DConditionConfig.from_hugging_face, folder / layout.UNET / CONFIG_NAME)
     vae = read_as(AutoencoderKLConfig.from_hugging_face, folder / layout.VAE / CONFIG_NAME)
     text = read_as(text_config_of, folder / layout.TEXT_ENCODER / CONFIG_NAME)
     num_tokens = Tokenizer.load(folder / layout.TOKENIZER).vocab_size
     _check_parts(folder, unet, vae.latent_channels, text, num_tokens)
+    return StableDiffusion.components
 
 
 def check_fit(family: StableDiffusion) -> None:

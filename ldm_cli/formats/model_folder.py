@@ -13,29 +13,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm_cli.errors import CheckpointError
-from ldm_cli.formats.json_file import read_json, write_json
-from ldm_cli.formats.weight_files import (
-    DIFFUSERS_WEIGHTS,
-    TRANSFORMERS_WEIGHTS,
-    load_tensors,
-    named,
-    weights_sha256,
-)
+from ldm_cli.formats.json_file import read_json
+from ldm_cli.formats.weight_files import load_tensors, named
 from ldm_cli.storage import resolve_model_folder
-
-__all__ = [
-    "CONFIG_NAME",
-    "DIFFUSERS_WEIGHTS",
-    "TRANSFORMERS_WEIGHTS",
-    "load_model",
-    "load_weights",
-    "read_as",
-    "read_config",
-    "read_image_processor",
-    "weights_sha256",
-    "without_weights",
-    "write_json",
-]
 
 CONFIG_NAME = "config.json"
 
@@ -136,7 +116,7 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def load_weights(module: nn.Module, folder: Path, variant: str | None = None, allow_extra: bool = False) -> None:
+def load_weights(module: nn.Module, folder: Path, allow_extra: bool = False) -> None:
     """Give a module the weights of a model folder, in the types of the module; errors as in `load_tensors`.
 
     Known other spellings of the names are understood: with or without `text_model.`, attention names of old
@@ -145,14 +125,13 @@ def load_weights(module: nn.Module, folder: Path, variant: str | None = None, al
     Args:
         module: has the parameter names of the format.
         folder: the model folder.
-        variant: as in `weight_files`.
         allow_extra: the folder may hold more than the module has (a CLIPModel, for its text tower).
 
     Raises:
         CheckpointError: float8 weights have scales; or as in `check_tensors`.
     """
     expected = module.state_dict()
-    tensors = _in_names_of(expected, load_tensors(folder, variant))
+    tensors = _in_names_of(expected, load_tensors(folder))
     if scales := _float8_scales(expected, tensors):
         cause = f"float8 weights with scales are not supported: {named(scales)}"
         raise CheckpointError(f"cannot use the tensors in '{folder}'", cause, "convert them to fp16")

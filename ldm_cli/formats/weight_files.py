@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,28 +24,27 @@ DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRANSFORMERS_WEIGHTS = "model.safetensors"
 
 _STEMS = ("diffusion_pytorch_model", "model")
-_VARIANTS = (None, "fp16", "bf16")
+_INFIXES = ("", ".fp16", ".bf16")
 _PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _NUM_NAMED = 5
 
 
-def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that hold the folder's weights, sorted; more than one when they are sharded.
 
-    Of an index and a whole file of the same name, diffusers reads the index, transformers the whole file.
+    Files in full precision come before `….fp16.safetensors` and `….bf16.safetensors`. Of an index and a whole file of
+    the same name, diffusers reads the index, transformers the whole file.
 
     Args:
         folder: holds `diffusion_pytorch_model` or `model`, `.safetensors` or `.safetensors.index.json`.
-        variant: `fp16` or `bf16` for `….fp16.safetensors`; None: full precision, else what there is.
 
     Raises:
         InputNotFoundError: no weights, or a shard that the index names is missing.
         CheckpointError: pickles only; an index that is none.
     """
     folder = resolve_model_folder(folder)
-    for wanted in _VARIANTS if variant is None else (variant,):
-        infix = "" if wanted is None else f".{wanted}"
+    for infix in _INFIXES:
         for stem in _STEMS:
             whole = f"{stem}{infix}.safetensors"
             # The last two spellings are those of old versions.
@@ -87,14 +87,14 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def load_tensors(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
+def load_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a model folder, by name, on the CPU; errors as in `weight_files`.
 
     Raises:
         CheckpointError: a file is a pickle, damaged, or a pointer to content that was not downloaded.
     """
     tensors: dict[str, Tensor] = {}
-    for file in weight_files(folder, variant):
+    for file in weight_files(folder):
         tensors |= read_tensors(file)
     return tensors
 
@@ -153,6 +153,17 @@ def refuse_foreign_content(file: Path) -> None:
             "it is a Git LFS pointer: the content was not downloaded",
             "git lfs pull",
         )
+
+
+def count_weights(folder: Path) -> int:
+    """Number of floating-point values in a folder's weights, by the files' headers; errors as in `weight_files`."""
+    total = 0
+    for file in weight_files(folder):
+        refuse_foreign_content(file)
+        with safe_open(file, framework="pt") as tensors:
+            slices = [tensors.get_slice(name) for name in tensors.keys()]  # noqa: SIM118
+            total += sum(math.prod(s.get_shape()) for s in slices if "F" in s.get_dtype())
+    return total
 
 
 def weights_sha256(folder: Path) -> str:

@@ -19,9 +19,10 @@ _ROW_LABEL_CHARACTERS = 24
 _MOST_CHARACTERS = 300
 _MOST_LINES = 6
 _MISSING = 224
+_GAP, _SHEET_GAP = 4, 12
 
 
-def image_grid(images: Sequence[Tensor], columns: int | None = None, gap: int = 4) -> Tensor:
+def image_grid(images: Sequence[Tensor], columns: int | None = None, gap: int = _GAP) -> Tensor:
     """Pictures side by side, row by row, on white.
 
     Pictures with a side below 128 px are enlarged, all by the same whole factor.
@@ -62,7 +63,6 @@ def labelled_grid(
     rows: Sequence[str],
     names: tuple[str, str] = ("", ""),
     title: str = "",
-    gap: int = 4,
 ) -> Tensor:
     """A table of pictures with labels above its columns and left of its rows.
 
@@ -72,13 +72,12 @@ def labelled_grid(
         rows: a label per row.
         names: of the horizontal and the vertical axis.
         title: the text above the table.
-        gap: pixels between pictures.
 
     Returns:
         uint8 [3, H', W'].
     """
-    grid = image_grid(images, len(columns), gap)
-    height, width = (size + gap for size in _cell(_enlarged(images)))
+    grid = image_grid(images, len(columns))
+    height, width = (size + _GAP for size in _cell(_enlarged(images)))
     font_size = max(_SMALLEST_FONT, min(height, width) // 20)
     font, line_height, character_width = ImageFont.load_default(font_size), font_size * 4 // 3, font_size * 0.6
     column_labels = [_wrapped(label, width / character_width) for label in columns]
@@ -104,13 +103,13 @@ def labelled_grid(
     return pixels
 
 
-def stacked(sheets: Sequence[Tensor], gap: int = 12) -> Tensor:
+def stacked(sheets: Sequence[Tensor]) -> Tensor:
     """Sheets below one another on white, each uint8 [3, H, W]."""
-    height, width = sum(s.shape[1] + gap for s in sheets) - gap, max(s.shape[2] for s in sheets)
+    height, width = sum(s.shape[1] + _SHEET_GAP for s in sheets) - _SHEET_GAP, max(s.shape[2] for s in sheets)
     sheet, top = torch.full((3, height, width), 255, dtype=torch.uint8), 0
     for part in sheets:
         sheet[:, top : top + part.shape[1], : part.shape[2]] = part
-        top += part.shape[1] + gap
+        top += part.shape[1] + _SHEET_GAP
     return sheet
 
 

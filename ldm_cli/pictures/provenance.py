@@ -114,7 +114,7 @@ def _parameters(provenance: Mapping[str, Any], size: tuple[int, int]) -> str:
         "CFG scale": sampling["guidance"]["scale"],
         "Seed": provenance["seed"],
         "Size": f"{size[1]}x{size[0]}",
-        "Model hash": provenance["weights"].get("unet", "")[:10] or None,
+        "Model hash": next(iter(provenance["weights"].values()), "")[:10] or None,
         "Model": _model_name(provenance["sources"].get("model")),
         "Variation seed": variation.get("seed"),
         "Variation seed strength": variation.get("weight"),

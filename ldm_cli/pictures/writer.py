@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -24,45 +24,25 @@ def written_meanwhile(write: Write) -> Iterator[Write]:
     Leaving the context, also by an exception, waits until all pending pictures are written. An exception of `write` is
     raised by the next call or on leaving, and nothing more is written.
     """
-    waiting: deque[tuple[int, Tensor]] = deque()
+    waiting: deque[tuple[int, Future[None]]] = deque()  # bytes of each picture, and its writing
     failure: list[BaseException] = []
-    changed, closed = threading.Condition(), threading.Event()
 
-    def work() -> None:
-        compute_alone()
-        while True:
-            with changed:
-                changed.wait_for(lambda: waiting or closed.is_set())
-                if not waiting:
-                    return
-                index, pixels = waiting[0]
+    def attempt(index: int, pixels: Tensor) -> None:
+        if not failure:
             try:
                 write(index, pixels)
             except BaseException as error:
                 failure.append(error)
-            with changed:
-                waiting.popleft()
-                if failure:
-                    waiting.clear()
-                changed.notify_all()
 
-    def hand_over(index: int, pixels: Tensor) -> None:
-        with changed:
-            if not failure:
-                waiting.append((index, pixels))
-                changed.notify_all()
-            changed.wait_for(lambda: sum(picture.nbytes for _, picture in waiting) <= _MOST_WAITING_BYTES)
-        if failure:
-            raise failure[0]
+    with ThreadPoolExecutor(1, "ldm-writer", compute_alone) as thread:
 
-    thread = threading.Thread(target=work, name="ldm-writer", daemon=True)
-    thread.start()
-    try:
+        def hand_over(index: int, pixels: Tensor) -> None:
+            waiting.append((pixels.nbytes, thread.submit(attempt, index, pixels)))
+            while waiting and (waiting[0][1].done() or sum(size for size, _ in waiting) > _MOST_WAITING_BYTES):
+                waiting.popleft()[1].result()
+            if failure:
+                raise failure[0]
+
         yield hand_over
-    finally:
-        with changed:
-            closed.set()
-            changed.notify_all()
-        thread.join()
     if failure:
         raise failure[0]

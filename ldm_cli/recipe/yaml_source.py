@@ -9,6 +9,7 @@ are problems.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +63,7 @@ def parse_yaml(text: str) -> YamlSource:
         source.problems.append(YamlProblem(Mark(1, 1), f"expected at most {MAX_BYTES} bytes, found {len(text)}"))
         return source
     try:
-        _Builder(source).read(text)
+        _Reader(source, text).read()
     except yaml.MarkedYAMLError as error:
         found = error.problem or "cannot be read"
         context = f" {error.context}," if error.context else ":"
@@ -103,110 +104,80 @@ def _mark(mark: Any) -> Mark:
     return Mark(mark.line + 1, mark.column + 1) if mark else Mark(1, 1)
 
 
-@dataclass
-class _Open:
-    """A mapping or list before its end."""
+class _Reader:
+    """Turns parser events into data; nesting is bounded."""
 
-    path: Path
-    container: dict[str, Any] | list[Any]
-    key: str | None = None
-    key_wanted: bool = True
-
-
-class _Builder:
-    """Turns parser events into data with a stack instead of recursion, which bounds the depth."""
-
-    def __init__(self, source: YamlSource) -> None:
+    def __init__(self, source: YamlSource, text: str) -> None:
         self.source = source
-        self.stack: list[_Open] = []
-        self.num_documents = 0
+        self.events: Iterator[Any] = yaml.parse(text, Loader=yaml.SafeLoader)
 
-    def read(self, text: str) -> None:
-        """Consume all events of `text`."""
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            mark = _mark(event.start_mark)
+    def read(self) -> None:
+        """Read the document."""
+        num_documents = 0
+        for event in self.events:
             if isinstance(event, yaml.DocumentStartEvent):
-                self.num_documents += 1
-                if self.num_documents > 1:
-                    self.problem(mark, "expected one document, found a second one")
+                num_documents += 1
+                if num_documents > 1:
+                    self.problem(_mark(event.start_mark), "expected one document, found a second one")
                     return
             elif isinstance(event, yaml.NodeEvent):
-                self.node(event, mark)
-            elif isinstance(event, yaml.CollectionEndEvent):
-                self.stack.pop()
+                self.source.data = self.value(event, ())
 
     def problem(self, mark: Mark, message: str) -> None:
         """Note a problem and continue."""
         self.source.problems.append(YamlProblem(mark, message))
 
-    def node(self, event: yaml.NodeEvent, mark: Mark) -> None:
-        """Store a scalar, or the start of a mapping or list, in its parent."""
+    def value(self, event: yaml.NodeEvent, path: Path) -> Any:
+        """The value that begins with this event."""
+        mark = self.source.values[path] = self.plain(event)
+        if isinstance(event, yaml.AliasEvent):
+            return None
+        if isinstance(event, yaml.ScalarEvent):
+            if any("\ud800" <= c <= "\udfff" for c in event.value):
+                self.problem(mark, "expected text, found half a surrogate pair")
+            if event.style is None:
+                return resolve_scalar(event.value)
+            self.source.quoted.add(path)
+            return event.value
+        if len(path) == MAX_DEPTH:
+            raise _UnreadableError(mark, f"expected at most {MAX_DEPTH} levels, found more")
+        return self.mapping(path) if isinstance(event, yaml.MappingStartEvent) else self.sequence(path)
+
+    def plain(self, event: yaml.NodeEvent) -> Mark:
+        """The place of a node, which must have neither alias, anchor nor tag."""
+        mark = _mark(event.start_mark)
         if isinstance(event, yaml.AliasEvent):
             self.problem(mark, f"expected a value, found the alias '*{event.anchor}' (write it out, or quote it)")
         elif event.anchor is not None:
             self.problem(mark, f"expected a value, found the anchor '&{event.anchor}' (write it out, or quote it)")
-        tag = getattr(event, "tag", None)
-        if tag is not None:
+        if (tag := getattr(event, "tag", None)) is not None:
             self.problem(mark, f"expected a plain value, found the tag '{tag}'")
-        if self.stack and isinstance(self.stack[-1].container, dict) and self.stack[-1].key_wanted:
-            self.key(self.stack[-1], event, mark)
-            return
-        path = self.place(mark)
-        value: Any
-        if isinstance(event, yaml.ScalarEvent):
-            plain = event.style is None
-            value = resolve_scalar(event.value) if plain else event.value
-            if not plain:
-                self.source.quoted.add(path)
-            if any("\ud800" <= c <= "\udfff" for c in event.value):
-                self.problem(mark, "expected text, found half a surrogate pair")
-        elif isinstance(event, yaml.AliasEvent):
-            value = None
-        else:
-            value = {} if isinstance(event, yaml.MappingStartEvent) else []
-        self.put(value)
-        if isinstance(value, dict | list):
-            if len(self.stack) == MAX_DEPTH:
-                raise _UnreadableError(mark, f"expected at most {MAX_DEPTH} levels, found more")
-            self.stack.append(_Open(path, value))
+        return mark
 
-    def key(self, parent: _Open, event: yaml.NodeEvent, mark: Mark) -> None:
-        """A mapping's key: always text."""
-        if not isinstance(event, yaml.ScalarEvent):
-            kind = "a list" if isinstance(event, yaml.SequenceStartEvent) else "a mapping"
-            raise _UnreadableError(mark, f"not valid YAML: a key must be a name, not {kind}")
-        parent.key, parent.key_wanted = event.value, False
-        path = (*parent.path, event.value)
-        if path in self.source.keys:
-            first = self.source.keys[path]
-            self.problem(mark, f"{dotted(path)}: duplicate key, first given at line {first.line}")
-        self.source.keys[path] = mark
+    def sequence(self, path: Path) -> list[Any]:
+        """The entries up to the end of a list."""
+        entries: list[Any] = []
+        while not isinstance(event := next(self.events), yaml.SequenceEndEvent):
+            entry = (*path, len(entries))
+            self.source.keys[entry] = _mark(event.start_mark)
+            entries.append(self.value(event, entry))
+        return entries
 
-    def place(self, mark: Mark) -> Path:
-        """The path of the value that begins here."""
-        if not self.stack:
-            self.source.values[()] = mark
-            return ()
-        parent = self.stack[-1]
-        if isinstance(parent.container, list):
-            path = (*parent.path, len(parent.container))
-            self.source.keys[path] = mark
-        else:
-            path = (*parent.path, parent.key or "")
-        self.source.values[path] = mark
-        return path
-
-    def put(self, value: Any) -> None:
-        """Store a value in the innermost open container."""
-        if not self.stack:
-            self.source.data = value
-            return
-        parent = self.stack[-1]
-        if isinstance(parent.container, list):
-            parent.container.append(value)
-        else:
-            parent.container[parent.key or ""] = value
-            parent.key_wanted = True
+    def mapping(self, path: Path) -> dict[str, Any]:
+        """Keys, which are always text, and values up to the end of a mapping."""
+        found: dict[str, Any] = {}
+        while not isinstance(event := next(self.events), yaml.MappingEndEvent):
+            mark = self.plain(event)
+            if not isinstance(event, yaml.ScalarEvent):
+                kind = "a list" if isinstance(event, yaml.SequenceStartEvent) else "a mapping"
+                raise _UnreadableError(mark, f"not valid YAML: a key must be a name, not {kind}")
+            key = (*path, event.value)
+            if key in self.source.keys:
+                first = self.source.keys[key]
+                self.problem(mark, f"{dotted(key)}: duplicate key, first given at line {first.line}")
+            self.source.keys[key] = mark
+            found[event.value] = self.value(next(self.events), key)
+        return found
 
 
 def to_yaml(data: Any, ascii_only: bool = False) -> str:

@@ -25,8 +25,9 @@ from ldm_cli.errors import CheckpointError, UsageError
 from ldm_cli.families.clip_folder import open_clip
 from ldm_cli.families.family import Family, place
 from ldm_cli.families.open_family import resolve_model
-from ldm_cli.formats.model_folder import load_model, weights_sha256
+from ldm_cli.formats.model_folder import load_model
 from ldm_cli.formats.pipeline_folder import INDEX_NAME, UNET
+from ldm_cli.formats.weight_files import weights_sha256
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ class LatentSampler:
     def _condition(self, request: ImageRequest) -> Condition:
         """One row, on the line between the request's two prompts if it has two."""
         condition, blend = self.conditions[request.prompt], request.blend
-        if blend is None:
+        if blend is None or blend.prompt == request.prompt:
             return condition
         ends = [condition, self.conditions[blend.prompt]]
         return Condition.combined(lambda pair: torch.lerp(pair[0], pair[1], blend.weight), ends)

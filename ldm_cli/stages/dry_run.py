@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.errors import InputNotFoundError
 from ldm_cli.families.open_family import check_family, resolve_model
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
+from ldm_cli.formats.weight_files import count_weights
 from ldm_cli.recipe.schema import EvalRecipe, Recipe, SampleRecipe, StartedRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages import trainer_stage
@@ -21,9 +20,7 @@ from ldm_cli.stages.support.model_sizes import (
     clip_of,
     count_parameters,
     model_at,
-    text_encoder_of,
     training_bytes,
-    unet_of,
 )
 from ldm_cli.stages.support.start import resolve_start
 from ldm_cli.training.config import TrainConfig
@@ -93,14 +90,13 @@ def _pipeline(field: str, folder: str, notes: list[str]) -> dict[str, int]:
     if not (root / INDEX_NAME).is_file():
         notes.append(f"{field}: '{root}' is not a whole pipeline")
         return {}
-    check_family(root)
-    builders: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
-        "unet": unet_of,
-        "vae": autoencoder_of,
-        "text_encoder": text_encoder_of,
-    }
-    found = {name: model_at(f"{field}.{name}", str(root / name), build, notes) for name, build in builders.items()}
-    return {name: count_parameters(module) for name, module in found.items() if module is not None}
+    found = {}
+    for name in check_family(root):
+        try:
+            found[name] = count_weights(root / name)
+        except InputNotFoundError as error:
+            notes.append(f"{field}.{name}: {error.what}")
+    return found
 
 
 def _evaluated(recipe: EvalRecipe, notes: list[str]) -> dict[str, int]:

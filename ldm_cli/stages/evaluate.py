@@ -21,7 +21,7 @@ from ldm_cli.errors import DataError, DivergedError, OutputError, RecipeError
 from ldm_cli.evaluation.attribute_accuracy import score_scenes
 from ldm_cli.evaluation.clip_features import CLIPFeatures
 from ldm_cli.evaluation.config import ZeroShotClassification
-from ldm_cli.evaluation.frechet import FeatureStatistics, frechet_distance, frechet_name
+from ldm_cli.evaluation.frechet import fit_gaussian, frechet_distance, frechet_name
 from ldm_cli.evaluation.image_quality import SSIM_WINDOW
 from ldm_cli.evaluation.metrics import (
     class_embeddings,
@@ -30,7 +30,7 @@ from ldm_cli.evaluation.metrics import (
     zero_shot_accuracy,
 )
 from ldm_cli.evaluation.scene_detector import WORKING_SIZE
-from ldm_cli.formats.model_folder import write_json
+from ldm_cli.formats.json_file import write_json
 from ldm_cli.recipe.schema import EvalRecipe, EvalSection
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.eval_samples import Gathered, Models, load_models, measure_generated, measure_real
@@ -203,9 +203,7 @@ def _frechet(real: Tensor, generated: Tensor, models: Models, reporter: Reporter
                 f"frechet_distance: {len(features)} {name} images for {features.shape[1]} features; "
                 "compare only with distances of as many images"
             )
-        statistics = FeatureStatistics()
-        statistics.update(features)
-        gaussians.append(statistics.gaussian())
+        gaussians.append(fit_gaussian(features))
     assert models.clip is not None
     return {
         frechet_name(models.hashes["clip"]["sha256"]): frechet_distance(*gaussians),

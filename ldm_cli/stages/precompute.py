@@ -14,7 +14,6 @@ from ldm_cli.data.cache_manifest import DTYPES, CachedShard, CacheKey, Dtype, Ma
 from ldm_cli.data.cache_writer import (
     bad_members,
     caption_members,
-    check_room,
     locked,
     moments_members,
     remove_orphans,
@@ -35,6 +34,7 @@ from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
 from ldm_cli.stages.support.cache_encoding import NUM_AHEAD, CacheEncoder, Chunks, EncodedChunk
 from ldm_cli.stages.support.options import RunOptions, resolve_device
 from ldm_cli.stages.support.start import resolve_start
+from ldm_cli.storage import expect_room
 from ldm_cli.training.failures import FailureJournal
 from ldm_cli.training.interruption import TIME_LIMIT, StopRequest
 
@@ -187,7 +187,7 @@ class _Precomputation:
             for first in range(0, self._shards.sizes[number], self._encoder.size)
         ]
         total = sum(self._shards.sizes[number] for number in missing.values())
-        check_room(self._folder, total * self._sample_bytes)
+        expect_room(self._folder, total * self._sample_bytes, "the cache", ", choose another folder, or --dtype fp16")
         with (
             self._reporter.progress("encoding images", total, unit="image") as progress,
             Chunks(self._shards, self._data, chunks).ahead() as pictures,

@@ -19,8 +19,10 @@ from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import sequential_batches
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.families.caption_tokens import CaptionTokens
-from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS, load_weights, write_json
+from ldm_cli.formats.json_file import write_json
+from ldm_cli.formats.model_folder import load_weights
 from ldm_cli.formats.save_model import save_frozen, save_model
+from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS
 from ldm_cli.pictures.grid import image_grid
 from ldm_cli.pictures.images import save_image
 from ldm_cli.recipe.schema import TrainClipRecipe

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_cli import philox
 from ldm_cli.core.codec import Codec
 from ldm_cli.core.condition import Condition
-from ldm_cli.core.diffusion.loss import add_noise, diffusion_loss
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPTextModel
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
@@ -27,14 +24,10 @@ from ldm_cli.formats.model_folder import load_weights
 from ldm_cli.formats.pipeline_folder import UNET
 from ldm_cli.formats.save_model import save_frozen, save_model
 from ldm_cli.formats.scheduler_file import our_settings
-from ldm_cli.pictures.grid import image_grid
-from ldm_cli.pictures.images import save_image
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import Reporter
-from ldm_cli.sampling.pipeline import Pipeline
-from ldm_cli.sampling.request import requests_for
-from ldm_cli.sampling.sample_options import SampleOptions
 from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
+from ldm_cli.stages.support.denoising import Denoising, generate_samples
 from ldm_cli.stages.support.model_sizes import (
     Parameters,
     autoencoder_of,
@@ -47,8 +40,6 @@ from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_uses
 from ldm_cli.stages.support.training_run import Workbench, run_training
 from ldm_cli.training.checkpoint import link_folder
-
-_NUM_NOISE_LEVELS = 5
 
 
 def run(recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
@@ -97,10 +88,8 @@ class DenoiserTask:
         self.family = StableDiffusion(denoiser, codec, encoder, our_settings(recipe.diffusion.to_mapping()))
         self.modules = {"unet": denoiser}
         self.auxiliary: dict[str, torch.nn.Module] = {}
-        keys = ("posterior noise", "noise", "timestep", "caption dropout")
-        self._keys = {purpose: philox.key(recipe.seed, purpose) for purpose in keys}
-        self._fixed_keys = {purpose: philox.key(recipe.seed, f"validation {purpose}") for purpose in keys}
-        self._empty = self.encoder.condition([""]) if bench.cache is None else self.encoder.cached(bench.cache, "")
+        empty = self.encoder.condition([""]) if bench.cache is None else self.encoder.cached(bench.cache, "")
+        self.denoising = Denoising(self.family, recipe.diffusion, recipe.seed, empty)
         bench.run.share(self._save_unchanged)
 
     def parts(self, batch: Batch, num_parts: int) -> list[Batch]:
@@ -109,40 +98,7 @@ class DenoiserTask:
 
     def loss(self, part: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean denoising error; each sample has its own level, noise and dropout."""
-        moments, condition = self.encoder(part)
-        dropped = philox.uniform(self._keys["caption dropout"], part.epoch, part.position, 1)[:, 0]
-        is_dropped = (dropped < self.recipe.diffusion.caption_dropout).to(self.bench.device)
-        condition = condition.replaced(is_dropped, self._empty)
-        u = self._levels(part.epoch, part.position)
-        return self._denoising_error(part, moments, condition, u, self._keys).mean(), {}
-
-    def _levels(self, epoch: Tensor, position: Tensor) -> Tensor:
-        """u of `Process.at` for each sample: float32 [B], in (0, 1)."""
-        key = self._keys["timestep"]
-        if self.recipe.diffusion.timestep_sampling == "uniform":
-            return philox.uniform(key, epoch, position, 1)[:, 0]
-        return torch.sigmoid(philox.normal(key, epoch, position, (1,))[:, 0])
-
-    def _denoising_error(
-        self,
-        batch: Batch,
-        moments: dict[str, Tensor],
-        condition: Condition,
-        u: Tensor,
-        keys: dict[str, philox.Key],
-    ) -> Tensor:
-        """Weighted squared error per sample, float32 [B]."""
-        family = self.family
-        mode = family.codec.latents(moments)
-        latents = family.codec.latents(moments, self._normal(keys["posterior noise"], batch, mode))
-        noise = self._normal(keys["noise"], batch, latents)
-        a, b, time = family.process.at(u.to(self.bench.device))
-        output = family.denoiser(add_noise(latents, noise, a, b), time, condition)
-        prediction, gamma = family.process.prediction, self.recipe.diffusion.snr_gamma
-        return diffusion_loss(prediction, output, latents, noise, a, b, gamma)
-
-    def _normal(self, key: philox.Key, batch: Batch, like: Tensor) -> Tensor:
-        return philox.normal(key, batch.epoch, batch.position, tuple(like.shape[1:])).to(like.device)
+        return self.denoising.loss(part, *self.encoder(part)), {}
 
     @cached_property
     def _held_out(self) -> list[tuple[Batch, dict[str, Tensor], Condition]]:
@@ -150,34 +106,13 @@ class DenoiserTask:
         return [(batch, *self.encoder(batch)) for batch in self.bench.held_out]
 
     def validate(self) -> dict[str, float]:
-        """Held-out loss with fixed noise at fixed levels, the middles of equal ranges of u: mean and each."""
-        sums = torch.zeros(_NUM_NOISE_LEVELS, dtype=torch.float64, device=self.bench.device)
-        count = 0
-        for batch, moments, condition in self._held_out:
-            for level in range(_NUM_NOISE_LEVELS):
-                u = torch.full((len(batch),), (level + 0.5) / _NUM_NOISE_LEVELS)
-                errors = self._denoising_error(batch, moments, condition, u, self._fixed_keys)
-                sums[level] += errors.double().sum()
-            count += len(batch)
-        if count == 0:
-            return {}
-        means = (sums / count).tolist()
-        return {"val_loss": sum(means) / len(means)} | {f"val_loss/level{i}": m for i, m in enumerate(means)}
+        """See `Denoising.validate`."""
+        return self.denoising.validate(self._held_out)
 
     def picture(self, folder: Path) -> None:
-        """`grid.png` of the fixed prompts and seeds; `prompts.json` names them."""
-        samples = self.recipe.samples
-        held_out = [caption for batch in self.bench.held_out for caption in batch.captions]
-        prompts = list(samples.prompts) or held_out[: samples.num_prompts]
-        if not prompts:
-            return
-        requests = requests_for(prompts, samples.sampling)
-        options = SampleOptions(on_nonfinite=lambda error: self.bench.run.warn(f"{error.what}: {error.cause}"))
-        pictures = Pipeline(self.family).generate(requests, samples.sampling, options=options)
-        if not (images := [picture.pixels for picture in pictures]):
-            return
-        save_image(folder / "grid.png", image_grid(images))
-        (folder / "prompts.json").write_text(json.dumps(prompts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        """See `generate_samples`."""
+        captions = [caption for batch in self.bench.held_out for caption in batch.captions]
+        generate_samples(self.family, self.recipe.samples, captions, folder, self.bench.run.warn)
 
     def _save_unchanged(self, folder: Path) -> None:
         """Write the parts of the model folder that training does not change."""

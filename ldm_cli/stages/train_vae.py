@@ -17,6 +17,7 @@ from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.core.models.clip_vision import CLIPVisionTransformer
 from ldm_cli.core.models.latent_space import standardized
 from ldm_cli.core.models.patch_discriminator import PatchDiscriminator
+from ldm_cli.core.pixels import to_bytes, to_signed
 from ldm_cli.core.vae_loss import VAELoss
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import Loader
@@ -176,16 +177,6 @@ class VAETask:
         ]
         stack = torch.cat(latents)
         return stack.mean(dim=(0, 2, 3)), stack.std(dim=(0, 2, 3)), stack.std().item()
-
-
-def to_signed(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 [B, 3, H, W] → float32 in [−1, 1] on the device."""
-    return images.to(device, non_blocking=True).float().div_(127.5).sub_(1.0)
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """Float [B, 3, H, W] in [−1, 1] → uint8, rounded."""
-    return images.float().add(1.0).mul(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _perceptual_tower(folder: str | None) -> CLIPVisionTransformer | None:

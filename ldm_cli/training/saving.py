@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ldm_cli.errors import (
-    CheckpointError,
-    DivergedError,
-    InputNotFoundError,
-    LdmError,
-    StorageError,
-    first_line,
-)
+from ldm_cli.errors import CheckpointError, DivergedError, InputNotFoundError, LdmError, first_line
 from ldm_cli.formats.json_file import read_json, write_json
 from ldm_cli.formats.model_folder import check_tensors
 from ldm_cli.formats.weight_files import read_tensors, write_tensors
-from ldm_cli.storage import megabytes, storage_errors
+from ldm_cli.storage import expect_room, storage_errors
 from ldm_cli.training.checkpoint import checkpoint_name, checkpoints, commit_folder, prune
 from ldm_cli.training.trainer import Trainer
 
@@ -42,7 +34,7 @@ def save(trainer: Trainer) -> None:
     run, num_bytes = trainer.run, num_checkpoint_bytes(trainer)
     target = run.checkpoints / checkpoint_name(trainer.step)
     if trainer.ranks.is_first:
-        _expect_room(run.checkpoints, num_bytes, "a checkpoint")
+        expect_room(run.checkpoints, num_bytes, "a checkpoint")
         run.metrics.sync()
         write = lambda folder: _write(trainer, folder)  # noqa: E731
         commit_folder(target, write, replace=True, linked=run.frozen, num_bytes=num_bytes)
@@ -95,17 +87,7 @@ def check_room(trainer: Trainer) -> None:
     num_most = min(num_saved + -(-steps_left // config.save_every), config.keep_checkpoints + 1)
     if (count := num_most - num_saved) > 0:
         what = f"{count} checkpoint{'s' if count > 1 else ''}"
-        _expect_room(folder, count * num_checkpoint_bytes(trainer), what)
-
-
-def _expect_room(folder: Path, num_bytes: int, what: str) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise StorageError(
-            f"no room for {what} in '{folder}'",
-            f"it takes {megabytes(num_bytes)}, and {megabytes(free)} are free",
-            "free some space and run the same command again",
-        )
+        expect_room(folder, count * num_checkpoint_bytes(trainer), what)
 
 
 def _write(trainer: Trainer, folder: Path) -> None:

@@ -95,7 +95,7 @@ def test_a_compiled_step_has_the_loss_and_gradients_of_a_plain_one(
     loss, gradients = one_step(subject, changes)
     assert traced == []
     compiled_loss, compiled_gradients = one_step(subject, [*changes, "train.compile=true"])
-    assert len(traced) >= 3
+    assert len(traced) >= 2
     assert compiled_loss == pytest.approx(loss, rel=1e-5)
     assert list(compiled_gradients) == list(gradients)
     for name, gradient in gradients.items():

@@ -12,8 +12,12 @@ from torch import Tensor
 from ldm_cli.data.scene_drawing import paint
 from ldm_cli.data.scene_vocabulary import BACKGROUNDS, COLORS
 from ldm_cli.data.scenes import Split, scene
-from ldm_cli.evaluation.attribute_accuracy import RATES, attribute_accuracy
+from ldm_cli.evaluation.attribute_accuracy import RATES, score_scenes
 from ldm_cli.evaluation.scene_detector import SeenObject, read_scenes, relation
+
+
+def attribute_accuracy(images: Tensor, truths: list[dict[str, Any]], stated_only: bool = False) -> dict[str, Any]:
+    return score_scenes(read_scenes(images), truths, stated_only)
 
 
 def drawn(seed: int, count: int, split: Split, size: int) -> tuple[Tensor, list[dict[str, Any]]]:

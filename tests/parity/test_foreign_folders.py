@@ -20,7 +20,8 @@ from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError, InputNotFoundError, LdmError
-from ldm_cli.formats.model_folder import load_model, read_config, weights_sha256
+from ldm_cli.formats.model_folder import load_model, read_config
+from ldm_cli.formats.weight_files import weights_sha256
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")

@@ -11,8 +11,8 @@ from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.errors import CheckpointError, UsageError
-from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS
 from ldm_cli.formats.save_model import save_model
+from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS
 from ldm_cli.sampling.guidance_models import GuidanceModels, perturbed_layers
 from tests.sampling.tiny import TEXT, UNET, randomize, special_ids, tiny_pipeline, tiny_tokenizer
 

@@ -7,8 +7,8 @@ import torch
 
 from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.core.models.clip_config import CLIPConfig
-from ldm_cli.formats.model_folder import TRANSFORMERS_WEIGHTS
 from ldm_cli.formats.save_model import save_model
+from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS
 from ldm_cli.sampling.config import SamplerName, SamplingConfig
 from ldm_cli.sampling.guidance_models import GuidanceModels
 from ldm_cli.sampling.request import ImageRequest

@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file
 
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
+from ldm_cli.core.pixels import to_bytes, to_signed
 from ldm_cli.data.loader import sequential_batches
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.errors import CheckpointError, InputNotFoundError, RecipeError
 from ldm_cli.evaluation.image_quality import psnr
-from ldm_cli.formats.model_folder import load_tensors
+from ldm_cli.formats.weight_files import load_tensors
 from ldm_cli.recipe.schema import TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages.dry_run import dry_run
 from ldm_cli.stages.support.start import freeze, frozen_names, resolve_start
-from ldm_cli.stages.train_vae import to_bytes, to_signed
 from tests.faults.runs import assert_same_run, metrics
 
 from .tiny import RESNET, clip_recipe, lose_after, trained, unet_recipe, vae_recipe

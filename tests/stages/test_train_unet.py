@@ -150,13 +150,13 @@ def test_caption_dropout_drops_its_fraction_and_leaves_the_rest_alone(
 ) -> None:
     task, loader = make_task(parts, tmp_path, diffusion={"caption_dropout": fraction})
     spy = Spy()
-    task.family = replace(task.family, denoiser=spy)  # type: ignore[type-var]
+    task.denoising.family = replace(task.family, denoiser=spy)  # type: ignore[type-var]
     captions = []
     for batch in loader.batches(0, num_steps):
         captions += batch.captions
         task.loss(batch, 1)
     given = torch.cat([tokens for _, tokens in spy.seen])
-    dropped = (given == task._empty.tokens).flatten(1).all(dim=1)
+    dropped = (given == task.denoising.empty.tokens).flatten(1).all(dim=1)
     sigma = math.sqrt(fraction * (1 - fraction) / (8 * num_steps))
     assert abs(dropped.float().mean() - fraction) <= 4 * sigma
     expected = task.encoder.condition(captions).tokens
@@ -174,7 +174,7 @@ def test_min_snr_weights_each_sample_by_its_level(parts: tuple[Path, Path, Path]
     batch = next(loader.batches(0, 1))
     spy = Spy()
     for task in (plain, weighted):
-        task.family = replace(task.family, denoiser=spy)  # type: ignore[type-var]
+        task.denoising.family = replace(task.family, denoiser=spy)  # type: ignore[type-var]
     for i in range(8):
         one = replace(
             batch, images=batch.images[i : i + 1], captions=batch.captions[i : i + 1],
@@ -313,7 +313,7 @@ def test_logit_normal_levels_follow_the_logistic_of_a_normal_and_stay_in_range(
 ) -> None:
     task, _ = make_task(parts, tmp_path / "run", diffusion={"timestep_sampling": "logit_normal"})
     position = torch.arange(20_000)
-    _, _, t = task.family.process.at(task._levels(torch.zeros_like(position), position))
+    _, _, t = task.family.process.at(task.denoising.levels(torch.zeros_like(position), position))
     assert bool((t == t.long()).all())
     assert 0 <= t.min() < 40
     assert 960 < t.max() <= 999

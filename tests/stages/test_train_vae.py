@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ldm_cli import philox
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
+from ldm_cli.core.pixels import to_signed
 from ldm_cli.data.loader import Loader, sequential_batches
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.scenes import write_scenes
@@ -23,7 +24,7 @@ from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import TrainVaeRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages.support.training_run import Workbench
-from ldm_cli.stages.train_vae import VAETask, to_signed
+from ldm_cli.stages.train_vae import VAETask
 from ldm_cli.training.failures import MAX_ATTEMPTS
 from ldm_cli.training.run_folder import RunFolder
 

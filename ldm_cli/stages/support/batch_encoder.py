@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ldm_cli.core.condition import Condition
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
+from ldm_cli.core.pixels import to_signed
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.cache_manifest import CacheKey
 from ldm_cli.data.latent_cache import LatentCache
@@ -19,7 +20,6 @@ from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, encoder_key, tok
 from ldm_cli.families.family import model_sha256, place
 from ldm_cli.formats.model_folder import load_model
 from ldm_cli.recipe.schema import TrainUnetRecipe
-from ldm_cli.stages.train_vae import to_signed
 
 # Fields of an autoencoder's config.json on which the moments do not depend.
 _IRRELEVANT = {"sample_size", "scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast"}

@@ -16,8 +16,6 @@ from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.clip import CLIPModel, CLIPTextModel
 from ldm_cli.core.models.clip_config import CLIPConfig
-from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
-from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.errors import RecipeError, amount, first_line
 from ldm_cli.families.clip_text_encoder import text_config_of
 from ldm_cli.formats.model_folder import CONFIG_NAME, read_as, without_weights
@@ -85,11 +83,6 @@ def clip_of(mapping: Mapping[str, Any]) -> CLIPModel:
 def text_encoder_of(mapping: Mapping[str, Any]) -> CLIPTextModel:
     """The text tower of a config.json, of its own or of a whole CLIP."""
     return CLIPTextModel(text_config_of(mapping))
-
-
-def unet_of(mapping: Mapping[str, Any]) -> UNet2DConditionModel:
-    """The denoiser of a Hugging Face config.json."""
-    return UNet2DConditionModel(UNet2DConditionConfig.from_hugging_face(mapping))
 
 
 def training_bytes(
