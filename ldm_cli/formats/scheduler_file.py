@@ -36,26 +36,19 @@ _SAMPLERS = {
     "KDPM2AncestralDiscreteScheduler": "dpmpp_2s_ancestral",
 }
 _FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
-# Fields that would move the levels, or change a step, with the values that do neither; null, too, where it is false.
+# Fields that would move the levels, or change a step, with the values that do neither.
+_OFF = (False, None)
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "trained_betas": (None,),
-    "thresholding": (False, None),
-    "use_dynamic_shifting": (False, None),
-    "use_beta_sigmas": (False, None),
-    "use_lu_lambdas": (False, None),
-    "interpolation_type": ("linear",),
-    "timestep_type": ("discrete",),
-    "timestep_scaling": (10.0,),
+    **dict.fromkeys(("thresholding", "use_beta_sigmas", "use_dynamic_shifting", "use_lu_lambdas"), _OFF),
+    **dict.fromkeys(("invert_sigmas", "shift_terminal", "stochastic_sampling", "trained_betas"), _OFF),
     "final_sigmas_type": ("zero",),
+    "interpolation_type": ("linear",),
     "lambda_min_clipped": (-math.inf,),
-    "variance_type": (None, "fixed_small", "fixed_small_log"),
-    "invert_sigmas": (False, None),
-    "shift_terminal": (None, False),
-    "stochastic_sampling": (False, None),
+    "timestep_scaling": (10.0,),
     "timestep_spacing": ("leading", "linspace", "trailing", None),
+    "timestep_type": ("discrete",),
+    "variance_type": (None, "fixed_small", "fixed_small_log"),
 }
-_POSITIVE = ("sigma_min", "sigma_max", "original_inference_steps")
-_NEUTRAL_IN_FLOW = {"use_karras_sigmas": (False, None), "use_exponential_sigmas": (False, None)}
 _NEUTRAL_BY_CLASS: dict[str, dict[str, tuple[Any, ...]]] = {
     "DPMSolverMultistepScheduler": {
         "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
@@ -71,8 +64,9 @@ _NEUTRAL_BY_CLASS: dict[str, dict[str, tuple[Any, ...]]] = {
         "disable_corrector": ([], None),
         "solver_p": (None,),
     },
-    **dict.fromkeys(_FLOW_SCHEDULERS, _NEUTRAL_IN_FLOW),
+    **{name: {"use_karras_sigmas": _OFF, "use_exponential_sigmas": _OFF} for name in _FLOW_SCHEDULERS},
 }
+_POSITIVE = ("sigma_min", "sigma_max", "original_inference_steps")
 # diffusers' defaults, for files that leave them out.
 _DIFFUSION_DEFAULTS: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -194,14 +188,15 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
     if "Inpaint" in pipeline:
         neutral.pop("skip_prk_steps", None)
     if pipeline.startswith("LatentConsistency"):
-        neutral["clip_sample"] = (False, None)
+        neutral["clip_sample"] = _OFF
     if found in _FLOW_SCHEDULERS:
         # These classes say nothing of the prediction, which is always a velocity, and call its shift so.
         content = {**content, "prediction_type": "flow_prediction", "flow_shift": content.get("shift", 1.0)}
     elif found != "UniPCMultistepScheduler" or content.get("prediction_type") != "flow_prediction":
-        neutral["use_flow_sigmas"] = (False, None)
+        neutral["use_flow_sigmas"] = _OFF
     refused = [name for name, values in neutral.items() if name in content and content[name] not in values]
-    refused += [name for name in _POSITIVE if not _is_positive_or_none(content.get(name))]
+    numbers = {name: content[name] for name in _POSITIVE if content.get(name) is not None}
+    refused += [n for n, x in numbers.items() if not (isinstance(x, int | float) and 0 < x < math.inf)]
     if refused:
         named = ", ".join(f"{name}={content[name]!r}" for name in refused)
         raise CheckpointError(f"cannot use '{file}'", f"{named} is not supported", "correct the file")
@@ -215,10 +210,6 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
         num_distilled=content.get("original_inference_steps") or 50,
         sampler=_sampler(found, content),
     )
-
-
-def _is_positive_or_none(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and 0 < value < math.inf)
 
 
 def _sampler(scheduler_class: str, content: Mapping[str, Any]) -> str:

@@ -147,6 +147,18 @@ def test_what_a_scheduler_asks_for_and_we_cannot_do_is_refused_by_name(tmp_path,
         read_scheduler(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["DDIM", "DDPM", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete",
+     "KDPM2AncestralDiscrete", "DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep", "LCM"],
+)  # fmt: skip
+def test_fields_that_a_scheduler_file_leaves_out_are_those_of_its_class(tmp_path, name):
+    write_scheduler_file(tmp_path, f"{name}Scheduler", {})
+    theirs = getattr(diffusers, f"{name}Scheduler")().config
+    found = read_scheduler(tmp_path).diffusion
+    assert found == {field: theirs.get(field, False) for field in found}
+
+
 def test_file_of_stable_diffusion_1_is_read_with_each_samplers_own_spacing(tmp_path):
     folder = their_folder(tmp_path, scheduler("pndm"))
     file = folder / "scheduler" / "scheduler_config.json"
