@@ -182,7 +182,11 @@ TEXT_TIME = {
         ({}, {"tokens": None}, "condition.tokens is missing"),
         ({"num_class_embeds": 3}, {}, "condition.pooled is missing.* num_class_embeds=3"),
         (TEXT_TIME, {}, "condition.pooled is missing.* addition_embed_type=text_time"),
-        ({}, {"pooled": torch.tensor([0, 1])}, "condition.pooled is given.* num_class_embeds=None"),
+        (
+            {},
+            {"pooled": torch.tensor([0, 1])},
+            "condition.pooled is given, but the network has no field that asks for it",
+        ),
         ({}, {"guidance": torch.ones(2, 8)}, "condition.guidance is given.* time_cond_proj_dim=None"),
         ({}, {"image_tokens": torch.ones(2, 1, 32)}, "condition.image_tokens is given"),
         ({}, {"concat": torch.ones(2, 1, 8, 6)}, "5 channels in x and condition.concat, but in_channels=4"),
