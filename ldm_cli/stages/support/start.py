@@ -21,7 +21,6 @@ from ldm_cli.formats.model_folder import CONFIG_NAME, ModelClass, load_model, re
 from ldm_cli.formats.pipeline_folder import INDEX_NAME, TEXT_ENCODER, UNET, VAE
 from ldm_cli.formats.scheduler_file import read_scheduler
 from ldm_cli.recipe.schema import StartedRecipe, TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
-from ldm_cli.storage import resolve_model_folder
 from ldm_cli.training.run_identity import flatten
 
 RecipeT = TypeVar("RecipeT", bound=StartedRecipe)
@@ -87,7 +86,7 @@ def start_folder(recipe: StartedRecipe) -> Path:
     if not Path(recipe.start_from).is_dir():
         remedy = "give the folder of a model, a run or a checkpoint"
         raise InputNotFoundError(f"start_from: no folder '{recipe.start_from}'", remedy=remedy)
-    root = resolve_model(resolve_model_folder(Path(recipe.start_from)))
+    root = resolve_model(Path(recipe.start_from))
     if not _is_pipeline(root) or isinstance(recipe, TrainClipRecipe):
         return root
     return root / (VAE if isinstance(recipe, TrainVaeRecipe) else UNET)
