@@ -197,6 +197,8 @@ def test_patterns_apply_in_their_order() -> None:
             r"no parameter matches 'decodre\.\*', 'x': there are encoder\.\*, decoder\.\*",
         ),
         (["*"], "leaves nothing to train"),
+        (["!decoder.*"], "leaves nothing frozen"),
+        (["encoder.*", "!*"], "leaves nothing frozen"),
         (["!*", "*"], "leaves nothing to train"),
     ],
 )

@@ -162,7 +162,7 @@ def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
         patterns: apply in order; one that begins with `!` thaws what it matches.
 
     Raises:
-        RecipeError: a pattern matches nothing, or nothing is left to train.
+        RecipeError: a pattern matches nothing, or nothing is left to train, or nothing is frozen.
     """
     parameters = dict(module.named_parameters())
     frozen: set[str] = set()
@@ -177,6 +177,9 @@ def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
         raise RecipeError(
             f"freeze: no parameter matches {', '.join(map(repr, unmatched))}", f"there are {', '.join(there)}"
         )
+    if patterns and not frozen:
+        cause = "each matches only what a later pattern with '!' excepts, or begins with '!' itself"
+        raise RecipeError("freeze leaves nothing frozen", cause, "begin with '*' to freeze all but what '!' excepts")
     if len(frozen) == len(parameters):
         raise RecipeError("freeze leaves nothing to train", f"all {len(parameters)} parameters match")
     for name in frozen:
