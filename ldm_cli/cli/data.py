@@ -88,6 +88,8 @@ def pack(
     from ldm_cli.data.sources import Choices
     from ldm_cli.stages import data
 
+    if Path(prefix).name != prefix:
+        raise UsageError(f"--prefix '{prefix}' is no beginning of a file name", remedy="give OUT the folder")
     result = data.pack(
         source,
         out,

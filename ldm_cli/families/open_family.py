@@ -15,6 +15,7 @@ from ldm_cli.families.family import Family
 from ldm_cli.formats.json_file import read_json
 from ldm_cli.formats.model_folder import CONFIG_NAME
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
+from ldm_cli.storage import resolve_model_folder
 
 
 def open_family(
@@ -64,7 +65,7 @@ def _module_of(folder: Path) -> Any:
 
 
 def resolve_model(path: Path) -> Path:
-    """The model folder that a path means: itself, or the model of a run or of a checkpoint.
+    """The model folder that a path means: itself, or the model of a run, of a checkpoint or of a hub cache's root.
 
     A run's is `model/` once it is finished, before that its newest checkpoint; a checkpoint's is `ema/` where
     weights are averaged, else `model/`.
@@ -74,6 +75,7 @@ def resolve_model(path: Path) -> Path:
     """
     if not path.is_dir():
         raise InputNotFoundError(f"model folder '{path}' not found", remedy="check --model, or train it first")
+    path = resolve_model_folder(path)
     manifests = sorted((path / "checkpoints").glob("step-*/manifest.json"))
     newest = [manifests[-1].parent / name for name in ("ema", "model")] if manifests else []
     for folder in (path, path / "ema", path / "model", *newest):

@@ -147,13 +147,16 @@ def with_changes(
     try:
         return SamplingConfig.from_mapping(mapping["sampling"]), EditConfig.from_mapping(mapping["edit"])
     except ValidationError as error:
-        raise UsageError(f"{where} cannot be", "; ".join(map(_cause, error.errors()))) from error
+        raise UsageError(f"{where} cannot be", causes(error)) from error
 
 
-def _cause(error: Mapping[str, Any]) -> str:
+def causes(error: ValidationError) -> str:
     """What pydantic found wrong, with the field's name where it is about one."""
-    place, message = ".".join(map(str, error["loc"])), str(error["msg"]).removeprefix("Value error, ").lower()
-    return f"{place}: {message}" if place else message
+    found = []
+    for one in error.errors():
+        place, message = ".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, ").lower()
+        found.append(f"{place}: {message}" if place else message)
+    return "; ".join(found)
 
 
 def value_of(text: str) -> Any:

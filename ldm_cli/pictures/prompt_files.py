@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from ldm_cli.data.captions import NO_TEXT
 from ldm_cli.data.tables import rows_of, text_lines
 from ldm_cli.errors import DataError, InputNotFoundError
-from ldm_cli.pictures.job import PromptEntry, value_of
+from ldm_cli.pictures.job import PromptEntry, causes, value_of
 
 _MOST_BYTES = 2**28
 _TEXT_SUFFIXES = ("", ".txt", ".text", ".prompt", ".prompts")
@@ -133,7 +135,7 @@ def _line_entry(line: str, where: str) -> PromptEntry:
             remedy = f"known are {known}; a prompt with '--' in it can stand in a .jsonl file"
             raise DataError(f"{where}: unknown option --{match[1]}", remedy=remedy)
         sampling[field] = _value(field, text)
-    return PromptEntry(prompt=prompt.strip(), sampling=sampling)
+    return _valid_entry(prompt.strip(), sampling, where)
 
 
 def _from_rows(path: Path, remarks: Counter[str]) -> Iterator[PromptEntry]:
@@ -168,7 +170,14 @@ def _entry(fields: Mapping[str, Any], where: str) -> PromptEntry:
     if not isinstance(prompt, str):
         raise DataError(f"{where}: no text under 'prompt'", f"its fields are {', '.join(fields) or 'none'}")
     # Lone surrogates, which JSON can spell, are no text.
-    return PromptEntry(prompt=prompt.encode("utf-8", "replace").decode(), sampling=named)
+    return _valid_entry(prompt.encode("utf-8", "replace").decode(), named, where)
+
+
+def _valid_entry(prompt: str, sampling: dict[str, Any], where: str) -> PromptEntry:
+    try:
+        return PromptEntry(prompt=prompt, sampling=sampling)
+    except ValidationError as error:
+        raise DataError(f"{where}: not a setting", causes(error)) from None
 
 
 def _value(field: str, text: str) -> Any:

@@ -28,3 +28,12 @@ def test_model_of_a_run_is_the_finished_one_else_the_average_of_its_newest_check
     assert resolve_model(finished) == finished
     with pytest.raises(InputNotFoundError, match="not found"):
         resolve_model(tmp_path / "nowhere")
+
+
+def test_model_of_a_hub_cache_is_the_snapshot_of_its_main_branch(tmp_path):
+    for commit in ("abc", "def"):
+        (tmp_path / "snapshots" / commit).mkdir(parents=True)
+        (tmp_path / "snapshots" / commit / "model_index.json").write_text("{}")
+    (tmp_path / "refs").mkdir()
+    (tmp_path / "refs" / "main").write_text("def")
+    assert resolve_model(tmp_path) == tmp_path / "snapshots" / "def"

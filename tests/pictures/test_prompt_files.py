@@ -126,3 +126,17 @@ def test_hostile_texts_stay_texts(tmp_path):
     assert read(tmp_path / "p.jsonl", '{"prompt": "\\ud800"}')[0][0] == "?"
     with pytest.raises(InputNotFoundError):
         read_prompt_file(tmp_path / "none.txt", print)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [
+        ("p.jsonl", '{"prompt": "a", "seed": NaN}', "line 1"),
+        ("p.json", '["a", {"prompt": "b", "guidance": Infinity}]', "entry 2"),
+        ("p.csv", "prompt,eta\na,-Infinity\n", "line 2"),
+        ("p.txt", "a --l NaN\n", "line 1"),
+    ],
+)
+def test_a_setting_that_is_not_finite_is_named_with_its_line(tmp_path, name, text, place):
+    with pytest.raises(DataError, match=f"{place}.*finite number"):
+        read(tmp_path / name, text)

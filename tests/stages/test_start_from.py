@@ -19,7 +19,7 @@ from ldm_cli.data.open_shards import open_shards
 from ldm_cli.errors import CheckpointError, InputNotFoundError, RecipeError
 from ldm_cli.evaluation.image_quality import psnr
 from ldm_cli.formats.weight_files import load_tensors
-from ldm_cli.recipe.schema import TrainUnetRecipe, TrainVaeRecipe
+from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages.dry_run import dry_run
 from ldm_cli.stages.support.start import freeze, frozen_names, resolve_start
@@ -189,6 +189,28 @@ def test_patterns_apply_in_their_order() -> None:
     assert frozen_names(model) == {"a.bias", "b.weight", "b.bias"}
 
 
+def test_a_clip_without_a_tokenizer_takes_the_one_that_is_named_if_it_fits(
+    scenes: Path, clip_run: Path, tmp_path: Path
+) -> None:
+    bare, named = tmp_path / "bare", tmp_path / "named"
+    named.mkdir()
+    shutil.copytree(clip_run / "model", bare)
+    for file in [path for path in bare.iterdir() if path.suffix in (".json", ".txt")]:
+        if file.name not in ("config.json", "preprocessor_config.json"):
+            file.rename(named / file.name)
+    recipe = started(clip_recipe(scenes), "clip", bare)
+    del recipe["tokenizer"]
+    with pytest.raises(InputNotFoundError, match=r"name the tokenizer's folder in tokenizer\.path"):
+        resolve_start(TrainClipRecipe.from_mapping(recipe), print)
+    recipe["tokenizer"] = {"path": str(named)}
+    assert resolve_start(TrainClipRecipe.from_mapping(recipe), print).tokenizer.path == str(named)
+    config = json.loads((bare / "config.json").read_text())
+    config["text_config"]["eos_token_id"] -= 1
+    (bare / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match="does not fit"):
+        resolve_start(TrainClipRecipe.from_mapping(recipe), print)
+
+
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
@@ -197,6 +219,8 @@ def test_patterns_apply_in_their_order() -> None:
             r"no parameter matches 'decodre\.\*', 'x': there are encoder\.\*, decoder\.\*",
         ),
         (["*"], "leaves nothing to train"),
+        (["!decoder.*"], "leaves nothing frozen"),
+        (["encoder.*", "!*"], "leaves nothing frozen"),
         (["!*", "*"], "leaves nothing to train"),
     ],
 )

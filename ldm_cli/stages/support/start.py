@@ -12,7 +12,7 @@ from torch import nn
 
 from ldm_cli.config import Config
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
-from ldm_cli.core.models.clip_config import CLIPConfig
+from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import InputNotFoundError, RecipeError
@@ -21,7 +21,6 @@ from ldm_cli.formats.model_folder import CONFIG_NAME, ModelClass, load_model, re
 from ldm_cli.formats.pipeline_folder import INDEX_NAME, TEXT_ENCODER, UNET, VAE
 from ldm_cli.formats.scheduler_file import read_scheduler
 from ldm_cli.recipe.schema import StartedRecipe, TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
-from ldm_cli.storage import resolve_model_folder
 from ldm_cli.training.run_identity import flatten
 
 RecipeT = TypeVar("RecipeT", bound=StartedRecipe)
@@ -59,7 +58,7 @@ def resolve_start(recipe: RecipeT, warn: Callable[[str], None]) -> RecipeT:
 def _taken_fields(recipe: StartedRecipe, folder: Path, warn: Callable[[str], None]) -> dict[str, Any]:
     if isinstance(recipe, TrainClipRecipe):
         clip = read_as(CLIPConfig.from_hugging_face, folder / CONFIG_NAME)
-        tokenizer = {**recipe.tokenizer.to_mapping(), "path": str(_agreed_tokenizer(recipe, folder))}
+        tokenizer = {**recipe.tokenizer.to_mapping(), "path": str(_agreed_tokenizer(recipe, folder, clip.text_config))}
         return {"clip": _agreed("clip", recipe.clip, clip, folder), "tokenizer": tokenizer}
     if isinstance(recipe, TrainVaeRecipe):
         vae = read_as(AutoencoderKLConfig.from_hugging_face, folder / CONFIG_NAME)
@@ -87,7 +86,7 @@ def start_folder(recipe: StartedRecipe) -> Path:
     if not Path(recipe.start_from).is_dir():
         remedy = "give the folder of a model, a run or a checkpoint"
         raise InputNotFoundError(f"start_from: no folder '{recipe.start_from}'", remedy=remedy)
-    root = resolve_model(resolve_model_folder(Path(recipe.start_from)))
+    root = resolve_model(Path(recipe.start_from))
     if not _is_pipeline(root) or isinstance(recipe, TrainClipRecipe):
         return root
     return root / (VAE if isinstance(recipe, TrainVaeRecipe) else UNET)
@@ -118,10 +117,24 @@ def _agreed(section: str, given: Config | None, found: Config, folder: Path) -> 
     return mapping
 
 
-def _agreed_tokenizer(recipe: TrainClipRecipe, folder: Path) -> Path:
-    """The folder of the tokenizer with which the text tower was trained."""
+def _agreed_tokenizer(recipe: TrainClipRecipe, folder: Path, text: CLIPTextConfig) -> Path:
+    """The folder of the tokenizer of the text tower: `folder`, or `tokenizer.path` where it has none."""
     given = recipe.tokenizer.path
-    if given is None or Tokenizer.load(given).fingerprint == Tokenizer.load(folder).fingerprint:
+    chosen = None if given is None else Tokenizer.load(given)
+    try:
+        own = Tokenizer.load(folder)
+    except InputNotFoundError as error:
+        if given is None or chosen is None:
+            raise InputNotFoundError(
+                error.what, error.cause, "name the tokenizer's folder in tokenizer.path"
+            ) from error
+        # Old files of transformers say 2 and mean the largest id.
+        end = chosen.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id
+        if chosen.end_id == end and chosen.vocab_size <= text.vocab_size:
+            return Path(given)
+        cause = f"its texts end with token {chosen.end_id}, those of the text tower with {end}"
+        raise RecipeError(f"tokenizer.path: '{given}' does not fit '{folder}'", cause) from error
+    if chosen is None or chosen.fingerprint == own.fingerprint:
         return folder
     cause = f"the vocabulary of '{folder}' is another one, with which its text tower was trained"
     raise RecipeError(f"tokenizer.path: '{given}' cannot be used with start_from", cause, "leave tokenizer out")
@@ -163,7 +176,7 @@ def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
         patterns: apply in order; one that begins with `!` thaws what it matches.
 
     Raises:
-        RecipeError: a pattern matches nothing, or nothing is left to train.
+        RecipeError: a pattern matches nothing, or nothing is left to train, or nothing is frozen.
     """
     parameters = dict(module.named_parameters())
     frozen: set[str] = set()
@@ -178,6 +191,9 @@ def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
         raise RecipeError(
             f"freeze: no parameter matches {', '.join(map(repr, unmatched))}", f"there are {', '.join(there)}"
         )
+    if patterns and not frozen:
+        cause = "each matches only what a later pattern with '!' excepts, or begins with '!' itself"
+        raise RecipeError("freeze leaves nothing frozen", cause, "begin with '*' to freeze all but what '!' excepts")
     if len(frozen) == len(parameters):
         raise RecipeError("freeze leaves nothing to train", f"all {len(parameters)} parameters match")
     for name in frozen:
