@@ -83,6 +83,7 @@ def run(arguments: Sequence[str]) -> int:
 def main() -> NoReturn:
     """The rest of the console script."""
     code = run(sys.argv[1:])
-    if code and is_rank():  # an orderly end would wait for ranks that may be gone
+    if is_rank():  # an orderly end waits for ranks that may be gone, and takes objects from threads of gloo
+        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

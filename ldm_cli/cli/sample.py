@@ -163,4 +163,7 @@ def _read_prompts(path: Path | None, texts: list[str], reporter: Reporter) -> li
 
     if stray := next((text for text in texts if stray_option(text)), None):
         reporter.warn(f"'{stray_option(stray)}' is part of the prompt '{stray}': see ldm sample --help for options")
-    return [*(read_prompt_file(path, reporter.warn) if path else ()), *texts]
+    found = [] if path is None else list(read_prompt_file(path, reporter.warn))
+    if path is not None and not found:
+        raise UsageError(f"no prompt in '{path}'", remedy="write one per line, or name a table's column 'prompt'")
+    return [*found, *texts]

@@ -73,9 +73,9 @@ def resolve_model(path: Path) -> Path:
     Raises:
         InputNotFoundError: there is no such folder, or no model in it.
     """
+    path = resolve_model_folder(path)
     if not path.is_dir():
         raise InputNotFoundError(f"model folder '{path}' not found", remedy="check --model, or train it first")
-    path = resolve_model_folder(path)
     manifests = sorted((path / "checkpoints").glob("step-*/manifest.json"))
     newest = [manifests[-1].parent / name for name in ("ema", "model")] if manifests else []
     for folder in (path, path / "ema", path / "model", *newest):

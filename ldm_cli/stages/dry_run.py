@@ -33,7 +33,7 @@ def dry_run(recipe: Recipe, reporter: Reporter, num_ranks: int = 1) -> dict[str,
 
     Args:
         recipe: of any command.
-        reporter: is told how far the reading of shards is.
+        reporter: receives the progress of reading shards.
         num_ranks: how many train together.
 
     Returns:
@@ -69,7 +69,7 @@ def dry_run(recipe: Recipe, reporter: Reporter, num_ranks: int = 1) -> dict[str,
 
 
 def _about_ranks(train: TrainConfig, num_ranks: int) -> list[str]:
-    """Of what the bytes are, where each rank holds a part."""
+    """Notes on the bytes of a sharded model."""
     if train.strategy != "sharded":
         return []
     if num_ranks == 1:
@@ -122,7 +122,7 @@ def _shards(data: DataConfig, notes: list[str], reporter: Reporter) -> dict[str,
         if pattern is None:
             continue
         if data.stream and not prefix:
-            notes.append("data.shards: a stream, whose samples nobody has counted")
+            notes.append("data.shards: a stream, whose samples are not counted")
             continue
         try:
             shards = open_shards(pattern, data, reporter)

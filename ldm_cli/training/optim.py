@@ -90,7 +90,7 @@ class GuardedOptimizers:
         Args:
             lr: learning rate of this step.
             loss: scalar; a non-finite value also skips the step.
-            num_parts: the gradients are sums over so many parts; their mean counts.
+            num_parts: number of parts whose gradients were added up; the step takes their mean.
 
         Returns:
             The 2-norm of each module's mean gradient, before clipping, and `kept`: 1 if the step was taken, or 0.

@@ -41,7 +41,7 @@ class RunLock:
             # Not flock: data workers would inherit it, and hold it for seconds after a kill of their owner.
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in _NO_LOCKS or _lives_here(before):
+            if error.errno not in _NO_LOCKS or _is_running_here(before):
                 os.close(descriptor)
                 raise OutputError(
                     f"'{self.file.parent}' is in use",
@@ -74,7 +74,7 @@ class RunLock:
             self._descriptor = None
 
 
-def _lives_here(owner: str) -> bool:
+def _is_running_here(owner: str) -> bool:
     """Whether the owner's process is alive, as far as this machine knows."""
     found = re.match(r"pid (\d+) on (\S+?)(,|$)", owner)
     if not found or found[2] != socket.gethostname():

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _LARGE, _LARGE_FOR_SLOW_MKL = 1 << 15, 1 << 11
-"""Weights from which on a layer runs by oneDNN without gradients: everywhere, and where MKL is slow."""
+"""Without gradients, layers of at least so many weights run by oneDNN: on any processor, and where MKL is slow."""
 _LARGE_PRODUCT = 1 << 25
-"""Multiplications from which on a layer is trained by oneDNN, whose calls cost more than MKL's."""
+"""With gradients, products of at least so many multiplications run by oneDNN; smaller ones lose to its overhead."""
 _LONG_SIDE = 256
-"""Side of a weight from which on oneDNN is faster for its gradient, a product with a long inner side."""
+"""The gradient of a weight with a side of at least this length runs by oneDNN."""
 
 
 class TunedLinear(nn.Linear):

@@ -66,9 +66,9 @@ class DiffusersConfig(Config):
             ValueError: the file is of another class.
             pydantic.ValidationError: unknown keys and values that are not implemented, one entry each.
         """
-        found = mapping.get("_class_name", cls.hugging_face_class)
+        found = mapping.get("_class_name", mapping.get("model_type", cls.hugging_face_class))
         if found != cls.hugging_face_class:
-            raise ValueError(f"_class_name is {found!r}, expected {cls.hugging_face_class!r}")
+            raise ValueError(f"it is of class {found!r}, expected {cls.hugging_face_class!r}")
         switches = {name for name, field in cls.model_fields.items() if isinstance(field.default, bool)}
         return cls.from_mapping(
             {

@@ -112,7 +112,7 @@ def expect_memory(
 ) -> None:
     """Refuse what cannot be trained here, before anything is allocated; activations are not counted.
 
-    Lenient where it cannot know: Muon counts as if it had all weights, for which it keeps one number and not two.
+    Muon counts as if it trained all weights, with one number for each instead of two; so it is never overestimated.
 
     Raises:
         RecipeError: model or batch are larger than the memory there is.

@@ -83,7 +83,7 @@ def start_folder(recipe: StartedRecipe) -> Path:
     """
     if recipe.start_from is None:
         raise ValueError("start_from is None")
-    if not Path(recipe.start_from).is_dir():
+    if not Path(recipe.start_from).exists():
         remedy = "give the folder of a model, a run or a checkpoint"
         raise InputNotFoundError(f"start_from: no folder '{recipe.start_from}'", remedy=remedy)
     root = resolve_model(Path(recipe.start_from))

@@ -135,7 +135,7 @@ def test_an_option_that_is_not_implemented_is_refused_by_name(
 
 
 def test_a_config_of_another_class_is_refused() -> None:
-    with pytest.raises(ValueError, match="_class_name is 'AutoencoderKL', expected 'UNet2DConditionModel'"):
+    with pytest.raises(ValueError, match="it is of class 'AutoencoderKL', expected 'UNet2DConditionModel'"):
         UNet2DConditionConfig.from_hugging_face(MINIMAL_VAE)
     with pytest.raises(ValueError, match="pruned_heads"):
         CLIPTextConfig.from_hugging_face({**OLD_TEXT_ENCODER, "pruned_heads": {"0": [1]}})
