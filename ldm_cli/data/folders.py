@@ -133,7 +133,8 @@ class _Folder:
                 if path.stem.lower() == "metadata":
                     raise
                 refused.append(error)
-        if refused and not tables and (self._choices.image_column or self._choices.caption_column):
+        named = self._choices.image_column or self._choices.caption_column
+        if refused and not tables and (named or not self._pictures):
             raise refused[0]
         return tables
 

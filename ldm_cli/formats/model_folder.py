@@ -128,7 +128,31 @@ def load_weights(module: nn.Module, folder: Path, allow_extra: bool = False) -> 
         allow_extra: the folder may hold more than the module has (a CLIPModel, for its text tower).
 
     Raises:
-        CheckpointError: float8 weights have scales; or as in `check_tensors`.
+        CheckpointError: the tensors are not finite; or as in `fitting_tensors`.
+    """
+    expected = module.state_dict()
+    tensors = fitting_tensors(module, folder, allow_extra)
+    expect_finite(tensors, folder)
+    # A copy: a tensor that lies in the mapped file at any offset may take another path through a BLAS than an
+    # aligned one, and results would hang on the layout of the file.
+    on_meta = {name for name, value in expected.items() if value.is_meta}
+    converted = {
+        name: tensor.to(torch.float32 if name in on_meta else expected[name].dtype, copy=True)
+        for name, tensor in tensors.items()
+    }
+    module.load_state_dict(converted, assign=bool(on_meta))
+
+
+def fitting_tensors(module: nn.Module, folder: Path, allow_extra: bool = False) -> dict[str, Tensor]:
+    """The tensors of a model folder under the module's names; they are mapped, and none is read yet.
+
+    Args:
+        module: may be on the meta device.
+        folder: the model folder.
+        allow_extra: as in `load_weights`.
+
+    Raises:
+        CheckpointError: float8 weights have scales; or as in `check_tensors`, `load_tensors`.
     """
     expected = module.state_dict()
     tensors = _in_names_of(expected, load_tensors(folder))
@@ -138,14 +162,7 @@ def load_weights(module: nn.Module, folder: Path, allow_extra: bool = False) -> 
     if allow_extra:
         tensors = {name: tensor for name, tensor in tensors.items() if name in expected}
     check_tensors(expected, tensors, folder)
-    # A copy: a tensor that lies in the mapped file at any offset may take another path through a BLAS than an
-    # aligned one, and results would hang on the layout of the file.
-    on_meta = {name for name, value in expected.items() if value.is_meta}
-    converted = {
-        name: tensor.to(torch.float32 if name in on_meta else expected[name].dtype, copy=True)
-        for name, tensor in tensors.items()
-    }
-    module.load_state_dict(converted, assign=bool(on_meta))
+    return tensors
 
 
 def _float8_scales(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
@@ -177,11 +194,11 @@ def _spellings(name: str) -> Iterable[str]:
 
 
 def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Make sure that `tensors`, read from `source`, are those that `expected` wants, with its shapes, and finite.
+    """Make sure that `tensors`, read from `source`, are those that `expected` wants, with its shapes.
 
     Raises:
-        CheckpointError: tensors are missing, left over, of another shape, not of a floating-point type that is read, or
-            not finite; up to five are named.
+        CheckpointError: tensors are missing, left over, of another shape, or not of a floating-point type that is read;
+            up to five are named.
     """
     problems = [f"missing: {named(missing)}"] if (missing := [n for n in expected if n not in tensors]) else []
     if extra := [n for n in tensors if n not in expected]:
@@ -195,6 +212,10 @@ def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor],
     if problems:
         remedy = "check that the configuration belongs to them"
         raise CheckpointError(f"the tensors in '{source}' do not fit", "; ".join(problems), remedy)
+
+
+def expect_finite(tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Raises CheckpointError that names up to five of the `tensors`, read from `source`, that are not finite."""
     if bad := [name for name, tensor in tensors.items() if not _is_finite(tensor)]:
         raise CheckpointError(f"the tensors in '{source}' are not finite", named(bad), "take an earlier checkpoint")
 

@@ -74,7 +74,7 @@ def parameters(recipe: TrainClipRecipe, notes: list[str]) -> Parameters:
     """The sizes of `recipe`; see `support/model_sizes.py`."""
     if recipe.tokenizer.path is None:
         notes.append("clip: the trained vocabulary may have fewer tokens than text_config.vocab_size")
-    return trained_parameters("clip", lambda: CLIPModel(recipe.model), recipe.freeze)
+    return trained_parameters("clip", lambda: CLIPModel(recipe.model), recipe)
 
 
 class CLIPTask:

@@ -65,10 +65,10 @@ def parameters(recipe: TrainUnetRecipe, notes: list[str]) -> Parameters:
     """
     expect_known_conditions(recipe.model)
     vae = model_at("vae", recipe.vae, autoencoder_of, notes)
-    text_encoder = model_at("text_encoder", recipe.text_encoder, text_encoder_of, notes)
+    text_encoder = model_at("text_encoder", recipe.text_encoder, text_encoder_of, notes, allow_extra=True)
     if isinstance(vae, AutoencoderKL) and isinstance(text_encoder, CLIPTextModel):
         fitted_config(recipe, vae, text_encoder.config.hidden_size)
-    trained, frozen = trained_parameters("unet", lambda: UNet2DConditionModel(recipe.model), recipe.freeze)
+    trained, frozen = trained_parameters("unet", lambda: UNet2DConditionModel(recipe.model), recipe)
     found = {"vae": vae, "text_encoder": text_encoder}
     return trained, frozen | {n: count_parameters(model) for n, model in found.items() if model is not None}
 

@@ -51,7 +51,7 @@ def run(recipe: TrainVaeRecipe, options: RunOptions, reporter: Reporter) -> dict
 
 def parameters(recipe: TrainVaeRecipe, notes: list[str]) -> Parameters:
     """The sizes of `recipe`; see `support/model_sizes.py`."""
-    trained, frozen = trained_parameters("vae", lambda: AutoencoderKL(recipe.model), recipe.freeze)
+    trained, frozen = trained_parameters("vae", lambda: AutoencoderKL(recipe.model), recipe)
     loss = recipe.loss
     if loss.adversarial_weight > 0:
         build = lambda: PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)  # noqa: E731

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm_cli.errors import CheckpointError, DivergedError, InputNotFoundError, LdmError, first_line
 from ldm_cli.formats.json_file import read_json, write_json
-from ldm_cli.formats.model_folder import check_tensors
+from ldm_cli.formats.model_folder import check_tensors, expect_finite
 from ldm_cli.formats.weight_files import read_tensors, write_tensors
 from ldm_cli.storage import expect_room, storage_errors
 from ldm_cli.training.checkpoint import checkpoint_name, checkpoints, commit_folder, prune
@@ -143,6 +143,7 @@ def restore(trainer: Trainer, folder: Path) -> None:
         for name, module in trainer.task.auxiliary.items():
             found = _below(f"auxiliary.{name}.", tensors)
             check_tensors(module.state_dict(), found, folder / _TENSORS)
+            expect_finite(found, folder / _TENSORS)
             module.load_state_dict(found)
         step, threads, version = int(state["step"]), state["num_threads"], state["torch"]
     except (InputNotFoundError, CheckpointError, KeyError, RuntimeError, ValueError, TypeError) as error:

@@ -370,6 +370,15 @@ def _arrow_classes(names: list[str]) -> dict[bytes, bytes]:
     return {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "b.csv", "c.jsonl"])
+def test_a_damaged_table_alone_in_a_folder_is_named(tmp_path: Path, name: str) -> None:
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    source = _folder(tmp_path / "in", {name: "PAR1 {broken"})
+    with pytest.raises(DataError, match=name):
+        _samples(source, tmp_path / "out")
+
+
 @pytest.mark.parametrize("shape", ["struct", "bytes", "path", "class"])
 def test_parquet_holds_pictures_or_names_them(tmp_path: Path, shape: str) -> None:
     arrow = pytest.importorskip("pyarrow")

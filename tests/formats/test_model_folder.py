@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldm_cli.errors import CheckpointError, InputNotFoundError, OutputError, StorageError
-from ldm_cli.formats.model_folder import check_tensors, load_model, load_weights, read_config
+from ldm_cli.formats.model_folder import expect_finite, load_model, load_weights, read_config
 from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.weight_files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, weights_sha256
 
@@ -256,7 +256,7 @@ def test_hash_of_weights_ignores_the_header_and_sees_every_byte_of_data(tmp_path
 def test_one_number_that_is_not_finite_is_found_wherever_it_is(dtype, value, tmp_path):
     for place in (0, 500, 998):
         tensors = {"x": torch.randn(999).to(dtype), "empty": torch.zeros(0), "count": torch.tensor(3)}
-        check_tensors(tensors, tensors, tmp_path)
+        expect_finite(tensors, tmp_path)
         tensors["x"][place] = value
         with pytest.raises(CheckpointError, match="not finite: x"):
-            check_tensors(tensors, tensors, tmp_path)
+            expect_finite(tensors, tmp_path)

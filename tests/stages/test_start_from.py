@@ -171,6 +171,25 @@ def test_a_given_field_of_the_process_wins_with_a_warning(scenes: Path, unet_run
     assert warnings[0].startswith("diffusion.prediction_type='v_prediction', but the scheduler of '")
 
 
+def test_the_dry_run_refuses_weights_that_do_not_fit_their_configuration(
+    scenes: Path, vae_run: Path, clip_run: Path, tmp_path: Path
+) -> None:
+    def misfit(source: Path, field: str, value: Any) -> Path:
+        folder = Path(shutil.copytree(source, tmp_path / field))
+        config = json.loads((folder / "config.json").read_text()) | {field: value}
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    clip, vae = misfit(clip_run / "model", "projection_dim", 5), misfit(vae_run / "model", "block_out_channels", [4, 8])
+    for recipe in (
+        TrainVaeRecipe.from_mapping(started(vae_recipe(scenes), "vae", vae)),
+        TrainVaeRecipe.from_mapping(vae_recipe(scenes, loss={"perceptual_clip": str(clip)})),
+        TrainUnetRecipe.from_mapping(unet_recipe(scenes, clip_run / "model", vae)),
+    ):
+        with pytest.raises(CheckpointError, match="do not fit"):
+            dry_run(recipe, SilentReporter())
+
+
 def test_the_dry_run_counts_frozen_parameters_without_moments(scenes: Path, vae_run: Path) -> None:
     recipe = TrainVaeRecipe.from_mapping(decoder_recipe(scenes, vae_run, ema_decay=0.9))
     found = dry_run(recipe, SilentReporter())

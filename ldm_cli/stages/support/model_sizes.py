@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from ldm_cli.core.models.clip import CLIPModel, CLIPTextModel
 from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.errors import RecipeError, amount, first_line
 from ldm_cli.families.clip_text_encoder import text_config_of
-from ldm_cli.formats.model_folder import CONFIG_NAME, read_as, without_weights
-from ldm_cli.recipe.schema import TrainRecipe
-from ldm_cli.stages.support.start import freeze
+from ldm_cli.formats.model_folder import CONFIG_NAME, fitting_tensors, read_as, without_weights
+from ldm_cli.recipe.schema import StartedRecipe, TrainRecipe
+from ldm_cli.stages.support.start import freeze, start_folder
 from ldm_cli.training.config import TrainConfig
 
 FROZEN = ".frozen"
@@ -43,31 +43,47 @@ def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         raise RecipeError("a model cannot exist", first_line(error), "give it smaller sizes") from error
 
 
-def trained_parameters(name: str, build: Callable[[], nn.Module], patterns: Sequence[str] = ()) -> Parameters:
+def trained_parameters(name: str, build: Callable[[], nn.Module], recipe: StartedRecipe | None = None) -> Parameters:
     """The parameters of a trained model, which is built on the meta device; frozen ones count as `NAME.frozen`.
+
+    Args:
+        name: of the model in the result.
+        build: makes the model.
+        recipe: says where it starts and what stays frozen; None: all is trained, from fresh weights.
 
     Raises:
         RecipeError: the model is so large that not even its sizes can be written down; or `freeze` does not fit it.
+        CheckpointError: the tensors of `start_from` do not fit it.
     """
     module = _on_meta(build)
-    freeze(module, patterns)
+    if recipe is not None and recipe.start_from is not None:
+        fitting_tensors(module, start_folder(recipe))
+        freeze(module, recipe.freeze)
     total = count_parameters(module)
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     return {name: trained}, {f"{name}{FROZEN}": total - trained} if trained < total else {}
 
 
 def model_at(
-    field: str, folder: str, build: Callable[[Mapping[str, Any]], nn.Module], notes: list[str]
+    field: str,
+    folder: str,
+    build: Callable[[Mapping[str, Any]], nn.Module],
+    notes: list[str],
+    allow_extra: bool = False,
 ) -> nn.Module | None:
-    """The model of a folder without its weights; a missing one is noted.
+    """The model of a folder, whose weights are looked at and not read; a missing one is noted.
 
     Raises:
-        CheckpointError: the folder's configuration cannot be used.
+        InputNotFoundError: the folder has a configuration and no weights.
+        CheckpointError: the folder's configuration cannot be used, or its tensors do not fit it; `allow_extra` is that
+            of `load_weights`.
     """
     if not (Path(folder) / CONFIG_NAME).is_file():
         notes.append(f"{field}: no model in '{folder}' yet")
         return None
-    return _on_meta(lambda: read_as(build, Path(folder) / CONFIG_NAME))
+    module = _on_meta(lambda: read_as(build, Path(folder) / CONFIG_NAME))
+    fitting_tensors(module, Path(folder), allow_extra)
+    return module
 
 
 def autoencoder_of(mapping: Mapping[str, Any]) -> AutoencoderKL:
