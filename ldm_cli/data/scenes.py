@@ -13,6 +13,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -210,7 +211,10 @@ def write_scenes(
     }
     if _prepare(out, record, overwrite):
         write = partial(_write_shard, out, shards, seed, size, two_object_fraction)
-        with reporter.progress(f"writing scenes into {out}", samples + num_val, unit="scene") as progress:
+        with (
+            _no_partial_files(out),
+            reporter.progress(f"writing scenes into {out}", samples + num_val, unit="scene") as progress,
+        ):
             for done in accumulate(_on_all_cores(write, len(shards))):
                 progress.update(done)
         _write_record(out, {**record, "complete": True})
@@ -226,6 +230,16 @@ def _shards(split: Split, count: int, shard_samples: int) -> list[_Shard]:
         (f"{split}-{i:06d}.tar", split, range(start, min(count, start + shard_samples)))
         for i, start in enumerate(starts)
     ]
+
+
+@contextmanager
+def _no_partial_files(folder: Path) -> Iterator[None]:
+    """When a shard fails, the workers that write the others are killed: their partial files are deleted."""
+    try:
+        yield
+    finally:
+        for partial_file in folder.glob(f"{TEMPORARY_PREFIX}*"):
+            partial_file.unlink(missing_ok=True)
 
 
 def _on_all_cores(write: Callable[[int], int], count: int) -> Iterator[int]:

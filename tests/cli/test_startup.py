@@ -68,6 +68,7 @@ def test_an_interrupt_waits_for_imports_to_end() -> None:
     result = python("""
 import os, signal
 from ldm_cli.cli.startup import importing
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in its background
 try:
     with importing():
         try:
