@@ -13,7 +13,6 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -211,11 +210,8 @@ def write_scenes(
     }
     if _prepare(out, record, overwrite):
         write = partial(_write_shard, out, shards, seed, size, two_object_fraction)
-        with (
-            _no_partial_files(out),
-            reporter.progress(f"writing scenes into {out}", samples + num_val, unit="scene") as progress,
-        ):
-            for done in accumulate(_on_all_cores(write, len(shards))):
+        with reporter.progress(f"writing scenes into {out}", samples + num_val, unit="scene") as progress:
+            for done in accumulate(_on_all_cores(write, len(shards), out)):
                 progress.update(done)
         _write_record(out, {**record, "complete": True})
     else:
@@ -232,22 +228,17 @@ def _shards(split: Split, count: int, shard_samples: int) -> list[_Shard]:
     ]
 
 
-@contextmanager
-def _no_partial_files(folder: Path) -> Iterator[None]:
-    """When a shard fails, the workers that write the others are killed: their partial files are deleted."""
-    try:
-        yield
-    finally:
-        for partial_file in folder.glob(f"{TEMPORARY_PREFIX}*"):
-            partial_file.unlink(missing_ok=True)
-
-
-def _on_all_cores(write: Callable[[int], int], count: int) -> Iterator[int]:
-    """`write(n)` for each n below `count`, in any order."""
+def _on_all_cores(write: Callable[[int], int], count: int, folder: Path) -> Iterator[int]:
+    """`write(n)` for each n below `count`, in any order; when one fails, no partial file stays in `folder`."""
     num_workers = min(count, len(os.sched_getaffinity(0)))
     if num_workers == 1:
-        return map(write, range(count))
-    return made_by_workers(write, range(count), num_workers=num_workers, num_ahead=2, timeout=_PATIENCE)
+        yield from map(write, range(count))
+        return
+    try:
+        yield from made_by_workers(write, range(count), num_workers=num_workers, num_ahead=2, timeout=_PATIENCE)
+    finally:  # the workers have been killed, whatever they were writing
+        for unfinished in folder.glob(f"{TEMPORARY_PREFIX}*"):
+            unfinished.unlink(missing_ok=True)
 
 
 def _write_record(out: Path, record: dict[str, Any]) -> None:
