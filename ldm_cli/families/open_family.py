@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ldm_cli import families
 from ldm_cli.errors import CheckpointError, InputNotFoundError
@@ -24,7 +25,7 @@ def open_family(
     """Read a model: a folder of a known kind from anywhere, a run of `train-unet` or one of its checkpoints.
 
     A family is a module of this package with three functions: `is_mine(folder)`, `open_folder(folder, device,
-    precision, compiled=…)` and `check_folder(folder)`, whose arguments and errors are those of this function.
+    precision, compiled=…)` and `outline_folder(folder)`, whose arguments and errors are those of this function.
 
     Args:
         path: the folder.
@@ -41,14 +42,13 @@ def open_family(
     return family
 
 
-def check_family(folder: Path) -> tuple[str, ...]:
-    """Make sure that `open_family` can open a folder, without reading weights; errors as there.
+def outline_family(folder: Path) -> dict[str, nn.Module]:
+    """The models of a folder on the meta device, by subfolder, once all its files are known to fit together.
 
-    Returns:
-        The subfolders that hold weights, `Family.components`.
+    Weights are looked at and not read; errors are those of `open_family`.
     """
-    components: tuple[str, ...] = _module_of(folder).check_folder(folder)
-    return components
+    models: dict[str, nn.Module] = _module_of(folder).outline_folder(folder)
+    return models
 
 
 def _module_of(folder: Path) -> Any:

@@ -8,11 +8,12 @@ from typing import ClassVar
 
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from ldm_cli.core.compiling import compile_whole
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
-from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
+from ldm_cli.core.models.clip import CLIPTextModel
 from ldm_cli.core.models.clip_config import CLIPTextConfig
 from ldm_cli.core.models.latent_space import standardized
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
@@ -23,7 +24,7 @@ from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, text_config_of
 from ldm_cli.families.family import DTYPES, Family, place
 from ldm_cli.formats import pipeline_folder as layout
 from ldm_cli.formats.json_file import read_json
-from ldm_cli.formats.model_folder import CONFIG_NAME, load_model, read_as
+from ldm_cli.formats.model_folder import load_model, outline_model
 from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.scheduler_file import SCHEDULER_FILE, SchedulerSettings, read_scheduler, write_scheduler
 
@@ -109,15 +110,15 @@ def open_folder(folder: Path, device: torch.device | str, precision: str, *, com
     return family
 
 
-def check_folder(folder: Path) -> tuple[str, ...]:
-    """Make sure that a folder can be opened, by all its files but the weights; see `check_family`."""
+def outline_folder(folder: Path) -> dict[str, nn.Module]:
+    """See `outline_family`."""
     _read_settings(folder)
-    unet = read_as(UNet2DConditionConfig.from_hugging_face, folder / layout.UNET / CONFIG_NAME)
-    vae = read_as(AutoencoderKLConfig.from_hugging_face, folder / layout.VAE / CONFIG_NAME)
-    text = read_as(text_config_of, folder / layout.TEXT_ENCODER / CONFIG_NAME)
+    unet = outline_model(UNet2DConditionModel, folder / layout.UNET)
+    vae = outline_model(AutoencoderKL, folder / layout.VAE)
+    text = outline_model(CLIPTextModel, folder / layout.TEXT_ENCODER, text_config_of, allow_extra=True)
     num_tokens = Tokenizer.load(folder / layout.TOKENIZER).vocab_size
-    _check_parts(folder, unet, vae.latent_channels, text, num_tokens)
-    return StableDiffusion.components
+    _check_parts(folder, unet.config, vae.config.latent_channels, text.config, num_tokens)
+    return {layout.UNET: unet, layout.VAE: vae, layout.TEXT_ENCODER: text}
 
 
 def check_fit(family: StableDiffusion) -> None:

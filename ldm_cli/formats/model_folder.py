@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ldm_cli.errors import CheckpointError
+from ldm_cli.errors import CheckpointError, first_line
 from ldm_cli.formats.json_file import read_json
 from ldm_cli.formats.weight_files import load_tensors, named
 from ldm_cli.storage import resolve_model_folder
@@ -56,12 +56,36 @@ def load_model(
         parse: makes the configuration of config.json's content; None: `from_hugging_face`.
         allow_extra: as in `load_weights`.
     """
-    folder = resolve_model_folder(folder)
-    config = read_as(parse or model_class.config_class.from_hugging_face, folder / CONFIG_NAME)
-    with without_weights():
-        module = model_class(config)
+    module = _unfilled(model_class, folder, parse)
     load_weights(module, folder, allow_extra=allow_extra)
     return module
+
+
+def outline_model(
+    model_class: ModelClass[ModuleT_co],
+    folder: Path,
+    parse: Callable[[Mapping[str, Any]], Any] | None = None,
+    allow_extra: bool = False,
+) -> ModuleT_co:
+    """The module of `load_model` on the meta device, once the folder's tensors are known to fit it; none is read.
+
+    Arguments and errors are those of `load_model`, but that values may be anything.
+    """
+    module = _unfilled(model_class, folder, parse)
+    fitting_tensors(module, folder, allow_extra)
+    return module
+
+
+def _unfilled(
+    model_class: ModelClass[ModuleT_co], folder: Path, parse: Callable[[Mapping[str, Any]], Any] | None
+) -> ModuleT_co:
+    file = resolve_model_folder(folder) / CONFIG_NAME
+    config = read_as(parse or model_class.config_class.from_hugging_face, file)
+    try:
+        with without_weights():
+            return model_class(config)
+    except RuntimeError as error:  # a tensor of more bytes than an int64 counts
+        raise CheckpointError(f"cannot use '{file}'", first_line(error)) from error
 
 
 def read_as(parse: Callable[[Mapping[str, Any]], T], file: Path) -> T:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -153,17 +152,6 @@ def refuse_foreign_content(file: Path) -> None:
             "it is a Git LFS pointer: the content was not downloaded",
             "git lfs pull",
         )
-
-
-def count_weights(folder: Path) -> int:
-    """Number of floating-point values in a folder's weights, by the files' headers; errors as in `weight_files`."""
-    total = 0
-    for file in weight_files(folder):
-        refuse_foreign_content(file)
-        with safe_open(file, framework="pt") as tensors:
-            slices = [tensors.get_slice(name) for name in tensors.keys()]  # noqa: SIM118
-            total += sum(math.prod(s.get_shape()) for s in slices if "F" in s.get_dtype())
-    return total
 
 
 def weights_sha256(folder: Path) -> str:

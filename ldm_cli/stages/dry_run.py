@@ -6,18 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
+from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.errors import InputNotFoundError
-from ldm_cli.families.open_family import check_family, resolve_model
+from ldm_cli.families.open_family import outline_family, resolve_model
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
-from ldm_cli.formats.weight_files import count_weights
 from ldm_cli.recipe.schema import EvalRecipe, Recipe, SampleRecipe, StartedRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages import trainer_stage
 from ldm_cli.stages.support.model_sizes import (
-    autoencoder_of,
-    clip_of,
     count_parameters,
     model_at,
     training_bytes,
@@ -90,20 +89,14 @@ def _pipeline(field: str, folder: str, notes: list[str]) -> dict[str, int]:
     if not (root / INDEX_NAME).is_file():
         notes.append(f"{field}: '{root}' is not a whole pipeline")
         return {}
-    found = {}
-    for name in check_family(root):
-        try:
-            found[name] = count_weights(root / name)
-        except InputNotFoundError as error:
-            notes.append(f"{field}.{name}: {error.what}")
-    return found
+    return {name: count_parameters(model) for name, model in outline_family(root).items()}
 
 
 def _evaluated(recipe: EvalRecipe, notes: list[str]) -> dict[str, int]:
     parameters = {}
-    if recipe.eval.clip is not None and (clip := model_at("eval.clip", recipe.eval.clip, clip_of, notes)):
+    if recipe.eval.clip is not None and (clip := model_at("eval.clip", recipe.eval.clip, CLIPModel, notes)):
         parameters["clip"] = count_parameters(clip)
-    if recipe.eval.vae is not None and (vae := model_at("eval.vae", recipe.eval.vae, autoencoder_of, notes)):
+    if recipe.eval.vae is not None and (vae := model_at("eval.vae", recipe.eval.vae, AutoencoderKL, notes)):
         parameters["vae"] = count_parameters(vae)
     if recipe.eval.pipeline is not None:
         inside = _pipeline("eval.pipeline", recipe.eval.pipeline, notes)

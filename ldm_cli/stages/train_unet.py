@@ -19,6 +19,7 @@ from ldm_cli.data.batch import Batch
 from ldm_cli.data.cache_manifest import Manifest
 from ldm_cli.data.latent_cache import LatentCache
 from ldm_cli.errors import RecipeError
+from ldm_cli.families.clip_text_encoder import text_config_of
 from ldm_cli.families.stable_diffusion import StableDiffusion
 from ldm_cli.formats.model_folder import load_weights
 from ldm_cli.formats.pipeline_folder import UNET
@@ -30,10 +31,8 @@ from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
 from ldm_cli.stages.support.denoising import Denoising, generate_samples
 from ldm_cli.stages.support.model_sizes import (
     Parameters,
-    autoencoder_of,
     count_parameters,
     model_at,
-    text_encoder_of,
     trained_parameters,
 )
 from ldm_cli.stages.support.options import RunOptions
@@ -64,9 +63,9 @@ def parameters(recipe: TrainUnetRecipe, notes: list[str]) -> Parameters:
         RecipeError: the models do not fit together.
     """
     expect_known_conditions(recipe.model)
-    vae = model_at("vae", recipe.vae, autoencoder_of, notes)
-    text_encoder = model_at("text_encoder", recipe.text_encoder, text_encoder_of, notes, allow_extra=True)
-    if isinstance(vae, AutoencoderKL) and isinstance(text_encoder, CLIPTextModel):
+    vae = model_at("vae", recipe.vae, AutoencoderKL, notes)
+    text_encoder = model_at("text_encoder", recipe.text_encoder, CLIPTextModel, notes, text_config_of, allow_extra=True)
+    if vae is not None and text_encoder is not None:
         fitted_config(recipe, vae, text_encoder.config.hidden_size)
     trained, frozen = trained_parameters("unet", lambda: UNet2DConditionModel(recipe.model), recipe)
     found = {"vae": vae, "text_encoder": text_encoder}

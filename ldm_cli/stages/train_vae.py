@@ -30,7 +30,7 @@ from ldm_cli.pictures.images import save_image
 from ldm_cli.recipe.schema import TrainVaeRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.pixels import is_sound
-from ldm_cli.stages.support.model_sizes import Parameters, clip_of, count_parameters, model_at, trained_parameters
+from ldm_cli.stages.support.model_sizes import Parameters, count_parameters, model_at, trained_parameters
 from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_uses
 from ldm_cli.stages.support.training_run import Workbench, run_training
@@ -57,8 +57,8 @@ def parameters(recipe: TrainVaeRecipe, notes: list[str]) -> Parameters:
         build = lambda: PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)  # noqa: E731
         trained |= trained_parameters("discriminator", build)[0]
     if loss.perceptual_clip is not None:
-        clip = model_at("loss.perceptual_clip", loss.perceptual_clip, clip_of, notes)
-        if isinstance(clip, CLIPModel):
+        clip = model_at("loss.perceptual_clip", loss.perceptual_clip, CLIPModel, notes)
+        if clip is not None:
             frozen["perceptual_clip"] = count_parameters(clip.vision_model)
     return trained, frozen
 

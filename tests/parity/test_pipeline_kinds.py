@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm_cli.errors import CheckpointError, RecipeError
+from ldm_cli.families.open_family import open_family
 from ldm_cli.recipe.schema import SampleRecipe, TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplingConfig
@@ -165,8 +167,10 @@ def test_training_such_a_unet_is_refused_in_the_dry_run(
     [
         ("vae/config.json", {"scaling_factor": float("inf")}, "scaling_factor"),
         ("unet/config.json", {"conv_in_kernel": 5}, "conv_in_kernel"),
-        ("unet/config.json", {"cross_attention_dim": 32}, "text_encoder.hidden_size=24"),
-        ("text_encoder/config.json", {"vocab_size": 30}, "the text encoder 30"),
+        ("unet/config.json", {"cross_attention_dim": 32}, r"attn2.to_k.weight is \[\d+, 24\], not \[\d+, 32\]"),
+        ("unet/config.json", {"in_channels": 5}, r"conv_in.weight is \[16, 4, 3, 3\], not \[16, 5, 3, 3\]"),
+        ("text_encoder/config.json", {"vocab_size": 30}, r"token_embedding.weight is \[551, 24\], not \[30, 24\]"),
+        ("text_encoder/config.json", {"num_hidden_layers": 7}, "missing: text_model.encoder.layers.2"),
         ("scheduler/scheduler_config.json", {"thresholding": True}, "thresholding=True"),
         ("model_index.json", {"_class_name": "KandinskyPipeline"}, "KandinskyPipeline"),
     ],
@@ -178,5 +182,20 @@ def test_a_dry_run_refuses_what_the_run_refuses(
     asked = SampleRecipe.from_mapping({"command": "sample", "model": str(folder), "prompts": ["a"]})
     assert dry_run(asked, SilentReporter())["parameters"].keys() == {"unet", "vae", "text_encoder"}
     change_json(folder / part, **values)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as refused:
+        dry_run(asked, SilentReporter())
+    with pytest.raises(CheckpointError) as error:
+        open_family(folder)
+    assert str(refused.value) == str(error.value)
+
+
+def test_a_dry_run_refuses_parts_that_do_not_fit_together(tmp_path: Path) -> None:
+    folder = their_folder(tmp_path, scheduler("ddim"))
+    weights = folder / "text_encoder/model.safetensors"
+    tensors = load_file(weights)
+    (name,) = (name for name in tensors if name.endswith("token_embedding.weight"))
+    save_file(tensors | {name: tensors[name][:30].clone()}, weights, {"format": "pt"})
+    change_json(folder / "text_encoder/config.json", vocab_size=30)
+    asked = SampleRecipe.from_mapping({"command": "sample", "model": str(folder), "prompts": ["a"]})
+    with pytest.raises(CheckpointError, match=r"the tokenizer has \d+ tokens, the text encoder 30"):
         dry_run(asked, SilentReporter())

@@ -12,13 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
-from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
-from ldm_cli.core.models.clip import CLIPModel, CLIPTextModel
-from ldm_cli.core.models.clip_config import CLIPConfig
-from ldm_cli.errors import RecipeError, amount, first_line
-from ldm_cli.families.clip_text_encoder import text_config_of
-from ldm_cli.formats.model_folder import CONFIG_NAME, fitting_tensors, read_as, without_weights
+from ldm_cli.errors import InputNotFoundError, RecipeError, amount, first_line
+from ldm_cli.formats.model_folder import ModelClass, ModuleT_co, fitting_tensors, outline_model, without_weights
 from ldm_cli.recipe.schema import StartedRecipe, TrainRecipe
 from ldm_cli.stages.support.start import freeze, start_folder
 from ldm_cli.training.config import TrainConfig
@@ -35,14 +30,6 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
-    try:
-        with without_weights():
-            return build()
-    except RuntimeError as error:  # a tensor of more bytes than an int64 counts
-        raise RecipeError("a model cannot exist", first_line(error), "give it smaller sizes") from error
-
-
 def trained_parameters(name: str, build: Callable[[], nn.Module], recipe: StartedRecipe | None = None) -> Parameters:
     """The parameters of a trained model, which is built on the meta device; frozen ones count as `NAME.frozen`.
 
@@ -55,7 +42,11 @@ def trained_parameters(name: str, build: Callable[[], nn.Module], recipe: Starte
         RecipeError: the model is so large that not even its sizes can be written down; or `freeze` does not fit it.
         CheckpointError: the tensors of `start_from` do not fit it.
     """
-    module = _on_meta(build)
+    try:
+        with without_weights():
+            module = build()
+    except RuntimeError as error:  # a tensor of more bytes than an int64 counts
+        raise RecipeError("a model cannot exist", first_line(error), "give it smaller sizes") from error
     if recipe is not None and recipe.start_from is not None:
         fitting_tensors(module, start_folder(recipe))
         freeze(module, recipe.freeze)
@@ -67,38 +58,17 @@ def trained_parameters(name: str, build: Callable[[], nn.Module], recipe: Starte
 def model_at(
     field: str,
     folder: str,
-    build: Callable[[Mapping[str, Any]], nn.Module],
+    model_class: ModelClass[ModuleT_co],
     notes: list[str],
+    parse: Callable[[Mapping[str, Any]], Any] | None = None,
     allow_extra: bool = False,
-) -> nn.Module | None:
-    """The model of a folder, whose weights are looked at and not read; a missing one is noted.
-
-    Raises:
-        InputNotFoundError: the folder has a configuration and no weights.
-        CheckpointError: the folder's configuration cannot be used, or its tensors do not fit it; `allow_extra` is that
-            of `load_weights`.
-    """
-    if not (Path(folder) / CONFIG_NAME).is_file():
-        notes.append(f"{field}: no model in '{folder}' yet")
+) -> ModuleT_co | None:
+    """The `outline_model` of a folder; a missing one is noted. Other errors are as there."""
+    try:
+        return outline_model(model_class, Path(folder), parse, allow_extra)
+    except InputNotFoundError as error:
+        notes.append(f"{field}: {error.what}")
         return None
-    module = _on_meta(lambda: read_as(build, Path(folder) / CONFIG_NAME))
-    fitting_tensors(module, Path(folder), allow_extra)
-    return module
-
-
-def autoencoder_of(mapping: Mapping[str, Any]) -> AutoencoderKL:
-    """The autoencoder of a Hugging Face config.json."""
-    return AutoencoderKL(AutoencoderKLConfig.from_hugging_face(mapping))
-
-
-def clip_of(mapping: Mapping[str, Any]) -> CLIPModel:
-    """The CLIP of a Hugging Face config.json."""
-    return CLIPModel(CLIPConfig.from_hugging_face(mapping))
-
-
-def text_encoder_of(mapping: Mapping[str, Any]) -> CLIPTextModel:
-    """The text tower of a config.json, of its own or of a whole CLIP."""
-    return CLIPTextModel(text_config_of(mapping))
 
 
 def training_bytes(
