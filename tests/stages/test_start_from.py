@@ -27,6 +27,7 @@ from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeReci
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages.dry_run import dry_run
 from ldm_cli.stages.support.start import freeze, frozen_names, resolve_start
+from ldm_cli.training import saving
 from tests.faults.runs import assert_same_run, metrics
 
 from .tiny import RESNET, clip_recipe, lose_after, trained, unet_recipe, vae_recipe
@@ -80,6 +81,18 @@ def test_frozen_parameters_are_written_once_and_diffusers_opens_every_folder(
         assert all(torch.equal(their[name], ours[name]) for name in ours)
     state = load_file(tmp_path / "checkpoints/step-00000004/training.safetensors")
     assert not [name for name in state if "encoder" in name or ".quant_conv" in name], "frozen parts have no moments"
+
+
+def test_the_room_a_checkpoint_takes_is_known_before_it_is_written(
+    scenes: Path, vae_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(saving, "_HEADER_BYTES", 0)
+    monkeypatch.setattr(saving, "expect_room", lambda folder, num_bytes, what: sizes.append(num_bytes))
+    trained(decoder_recipe(scenes, vae_run, steps=1, ema_decay=0.5), tmp_path)
+    files = (tmp_path / "checkpoints/step-00000001").rglob("*.safetensors")
+    own = [file for file in files if file.stat().st_nlink == 1]
+    assert sizes[-1] == pytest.approx(sum(value.nbytes for file in own for value in load_file(file).values()), rel=0.02)
 
 
 def test_the_first_validation_is_that_of_the_source(scenes: Path, vae_run: Path, tmp_path: Path) -> None:
