@@ -79,14 +79,13 @@ def command(
     if dry_run:
         show_dry_run(loaded, json)
         return
-    result = _run(loaded, changes, out, device, overwrite, reporter, latents, provenance)
+    result = _run(loaded, out, device, overwrite, reporter, latents, provenance)
     if is_first_rank():
         show_result(result, json)
 
 
 def _run(
     loaded: LoadedRecipe,
-    changes: tuple[str, ...],
     out: Path | None,
     device: str,
     overwrite: bool,
@@ -102,7 +101,7 @@ def _run(
     noise = None if latents is None else Latents(latents)
     if provenance is not None and noise is None and "latents" in provenance.get("sources", {}):
         noise = Latents(Path(provenance["sources"]["latents"]), provenance.get("latents_row"))
-    options = RunOptions(out, device, recipe_text=loaded.text, overrides=changes, overwrite=overwrite)
+    options = RunOptions(out, device, recipe_text=loaded.text, overwrite=overwrite)
     return sample.run(cast("SampleRecipe", loaded.recipe), options, reporter, noise, provenance)
 
 

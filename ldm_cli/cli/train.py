@@ -50,7 +50,7 @@ def command(
     with importing():
         from ldm_cli.stages.support.options import RunOptions  # imports torch: a faulty recipe is refused before
 
-    options = RunOptions(out, device, resume, limit, data_trace=data_trace, recipe_text=loaded.text, overrides=changes)
+    options = RunOptions(out, device, resume, limit, data_trace=data_trace, recipe_text=loaded.text)
     if dry_run:
         release_signals()
         show_dry_run(loaded, json, max(1, nproc or 1))

@@ -50,6 +50,9 @@ class RunFolder:
 
     def __init__(self, path: Path, reporter: Reporter) -> None:
         self.path, self._reporter = path, reporter
+        self.checkpoints, self.samples = path / "checkpoints", path / "samples"
+        self.frozen, self.model = path / "frozen", path / "model"
+        self._identity = path / "recipe.resolved.yaml"
         self.metrics = MetricsFile(path / "metrics.jsonl")
         self._lock = RunLock(path / ".lock")
         self._failures = FailureJournal(path / "failures.jsonl")
@@ -57,26 +60,6 @@ class RunFolder:
         self._has_begun = False  # a command that is refused leaves the run's status alone
         self._step_under_way: int | None = None
         self._has_stepped = False
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def samples(self) -> Path:
-        """Folder of the pictures drawn on the way."""
-        return self.path / "samples"
-
-    @property
-    def frozen(self) -> Path:
-        """Files that all checkpoints share, written once."""
-        return self.path / "frozen"
-
-    @property
-    def model(self) -> Path:
-        """The finished model folder."""
-        return self.path / "model"
 
     def __enter__(self) -> Self:
         """Create and lock the folder, and delete the unfinished files of a killed owner.
@@ -155,10 +138,6 @@ class RunFolder:
         # A full disk is reported where it loses something.
         with suppress(OSError), (self.path / "log.txt").open("a", encoding="utf-8") as stream:
             stream.write(printable(message) + "\n")
-
-    @property
-    def _identity(self) -> Path:
-        return self.path / "recipe.resolved.yaml"
 
     def expect_unused(self) -> None:
         """Make sure that there is nothing to continue.

@@ -31,7 +31,7 @@ def planned(command: str, *overrides: str) -> dict[str, Any]:
     loaded = load_recipe(None, [*base, *overrides], expected_command=command)
     result = dry_run(loaded.recipe, SilentReporter())
     json.dumps(result, allow_nan=False)
-    assert result["recipe"] == loaded.mapping
+    assert result["recipe"] == loaded.recipe.to_mapping()
     return result
 
 
