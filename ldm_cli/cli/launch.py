@@ -101,14 +101,9 @@ def launch(arguments: Sequence[str], num_ranks: int, program: Sequence[str] = _P
 
     Args:
         arguments: of each rank's command line.
-        num_ranks: number of processes.
+        num_ranks: number of processes, at least 1.
         program: the command to run with these arguments.
-
-    Raises:
-        UsageError: fewer than one rank.
     """
-    if num_ranks < 1:
-        raise UsageError(f"--nproc {num_ranks} is less than 1")
     _warn_of_too_many_threads(num_ranks)
     with _Forwarding() as forwarding:
         forwarding.ranks = _start([*program, *arguments], num_ranks)

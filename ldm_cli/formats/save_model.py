@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm_cli.formats.json_file import write_json
 from ldm_cli.formats.model_folder import CONFIG_NAME
-from ldm_cli.formats.weight_files import DIFFUSERS_WEIGHTS, two_shards, write_tensors
+from ldm_cli.formats.weight_files import DIFFUSERS_WEIGHTS, shard_names, write_tensors
 from ldm_cli.storage import storage_errors
 
 # What DDP, compile and FSDP put into parameter names.
@@ -43,7 +43,7 @@ def save_model(
     if not frozen:
         write_tensors(folder / weights_name, tensors)
         return
-    first, second = two_shards(weights_name)
+    first, second = shard_names(weights_name, 2)
     write_tensors(folder / second, {name: tensor for name, tensor in tensors.items() if name not in frozen})
     index = {
         "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
@@ -63,7 +63,7 @@ def save_frozen(
     if frozen:
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        first, _ = two_shards(weights_name)
+        first, _ = shard_names(weights_name, 2)
         write_tensors(folder / first, {name: _for_file(state_dict[name]) for name in frozen})
 
 

@@ -67,10 +67,10 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def two_shards(weights_name: str) -> tuple[str, str]:
-    """`model.safetensors` → `model-00001-of-00002.safetensors` and `model-00002-of-00002.safetensors`."""
+def shard_names(weights_name: str, num_shards: int) -> list[str]:
+    """`model.safetensors` → `model-00001-of-00002.safetensors`, …"""
     stem = weights_name.removesuffix(".safetensors")
-    return f"{stem}-00001-of-00002.safetensors", f"{stem}-00002-of-00002.safetensors"
+    return [f"{stem}-{number:05d}-of-{num_shards:05d}.safetensors" for number in range(1, num_shards + 1)]
 
 
 def _shards(index: Path) -> list[Path]:
