@@ -206,10 +206,10 @@ class CLIPTask:
 
     def export(self, folder: Path) -> None:
         """Write the CLIPModel folder with tokenizer and image processor."""
-        config = self.model.config.to_hugging_face()
+        config = self.model.config
         if self._frozen:
             link_folder(self.bench.run.frozen, folder)
-        save_model(folder, self.model.state_dict(), config, TRANSFORMERS_WEIGHTS, self._frozen)
+        save_model(folder, self.model.state_dict(), config.to_hugging_face(), TRANSFORMERS_WEIGHTS, self._frozen)
         self.tokenizer.save(folder)
         write_json(folder / "preprocessor_config.json", self._processor.to_hugging_face())
 
