@@ -38,7 +38,11 @@ def warnings(family: Family, sampling: dict[str, Any], edit: dict[str, Any] | No
         ({"steps": 4}, {"image": "x.png", "strength": 0.2}, "edit.strength=0.2 of 4 steps leaves none"),
         ({"steps": 1}, {"image": "x.png"}, "edit.strength=0.8 of 1 steps leaves none"),
         ({}, {"image": "x.png", "strength": 0.0}, "edit.strength=0 of 50 steps leaves none"),
-        ({"guidance": 1.0, "negative": "green"}, None, "sampling.negative has no effect with sampling.guidance.scale=1"),
+        (
+            {"guidance": 1.0, "negative": "green"},
+            None,
+            "sampling.negative has no effect with sampling.guidance.scale=1",
+        ),
         ({"guidance": {"scale": 2.0, "model": "m"}, "negative": "x"}, None, "sampling.negative has no effect"),
         ({"guidance": {"scale": 1.0, "apg": {}}}, None, "sampling.guidance.apg has no effect"),
         ({"guidance": {"scale": 1.0, "rescale": 0.7}}, None, "sampling.guidance.rescale has no effect"),

@@ -198,7 +198,9 @@ def test_parts_that_do_not_fit_together_are_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"cross_attention_dim=32, text_encoder.hidden_size=24"):
         check_fit(replace(pipeline.family, denoiser=wider))
     classes = UNet2DConditionModel(UNet2DConditionConfig(**(UNET | {"num_class_embeds": 5})))
-    with pytest.raises(CheckpointError, match=r"unet\.num_class_embeds=5 asks for a condition"):
+    with pytest.raises(
+        CheckpointError, match=r"the parts of the model do not fit: unet\.num_class_embeds=5 asks for a condition"
+    ):
         check_fit(replace(pipeline.family, denoiser=classes))
 
 
