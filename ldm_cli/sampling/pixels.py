@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ldm_cli.core.codec import Codec
+from ldm_cli.core.pixels import to_bytes, to_signed
 from ldm_cli.sampling.edit_input import EditInput, LatentEditInput, adain, latent_mask
 from ldm_cli.sampling.fixed_rows import DECODED_PIXELS, filled, row_groups
 from ldm_cli.sampling.tiling import in_parts
@@ -41,23 +42,26 @@ def decode_pixels(codec: Codec, latents: Tensor, window: int | None = None) -> l
         part = latents[images]
         decoded = decode_images(codec, filled(part, rows), window)[: len(part)]
         kept = (part.isfinite().flatten(1).all(1) & is_sound(decoded)).tolist()
-        pixels = ((decoded.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+        pixels = to_bytes(decoded).cpu()
         pictures += [picture if keep else None for picture, keep in zip(pixels, kept, strict=True)]
     return pictures
 
 
 @torch.inference_mode()
-def encode_pixels(codec: Codec, pixels: Tensor, window: int | None = None, hidden: Tensor | None = None) -> Tensor:
+def encode_pixels(
+    codec: Codec, pixels: Tensor, device: torch.device, window: int | None = None, hidden: Tensor | None = None
+) -> Tensor:
     """A picture → the mode of its latents, float32 [1, C, h, w].
 
     Args:
         codec: of the model.
-        pixels: uint8 [3, H, W], on the codec's device.
+        pixels: uint8 [3, H, W].
+        device: of the codec.
         window: side, in latents, of the windows that the codec sees; None: it sees all.
         hidden: bool [H, W], true where grey takes the picture's place.
     """
-    image = pixels[None].float() / 127.5 - 1.0
-    image = image if hidden is None else image.masked_fill(hidden, 0.0)
+    image = to_signed(pixels[None], device)
+    image = image if hidden is None else image.masked_fill(hidden.to(device), 0.0)
     return in_parts(codec.encode, image, window, codec.factor, 1)
 
 
@@ -65,12 +69,11 @@ def encode_edit_input(
     codec: Codec, edit: EditInput, device: torch.device, window: int | None = None
 ) -> LatentEditInput:
     """A picture to work on in latents, in its style; `window` as in `encode_pixels`."""
-    pixels = edit.pixels.to(device)
-    latents = encode_pixels(codec, pixels, window)
+    latents = encode_pixels(codec, edit.pixels, device, window)
     if edit.style is not None:
-        latents = adain(latents, encode_pixels(codec, edit.style.to(device), window), edit.style_strength)
+        latents = adain(latents, encode_pixels(codec, edit.style, device, window), edit.style_strength)
     mask = masked = None
     if edit.mask is not None:
         mask = latent_mask(edit.mask, codec.factor).to(latents)
-        masked = encode_pixels(codec, pixels, window, edit.mask.to(device))
+        masked = encode_pixels(codec, edit.pixels, device, window, edit.mask)
     return LatentEditInput(latents, mask, masked, edit.strength)

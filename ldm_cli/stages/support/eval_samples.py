@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
+from ldm_cli.core.pixels import to_bytes, to_signed
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import sequential_batches
 from ldm_cli.data.shards import ShardSet
@@ -106,7 +107,7 @@ def _add_real(gathered: Gathered, batch: Batch, models: Models, with_scenes: boo
         gathered.image_features.append(models.clip.images(batch.images))
         gathered.text_features.append(models.clip.texts(batch.captions))
     if models.vae is not None:
-        again = _reconstructed(models.vae, batch.images.to(models.device)).cpu()
+        again = _reconstructed(models.vae, to_signed(batch.images, models.device)).cpu()
         gathered.psnr.append(psnr(again, batch.images))
         gathered.ssim.append(ssim(again, batch.images))
     if with_scenes:
@@ -115,15 +116,15 @@ def _add_real(gathered: Gathered, batch: Batch, models: Models, with_scenes: boo
 
 @torch.inference_mode()
 def _reconstructed(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] through the latent's mean and back.
+    """Images [B, 3, H, W] in [−1, 1] through the latent's mean and back: uint8.
 
     Raises:
         DivergedError: a reconstruction is not finite.
     """
-    again = vae.decode(vae.encode(images.float() / 127.5 - 1))
+    again = vae.decode(vae.encode(images))
     if not bool(is_sound(again).all()):
         raise DivergedError("the reconstructions of eval.vae are not finite", remedy="give another autoencoder")
-    return ((again + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return to_bytes(again)
 
 
 def measure_generated(config: EvalSection, real: Gathered, models: Models, reporter: Reporter) -> Gathered:
