@@ -41,13 +41,13 @@ class Encoder(Protocol):
     def encode(self, captions: Sequence[str]) -> Condition:
         """B captions in one batch: B rows."""
 
-    def encode_prompt(self, prompt: str, *, weighted: bool, warn: Callable[[str], None]) -> Condition:
-        """One prompt by itself, so that its condition does not depend on other prompts: one row.
+    def encode_prompts(self, prompts: Sequence[str], *, weighted: bool, warn: Callable[[str], None]) -> Condition:
+        """B prompts in one batch: B rows.
 
         Args:
-            prompt: the text.
+            prompts: the texts.
             weighted: whether `(word:1.3)` is a weight.
-            warn: is called with a message where the prompt is cut.
+            warn: is called with a message for each prompt that is cut.
         """
 
 

@@ -63,7 +63,7 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Job:
-    """The pictures to draw, in order, and how they are shown together."""
+    """The pictures to generate, in order, and how they are shown together."""
 
     items: tuple[Item, ...]
     sheets: tuple[Sheet, ...]
