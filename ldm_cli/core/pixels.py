@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -16,11 +14,3 @@ def to_signed(images: Tensor, device: torch.device) -> Tensor:
 def to_bytes(images: Tensor) -> Tensor:
     """Float [B, 3, H, W] in [−1, 1] → uint8, rounded."""
     return images.float().add(1.0).mul(127.5).round_().clamp_(0, 255).to(torch.uint8)
-
-
-@cache
-def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Constants of the channels as float32 [C, 1, 1] on the device; copied there once."""
-    # A tensor that is made in inference mode cannot take part in autograd later.
-    with torch.inference_mode(False):
-        return torch.tensor(values, device=device).view(-1, 1, 1)

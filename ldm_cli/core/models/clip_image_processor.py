@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
+import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,7 +13,6 @@ from torch.nn import functional as F
 from ldm_cli.config import Config
 from ldm_cli.core.models.clip import IMAGE_MEAN, IMAGE_STD
 from ldm_cli.core.models.model_config import Size
-from ldm_cli.core.pixels import per_channel
 
 # Pillow's numbers of the filters that torch has.
 _FILTERS = {2: "bilinear", 3: "bicubic"}
@@ -128,7 +128,7 @@ class CLIPImageProcessor(Config):
         if self.do_rescale:
             pixels = pixels * self.rescale_factor
         if self.do_normalize:
-            mean, std = (per_channel(values, pixels.device) for values in (self.image_mean, self.image_std))
+            mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (self.image_mean, self.image_std))
             pixels = (pixels - mean) / std
         return pixels
 
