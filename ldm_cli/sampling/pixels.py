@@ -11,7 +11,10 @@ from ldm_cli.sampling.edit_input import EditInput, LatentEditInput, adain, laten
 from ldm_cli.sampling.fixed_rows import DECODED_PIXELS, filled, row_groups
 from ldm_cli.sampling.tiling import in_parts
 
-_PIXELS_OFF_CPU = 2**20  # of a call of the decoder: its activations take a few kilobytes for each
+# Per pixel of a decoder as Stable Diffusion's. Its live activations take half of that in float32: 256 channels of the
+# full size three times at once. The other half is for what convolutions and norms need within.
+_BYTES_PER_PIXEL = 6 * 2**10
+_PIXELS_OF_UNKNOWN_MEMORY = 2**20
 _LARGEST = torch.finfo(torch.float16).max
 
 
@@ -36,7 +39,7 @@ def decode_pixels(codec: Codec, latents: Tensor, window: int | None = None) -> l
     """
     height, width = (side if window is None else min(side, window) for side in latents.shape[-2:])
     num_pixels = height * width * codec.factor**2
-    most = max(1, _PIXELS_OFF_CPU // num_pixels)
+    most = max(1, pixels_per_call(latents.device) // num_pixels)
     pictures: list[Tensor | None] = []
     for images, rows in row_groups(len(latents), DECODED_PIXELS, num_pixels, latents.device, most):
         part = latents[images]
@@ -45,6 +48,14 @@ def decode_pixels(codec: Codec, latents: Tensor, window: int | None = None) -> l
         pixels = to_bytes(decoded).cpu()
         pictures += [picture if keep else None for picture, keep in zip(pixels, kept, strict=True)]
     return pictures
+
+
+def pixels_per_call(device: torch.device) -> int:
+    """Most pixels of a call of the decoder off the CPU: on CUDA as many as fit into the free memory of the device."""
+    if device.type != "cuda":
+        return _PIXELS_OF_UNKNOWN_MEMORY
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (torch.cuda.mem_get_info(device)[0] + cached) // _BYTES_PER_PIXEL
 
 
 @torch.inference_mode()
