@@ -106,7 +106,8 @@ class CLIPTextEncoder:
             return Condition(tokens=states)
         # Away from the empty prompt's states and towards them, place by place: a weight of 1 changes nothing.
         empty = self._states(self.tokenizer.encode([""], self.length).input_ids)
-        return Condition(tokens=torch.lerp(empty, states, torch.tensor(weights).to(states)[..., None]))
+        shares = torch.tensor(weights)[..., None].to(states.device, states.dtype, non_blocking=True)
+        return Condition(tokens=torch.lerp(empty, states, shares))
 
     def _states(self, ids: Tensor) -> Tensor:
         """Token ids int64 [B, L] → [B, L, D]."""

@@ -72,7 +72,7 @@ def encode_pixels(
         hidden: bool [H, W], true where grey takes the picture's place.
     """
     image = to_signed(pixels[None], device)
-    image = image if hidden is None else image.masked_fill(hidden.to(device), 0.0)
+    image = image if hidden is None else image.masked_fill(hidden.to(device, non_blocking=True), 0.0)
     return in_parts(codec.encode, image, window, codec.factor, 1)
 
 
@@ -85,6 +85,6 @@ def encode_edit_input(
         latents = adain(latents, encode_pixels(codec, edit.style, device, window), edit.style_strength)
     mask = masked = None
     if edit.mask is not None:
-        mask = latent_mask(edit.mask, codec.factor).to(latents)
+        mask = latent_mask(edit.mask, codec.factor).to(device, non_blocking=True)
         masked = encode_pixels(codec, edit.pixels, device, window, edit.mask)
     return LatentEditInput(latents, mask, masked, edit.strength)
