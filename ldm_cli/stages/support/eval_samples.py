@@ -107,7 +107,7 @@ def _add_real(gathered: Gathered, batch: Batch, models: Models, with_scenes: boo
         gathered.image_features.append(models.clip.images(batch.images))
         gathered.text_features.append(models.clip.texts(batch.captions))
     if models.vae is not None:
-        again = _reconstructed(models.vae, to_signed(batch.images, models.device)).cpu()
+        again = _reconstructed(models.vae, batch.images.to(models.device)).cpu()
         gathered.psnr.append(psnr(again, batch.images))
         gathered.ssim.append(ssim(again, batch.images))
     if with_scenes:
@@ -116,12 +116,12 @@ def _add_real(gathered: Gathered, batch: Batch, models: Models, with_scenes: boo
 
 @torch.inference_mode()
 def _reconstructed(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Images [B, 3, H, W] in [−1, 1] through the latent's mean and back: uint8.
+    """uint8 [B, 3, H, W] through the latent's mean and back.
 
     Raises:
         DivergedError: a reconstruction is not finite.
     """
-    again = vae.decode(vae.encode(images))
+    again = vae.decode(vae.encode(to_signed(images, images.device)))
     if not bool(is_sound(again).all()):
         raise DivergedError("the reconstructions of eval.vae are not finite", remedy="give another autoencoder")
     return to_bytes(again)
