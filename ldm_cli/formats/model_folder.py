@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ldm_cli.config import causes
 from ldm_cli.errors import CheckpointError, first_line
 from ldm_cli.formats.json_file import read_json
 from ldm_cli.formats.weight_files import load_tensors, named
@@ -98,8 +99,7 @@ def read_as(parse: Callable[[Mapping[str, Any]], T], file: Path) -> T:
     try:
         return parse(mapping)
     except ValidationError as error:
-        causes = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise CheckpointError(f"cannot use '{file}'", named(causes, "; ")) from error
+        raise CheckpointError(f"cannot use '{file}'", named(causes(error), "; ")) from error
     except ValueError as error:
         raise CheckpointError(f"cannot use '{file}'", str(error)) from error
 
