@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,24 @@ def test_existing_output_is_refused_and_failure_leaves_nothing(images: Path, tmp
         with pytest.raises(OutputError, match="exists already"):
             _packed(images, taken)
     assert (out / "train-000000.tar").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("out", "folder"), [(".", "here"), ("../link", "empty"), ("../dangling", "new/folder"), ("../left", "left")]
+)
+def test_the_output_folder_may_be_the_current_one_a_link_or_what_a_killed_run_left(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, folder: str
+) -> None:
+    for name in ("here", "empty", "left/.tmp-pack"):
+        (tmp_path / name).mkdir(parents=True)
+    for name, target in (("link", "empty"), ("dangling", "new/folder")):
+        (tmp_path / name).symlink_to(target)
+    monkeypatch.chdir(tmp_path / "here")
+    _packed(images, Path(out), shard_samples=2)
+    assert sorted(os.listdir(out)) == ["train-000000.tar", "train-000001.tar"]
+    assert sorted(os.listdir(tmp_path / folder)) == ["train-000000.tar", "train-000001.tar"]
+    with pytest.raises(OutputError, match="exists already"):
+        _packed(images, Path(out))
 
 
 @pytest.mark.parametrize(
