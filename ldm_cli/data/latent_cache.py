@@ -51,8 +51,8 @@ class LatentCache:
     Args:
         folder: what `ldm precompute` wrote.
         shards: the data set that is to be read.
-        key: with which the cache must have been made; `dtype` does not matter.
-        reporter: hears of shards that have to be compared.
+        key: the models and settings that the cache must be made of; its `dtype` is not compared.
+        reporter: receives a message for each shard whose content has to be compared.
 
     Raises:
         InputNotFoundError: there is no cache in `folder`.

@@ -14,7 +14,7 @@ from typing import Any
 
 from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.config import DataConfig
-from ldm_cli.data.decode import decode_rgb, image_header, upright_size
+from ldm_cli.data.decode import decode_rgb, image_header
 from ldm_cli.data.folders import find_sources
 from ldm_cli.data.pack_report import PackReport
 from ldm_cli.data.shard_writer import write_shard
@@ -147,8 +147,7 @@ class _Packing:
 
     def _members(self, source: Source) -> dict[str, bytes]:
         data = source.picture if isinstance(source.picture, bytes) else read_file(source.picture)
-        form = image_header(data, _LIMITS.max_pixels)[0]
-        width, height = upright_size(data, _LIMITS.max_pixels)
+        form, width, height = image_header(data, _LIMITS.max_pixels)
         for remark in decode_rgb(data, _LIMITS.background, _LIMITS.max_pixels, _LIMITS.image_size).remarks:
             self._report.remark(remark)
         facts = {**source.extra, "path": source.name, "width": width, "height": height}

@@ -89,6 +89,10 @@ class Members(ABC):
             self._metadata = None if data is None else parse_json(data)
         return self._metadata
 
+    def field(self, place: str) -> Any:
+        """The value at `json:PATH` in the JSON member; None if there is none."""
+        return field_of(self.metadata() or {}, place.removeprefix(_JSON))
+
 
 def image_extensions(config: DataConfig) -> tuple[str, ...]:
     """Of the members that may be the picture, the preferred ones first."""
@@ -127,23 +131,20 @@ class MembersDecoder:
         metadata = (members.metadata() or {}) if self._wanted.metadata else None
         image = None
         if self._wanted.image:
-            mirror = draw.flip < self._config.flip_probability
-            shape = draw.shape or (self._config.image_size, self._config.image_size)
-            config = self._config
-            picture = decode_rgb(
-                members.image(self._image_extensions), config.background, config.max_pixels, max(shape)
-            )
+            config, data = self._config, members.image(self._image_extensions)
+            shape = draw.shape or (config.image_size, config.image_size)
+            picture = decode_rgb(data, config.background, config.max_pixels, max(shape))
             remarks += picture.remarks
+            mirror = draw.flip < config.flip_probability
             image = to_rectangle(picture.image, shape, config.crop, draw.place, mirror)
         return Sample(image, caption, label, metadata, remarks)
 
     def _caption_choices(self, members: Members) -> list[float]:
-        """A number in [0, 1) for each caption of a sample."""
+        """For each caption of a sample a value of `Draw.caption` that chooses it; one value where there is none."""
         number = 1
         if self._config.caption.startswith(_JSON):
             with suppress(BadSampleError):  # `_caption` handles the damage
-                value = field_of(members.metadata() or {}, self._config.caption.removeprefix(_JSON))
-                number = max(1, len(caption_candidates(value)))
+                number = max(1, len(caption_candidates(members.field(self._config.caption))))
         return [(i + 0.5) / number for i in range(number)]
 
     def _caption(self, members: Members, draw: Draw) -> tuple[str, tuple[str, ...]]:
@@ -151,8 +152,7 @@ class MembersDecoder:
         remarks: tuple[str, ...] = ()
         try:
             if self._config.caption.startswith(_JSON):
-                value = field_of(members.metadata() or {}, self._config.caption.removeprefix(_JSON))
-                text = choose_caption(value, draw.caption)
+                text = choose_caption(members.field(self._config.caption), draw.caption)
             else:
                 data = members.read(self._config.caption)
                 text, remarks = (None, ()) if data is None else decode_text(data)
@@ -172,7 +172,7 @@ class MembersDecoder:
     def _label(self, members: Members) -> int:
         where = self._config.label or ""
         if where.startswith(_JSON):
-            return parse_label(field_of(members.metadata() or {}, where.removeprefix(_JSON)))
+            return parse_label(members.field(where))
         data = members.read(where)
         return parse_label(None if data is None else decode_text(data).text.strip())
 

@@ -64,7 +64,7 @@ class SourceFiles:
             BadSampleError: "missing file" or "ambiguous file".
         """
         for path in (start / name, start / name.replace("\\", "/")):
-            if os.path.isfile(path):  # noqa: PTH113: unlike Path.is_file, False for a name that is too long
+            if os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises for a name that is too long)
                 return path
         found = self._by_name.get(path.name.lower(), [])
         if len(found) > 1:
