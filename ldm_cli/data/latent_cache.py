@@ -32,7 +32,7 @@ from ldm_cli.data.config import DataConfig
 from ldm_cli.data.open_shards import index_shards
 from ldm_cli.data.sample_decoder import Draw, Sample, SampleDecoder, Wanted
 from ldm_cli.data.shards import ShardReader, ShardSet
-from ldm_cli.data.tar_index import Member
+from ldm_cli.data.tar_format import Member
 from ldm_cli.errors import DataError, InputNotFoundError
 from ldm_cli.reporting import Reporter
 

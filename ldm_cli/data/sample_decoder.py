@@ -23,7 +23,7 @@ from ldm_cli.data.captions import (
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.decode import IMAGE_EXTENSIONS, decode_rgb, to_rectangle
 from ldm_cli.data.shards import ShardReader, ShardSet
-from ldm_cli.data.tar_index import Member
+from ldm_cli.data.tar_format import Member
 
 _JSON = "json:"
 

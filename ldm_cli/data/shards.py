@@ -15,8 +15,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm_cli.data.remote import StagingArea
-from ldm_cli.data.tar_format import BLOCK
-from ldm_cli.data.tar_index import Member, ShardIndex
+from ldm_cli.data.tar_format import BLOCK, Member
+from ldm_cli.data.tar_index import ShardIndex
 from ldm_cli.errors import DataError, StorageError
 
 _MAX_OPEN_FILES = 64
