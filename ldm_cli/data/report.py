@@ -52,7 +52,7 @@ def check(shards: ShardSet, config: DataConfig, reporter: Reporter) -> dict[str,
         "bad": dict(Counter(sample.reason for sample in bad).most_common()),
         "bad_samples": [asdict(sample) for sample in bad],
         "remarks": dict(remarks.most_common()),
-        "ignored": _ignored(shards),
+        "ignored": shards.ignored,
         "not_used": dict(members.counts.most_common()),
         "first_not_used": list(members.first.values()),
         "hidden_samples": members.hidden,
@@ -129,7 +129,7 @@ def stats(shards: ShardSet, config: DataConfig, reporter: Reporter) -> dict[str,
             "frequent": dict(captions.most_common(_NUM_FREQUENT)),
         },
         "unusable": dict(unusable.most_common()),
-        "ignored": _ignored(shards),
+        "ignored": shards.ignored,
     }
 
 
@@ -163,7 +163,7 @@ def index(shards: ShardSet, sizes_file: Path | None = None) -> dict[str, Any]:
             for one in shards.indexes
             for number in range(one.num_samples)
         ),
-        "ignored": _ignored(shards),
+        "ignored": shards.ignored,
         "fingerprint": shards.fingerprint,
     }
 
@@ -174,7 +174,3 @@ def _spread(values: Sequence[int]) -> dict[str, int] | None:
         return None
     ordered = sorted(values)
     return {"min": ordered[0], "median": ordered[(len(ordered) - 1) // 2], "max": ordered[-1]}
-
-
-def _ignored(shards: ShardSet) -> dict[str, int]:
-    return dict(sum((Counter(one.ignored) for one in shards.indexes), Counter()))
