@@ -28,6 +28,7 @@ from ldm_cli.storage import user_cache
 
 _VERSION = 2
 _NUM_PROBES = 16
+_FACTS = ("file_size", "end", "extensions", "ignored")
 _TENSORS = ("key_bytes", "key_ends", "sample_starts", "members")
 
 
@@ -43,13 +44,8 @@ def load_index(shard: Path, folder: Path) -> ShardIndex | None:
         return None
     tensors, facts = found
     try:
-        index = ShardIndex(
-            file_size=facts["file_size"],
-            end=facts["end"],
-            extensions=tuple(facts["extensions"]),
-            ignored=facts["ignored"],
-            **tensors,
-        )
+        described = {**tensors, **{name: facts[name] for name in _FACTS}, "extensions": tuple(facts["extensions"])}
+        index = ShardIndex(**described)
         fits = (
             facts["version"] == _VERSION
             and facts["mtime_ns"] == shard.stat().st_mtime_ns
@@ -63,23 +59,17 @@ def load_index(shard: Path, folder: Path) -> ShardIndex | None:
 
 def save_index(shard: Path, index: ShardIndex, folder: Path) -> None:
     """Keep the index of an undamaged shard; errors as in `save_tensors`."""
-    facts = {
-        "version": _VERSION,
-        "file_size": index.file_size,
-        "mtime_ns": shard.stat().st_mtime_ns,
-        "end": index.end,
-        "extensions": index.extensions,
-        "ignored": index.ignored,
-        "fingerprint": index.fingerprint(),
-    }
+    facts = {"version": _VERSION, "mtime_ns": shard.stat().st_mtime_ns, "fingerprint": index.fingerprint()}
+    facts |= {name: getattr(index, name) for name in _FACTS}
     save_tensors(_file(shard, folder), {name: getattr(index, name) for name in _TENSORS}, facts)
 
 
-def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+def load_tensors(file: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """The tensors and facts of a file of `save_tensors`; None if there is none, or a damaged one."""
     try:
         with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, json.loads(opened.metadata()["facts"])  # noqa: SIM118
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            return tensors, json.loads(opened.metadata()["facts"])
     except (OSError, RuntimeError, SafetensorError, ValueError, KeyError, TypeError):  # torch opens it, too
         return None
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -65,14 +64,16 @@ class Sample:
     condition: dict[str, Tensor] | None = None
 
 
-class Members(ABC):
-    """The members of one sample."""
+class Members:
+    """The members of one sample.
 
-    _metadata: dict[str, Any] | None = None
+    Args:
+        read: gives the bytes of the member with an extension, or None if the sample has none.
+    """
 
-    @abstractmethod
-    def read(self, extension: str) -> bytes | None:
-        """The bytes of a member, or None if the sample has none of that extension."""
+    def __init__(self, read: Callable[[str], bytes | None]) -> None:
+        self.read = read
+        self._metadata: dict[str, Any] | None = None
 
     def image(self, extensions: Sequence[str]) -> bytes:
         """The bytes of the image, of the first of these extensions that there is."""
@@ -214,13 +215,13 @@ class SampleDecoder(MembersDecoder):
         """The sample's image file; raises as `decode`."""
         return self._members(shard, sample).image(self._image_extensions)
 
-    def _members(self, shard: int, sample: int) -> _IndexedMembers:
+    def _members(self, shard: int, sample: int) -> Members:
         where = (self._reader, shard, self._shards.indexes[shard].sample(sample))
-        return _IndexedMembers(*where, self._wanted_extensions, self._config.max_member_bytes)
+        return Members(_IndexedRead(*where, self._wanted_extensions, self._config.max_member_bytes))
 
 
-class _IndexedMembers(Members):
-    """Members at the places of the index; all wanted ones are read together."""
+class _IndexedRead:
+    """Reads members at the places of the index, all wanted ones together."""
 
     def __init__(
         self, reader: ShardReader, shard: int, members: dict[str, list[Member]], wanted: set[str], max_bytes: int
@@ -233,7 +234,7 @@ class _IndexedMembers(Members):
                 raise BadSampleError("duplicate members", f"{len(found)} × .{extension}")
             self._members[extension] = found[0]
 
-    def read(self, extension: str) -> bytes | None:
+    def __call__(self, extension: str) -> bytes | None:
         member = self._members.get(extension)
         if member is None:
             return None

@@ -184,7 +184,7 @@ def decoded(stream: Stream, raw: RawSample, decoder: MembersDecoder, draw: Draw)
     try:
         if raw.problem:
             raise BadSampleError("duplicate members", raw.problem)
-        return decoder.decode_members(_StreamedMembers(raw.members), draw), f"{stream.name(raw.shard)}/{raw.key}"
+        return decoder.decode_members(Members(raw.members.get), draw), f"{stream.name(raw.shard)}/{raw.key}"
     except BadSampleError as error:
         return BadSample(stream.shown(raw.shard), raw.key, error.reason, error.detail)
 
@@ -229,13 +229,3 @@ def _with_member(sample: RawSample, extension: str, data: bytes, needed: set[str
         return RawSample(sample.shard, sample.key, sample.members, f"2 × .{extension}")
     sample.members[extension] = data if extension in needed else b""
     return sample
-
-
-class _StreamedMembers(Members):
-    """Members in memory."""
-
-    def __init__(self, members: dict[str, bytes]) -> None:
-        self._members = members
-
-    def read(self, extension: str) -> bytes | None:
-        return self._members.get(extension)

@@ -74,27 +74,23 @@ def _running(command: str) -> Iterator[IO[bytes]]:
             )
         finally:
             os.close(beginning)
-        yield from _until_it_ends(process, output)
+        try:
+            yield output
+            _expect_success(process, None)
+        except TarDamage:
+            with suppress(subprocess.TimeoutExpired):  # a command that failed did not write all
+                _expect_success(process, 1)
+            raise
+        finally:
+            process.kill()
+            process.wait()
 
 
 def _prepare() -> None:
-    """In the process that becomes the command: what a worker ignores is the command's own affair again."""
+    """Let the command handle signals by itself. It inherits from a worker that they are ignored."""
     die_with_parent()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
-
-
-def _until_it_ends(process: subprocess.Popen[bytes], output: IO[bytes]) -> Iterator[IO[bytes]]:
-    try:
-        yield output
-        _expect_success(process, None)
-    except TarDamage:
-        with suppress(subprocess.TimeoutExpired):  # it may be what it did not write that is missing
-            _expect_success(process, 1)
-        raise
-    finally:
-        process.kill()
-        process.wait()
 
 
 def _expect_success(process: subprocess.Popen[bytes], timeout: float | None) -> None:
