@@ -183,20 +183,6 @@ def caption_candidates(value: Any) -> list[str]:
     return [text for text in texts if isinstance(text, str) and text.strip()]
 
 
-def choose_caption(value: Any, choice: float) -> str | None:
-    """The caption in a JSON value: text itself, or one of a list of texts.
-
-    Args:
-        value: text, a list of texts, or anything else, which is no caption.
-        choice: in [0, 1): which of a list's texts that are not blank.
-
-    Returns:
-        None if there is no text that is not blank.
-    """
-    candidates = caption_candidates(value)
-    return candidates[int(choice * len(candidates))] if candidates else None
-
-
 def parse_label(value: Any) -> int:
     """A class index from text or a JSON number.
 

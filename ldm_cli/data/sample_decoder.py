@@ -12,7 +12,6 @@ from torch import Tensor
 from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.captions import (
     caption_candidates,
-    choose_caption,
     clean_caption,
     decode_text,
     field_of,
@@ -127,7 +126,7 @@ class MembersDecoder:
             BadSampleError: it cannot be used.
             DataError, StorageError: a member cannot be read.
         """
-        caption, remarks = self._caption(members, draw) if self._wanted.caption else ("", ())
+        caption, remarks = self._caption(members, draw.caption) if self._wanted.caption else ("", ())
         label = self._label(members) if self._wanted.label and self._config.label else None
         metadata = (members.metadata() or {}) if self._wanted.metadata else None
         image = None
@@ -140,27 +139,28 @@ class MembersDecoder:
             image = to_rectangle(picture.image, shape, config.crop, draw.place, mirror)
         return Sample(image, caption, label, metadata, remarks)
 
-    def _caption_choices(self, members: Members) -> list[float]:
-        """For each caption of a sample a value of `Draw.caption` that chooses it; one value where there is none."""
-        number = 1
-        if self._config.caption.startswith(_JSON):
-            with suppress(BadSampleError):  # `_caption` handles the damage
-                number = max(1, len(caption_candidates(members.field(self._config.caption))))
-        return [(i + 0.5) / number for i in range(number)]
-
-    def _caption(self, members: Members, draw: Draw) -> tuple[str, tuple[str, ...]]:
+    def _caption(self, members: Members, choice: float) -> tuple[str, tuple[str, ...]]:
         """The caption by the recipe's rule, and remarks about it."""
-        remarks: tuple[str, ...] = ()
+        texts, remarks = self._texts(members)
+        return self._cleaned(texts[int(choice * len(texts))] if texts else None, remarks)
+
+    def _texts(self, members: Members) -> tuple[list[str], tuple[str, ...]]:
+        """The texts that may be the caption, and remarks about them."""
         try:
             if self._config.caption.startswith(_JSON):
-                text = choose_caption(members.field(self._config.caption), draw.caption)
-            else:
-                data = members.read(self._config.caption)
-                text, remarks = (None, ()) if data is None else decode_text(data)
+                return caption_candidates(members.field(self._config.caption)), ()
+            data = members.read(self._config.caption)
         except BadSampleError as bad:
             if bad.reason != "damaged json" or self._config.missing_caption == "skip":
                 raise
-            text, remarks = None, ("damaged json",)
+            return [], ("damaged json",)
+        if data is None:
+            return [], ()
+        text, remarks = decode_text(data)
+        return [text], remarks
+
+    def _cleaned(self, text: str | None, remarks: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+        """The caption that a text gives; None is no text."""
         if text is not None:
             text, more = clean_caption(text)
             remarks += more
@@ -205,10 +205,10 @@ class SampleDecoder(MembersDecoder):
         `decode`."""
         found: list[str] = []
         with suppress(BadSampleError):
-            members = self._members(shard, sample)
-            for choice in self._caption_choices(members):
+            texts, remarks = self._texts(self._members(shard, sample))
+            for text in texts or (None,):
                 with suppress(BadSampleError):
-                    found.append(self._caption(members, Draw(caption=choice))[0])
+                    found.append(self._cleaned(text, remarks)[0])
         return found
 
     def image_bytes(self, shard: int, sample: int) -> bytes:
