@@ -1,0 +1,40 @@
+"""The host touches of a training step, one by one: no step waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ..stages.tiny import clip_recipe, unet_recipe, vae_recipe
+from . import worker as work
+
+STEPS = {"steps": 3, "log_every": 3, "save_every": 3, "ema_decay": 0.9}
+TOUCHES: dict[str, list[str]] = {
+    "unet from cache": [],
+    "unet from images": [],
+    "vae": [],
+    "clip": [],
+}
+
+
+def recipe_of(trainer: str, parts: Path, **train: Any) -> Mapping[str, Any]:
+    train, scenes = STEPS | train, parts / "scenes"
+    if trainer == "clip":
+        return clip_recipe(scenes, **train)
+    if trainer == "vae":
+        loss = {"adversarial_weight": 0.5, "adversarial_start": 0}
+        return vae_recipe(scenes, loss | {"perceptual_weight": 0.1, "perceptual_clip": str(parts / "clip/model")}, **train)
+    recipe = unet_recipe(scenes, parts / "clip/model", parts / "vae/model", {"caption_dropout": 0.1, "snr_gamma": 5.0}, **train)
+    return recipe | ({"cache": str(parts / "cache")} if trainer == "unet from cache" else {})
+
+
+@pytest.mark.parametrize("trainer", TOUCHES)
+def test_a_step_touches_the_host_for_its_batch_alone(
+    trainer: str, parts: Path, worker: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    rehearsed = worker.submit(work.train, recipe_of(trainer, parts), tmp_path / "run", None).result()
+    assert rehearsed["touches"] == TOUCHES[trainer]
