@@ -26,9 +26,6 @@ from ldm_cli.formats.model_folder import read_config
 from ldm_cli.formats.scheduler_file import SchedulerSettings
 from ldm_cli.formats.weight_files import weights_sha256
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""By the names of `precision`."""
-
 
 class Encoder(Protocol):
     """Prompts to the conditions that a denoiser takes."""

@@ -18,10 +18,11 @@ from ldm_cli.core.models.clip_config import CLIPTextConfig
 from ldm_cli.core.models.latent_space import standardized
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
+from ldm_cli.core.precision import DTYPES
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, text_config_of
-from ldm_cli.families.family import DTYPES, Family, place
+from ldm_cli.families.family import Family, place
 from ldm_cli.formats import pipeline_folder as layout
 from ldm_cli.formats.json_file import read_json
 from ldm_cli.formats.model_folder import load_model, outline_model
