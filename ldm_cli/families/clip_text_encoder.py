@@ -107,7 +107,8 @@ class CLIPTextEncoder:
 
     def _states(self, ids: Tensor) -> Tensor:
         """Token ids int64 [B, L] → [B, L, D]."""
-        states: Tensor = self.model(ids.to(next(self.model.parameters()).device)).last_hidden_state
+        device = next(self.model.parameters()).device
+        states: Tensor = self.model(ids.to(device, non_blocking=True)).last_hidden_state
         return states
 
     def _weighted_ids(self, pieces: list[WeightedText]) -> tuple[Tensor, Tensor, str]:

@@ -94,7 +94,7 @@ class DenoiserTask:
 
     def parts(self, batch: Batch, num_parts: int) -> list[Batch]:
         """Samples do not depend on one another."""
-        return batch.parts(num_parts)
+        return batch.on(self.bench.device).parts(num_parts)
 
     def loss(self, part: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean denoising error; each sample has its own level, noise and dropout."""
@@ -103,7 +103,8 @@ class DenoiserTask:
     @cached_property
     def _held_out(self) -> list[tuple[Batch, dict[str, Tensor], Condition]]:
         """The held-out batches; encoded once, for codec and encoder do not change."""
-        return [(batch, *self.encoder(batch)) for batch in self.bench.held_out]
+        batches = [batch.on(self.bench.device) for batch in self.bench.held_out]
+        return [(batch, *self.encoder(batch)) for batch in batches]
 
     def validate(self) -> dict[str, float]:
         """See `Denoising.validate`."""

@@ -15,6 +15,7 @@ from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages import precompute
 from ldm_cli.stages.support.options import RunOptions
 
+from ..sampling.tiny import tiny_pipeline
 from ..stages.tiny import clip_recipe, trained, unet_recipe, vae_recipe
 
 
@@ -28,6 +29,14 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trained(vae_recipe(scenes, steps=1), folder / "vae")
     recipe = unet_recipe(scenes, folder / "clip/model", folder / "vae/model") | {"cache": str(folder / "cache")}
     precompute.run(TrainUnetRecipe.from_mapping(recipe), RunOptions(device="cpu"), SilentReporter(), "fp32")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small pipeline."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    tiny_pipeline().family.save(folder)
     return folder
 
 

@@ -11,14 +11,14 @@ interface for it is private and experimental.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.utils.backend_registration as registration
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 NAME = "simulated"
 _ROOT = Path(__file__).resolve().parents[2]
@@ -113,11 +113,39 @@ def _touch(kind: str) -> None:
 
 
 def _inner(value: Any) -> Any:
-    return tree_map_only(DeviceTensor, lambda tensor: tensor.inner, value)
+    """An argument of an operator as the CPU takes it."""
+    if isinstance(value, DeviceTensor):
+        return value.inner
+    return [_inner(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _outer(value: Any) -> Any:
-    return tree_map_only(torch.Tensor, lambda t: t if isinstance(t, DeviceTensor) else DeviceTensor(t), value)
+    """What the CPU gave as a result of the device."""
+    if isinstance(value, list | tuple):
+        return type(value)(_outer(entry) for entry in value)
+    return DeviceTensor(value) if isinstance(value, Tensor) and not isinstance(value, DeviceTensor) else value
+
+
+def _host_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _host_tensors(value)
+        elif isinstance(value, Tensor) and not isinstance(value, DeviceTensor):
+            yield value
+
+
+@cache
+def _is_composite(func: Any) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
+
+
+@cache
+def _written(func: Any) -> list[tuple[int, str]]:
+    """Place and name of the arguments that an operator writes to and returns, if it returns nothing else."""
+    schema = func._schema
+    if not all(value.alias_info and value.alias_info.is_write for value in schema.returns):
+        return []
+    return [(i, a.name) for i, a in enumerate(schema.arguments) if a.alias_info and a.alias_info.is_write]
 
 
 def _is_here(device: Any) -> bool:
@@ -126,10 +154,9 @@ def _is_here(device: Any) -> bool:
 
 def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What an operator gives for arguments of which at least one is on the device."""
-    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-        # in inference mode nothing has taken it apart yet
-        if (result := func.decompose(*args, **kwargs)) is not NotImplemented:
-            return result
+    # In inference mode nothing has taken composite operators apart yet.
+    if _is_composite(func) and (result := func.decompose(*args, **kwargs)) is not NotImplemented:
+        return result
     name = func._schema.name.removeprefix("aten::")
     if name in ("copy_", "_to_copy"):
         return (_copied if name == "copy_" else _converted)(*args, **kwargs)
@@ -139,17 +166,15 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     to_device = "device" not in kwargs or _is_here(kwargs["device"])
     if _is_here(kwargs.get("device")):
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    result = func(*_inner(args), **_inner(kwargs))
-    written = [(i, a) for i, a in enumerate(func._schema.arguments) if a.alias_info and a.alias_info.is_write]
-    if written and all(r.alias_info and r.alias_info.is_write for r in func._schema.returns):
-        # in place, or into `out`: the wrappers that were given are the result
-        given = [kwargs[a.name] if a.name in kwargs else args[i] for i, a in written]
-        return None if result is None else given[0] if len(given) == 1 else tuple(given)
+    result = func(*_inner(args), **{name: _inner(value) for name, value in kwargs.items()})
+    if result is not None and (written := _written(func)):
+        given = [kwargs[argument] if argument in kwargs else args[i] for i, argument in written]
+        return given[0] if len(given) == 1 else tuple(given)
     return _outer(result) if to_device else result
 
 
 def _refuse_mixtures(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    host = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and not isinstance(t, DeviceTensor)]
+    host = list(_host_tensors((args, *kwargs.values())))
     if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
         indexes = [index for index in args[1] if index is not None]
         if any(index.dtype in (torch.bool, torch.uint8) or not isinstance(index, DeviceTensor) for index in indexes):
@@ -180,13 +205,20 @@ def _touch_copy(to_device: bool, non_blocking: bool) -> None:
     _touch(("send" if to_device else "fetch") + ("" if non_blocking else ", blocking"))
 
 
-def _empty(size: Any, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None,
-           memory_format: Any = None) -> Tensor:
+def _empty(
+    size: Any,
+    dtype: Any = None,
+    layout: Any = None,
+    device: Any = None,
+    pin_memory: Any = None,
+    memory_format: Any = None,
+) -> Tensor:
     return DeviceTensor(torch.empty(size, dtype=dtype, memory_format=memory_format or torch.contiguous_format))
 
 
-def _empty_strided(size: Any, stride: Any, dtype: Any = None, layout: Any = None, device: Any = None,
-                   pin_memory: Any = None) -> Tensor:
+def _empty_strided(
+    size: Any, stride: Any, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None
+) -> Tensor:
     return DeviceTensor(torch.empty_strided(size, stride, dtype=dtype))
 
 
@@ -197,9 +229,13 @@ def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Te
 def _in_lower_precision(func: Any) -> Callable[..., Any]:
     def computed(*args: Any, **kwargs: Any) -> Any:
         dtype = torch.get_autocast_dtype(NAME)
-        cast = lambda t: t.to(dtype) if t.is_floating_point() and t.device.type == NAME else t  # noqa: E731
+
+        def cast(value: Any) -> Any:
+            is_cast = isinstance(value, DeviceTensor) and value.is_floating_point()
+            return value.to(dtype) if is_cast else value
+
         without = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
         with torch._C._ExcludeDispatchKeyGuard(without):
-            return func(*tree_map_only(torch.Tensor, cast, args), **tree_map_only(torch.Tensor, cast, kwargs))
+            return func(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
 
     return computed

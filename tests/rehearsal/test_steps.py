@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from ..stages.tiny import clip_recipe, unet_recipe, vae_recipe
+from ..stages.tiny import clip_recipe, losses, trained, unet_recipe, vae_recipe
 from . import worker as work
 
 STEPS = {"steps": 3, "log_every": 3, "save_every": 3, "ema_decay": 0.9}
 TOUCHES: dict[str, list[str]] = {
-    "unet from cache": [],
-    "unet from images": [],
-    "vae": [],
-    "clip": [],
+    "unet from cache": ["send batch.py:on", *["send batch.py:_moved"] * 3],
+    "unet from images": ["send batch.py:on", "send batch.py:_moved", "send clip_text_encoder.py:_states"],
+    "vae": ["send batch.py:on", "send batch.py:_moved"],
+    "clip": ["send train_clip.py:_inputs"] * 2,
 }
 
 
@@ -27,8 +27,12 @@ def recipe_of(trainer: str, parts: Path, **train: Any) -> Mapping[str, Any]:
         return clip_recipe(scenes, **train)
     if trainer == "vae":
         loss = {"adversarial_weight": 0.5, "adversarial_start": 0}
-        return vae_recipe(scenes, loss | {"perceptual_weight": 0.1, "perceptual_clip": str(parts / "clip/model")}, **train)
-    recipe = unet_recipe(scenes, parts / "clip/model", parts / "vae/model", {"caption_dropout": 0.1, "snr_gamma": 5.0}, **train)
+        return vae_recipe(
+            scenes, loss | {"perceptual_weight": 0.1, "perceptual_clip": str(parts / "clip/model")}, **train
+        )
+    recipe = unet_recipe(
+        scenes, parts / "clip/model", parts / "vae/model", {"caption_dropout": 0.1, "snr_gamma": 5.0}, **train
+    )
     return recipe | ({"cache": str(parts / "cache")} if trainer == "unet from cache" else {})
 
 
@@ -38,3 +42,5 @@ def test_a_step_touches_the_host_for_its_batch_alone(
 ) -> None:
     rehearsed = worker.submit(work.train, recipe_of(trainer, parts), tmp_path / "run", None).result()
     assert rehearsed["touches"] == TOUCHES[trainer]
+    trained(recipe_of(trainer, parts), tmp_path / "on the CPU")
+    assert rehearsed["losses"] == pytest.approx(losses(tmp_path / "on the CPU"), rel=1e-6)

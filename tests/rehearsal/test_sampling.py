@@ -1,0 +1,31 @@
+"""Samplers do not touch the host in a step, and a picture costs the rows of one."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from ldm_cli.sampling.config import SamplerName
+
+from . import worker as work
+
+# Their noise of each step is made on the host yet.
+_WITH_HOST_NOISE = {"ddpm", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_3m_sde", "lcm"}
+
+
+@pytest.mark.parametrize("sampler", sorted({*get_args(SamplerName)} - _WITH_HOST_NOISE))
+def test_steps_do_not_touch_the_host(sampler: str, pipeline: Path, worker: ProcessPoolExecutor) -> None:
+    made = worker.submit(work.sample, pipeline, sampler=sampler, steps=4).result()
+    assert made["touches"] == []
+    assert len(made["rows"]) >= 4
+
+
+@pytest.mark.parametrize(("scale", "rows"), [(7.5, 2), (1.0, 1)])
+def test_one_picture_is_one_row_or_two_guided(
+    scale: float, rows: int, pipeline: Path, worker: ProcessPoolExecutor
+) -> None:
+    made = worker.submit(work.sample, pipeline, steps=4, images_per_prompt=1, guidance={"scale": scale}).result()
+    assert set(made["rows"]) == {rows}
