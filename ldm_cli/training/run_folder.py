@@ -196,11 +196,14 @@ class RunFolder:
             )
         return harmless
 
-    def claim(self, resolved: Mapping[str, Any], source: str, fingerprints: Mapping[str, str]) -> None:
+    def claim(
+        self, resolved: Mapping[str, Any], source: str, fingerprints: Mapping[str, str], device: torch.device
+    ) -> None:
         """Record recipe and fingerprints, or check them against the folder's; arguments and errors as in `changes`.
 
         Args:
             source: the recipe's text as the user wrote it.
+            device: where the run computes.
         """
         for change in self.changes(resolved, fingerprints):
             self.log(f"the recipe changed: {change}")
@@ -208,7 +211,7 @@ class RunFolder:
         write_whole(self.path / "recipe.yaml", source)
         document = {"recipe": resolved, "fingerprints": fingerprints}
         write_whole(self._identity, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-        write_whole(self.path / "env.json", json.dumps(environment(), indent=1) + "\n")
+        write_whole(self.path / "env.json", json.dumps(environment(device), indent=1) + "\n")
 
     def status(self, state: str, *, step: int | None = None, steps: int | None = None, **details: Any) -> None:
         """Write status.json.
@@ -255,14 +258,19 @@ def _read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def environment() -> dict[str, Any]:
-    """Versions, machine and thread count, on which bitwise repetition depends; no environment variables."""
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, machine and thread count, on which bitwise repetition depends; no environment variables.
+
+    Args:
+        device: where the process computes; no other is asked for its name.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
     return {
         "ldm": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "device": name,
         "num_threads": torch.get_num_threads(),
         "executable": Path(sys.executable).name,
     }

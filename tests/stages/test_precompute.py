@@ -80,7 +80,7 @@ def without_encoders(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("flip", [0.5, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_training_from_a_cache_gives_the_same_weights_and_losses(parts: Parts, tmp_path: Path, flip: float) -> None:
-    recipe = unet_recipe(*parts, steps=9, ema_decay=0.9, log_every=1, save_every=9, gradient_accumulation=2)
+    recipe = unet_recipe(*parts, steps=9, ema_decay=0.9, log_every=1, save_every=9, micro_batch=4)
     recipe["data"]["flip_probability"] = flip
     trained(recipe, tmp_path / "plain")
     trained(cached(recipe, tmp_path / "cache"), tmp_path / "cached")

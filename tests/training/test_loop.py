@@ -112,7 +112,7 @@ def test_the_loss_falls_and_every_figure_is_logged(tmp_path: Path) -> None:
 
 def test_accumulation_equals_the_whole_batch(tmp_path: Path) -> None:
     run(tmp_path / "whole")
-    run(tmp_path / "parts", CONFIG.model_copy(update={"gradient_accumulation": 3}))
+    run(tmp_path / "parts", CONFIG.model_copy(update={"micro_batch": CONFIG.batch_size // 3}))
     one, two = (load_file(tmp_path / p / "model/model.safetensors") for p in ("whole", "parts"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=2e-6)
@@ -255,13 +255,13 @@ def test_a_second_owner_is_refused_and_told_who_has_it(tmp_path: Path) -> None:
 def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     recipe = {"train": {"lr": 1e-3, "log_every": 5}}
     with RunFolder(tmp_path, SilentReporter()) as folder:
-        folder.claim(recipe, "", {"data": "one"})
+        folder.claim(recipe, "", {"data": "one"}, torch.device("cpu"))
     with RunFolder(tmp_path, SilentReporter()) as folder:
-        folder.claim({"train": {"lr": 1e-3, "log_every": 9}}, "", {"data": "one"})
+        folder.claim({"train": {"lr": 1e-3, "log_every": 9}}, "", {"data": "one"}, torch.device("cpu"))
         with pytest.raises(CheckpointError, match=r"train.lr: 0.001 → 0.002"):
-            folder.claim({"train": {"lr": 2e-3, "log_every": 9}}, "", {"data": "one"})
+            folder.claim({"train": {"lr": 2e-3, "log_every": 9}}, "", {"data": "one"}, torch.device("cpu"))
         with pytest.raises(CheckpointError, match="fingerprint of data: 'one' → 'two'"):
-            folder.claim({"train": {"lr": 1e-3, "log_every": 9}}, "", {"data": "two"})
+            folder.claim({"train": {"lr": 1e-3, "log_every": 9}}, "", {"data": "two"}, torch.device("cpu"))
 
 
 def test_the_learning_rate_warms_up_and_ends_at_its_minimum() -> None:

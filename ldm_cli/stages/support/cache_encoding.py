@@ -94,9 +94,7 @@ class CacheEncoder:
 
     def __init__(self, encoder: BatchEncoder, recipe: TrainUnetRecipe, key: CacheKey) -> None:
         self._encoder, self._key, self._dtype = encoder, key, DTYPES[key.dtype]
-        train = recipe.train
-        elastic = train.deterministic == "elastic"
-        self.size = train.chunk() if elastic else train.batch_size // train.gradient_accumulation
+        self.size = recipe.train.part_size()
 
     def chunk(self, pictures: Pictures) -> EncodedChunk:
         """The moments of a chunk of pictures.
