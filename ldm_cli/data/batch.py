@@ -45,12 +45,6 @@ class Batch:
         """Number of samples."""
         return len(self.keys)
 
-    def on(self, device: torch.device) -> Batch:
-        """The batch with all its tensors but the labels on a device; copies to it do not wait."""
-        epoch, position = torch.stack([self.epoch, self.position]).to(device, non_blocking=True)
-        images, moments, condition = (_moved(value, device) for value in (self.images, self.moments, self.condition))
-        return replace(self, images=images, epoch=epoch, position=position, moments=moments, condition=condition)
-
     def parts(self, num_parts: int) -> list[Batch]:
         """The batch as `num_parts` equal parts, in order."""
         size = len(self) // num_parts
@@ -62,13 +56,6 @@ class Batch:
         for name in self.keys:
             shard, _, key = name.partition("/")
             yield f"{step} {printable(shard)} {printable(key)}"
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """A field of `Batch` on a device, unless it holds no numbers."""
-    if isinstance(value, dict):
-        return {name: _moved(tensor, device) for name, tensor in value.items()}
-    return value if value is None or not value.numel() else value.to(device, non_blocking=True)
 
 
 def _rows(value: Any, rows: slice) -> Any:

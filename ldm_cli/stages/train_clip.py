@@ -57,8 +57,7 @@ class _Part:
     """A part of a batch, with what the contrastive loss of the global batch says of it.
 
     Attributes:
-        images: of its samples, uint8 [B, 3, H, W], on the device.
-        ids: of their captions, [B, L].
+        batch: its samples.
         features: their features [B, 2·D] with their graph, if they are there already; None: to be computed.
         gradient: of the loss with respect to them, [B, 2·D].
         scale_gradient: of the loss with respect to the logit scale.
@@ -66,8 +65,7 @@ class _Part:
         figures: of its rows.
     """
 
-    images: Tensor
-    ids: Tensor
+    batch: Batch
     features: Tensor | None
     gradient: Tensor
     scale_gradient: Tensor
@@ -111,25 +109,24 @@ class CLIPTask:
         features of a part once more and passes their gradient on (Gao et al. 2021, arXiv:2101.06983, section 3.2).
         The activations of one part are in memory at a time, and each rank holds its own rows of the logits.
         """
-        images, ids = self._inputs(batch)
-        inputs = list(zip(images.chunk(num_parts), ids.chunk(num_parts), strict=True))
+        batches = batch.parts(num_parts)
         if num_parts == 1:
-            features = [self._features(images, ids)]
+            features = [self._features(batch)]
         else:
             # Batch norms count the second pass, which gives the gradient, and not this one.
             with torch.no_grad(), StatisticsKept(self.model):
-                features = [self._features(*part) for part in inputs]
+                features = [self._features(part) for part in batches]
         own = torch.cat([part.detach().float() for part in features])
         values, gradient, scale_gradient = self._feature_gradient(own, self._groups(batch), num_parts)
         rows = gradient.chunk(num_parts)
         return [
-            _Part(*part, features[i] if num_parts == 1 else None, rows[i], scale_gradient, *values[i])
-            for i, part in enumerate(inputs)
+            _Part(one, features[i] if num_parts == 1 else None, rows[i], scale_gradient, *values[i])
+            for i, one in enumerate(batches)
         ]
 
     def loss(self, part: _Part, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The contrastive loss of the part's rows, with the gradient of the global batch's."""
-        features = self._features(part.images, part.ids) if part.features is None else part.features
+        features = self._features(part.batch) if part.features is None else part.features
         # The gradient of the surrogate counts, its value does not.
         surrogate = (features.float() * part.gradient).sum() + self.model.clamped_logit_scale * part.scale_gradient
         return part.value + surrogate - surrogate.detach(), part.figures
@@ -163,14 +160,10 @@ class CLIPTask:
         gradient = summed[:-1].view(features.shape)[start : start + len(own)]
         return values, gradient, summed[-1] / (num_parts * ranks.world_size)
 
-    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Images uint8 [B, 3, H, W] and token ids [B, L] of a batch, on the device."""
-        device = self.bench.device
-        return batch.images.to(device, non_blocking=True), self._tokens(batch.captions).to(device, non_blocking=True)
-
-    def _features(self, images: Tensor, ids: Tensor) -> Tensor:
-        """Image and text features of `_inputs` side by side, [B, 2·D]."""
-        pixels = self._processor(images)
+    def _features(self, batch: Batch) -> Tensor:
+        """Image and text features side by side, [B, 2·D]."""
+        pixels = self._processor(batch.images.to(self.bench.device, non_blocking=True))
+        ids = self._tokens(batch.captions).to(self.bench.device)
         return torch.cat([self.model.get_image_features(pixels), self.model.get_text_features(ids)], dim=1)
 
     def _groups(self, batch: Batch) -> Tensor | None:
@@ -179,7 +172,7 @@ class CLIPTask:
             return None
         digests = (hashlib.sha256(caption.encode()).digest() for caption in batch.captions)
         numbers = [int.from_bytes(digest[:8], "little", signed=True) for digest in digests]
-        return torch.tensor(numbers).to(self.bench.device, non_blocking=True)
+        return torch.tensor(numbers, device=self.bench.device)
 
     def validate(self) -> dict[str, float]:
         """Contrastive loss and accuracy among held-out batches of one size."""
@@ -187,7 +180,7 @@ class CLIPTask:
         sums: dict[str, float] = {}
         whole = [batch for batch in self.bench.held_out if len(batch.keys) == size]
         for batch in whole:
-            images, texts = self._features(*self._inputs(batch)).chunk(2, dim=1)
+            images, texts = self._features(batch).chunk(2, dim=1)
             loss, figures = contrastive_loss(images, texts, self.model.clamped_logit_scale, groups=self._groups(batch))
             for name, value in {"val_loss": loss, "val_accuracy": figures["accuracy"]}.items():
                 sums[name] = sums.get(name, 0.0) + value.item() / len(whole)
@@ -198,7 +191,7 @@ class CLIPTask:
         batches = self.bench.held_out
         if not batches:
             return
-        features = torch.cat([self._features(*self._inputs(batch)) for batch in batches])
+        features = torch.cat([self._features(batch) for batch in batches])
         images, texts = (torch.nn.functional.normalize(side, dim=-1) for side in features.chunk(2, dim=1))
         texts = texts[:_NUM_PICTURED]
         best = (texts @ images.T).topk(min(_NUM_FOUND, len(images)), dim=1).indices.tolist()

@@ -94,7 +94,7 @@ class DenoiserTask:
 
     def parts(self, batch: Batch, num_parts: int) -> list[Batch]:
         """Samples do not depend on one another."""
-        return batch.on(self.bench.device).parts(num_parts)
+        return batch.parts(num_parts)
 
     def loss(self, part: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean denoising error; each sample has its own level, noise and dropout."""

@@ -94,7 +94,7 @@ class VAETask:
 
     def parts(self, batch: Batch, num_parts: int) -> list[Batch]:
         """Samples do not depend on one another."""
-        return batch.on(self.bench.device).parts(num_parts)
+        return batch.parts(num_parts)
 
     def loss(self, part: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """All terms of `VAELoss`."""
@@ -181,10 +181,9 @@ class VAETask:
         loader = Loader(
             self.bench.shards, self.recipe.data, seed=self.recipe.seed, batch_size=size, with_captions=False
         )
-        batches = loader.batches(0, max(1, min(_NUM_MEASURED, known or _NUM_MEASURED) // size))
         latents = [
             self.vae.posterior(to_signed(batch.images, self.bench.device)).sample(self._posterior_noise(batch)).double()
-            for batch in (batch.on(self.bench.device) for batch in batches)
+            for batch in loader.batches(0, max(1, min(_NUM_MEASURED, known or _NUM_MEASURED) // size))
         ]
         stack = torch.cat(latents)
         return stack.mean(dim=(0, 2, 3)), stack.std(dim=(0, 2, 3)), stack.std().item()
