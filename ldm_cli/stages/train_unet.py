@@ -36,7 +36,7 @@ from ldm_cli.stages.support.model_sizes import (
     outlined,
     trained_parameters,
 )
-from ldm_cli.stages.support.options import RunOptions, on_device
+from ldm_cli.stages.support.options import RunOptions, with_precision
 from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_uses
 from ldm_cli.stages.support.training_run import Workbench, run_training
 from ldm_cli.training.checkpoint import link_folder
@@ -44,7 +44,7 @@ from ldm_cli.training.checkpoint import link_folder
 
 def run(recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
     """Train the denoiser of `recipe`; the result is a complete Stable Diffusion folder."""
-    recipe = on_device(resolve_start(recipe, reporter.warn), options)
+    recipe = with_precision(resolve_start(recipe, reporter.warn), options)
     uses = {"vae": recipe.vae, "text_encoder": recipe.text_encoder} | start_uses(recipe)
     build, sizes = lambda bench: DenoiserTask(recipe, bench), parameters(recipe, [])
     if recipe.cache is None:
@@ -91,6 +91,10 @@ class DenoiserTask:
         empty = self.encoder.condition([""]) if bench.cache is None else self.encoder.cached(bench.cache, "")
         self.denoising = Denoising(self.family, recipe.diffusion, recipe.seed, empty)
         bench.run.share(self._save_unchanged)
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Nothing is to be done."""
+        return batch
 
     def parts(self, batch: Batch, num_parts: int) -> list[Batch]:
         """Samples do not depend on one another."""

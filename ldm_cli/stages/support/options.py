@@ -38,7 +38,7 @@ class RunOptions:
 TrainRecipeT = TypeVar("TrainRecipeT", bound=TrainRecipe)
 
 
-def on_device(recipe: TrainRecipeT, options: RunOptions) -> TrainRecipeT:
+def with_precision(recipe: TrainRecipeT, options: RunOptions) -> TrainRecipeT:
     """The recipe with the precision that `train.precision: null` stands for on the device of a run.
 
     Raises:
