@@ -14,10 +14,10 @@ from . import worker as work
 
 STEPS = {"steps": 3, "log_every": 3, "save_every": 3, "ema_decay": 0.9}
 TOUCHES: dict[str, list[str]] = {
-    "unet from cache": ["send batch.py:on", *["send batch.py:_moved"] * 3],
-    "unet from images": ["send batch.py:on", "send batch.py:_moved", "send clip_text_encoder.py:_states"],
-    "vae": ["send batch.py:on", "send batch.py:_moved"],
-    "clip": ["send train_clip.py:_inputs"] * 2,
+    "unet from cache": ["send to_device.py:_sent"],
+    "unet from images": ["send to_device.py:_sent", "send clip_text_encoder.py:_states"],
+    "vae": ["send to_device.py:_sent"],
+    "clip": ["send to_device.py:_sent"],
 }
 
 
