@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from ldm_cli.errors import CheckpointError
+
 from ..stages.tiny import clip_recipe, losses, trained, unet_recipe, vae_recipe
 from . import worker as work
 
@@ -44,3 +46,19 @@ def test_a_step_touches_the_host_for_its_batch_alone(
     assert rehearsed["touches"] == TOUCHES[trainer]
     trained(recipe_of(trainer, parts), tmp_path / "on the CPU")
     assert rehearsed["losses"] == pytest.approx(losses(tmp_path / "on the CPU"), rel=1e-6)
+
+
+def test_a_run_goes_on_with_the_kind_of_device_that_it_began_with(
+    parts: Path, worker: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    trained(recipe_of("clip", parts, steps=1), tmp_path / "run")
+    with pytest.raises(CheckpointError, match="device: 'cpu' → 'simulated'"):
+        worker.submit(work.train, recipe_of("clip", parts, steps=1), tmp_path / "run", None).result()
+
+
+@pytest.mark.parametrize("trainer", ["unet from images", "vae", "clip"])
+def test_a_step_in_half_precision_touches_the_host_no_more(
+    trainer: str, parts: Path, worker: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    rehearsed = worker.submit(work.train, recipe_of(trainer, parts, precision="bf16"), tmp_path / "run", None).result()
+    assert rehearsed["touches"] == TOUCHES[trainer]

@@ -29,7 +29,7 @@ from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages import precompute
 from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
-from ldm_cli.stages.support.options import RunOptions
+from ldm_cli.stages.support.options import RunOptions, with_precision
 from ldm_cli.training.failures import MAX_ATTEMPTS
 from tests.data.tars import png, write_tar
 
@@ -362,6 +362,7 @@ def test_workers_and_ranks_change_nothing(parts: Parts, tmp_path: Path) -> None:
     cached(recipe, tmp_path / "two")
     recipe["data"]["num_workers"] = 0
     wanted = TrainUnetRecipe.from_mapping(cached(recipe, tmp_path / "none"))
+    wanted = with_precision(wanted, RunOptions(device="cpu"))
     for path in (tmp_path / "two").glob("*.tar"):
         assert path.read_bytes() == (tmp_path / "none" / path.name).read_bytes()
     shards = open_shards(wanted.data.shards, wanted.data, SilentReporter())
