@@ -18,7 +18,7 @@ from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.cache_manifest import Manifest
 from ldm_cli.data.latent_cache import LatentCache
-from ldm_cli.data.to_device import on_device
+from ldm_cli.data.to_device import sent_to_device
 from ldm_cli.errors import RecipeError
 from ldm_cli.families.clip_text_encoder import text_config_of
 from ldm_cli.families.stable_diffusion import StableDiffusion
@@ -108,7 +108,7 @@ class DenoiserTask:
     @cached_property
     def _held_out(self) -> list[tuple[Batch, dict[str, Tensor], Condition]]:
         """The held-out batches; encoded once, for codec and encoder do not change."""
-        batches = on_device((batch for batch in self.bench.held_out), self.bench.device)
+        batches = sent_to_device((batch for batch in self.bench.held_out), self.bench.device)
         return [(batch, *self.encoder(batch)) for batch in batches]
 
     def validate(self) -> dict[str, float]:
