@@ -23,9 +23,11 @@ def test_steps_do_not_touch_the_host(sampler: str, pipeline: Path, worker: Proce
     assert len(made["rows"]) >= 4
 
 
-@pytest.mark.parametrize(("scale", "rows"), [(7.5, 2), (1.0, 1)])
-def test_one_picture_is_one_row_or_two_guided(
-    scale: float, rows: int, pipeline: Path, worker: ProcessPoolExecutor
+@pytest.mark.parametrize(("scale", "of_each"), [(7.5, 2), (1.0, 1)])
+@pytest.mark.parametrize("count", [1, 9])
+def test_n_pictures_are_n_rows_or_twice_as_many_guided(
+    count: int, scale: float, of_each: int, pipeline: Path, worker: ProcessPoolExecutor
 ) -> None:
-    made = worker.submit(work.sample, pipeline, steps=4, images_per_prompt=1, guidance={"scale": scale}).result()
-    assert set(made["rows"]) == {rows}
+    sampling = {"sampler": "ddim", "steps": 2, "images_per_prompt": count, "guidance": {"scale": scale}}
+    made = worker.submit(work.sample, pipeline, **sampling).result()
+    assert sum(made["rows"]) == 2 * count * of_each
