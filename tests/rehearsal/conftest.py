@@ -17,6 +17,7 @@ from ldm_cli.stages.support.options import RunOptions
 
 from ..sampling.tiny import tiny_pipeline
 from ..stages.tiny import clip_recipe, trained, unet_recipe, vae_recipe
+from . import device
 
 
 @pytest.fixture(scope="session")
@@ -43,10 +44,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def worker() -> Iterator[ProcessPoolExecutor]:
     """The process with the device."""
-    pytest.importorskip("torch.utils.backend_registration")
-    from . import worker as module
-
-    if not hasattr(module.device.registration, "_setup_privateuseone_for_python_backend"):
+    if not device.IS_POSSIBLE:
         pytest.skip("this torch cannot simulate a device")
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), module.begin) as executor:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), device.register) as executor:
         yield executor

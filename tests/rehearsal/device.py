@@ -4,8 +4,8 @@ It notes each *touch* of the host: a copy between host and device, and a read th
 `bool`, `nonzero`). A CPU tensor of one or more dimensions that meets a device tensor raises `DeviceMixError`. It can
 show neither kernels, memory and compiled code, nor what CUDA does with pinned memory and streams.
 
-The device is one for the whole process, and has to be there before the first backward pass: see `worker.py`. torch's
-interface for it is private and experimental.
+torch must know the device before the first backward pass of a process, so a process of its own has it; `worker.py` says
+what that does. torch's interface for it is private and experimental.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch.utils.backend_registration as registration
 from torch import Tensor
 
 NAME = "simulated"
+IS_POSSIBLE = hasattr(registration, "_setup_privateuseone_for_python_backend")
 _ROOT = Path(__file__).resolve().parents[2]
 _READS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "repeat_interleave"}
 # What autocast computes in the lower precision; the rest follows the types of its operands.
@@ -74,11 +75,8 @@ class DeviceTensor(torch.Tensor):
 
 
 def register() -> None:
-    """Make torch know the device in this process.
-
-    Raises:
-        AttributeError: this torch has no interface for it.
-    """
+    """Make torch know the device in this process, where `IS_POSSIBLE`."""
+    torch.set_num_threads(1)
     registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
     # `.data = …` would leave the inner tensor behind.
     torch.__future__.set_overwrite_module_params_on_conversion(True)
@@ -95,7 +93,7 @@ def register() -> None:
 _keep: list[torch.library.Library] = []
 
 
-class _Module(registration._DummyBackendModule):  # type: ignore[misc]
+class _Module(registration._DummyBackendModule if IS_POSSIBLE else object):  # type: ignore[misc]
     """What torch asks of `torch.simulated`."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:

@@ -1,4 +1,4 @@
-"""What the process of the simulated device does. torch must know the device before the first backward pass."""
+"""What the process with the simulated device does."""
 
 from __future__ import annotations
 
@@ -24,12 +24,6 @@ from . import device
 
 PLAIN_STEP = 2
 """The second of three steps: nothing is made for the first time, and nothing is due after it."""
-
-
-def begin() -> None:
-    """Register the device in this process."""
-    torch.set_num_threads(1)
-    device.register()
 
 
 def train(recipe: Mapping[str, Any], out: Path, plant: Callable[[pytest.MonkeyPatch], None] | None) -> dict[str, Any]:
