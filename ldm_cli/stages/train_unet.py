@@ -91,6 +91,10 @@ class DenoiserTask:
         self.denoising = Denoising(self.family, recipe.diffusion, recipe.seed, empty)
         bench.run.share(self._save_unchanged)
 
+    def prepare(self, batch: Batch) -> Batch:
+        """Nothing is to be done."""
+        return batch
+
     def parts(self, batch: Batch, num_parts: int) -> list[Batch]:
         """Samples do not depend on one another."""
         return batch.parts(num_parts)

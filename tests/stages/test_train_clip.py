@@ -47,7 +47,7 @@ def gradients(
     task.model.train().zero_grad()
     total = 0.0
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        parts = task.parts(batch, num_parts)
+        parts = task.parts(task.prepare(batch), num_parts)
     for part in parts:
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
             loss, _ = task.loss(part, 1)
