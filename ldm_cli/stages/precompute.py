@@ -27,7 +27,7 @@ from ldm_cli.data.prefetch import prefetched
 from ldm_cli.data.sample_decoder import SampleDecoder, Wanted
 from ldm_cli.data.shard_writer import write_shard
 from ldm_cli.data.shards import ShardSet
-from ldm_cli.data.to_device import on_device
+from ldm_cli.data.to_device import sent_to_device
 from ldm_cli.errors import DataError, InputNotFoundError, OutputError, Preempted
 from ldm_cli.formats.model_folder import read_config
 from ldm_cli.recipe.schema import TrainUnetRecipe
@@ -193,7 +193,7 @@ class _Precomputation:
         expect_room(self._folder, total * self._sample_bytes, "the cache", ", choose another folder, or --dtype fp16")
         with (
             self._reporter.progress("encoding images", total, unit="image") as progress,
-            closing(on_device(Chunks(self._shards, self._data, chunks).ahead(), self._device)) as pictures,
+            closing(sent_to_device(Chunks(self._shards, self._data, chunks).ahead(), self._device)) as pictures,
             # In a thread of its own, so that the samples before are written meanwhile.
             prefetched(self._encoder.chunk(part) for part in pictures) as encoded,
         ):

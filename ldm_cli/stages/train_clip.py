@@ -18,7 +18,7 @@ from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.core.models.clip_resnet import StatisticsKept
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import sequential_batches
-from ldm_cli.data.to_device import on_device
+from ldm_cli.data.to_device import sent_to_device
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.families.caption_tokens import CaptionTokens
 from ldm_cli.formats.json_file import write_json
@@ -173,7 +173,7 @@ class CLIPTask:
         return torch.cat([images, self.model.get_text_features(batch.tokens["ids"])], dim=1)
 
     def _on_device(self, batches: Iterable[Batch]) -> Generator[Batch]:
-        return on_device((batch for batch in batches), self.bench.device, self.prepare)
+        return sent_to_device((batch for batch in batches), self.bench.device, self.prepare)
 
     def validate(self) -> dict[str, float]:
         """Contrastive loss and accuracy among held-out batches of one size."""

@@ -21,7 +21,7 @@ from ldm_cli.core.pixels import to_bytes, to_signed
 from ldm_cli.core.vae_loss import VAELoss
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import Loader
-from ldm_cli.data.to_device import on_device
+from ldm_cli.data.to_device import sent_to_device
 from ldm_cli.errors import DivergedError, RecipeError
 from ldm_cli.evaluation.image_quality import psnr
 from ldm_cli.formats.model_folder import load_model, load_weights
@@ -179,7 +179,7 @@ class VAETask:
         batches = loader.batches(0, max(1, min(_NUM_MEASURED, known or _NUM_MEASURED) // size))
         latents = [
             self.vae.posterior(to_signed(batch.images, self.bench.device)).sample(self._posterior_noise(batch)).double()
-            for batch in on_device(batches, self.bench.device)
+            for batch in sent_to_device(batches, self.bench.device)
         ]
         stack = torch.cat(latents)
         return stack.mean(dim=(0, 2, 3)), stack.std(dim=(0, 2, 3)), stack.std().item()

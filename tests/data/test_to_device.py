@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from ldm_cli.data import to_device
 from ldm_cli.data.batch import Batch
-from ldm_cli.data.to_device import on_device
+from ldm_cli.data.to_device import sent_to_device
 
 CUDA = torch.device("cuda", 1)
 
@@ -41,11 +42,10 @@ class Stream:
 
 
 class Streams:
-    """A stub of `torch.cuda`: a current stream for each thread, and pinned memory that is reused after its copies."""
+    """A stub of `torch.cuda`: a current stream for each thread."""
 
     def __init__(self) -> None:
         self.of_thread: dict[int, Stream] = {}
-        self.pinned_in: set[int] = set()
 
     def Stream(self, device: torch.device) -> Stream:
         return Stream(device, [])
@@ -58,27 +58,15 @@ class Streams:
         return self.of_thread.setdefault(threading.get_ident(), default)
 
 
+@dataclass
 class Words:
-    """A stub of a tensor: its content is copied when the stream comes to it, and not before."""
+    """A stub of a batch and of its memory."""
 
-    def __init__(self, cuda: Streams, content: str, place: str = "host") -> None:
-        self.cuda, self.content, self.place = cuda, content, place
-        self.used_by: list[Stream] = []
+    content: str
+    used_by: list[Stream] = field(default_factory=list)
 
     def map(self, change: Callable[[Any], Any]) -> Words:
-        changed: Words = change(self)
-        return changed
-
-    def pin_memory(self) -> Words:
-        self.cuda.pinned_in.add(threading.get_ident())
-        return Words(self.cuda, self.content, "pinned")
-
-    def to(self, device: torch.device, *, non_blocking: bool) -> Words:
-        assert (self.place, device, non_blocking) == ("pinned", CUDA, True)
-        target, stream = Words(self.cuda, "not copied yet", "device"), self.cuda.current_stream(device)
-        assert stream.device == CUDA, "the thread works on its own device"
-        stream.work.append(lambda: setattr(target, "content", self.content))
-        return target
+        raise NotImplementedError
 
     def record_stream(self, stream: Stream) -> None:
         self.used_by.append(stream)
@@ -87,6 +75,15 @@ class Words:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Streams:
     stub = Streams()
+
+    def sent(item: Words, device: torch.device) -> tuple[Words, Words]:
+        """The content is there when the stream comes to the copy, and not before."""
+        stream, pinned, target = stub.current_stream(device), item.content, Words("not copied yet")
+        assert stream.device == CUDA, "the thread works on its own device"
+        stream.work.append(lambda: setattr(target, "content", pinned))
+        return target, target
+
+    monkeypatch.setattr(to_device, "_sent", sent)
     for name in ("Stream", "set_stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, getattr(stub, name))
     return stub
@@ -99,10 +96,10 @@ def no_thread_is_left() -> Iterator[None]:
     assert threading.active_count() == before
 
 
-def source(cuda: Streams, made: list[int], count: int = 6) -> Generator[Words]:
+def source(made: list[int], count: int = 6) -> Generator[Words]:
     """One buffer that is written again for each item, as a reader's would be."""
     try:
-        buffer = Words(cuda, "")
+        buffer = Words("")
         for number in range(count):
             made.append(threading.get_ident())
             buffer.content = str(number)
@@ -116,31 +113,29 @@ def test_the_steps_stream_waits_for_the_copies_of_a_thread_and_the_host_does_not
     here = threading.get_ident()
     step = cuda.current_stream(CUDA)
     seen = []
-    for item in on_device(source(cuda, made), CUDA):
-        assert item.place == "device"
+    for item in sent_to_device(source(made), CUDA):
         assert item.used_by == [step], "its memory is kept until the step has used it"
         time.sleep(0.02)  # the next ones are made and sent meanwhile
         step.work.append(lambda item=item: seen.append(item.content))  # type: ignore[misc]
         assert seen == [], "nobody has waited"
     step.run()
     assert seen == list("012345")
-    assert here not in cuda.pinned_in
     assert made[0] == here, "processes that the source starts belong to the consumer's thread"
     assert here not in made[1:]
     assert len(cuda.of_thread) == 2
 
 
 def test_items_are_prepared_before_the_copy(cuda: Streams) -> None:
-    prepare = lambda item: Words(cuda, f"<{item.content}>")  # noqa: E731
-    items = list(on_device(source(cuda, []), CUDA, prepare))
+    prepare = lambda item: Words(f"<{item.content}>")  # noqa: E731
+    items = list(sent_to_device(source([]), CUDA, prepare))
     cuda.current_stream(CUDA).run()
     assert [item.content for item in items] == ["<0>", "<1>", "<2>", "<3>", "<4>", "<5>"]
 
 
 def test_only_a_few_items_are_on_the_device_ahead_of_the_step(cuda: Streams) -> None:
     made: list[int] = []
-    given = source(cuda, made, 100)
-    with closing(on_device(given, CUDA)) as items:
+    given = source(made, 100)
+    with closing(sent_to_device(given, CUDA)) as items:
         next(items)
         time.sleep(0.1)
         assert len(made) <= 4
@@ -149,26 +144,26 @@ def test_only_a_few_items_are_on_the_device_ahead_of_the_step(cuda: Streams) -> 
 
 def test_an_error_of_the_source_comes_after_the_items_before_it(cuda: Streams) -> None:
     def failing(count: int) -> Generator[Words]:
-        yield from source(cuda, [], count)
+        yield from source([], count)
         raise KeyError("end")
 
     for count in (0, 1, 3):
         items: list[Words] = []
         with pytest.raises(KeyError, match="end"):
-            items.extend(on_device(failing(count), CUDA))
+            items.extend(sent_to_device(failing(count), CUDA))
         assert len(items) == count
-    assert list(on_device(source(cuda, [], 0), CUDA)) == []
+    assert list(sent_to_device(source([], 0), CUDA)) == []
 
 
 def batch(number: int, images: Tensor) -> Batch:
     counter = torch.full((2,), number)
-    moments = {"mean": counter + 0.5}
+    moments = {"mean": (counter + 0.5).to(torch.bfloat16)}
     return Batch(
         images, ["a", "b"], counter, ["s/a", "s/b"], counter, counter, moments=moments, tokens={"ids": counter}
     )
 
 
-def test_on_the_cpu_there_is_no_thread_and_no_copy() -> None:
+def test_for_the_cpu_there_is_no_thread_and_no_copy() -> None:
     given = batch(3, torch.ones(2, 3, 8, 8))
     made: list[int] = []
 
@@ -176,26 +171,30 @@ def test_on_the_cpu_there_is_no_thread_and_no_copy() -> None:
         made.append(threading.get_ident())
         yield given
 
-    (found,) = on_device(batches(), torch.device("cpu"))
+    (found,) = sent_to_device(batches(), torch.device("cpu"))
+    assert found is given
     assert made == [threading.get_ident()]
-    assert found.images is given.images
-    assert found.tokens["ids"] is given.tokens["ids"]
 
 
-def test_every_tensor_of_a_batch_is_mapped() -> None:
-    mapped = batch(3, torch.ones(2, 1)).map(lambda tensor: tensor.to("meta"))
-    assert mapped.labels is not None
-    assert mapped.moments is not None
-    tensors = [
-        mapped.images,
-        mapped.labels,
-        mapped.epoch,
-        mapped.position,
-        mapped.moments["mean"],
-        mapped.tokens["ids"],
-    ]
-    assert all(tensor.is_meta for tensor in tensors)
-    assert (mapped.captions, mapped.keys, mapped.condition) == (["a", "b"], ["s/a", "s/b"], None)
+def test_a_batch_is_one_copy_and_holds_the_same_numbers() -> None:
+    images = torch.arange(2 * 3 * 5 * 7, dtype=torch.uint8).view(2, 3, 5, 7)
+    for pictures in (images, images[:, :0], images.permute(0, 3, 1, 2)):
+        given = batch(3, pictures)
+        found, memory = to_device._sent(given, torch.device("cpu"))
+        assert torch.equal(found.images, given.images)
+        assert found.images.dtype == torch.uint8
+        assert (found.captions, found.keys, found.condition) == (given.captions, given.keys, None)
+        assert found.labels is not None
+        assert found.moments is not None
+        for tensor in (found.labels, found.epoch, found.position, found.tokens["ids"]):
+            assert tensor.tolist() == [3, 3]
+        assert found.moments["mean"].dtype == torch.bfloat16
+        assert found.moments["mean"].tolist() == [3.5, 3.5]
+        memory.zero_()
+        assert not found.images.any(), "the tensors are parts of one memory"
+    (sent,) = sent_to_device((given for _ in range(1)), torch.device("meta"))
+    assert sent.images.is_meta
+    assert sent.tokens["ids"].is_meta
 
 
 @pytest.mark.gpu
@@ -211,12 +210,14 @@ def test_batches_that_are_copied_ahead_equal_plain_copies() -> None:
             yield batch(number, buffer if number % 3 else torch.empty(2, 0, 0, 0, dtype=torch.uint8))
 
     sums = []
-    for number, found in enumerate(on_device(batches(), device)):
+    for number, found in enumerate(sent_to_device(batches(), device)):
         for _ in range(number % 5):
             busy = busy @ busy / busy.norm()  # the device falls behind the host
         assert found.images.device == device
         assert found.moments is not None
-        sums.append(found.images.double().sum() + 1000 * found.moments["mean"].sum() + found.tokens["ids"].sum())
+        sums.append(
+            found.images.double().sum() + 1000 * found.moments["mean"].double().sum() + found.tokens["ids"].sum()
+        )
     expected = [
         (number * buffer.numel() if number % 3 else 0) + 2000 * (number + 0.5) + 2 * number for number in range(100)
     ]

@@ -14,7 +14,7 @@ from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import sequential_batches
 from ldm_cli.data.shards import ShardSet
-from ldm_cli.data.to_device import on_device
+from ldm_cli.data.to_device import sent_to_device
 from ldm_cli.errors import DataError, DivergedError
 from ldm_cli.evaluation.clip_features import CLIPFeatures
 from ldm_cli.evaluation.image_quality import psnr, ssim
@@ -91,7 +91,7 @@ def measure_real(recipe: EvalRecipe, shards: ShardSet, models: Models, reporter:
     total = min(limit, shards.num_samples)
     with reporter.progress("measuring samples", total, unit="sample") as progress:
         batches = sequential_batches(shards, data, config.batch_size, limit, with_json=True)
-        for batch in on_device(batches, models.device):
+        for batch in sent_to_device(batches, models.device):
             _add_real(gathered, batch, models, with_scenes)
             progress.update(len(gathered.keys))
     if not gathered.keys:

@@ -21,7 +21,7 @@ from ldm_cli.data.loader import Loader, sequential_batches
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.shards import ShardSet
 from ldm_cli.data.streaming import Stream, open_stream
-from ldm_cli.data.to_device import on_device
+from ldm_cli.data.to_device import sent_to_device
 from ldm_cli.errors import RecipeError
 from ldm_cli.formats.weight_files import weights_sha256
 from ldm_cli.recipe.schema import TrainRecipe
@@ -144,7 +144,7 @@ def _train(
         report_bad=BadSampleLog(bench.run.path / "bad_samples.jsonl"),
         cache=bench.cache,
     )
-    batches = lambda start, end: on_device(loader.batches(start, end), bench.device, task.prepare)  # noqa: E731
+    batches = lambda start, end: sent_to_device(loader.batches(start, end), bench.device, task.prepare)  # noqa: E731
     return train(
         task,
         batches if options.data_trace is None else traced(batches, options.data_trace, ranks),
