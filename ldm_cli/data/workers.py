@@ -6,6 +6,10 @@ workers. So they ignore these signals, and end when the trainer closes them or h
 Worker n mod N makes item n, so that items need no sorting. Each worker has its own socket and, for tensors, an
 anonymous file in memory. There is no lock, no name in /dev/shm and no helper process, so that a worker may be killed at
 any time and leaves nothing behind.
+
+torch's DataLoader does not serve. When a worker dies, it raises in the main thread at any instruction, in the middle of
+a save as well. Its time-out counts the time in which a job was stopped. Its tensors pass through /dev/shm, of which a
+container has 64 MiB by default.
 """
 
 from __future__ import annotations
