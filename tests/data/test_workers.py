@@ -47,18 +47,27 @@ def _children() -> set[int]:
     return {int(child) for thread in threads for child in (thread / "children").read_text().split()}
 
 
-def _left() -> tuple[set[int], int, int, set[str], Any]:
-    """Children, open files, threads, names in /dev/shm, and who handles SIGCHLD."""
+def _left() -> tuple[set[int], int, int, Any]:
+    """Children, open files, threads, and who handles SIGCHLD."""
     gc.collect()
     files = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
-    return _children(), files, threading.active_count(), set(os.listdir("/dev/shm")), signal.getsignal(signal.SIGCHLD)  # noqa: PTH208
+    return _children(), files, threading.active_count(), signal.getsignal(signal.SIGCHLD)
+
+
+def _shared_names() -> set[str]:
+    """What is in /dev/shm."""
+    return {path.name for path in Path("/dev/shm").iterdir()}
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
-    before = _left()
+    before, names = _left(), _shared_names()
     yield
     assert _left() == before
+    deadline = time.monotonic() + 10
+    while _shared_names() - names and time.monotonic() < deadline:  # semaphores of other processes come and go
+        time.sleep(0.05)
+    assert _shared_names() <= names
 
 
 @contextmanager
