@@ -146,7 +146,10 @@ def _train(
         report_bad=BadSampleLog(bench.run.path / "bad_samples.jsonl"),
         cache=bench.cache,
     )
-    batches = lambda start, end: sent_to_device(loader.batches(start, end), bench.device, task.prepare)  # noqa: E731
+
+    def batches(start: int, end: int) -> Iterator[Batch]:
+        return sent_to_device(loader.batches(start, end), bench.device, task.prepare, loader.interrupt)
+
     return train(
         task,
         batches if options.data_trace is None else traced(batches, options.data_trace, ranks),
