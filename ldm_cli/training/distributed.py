@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # exported without a word
 
 from ldm_cli.errors import LdmError, Preempted, UsageError, WorkerError
+from ldm_cli.training.gradient_buckets import in_buckets
 from ldm_cli.training.rank_watch import POLL, TELLING, RankWatch, announce
 from ldm_cli.training.ranks import Ranks
 
@@ -31,8 +32,6 @@ T = TypeVar("T")
 _PATIENCE = timedelta(hours=12)
 """How long the others wait for rank 0 while it validates, draws or saves. The rank watch tells whether it is well."""
 _JOINING = timedelta(minutes=5)
-_BUCKET_SIZE = 2**24
-"""Numbers per all-reduce: 64 MiB in float32."""
 _RUN_AGAIN = "run the same command again"
 
 
@@ -52,15 +51,19 @@ class _ConnectedRanks(Ranks):
     def sum_in_place(self, tensors: Sequence[Tensor]) -> None:
         """In few large messages, all under way at once."""
         pending = []
-        for bucket in _buckets(tensors):
+        for bucket in in_buckets(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            with self._others_expected():
-                work = dist.all_reduce(flat, group=self._group(flat), async_op=True)
-            pending.append((bucket, flat, work))
-        for bucket, flat, work in pending:
-            self._finish(work, flat)
+            pending.append((bucket, flat, self.begin_sum(flat)))
+        for bucket, flat, wait in pending:
+            wait()
             for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(part.view(tensor.shape))
+
+    def begin_sum(self, tensor: Tensor) -> Callable[[], None]:
+        """An all-reduce."""
+        with self._others_expected():
+            work = dist.all_reduce(tensor, group=self._group(tensor), async_op=True)
+        return lambda: self._finish(work, tensor)
 
     def copy_from(self, rank: int, tensor: Tensor) -> None:
         """A broadcast."""
@@ -256,16 +259,3 @@ def _own_connection(store: Store) -> Store:
     """A second client of the store: requests of one client wait for one another."""
     clone: Store = store.clone()  # type: ignore[attr-defined]
     return clone
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if bucket and size + tensor.numel() > _BUCKET_SIZE:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(tensor)
-        size += tensor.numel()
-    if bucket:
-        yield bucket

@@ -37,6 +37,14 @@ class Ranks:
     def sum_in_place(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over the ranks; all of one dtype and device."""
 
+    def begin_sum(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin to replace `tensor` by its sum over the ranks; the function returned waits until that is done.
+
+        Raises:
+            WorkerError: another rank failed or is gone; so does that function.
+        """
+        return lambda: None
+
     def copy_from(self, rank: int, tensor: Tensor) -> None:
         """Replace `tensor` by that of `rank`, bit for bit."""
 

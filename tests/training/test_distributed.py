@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ldm_cli.errors import LdmError, Preempted, UsageError, WorkerError
-from ldm_cli.training import distributed
+from ldm_cli.training import distributed, gradient_buckets
 from ldm_cli.training.distributed import joined
 from ldm_cli.training.muon import Muon
 from ldm_cli.training.ranks import Ranks
@@ -62,7 +62,7 @@ def test_two_processes_exchange_tensors_texts_and_numbers(tmp_path: Path) -> Non
 
 
 def test_messages_of_several_buckets_add_up_to_the_same_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "_BUCKET_SIZE", 5)
+    monkeypatch.setattr(gradient_buckets, "_BUCKET_SIZE", 5)
 
     def work(rank: int) -> int:
         with joined(CPU, 60.0) as ranks:

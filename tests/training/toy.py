@@ -42,7 +42,7 @@ class ToyTask:
 
     def export(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        save_file(self.model.state_dict(), folder / "model.safetensors")
+        save_file({n: t.contiguous() for n, t in self.model.state_dict().items()}, folder / "model.safetensors")
 
     def restore(self, folder: Path) -> None:
         self.model.load_state_dict(load_file(folder / "model.safetensors"))
