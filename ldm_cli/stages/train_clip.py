@@ -33,6 +33,7 @@ from ldm_cli.stages.support.start import build_model, frozen_names, resolve_star
 from ldm_cli.stages.support.training_run import Workbench, run_training
 from ldm_cli.training.checkpoint import commit_folder, link_folder
 from ldm_cli.training.gradient_sum import gradient_sum
+from ldm_cli.training.task import WeightsByModule
 from ldm_cli.training.weights import Weights
 
 _NUM_PICTURED = 6
@@ -199,12 +200,12 @@ class CLIPTask:
         ]
         (folder / "captions.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, weights: WeightsByModule) -> None:
         """Write the CLIPModel folder with tokenizer and image processor."""
         config = self.model.config
         if self._frozen:
             link_folder(self.bench.run.frozen, folder)
-        save_model(folder, self.model.state_dict(), config.to_hugging_face(), TRANSFORMERS_WEIGHTS, self._frozen)
+        save_model(folder, weights["clip"], config.to_hugging_face(), TRANSFORMERS_WEIGHTS, self._frozen)
         self.tokenizer.save(folder)
         write_json(folder / "preprocessor_config.json", image_processor(config.vision_config.image_size))
 

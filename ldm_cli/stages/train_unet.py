@@ -39,6 +39,7 @@ from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_uses
 from ldm_cli.stages.support.training_run import Workbench, run_training
 from ldm_cli.training.checkpoint import link_folder
+from ldm_cli.training.task import WeightsByModule
 
 
 def run(recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
@@ -118,11 +119,11 @@ class DenoiserTask:
         self.family.save_companions(folder)
         save_frozen(folder / UNET, self.family.denoiser.state_dict(), self._frozen)
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, weights: WeightsByModule) -> None:
         """Write the model folder: the trained weights of the denoiser, and links to all else."""
         link_folder(self.bench.run.frozen, folder)
-        denoiser = self.family.denoiser
-        save_model(folder / UNET, denoiser.state_dict(), denoiser.config.to_hugging_face(), frozen=self._frozen)
+        config = self.family.denoiser.config.to_hugging_face()
+        save_model(folder / UNET, weights["unet"], config, frozen=self._frozen)
 
     def restore(self, folder: Path) -> None:
         """Read the denoiser's weights of `export` back."""

@@ -35,6 +35,7 @@ from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_uses
 from ldm_cli.stages.support.training_run import Workbench, run_training
 from ldm_cli.training.checkpoint import link_folder
+from ldm_cli.training.task import WeightsByModule
 
 _NUM_PICTURES = 8
 _NUM_MEASURED = 1024
@@ -124,11 +125,11 @@ class VAETask:
             return
         save_image(folder / "grid.png", image_grid([*images, *to_bytes(again).cpu()], columns=len(images)))
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, weights: WeightsByModule) -> None:
         """Write the AutoencoderKL folder."""
         if self._frozen:
             link_folder(self.bench.run.frozen, folder)
-        save_model(folder, self.vae.state_dict(), self.vae.config.to_hugging_face(), frozen=self._frozen)
+        save_model(folder, weights["vae"], self.vae.config.to_hugging_face(), frozen=self._frozen)
 
     def restore(self, folder: Path) -> None:
         """Read the weights of `export` back."""

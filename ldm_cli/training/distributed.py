@@ -43,8 +43,10 @@ class _ConnectedRanks(Ranks):
     ) -> None:
         super().__init__(rank, world_size, local_rank)
         self._store = store
-        self._device_group = dist.new_group(backend="nccl") if device.type == "cuda" else None
-        self._host_group: dist.ProcessGroup | None = None
+        self._device = device
+        is_cuda = device.type == "cuda"
+        self._device_group = dist.new_group(backend="nccl", timeout=_PATIENCE) if is_cuda else None
+        self._host_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self._watch = RankWatch(_own_connection(store), rank, world_size, timeout)
         self._watch.start()
 
@@ -109,8 +111,8 @@ class _ConnectedRanks(Ranks):
 
         def attempt() -> None:
             try:
-                if self._host_group is None:
-                    self._host_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+                if self._device.type == "cuda":
+                    torch.cuda.set_device(self._device)  # a new thread would take the first one
                 outcome.set_result(work(self._host_group))
             except BaseException as error:
                 outcome.set_exception(error)

@@ -58,10 +58,7 @@ class GradientBuckets:
             WorkerError: another rank failed or is gone.
         """
         for bucket in self._buckets[len(self._under_way) :]:
-            for parameter, view in bucket.views:
-                if parameter.grad is None:
-                    view.zero_()
-            self._start(bucket)
+            self._start(bucket)  # its parameters without a gradient ignore their part of the sum
         for wait in self._under_way:
             wait()
 
@@ -90,7 +87,7 @@ class _Bucket:
     """
 
     def __init__(self, members: list[nn.Parameter]) -> None:
-        self.flat = torch.empty(sum(p.numel() for p in members), dtype=members[0].dtype, device=members[0].device)
+        self.flat = torch.zeros(sum(p.numel() for p in members), dtype=members[0].dtype, device=members[0].device)
         places = self.flat.split([p.numel() for p in members])
         self.views = [
             (p, place.as_strided(p.shape, p.stride(), place.storage_offset()))

@@ -8,6 +8,9 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+WeightsByModule = Mapping[str, Mapping[str, Tensor]]
+"""Name of a module → its state dict."""
+
 BatchT = TypeVar("BatchT")
 BatchT_contra = TypeVar("BatchT_contra", contravariant=True)
 
@@ -47,8 +50,8 @@ class Task(Protocol[BatchT_contra]):
     def picture(self, folder: Path) -> None:
         """Draw samples of the modules' current weights into `folder`, if there is anything to draw."""
 
-    def export(self, folder: Path) -> None:
-        """Write the modules' current weights to `folder` in their standard layout."""
+    def export(self, folder: Path, weights: WeightsByModule) -> None:
+        """Write weights of `modules` to `folder` in their standard layout; may run beside the training."""
 
     def restore(self, folder: Path) -> None:
         """Inverse of `export`: read the modules' weights back, bit for bit."""

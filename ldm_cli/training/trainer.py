@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ldm_cli.core.compiling import compile_regions, eagerly
 from ldm_cli.core.cpu import tune_for_cpu
 from ldm_cli.errors import DivergedError, WorkerError
+from ldm_cli.training.background import Background
 from ldm_cli.training.config import TrainConfig
 from ldm_cli.training.ema import ExponentialMovingAverage
 from ldm_cli.training.figure_means import FigureMeans
@@ -34,7 +35,8 @@ class Trainer:
 
     Attributes:
         step: optimizer steps so far.
-        saved_step: step of the newest checkpoint of this run; None before the first.
+        saved_step: step of the newest checkpoint of this run, written or being written; None before the first.
+        saves: the save that is under way.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Trainer:
         self.skipped = SkippedSteps()
         self.step = 0
         self.saved_step: int | None = None
+        self.saves = Background()
 
     def advance(self, batch: Any) -> None:
         """One optimizer step on this rank's part of the global batch."""

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm_cli import philox
+from ldm_cli.training.task import WeightsByModule
 
 
 class ToyTask:
@@ -40,9 +41,9 @@ class ToyTask:
     def picture(self, folder: Path) -> None:
         (folder / "drawn.txt").write_text("picture")
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, weights: WeightsByModule) -> None:
         folder.mkdir(exist_ok=True)
-        save_file({n: t.contiguous() for n, t in self.model.state_dict().items()}, folder / "model.safetensors")
+        save_file(weights["model"], folder / "model.safetensors")
 
     def restore(self, folder: Path) -> None:
         self.model.load_state_dict(load_file(folder / "model.safetensors"))
