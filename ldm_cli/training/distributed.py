@@ -105,6 +105,16 @@ class _ConnectedRanks(Ranks):
             work = start()
         self._finish(work, tensor)
 
+    def wait_for_device(self) -> None:
+        """By an event, which can be asked without waiting."""
+        if self._device.type != "cuda":
+            return
+        event = torch.cuda.Event()
+        event.record()
+        while not _within(POLL.total_seconds(), event.query):
+            if self._watch.asked() is not None:
+                raise self._loss(None)
+
     def watched(self, work: Callable[[dist.ProcessGroup | None], T]) -> T:
         """In a thread of its own, while this one watches the other ranks."""
         outcome: futures.Future[T] = futures.Future()
@@ -173,6 +183,14 @@ class _ConnectedRanks(Ranks):
             time.sleep(0.1)
         reason = "" if error is None else str(error).splitlines()[0]
         return WorkerError("lost another rank", reason.rsplit("] ", 1)[-1].split(". ")[0], _RUN_AGAIN)
+
+
+def _within(seconds: float, holds: Callable[[], bool]) -> bool:
+    """Whether a condition holds within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not (done := holds()) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return done
 
 
 def local_rank() -> int:

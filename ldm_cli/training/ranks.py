@@ -84,6 +84,15 @@ class Ranks:
         """
         start()
 
+    def wait_for_device(self) -> None:
+        """Wait until the device has done the work given to it so far, as long as the other ranks are well.
+
+        A read of a value on CUDA waits, too, but for ever if that value depends on a lost rank.
+
+        Raises:
+            WorkerError: one of them failed or is gone.
+        """
+
     def watched(self, work: Callable[[dist.ProcessGroup | None], T]) -> T:
         """The result of `work`, whose blocking collectives end when another rank is gone.
 

@@ -133,6 +133,7 @@ class Trainer:
         Raises:
             DivergedError: more than `max_nonfinite` steps.
         """
+        self.ranks.wait_for_device()
         self.skipped.report(self.run, self.ranks, is_expected=self.config.precision == "fp16")
         bad = int(self.optimizers.nonfinite_run.item())
         if bad > self.config.max_nonfinite:

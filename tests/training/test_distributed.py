@@ -151,6 +151,47 @@ def test_a_stopped_rank_is_missed_after_the_time_out(tmp_path: Path, victim: int
         assert f"rank {victim} of 2 is lost: it gave no sign of life for 2 s" in job.words()[1 - victim]
 
 
+def test_a_wait_for_the_device_ends_when_another_rank_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is busy with a sum that the lost rank never sends."""
+
+    class Event:
+        def __init__(self) -> None:
+            self.asked = 0
+
+        def record(self) -> None:
+            """Of a stream that does not get on."""
+
+        def query(self) -> bool:
+            self.asked += 1
+            return self.asked > is_done_after
+
+    is_done_after = 5
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+
+    def work(rank: int) -> int:
+        nonlocal is_done_after
+        try:
+            with joined(CPU, 2.0) as ranks:
+                assert isinstance(ranks, distributed._ConnectedRanks)
+                ranks._device = torch.device("cuda")
+                ranks.wait_for_device()
+                ranks.wait()
+                if rank == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                is_done_after = 10**9
+                ranks.wait_for_device()
+        except LdmError as error:
+            os.write(2, str(error).encode())
+            return error.code
+        return 0
+
+    began = time.monotonic()
+    with ForkedRanks(work, tmp_path) as job:
+        assert job.wait() == [WorkerError.code, -signal.SIGKILL]
+        assert "rank 1 of 2 is lost: it gave no sign of life for 2 s" in job.words()[0]
+    assert time.monotonic() - began < 20
+
+
 def test_a_slow_rank_is_waited_for_as_long_as_it_gives_signs_of_life(tmp_path: Path) -> None:
     def work(rank: int) -> int:
         with joined(CPU, 1.0) as ranks:
