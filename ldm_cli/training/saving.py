@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -85,9 +87,12 @@ def save(trainer: Trainer) -> None:
 def _snapshot(trainer: Trainer) -> _Snapshot:
     """Copies of all that a checkpoint holds; all ranks call."""
     is_first = trainer.ranks.is_first
-    copies = lambda: _weights(trainer.task)  # noqa: E731
-    weights = trainer.on_first_rank(copies)
-    averages = trainer.on_first_rank(copies, averaged=True) if trainer.ema is not None else None
+    weights = trainer.on_first_rank(partial(_weights, trainer.task))
+    averages: WeightsByModule | None = None
+    if trainer.ema is not None and trainer.weights.is_sharded:
+        averages = trainer.on_first_rank(partial(_weights, trainer.task), averaged=True)
+    elif trainer.ema is not None and is_first:
+        averages = _weights(trainer.task, trainer.ema.by_parameter())
     state, parts = _state(trainer), {}
     if trainer.weights.is_sharded:
         from ldm_cli.training.sharded_files import host_part, is_part  # takes seconds to import
@@ -98,10 +103,10 @@ def _snapshot(trainer: Trainer) -> _Snapshot:
     return _Snapshot(weights or {}, averages or {}, tensors, parts, facts)
 
 
-def _weights(task: Task[Any]) -> WeightsByModule:
-    """Copies of the weights that the modules hold."""
+def _weights(task: Task[Any], averages: Mapping[Tensor, Tensor] = MappingProxyType({})) -> WeightsByModule:
+    """Copies of the weights that the modules hold, with the averages of those that have one."""
     return {
-        name: {key: host_copy(value) for key, value in module.state_dict().items()}
+        name: {key: host_copy(averages.get(held, held)) for key, held in module.state_dict(keep_vars=True).items()}
         for name, module in task.modules.items()
     }
 
