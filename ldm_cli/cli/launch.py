@@ -17,9 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 
+import typer
+
+from ldm_cli.cli.report import make_reporter
 from ldm_cli.cli.streams import write_line
 from ldm_cli.errors import LdmError, Preempted, UsageError, WorkerError
-from ldm_cli.reporting import Reporter
+from ldm_cli.reporting import Reporter, SilentReporter
 from ldm_cli.training.interruption import SECONDS_APART
 
 _PROGRAM = (sys.executable, "-m", "ldm_cli")
@@ -46,6 +49,31 @@ def is_rank() -> bool:
 def is_first_rank() -> bool:
     """Whether this process reports to the user: it is rank 0, or the only one."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def become_ranks(arguments: Sequence[str], num_ranks: int | None, is_dry_run: bool = False) -> None:
+    """Go on as one of the ranks that a launcher has started, or as the only process; or launch ranks, and exit.
+
+    Args:
+        arguments: of this process's command line.
+        num_ranks: as `--nproc` says; a dry run needs none.
+
+    Raises:
+        Exit: with the exit code of the ranks.
+        UsageError: `--nproc` contradicts the launcher that started this process.
+    """
+    if is_rank():
+        expect_as_many(num_ranks)
+        bind_to_launcher()
+    elif num_ranks is not None and num_ranks > 1 and not is_dry_run:
+        raise typer.Exit(launch(arguments, num_ranks))
+
+
+def make_rank_reporter() -> Reporter:
+    """The reporter of this process; only the first rank reports to the user."""
+    reporter = make_reporter() if is_first_rank() else SilentReporter()
+    warn_of_copies(reporter)
+    return reporter
 
 
 def warn_of_copies(reporter: Reporter) -> None:

@@ -31,6 +31,8 @@ T = TypeVar("T")
 
 _PATIENCE = timedelta(hours=12)
 """How long the others wait for rank 0 while it validates, draws or saves. The rank watch tells whether it is well."""
+SECONDS_OF_SILENCE = 60.0
+"""The `timeout` of `joined` where no recipe says another."""
 _JOINING = timedelta(minutes=5)
 _RUN_AGAIN = "run the same command again"
 
@@ -78,14 +80,13 @@ class _ConnectedRanks(Ranks):
         self.complete(lambda: dist.all_gather(pieces, own, group=group, async_op=True), tensor)
         return torch.cat(pieces)
 
-    def texts(self, text: str) -> list[str]:
-        """As bytes: lengths first, then texts padded to the longest."""
-        content = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    def contents(self, content: bytes) -> list[bytes]:
+        """Lengths first, then contents padded to the longest."""
         lengths = self.gathered(torch.tensor([len(content)])).tolist()
-        padded = torch.zeros(1, max(lengths), dtype=torch.uint8)
-        padded[0, : len(content)] = content
+        padded = torch.zeros(1, max(1, *lengths), dtype=torch.uint8)
+        padded[0, : len(content)] = torch.frombuffer(bytearray(content + b"\0"), dtype=torch.uint8)[:-1]
         rows = self.gathered(padded)
-        return [bytes(row[:length].tolist()).decode() for row, length in zip(rows, lengths, strict=True)]
+        return [row[:length].numpy().tobytes() for row, length in zip(rows, lengths, strict=True)]
 
     def largest(self, number: int) -> int:
         """An all-reduce on the host."""

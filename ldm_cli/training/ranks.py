@@ -52,9 +52,13 @@ class Ranks:
         """[B, …] of each rank, all of one shape → [world_size × B, …] in the order of the ranks, without gradient."""
         return tensor
 
+    def contents(self, content: bytes) -> list[bytes]:
+        """The bytes that the ranks give here, in their order."""
+        return [content]
+
     def texts(self, text: str) -> list[str]:
         """The texts that the ranks give here, in their order."""
-        return [text]
+        return [content.decode() for content in self.contents(text.encode())]
 
     def largest(self, number: int) -> int:
         """The largest of the integers that the ranks give here."""
