@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ldm_cli.core.codec import Codec
-from ldm_cli.core.condition import Condition
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPTextModel
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
@@ -28,7 +26,7 @@ from ldm_cli.formats.scheduler_file import our_settings
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
-from ldm_cli.stages.support.denoising import Denoising, generate_samples
+from ldm_cli.stages.support.denoising import Denoising, Encoded, generate_samples
 from ldm_cli.stages.support.model_sizes import (
     Parameters,
     count_parameters,
@@ -90,6 +88,7 @@ class DenoiserTask:
         self.auxiliary: dict[str, torch.nn.Module] = {}
         empty = self.encoder.condition([""]) if bench.cache is None else self.encoder.cached(bench.cache, "")
         self.denoising = Denoising(self.family, recipe.diffusion, recipe.seed, empty)
+        self._held_out: dict[int, Encoded] = {}
         bench.run.share(self._save_unchanged)
 
     def parts(self, batch: Batch, num_parts: int) -> list[Batch]:
@@ -100,19 +99,21 @@ class DenoiserTask:
         """The mean denoising error; each sample has its own level, noise and dropout."""
         return self.denoising.loss(part, *self.encoder(part)), {}
 
-    @cached_property
-    def _held_out(self) -> list[tuple[Batch, dict[str, Tensor], Condition]]:
-        """The held-out batches; encoded once, for codec and encoder do not change."""
-        return [(batch, *self.encoder(batch)) for batch in self.bench.held_out]
+    def _encoded(self, batch: Batch) -> Encoded:
+        """A held-out batch; encoded once, for codec and encoder do not change."""
+        if id(batch) not in self._held_out:
+            self._held_out[id(batch)] = (batch, *self.encoder(batch))
+        return self._held_out[id(batch)]
 
     def validate(self) -> dict[str, float]:
         """See `Denoising.validate`."""
-        return self.denoising.validate(self._held_out)
+        return self.denoising.validate(self.bench.held_out, self._encoded, self.bench.sharing)
 
-    def picture(self, folder: Path) -> None:
+    def picture(self, folder: Path | None) -> None:
         """See `generate_samples`."""
         captions = [caption for batch in self.bench.held_out for caption in batch.captions]
-        generate_samples(self.family, self.recipe.samples, captions, folder, self.bench.run.warn)
+        samples, warn = self.recipe.samples, self.bench.run.warn
+        generate_samples(self.family, samples, captions, folder, warn, self.bench.sharing)
 
     def _save_unchanged(self, folder: Path) -> None:
         """Write the parts of the model folder that training does not change."""

@@ -211,9 +211,9 @@ def _validate(trainer: Trainer) -> dict[str, float]:
     """Held-out figures of the raw weights and, with the suffix `_ema`, of their average."""
     trainer.set_training(False)
     with torch.no_grad():
-        figures = trainer.on_first_rank(trainer.task.validate) or {}
+        figures = trainer.on_first_rank(trainer.task.validate, shared=True) or {}
         if trainer.ema is not None:
-            averaged = trainer.on_first_rank(trainer.task.validate, averaged=True) or {}
+            averaged = trainer.on_first_rank(trainer.task.validate, averaged=True, shared=True) or {}
             figures |= {f"{name}_ema": value for name, value in averaged.items()}
     return figures
 
@@ -221,14 +221,18 @@ def _validate(trainer: Trainer) -> dict[str, float]:
 def _picture(trainer: Trainer) -> None:
     trainer.set_training(False)
     target = trainer.run.samples / checkpoint_name(trainer.step)
+    if trainer.ranks.from_first(str(target.exists())) == str(True):
+        return
 
-    def draw() -> None:
-        if not target.exists():
-            trainer.run.samples.mkdir(exist_ok=True)
-            commit_folder(target, trainer.task.picture)
+    def generate() -> None:
+        if not trainer.ranks.is_first:
+            trainer.task.picture(None)
+            return
+        trainer.run.samples.mkdir(exist_ok=True)
+        commit_folder(target, trainer.task.picture)
 
     with torch.no_grad():
-        trainer.on_first_rank(draw, averaged=True)
+        trainer.on_first_rank(generate, averaged=True, shared=True)
 
 
 def _finish(trainer: Trainer) -> dict[str, float]:

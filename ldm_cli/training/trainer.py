@@ -143,24 +143,26 @@ class Trainer:
                 "lower train.lr or raise train.warmup_steps; the last checkpoint is sound, log.txt names the samples",
             )
 
-    def on_first_rank(self, act: Callable[[], T], *, averaged: bool = False) -> T | None:
+    def on_first_rank(self, act: Callable[[], T], *, averaged: bool = False, shared: bool = False) -> T | None:
         """Call `act` on rank 0, while the task's modules hold their full weights there, uncompiled; all ranks call.
 
         Args:
-            act: must not involve other ranks.
+            act: must not involve other ranks, unless it is shared.
             averaged: whether the modules hold the averages of the weights, if there are any.
+            shared: the other ranks call `act`, too, where they hold full weights.
 
         Returns:
-            The result of `act` on rank 0, None on the other ranks.
+            The result of `act`, None on ranks that do not call it.
         """
-        if not (self.ranks.is_first or self.weights.is_sharded):
+        if not (self.ranks.is_first or self.weights.is_sharded or shared):
             return None
+        calls = self.ranks.is_first or (shared and not self.weights.is_sharded)
         with ExitStack() as stack:
             if averaged and self.ema is not None:
                 stack.enter_context(self.ema.averaged())
             stack.enter_context(self.weights.gathered())
             stack.enter_context(eagerly())
-            return act() if self.ranks.is_first else None
+            return act() if calls else None
 
 
 def _is_frozen(module: nn.Module) -> bool:

@@ -107,7 +107,7 @@ def test_files_follow_the_umask(tmp_path: Path, umask: int) -> None:
 
 
 class BlankTask(ToyTask):
-    def picture(self, folder: Path) -> None:
+    def picture(self, folder: Path | None) -> None:
         """Nothing to draw."""
 
 

@@ -38,8 +38,9 @@ class ToyTask:
         x, y = data(10**6)
         return {"val_loss": (self.model(x) - y).square().mean().item()}
 
-    def picture(self, folder: Path) -> None:
-        (folder / "drawn.txt").write_text("picture")
+    def picture(self, folder: Path | None) -> None:
+        if folder is not None:
+            (folder / "drawn.txt").write_text("picture")
 
     def export(self, folder: Path, weights: WeightsByModule) -> None:
         folder.mkdir(exist_ok=True)

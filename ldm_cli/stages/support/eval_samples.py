@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
@@ -31,6 +30,7 @@ from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.pixels import is_sound
 from ldm_cli.sampling.request import ImageRequest
 from ldm_cli.training.ranks import Ranks
+from ldm_cli.training.shared_work import merged
 
 _CLIP_METRICS = {"clip_score", "zero_shot", "retrieval", "frechet_distance"}
 _METRICS_OF_GENERATED = {"clip_score", "frechet_distance", "attribute_accuracy"}
@@ -76,17 +76,13 @@ class Gathered:
 
     def share(self) -> None:
         """Exchange the measurements; all ranks call."""
-        if self.ranks.world_size == 1:
-            return
         numbers = range(self.ranks.rank, self.num_batches, self.ranks.world_size)
         own = {
-            f"{name} {number}": tensor.contiguous()
+            f"{name} {number}": tensor
             for name in _MEASURED
             for number, tensor in zip(numbers, getattr(self, name), strict=False)
         }
-        every: dict[str, Tensor] = {}
-        for content in self.ranks.contents(save(own)):
-            every |= load(content)
+        every = merged(own, self.ranks)
         for name in _MEASURED:
             names = [f"{name} {number}" for number in range(self.num_batches)]
             setattr(self, name, [every[name] for name in names if name in every])
