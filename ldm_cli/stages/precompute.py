@@ -247,8 +247,8 @@ class _Precomputation:
     def _write_text(self) -> tuple[list[str], int]:
         """Encode the captions that no file has yet; the files in order, and how many captions they hold."""
         prefix = self._key.text_prefix()
-        names = lambda: [path.name for path in sorted(self._folder.glob(f"{prefix}*.tar"))]  # noqa: E731
-        files = self._found_by_first(lambda: [name for name in names() if self._is_there(name)])
+        paths = self._folder.glob(f"{prefix}*.tar")
+        files = self._found_by_first(lambda: sorted(path.name for path in paths if self._is_there(path.name)))
         known = known_captions([self._folder / name for name in files], self._reporter)
         with self._reporter.progress("encoding captions", self._shards.num_samples, unit="sample") as progress:
             fresh = self._fresh_captions(known, progress)

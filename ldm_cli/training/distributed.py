@@ -110,7 +110,7 @@ class _ConnectedRanks(Ranks):
         """By an event, which can be asked without waiting."""
         if self._device.type != "cuda":
             return
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         while not _within(POLL.total_seconds(), event.query):
             if self._watch.asked() is not None:

@@ -39,7 +39,8 @@ class GradientBuckets:
         self._passes_left = 0
         for bucket in self._buckets:
             for parameter, view in bucket.views:
-                parameter.register_post_accumulate_grad_hook(partial(self._collect, bucket, view))
+                hook = partial(self._collect, bucket, view)
+                parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def begin(self, num_passes: int) -> None:
         """Begin a step of so many backward passes; no parameter has a gradient."""
@@ -88,7 +89,7 @@ class _Bucket:
 
     def __init__(self, members: list[nn.Parameter]) -> None:
         self.flat = torch.zeros(sum(p.numel() for p in members), dtype=members[0].dtype, device=members[0].device)
-        places = self.flat.split([p.numel() for p in members])
+        places = torch.split(self.flat, [p.numel() for p in members])
         self.views = [
             (p, place.as_strided(p.shape, p.stride(), place.storage_offset()))
             for p, place in zip(members, places, strict=True)

@@ -122,7 +122,7 @@ def _arrival(device: torch.device) -> Callable[[], None]:
     """A function that waits until the copies begun so far are in the host's memory."""
     if device.type != "cuda":
         return lambda: None
-    event = torch.cuda.Event()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))
     return event.synchronize
 

@@ -33,6 +33,7 @@ def host_part(tensor: Tensor) -> Tensor:
     assert isinstance(tensor, DTensor)
     mesh = tensor.device_mesh
     if mesh.device_type != "cpu":
+        assert dist.group.WORLD is not None
         mesh = DeviceMesh.from_group(dist.group.WORLD, "cpu")  # of gloo
     local = host_copy(tensor.to_local())
     shape, stride = tensor.shape, tensor.stride()

@@ -81,7 +81,8 @@ class Denoising:
 
         if not held_out:
             return {}
-        means = (sum(in_turns(held_out, errors, ranks)) / sum(map(len, held_out))).tolist()
+        sums = torch.stack(in_turns(held_out, errors, ranks)).sum(dim=0)
+        means = (sums / sum(map(len, held_out))).tolist()
         return {"val_loss": sum(means) / len(means)} | {f"val_loss/level{i}": m for i, m in enumerate(means)}
 
     def _error(
