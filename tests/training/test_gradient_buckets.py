@@ -92,6 +92,7 @@ def on_ranks(path: Path, work: Callable[[Ranks], None], world_size: int = 2) -> 
         assert job.wait() == [0] * world_size, job.words()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_gradients_summed_during_backward_are_those_summed_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
