@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from ldm_cli.errors import LdmError, Preempted, UsageError, WorkerError
 from ldm_cli.training import distributed, gradient_buckets
 from ldm_cli.training.distributed import joined
 from ldm_cli.training.muon import Muon
+from ldm_cli.training.rank_watch import RankWatch
 from ldm_cli.training.ranks import Ranks
 
 from .forked import ForkedRanks
@@ -190,6 +193,20 @@ def test_a_wait_for_the_device_ends_when_another_rank_is_lost(tmp_path: Path, mo
         assert job.wait() == [WorkerError.code, -signal.SIGKILL]
         assert "rank 1 of 2 is lost: it gave no sign of life for 2 s" in job.words()[0]
     assert time.monotonic() - began < 20
+
+
+def test_two_threads_that_ask_do_not_make_the_store_silent_for_twice_as_long() -> None:
+    watch = RankWatch(HashStore(), rank=0, world_size=1, timeout=2.0)  # does not run: its beats stand still
+    for ask in (0, 1):
+        threads = [threading.Thread(target=watch.asked) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+            thread.join()
+        assert watch.asked() is None, ask
+    for _ in range(3):
+        assert watch.verdict is None
+        watch.asked()
+    assert watch.verdict == ("rank 0 of 1 is lost", "it gave no sign of life for 2 s")
 
 
 def test_a_slow_rank_is_waited_for_as_long_as_it_gives_signs_of_life(tmp_path: Path) -> None:

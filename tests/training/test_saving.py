@@ -48,7 +48,8 @@ def is_saving() -> bool:
 def test_training_goes_on_while_a_checkpoint_of_an_earlier_step_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(tmp_path / "undisturbed")
+    config = configured(keep_checkpoints=9)
+    run(tmp_path / "undisturbed", config)
     disk = Disk(monkeypatch)
 
     def act() -> None:
@@ -57,9 +58,9 @@ def test_training_goes_on_while_a_checkpoint_of_an_earlier_step_is_written(
         assert status(tmp_path / "run")["step"] == 0
         disk.is_released.set()
 
-    run(tmp_path / "run", configured(keep_checkpoints=9), source=until(9, act))
-    assert_same_run(tmp_path / "undisturbed", tmp_path / "run", 20)
+    run(tmp_path / "run", config, source=until(9, act))
     for step in (5, 10, 15, 20):
+        assert_same_run(tmp_path / "undisturbed", tmp_path / "run", step)
         assert problem_with(tmp_path / "run/checkpoints" / checkpoint_name(step)) is None
 
 
