@@ -221,7 +221,7 @@ def _validate(trainer: Trainer) -> dict[str, float]:
 def _picture(trainer: Trainer) -> None:
     trainer.set_training(False)
     target = trainer.run.samples / checkpoint_name(trainer.step)
-    if trainer.ranks.from_first(str(target.exists())) == str(True):
+    if trainer.ranks.largest(int(trainer.ranks.is_first and target.exists())):
         return
 
     def generate() -> None:

@@ -124,7 +124,12 @@ def _arrival(device: torch.device) -> Callable[[], None]:
         return lambda: None
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))
-    return event.synchronize
+
+    def wait() -> None:
+        torch.cuda.set_device(device)  # a new thread would take the first one
+        event.synchronize()
+
+    return wait
 
 
 def _expect_finite_weights(trainer: Trainer) -> None:
