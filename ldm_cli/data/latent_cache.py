@@ -49,8 +49,8 @@ class LatentCache:
     """An open cache that fits a set of shards.
 
     Args:
-        folder: what `ldm precompute` wrote.
-        shards: the data set that is to be read.
+        folder: of the cache, written by `ldm precompute`.
+        shards: the data set to read.
         key: the models and settings that the cache must be made of; its `dtype` is not compared.
         reporter: receives a message for each shard whose content has to be compared.
 
@@ -163,7 +163,7 @@ def _open(files: Sequence[Path], reporter: Reporter) -> ShardSet:
 
 
 def _matched(folder: Path, manifest: Manifest, shards: ShardSet, reporter: Reporter) -> list[CachedShard]:
-    """For each shard the entry made of it; a shard is known by what it holds, and by its name if two hold the same."""
+    """For each shard its entry: the one of the same content; of several, the one of the same name."""
     entries = defaultdict(list)
     for entry in manifest.shards:
         entries[entry.fingerprint].append(entry)
