@@ -219,8 +219,8 @@ class _Grouping:
         """
         if damage.at_end or not self._owner:
             return None
-        if not isinstance(found := split_name(damage.member or b""), str):
-            return self._samples.get(found[0])
+        if match := _KEY_AND_EXTENSION.fullmatch(damage.member or b""):
+            return self._samples.get(match[1])
         last = self._owner[-1]
         own = {extension for extension, owner in zip(self._rows[::4], self._owner, strict=True) if owner == last}
         earlier = {extension for extension, owner in zip(self._rows[::4], self._owner, strict=True) if owner != last}
