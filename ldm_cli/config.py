@@ -38,7 +38,7 @@ class Config(BaseModel):
         if info.field_name is None or info.field_name in _TEXTS:
             return value
         if "" in (value if isinstance(value, tuple) else (value,)) and cls.model_fields[info.field_name].default != "":
-            raise ValueError("is empty; write null for none")
+            raise ValueError("expected text, found ''")
         if isinstance(value, tuple):
             return tuple(expand_home(entry) if isinstance(entry, str) else entry for entry in value)
         return expand_home(value) if isinstance(value, str) else value

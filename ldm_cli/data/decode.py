@@ -1,8 +1,8 @@
-"""From a member's bytes to a defined RGB picture, and from that to the uint8 tensor a model is shown.
+"""From the bytes of a picture file to 8-bit sRGB, and from that to the uint8 tensor that a model gets.
 
-Whatever the file holds, the result is 8-bit sRGB: an embedded colour profile is applied, 16-bit values are scaled,
-palettes and CMYK converted, transparency laid over the background colour, the EXIF orientation applied, the first frame
-taken of an animation. What a header claims is checked before anything is decoded, and a truncated file is an error.
+An embedded colour profile is applied, 16-bit values are scaled, palettes and CMYK converted, transparency laid over the
+background colour, the EXIF orientation applied, the first frame taken of an animation. The size in the header is
+checked before anything is decoded, and a truncated file is an error.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def to_rectangle(
     Args:
         image: RGB.
         size: height and width of the result, in pixels (H, W).
-        crop: `squash` takes the whole picture whatever its shape.
+        crop: `squash` takes the whole picture and changes its aspect ratio.
         place: where the part lies along the side that is too long, from 0 (left or top) to 1; 0.5 is the
             centre.
         mirror: flip left to right.
@@ -165,7 +165,7 @@ def _part(size: tuple[int, int], width: int, height: int, place: float) -> tuple
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
-    """Read the header, and refuse what is no image of the known formats or claims too much."""
+    """The picture by its header; a file of another kind, or of too many pixels, is refused."""
     if not data:
         raise BadSampleError("empty image")
     _check_size(_webp_size(data), max_pixels, _WHOLE_WEIGHT)
@@ -251,7 +251,7 @@ def _to_rgb(image: Image.Image, to_srgb: Conversion, background: Color, reductio
 
 
 def _in_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image], reduction: int) -> Image.Image:
-    """What `convert` makes of each pixel; of a large picture in bands, so that what is between is small."""
+    """The converted picture, averaged over blocks. A large one is converted in bands, to hold little at a time."""
     rows = max(1, _BAND_PIXELS // image.width // reduction) * reduction
     if rows >= image.height:
         return _averaged(convert(image), reduction)

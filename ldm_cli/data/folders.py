@@ -28,7 +28,7 @@ _NO_CLASSES = frozenset(
 )
 
 
-def find_sources(source: Path, choices: Choices, report: PackReport) -> Iterator[Source]:
+def find_pictures(source: Path, choices: Choices, report: PackReport) -> Iterator[Source]:
     """The pictures that `source` names, in a fixed order.
 
     Args:

@@ -9,10 +9,12 @@ verifies the header of the member.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
 import zlib
+from array import array
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from ldm_cli.storage import user_cache
 _VERSION = 2
 _NUM_PROBES = 16
 _FACTS = ("file_size", "end", "extensions", "ignored")
-_TENSORS = ("key_bytes", "key_ends", "sample_starts", "members")
+_ARRAYS = ("key_ends", "sample_starts", "members")
 
 
 def cache_folder() -> Path:
@@ -44,7 +46,9 @@ def load_index(shard: Path, folder: Path) -> ShardIndex | None:
         return None
     tensors, facts = found
     try:
-        described = {**tensors, **{name: facts[name] for name in _FACTS}, "extensions": tuple(facts["extensions"])}
+        described: dict[str, Any] = {name: facts[name] for name in _FACTS}
+        described |= {name: array("q", _bytes_of(tensors[name])) for name in _ARRAYS}
+        described |= {"keys": _bytes_of(tensors["keys"]), "extensions": tuple(facts["extensions"])}
         index = ShardIndex(**described)
         fits = (
             facts["version"] == _VERSION
@@ -52,7 +56,7 @@ def load_index(shard: Path, folder: Path) -> ShardIndex | None:
             and facts["fingerprint"] == index.fingerprint()
             and _describes(index, shard)
         )
-    except (OSError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return index if fits else None
 
@@ -61,7 +65,9 @@ def save_index(shard: Path, index: ShardIndex, folder: Path) -> None:
     """Keep the index of an undamaged shard; errors as in `save_tensors`."""
     facts = {"version": _VERSION, "mtime_ns": shard.stat().st_mtime_ns, "fingerprint": index.fingerprint()}
     facts |= {name: getattr(index, name) for name in _FACTS}
-    save_tensors(_file(shard, folder), {name: getattr(index, name) for name in _TENSORS}, facts)
+    columns = {name: bytearray(getattr(index, name)) for name in ("keys", *_ARRAYS)}
+    tensors = {name: torch.frombuffer(c, dtype=torch.uint8) if c else torch.empty(0) for name, c in columns.items()}
+    save_tensors(_file(shard, folder), tensors, facts)
 
 
 def load_tensors(file: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -97,14 +103,18 @@ def _file(shard: Path, folder: Path) -> Path:
     return folder / f"{name}.safetensors"
 
 
+def _bytes_of(tensor: Tensor) -> bytes:
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+
+
 def _describes(index: ShardIndex, shard: Path) -> bool:
     """Whether the shard's size, end blocks and a sample of its headers are those of the index."""
-    num_members = len(index.members)
-    picks = torch.linspace(0, max(num_members - 1, 0), min(_NUM_PROBES, num_members)).long()
+    num_members = len(index.members) // 4
+    picks = torch.linspace(0, max(num_members - 1, 0), min(_NUM_PROBES, num_members)).long().tolist()
     with shard.open("rb", buffering=0) as file:
         if os.fstat(file.fileno()).st_size != index.file_size:
             return False
-        for _, offset, _, header_crc in index.members[picks].tolist():
+        for _, offset, _, header_crc in (index.members[4 * pick : 4 * pick + 4] for pick in picks):
             if zlib.crc32(os.pread(file.fileno(), BLOCK, offset - BLOCK)) != header_crc:
                 return False
         return os.pread(file.fileno(), 2 * BLOCK, index.end) == bytes(2 * BLOCK)

@@ -49,8 +49,8 @@ class LatentCache:
     """An open cache that fits a set of shards.
 
     Args:
-        folder: what `ldm precompute` wrote.
-        shards: the data set that is to be read.
+        folder: of the cache, written by `ldm precompute`.
+        shards: the data set to read.
         key: the models and settings that the cache must be made of; its `dtype` is not compared.
         reporter: receives a message for each shard whose content has to be compared.
 
@@ -74,8 +74,8 @@ class LatentCache:
         self._moments = _open(files, reporter)
         self._text = _open([folder / name for name in manifest.text_files], reporter)
         for path, ours, theirs in zip(files, self._moments.indexes, shards.indexes, strict=True):
-            same = torch.equal(ours.key_bytes, theirs.key_bytes) and torch.equal(ours.key_ends, theirs.key_ends)
-            if not same or len(ours.members) != ours.num_samples:
+            same = (ours.keys, ours.key_ends) == (theirs.keys, theirs.key_ends)
+            if not same or ours.sample_starts[-1] != ours.num_samples:
                 raise DataError(
                     f"'{path}' is damaged", "it holds other samples than its shard", "delete it; " + _REMEDY
                 )
@@ -97,7 +97,7 @@ class LatentCache:
             DataError, StorageError: the cache has changed, is damaged or cannot be read.
         """
         index = self._moments.indexes[shard]
-        extension, *place = index.members[sample].tolist()  # a sample is one member
+        extension, *place = index.members[4 * sample : 4 * sample + 4]  # a sample is one member
         data = self._moments_reader.read(shard, Member(*place))
         if index.extensions[extension] == BAD:
             raise BadSampleError(**json.loads(data))
@@ -163,7 +163,7 @@ def _open(files: Sequence[Path], reporter: Reporter) -> ShardSet:
 
 
 def _matched(folder: Path, manifest: Manifest, shards: ShardSet, reporter: Reporter) -> list[CachedShard]:
-    """For each shard the entry made of it; a shard is known by what it holds, and by its name if two hold the same."""
+    """For each shard its entry: the one of the same content; of several, the one of the same name."""
     entries = defaultdict(list)
     for entry in manifest.shards:
         entries[entry.fingerprint].append(entry)
@@ -185,9 +185,9 @@ def _directory(text: ShardSet) -> tuple[Tensor, Tensor]:
     """The first 63 bits of the captions' digests, ascending, int64 [N], and (shard, sample) of each, int64 [N, 2]."""
     numbers, places = [], []
     for shard, (path, index) in enumerate(zip(text.paths, text.indexes, strict=True)):
-        if len(index.key_bytes) != _DIGEST_LENGTH * index.num_samples:
+        if len(index.keys) != _DIGEST_LENGTH * index.num_samples:
             raise DataError(f"'{path}' is damaged", "its keys are no digests of captions", "delete it; " + _REMEDY)
-        hexadecimal = bytes(index.key_bytes.tolist()).decode()
+        hexadecimal = index.keys.decode()
         starts = range(0, len(hexadecimal), _DIGEST_LENGTH)
         numbers.append(torch.tensor([_number(hexadecimal[start:]) for start in starts]))
         places.append(torch.stack([torch.full((len(starts),), shard), torch.arange(len(starts))], dim=1))

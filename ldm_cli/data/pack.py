@@ -15,7 +15,7 @@ from typing import Any
 from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.decode import decode_rgb, image_header
-from ldm_cli.data.folders import find_sources
+from ldm_cli.data.folders import find_pictures
 from ldm_cli.data.pack_report import PackReport
 from ldm_cli.data.shard_writer import write_shard
 from ldm_cli.data.source_files import read_file
@@ -40,11 +40,11 @@ def pack(
     """Write shards `PREFIX000000.tar`, …: image bytes as they are, txt, cls if there is a class, and a json.
 
     The json holds all other facts, path, width and height, and `captions`, the list of all captions; txt is the first
-    of them. Pictures that are missing or cannot be decoded are left out, and what is not read is counted. The same
-    source gives the same bytes, and `out` appears only when it is complete.
+    of them. Pictures that are missing or cannot be decoded are left out, other files are counted. The same source gives
+    the same bytes. `out`, or the shards in it if it exists, appear when all of them are written.
 
     Args:
-        source, choices: as in `find_sources`.
+        source, choices: as in `find_pictures`.
         out: a folder that does not exist yet, or is empty.
         shard_samples: samples per shard.
         prefix: of the shards' names.
@@ -57,13 +57,13 @@ def pack(
         InputNotFoundError: the source does not exist, or no picture in it can be used.
         DataError: the source's table is damaged, or not understood.
         UnavailableError: it is Parquet, and pyarrow is not installed.
-        OutputError: `out` exists already or cannot be made.
+        OutputError: `out` is not empty, or cannot be made.
         StorageError: writing failed.
     """
     if shard_samples < 1:
         raise ValueError(f"pack: shard_samples={shard_samples}")
     report, shards = PackReport(), dict[str, int]()
-    sources = find_sources(source, choices, report)
+    sources = find_pictures(source, choices, report)
     packing = _Packing(report)
     with _appearing_whole(out) as folder:
         with reporter.progress(f"packing into {out}", None, unit="image") as progress:

@@ -1,4 +1,4 @@
-"""What there is in shards: every sample tried (`check`), counted (`stats`), or found (`index`)."""
+"""Reports on shards: `check` decodes every sample, `stats` counts and measures, `index` lists shards and sizes."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def index(shards: ShardSet, sizes_file: Path | None = None) -> dict[str, Any]:
     """What the indexes of the shards say; opening the shards has made them.
 
     Args:
-        shards: what `open_shards` gave.
+        shards: from `open_shards`.
         sizes_file: where to write `sizes.json` (shard's file name to number of samples), as other loaders
             read it; None: nowhere.
 

@@ -21,8 +21,8 @@ def members_of(address: str, shown: str, max_bytes: int) -> Iterator[tuple[bytes
     """Name and content of each regular member.
 
     Args:
-        address: a path, `pipe:COMMAND`, or what fsspec opens.
-        shown: how it is called in messages.
+        address: a path, `pipe:COMMAND`, or an address for fsspec.
+        shown: its name in messages.
         max_bytes: of a member.
 
     Raises:
@@ -45,7 +45,7 @@ def members_of(address: str, shown: str, max_bytes: int) -> Iterator[tuple[bytes
 
 @contextmanager
 def _opened(address: str) -> Iterator[IO[bytes]]:
-    """A file, what a command writes, or what fsspec opens."""
+    """The bytes at an address: of a file, of a command's output, or from fsspec."""
     if address.startswith(PIPE):
         with _running(address.removeprefix(PIPE)) as output:
             yield output
@@ -61,7 +61,7 @@ def _opened(address: str) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _running(command: str) -> Iterator[IO[bytes]]:
-    """The output of a shell command, which does not outlive us.
+    """The output of a shell command. The command ends with the context, or with this process.
 
     Raises:
         OSError: it failed.

@@ -53,7 +53,7 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
 
     Raises:
         OSError: a file cannot be read, or neither pair is there.
-        ValueError, KeyError, TypeError: the files are no CLIP tokenizer, or ask for what is not implemented.
+        ValueError, KeyError, TypeError: the files are no CLIP tokenizer, or have a setting that is not implemented.
     """
     whole = _read_object(folder / "tokenizer.json", optional=True)
     settings = _read_object(folder / "tokenizer_config.json", optional=True)

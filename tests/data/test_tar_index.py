@@ -169,6 +169,12 @@ def test_a_sample_whose_members_stand_apart_is_dropped_when_the_cut_takes_one(tm
     assert _content(path, index_tar(path, "skip")) == {"b": {"png": [b"B"], "txt": [b"b"]}}
 
 
+def test_a_cut_in_a_member_that_is_never_read_costs_no_other_sample(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("a.png", b"A"), ("b.pkl", b"b" * 600)])
+    path.write_bytes(path.read_bytes()[: 3 * BLOCK + 100])
+    assert _content(path, index_tar(path, "skip")) == {"a": {"png": [b"A"]}}
+
+
 @pytest.mark.parametrize("position", [0, 100, 124, 148, 156, 345])
 def test_a_flipped_bit_in_any_header_is_noticed(tmp_path: Path, position: int) -> None:
     path = write_tar(tmp_path / "a.tar", [m for k in range(3) for m in numbered_sample(k)])
