@@ -8,6 +8,7 @@ from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.core.models.clip_image_processor import CLIPImageProcessor
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError
+from ldm_cli.families.clip_text_encoder import tokenizer_folder
 from ldm_cli.formats.model_folder import load_model, read_image_processor
 
 
@@ -24,4 +25,4 @@ def open_clip(folder: Path) -> tuple[CLIPModel, Tokenizer, CLIPImageProcessor]:
     if processor.side != size:
         cause = f"its image processor does not give {size}x{size} px, which the model's image_size asks for"
         raise CheckpointError(f"cannot use '{folder}'", cause, "correct size and crop_size of preprocessor_config.json")
-    return model, Tokenizer.load(folder), processor
+    return model, Tokenizer.load(tokenizer_folder(folder)), processor

@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm_cli.formats.json_file import write_json
-from ldm_cli.formats.model_folder import CONFIG_NAME
-from ldm_cli.formats.weight_files import DIFFUSERS_WEIGHTS, shard_names, write_tensors
+from ldm_cli.formats.weight_files import CONFIG_NAME, DIFFUSERS_WEIGHTS, shard_names, write_tensors
 from ldm_cli.storage import storage_errors
 
 # What DDP, compile and FSDP put into parameter names.

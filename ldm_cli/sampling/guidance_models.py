@@ -27,7 +27,7 @@ from ldm_cli.families.family import Family, place
 from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.model_folder import load_model
 from ldm_cli.formats.pipeline_folder import INDEX_NAME, UNET
-from ldm_cli.formats.weight_files import weights_sha256
+from ldm_cli.formats.model_source import has_model_json, weights_sha256
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def guidance_folders(config: GuidanceConfig) -> dict[str, Path]:
     folders = {}
     if config.model is not None:
         folder = resolve_model(Path(config.model))
-        folders["model"] = folder / UNET if (folder / INDEX_NAME).is_file() else folder
+        folders["model"] = folder / UNET if has_model_json(folder / INDEX_NAME) else folder
     if config.clip is not None and config.clip.scale > 0.0:
         folders["clip"] = resolve_model(Path(config.clip.model))
     return folders

@@ -22,7 +22,7 @@ from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.shards import ShardSet
 from ldm_cli.data.streaming import Stream, open_stream
 from ldm_cli.errors import RecipeError
-from ldm_cli.formats.weight_files import weights_sha256
+from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.recipe.schema import TrainRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.data_trace import traced

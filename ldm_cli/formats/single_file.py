@@ -1,0 +1,261 @@
+"""A checkpoint in one file, as CompVis, Stability AI and OpenAI wrote them: which models it holds, and as which folder.
+
+Its architecture is recognised by names and shapes. Each model is then one `Part`, which gives the config.json and the
+tensors of a model folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm_cli.errors import CheckpointError, first_line
+from ldm_cli.formats import single_file_configs as measured
+from ldm_cli.formats import single_file_names as names
+from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE
+from ldm_cli.formats.single_file_index import pipeline_files
+from ldm_cli.formats.weight_files import CONFIG_NAME, named
+
+CONFIGS_KEY = "ldm_cli.configs"
+"""Where in a file's metadata we keep the JSON files of the folder it was made of."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of model: the names that each such model has, its table of names, and what its files hold in vain."""
+
+    marks: tuple[str, ...]
+    table: Callable[[names.Content], names.Table]
+    unused: tuple[str, ...] = ()
+
+
+_OPENAI_MARKS = ("token_embedding.weight", "transformer.resblocks.0.attn.in_proj_weight")
+_KINDS = {
+    "unet": _Kind(
+        ("input_blocks.0.0.weight", "middle_block.1.proj_in.weight", "out.2.weight"),
+        names.unet_table,
+    ),
+    "vae": _Kind(
+        ("encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight"),
+        names.vae_table,
+        ("loss.", "model_ema."),
+    ),
+    "transformers text": _Kind(
+        ("text_model.embeddings.token_embedding.weight",), lambda _: names.TRANSFORMERS_TABLE, ("logit_scale",)
+    ),
+    # Without the prefix, as versions of transformers before the first release of Stable Diffusion wrote it.
+    "old transformers text": _Kind(("embeddings.token_embedding.weight",), lambda _: {}),
+    "clip": _Kind(
+        ("visual.conv1.weight", *_OPENAI_MARKS, "visual.proj"),
+        names.clip_table,
+        ("attn_mask", "input_resolution", "context_length", "vocab_size"),
+    ),
+    "openai text": _Kind(
+        _OPENAI_MARKS,
+        names.text_table,
+        ("attn_mask", "logit_scale"),
+    ),
+}
+# Subfolder of a pipeline, prefix in the file, kind of model; the first that matches is taken.
+_PLACES = (
+    (UNET, "model.diffusion_model.", "unet"),
+    (VAE, "first_stage_model.", "vae"),
+    (VAE, "vae.", "vae"),
+    (TEXT_ENCODER, "cond_stage_model.transformer.", "transformers text"),
+    (TEXT_ENCODER, "cond_stage_model.transformer.", "old transformers text"),
+    (TEXT_ENCODER, "cond_stage_model.model.", "openai text"),
+    (TEXT_ENCODER, "conditioner.embedders.0.transformer.", "transformers text"),
+    (TEXT_ENCODER_2, "conditioner.embedders.1.model.", "openai text"),
+)
+_ALONE = tuple(("", "", kind) for kind in ("unet", "vae", "clip", "openai text", "transformers text"))
+_EMA_PREFIX = "model_ema."
+# Tables of the noise schedule and counters of training.
+_NO_WEIGHTS = frozenset(
+    {
+        *("alphas_cumprod", "alphas_cumprod_prev", "betas", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
+        *("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"),
+        *("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"),
+        *("lvlb_weights", "logvar", "scale_factor", "denoiser.sigmas", "v_pred", "ztsnr", "global_step"),
+    }
+)
+# What names say of architectures that are not read.
+_OTHERS = {
+    "joint_blocks.": "Stable Diffusion 3",
+    "double_blocks.": "FLUX",
+    "lora_": "a LoRA",
+    ".lora": "a LoRA",
+    "control_model.": "a ControlNet",
+    "conditioner.embedders.0.model.": "the refiner of Stable Diffusion XL",
+    "down_blocks.": "diffusers: give the folder with its config.json",
+    "vision_model.": "transformers: give the folder with its config.json",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One model of a single file.
+
+    Attributes:
+        prefix: of its tensors in the file.
+        config: content of its config.json.
+        table: names in the model folder → places below the prefix.
+        tensors: by the names in the file, without the prefix.
+    """
+
+    prefix: str
+    config: dict[str, Any]
+    table: names.Table
+    tensors: dict[str, Tensor]
+
+    def as_in_folder(self) -> dict[str, Tensor]:
+        """The tensors under the names of a model folder."""
+        return names.from_file(self.tensors, self.table)
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """A single file as the model folder that it stands for.
+
+    Attributes:
+        parts: its models by the subfolder of a pipeline; a model by itself is at "".
+        json_files: content of each JSON file of the folder, by relative path.
+        told_by: up to five names that told the architecture.
+        left_out: names of tensors that no folder holds.
+        metadata: of the file.
+    """
+
+    parts: dict[str, Part]
+    json_files: dict[str, dict[str, Any]]
+    told_by: list[str]
+    left_out: list[str]
+    metadata: dict[str, str]
+
+
+def single_file(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    source: Path,
+    configs: Mapping[str, dict[str, Any]] | None = None,
+    *,
+    ema: bool = False,
+) -> SingleFile:
+    """Recognise what a file holds.
+
+    Args:
+        tensors: all of the file, by name.
+        metadata: of the file. The JSON files that `ldm convert` keeps there have precedence over what shapes tell.
+        source: the file, for messages.
+        configs: JSON files by relative path, with precedence over both.
+        ema: take the averaged weights of the U-Net.
+
+    Raises:
+        CheckpointError: the architecture is unknown, a tensor belongs to none of its models, or averaged weights are
+            asked for and are not there.
+    """
+    found = _recognised(tensors, source)
+    if ema:
+        tensors = _averaged(tensors, found, source)
+    own = {folder: _below(tensors, prefix) for folder, (prefix, _) in found.items()}
+    try:
+        files = _measured({folder: kind for folder, (_, kind) in found.items()}, own, tensors, metadata)
+        given = {**json.loads(metadata.get(CONFIGS_KEY, "{}")), **(configs or {})}
+        files |= {name: content for name, content in given.items() if name in files}
+        parts = {}
+        for folder, (prefix, kind) in found.items():
+            config = files[str(Path(folder, CONFIG_NAME))]
+            parts[folder] = Part(prefix, config, _KINDS[kind].table(config), _in_use(own[folder], kind, config))
+    except KeyError as error:
+        raise CheckpointError(f"cannot use '{source}'", f"the tensor {error} is missing") from error
+    except ValueError as error:
+        raise CheckpointError(f"cannot use '{source}'", first_line(error), "give `ldm convert` a --config") from error
+    taken = {part.prefix + name for part in parts.values() for name in part.tensors}
+    left_out = [name for name in tensors if name not in taken]
+    _expect_no_foreign(left_out, found, source)
+    told_by = [prefix + mark for prefix, kind in found.values() for mark in _KINDS[kind].marks]
+    return SingleFile(parts, files, told_by[:5], left_out, dict(metadata))
+
+
+def _recognised(tensors: Mapping[str, Tensor], source: Path) -> dict[str, tuple[str, str]]:
+    """Prefix and kind of each model, by subfolder."""
+    found: dict[str, tuple[str, str]] = {}
+    for folder, prefix, kind in (*_PLACES, *_ALONE):
+        is_free = folder not in found if folder else not found
+        if is_free and all(prefix + mark in tensors for mark in _KINDS[kind].marks):
+            found[folder] = prefix, kind
+    if found:
+        return found
+    for sign, architecture in _OTHERS.items():
+        if told := [name for name in tensors if sign in name]:
+            cause = f"its names are those of {architecture}: {named(told)}"
+            raise CheckpointError(f"cannot use '{source}'", cause)
+    raise CheckpointError(
+        f"cannot tell the architecture of '{source}'", f"it holds {named(list(tensors)) or 'nothing'}"
+    )
+
+
+def _averaged(tensors: Mapping[str, Tensor], found: Mapping[str, tuple[str, str]], source: Path) -> dict[str, Tensor]:
+    """The tensors with the averages of the U-Net in place of its own; dots are left out of the averages' names."""
+    prefix = found.get(UNET, ("", ""))[0]
+    averages = {
+        name: _EMA_PREFIX + name.removeprefix("model.").replace(".", "") for name in tensors if name.startswith(prefix)
+    }
+    if missing := [average for average in averages.values() if average not in tensors]:
+        raise CheckpointError(f"no averaged weights in '{source}'", f"missing: {named(missing)}", "leave --ema out")
+    return {name: tensors[averages.get(name, name)] for name in tensors}
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors of a model, without its prefix."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _measured(
+    kinds: Mapping[str, str],
+    own: Mapping[str, Mapping[str, Tensor]],
+    names_in_file: Collection[str],
+    metadata: Mapping[str, str],
+) -> dict[str, dict[str, Any]]:
+    """The JSON files as names and shapes tell."""
+    shapes = {folder: {name: tuple(tensor.shape) for name, tensor in inside.items()} for folder, inside in own.items()}
+    is_xl = TEXT_ENCODER_2 in kinds
+    configs: dict[str, dict[str, Any]] = {}
+    for folder, kind in kinds.items():
+        inside = shapes[folder]
+        if kind == "unet":
+            pooled_width = shapes[TEXT_ENCODER_2]["text_projection"][1] if is_xl else 1280
+            configs[folder] = measured.unet_config(inside, pooled_width)
+        elif kind == "vae":
+            configs[folder] = measured.vae_config(inside, 0.13025 if is_xl else 0.18215)
+        elif kind == "clip":
+            # Only OpenAI's own files say their sizes; the others are of open_clip.
+            configs[folder] = measured.clip_config(inside, "quick_gelu" if "input_resolution" in inside else "gelu")
+        elif kind == "openai text":
+            configs[folder] = measured.text_config(inside, is_projected=folder != TEXT_ENCODER)
+        else:
+            configs[folder] = measured.transformers_config(inside)
+    files = pipeline_files(configs, names_in_file, metadata)
+    return files | {str(Path(folder, CONFIG_NAME)): config for folder, config in configs.items()}
+
+
+def _in_use(own: Mapping[str, Tensor], kind: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a model without those that it never reads."""
+    unused = _KINDS[kind].unused
+    if kind == "openai text":
+        unused += (f"transformer.resblocks.{config['num_hidden_layers']}.",)
+        unused += () if "WithProjection" in config["architectures"][0] else ("text_projection",)
+    return {name: tensor for name, tensor in own.items() if not (name in _NO_WEIGHTS or name.startswith(unused))}
+
+
+def _expect_no_foreign(left_out: Sequence[str], found: Mapping[str, tuple[str, str]], source: Path) -> None:
+    """Raises CheckpointError that names the tensors which belong to no model of the file."""
+    prefixes = tuple(prefix for prefix, _ in found.values())
+    foreign = [n for n in left_out if not (n in _NO_WEIGHTS or n.startswith((*prefixes, _EMA_PREFIX)))]
+    if foreign:
+        holds = ", ".join(folder or kind for folder, (_, kind) in found.items())
+        cause = f"it holds {holds}, and tensors that belong to none of these: {named(foreign)}"
+        raise CheckpointError(f"cannot use '{source}'", cause)
