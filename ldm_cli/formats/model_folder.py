@@ -80,11 +80,19 @@ def _unfilled(
     model_class: ModelClass[ModuleT_co], folder: Path, parse: Callable[[Mapping[str, Any]], Any] | None
 ) -> ModuleT_co:
     file = resolve_model_folder(folder) / CONFIG_NAME
-    config = read_as(parse or model_class.config_class.from_hugging_face, file)
+    return unfilled(model_class, read_as(parse or model_class.config_class.from_hugging_face, file), file)
+
+
+def unfilled(model_class: ModelClass[ModuleT_co], config: Any, file: Path) -> ModuleT_co:
+    """A module on the meta device, of a configuration that was read from `file`.
+
+    Raises:
+        CheckpointError: a tensor would have more bytes than an int64 counts.
+    """
     try:
         with without_weights():
             return model_class(config)
-    except RuntimeError as error:  # a tensor of more bytes than an int64 counts
+    except RuntimeError as error:
         raise CheckpointError(f"cannot use '{file}'", first_line(error)) from error
 
 
@@ -94,7 +102,11 @@ def read_as(parse: Callable[[Mapping[str, Any]], T], file: Path) -> T:
     Raises:
         CheckpointError: the file is of another model, or asks for something that is not implemented.
     """
-    mapping = read_model_json(file)
+    return parse_as(parse, read_model_json(file), file)
+
+
+def parse_as(parse: Callable[[Mapping[str, Any]], T], mapping: Mapping[str, Any], file: Path) -> T:
+    """What `parse` makes of the content of a JSON file; errors as in `read_as`."""
     try:
         return parse(mapping)
     except ValidationError as error:
@@ -184,8 +196,15 @@ def fitting_tensors(module: nn.Module, folder: Path, allow_extra: bool = False) 
     Raises:
         CheckpointError: float8 weights have scales; or as in `check_tensors`, `load_tensors`.
     """
+    return fitted(module, load_tensors(folder), folder, allow_extra)
+
+
+def fitted(
+    module: nn.Module, tensors: Mapping[str, Tensor], folder: Path, allow_extra: bool = False
+) -> dict[str, Tensor]:
+    """The tensors that were found in a folder, under the module's names; arguments and errors as in `fitting_tensors`."""
     expected = module.state_dict()
-    tensors = _in_names_of(expected, load_tensors(folder))
+    tensors = _in_names_of(expected, tensors)
     if scales := _float8_scales(expected, tensors):
         cause = f"float8 weights with scales are not supported: {named(scales)}"
         raise CheckpointError(f"cannot use the tensors in '{folder}'", cause, "convert them to fp16")

@@ -259,3 +259,42 @@ def _expect_no_foreign(left_out: Sequence[str], found: Mapping[str, tuple[str, s
         holds = ", ".join(folder or kind for folder, (_, kind) in found.items())
         cause = f"it holds {holds}, and tensors that belong to none of these: {named(foreign)}"
         raise CheckpointError(f"cannot use '{source}'", cause)
+
+
+def as_single_file(parts: Mapping[str, tuple[names.Content, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    """The tensors of model folders under the names of a single file: the inverse of `Part.as_in_folder`.
+
+    Args:
+        parts: complete configuration and tensors of each model, by subfolder of a pipeline; a model by itself at "".
+
+    Raises:
+        CheckpointError: single files have no name for a tensor, which is named.
+    """
+    is_xl, renamed = TEXT_ENCODER_2 in parts, {}
+    for folder, (config, tensors) in parts.items():
+        prefix, kind = _place(folder, config, is_xl)
+        try:
+            inside = names.to_file(tensors, _KINDS[kind].table(config))
+        except ValueError as error:
+            cause = f"they have no name for the tensor {error} of '{folder or kind}'"
+            raise CheckpointError("the model does not fit into the layout of single files", cause) from error
+        renamed |= {prefix + name: tensor for name, tensor in inside.items()}
+    return renamed
+
+
+def _place(folder: str, config: names.Content, is_xl: bool) -> tuple[str, str]:
+    """Prefix and kind of a model in a file that is written."""
+    if config.get("_class_name") == "UNet2DConditionModel":
+        return "model.diffusion_model.", "unet"
+    if config.get("_class_name") == "AutoencoderKL":
+        return "first_stage_model." if folder else "", "vae"
+    if "vision_config" in config:
+        return "", "clip"
+    # Only open_clip's towers have the exact GELU.
+    kind = "openai text" if config["hidden_act"] == "gelu" or folder == TEXT_ENCODER_2 else "transformers text"
+    if is_xl and folder == TEXT_ENCODER:
+        kind = "transformers text"
+    places = [
+        place for place in _PLACES if place[0] == folder and place[2] == kind and is_xl == ("conditioner" in place[1])
+    ]
+    return places[0][1] if places else "", kind

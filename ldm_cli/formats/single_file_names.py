@@ -156,7 +156,9 @@ def clip_table(config: Content) -> dict[str, Place]:
         "vision_model.post_layernorm": Place("visual.ln_post"),
         "visual_projection.weight": Place("visual.proj", "transposed"),
     }
-    return table | _clip_layers("vision_model", "visual.transformer", config["vision_config"]["num_hidden_layers"])
+    return table | _clip_layers(
+        "vision_model", "visual.transformer", config["vision_config"].get("num_hidden_layers", 0)
+    )
 
 
 def _clip_layers(ours: str, theirs: str, num_layers: int) -> dict[str, Place]:

@@ -11,14 +11,16 @@ import hashlib
 import mmap
 import os
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldm_cli.errors import CheckpointError, InputNotFoundError, StorageError
+from ldm_cli.errors import CheckpointError, InputNotFoundError, StorageError, first_line
 from ldm_cli.formats.json_file import read_json
 from ldm_cli.storage import error_number, resolve_model_folder, whole_file
 
@@ -63,7 +65,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(
             f"no safetensors weights in '{folder}'",
             f"'{pickles[0]}' is a pickle, which could run any program",
-            "convert it to safetensors",
+            "convert it: `ldm convert --allow-pickle`",
         )
     raise InputNotFoundError(
         f"no weights in '{folder}'",
@@ -117,6 +119,30 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise StorageError(f"cannot read '{file}'", error.strerror or str(error)) from error
 
 
+def read_pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file of `torch.save`, and `global_step` where it holds that.
+
+    torch's `weights_only` reader makes nothing but tensors and plain values, so that the file can run no program.
+
+    Raises:
+        CheckpointError: it is no such file, or holds more.
+        StorageError: it cannot be read.
+    """
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except OSError as error:
+        raise StorageError(f"cannot read '{file}'", error.strerror or str(error)) from error
+    except Exception as error:  # of any type: the file decides what is built
+        cause = f"not only tensors, or damaged: {first_line(error)}"
+        raise CheckpointError(f"cannot read '{file}'", cause, "convert it with the program that wrote it") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"cannot read '{file}'", f"a table of tensors expected, {type(content).__name__} found")
+    nested = content.get("state_dict", content)
+    tensors = {str(name).removeprefix("module."): t for name, t in nested.items() if isinstance(t, Tensor)}
+    step = content.get("global_step")
+    return tensors, {} if step is None else {"global_step": str(int(step))}
+
+
 def read_metadata(file: Path) -> dict[str, str]:
     """The metadata of a safetensors file that `read_tensors` has read."""
     with safe_open(file, framework="pt") as opened:
@@ -145,6 +171,17 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         temporary.chmod(mode)  # safetensors puts a file of mode 0600 in its place
 
 
+def is_pickle(file: Path) -> bool:
+    """Whether a file begins as those of `torch.save`; OSError: it cannot be read."""
+    start = _start(file)
+    return start.startswith(_PICKLE_STARTS) and start[8:9] != b"{"
+
+
+def _start(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return stream.read(64)
+
+
 def refuse_foreign_content(file: Path) -> None:
     """Name the usual impostors by their first bytes; safetensors begin with the size of a JSON header.
 
@@ -152,13 +189,13 @@ def refuse_foreign_content(file: Path) -> None:
         CheckpointError: a pickle, or a pointer to content that was not downloaded.
         OSError: it cannot be read.
     """
-    with file.open("rb") as stream:
-        start = stream.read(64)
-    if start.startswith(_PICKLE_STARTS) and start[8:9] != b"{":
+    if is_pickle(file):
         raise CheckpointError(
-            f"'{file}' is no safetensors file", "it is a pickle, which could run any program", "convert it"
+            f"'{file}' is no safetensors file",
+            "it is a pickle, which could run any program",
+            "convert it: `ldm convert --allow-pickle`",
         )
-    if start.startswith(b"version https://git-lfs"):
+    if _start(file).startswith(b"version https://git-lfs"):
         raise CheckpointError(
             f"'{file}' is no safetensors file",
             "it is a Git LFS pointer: the content was not downloaded",

@@ -26,8 +26,8 @@ from ldm_cli.families.clip_folder import open_clip
 from ldm_cli.families.family import Family, place
 from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.model_folder import load_model
-from ldm_cli.formats.pipeline_folder import INDEX_NAME, UNET
 from ldm_cli.formats.model_source import has_model_json, weights_sha256
+from ldm_cli.formats.pipeline_folder import INDEX_NAME, UNET
 
 
 @dataclass(frozen=True)
