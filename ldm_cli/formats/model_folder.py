@@ -97,7 +97,9 @@ def unfilled(model_class: ModelClass[ModuleT_co], config: Any, file: Path) -> Mo
 
 
 def read_as(parse: Callable[[Mapping[str, Any]], T], file: Path) -> T:
-    """What `parse` makes of a JSON file, such as the `from_hugging_face` of a configuration; errors as in `read_model_json`.
+    """What `parse` makes of a JSON file, such as the `from_hugging_face` of a configuration.
+
+    Errors are those of `read_model_json`, and:
 
     Raises:
         CheckpointError: the file is of another model, or asks for something that is not implemented.
@@ -202,7 +204,7 @@ def fitting_tensors(module: nn.Module, folder: Path, allow_extra: bool = False) 
 def fitted(
     module: nn.Module, tensors: Mapping[str, Tensor], folder: Path, allow_extra: bool = False
 ) -> dict[str, Tensor]:
-    """The tensors that were found in a folder, under the module's names; arguments and errors as in `fitting_tensors`."""
+    """The tensors of a folder under the module's names; arguments and errors as in `fitting_tensors`."""
     expected = module.state_dict()
     tensors = _in_names_of(expected, tensors)
     if scales := _float8_scales(expected, tensors):

@@ -64,7 +64,7 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
 def weights_sha256(folder: Path) -> str:
     """Hex sha256 over the tensor bytes of a model; errors as in `load_tensors`.
 
-    That of a single file is that of a folder with the same tensors of one type in one file, which are in order of names.
+    A folder whose tensors have one type and lie in one file has the hash of a single file with the same tensors.
     """
     if split_at_file(folder) is None:
         return tensors_sha256(weight_files(folder))

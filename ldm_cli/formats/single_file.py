@@ -7,8 +7,9 @@ tensors of a model folder.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,83 +18,13 @@ from torch import Tensor
 from ldm_cli.errors import CheckpointError, first_line
 from ldm_cli.formats import single_file_configs as measured
 from ldm_cli.formats import single_file_names as names
-from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE
-from ldm_cli.formats.single_file_index import pipeline_files
+from ldm_cli.formats.pipeline_folder import SCHEDULER_FILE, TEXT_ENCODER, TEXT_ENCODER_2, UNET
+from ldm_cli.formats.single_file_index import pipeline_files, sample_size
+from ldm_cli.formats.single_file_layout import ALONE, EMA_PREFIX, KINDS, NO_WEIGHTS, OTHERS, PLACES
 from ldm_cli.formats.weight_files import CONFIG_NAME, named
 
 CONFIGS_KEY = "ldm_cli.configs"
 """Where in a file's metadata we keep the JSON files of the folder it was made of."""
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """A kind of model: the names that each such model has, its table of names, and what its files hold in vain."""
-
-    marks: tuple[str, ...]
-    table: Callable[[names.Content], names.Table]
-    unused: tuple[str, ...] = ()
-
-
-_OPENAI_MARKS = ("token_embedding.weight", "transformer.resblocks.0.attn.in_proj_weight")
-_KINDS = {
-    "unet": _Kind(
-        ("input_blocks.0.0.weight", "middle_block.1.proj_in.weight", "out.2.weight"),
-        names.unet_table,
-    ),
-    "vae": _Kind(
-        ("encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight"),
-        names.vae_table,
-        ("loss.", "model_ema."),
-    ),
-    "transformers text": _Kind(
-        ("text_model.embeddings.token_embedding.weight",), lambda _: names.TRANSFORMERS_TABLE, ("logit_scale",)
-    ),
-    # Without the prefix, as versions of transformers before the first release of Stable Diffusion wrote it.
-    "old transformers text": _Kind(("embeddings.token_embedding.weight",), lambda _: {}),
-    "clip": _Kind(
-        ("visual.conv1.weight", *_OPENAI_MARKS, "visual.proj"),
-        names.clip_table,
-        ("attn_mask", "input_resolution", "context_length", "vocab_size"),
-    ),
-    "openai text": _Kind(
-        _OPENAI_MARKS,
-        names.text_table,
-        ("attn_mask", "logit_scale"),
-    ),
-}
-# Subfolder of a pipeline, prefix in the file, kind of model; the first that matches is taken.
-_PLACES = (
-    (UNET, "model.diffusion_model.", "unet"),
-    (VAE, "first_stage_model.", "vae"),
-    (VAE, "vae.", "vae"),
-    (TEXT_ENCODER, "cond_stage_model.transformer.", "transformers text"),
-    (TEXT_ENCODER, "cond_stage_model.transformer.", "old transformers text"),
-    (TEXT_ENCODER, "cond_stage_model.model.", "openai text"),
-    (TEXT_ENCODER, "conditioner.embedders.0.transformer.", "transformers text"),
-    (TEXT_ENCODER_2, "conditioner.embedders.1.model.", "openai text"),
-)
-_ALONE = tuple(("", "", kind) for kind in ("unet", "vae", "clip", "openai text", "transformers text"))
-_EMA_PREFIX = "model_ema."
-# Tables of the noise schedule and counters of training.
-_NO_WEIGHTS = frozenset(
-    {
-        *("alphas_cumprod", "alphas_cumprod_prev", "betas", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
-        *("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"),
-        *("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"),
-        *("lvlb_weights", "logvar", "scale_factor", "denoiser.sigmas", "v_pred", "ztsnr", "global_step"),
-    }
-)
-# What names say of architectures that are not read.
-_OTHERS = {
-    "joint_blocks.": "Stable Diffusion 3",
-    "double_blocks.": "FLUX",
-    "lora_": "a LoRA",
-    ".lora": "a LoRA",
-    "control_model.": "a ControlNet",
-    "conditioner.embedders.0.model.": "the refiner of Stable Diffusion XL",
-    "down_blocks.": "diffusers: give the folder with its config.json",
-    "vision_model.": "transformers: give the folder with its config.json",
-}
 
 
 @dataclass(frozen=True)
@@ -126,14 +57,12 @@ class SingleFile:
         json_files: content of each JSON file of the folder, by relative path.
         told_by: up to five names that told the architecture.
         left_out: names of tensors that no folder holds.
-        metadata: of the file.
     """
 
     parts: dict[str, Part]
     json_files: dict[str, dict[str, Any]]
     told_by: list[str]
     left_out: list[str]
-    metadata: dict[str, str]
 
 
 def single_file(
@@ -168,7 +97,7 @@ def single_file(
         parts = {}
         for folder, (prefix, kind) in found.items():
             config = files[str(Path(folder, CONFIG_NAME))]
-            parts[folder] = Part(prefix, config, _KINDS[kind].table(config), _in_use(own[folder], kind, config))
+            parts[folder] = Part(prefix, config, KINDS[kind].table(config), _in_use(own[folder], kind, config))
     except KeyError as error:
         raise CheckpointError(f"cannot use '{source}'", f"the tensor {error} is missing") from error
     except ValueError as error:
@@ -176,20 +105,21 @@ def single_file(
     taken = {part.prefix + name for part in parts.values() for name in part.tensors}
     left_out = [name for name in tensors if name not in taken]
     _expect_no_foreign(left_out, found, source)
-    told_by = [prefix + mark for prefix, kind in found.values() for mark in _KINDS[kind].marks]
-    return SingleFile(parts, files, told_by[:5], left_out, dict(metadata))
+    marks = [[prefix + mark for mark in KINDS[kind].marks] for prefix, kind in found.values()]
+    told_by = [mark for rank in zip_longest(*marks) for mark in rank if mark is not None]
+    return SingleFile(parts, files, told_by[:5], left_out)
 
 
 def _recognised(tensors: Mapping[str, Tensor], source: Path) -> dict[str, tuple[str, str]]:
     """Prefix and kind of each model, by subfolder."""
     found: dict[str, tuple[str, str]] = {}
-    for folder, prefix, kind in (*_PLACES, *_ALONE):
+    for folder, prefix, kind in (*PLACES, *ALONE):
         is_free = folder not in found if folder else not found
-        if is_free and all(prefix + mark in tensors for mark in _KINDS[kind].marks):
+        if is_free and all(prefix + mark in tensors for mark in KINDS[kind].marks):
             found[folder] = prefix, kind
     if found:
         return found
-    for sign, architecture in _OTHERS.items():
+    for sign, architecture in OTHERS.items():
         if told := [name for name in tensors if sign in name]:
             cause = f"its names are those of {architecture}: {named(told)}"
             raise CheckpointError(f"cannot use '{source}'", cause)
@@ -202,7 +132,7 @@ def _averaged(tensors: Mapping[str, Tensor], found: Mapping[str, tuple[str, str]
     """The tensors with the averages of the U-Net in place of its own; dots are left out of the averages' names."""
     prefix = found.get(UNET, ("", ""))[0]
     averages = {
-        name: _EMA_PREFIX + name.removeprefix("model.").replace(".", "") for name in tensors if name.startswith(prefix)
+        name: EMA_PREFIX + name.removeprefix("model.").replace(".", "") for name in tensors if name.startswith(prefix)
     }
     if missing := [average for average in averages.values() if average not in tensors]:
         raise CheckpointError(f"no averaged weights in '{source}'", f"missing: {named(missing)}", "leave --ema out")
@@ -239,22 +169,24 @@ def _measured(
         else:
             configs[folder] = measured.transformers_config(inside)
     files = pipeline_files(configs, names_in_file, metadata)
+    if UNET in configs:
+        configs[UNET]["sample_size"] = sample_size(files.get(str(SCHEDULER_FILE), {}), configs)
     return files | {str(Path(folder, CONFIG_NAME)): config for folder, config in configs.items()}
 
 
 def _in_use(own: Mapping[str, Tensor], kind: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a model without those that it never reads."""
-    unused = _KINDS[kind].unused
+    unused = KINDS[kind].unused
     if kind == "openai text":
         unused += (f"transformer.resblocks.{config['num_hidden_layers']}.",)
         unused += () if "WithProjection" in config["architectures"][0] else ("text_projection",)
-    return {name: tensor for name, tensor in own.items() if not (name in _NO_WEIGHTS or name.startswith(unused))}
+    return {name: tensor for name, tensor in own.items() if not (name in NO_WEIGHTS or name.startswith(unused))}
 
 
 def _expect_no_foreign(left_out: Sequence[str], found: Mapping[str, tuple[str, str]], source: Path) -> None:
     """Raises CheckpointError that names the tensors which belong to no model of the file."""
     prefixes = tuple(prefix for prefix, _ in found.values())
-    foreign = [n for n in left_out if not (n in _NO_WEIGHTS or n.startswith((*prefixes, _EMA_PREFIX)))]
+    foreign = [n for n in left_out if not (n in NO_WEIGHTS or n.startswith((*prefixes, EMA_PREFIX)))]
     if foreign:
         holds = ", ".join(folder or kind for folder, (_, kind) in found.items())
         cause = f"it holds {holds}, and tensors that belong to none of these: {named(foreign)}"
@@ -270,11 +202,12 @@ def as_single_file(parts: Mapping[str, tuple[names.Content, Mapping[str, Tensor]
     Raises:
         CheckpointError: single files have no name for a tensor, which is named.
     """
-    is_xl, renamed = TEXT_ENCODER_2 in parts, {}
+    is_xl = TEXT_ENCODER_2 in parts
+    renamed: dict[str, Tensor] = {}
     for folder, (config, tensors) in parts.items():
         prefix, kind = _place(folder, config, is_xl)
         try:
-            inside = names.to_file(tensors, _KINDS[kind].table(config))
+            inside = names.to_file(tensors, KINDS[kind].table(config))
         except ValueError as error:
             cause = f"they have no name for the tensor {error} of '{folder or kind}'"
             raise CheckpointError("the model does not fit into the layout of single files", cause) from error
@@ -295,6 +228,6 @@ def _place(folder: str, config: names.Content, is_xl: bool) -> tuple[str, str]:
     if is_xl and folder == TEXT_ENCODER:
         kind = "transformers text"
     places = [
-        place for place in _PLACES if place[0] == folder and place[2] == kind and is_xl == ("conditioner" in place[1])
+        place for place in PLACES if place[0] == folder and place[2] == kind and is_xl == ("conditioner" in place[1])
     ]
     return places[0][1] if places else "", kind

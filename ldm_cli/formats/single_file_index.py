@@ -64,6 +64,13 @@ def pipeline_files(
     return {INDEX_NAME: index, str(SCHEDULER_FILE): scheduler}
 
 
+def sample_size(scheduler: Mapping[str, Any], configs: Collection[str]) -> int:
+    """Side of the latents that the published model was trained at: XL at 1024 px, 2 with velocity at 768, else 512."""
+    if TEXT_ENCODER_2 in configs:
+        return 128
+    return 96 if scheduler.get("prediction_type") == "v_prediction" else 64
+
+
 def _solver(is_xl: bool, is_2: bool) -> dict[str, Any]:
     """The class of the published model's scheduler."""
     if is_xl:

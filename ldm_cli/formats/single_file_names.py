@@ -162,7 +162,7 @@ def clip_table(config: Content) -> dict[str, Place]:
 
 
 def _clip_layers(ours: str, theirs: str, num_layers: int) -> dict[str, Place]:
-    table = {}
+    table: dict[str, Place] = {}
     for i in range(num_layers):
         layer, block = f"{ours}.encoder.layers.{i}", f"{theirs}.resblocks.{i}"
         table |= {f"{layer}.{a}": Place(f"{block}.{b}") for a, b in _CLIP_LAYER.items()}

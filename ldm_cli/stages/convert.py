@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError, InputNotFoundError, OutputError, UsageError
 from ldm_cli.families.family import DTYPES
 from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.json_file import write_json
 from ldm_cli.formats.model_source import split_at_file
-from ldm_cli.formats.pipeline_folder import INDEX_NAME, SCHEDULER_FILE
+from ldm_cli.formats.pipeline_folder import INDEX_NAME, SCHEDULER_FILE, TOKENIZER, UNET
 from ldm_cli.formats.save_model import save_sharded
 from ldm_cli.formats.single_file import CONFIGS_KEY, as_single_file
 from ldm_cli.formats.weight_files import CONFIG_NAME, DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, named, write_tensors
@@ -23,11 +22,11 @@ from ldm_cli.storage import TEMPORARY_PREFIX, storage_errors
 
 _PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
 _DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-# Widths of the published U-Nets and of their text states: other programs know these models only.
+# Parameters of the published U-Nets, with 4 channels of input: web interfaces know these sizes only.
 _PUBLISHED = {
-    ((320, 640, 1280, 1280), 768): "stable-diffusion-v1",
-    ((320, 640, 1280, 1280), 1024): "stable-diffusion-v2",
-    ((320, 640, 1280), 2048): "stable-diffusion-xl-v1-base",
+    859_520_964: "stable-diffusion-v1",
+    865_910_724: "stable-diffusion-v2",
+    2_567_463_684: "stable-diffusion-xl-v1-base",
 }
 
 
@@ -89,7 +88,7 @@ def run(source: Path, out: Path, options: ConvertOptions) -> dict[str, Any]:
         "parameters": sum(tensor.numel() for tensor in tensors),
         "bytes": sum(tensor.nbytes for tensor in tensors),
         "told_by": models.told_by,
-        "left_out": models.left_out,
+        "left_out": named(models.left_out),
         "metadata": {name: value for name, value in metadata.items() if name != CONFIGS_KEY},
         "opens_in": _programs(models, is_file),
     }
@@ -109,20 +108,19 @@ def _read(source: Path, options: ConvertOptions) -> FoundModels:
         return models
     if str(inside) not in models.models:
         raise InputNotFoundError(f"no '{inside}' in '{file}'", f"it holds {', '.join(models.models)}")
-    return replace(models, models={"": models.models[str(inside)]}, json_files={})
+    return replace(models, models={"": models.models[str(inside)]}, json_files={}, metadata={})
 
 
 def _with_tokenizers(models: FoundModels, source: Path, options: ConvertOptions) -> FoundModels:
-    """The models of a single file with the tokenizers that its pipeline needs."""
-    needed = [name for name in models.json_files.get(INDEX_NAME, {}) if name.startswith("tokenizer")]
-    if options.tokenizer is None and all(any(Path(p).parent == Path(n) for p in models.companions) for n in needed):
+    """The models with the tokenizers that the options name, or that a pipeline needs and does not hold."""
+    needed = [name for name in models.json_files.get(INDEX_NAME, {}) if name.startswith(TOKENIZER)]
+    if options.tokenizer is None and (models.companions or not needed):
         return models
     folder = options.tokenizer or options.config or source.parent
-    companions: dict[str, Path] = {}
-    for name in needed:
+    companions = dict(models.companions)
+    for name in needed or [""]:
         companions |= tokenizer_files(folder, name)
-        Tokenizer.load(companions[next(path for path in companions if Path(path).parent == Path(name))].parent)
-    return replace(models, companions={**models.companions, **companions})
+    return replace(models, companions=companions)
 
 
 def _changed(models: FoundModels, options: ConvertOptions) -> FoundModels:
@@ -206,10 +204,11 @@ def _fill(models: FoundModels, folder: Path, shard_bytes: int | None) -> None:
 
 def _published(models: FoundModels) -> str | None:
     """Name of the published architecture whose sizes the U-Net has; None if it has others."""
-    if "unet" not in models.models:
+    if UNET not in models.models:
         return None
-    config = models.models["unet"].complete
-    return _PUBLISHED.get((tuple(config["block_out_channels"]), config["cross_attention_dim"]))
+    tensors = models.models[UNET].tensors
+    further = tensors["conv_in.weight"][:, 4:].numel()
+    return _PUBLISHED.get(sum(tensor.numel() for tensor in tensors.values()) - further)
 
 
 def _programs(models: FoundModels, is_file: bool) -> list[str]:

@@ -11,8 +11,8 @@ from torch import nn
 
 from ldm_cli.errors import CheckpointError, InputNotFoundError, OutputError, StorageError
 from ldm_cli.formats.model_folder import expect_finite, load_model, load_weights, read_config
-from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.model_source import weights_sha256
+from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.weight_files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS
 
 

@@ -18,7 +18,6 @@ from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPTextModel
 from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
-from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError, InputNotFoundError, LdmError
 from ldm_cli.formats.model_folder import load_model, read_config
 from ldm_cli.formats.model_source import weights_sha256

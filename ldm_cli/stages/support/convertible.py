@@ -12,11 +12,12 @@ from torch import Tensor
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
+from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError, InputNotFoundError
 from ldm_cli.formats.json_file import read_json
 from ldm_cli.formats.model_folder import fitted, parse_as, read_config, unfilled
 from ldm_cli.formats.model_source import load_tensors
-from ldm_cli.formats.pipeline_folder import INDEX_NAME, SCHEDULER_FILE
+from ldm_cli.formats.pipeline_folder import INDEX_NAME, SCHEDULER_FILE, TOKENIZER, UNET
 from ldm_cli.formats.single_file import single_file
 from ldm_cli.formats.weight_files import CONFIG_NAME, is_pickle, read_metadata, read_pickle, read_tensors, weight_files
 
@@ -112,7 +113,7 @@ def read_folder(folder: Path, *, allow_pickle: bool) -> FoundModels:
     index = read_json(folder / INDEX_NAME)
     components = {name: value[1] for name, value in index.items() if isinstance(value, list) and value[1] is not None}
     kept = {name for name, kind in components.items() if kind in _CLASSES}
-    if "unet" not in kept:
+    if UNET not in kept:
         raise CheckpointError(f"cannot convert '{folder}'", f"it holds a {index.get('_class_name')!r}")
     models = {
         name: _model(read_config(folder / name), _tensors(folder / name, allow_pickle), folder / name)
@@ -121,13 +122,13 @@ def read_folder(folder: Path, *, allow_pickle: bool) -> FoundModels:
     companions = {
         path: file
         for name in components
-        if name.startswith("tokenizer")
+        if name.startswith(TOKENIZER)
         for path, file in _files(folder / name, name, _TOKENIZER_FILES).items()
     }
-    left_out = [name for name in components if name not in kept and not name.startswith(("tokenizer", "scheduler"))]
+    left_out = [name for name in components if name not in kept and not name.startswith((TOKENIZER, "scheduler"))]
     index |= {name: [None, None] for name in left_out}
     json_files = {INDEX_NAME: index, str(SCHEDULER_FILE): read_json(folder / SCHEDULER_FILE)}
-    metadata = _metadata(folder / "unet", allow_pickle)
+    metadata = _metadata(folder / UNET, allow_pickle)
     return FoundModels(models, json_files, companions, metadata, [], left_out)
 
 
@@ -135,16 +136,23 @@ def tokenizer_files(folder: Path, component: str) -> dict[str, Path]:
     """The files of a tokenizer, by their path in a pipeline.
 
     Args:
-        folder: of the tokenizer, or of a pipeline or CLIP that has it.
-        component: `tokenizer` or `tokenizer_2`.
+        folder: of the tokenizer, or with subfolders for each.
+        component: `tokenizer`, `tokenizer_2`, or "" for that of a model by itself.
 
     Raises:
         InputNotFoundError: it is not there.
+        CheckpointError: it is no tokenizer of a CLIP.
     """
     inside = folder / component
-    files = _files(inside if inside.is_dir() else folder, component, _TOKENIZER_FILES)
-    if not files or (component != "tokenizer" and not inside.is_dir()):
-        raise InputNotFoundError(f"no {component} in '{folder}'", remedy=f"give --tokenizer a folder with {component}")
+    if component == TOKENIZER and not inside.is_dir():
+        inside = folder
+    files = _files(inside, component, _TOKENIZER_FILES)
+    if not files:
+        cause = f"there is no folder '{inside}' with its files"
+        raise InputNotFoundError(
+            f"no {component or TOKENIZER}", cause, "give its folder, or that around it, as --tokenizer"
+        )
+    Tokenizer.load(inside)
     return files
 
 
