@@ -169,8 +169,8 @@ def _measured(
         else:
             configs[folder] = measured.transformers_config(inside)
     files = pipeline_files(configs, names_in_file, metadata)
-    if UNET in configs:
-        configs[UNET]["sample_size"] = sample_size(files.get(str(SCHEDULER_FILE), {}), configs)
+    for folder in (folder for folder, kind in kinds.items() if kind == "unet"):
+        configs[folder]["sample_size"] = sample_size(files.get(str(SCHEDULER_FILE), {}), configs)
     return files | {str(Path(folder, CONFIG_NAME)): config for folder, config in configs.items()}
 
 
@@ -223,11 +223,8 @@ def _place(folder: str, config: names.Content, is_xl: bool) -> tuple[str, str]:
         return "first_stage_model." if folder else "", "vae"
     if "vision_config" in config:
         return "", "clip"
-    # Only open_clip's towers have the exact GELU.
-    kind = "openai text" if config["hidden_act"] == "gelu" or folder == TEXT_ENCODER_2 else "transformers text"
-    if is_xl and folder == TEXT_ENCODER:
-        kind = "transformers text"
-    places = [
-        place for place in PLACES if place[0] == folder and place[2] == kind and is_xl == ("conditioner" in place[1])
-    ]
-    return places[0][1] if places else "", kind
+    # Towers of open_clip keep its names, and only those have the exact GELU. The first of XL is OpenAI's.
+    is_first = is_xl and folder == TEXT_ENCODER
+    kind = "openai text" if config["hidden_act"] == "gelu" and not is_first else "transformers text"
+    prefixes = [p for name, p, k in PLACES if (name, k, "conditioner" in p) == (folder, kind, is_xl)]
+    return (prefixes or [""])[0], kind
