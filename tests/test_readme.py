@@ -207,6 +207,18 @@ def test_every_link_and_picture_leads_somewhere(page: Path) -> None:
             assert anchor in anchors(path), f"{page.name}: {target}"
 
 
+def test_every_file_of_tests_and_benchmarks_named_in_the_text_exists() -> None:
+    spans = {(page.name, span) for page in PAGES for span in re.findall(r"`([\w/*]+/[\w/*.]*)`", prose(page))}
+    named = {(page, span) for page, span in spans if span.startswith(("tests/", "benchmarks/")) or "/test_" in span}
+    assert len(named) >= 30
+    missing = []
+    for page, span in sorted(named):
+        file = span if span.endswith((".py", "/")) else f"tests/{span}.py"
+        if not [*REPOSITORY.glob(file.removesuffix("/"))]:
+            missing.append(f"{page}: {span}")
+    assert missing == []
+
+
 def anchors(page: Path) -> set[str]:
     """What GitHub makes of headings."""
     headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)

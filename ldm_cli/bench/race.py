@@ -120,13 +120,13 @@ def race(
 
 
 def speed(name: str, lap: Lap, ours: Lap) -> dict[str, Any]:
-    """The speed of one contender; `speedup` is ours against it."""
+    """The speed of one contender; `speedup` is ours against it, the median over the rounds: above 1 we are faster."""
     seconds = median(lap.seconds)
     return {
         "contender": name,
         "per_second": lap.units / seconds,
         "step_ms": 1e3 * seconds,
-        "speedup": speedup(ours, lap),
+        "speedup": median(b / a for a, b in zip(ours.seconds, lap.seconds, strict=True)),
     }
 
 
@@ -137,11 +137,6 @@ def speed_and_memory(name: str, lap: Lap, ours: Lap) -> dict[str, Any]:
         "peak_mib": lap.peak_bytes / 2**20,
         "memory_ratio": ours.peak_bytes / lap.peak_bytes,
     }
-
-
-def speedup(ours: Lap, theirs: Lap) -> float:
-    """Median over the rounds of their seconds divided by ours: above 1 we are faster."""
-    return median(b / a for a, b in zip(ours.seconds, theirs.seconds, strict=True))
 
 
 def _call(name: str, pool: ProcessPoolExecutor, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -49,18 +49,19 @@ def command(
     from ldm_cli.formats.json_file import write_json
     from ldm_cli.recipe.load import load_recipe
     from ldm_cli.stages.support.options import resolve_device
+    from ldm_cli.stages.support.start import resolve_start
 
     peers = bench.check_peers(subject, [name for name in against.split(",") if name])
     models = {name: known for name, known in bench.SUBJECTS.items() if known.recipe and subject in (name, "all")}
     if (recipe or changes) and subject not in models:
         raise UsageError(f"bench {subject} takes no recipe", remedy="see ldm bench --help")
-    where = resolve_device(device)
+    where, reporter = resolve_device(device), make_reporter()
     recipes: dict[str, TrainRecipe] = {}
     for name, known in models.items():
         loaded = load_recipe(recipe or known.recipe, changes, expected_command=known.command)
-        recipes[name] = cast("TrainRecipe", loaded.recipe)
+        recipes[name] = resolve_start(cast("TrainRecipe", loaded.recipe), reporter.warn)
     options = bench.BenchOptions(peers, rounds, where.type, tokens, model, images, steps, compiled)
-    result = bench.run(subject, recipes, options, make_reporter())
+    result = bench.run(subject, recipes, options, reporter)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, result)

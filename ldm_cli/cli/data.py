@@ -18,13 +18,11 @@ if TYPE_CHECKING:
 commands = typer.Typer(help="Make shards, and look into them.")
 Shards = Annotated[
     list[str],
-    typer.Argument(
-        metavar="SHARDS|KEY=VALUE",
-        help="Paths, globs or brace patterns; and data settings such as caption=json:caption.",
-        show_default=False,
+    given.argument(
+        "SHARDS|KEY=VALUE", "Paths, globs or brace patterns; and data settings such as caption=json:caption."
     ),
 ]
-Output = Annotated[Path, typer.Argument(metavar="OUT", help="Output folder for the shards.", show_default=False)]
+Output = Annotated[Path, given.argument("OUT", "Output folder for the shards.")]
 
 
 @commands.command()
@@ -129,10 +127,7 @@ def stats(arguments: Shards, json: given.Json = False, debug: given.Debug = Fals
 @commands.command()
 def index(
     arguments: Shards,
-    sizes: Annotated[
-        Path | None,
-        typer.Option("--sizes", metavar="FILE", help="Also write a sizes.json.", show_default=False),
-    ] = None,
+    sizes: Annotated[Path | None, given.option("--sizes", metavar="FILE", text="Also write a sizes.json.")] = None,
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:

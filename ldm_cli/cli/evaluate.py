@@ -31,7 +31,7 @@ def command(
     with importing():
         from ldm_cli.stages.support.options import RunOptions  # imports torch: a faulty recipe is refused before
 
-    options = RunOptions(out, device, recipe_text=loaded.text, overrides=changes, overwrite=overwrite)
+    options = RunOptions(out, device, recipe_text=loaded.text, overwrite=overwrite)
     if dry_run:
         show_dry_run(loaded, json)
         return

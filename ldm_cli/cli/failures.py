@@ -42,8 +42,8 @@ def report(error: BaseException, arguments: Sequence[str], debug: bool, interrup
         interrupted: whether `error` is a library's reaction to an interrupt.
     """
     if debug:
-        for line in traceback.format_exception(error):
-            write_line_block(line)
+        for line in "".join(traceback.format_exception(error)).splitlines():
+            write_line(line)
     if interrupted or isinstance(error, KeyboardInterrupt | typer.Abort):
         write_line("ldm: error: interrupted")
         return INTERRUPTED
@@ -62,12 +62,6 @@ def user_error(error: BaseException) -> LdmError | None:
     if callable(format_message):
         return _usage_error(error, " ".join(str(format_message()).split()))
     return as_ldm_error(error)
-
-
-def write_line_block(text: str) -> None:
-    """Write several lines to stderr."""
-    for line in text.splitlines():
-        write_line(line)
 
 
 def _usage_error(error: BaseException, message: str) -> UsageError:

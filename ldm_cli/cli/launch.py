@@ -58,15 +58,19 @@ def warn_of_copies(reporter: Reporter) -> None:
         )
 
 
-def expect_as_many(num_ranks: int | None) -> None:
-    """Make sure that `--nproc` does not contradict the launcher that started this process.
+def launched(arguments: Sequence[str], num_ranks: int | None) -> int | None:
+    """The exit code of `launch` where `--nproc` asks for several ranks; None: this process does the work.
 
     Raises:
-        UsageError: it does.
+        UsageError: `--nproc` contradicts the launcher that started this process.
     """
+    if not is_rank():
+        return launch(arguments, num_ranks) if num_ranks is not None and num_ranks > 1 else None
     started = os.environ.get("LOCAL_WORLD_SIZE", str(num_ranks))
     if num_ranks is not None and started != str(num_ranks):
         raise UsageError(f"--nproc {num_ranks} among {started} ranks", "one launcher is enough", "leave --nproc out")
+    bind_to_launcher()
+    return None
 
 
 def bind_to_launcher() -> None:
@@ -97,14 +101,9 @@ def launch(arguments: Sequence[str], num_ranks: int, program: Sequence[str] = _P
 
     Args:
         arguments: of each rank's command line.
-        num_ranks: number of processes.
+        num_ranks: number of processes, at least 1.
         program: the command to run with these arguments.
-
-    Raises:
-        UsageError: fewer than one rank.
     """
-    if num_ranks < 1:
-        raise UsageError(f"--nproc {num_ranks} is less than 1")
     _warn_of_too_many_threads(num_ranks)
     with _Forwarding() as forwarding:
         forwarding.ranks = _start([*program, *arguments], num_ranks)
@@ -213,17 +212,13 @@ def _outcome(ranks: list[_Rank], forwarding: _Forwarding) -> int:
         return 128 + forwarding.second
     if not failed:
         return 0
-    return _report(_first_to_fail(failed), len(ranks))
+    # The rank whose failure caused the others: one that only lost another rank is not to blame.
+    return _report(min(failed, key=lambda rank: _blame(rank.process.returncode)), len(ranks))
 
 
 def _is_stopped(child: int) -> bool:
     """Whether a child process has been stopped by a signal, so that it cannot end on its own."""
     return os.waitid(os.P_PID, child, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
-
-
-def _first_to_fail(failed: list[_Rank]) -> _Rank:
-    """The rank whose failure caused the others: one that only lost another rank is not to blame."""
-    return min(failed, key=lambda rank: _blame(rank.process.returncode))
 
 
 def _blame(code: int) -> int:

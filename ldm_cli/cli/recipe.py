@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ldm_cli.cli import options as given
-from ldm_cli.cli.show import show_result, show_rows
+from ldm_cli.cli.show import show_result
 from ldm_cli.cli.streams import is_utf8, write_line, write_result
 from ldm_cli.errors import InputNotFoundError, RecipeError, UsageError
 
@@ -29,10 +29,7 @@ def list_recipes(json: given.Json = False, debug: given.Debug = False) -> None:
         text = path.read_text(encoding="utf-8")
         about = text.partition("\n")[0].lstrip("# ") if text.startswith("#") else ""
         rows.append({"name": name, "command": parse_yaml(text).data["command"], "about": about})
-    if json:
-        show_result({"recipes": rows}, as_json=True)
-    else:
-        show_rows("", rows)
+    show_result({"recipes": rows}, json)
 
 
 @commands.command("show")
@@ -53,7 +50,7 @@ def show_recipe(
     from ldm_cli.recipe.load import load_recipe
     from ldm_cli.recipe.yaml_source import to_yaml
 
-    mapping = load_recipe(recipe, changes).mapping
+    mapping = load_recipe(recipe, changes).recipe.to_mapping()
     if json:
         show_result(mapping, as_json=True)
     else:

@@ -10,7 +10,7 @@ import typer
 
 from ldm_cli.cli import options as given
 from ldm_cli.cli import sample_arguments as arg
-from ldm_cli.cli.launch import bind_to_launcher, expect_as_many, is_first_rank, is_rank, launch, warn_of_copies
+from ldm_cli.cli.launch import is_first_rank, launched, warn_of_copies
 from ldm_cli.cli.report import make_reporter
 from ldm_cli.cli.show import show_dry_run, show_result
 from ldm_cli.cli.startup import importing
@@ -64,11 +64,8 @@ def command(
     debug: given.Debug = False,
 ) -> None:
     """Generate pictures from prompts and from other pictures, with a pipeline folder of ours or of diffusers."""
-    if is_rank():
-        expect_as_many(nproc)
-        bind_to_launcher()
-    elif nproc is not None and nproc > 1 and not dry_run:
-        raise typer.Exit(launch(context.obj, nproc))
+    if (code := launched(context.obj, None if dry_run else nproc)) is not None:
+        raise typer.Exit(code)
     recipe, changes = _split(arguments or [])
     provenance = None if repeat is None else _provenance(repeat, recipe)
     loaded = _load(recipe, changes, arg.recipe_fields(context.params), provenance)
@@ -79,14 +76,13 @@ def command(
     if dry_run:
         show_dry_run(loaded, json)
         return
-    result = _run(loaded, changes, out, device, overwrite, reporter, latents, provenance)
+    result = _run(loaded, out, device, overwrite, reporter, latents, provenance)
     if is_first_rank():
         show_result(result, json)
 
 
 def _run(
     loaded: LoadedRecipe,
-    changes: tuple[str, ...],
     out: Path | None,
     device: str,
     overwrite: bool,
@@ -102,7 +98,7 @@ def _run(
     noise = None if latents is None else Latents(latents)
     if provenance is not None and noise is None and "latents" in provenance.get("sources", {}):
         noise = Latents(Path(provenance["sources"]["latents"]), provenance.get("latents_row"))
-    options = RunOptions(out, device, recipe_text=loaded.text, overrides=changes, overwrite=overwrite)
+    options = RunOptions(out, device, recipe_text=loaded.text, overwrite=overwrite)
     return sample.run(cast("SampleRecipe", loaded.recipe), options, reporter, noise, provenance)
 
 

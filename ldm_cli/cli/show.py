@@ -33,11 +33,6 @@ def show_result(result: Mapping[str, Any], as_json: bool) -> None:
     write_result(_rendered(_sections("", result)))
 
 
-def show_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table of records with the same fields."""
-    write_result(_rendered([(title, _rows(rows))]))
-
-
 def show_dry_run(loaded: LoadedRecipe, as_json: bool, num_ranks: int = 1) -> None:
     """`--dry-run`: the resolved recipe, and the memory and data of each rank."""
     from ldm_cli.cli.report import make_reporter

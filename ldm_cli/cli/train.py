@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from ldm_cli.cli import options as given
-from ldm_cli.cli.launch import bind_to_launcher, expect_as_many, is_first_rank, is_rank, launch, warn_of_copies
+from ldm_cli.cli.launch import is_first_rank, launched, warn_of_copies
 from ldm_cli.cli.report import make_reporter
 from ldm_cli.cli.show import show_dry_run, show_result
 from ldm_cli.cli.startup import importing
@@ -38,11 +38,8 @@ def command(
 ) -> None:
     """Train the model of a recipe for this command."""
     changes, limit = given.check_overrides(overrides), given.seconds(max_time)
-    if is_rank():
-        expect_as_many(nproc)
-        bind_to_launcher()
-    elif nproc is not None and nproc > 1 and not dry_run:
-        raise typer.Exit(launch(context.obj, nproc))
+    if (code := launched(context.obj, None if dry_run else nproc)) is not None:
+        raise typer.Exit(code)
     from ldm_cli.recipe.load import load_recipe
 
     name = str(context.info_name)
@@ -50,7 +47,7 @@ def command(
     with importing():
         from ldm_cli.stages.support.options import RunOptions  # imports torch: a faulty recipe is refused before
 
-    options = RunOptions(out, device, resume, limit, data_trace=data_trace, recipe_text=loaded.text, overrides=changes)
+    options = RunOptions(out, device, resume, limit, data_trace=data_trace, recipe_text=loaded.text)
     if dry_run:
         release_signals()
         show_dry_run(loaded, json, max(1, nproc or 1))

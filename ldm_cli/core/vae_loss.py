@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL, DiagonalGaussian
-from ldm_cli.core.models.clip import IMAGE_MEAN, IMAGE_STD
+from ldm_cli.core.models.clip_image_processor import CLIPImageProcessor
 from ldm_cli.core.models.clip_vision import CLIPVisionTransformer
 from ldm_cli.core.models.patch_discriminator import PatchDiscriminator, hinge_loss
 from ldm_cli.core.vae_loss_config import VAELossConfig
@@ -26,40 +26,40 @@ def reconstruction_loss(kind: Literal["l1", "l2"], reconstruction: Tensor, image
     return F.l1_loss(reconstruction, images) if kind == "l1" else F.mse_loss(reconstruction, images)
 
 
-def perceptual_distance(tower: CLIPVisionTransformer, reconstruction: Tensor, images: Tensor) -> Tensor:
-    """Scalar mean squared distance of unit-length features, over all layers of a CLIP image tower.
+class PerceptualDistance(nn.Module):
+    """Mean squared distance of unit-length features, over all layers of a frozen CLIP image tower.
 
     As LPIPS (Zhang et al. 2018, arXiv:1801.03924, eq. 1) without its learnt channel weights, on a
     Transformer's tokens.
 
     Args:
-        reconstruction, images: [B, 3, H, W] in [−1, 1]; resized to the tower's size.
+        tower: its parameters no longer require gradients.
+        processor: prepares images for the tower.
     """
-    size = tower.config.image_size
-    mean = torch.tensor(IMAGE_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(IMAGE_STD, device=images.device).view(3, 1, 1)
-    pair = (torch.cat((reconstruction, images)) * 0.5 + 0.5 - mean) / std
-    if pair.shape[-2:] != (size, size):
-        pair = F.interpolate(pair, (size, size), mode="bilinear", antialias=True, align_corners=False)
-    layers = tower(pair, output_hidden_states=True).hidden_states
-    distances = []
-    for layer in layers[1:]:
-        ours, theirs = F.normalize(layer.float(), dim=-1).chunk(2)
-        distances.append((ours - theirs).square().sum(dim=-1).mean())
-    return torch.stack(distances).mean()
+
+    def __init__(self, tower: CLIPVisionTransformer, processor: CLIPImageProcessor) -> None:
+        super().__init__()
+        self.tower, self.processor = tower.requires_grad_(False).eval(), processor
+
+    def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+        """Two times [B, 3, H, W] in [−1, 1] → scalar."""
+        pair = self.processor((torch.cat((reconstruction, images)) + 1) * 127.5)
+        distances = []
+        for layer in self.tower(pair, output_hidden_states=True).hidden_states[1:]:
+            ours, theirs = F.normalize(layer.float(), dim=-1).chunk(2)
+            distances.append((ours - theirs).square().sum(dim=-1).mean())
+        return torch.stack(distances).mean()
 
 
 class VAELoss(nn.Module):
-    """All terms of the loss of one batch; holds the discriminator and the frozen CLIP tower, if any."""
+    """All terms of the loss of one batch; holds the discriminator and the perceptual distance, if any."""
 
-    def __init__(self, config: VAELossConfig, perceptual_tower: CLIPVisionTransformer | None = None) -> None:
+    def __init__(self, config: VAELossConfig, perceptual: PerceptualDistance | None = None) -> None:
         super().__init__()
-        if config.perceptual_weight > 0 and perceptual_tower is None:
-            raise ValueError(f"perceptual_weight={config.perceptual_weight}, but no tower was given")
+        if config.perceptual_weight > 0 and perceptual is None:
+            raise ValueError(f"perceptual_weight={config.perceptual_weight}, but no perceptual distance was given")
         self.config = config
-        self.perceptual_tower = perceptual_tower
-        if perceptual_tower is not None:
-            perceptual_tower.requires_grad_(False).eval()
+        self.perceptual = perceptual
         self.discriminator = (
             PatchDiscriminator(config.discriminator_channels, config.discriminator_layers)
             if config.adversarial_weight > 0
@@ -82,8 +82,8 @@ class VAELoss(nn.Module):
             "kl": posterior.kl().mean() / images[0].numel(),
         }
         loss = terms["reconstruction"] + config.kl_weight * terms["kl"]
-        if config.perceptual_weight > 0 and self.perceptual_tower is not None:
-            terms["perceptual"] = perceptual_distance(self.perceptual_tower, reconstruction, images)
+        if config.perceptual_weight > 0 and self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(reconstruction, images)
             loss = loss + config.perceptual_weight * terms["perceptual"]
         if self.discriminator is not None and step > config.adversarial_start:
             last_layer = vae.decoder.conv_out.weight

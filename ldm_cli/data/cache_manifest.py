@@ -13,6 +13,7 @@ import torch
 
 from ldm_cli.errors import DataError, StorageError
 from ldm_cli.reporting import Reporter
+from ldm_cli.storage import file_sha256
 
 MANIFEST = "cache.json"
 VERSION = 2
@@ -121,19 +122,6 @@ def differences(old: CacheKey, new: CacheKey) -> list[str]:
             "data.flip_probability asks for pictures that are " + ("" if True in new.flips else "not ") + "mirrored"
         )
     return found
-
-
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file.
-
-    Raises:
-        StorageError: reading failed.
-    """
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise StorageError(f"cannot read '{path}'", error.strerror or str(error)) from error
 
 
 def _hash(facts: Any) -> str:

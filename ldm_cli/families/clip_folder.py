@@ -5,24 +5,37 @@ from __future__ import annotations
 from pathlib import Path
 
 from ldm_cli.core.models.clip import CLIPModel
+from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.core.models.clip_image_processor import CLIPImageProcessor
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError
 from ldm_cli.families.clip_text_encoder import tokenizer_folder
-from ldm_cli.formats.model_folder import load_model, read_image_processor
+from ldm_cli.formats.model_folder import load_model, read_as, read_image_processor
+from ldm_cli.formats.weight_files import CONFIG_NAME
+from ldm_cli.storage import resolve_model_folder
 
 
 def open_clip(folder: Path) -> tuple[CLIPModel, Tokenizer, CLIPImageProcessor]:
     """Read a CLIPModel folder; errors as in `load_model`.
 
     Raises:
-        CheckpointError: the image processor does not give images of the model's size.
+        CheckpointError: as in `open_image_processor`.
     """
     model = load_model(CLIPModel, folder)
-    size = model.config.vision_config.image_size
+    return model, Tokenizer.load(tokenizer_folder(folder)), open_image_processor(folder)
+
+
+def open_image_processor(folder: Path) -> CLIPImageProcessor:
+    """The image processor of a CLIPModel folder; where it has none, OpenAI's. Errors as in `read_as`.
+
+    Raises:
+        CheckpointError: the image processor does not give images of the model's size.
+    """
+    config = read_as(CLIPConfig.from_hugging_face, resolve_model_folder(folder) / CONFIG_NAME)
+    size = config.vision_config.image_size
     processor = read_image_processor(CLIPImageProcessor.from_hugging_face, folder)
     processor = CLIPImageProcessor.for_side(size) if processor is None else processor
     if processor.side != size:
         cause = f"its image processor does not give {size}x{size} px, which the model's image_size asks for"
         raise CheckpointError(f"cannot use '{folder}'", cause, "correct size and crop_size of preprocessor_config.json")
-    return model, Tokenizer.load(tokenizer_folder(folder)), processor
+    return processor

@@ -108,7 +108,8 @@ def experiment(trained: Trained, data: Points, guidance: float, seed: int) -> Le
     grid = torch.cartesian_prod(axis, axis)
     forward = _forward(chosen, levels, seed)
     # Every fourth data point gives the cosines to three digits.
-    cosines = [measures.directions(x, denoise(x, level), level, data.xy[::4]) for level, x in _noised(forward, levels)]
+    noised = zip(levels, forward.stops[1:], strict=True)
+    cosines = [measures.directions(x, denoise(x, level), level, data.xy[::4]) for level, x in noised]
     labels = torch.arange(NUM_SAMPLES) % NUM_CLASSES
     return Lesson(
         data,
@@ -136,10 +137,6 @@ def _forward(x: Tensor, levels: tuple[Level, ...], seed: int) -> Walk:
         stops.append(kept * stops[-1] + added * normal(seed, "spiral forward walk", len(x), step))
         before = level
     return Walk((-1.0, *(level.t for level in levels)), torch.stack(stops))
-
-
-def _noised(forward: Walk, levels: tuple[Level, ...]) -> list[tuple[Level, Tensor]]:
-    return list(zip(levels, forward.stops[1:], strict=True))
 
 
 def _backward(denoise: CleanPredictor, timesteps: Timesteps, seed: int, eta: float, noise_scale: float = 1.0) -> Walk:

@@ -22,20 +22,11 @@ Section = TypeVar("Section", bound=Config)
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A valid recipe and its sources."""
+    """A valid recipe and its text."""
 
     recipe: Recipe
-    source: Path | None
-    """The file; None for a recipe from the command line alone."""
     text: str
     """The file as written."""
-    overrides: tuple[str, ...]
-    """The `key=value` arguments, as given."""
-
-    @property
-    def mapping(self) -> dict[str, Any]:
-        """Every field with its value, defaults included, as plain JSON data."""
-        return self.recipe.to_mapping()
 
 
 def load_recipe(
@@ -65,7 +56,7 @@ def load_recipe(
     if draft.problems:
         raise _invalid(shown, draft.problems)
     recipe = _validated(_recipe_class(draft, expected_command, shown), draft, shown)
-    return LoadedRecipe(cast(Recipe, recipe), path, text, tuple(overrides))
+    return LoadedRecipe(cast(Recipe, recipe), text)
 
 
 def load_section(model: type[Section], overrides: Sequence[str], options: Sequence[tuple[str, str, Any]]) -> Section:

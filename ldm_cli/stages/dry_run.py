@@ -17,11 +17,8 @@ from ldm_cli.formats.pipeline_folder import INDEX_NAME
 from ldm_cli.recipe.schema import EvalRecipe, Recipe, SampleRecipe, StartedRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages import trainer_stage
-from ldm_cli.stages.support.model_sizes import (
-    count_parameters,
-    model_at,
-    training_bytes,
-)
+from ldm_cli.stages.support.eval_samples import needed_folders
+from ldm_cli.stages.support.model_sizes import count_parameters, model_at, training_bytes
 from ldm_cli.stages.support.start import resolve_start
 from ldm_cli.training.config import TrainConfig
 
@@ -82,10 +79,7 @@ def _about_ranks(train: TrainConfig, num_ranks: int) -> list[str]:
 
 def _pipeline(field: str, folder: str, notes: list[str]) -> dict[str, int]:
     """Parameters of a pipeline folder's models."""
-    try:
-        root = resolve_model(Path(folder))
-    except InputNotFoundError as error:
-        notes.append(f"{field}: {error.what}")
+    if (root := _resolved(field, folder, notes)) is None:
         return {}
     if not has_model_json(root / INDEX_NAME):
         notes.append(f"{field}: '{root}' is not a whole pipeline")
@@ -94,15 +88,25 @@ def _pipeline(field: str, folder: str, notes: list[str]) -> dict[str, int]:
 
 
 def _evaluated(recipe: EvalRecipe, notes: list[str]) -> dict[str, int]:
-    parameters = {}
-    if recipe.eval.clip is not None and (clip := model_at("eval.clip", recipe.eval.clip, CLIPModel, notes)):
-        parameters["clip"] = count_parameters(clip)
-    if recipe.eval.vae is not None and (vae := model_at("eval.vae", recipe.eval.vae, AutoencoderKL, notes)):
-        parameters["vae"] = count_parameters(vae)
-    if recipe.eval.pipeline is not None:
-        inside = _pipeline("eval.pipeline", recipe.eval.pipeline, notes)
-        parameters |= {f"pipeline.{name}": count for name, count in inside.items()}
+    parameters: dict[str, int] = {}
+    for name, folder in needed_folders(recipe.eval).items():
+        field = f"eval.{name}"
+        if name == "pipeline":
+            parameters |= {f"{name}.{part}": count for part, count in _pipeline(field, folder, notes).items()}
+        elif (root := _resolved(field, folder, notes)) and (
+            model := model_at(field, str(root), CLIPModel if name == "clip" else AutoencoderKL, notes)
+        ):
+            parameters[name] = count_parameters(model)
     return parameters
+
+
+def _resolved(field: str, folder: str, notes: list[str]) -> Path | None:
+    """The model folder that `folder` means; a missing one is noted."""
+    try:
+        return resolve_model(Path(folder))
+    except InputNotFoundError as error:
+        notes.append(f"{field}: {error.what}")
+        return None
 
 
 def _memory(parameters: dict[str, int], bytes_each: int = 4) -> dict[str, Any]:

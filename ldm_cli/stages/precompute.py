@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
-from ldm_cli.data.cache_manifest import DTYPES, CachedShard, CacheKey, Dtype, Manifest, differences, file_sha256
+from ldm_cli.data.cache_manifest import DTYPES, CachedShard, CacheKey, Dtype, Manifest, differences
 from ldm_cli.data.cache_writer import (
     bad_members,
     caption_members,
@@ -34,7 +34,7 @@ from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
 from ldm_cli.stages.support.cache_encoding import NUM_AHEAD, CacheEncoder, Chunks, EncodedChunk
 from ldm_cli.stages.support.options import RunOptions, resolve_device
 from ldm_cli.stages.support.start import resolve_start
-from ldm_cli.storage import expect_room
+from ldm_cli.storage import expect_room, file_sha256
 from ldm_cli.training.failures import FailureJournal
 from ldm_cli.training.interruption import TIME_LIMIT, StopRequest
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from ldm_cli.errors import DivergedError, OutputError
+from ldm_cli.formats.json_file import write_json
 from ldm_cli.lesson.experiment import experiment, facts
 from ldm_cli.lesson.figures import lesson_figures
 from ldm_cli.lesson.network import Trained, train
@@ -18,7 +18,7 @@ from ldm_cli.lesson.page import page
 from ldm_cli.lesson.plotting import save_png
 from ldm_cli.lesson.spiral import Points, data_set
 from ldm_cli.reporting import Reporter
-from ldm_cli.storage import whole_file, write_whole
+from ldm_cli.storage import storage_errors, whole_file, write_whole
 
 PAGE_NAME = "index.html"
 FACTS_NAME = "spiral.json"
@@ -48,10 +48,8 @@ def run(
     """
     if (out / PAGE_NAME).exists() and not overwrite:
         raise OutputError(f"'{out / PAGE_NAME}' exists already", remedy="choose another --out, or pass --overwrite")
-    try:
+    with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot create '{out}'", error.strerror or str(error)) from error
     with _one_thread():
         return _lesson(out, seed, num_steps, guidance, reporter)
 
@@ -82,7 +80,7 @@ def _lesson(out: Path, seed: int, num_steps: int, guidance: float, reporter: Rep
             save_png(figure.panels, figure.columns, temporary)
     settings = {"seed": seed, "steps": num_steps, "guidance": guidance}
     result = {"settings": settings, "loss": trained.losses[-1], **measured}
-    write_whole(out / FACTS_NAME, json.dumps(result, indent=2) + "\n")
+    write_json(out / FACTS_NAME, result)
     write_whole(out / PAGE_NAME, html)
     reporter.info(f"the lesson is in {out / PAGE_NAME}")
     return {**result, "files": {"page": str(out / PAGE_NAME), **{name: str(path) for name, path in files.items()}}}

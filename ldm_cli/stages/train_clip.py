@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from ldm_cli.core.clip_loss import contrastive_loss
-from ldm_cli.core.models.clip import IMAGE_MEAN, IMAGE_STD, CLIPModel, normalize_images
+from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.core.models.clip_config import CLIPConfig
+from ldm_cli.core.models.clip_image_processor import CLIPImageProcessor
 from ldm_cli.core.models.clip_resnet import StatisticsKept
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import sequential_batches
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.families.caption_tokens import CaptionTokens
+from ldm_cli.families.clip_folder import open_image_processor
 from ldm_cli.formats.json_file import write_json
 from ldm_cli.formats.model_folder import load_weights
 from ldm_cli.formats.save_model import save_frozen, save_model
@@ -27,9 +29,9 @@ from ldm_cli.pictures.grid import image_grid
 from ldm_cli.pictures.images import save_image
 from ldm_cli.recipe.schema import TrainClipRecipe
 from ldm_cli.reporting import Reporter
-from ldm_cli.stages.support.model_sizes import Parameters, trained_parameters
+from ldm_cli.stages.support.model_sizes import Parameters, outlined, trained_parameters
 from ldm_cli.stages.support.options import RunOptions
-from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_uses
+from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_folder, start_uses
 from ldm_cli.stages.support.training_run import Workbench, run_training
 from ldm_cli.training.checkpoint import commit_folder, link_folder
 from ldm_cli.training.gradient_sum import gradient_sum
@@ -42,8 +44,9 @@ _NUM_FOUND = 8
 def run(recipe: TrainClipRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
     """Train the CLIP of `recipe`; the result is a CLIPModel folder with its tokenizer."""
     recipe = resolve_start(recipe, reporter.warn)
-    path = recipe.tokenizer.path
-    facts = {} if path is None else {"tokenizer": Tokenizer.load(path).fingerprint}
+    facts = {} if recipe.start_from is None else {"the image processor": _image_processor(recipe).model_dump_json()}
+    if recipe.tokenizer.path is not None:
+        facts["tokenizer"] = Tokenizer.load(recipe.tokenizer.path).fingerprint
     build = lambda bench: CLIPTask(recipe, bench)  # noqa: E731
     sizes, uses = parameters(recipe, []), start_uses(recipe)
     return run_training(recipe, options, reporter, build, sizes, uses=uses, facts=facts)
@@ -74,7 +77,8 @@ def parameters(recipe: TrainClipRecipe, notes: list[str]) -> Parameters:
     """The sizes of `recipe`; see `support/model_sizes.py`."""
     if recipe.tokenizer.path is None:
         notes.append("clip: the trained vocabulary may have fewer tokens than text_config.vocab_size")
-    return trained_parameters("clip", lambda: CLIPModel(recipe.model), recipe)
+    _image_processor(recipe)
+    return trained_parameters("clip", outlined(lambda: CLIPModel(recipe.model), recipe))
 
 
 class CLIPTask:
@@ -86,6 +90,7 @@ class CLIPTask:
         self.tokenizer.model_max_length = recipe.model.text_config.max_position_embeddings
         config = recipe.model if recipe.start_from else fit_to_tokenizer(recipe.model, self.tokenizer)
         self.model = build_model(CLIPModel, config, recipe)
+        self._processor = _image_processor(recipe)
         self._frozen = frozen_names(self.model)
         state = self.model.state_dict()
         bench.run.share(lambda folder: save_frozen(folder, state, self._frozen, TRANSFORMERS_WEIGHTS))
@@ -157,7 +162,7 @@ class CLIPTask:
 
     def _features(self, batch: Batch) -> Tensor:
         """Image and text features side by side, [B, 2·D]."""
-        pixels = normalize_images(batch.images.to(self.bench.device, non_blocking=True))
+        pixels = self._processor(batch.images.to(self.bench.device, non_blocking=True))
         ids = self._tokens(batch.captions).to(self.bench.device)
         return torch.cat([self.model.get_image_features(pixels), self.model.get_text_features(ids)], dim=1)
 
@@ -206,7 +211,7 @@ class CLIPTask:
             link_folder(self.bench.run.frozen, folder)
         save_model(folder, self.model.state_dict(), config.to_hugging_face(), TRANSFORMERS_WEIGHTS, self._frozen)
         self.tokenizer.save(folder)
-        write_json(folder / "preprocessor_config.json", image_processor(config.vision_config.image_size))
+        write_json(folder / "preprocessor_config.json", self._processor.to_hugging_face())
 
     def restore(self, folder: Path) -> None:
         """Read the weights of `export` back."""
@@ -215,6 +220,13 @@ class CLIPTask:
     def finalize(self) -> dict[str, float]:
         """The logit scale; nothing is left to do."""
         return {"logit_scale": self.model.clamped_logit_scale.item()}
+
+
+def _image_processor(recipe: TrainClipRecipe) -> CLIPImageProcessor:
+    """The one of `start_from`, or OpenAI's; errors as in `open_image_processor`."""
+    if recipe.start_from is None:
+        return CLIPImageProcessor.for_side(recipe.model.vision_config.image_size)
+    return open_image_processor(start_folder(recipe))
 
 
 def _tokenizer(recipe: TrainClipRecipe, bench: Workbench) -> Tokenizer:
@@ -241,21 +253,3 @@ def fit_to_tokenizer(config: CLIPConfig, tokenizer: Tokenizer) -> CLIPConfig:
         "pad_token_id": tokenizer.pad_id,
     }
     return config.model_copy(update={"text_config": config.text_config.model_copy(update=ids)})
-
-
-def image_processor(image_size: int) -> dict[str, Any]:
-    """Content of the preprocessor_config.json with which transformers prepares images as we do."""
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": image_size},
-        "resample": 3,  # bicubic
-        "do_center_crop": True,
-        "crop_size": {"height": image_size, "width": image_size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(IMAGE_MEAN),
-        "image_std": list(IMAGE_STD),
-        "do_convert_rgb": True,
-    }

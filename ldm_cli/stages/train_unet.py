@@ -33,6 +33,7 @@ from ldm_cli.stages.support.model_sizes import (
     Parameters,
     count_parameters,
     model_at,
+    outlined,
     trained_parameters,
 )
 from ldm_cli.stages.support.options import RunOptions
@@ -67,7 +68,7 @@ def parameters(recipe: TrainUnetRecipe, notes: list[str]) -> Parameters:
     text_encoder = model_at("text_encoder", recipe.text_encoder, CLIPTextModel, notes, text_config_of, allow_extra=True)
     if vae is not None and text_encoder is not None:
         fitted_config(recipe, vae, text_encoder.config.hidden_size)
-    trained, frozen = trained_parameters("unet", lambda: UNet2DConditionModel(recipe.model), recipe)
+    trained, frozen = trained_parameters("unet", outlined(lambda: UNet2DConditionModel(recipe.model), recipe))
     found = {"vae": vae, "text_encoder": text_encoder}
     return trained, frozen | {n: count_parameters(model) for n, model in found.items() if model is not None}
 
@@ -151,10 +152,9 @@ def fitted_config(recipe: TrainUnetRecipe, codec: Codec, text_width: int) -> UNe
     """The denoiser's configuration for latents of this size, if it fits codec and text encoder.
 
     Raises:
-        RecipeError: channels or widths do not fit together; or as in `expect_known_conditions`.
+        RecipeError: channels or widths do not fit together.
     """
     config = recipe.model
-    expect_known_conditions(config)
     problems = []
     channels = codec.channels
     if config.in_channels != channels or config.out_channels != channels:

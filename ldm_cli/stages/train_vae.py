@@ -18,11 +18,12 @@ from ldm_cli.core.models.clip_vision import CLIPVisionTransformer
 from ldm_cli.core.models.latent_space import standardized
 from ldm_cli.core.models.patch_discriminator import PatchDiscriminator
 from ldm_cli.core.pixels import to_bytes, to_signed
-from ldm_cli.core.vae_loss import VAELoss
+from ldm_cli.core.vae_loss import PerceptualDistance, VAELoss
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import Loader
 from ldm_cli.errors import DivergedError, RecipeError
 from ldm_cli.evaluation.image_quality import psnr
+from ldm_cli.families.clip_folder import open_image_processor
 from ldm_cli.formats.model_folder import load_model, load_weights
 from ldm_cli.formats.save_model import save_frozen, save_model
 from ldm_cli.pictures.grid import image_grid
@@ -30,7 +31,7 @@ from ldm_cli.pictures.images import save_image
 from ldm_cli.recipe.schema import TrainVaeRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.pixels import is_sound
-from ldm_cli.stages.support.model_sizes import Parameters, count_parameters, model_at, trained_parameters
+from ldm_cli.stages.support.model_sizes import Parameters, count_parameters, model_at, outlined, trained_parameters
 from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_uses
 from ldm_cli.stages.support.training_run import Workbench, run_training
@@ -43,22 +44,32 @@ _NUM_MEASURED = 1024
 def run(recipe: TrainVaeRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
     """Train the autoencoder of `recipe`; the result is an AutoencoderKL folder with a measured scale."""
     recipe = resolve_start(recipe, reporter.warn)
-    clip = recipe.loss.perceptual_clip
-    uses = start_uses(recipe) | ({} if clip is None else {"loss.perceptual_clip": clip})
-    build = lambda bench: VAETask(recipe, bench)  # noqa: E731
-    return run_training(recipe, options, reporter, build, parameters(recipe, []), uses=uses, with_captions=False)
+    clip, uses, facts = recipe.loss.perceptual_clip, start_uses(recipe), {}
+    build, sizes = lambda bench: VAETask(recipe, bench), parameters(recipe, [])
+    if clip is not None:
+        uses["loss.perceptual_clip"] = clip
+        facts["the image processor of loss.perceptual_clip"] = open_image_processor(Path(clip)).model_dump_json()
+    return run_training(recipe, options, reporter, build, sizes, uses=uses, facts=facts, with_captions=False)
 
 
 def parameters(recipe: TrainVaeRecipe, notes: list[str]) -> Parameters:
-    """The sizes of `recipe`; see `support/model_sizes.py`."""
-    trained, frozen = trained_parameters("vae", lambda: AutoencoderKL(recipe.model), recipe)
+    """The sizes of `recipe`; see `support/model_sizes.py`.
+
+    Raises:
+        RecipeError: a term of the loss cannot be computed with these models.
+    """
+    vae = outlined(lambda: AutoencoderKL(recipe.model), recipe)
+    _expect_last_layer(recipe, frozen_names(vae))
+    trained, frozen = trained_parameters("vae", vae)
     loss = recipe.loss
     if loss.adversarial_weight > 0:
         build = lambda: PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)  # noqa: E731
-        trained |= trained_parameters("discriminator", build)[0]
+        trained |= trained_parameters("discriminator", outlined(build))[0]
     if loss.perceptual_clip is not None:
         clip = model_at("loss.perceptual_clip", loss.perceptual_clip, CLIPModel, notes)
         if clip is not None:
+            _vision_transformer(clip, loss.perceptual_clip)
+            open_image_processor(Path(loss.perceptual_clip))
             frozen["perceptual_clip"] = count_parameters(clip.vision_model)
     return trained, frozen
 
@@ -71,12 +82,11 @@ class VAETask:
         config = recipe.model.model_copy(update={"sample_size": recipe.data.image_size})
         self.vae = build_model(AutoencoderKL, config, recipe)
         self._frozen = frozen_names(self.vae)
-        _expect_last_layer(recipe, self._frozen)
         state = self.vae.state_dict()
         bench.run.share(lambda folder: save_frozen(folder, state, self._frozen))
         if recipe.train.gradient_checkpointing:
             self.vae.enable_gradient_checkpointing()
-        self.terms = VAELoss(recipe.loss, _perceptual_tower(recipe.loss.perceptual_clip)).to(bench.device)
+        self.terms = VAELoss(recipe.loss, _perceptual(recipe.loss.perceptual_clip)).to(bench.device)
         tune_for_cpu(self.terms)
         self.modules = {"vae": self.vae}
         self.auxiliary = {} if self.terms.discriminator is None else {"discriminator": self.terms.discriminator}
@@ -179,17 +189,22 @@ class VAETask:
         return stack.mean(dim=(0, 2, 3)), stack.std(dim=(0, 2, 3)), stack.std().item()
 
 
-def _perceptual_tower(folder: str | None) -> CLIPVisionTransformer | None:
+def _perceptual(folder: str | None) -> PerceptualDistance | None:
     if folder is None:
         return None
-    tower = load_model(CLIPModel, Path(folder)).vision_model
-    if not isinstance(tower, CLIPVisionTransformer):
+    tower = _vision_transformer(load_model(CLIPModel, Path(folder)), folder)
+    return PerceptualDistance(tower, open_image_processor(Path(folder)))
+
+
+def _vision_transformer(clip: CLIPModel, folder: str) -> CLIPVisionTransformer:
+    """The image tower of a CLIP, if it is a ViT."""
+    if not isinstance(clip.vision_model, CLIPVisionTransformer):
         raise RecipeError(
             f"loss.perceptual_clip: '{folder}' cannot be used",
             "it has a ResNet for an image tower",
             "give a CLIP with a ViT",
         )
-    return tower
+    return clip.vision_model
 
 
 def _expect_last_layer(recipe: TrainVaeRecipe, frozen: Collection[str]) -> None:

@@ -7,7 +7,6 @@ the highest step whose manifest verifies: no symlink, no time stamp.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import shutil
@@ -20,7 +19,7 @@ import torch
 
 from ldm_cli import __version__
 from ldm_cli.errors import CheckpointError
-from ldm_cli.storage import TEMPORARY_PREFIX, fsync_path, storage_errors, write_whole
+from ldm_cli.storage import TEMPORARY_PREFIX, file_sha256, fsync_path, storage_errors, write_whole
 
 MANIFEST = "manifest.json"
 _STEP_PREFIX = "step-"
@@ -102,18 +101,13 @@ def _seal(folder: Path, known: dict[tuple[int, int], _Entry]) -> None:
         inode = (facts.st_dev, facts.st_ino)
         if inode not in known:
             fsync_path(file)
-            known[inode] = {"bytes": facts.st_size, "sha256": _sha256_of(file)}
+            known[inode] = {"bytes": facts.st_size, "sha256": file_sha256(file)}
         entries[file.relative_to(folder).as_posix()] = known[inode]
     versions = {"ldm": __version__, "torch": torch.__version__, "python": platform.python_version()}
     write_whole(folder / MANIFEST, json.dumps({"versions": versions, "files": entries}, indent=1) + "\n")
     for directory in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
         fsync_path(directory)
     fsync_path(folder)
-
-
-def _sha256_of(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _known(folder: Path) -> dict[tuple[int, int], _Entry]:
@@ -167,7 +161,7 @@ def _problem(file: Path, entry: _Entry) -> str | None:
         return "is missing"
     if file.stat().st_size != entry["bytes"]:
         return f"has {file.stat().st_size} bytes, not {entry['bytes']}"
-    return None if _sha256_of(file) == entry["sha256"] else "does not have the content of its sha256"
+    return None if file_sha256(file) == entry["sha256"] else "does not have the content of its sha256"
 
 
 def _mend(folder: Path, spare: Path) -> list[str]:

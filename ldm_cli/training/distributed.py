@@ -39,10 +39,8 @@ _RUN_AGAIN = "run the same command again"
 class _ConnectedRanks(Ranks):
     """Several processes, connected through torch.distributed."""
 
-    def __init__(
-        self, rank: int, world_size: int, local_rank: int, store: Store, device: torch.device, timeout: float
-    ) -> None:
-        super().__init__(rank, world_size, local_rank)
+    def __init__(self, rank: int, world_size: int, store: Store, device: torch.device, timeout: float) -> None:
+        super().__init__(rank, world_size)
         self._store = store
         self._device_group = dist.new_group(backend="nccl") if device.type == "cuda" else None
         self._host_group: dist.ProcessGroup | None = None
@@ -209,7 +207,7 @@ def joined(device: torch.device, timeout: float) -> Iterator[Ranks]:
         UsageError: the environment is wrong.
         WorkerError: the others do not come.
     """
-    rank, world_size, local = _environment()
+    rank, world_size, _ = _environment()
     if world_size == 1:
         yield Ranks()
         return
@@ -218,7 +216,7 @@ def joined(device: torch.device, timeout: float) -> Iterator[Ranks]:
     try:
         store = _rendezvous(rank, world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_PATIENCE)
-        ranks = _ConnectedRanks(rank, world_size, local, store, device, timeout)
+        ranks = _ConnectedRanks(rank, world_size, store, device, timeout)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise WorkerError(f"rank {rank} of {world_size} cannot join the others", reason, _RUN_AGAIN) from error

@@ -73,12 +73,8 @@ class GuardedOptimizers:
 
     def __init__(self, weights: Weights, config: TrainConfig, device: torch.device) -> None:
         self.weights, self.config = weights, config
-        trained = {
-            name: {n: p for n, p in held.items() if p.requires_grad} for name, held in weights.parameters.items()
-        }
-        self.parameters = {name: list(held.values()) for name, held in trained.items()}
-        self.names = {name: list(held) for name, held in trained.items()}
-        self.optimizers = {name: build_optimizers(held, config, weights.ranks) for name, held in trained.items()}
+        held = weights.parameters
+        self.optimizers = {name: build_optimizers(held[name], config, weights.ranks) for name in held}
         scale = _FIRST_LOSS_SCALE if config.precision == "fp16" else 1.0
         self.loss_scale = torch.tensor(scale, device=device)
         self.steps_since_overflow = torch.tensor(0.0, device=device)
@@ -96,7 +92,7 @@ class GuardedOptimizers:
             The 2-norm of each module's mean gradient, before clipping, and `kept`: 1 if the step was taken, or 0.
         """
         scale = self.loss_scale * num_parts
-        norms = {name: self.weights.grad_norm(name) / scale for name in self.parameters}
+        norms = {name: self.weights.grad_norm(name) / scale for name in self.optimizers}
         finite = torch.isfinite(torch.stack([*norms.values(), loss.detach().to(self.loss_scale)])).all()
         found_inf = 1.0 - finite.to(torch.float32)
         for name, optimizers in self.optimizers.items():
@@ -168,7 +164,8 @@ class GuardedOptimizers:
 
     def _locations(self) -> Iterator[tuple[str, nn.Parameter, AdamW | Muon]]:
         """(prefix of its names in a checkpoint, parameter, the optimizer it is in) of every trained parameter."""
-        for module, names in self.names.items():
-            home = {id(p): o for o in self.optimizers[module] for group in o.param_groups for p in group["params"]}
-            for name, parameter in zip(names, self.parameters[module], strict=True):
-                yield f"{module}.{name}.", parameter, home[id(parameter)]
+        for module, optimizers in self.optimizers.items():
+            home = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
+            for name, parameter in self.weights.parameters[module].items():
+                if parameter.requires_grad:
+                    yield f"{module}.{name}.", parameter, home[id(parameter)]

@@ -21,13 +21,12 @@ class Ranks:
     Attributes:
         rank: number of this process, in [0, world_size).
         world_size: number of processes.
-        local_rank: number of this process on its machine; its CUDA device.
     """
 
-    def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0) -> None:
+    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank} is not in [0, world_size={world_size})")
-        self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
+        self.rank, self.world_size = rank, world_size
 
     @property
     def is_first(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import socket
@@ -26,6 +25,7 @@ from ldm_cli.errors import (
     as_ldm_error,
     printable,
 )
+from ldm_cli.formats.json_file import read_json, write_json
 from ldm_cli.reporting import Reporter
 from ldm_cli.storage import storage_errors, write_whole
 from ldm_cli.training.checkpoint import checkpoints, commit_folder, problem_with, step_of, sweep
@@ -50,6 +50,9 @@ class RunFolder:
 
     def __init__(self, path: Path, reporter: Reporter) -> None:
         self.path, self._reporter = path, reporter
+        self.checkpoints, self.samples = path / "checkpoints", path / "samples"
+        self.frozen, self.model = path / "frozen", path / "model"
+        self._identity = path / "recipe.resolved.yaml"
         self.metrics = MetricsFile(path / "metrics.jsonl")
         self._lock = RunLock(path / ".lock")
         self._failures = FailureJournal(path / "failures.jsonl")
@@ -57,26 +60,6 @@ class RunFolder:
         self._has_begun = False  # a command that is refused leaves the run's status alone
         self._step_under_way: int | None = None
         self._has_stepped = False
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def samples(self) -> Path:
-        """Folder of the pictures drawn on the way."""
-        return self.path / "samples"
-
-    @property
-    def frozen(self) -> Path:
-        """Files that all checkpoints share, written once."""
-        return self.path / "frozen"
-
-    @property
-    def model(self) -> Path:
-        """The finished model folder."""
-        return self.path / "model"
 
     def __enter__(self) -> Self:
         """Create and lock the folder, and delete the unfinished files of a killed owner.
@@ -156,10 +139,6 @@ class RunFolder:
         with suppress(OSError), (self.path / "log.txt").open("a", encoding="utf-8") as stream:
             stream.write(printable(message) + "\n")
 
-    @property
-    def _identity(self) -> Path:
-        return self.path / "recipe.resolved.yaml"
-
     def expect_unused(self) -> None:
         """Make sure that there is nothing to continue.
 
@@ -185,7 +164,7 @@ class RunFolder:
         """
         if not self._identity.exists():
             return []
-        before = _read_object(self._identity)
+        before = read_json(self._identity)
         harmless, causes = recipe_changes(before.get("recipe", {}), resolved)
         causes += fingerprint_changes(before.get("fingerprints", {}), fingerprints)
         if causes:
@@ -206,9 +185,8 @@ class RunFolder:
             self.log(f"the recipe changed: {change}")
         self._has_begun = True
         write_whole(self.path / "recipe.yaml", source)
-        document = {"recipe": resolved, "fingerprints": fingerprints}
-        write_whole(self._identity, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-        write_whole(self.path / "env.json", json.dumps(environment(), indent=1) + "\n")
+        write_json(self._identity, {"recipe": resolved, "fingerprints": fingerprints})
+        write_json(self.path / "env.json", environment())
 
     def status(self, state: str, *, step: int | None = None, steps: int | None = None, **details: Any) -> None:
         """Write status.json.
@@ -226,7 +204,7 @@ class RunFolder:
         self._has_begun = True
         owner = {"pid": os.getpid(), "host": socket.gethostname()}
         content = {"state": state, **self._progress, **owner, "code": None, **details}
-        write_whole(self.path / "status.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write_json(self.path / "status.json", content)
 
     def share(self, write: Callable[[Path], None]) -> None:
         """Fill `frozen` through `commit_folder`, unless it exists and verifies; only the owner of the folder writes."""
@@ -239,20 +217,10 @@ class RunFolder:
         if not file.exists() or not self.model.is_dir():
             return None
         try:
-            status = _read_object(file)
+            status = read_json(file)
         except CheckpointError:
             return None
         return status if status.get("state") == "finished" and {"step", "steps", "figures"} <= status.keys() else None
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"cannot read '{file}'", f"it is no JSON ({error})", "choose another --out") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"cannot read '{file}'", "it is no JSON object", "choose another --out")
-    return content
 
 
 def environment() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm_cli.bench import input_pipeline, picture, run
 from ldm_cli.bench.workload import Workload, build_model, our_step
 from ldm_cli.cli.app import run as ldm
+from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
+from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.errors import UnavailableError
+from ldm_cli.formats.save_model import save_model
 from ldm_cli.recipe.load import load_recipe
 from ldm_cli.reporting import SilentReporter
 
@@ -77,6 +81,19 @@ def test_autoencoders_are_measured(subject: str) -> None:
     (row,) = run.compare(subject, tiny(subject), run.BenchOptions(rounds=1), 10.0, compared=False)
     assert row["per_second"] == pytest.approx(2e3 / row["step_ms"])
     assert row["gflop_per_unit"] > 0
+
+
+@pytest.mark.usefixtures("forked")
+def test_the_model_of_a_recipe_that_begins_at_trained_weights_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "matmul_gflops", lambda *_: 10.0)
+    vae = AutoencoderKL(AutoencoderKLConfig(block_out_channels=(8,), norm_num_groups=4))
+    save_model(tmp_path, vae.state_dict(), vae.config.to_hugging_face())
+    changes = [f"start_from={tmp_path}", "vae=null", "train.batch_size=2", "data.image_size=16"]
+    assert ldm(["bench", "train-vae", "bench/vae", *changes, "--rounds", "1", "--json"]) == 0
+    (row,) = json.loads(capfd.readouterr().out)["train-vae"]
+    assert row["per_second"] > 0
 
 
 def test_operations_are_counted_as_torch_counts_those_of_the_peer_forward_and_backward() -> None:

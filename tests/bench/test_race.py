@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldm_cli.bench.race import Contender, Lap, Runner, race, speedup
+from ldm_cli.bench.race import Contender, Lap, Runner, race, speed
 from ldm_cli.errors import DataError, UnavailableError, WorkerError
 
 _MIB = 2**20
@@ -36,7 +36,7 @@ def where() -> dict[str, Any]:
 
 
 def test_a_speedup_is_the_median_of_ratios_in_one_round() -> None:
-    assert speedup(Lap(seconds=[1.0, 2.0, 1.0]), Lap(seconds=[2.0, 6.0, 1.5])) == 2.0
+    assert speed("", Lap(seconds=[2.0, 6.0, 1.5]), Lap(seconds=[1.0, 2.0, 1.0]))["speedup"] == 2.0
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only /proc reports a program's own peak")

@@ -136,7 +136,6 @@ def test_the_trainers_pass_on_what_was_said(monkeypatch: pytest.MonkeyPatch) -> 
         assert (seen["recipe"].command, seen["recipe"].train.steps) == (f"train-{name}", 300)
         options = seen["options"]
         assert (options.out, options.resume, options.max_time) == (Path("o"), "never", 120.0)
-        assert options.overrides == ("train.steps=300",)
         assert options.recipe_text.startswith("# The demo's")
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from ldm_cli.cli.show import show_result, show_rows
+from ldm_cli.cli.show import show_result
 
 
 def test_tables_hold_every_value_in_full_when_piped(capfd: pytest.CaptureFixture[str]) -> None:
@@ -40,7 +40,7 @@ def test_json_has_null_for_what_json_cannot_say(capfd: pytest.CaptureFixture[str
 
 
 def test_untrusted_text_cannot_steer_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
-    show_rows("t\x1b[2J", [{"caption": "a\x1b]0;x\x07b\u202e"}])
+    show_result({"t\x1b[2J": [{"caption": "a\x1b]0;x\x07b\u202e"}]}, as_json=False)
     out = capfd.readouterr().out
     assert "\x1b" not in out
     assert "\\x1b]0;x\\x07b\\u202e" in out

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.clip_config import CLIPVisionConfig
+from ldm_cli.core.models.clip_image_processor import CLIPImageProcessor
 from ldm_cli.core.models.clip_vision import CLIPVisionTransformer
 from ldm_cli.core.models.patch_discriminator import PatchDiscriminator, hinge_loss
-from ldm_cli.core.vae_loss import VAELoss, perceptual_distance
+from ldm_cli.core.vae_loss import PerceptualDistance, VAELoss
 from ldm_cli.core.vae_loss_config import VAELossConfig
 
 SIZE = 32
@@ -46,7 +47,7 @@ def make_loss(**weights: object) -> VAELoss:
             **weights,
         }
     )
-    return VAELoss(config, CLIPVisionTransformer(TOWER))
+    return VAELoss(config, PerceptualDistance(CLIPVisionTransformer(TOWER), CLIPImageProcessor.for_side(16)))
 
 
 def gradients(loss: VAELoss, vae: AutoencoderKL, step: int = 10) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -135,11 +136,24 @@ def test_before_its_start_the_adversarial_term_is_absent() -> None:
 def test_the_perceptual_tower_stays_frozen_and_equal_images_are_at_distance_zero() -> None:
     loss = make_loss(perceptual_weight=1.0)
     gradients(loss, make_vae())
-    assert loss.perceptual_tower is not None
-    assert all(p.grad is None for p in loss.perceptual_tower.parameters())
+    assert loss.perceptual is not None
+    assert all(p.grad is None for p in loss.perceptual.parameters())
     images = torch.rand(2, 3, SIZE, SIZE) * 2 - 1
-    assert perceptual_distance(loss.perceptual_tower, images, images).item() == pytest.approx(0, abs=1e-10)
-    assert perceptual_distance(loss.perceptual_tower, images, -images).item() > 1e-4
+    assert loss.perceptual(images, images).item() == pytest.approx(0, abs=1e-10)
+    assert loss.perceptual(images, -images).item() > 1e-4
+
+
+def test_the_perceptual_tower_sees_images_as_its_image_processor_says() -> None:
+    """(x − m) / s of images x is as images that another processor leaves alone."""
+    tower = CLIPVisionTransformer(TOWER)
+    first, second = torch.rand(2, 2, 3, 16, 16)
+    fields = {"size": 16, "crop_size": 16}
+    plain = CLIPImageProcessor.from_hugging_face(fields | {"image_mean": 0.0, "image_std": 1.0})
+    other = CLIPImageProcessor.from_hugging_face(fields | {"image_mean": 0.25, "image_std": 0.5})
+    shifted = [(2 * image - 0.5) * 2 - 1 for image in (first, second)]
+    expected = PerceptualDistance(tower, plain)(*shifted)
+    torch.testing.assert_close(PerceptualDistance(tower, other)(first * 2 - 1, second * 2 - 1), expected)
+    assert (PerceptualDistance(tower, plain)(first * 2 - 1, second * 2 - 1) - expected).abs() > 1e-3
 
 
 def test_kl_is_summed_over_the_latent_and_divided_by_the_image_size() -> None:

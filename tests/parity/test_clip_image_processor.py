@@ -12,7 +12,6 @@ import torch
 from pydantic import ValidationError
 from torch.nn import functional as F
 
-from ldm_cli.core.models.clip import normalize_images
 from ldm_cli.core.models.clip_image_processor import CLIPImageProcessor
 from ldm_cli.errors import CheckpointError
 from ldm_cli.evaluation.clip_features import CLIPFeatures
@@ -92,11 +91,23 @@ def test_a_processor_that_is_not_implemented_is_refused_with_its_file(tmp_path: 
         read_image_processor(CLIPImageProcessor.from_hugging_face, tmp_path)
 
 
-def test_defaults_are_those_of_our_own_normalisation() -> None:
-    images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+def test_a_processor_of_openai_gives_its_side_and_normalises_each_channel() -> None:
     assert CLIPImageProcessor.for_side(224) == CLIPImageProcessor()
-    assert CLIPImageProcessor().side == 224
-    assert torch.allclose(CLIPImageProcessor()(images), normalize_images(images), atol=1e-6)
+    assert CLIPImageProcessor.for_side(16).side == 16
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    found = CLIPImageProcessor.for_side(16)(images)
+    for channel, (mean, std) in enumerate(zip(theirs.OPENAI_CLIP_MEAN, theirs.OPENAI_CLIP_STD, strict=True)):
+        expected = (torch.arange(256, dtype=torch.float64) / 255 - mean) / std
+        torch.testing.assert_close(found[1, channel].flatten(), expected.float(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_a_processor_that_is_written_is_read_back_by_us_and_by_transformers(content: str) -> None:
+    processor = CLIPImageProcessor.from_hugging_face(CONTENTS[content])
+    written = json.loads(json.dumps(processor.to_hugging_face()))
+    assert CLIPImageProcessor.from_hugging_face(written) == processor
+    again = theirs.CLIPImageProcessorPil.from_dict(written).to_dict()
+    assert CLIPImageProcessor.from_hugging_face(again) == processor
 
 
 PREPROCESSORS = [

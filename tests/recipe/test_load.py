@@ -42,8 +42,8 @@ def test_a_good_recipe_is_loaded_with_its_text_and_every_default(tmp_path: Path)
     loaded = load_recipe(write(tmp_path, GOOD), ["train.lr=1e-3"])
     assert isinstance(loaded.recipe, TrainVaeRecipe)
     assert loaded.recipe.train.lr == 1e-3
-    assert (loaded.text, loaded.overrides) == (GOOD, ("train.lr=1e-3",))
-    assert loaded.mapping["train"]["lr_schedule"] == "cosine"
+    assert loaded.text == GOOD
+    assert loaded.recipe.to_mapping()["train"]["lr_schedule"] == "cosine"
     assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
 
 
@@ -304,7 +304,7 @@ def test_a_tilde_in_a_path_of_a_recipe_is_the_home_folder_and_in_a_prompt_it_sta
 ) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     changes = ["model=~/m", "edit.image=~/a.png", "out=~/out", "prompts=['~/x']", "sampling.negative='~/y'"]
-    recipe = load_recipe(None, changes, "sample").mapping
+    recipe = load_recipe(None, changes, "sample").recipe.to_mapping()
     assert (recipe["model"], recipe["edit"]["image"], recipe["out"]) == ("/home/me/m", "/home/me/a.png", "/home/me/out")
     assert (recipe["prompts"], recipe["sampling"]["negative"]) == (["~/x"], "~/y")
     data = load_section(DataConfig, ["shards=[~/a.tar, b~/c.tar, ~nobody-here/d.tar]", "val_shards=~/v-*.tar"], [])

@@ -44,7 +44,7 @@ def test_a_shipped_recipe_is_valid_and_begins_with_what_it_is(name: str) -> None
 def test_a_resolved_recipe_is_the_same_recipe(name: str, tmp_path: Path) -> None:
     loaded = load_recipe(name)
     path = tmp_path / "resolved.yaml"
-    path.write_text(to_yaml(loaded.mapping), encoding="utf-8")
+    path.write_text(to_yaml(loaded.recipe.to_mapping()), encoding="utf-8")
     assert load_recipe(path).recipe == loaded.recipe
 
 

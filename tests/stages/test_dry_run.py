@@ -31,7 +31,7 @@ def planned(command: str, *overrides: str) -> dict[str, Any]:
     loaded = load_recipe(None, [*base, *overrides], expected_command=command)
     result = dry_run(loaded.recipe, SilentReporter())
     json.dumps(result, allow_nan=False)
-    assert result["recipe"] == loaded.mapping
+    assert result["recipe"] == loaded.recipe.to_mapping()
     return result
 
 
@@ -123,9 +123,17 @@ def test_parts_that_do_not_fit_together_are_refused_before_training() -> None:
 
 
 def test_evaluation_and_sampling_have_plans_too() -> None:
-    _, clip = _save_parts()
+    vae, clip = _save_parts()
     result = planned("eval", "data.shards=x.tar", "eval={metrics: [retrieval], clip: c}")
     assert result["parameters"] == {"clip": count_parameters(clip)}
+    for folder in ("c", "v"):
+        Path("runs", folder).mkdir(parents=True)
+        Path(folder).rename(Path("runs", folder, "model"))
+    shards, metrics = "data.shards=x.tar", "metrics: [retrieval, reconstruction]"
+    result = planned("eval", shards, f"eval={{{metrics}, clip: runs/c, vae: runs/v, pipeline: not/needed}}")
+    assert result["parameters"] == {"clip": count_parameters(clip), "vae": count_parameters(vae)}
+    assert not [note for note in result["notes"] if "eval." in note]
+    assert "eval.vae" in planned("eval", shards, "eval={metrics: [reconstruction], vae: runs/x}")["notes"][0]
     result = planned("sample", "model=nowhere", "prompts=[a, b]", "sampling.images_per_prompt=3")
     assert result["images"] == 6
     assert result["parameters"] == {}

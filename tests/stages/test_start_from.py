@@ -12,17 +12,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ldm_cli.core.clip_loss import contrastive_loss
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
+from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.core.pixels import to_bytes, to_signed
 from ldm_cli.data.loader import sequential_batches
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.errors import CheckpointError, InputNotFoundError, RecipeError
+from ldm_cli.evaluation.clip_features import CLIPFeatures
 from ldm_cli.evaluation.image_quality import psnr
+from ldm_cli.formats.model_folder import load_model
 from ldm_cli.formats.model_source import load_tensors
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages.dry_run import dry_run
 from ldm_cli.stages.support.start import freeze, frozen_names, resolve_start
+from ldm_cli.training import saving
 from tests.faults.runs import assert_same_run, metrics
 
 from .tiny import RESNET, clip_recipe, lose_after, trained, unet_recipe, vae_recipe
@@ -76,6 +81,18 @@ def test_frozen_parameters_are_written_once_and_diffusers_opens_every_folder(
         assert all(torch.equal(their[name], ours[name]) for name in ours)
     state = load_file(tmp_path / "checkpoints/step-00000004/training.safetensors")
     assert not [name for name in state if "encoder" in name or ".quant_conv" in name], "frozen parts have no moments"
+
+
+def test_the_room_a_checkpoint_takes_is_known_before_it_is_written(
+    scenes: Path, vae_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(saving, "_HEADER_BYTES", 0)
+    monkeypatch.setattr(saving, "expect_room", lambda folder, num_bytes, what: sizes.append(num_bytes))
+    trained(decoder_recipe(scenes, vae_run, steps=1, ema_decay=0.5), tmp_path)
+    files = (tmp_path / "checkpoints/step-00000001").rglob("*.safetensors")
+    own = [file for file in files if file.stat().st_nlink == 1]
+    assert sizes[-1] == pytest.approx(sum(value.nbytes for file in own for value in load_file(file).values()), rel=0.02)
 
 
 def test_the_first_validation_is_that_of_the_source(scenes: Path, vae_run: Path, tmp_path: Path) -> None:
@@ -312,9 +329,36 @@ def test_a_missing_folder_is_named(scenes: Path, tmp_path: Path) -> None:
 
 def test_an_adaptive_weight_needs_the_last_layer(scenes: Path, vae_run: Path, tmp_path: Path) -> None:
     loss = {"adversarial_weight": 0.5, "discriminator_layers": 1, "discriminator_channels": 8}
-    recipe = started(vae_recipe(scenes, loss=loss), "vae", vae_run, freeze=["decoder.conv_out.*"])
+    recipe = started(vae_recipe(scenes, loss=loss, steps=1), "vae", vae_run, freeze=["decoder.conv_out.*"])
     with pytest.raises(RecipeError, match="adversarial_adaptive"):
-        trained(recipe, tmp_path)
+        dry_run(TrainVaeRecipe.from_mapping(recipe), SilentReporter())
+    with pytest.raises(RecipeError, match="adversarial_adaptive"):
+        trained(recipe, tmp_path / "run")
+    trained(recipe | {"loss": {**loss, "adversarial_adaptive": False}}, tmp_path / "run")
+
+
+def test_a_clip_that_is_continued_keeps_the_image_processor_of_its_source(
+    scenes: Path, clip_run: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(clip_run / "model", tmp_path / "source"))
+    file = source / "preprocessor_config.json"
+    ours = json.loads(file.read_text())
+    # Transformers 5 writes it there.
+    nested = {"image_processor": ours | {"image_mean": [0.5] * 3, "image_std": [0.25, 0.5, 0.5]}}
+    (source / "processor_config.json").write_text(json.dumps(nested))
+    recipe = started(clip_recipe(scenes, steps=1, validation_samples=8), "clip", source)
+    trained(recipe, tmp_path / "run")
+    assert json.loads((tmp_path / "run/model/preprocessor_config.json").read_text()) == nested["image_processor"]
+    features, data = CLIPFeatures.load(source, torch.device("cpu")), TrainClipRecipe.from_mapping(recipe).data
+    assert data.val_shards is not None
+    (batch,) = sequential_batches(open_shards(data.val_shards, data, SilentReporter()), data, 8, limit=8)
+    scale = load_model(CLIPModel, source).clamped_logit_scale
+    loss, _ = contrastive_loss(features.images(batch.images), features.texts(batch.captions), scale)
+    assert metrics(tmp_path / "run")[0]["val_loss"] == pytest.approx(loss.item(), abs=1e-5)
+    file.unlink()
+    (source / "processor_config.json").unlink()
+    with pytest.raises(CheckpointError, match="the fingerprint of the image processor"):
+        trained(recipe, tmp_path / "run")
 
 
 def test_a_trained_encoder_behind_a_frozen_latent_is_measured_not_folded(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm_cli.core.clip_loss import contrastive_loss
-from ldm_cli.core.models.clip import CLIPModel, normalize_images
+from ldm_cli.core.models.clip import CLIPModel
+from ldm_cli.core.models.clip_image_processor import CLIPImageProcessor
 from ldm_cli.core.models.clip_resnet import ModifiedResNet
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import Loader
@@ -89,7 +90,7 @@ def test_transformers_opens_the_model_and_agrees(clip_run: Path, scenes: Path) -
     ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
     assert torch.equal(ids, Tokenizer.load(clip_run / "model").encode(captions).input_ids)
     assert ids.shape == (2, 24), "the context length of the model, not CLIP's 77"
-    pixels = normalize_images(torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8))
+    pixels = CLIPImageProcessor.for_side(32)(torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8))
     with torch.no_grad():
         text, image, scale = ours(ids, pixels)
         output = theirs(input_ids=ids, pixel_values=pixels)

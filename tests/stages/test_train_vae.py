@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ldm_cli.formats.model_folder import load_model
 from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import TrainVaeRecipe
 from ldm_cli.reporting import SilentReporter
+from ldm_cli.stages.dry_run import dry_run
 from ldm_cli.stages.support.training_run import Workbench
 from ldm_cli.stages.train_vae import VAETask
 from ldm_cli.training.failures import MAX_ATTEMPTS
@@ -148,8 +150,8 @@ def test_a_perceptual_adversarial_run_that_is_lost_ends_the_same(
 def test_the_perceptual_tower_stays_as_it_is(scenes: Path, clip_run: Path, tmp_path: Path) -> None:
     loss = {"perceptual_weight": 1.0, "perceptual_clip": str(clip_run / "model")}
     task, loader = make_task(tmp_path, vae_recipe(scenes, loss=loss))
-    tower = task.terms.perceptual_tower
-    assert tower is not None
+    assert task.terms.perceptual is not None
+    tower = task.terms.perceptual.tower
     for part in task.parts(next(loader.batches(0, 1)), 2):
         value, figures = task.loss(part, 1)
         assert figures["perceptual"] > 0
@@ -172,9 +174,25 @@ def test_another_perceptual_clip_under_the_same_path_is_another_run(scenes: Path
 
 def test_a_resnet_is_refused_as_perceptual_tower(scenes: Path, tmp_path: Path) -> None:
     trained(clip_recipe(scenes, RESNET, steps=1), tmp_path / "clip")
-    loss = {"perceptual_weight": 1.0, "perceptual_clip": str(tmp_path / "clip/model")}
+    recipe = vae_recipe(scenes, loss={"perceptual_weight": 1.0, "perceptual_clip": str(tmp_path / "clip/model")})
     with pytest.raises(RecipeError, match="ResNet"):
-        trained(vae_recipe(scenes, loss=loss), tmp_path / "vae")
+        dry_run(TrainVaeRecipe.from_mapping(recipe), SilentReporter())
+    with pytest.raises(RecipeError, match="ResNet"):
+        trained(recipe, tmp_path / "vae")
+    assert not (tmp_path / "vae").exists(), "a corrected recipe would be another run"
+
+
+def test_the_perceptual_tower_sees_images_as_its_folder_says(scenes: Path, clip_run: Path, tmp_path: Path) -> None:
+    clip = Path(shutil.copytree(clip_run / "model", tmp_path / "clip"))
+    recipe = vae_recipe(scenes, loss={"perceptual_weight": 1.0, "perceptual_clip": str(clip)}, steps=1)
+    trained(recipe, tmp_path / "vae")
+    file = clip / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
+    with pytest.raises(CheckpointError, match=r"the image processor of loss\.perceptual_clip"):
+        trained(recipe, tmp_path / "vae")
+    trained(recipe, tmp_path / "other")
+    first, second = (metrics(tmp_path / name)[0]["perceptual"] for name in ("vae", "other"))
+    assert first != pytest.approx(second, rel=1e-2)
 
 
 @pytest.mark.parametrize(

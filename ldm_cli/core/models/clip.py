@@ -14,33 +14,13 @@ from ldm_cli.core.models.clip_text import CLIPTextModel, CLIPTextModelWithProjec
 from ldm_cli.core.models.clip_vision import CLIPVisionModel, CLIPVisionTransformer, VisionOutput
 
 __all__ = [
-    "IMAGE_MEAN",
-    "IMAGE_STD",
     "CLIPModel",
     "CLIPTextModel",
     "CLIPTextModelWithProjection",
     "CLIPVisionModel",
     "TextOutput",
     "VisionOutput",
-    "normalize_images",
 ]
-
-# Per-channel mean and deviation of OpenAI's training images, on a scale of [0, 1].
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def normalize_images(images: Tensor) -> Tensor:
-    """What CLIP's image tower expects: (x / 255 - IMAGE_MEAN) / IMAGE_STD.
-
-    Args:
-        images: [B, 3, H, W] in [0, 255], uint8 or (for gradients with respect to pixels) any float.
-
-    Returns:
-        float32 [B, 3, H, W], about [-2, 2].
-    """
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
-    return images.float() * (1.0 / (255.0 * std)) - mean / std
 
 
 class CLIPModel(Checkpointable):

@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm_cli.config import Config
-from ldm_cli.core.models.clip import IMAGE_MEAN, IMAGE_STD
 from ldm_cli.core.models.model_config import Size
 
+# Per-channel mean and deviation of OpenAI's training images, on a scale of [0, 1].
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 # Pillow's numbers of the filters that torch has.
 _FILTERS = {2: "bilinear", 3: "bicubic"}
 # Keys of the file that change nothing for a batch of RGB images.
@@ -104,6 +106,11 @@ class CLIPImageProcessor(Config):
     def for_side(cls, side: int) -> Self:
         """The one of a CLIP without the file: images of `side` × `side` pixels, else as OpenAI's."""
         return cls(size=ShortestEdge(shortest_edge=side), crop_size=HeightWidth(height=side, width=side))
+
+    def to_hugging_face(self) -> dict[str, Any]:
+        """Content of the preprocessor_config.json with which transformers prepares images as this does."""
+        fields = {name: value for name, value in self.to_mapping().items() if name != "do_pad"}
+        return {"image_processor_type": "CLIPImageProcessor", **fields, "do_convert_rgb": True}
 
     @property
     def side(self) -> int | None:

@@ -28,8 +28,11 @@ from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.pixels import is_sound
 from ldm_cli.sampling.request import ImageRequest
 
-_CLIP_METRICS = {"clip_score", "zero_shot", "retrieval", "frechet_distance"}
-_METRICS_OF_GENERATED = {"clip_score", "frechet_distance", "attribute_accuracy"}
+_METRICS_BY_MODEL = {
+    "clip": {"clip_score", "zero_shot", "retrieval", "frechet_distance"},
+    "vae": {"reconstruction"},
+    "pipeline": {"clip_score", "frechet_distance", "attribute_accuracy"},
+}
 _REQUESTS_PER_CALL = 256
 
 
@@ -59,22 +62,28 @@ class Gathered:
     scenes: list[SeenScene] = field(default_factory=list)
 
 
+def needed_folders(config: EvalSection) -> dict[str, str]:
+    """`clip`, `vae`, `pipeline` → the folder that the recipe gives, for the models that its metrics need."""
+    used = {name for name, metrics in _METRICS_BY_MODEL.items() if metrics & set(config.metrics)}
+    return {name: folder for name in _METRICS_BY_MODEL if (folder := getattr(config, name)) and name in used}
+
+
 def load_models(config: EvalSection, device: torch.device) -> Models:
     """The models that the metrics need, and no others."""
-    hashes: dict[str, Any] = {}
+    folders, hashes = needed_folders(config), dict[str, Any]()
     clip, vae, pipeline = None, None, None
-    if config.clip is not None and _CLIP_METRICS & set(config.metrics):
-        folder = resolve_model(Path(config.clip))
+    if "clip" in folders:
+        folder = resolve_model(Path(folders["clip"]))
         clip = CLIPFeatures.load(folder, device)
         hashes["clip"] = {"folder": str(folder), "sha256": weights_sha256(folder)}
-    if config.vae is not None and "reconstruction" in config.metrics:
-        folder = resolve_model(Path(config.vae))
+    if "vae" in folders:
+        folder = resolve_model(Path(folders["vae"]))
         vae = load_model(AutoencoderKL, folder)
         place(device, torch.float32, vae)
         hashes["vae"] = {"folder": str(folder), "sha256": weights_sha256(folder)}
-    if config.pipeline is not None and _METRICS_OF_GENERATED & set(config.metrics):
+    if "pipeline" in folders:
         sampling = config.sampling
-        family = open_family(Path(config.pipeline), device, sampling.precision, compiled=sampling.compile)
+        family = open_family(Path(folders["pipeline"]), device, sampling.precision, compiled=sampling.compile)
         pipeline = Pipeline(family)
         hashes["pipeline"] = {"folder": str(family.folder), "sha256": family.weights_sha256}
     return Models(clip, vae, pipeline, device, hashes)

@@ -30,11 +30,10 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def trained_parameters(name: str, build: Callable[[], nn.Module], recipe: StartedRecipe | None = None) -> Parameters:
-    """The parameters of a trained model, which is built on the meta device; frozen ones count as `NAME.frozen`.
+def outlined(build: Callable[[], nn.Module], recipe: StartedRecipe | None = None) -> nn.Module:
+    """A model to be trained, on the meta device, with the parameters frozen that the recipe says.
 
     Args:
-        name: of the model in the result.
         build: makes the model.
         recipe: says where it starts and what stays frozen; None: all is trained, from fresh weights.
 
@@ -50,6 +49,11 @@ def trained_parameters(name: str, build: Callable[[], nn.Module], recipe: Starte
     if recipe is not None and recipe.start_from is not None:
         fitting_tensors(module, start_folder(recipe))
         freeze(module, recipe.freeze)
+    return module
+
+
+def trained_parameters(name: str, module: nn.Module) -> Parameters:
+    """The parameters of a trained model; frozen ones count as `NAME.frozen`."""
     total = count_parameters(module)
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     return {name: trained}, {f"{name}{FROZEN}": total - trained} if trained < total else {}

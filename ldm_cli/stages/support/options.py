@@ -26,8 +26,6 @@ class RunOptions:
     """File that tells which samples each step took; None: none."""
     recipe_text: str = ""
     """The recipe as written, kept beside the results."""
-    overrides: tuple[str, ...] = ()
-    """The `key=value` arguments, as given."""
     overwrite: bool = False
     """Replace existing output files."""
 

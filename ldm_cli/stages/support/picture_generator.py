@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +27,7 @@ from ldm_cli.sampling.edit_input import EditInput, open_edit_input
 from ldm_cli.sampling.guidance_models import guidance_hashes, with_absolute_paths
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.sample_options import OnNonfinite, OnPreview, SampleOptions
+from ldm_cli.storage import file_sha256
 
 _MOST_TOGETHER = 256
 # Fields that change no picture, or that the provenance of each picture holds by itself.
@@ -189,7 +189,7 @@ class PictureGenerator:
         provenance = edit.to_mapping() | {"strength": edit.resolved_strength}
         for name in ("image", "mask", "style"):
             path = provenance.pop(name)
-            provenance[f"{name}_sha256"] = None if path is None else _file_sha256(path)
+            provenance[f"{name}_sha256"] = None if path is None else file_sha256(Path(path))
         return provenance
 
 
@@ -200,10 +200,6 @@ def _alike(items: Sequence[Item], indices: Sequence[int]) -> Iterator[list[int]]
         groups.setdefault((items[i].sampling, items[i].edit), []).append(i)
     for group in groups.values():
         yield from (group[start : start + _MOST_TOGETHER] for start in range(0, len(group), _MOST_TOGETHER))
-
-
-def _file_sha256(path: str) -> str:
-    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
 
 
 def _read_latents(latents: Latents, num_images: int, shape: tuple[int, int, int]) -> Tensor:

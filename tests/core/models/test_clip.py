@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ldm_cli.core.models.clip import IMAGE_MEAN, IMAGE_STD, CLIPModel, CLIPTextModel, CLIPVisionModel, normalize_images
+from ldm_cli.core.models.clip import CLIPModel, CLIPTextModel, CLIPVisionModel
 from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from ldm_cli.core.models.clip_transformer import CLIPMLP
 
@@ -117,15 +117,6 @@ def test_too_many_tokens_and_a_wrong_image_size_are_refused() -> None:
         CLIPTextModel(text_config())(torch.zeros(1, 78, dtype=torch.long))
     with pytest.raises(ValueError, match=r"image of \(32, 40\) px, expected image_size=32"):
         CLIPVisionModel(vision_config())(torch.zeros(1, 3, 32, 40))
-
-
-def test_images_are_normalised_per_channel() -> None:
-    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
-    actual = normalize_images(images)
-    for channel, (mean, std) in enumerate(zip(IMAGE_MEAN, IMAGE_STD, strict=True)):
-        expected = (torch.arange(256, dtype=torch.float64) / 255 - mean) / std
-        torch.testing.assert_close(actual[1, channel].flatten(), expected.float(), atol=1e-6, rtol=0)
-    assert torch.equal(normalize_images(images.float()), actual)
 
 
 def test_quick_gelu_is_its_definition() -> None:

@@ -12,7 +12,7 @@ import torch
 from ldm_cli.cli.app import run
 from ldm_cli.errors import RecipeError, as_ldm_error
 from ldm_cli.recipe.load import load_recipe
-from ldm_cli.stages.support.model_sizes import expect_memory, memory_bytes
+from ldm_cli.stages.support.model_sizes import expect_memory, memory_bytes, training_bytes
 from ldm_cli.stages.train_vae import parameters
 
 CPU = torch.device("cpu")
@@ -67,6 +67,14 @@ def test_sharded_ranks_hold_a_part_each(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(RecipeError):
         expect("train.batch_size=4", ranks=4)
     expect("train.batch_size=4", "data.image_size=64", "train.strategy=sharded", ranks=4)
+
+
+def test_sharded_ranks_share_frozen_parameters_of_the_trained_model_alone() -> None:
+    train = recipe("train.strategy=sharded", "train.ema_decay=0.9", "train.batch_size=4").train
+    found = training_bytes({"vae": 1001, "discriminator": 10}, {"vae.frozen": 401, "perceptual_clip": 7}, train, 4)
+    assert found == {
+        "weights": 4 * (251 + 10 + 101 + 7), "gradients": 4 * 261, "optimizer": 8 * 261, "ema": 4 * 251
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
