@@ -75,6 +75,8 @@ def run(source: Path, out: Path, options: ConvertOptions) -> dict[str, Any]:
         raise UsageError(f"cannot write '{out}'", "pickles are not written", "give a name that ends in .safetensors")
     if out.exists() and not options.overwrite:
         raise OutputError(f"'{out}' exists", remedy="choose another place, or give --overwrite")
+    if out.is_dir() and not any((out / name).is_file() for name in (INDEX_NAME, CONFIG_NAME)):
+        raise OutputError(f"'{out}' is no model folder", "--overwrite replaces only those", "choose another place")
     models = _changed(_read(source, options), options)
     if is_file:
         metadata = _write_file(models, out)

@@ -19,7 +19,7 @@ from ldm_cli.errors import InputNotFoundError, RecipeError
 from ldm_cli.families.clip_text_encoder import tokenizer_folder
 from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.model_folder import ModelClass, load_model, read_as
-from ldm_cli.formats.model_source import has_model_json
+from ldm_cli.formats.model_source import has_model_json, split_at_file
 from ldm_cli.formats.pipeline_folder import INDEX_NAME, TEXT_ENCODER, UNET, VAE
 from ldm_cli.formats.scheduler_file import read_scheduler
 from ldm_cli.formats.weight_files import CONFIG_NAME
@@ -86,10 +86,11 @@ def start_folder(recipe: StartedRecipe) -> Path:
     """
     if recipe.start_from is None:
         raise ValueError("start_from is None")
-    if not Path(recipe.start_from).exists():
-        remedy = "give the folder of a model, a run or a checkpoint"
+    path = Path(recipe.start_from)
+    if not path.exists() and split_at_file(path) is None:
+        remedy = "give a model folder, a single file, a run or a checkpoint"
         raise InputNotFoundError(f"start_from: no folder '{recipe.start_from}'", remedy=remedy)
-    root = resolve_model(Path(recipe.start_from))
+    root = resolve_model(path)
     if not _is_pipeline(root) or isinstance(recipe, TrainClipRecipe):
         return root
     return root / (VAE if isinstance(recipe, TrainVaeRecipe) else UNET)
