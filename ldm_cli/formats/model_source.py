@@ -77,16 +77,18 @@ def weights_sha256(folder: Path) -> str:
 
 
 def outside_file(file: Path, name: str) -> Path:
-    """The folder beside a single file with a component that such files do not hold: a tokenizer.
+    """The folder of a component that single files do not hold, a tokenizer: for `a/x.safetensors`, `a/x/NAME` or `a/NAME`.
 
     Raises:
-        InputNotFoundError: there is none.
+        InputNotFoundError: there is neither.
     """
-    beside = file.parent / name
-    if not beside.is_dir():
-        remedy = f"put its folder there, or make a folder: `ldm convert {file} FOLDER --tokenizer DIR`"
-        raise InputNotFoundError(f"no {name} for '{file}'", f"there is no folder '{beside}'", remedy)
-    return beside
+    places = [file.with_suffix("") / name, file.parent / name]
+    found = next((place for place in places if place.is_dir()), None)
+    if found is None:
+        cause = f"there is no folder '{places[0]}' or '{places[1]}'"
+        remedy = f"put its files there, or run `ldm convert {file} FOLDER --tokenizer DIR`"
+        raise InputNotFoundError(f"no {name} for '{file}'", cause, remedy)
+    return found
 
 
 def _json_file(file: Path, inside: Path) -> dict[str, Any] | None:

@@ -112,20 +112,18 @@ def single_file(
 
 def _recognised(tensors: Mapping[str, Tensor], source: Path) -> dict[str, tuple[str, str]]:
     """Prefix and kind of each model, by subfolder."""
+    for sign, architecture in OTHERS.items():
+        if told := [name for name in tensors if sign in name]:
+            raise CheckpointError(f"cannot use '{source}'", f"its names are those of {architecture}: {named(told)}")
     found: dict[str, tuple[str, str]] = {}
     for folder, prefix, kind in (*PLACES, *ALONE):
         is_free = folder not in found if folder else not found
         if is_free and all(prefix + mark in tensors for mark in KINDS[kind].marks):
             found[folder] = prefix, kind
-    if found:
-        return found
-    for sign, architecture in OTHERS.items():
-        if told := [name for name in tensors if sign in name]:
-            cause = f"its names are those of {architecture}: {named(told)}"
-            raise CheckpointError(f"cannot use '{source}'", cause)
-    raise CheckpointError(
-        f"cannot tell the architecture of '{source}'", f"it holds {named(list(tensors)) or 'nothing'}"
-    )
+    if not found:
+        known = named(list(tensors)) or "nothing"
+        raise CheckpointError(f"cannot tell the architecture of '{source}'", f"it holds {known}")
+    return found
 
 
 def _averaged(tensors: Mapping[str, Tensor], found: Mapping[str, tuple[str, str]], source: Path) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ OTHERS = {
     ".lora": "a LoRA",
     "control_model.": "a ControlNet",
     "conditioner.embedders.0.model.": "the refiner of Stable Diffusion XL",
-    "down_blocks.": "diffusers: give the folder with its config.json",
-    "vision_model.": "transformers: give the folder with its config.json",
+    "down_blocks.": "diffusers, which are read as a folder with config.json",
+    "vision_model.": "transformers, which are read as a folder with config.json",
 }
 """Part of a name → architecture that is not read."""

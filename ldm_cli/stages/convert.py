@@ -12,7 +12,7 @@ from ldm_cli.errors import CheckpointError, InputNotFoundError, OutputError, Usa
 from ldm_cli.families.family import DTYPES
 from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.json_file import write_json
-from ldm_cli.formats.model_source import split_at_file
+from ldm_cli.formats.model_source import outside_file, split_at_file
 from ldm_cli.formats.pipeline_folder import INDEX_NAME, SCHEDULER_FILE, TOKENIZER, UNET
 from ldm_cli.formats.save_model import save_sharded
 from ldm_cli.formats.single_file import CONFIGS_KEY, as_single_file
@@ -118,10 +118,10 @@ def _with_tokenizers(models: FoundModels, source: Path, options: ConvertOptions)
     needed = [name for name in models.json_files.get(INDEX_NAME, {}) if name.startswith(TOKENIZER)]
     if options.tokenizer is None and (models.companions or not needed):
         return models
-    folder = options.tokenizer or options.config or source.parent
+    given = options.tokenizer or options.config
     companions = dict(models.companions)
     for name in needed or [""]:
-        companions |= tokenizer_files(folder, name)
+        companions |= tokenizer_files(outside_file(source, name) if given is None else given, name)
     return replace(models, companions=companions)
 
 

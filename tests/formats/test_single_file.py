@@ -214,7 +214,7 @@ def test_averages_of_the_unet_are_taken_where_asked_for() -> None:
         ),
         (["double_blocks.0.x"], "names are those of FLUX: double_blocks.0.x"),
         (["lora_unet_down.lora_up.weight"], "names are those of a LoRA"),
-        (["down_blocks.0.resnets.0.conv1.weight"], "those of diffusers: give the folder"),
+        (["down_blocks.0.resnets.0.conv1.weight"], "those of diffusers, which are read as a folder"),
         (list("abcdefg"), "cannot tell the architecture of 'x.safetensors': it holds a, b, c, d, e and 2 more"),
         ([], "it holds nothing"),
     ],
@@ -227,8 +227,8 @@ def test_other_architectures_are_refused_with_the_keys_that_told(names: list[str
 
 def test_a_tensor_of_no_model_and_a_missing_one_are_named(tmp_path: Path) -> None:
     tensors = pipeline()
-    with pytest.raises(CheckpointError, match=r"belong to none of these: control_model.x"):
-        opened(tensors | {"control_model.x": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=r"it holds unet, vae, text_encoder, and tensors that belong to none of these: text.x"):
+        opened(tensors | {"text.x": torch.zeros(1)})
     save_file(tensors | {f"{UNET_PREFIX}input_blocks.1.0.extra": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match=r"x.safetensors/unet' do not fit: unexpected: input_blocks.1.0.extra"):
         load_model(UNet2DConditionModel, tmp_path / "x.safetensors" / "unet")
@@ -252,8 +252,9 @@ def test_a_path_leads_into_a_file_as_into_a_folder(tmp_path: Path) -> None:
         load_tensors(file)
     with pytest.raises(InputNotFoundError, match=r"no tokenizer for .*x.safetensors.*--tokenizer DIR"):
         tokenizer_folder(file / "text_encoder")
-    (tmp_path / "tokenizer").mkdir()
-    assert tokenizer_folder(file / "text_encoder") == tmp_path / "tokenizer"
+    for place in (tmp_path / "tokenizer", tmp_path / "x" / "tokenizer"):
+        place.mkdir(parents=True)
+        assert tokenizer_folder(file / "text_encoder") == place
     vae = {n: t for n, t in pipeline().items() if n.startswith("first_stage_model.")}
     save_file(vae, file)  # another file of the same name
     assert load_model(AutoencoderKL, file).config.block_out_channels == (32,)

@@ -208,11 +208,13 @@ def test_averages_become_the_weights_where_asked_for(home: Path) -> None:
 
 def test_a_pipeline_needs_its_tokenizer(home: Path) -> None:
     shutil.move(home / "tokenizer", home / "elsewhere")
-    with pytest.raises(InputNotFoundError, match=r"no tokenizer: .* --tokenizer"):
-        run(home / "model.safetensors", home / "x", ConvertOptions())
+    file = (home / "model.safetensors").rename(home / "other.safetensors")
+    message = r"no tokenizer for .*: there is no folder '.*/other/tokenizer' or '.*/home/tokenizer'; .* --tokenizer DIR"
+    with pytest.raises(InputNotFoundError, match=message):
+        run(file, home / "x", ConvertOptions())
     assert not (home / "x").exists()
     for place in (home / "elsewhere", home / "model"):
-        run(home / "model.safetensors", home / "x", ConvertOptions(tokenizer=place, overwrite=True))
+        run(file, home / "x", ConvertOptions(tokenizer=place, overwrite=True))
         assert Tokenizer.load(home / "x" / "tokenizer").fingerprint == Tokenizer.load(home / "elsewhere").fingerprint
 
 

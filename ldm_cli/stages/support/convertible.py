@@ -144,7 +144,7 @@ def tokenizer_files(folder: Path, component: str) -> dict[str, Path]:
         CheckpointError: it is no tokenizer of a CLIP.
     """
     inside = folder / component
-    if component == TOKENIZER and not inside.is_dir():
+    if not inside.is_dir() and component in (TOKENIZER, folder.name):
         inside = folder
     files = _files(inside, component, _TOKENIZER_FILES)
     if not files:
