@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from ldm_cli.storage import expand_home
 
@@ -51,3 +51,13 @@ class Config(BaseModel):
         """The configuration as plain JSON data, every field present."""
         result: dict[str, Any] = self.model_dump(mode="json")
         return result
+
+
+def causes(error: ValidationError) -> list[str]:
+    """What pydantic found wrong, one text per problem, with the field's name where it is about one."""
+    found = []
+    for one in error.errors():
+        place, message = ".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, ")
+        message = message[:1].lower() + message[1:]
+        found.append(f"{place}: {message}" if place else message)
+    return found

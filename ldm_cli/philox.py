@@ -19,10 +19,11 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _NUM_ROUNDS = 10
 
-Key = tuple[int, int]
+Key = tuple[int, int] | tuple[Tensor, Tensor]
+"""Two 32-bit integers; or int64 tensors [B, 1] of them, a key for each sample."""
 
 
-def key(seed: int, purpose: str) -> Key:
+def key(seed: int, purpose: str) -> tuple[int, int]:
     """The 2×32-bit key of one stream of numbers; different purposes under one seed are independent."""
     digest = hashlib.sha256(f"{purpose}\0{seed}".encode()).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
@@ -33,7 +34,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Key) -> tupl
 
     Args:
         counter: four int64 tensors of one shape (or broadcastable), each value in [0, 2³²).
-        key: two 32-bit integers.
+        key: its tensors, if any, broadcast with the counter.
 
     Returns:
         Four int64 tensors of that shape, values uniform in [0, 2³²).

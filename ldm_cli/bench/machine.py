@@ -13,8 +13,7 @@ from torch import nn
 
 from ldm_cli.bench.race import wait_for
 from ldm_cli.core.cpu import tune_for_cpu
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from ldm_cli.core.precision import DTYPES
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -34,7 +33,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 @torch.inference_mode()
 def matmul_gflops(device: torch.device, precision: str = "fp32", rounds: int = 5) -> float:
     """GFLOP/s (2 per multiply-add) of a large matrix product, by the faster of torch's two libraries; best round."""
-    n, dtype = 8192 if device.type == "cuda" else 1536, _DTYPES[precision]
+    n, dtype = 8192 if device.type == "cuda" else 1536, DTYPES[precision]
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     linear = nn.Linear(n, n, bias=False, device=device, dtype=dtype)
     tune_for_cpu(linear)  # on a CPU by another library than `a @ b`

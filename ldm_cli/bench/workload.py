@@ -25,6 +25,7 @@ from ldm_cli.core.diffusion.process import process_of
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
+from ldm_cli.core.precision import autocast
 from ldm_cli.core.vae_loss import VAELoss
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.training.optim import GuardedOptimizers
@@ -38,7 +39,6 @@ _MODELS: Mapping[type[TrainRecipe], Callable[..., nn.Module]] = {
     TrainVaeRecipe: AutoencoderKL,
     TrainUnetRecipe: UNet2DConditionModel,
 }
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ class Workload:
 
     def autocast(self) -> AbstractContextManager[None]:
         """Autocast as the trainers use it."""
-        dtype = _AUTOCAST.get(self.recipe.train.precision)
-        return torch.autocast(self.device, dtype, enabled=dtype is not None)
+        return autocast(self.device, self.recipe.train.precision)
 
 
 def with_known_ids(recipe: TrainRecipe) -> TrainRecipe:

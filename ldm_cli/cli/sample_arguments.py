@@ -60,7 +60,7 @@ XY = Annotated[
     list[str] | None, option("--xy", metavar="FIELD=A,B,…", panel=_SHOWING, text="Grid over a field; twice for two.")
 ]
 PreviewEvery = Annotated[
-    int | None, option("--preview-every", metavar="N", panel=_SHOWING, text="Update preview.png every N steps.")
+    int | None, option("--preview-every", metavar="N", panel=_SHOWING, text="Update preview.png every N predictions.")
 ]
 ImageFormat = Annotated[str | None, option("--format", metavar="F", panel=_SHOWING, text="png, jpg or webp.")]
 Metadata = Annotated[

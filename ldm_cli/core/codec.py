@@ -26,10 +26,10 @@ class Codec(Protocol):
         """Images [B, 3, H, W] in [-1, 1] → float32 tensors [B, …] by name: what a cache keeps of them."""
 
     def latents(self, moments: Mapping[str, Tensor], noise: Tensor | None = None) -> Tensor:
-        """Moments → latents [B, C, h, w], drawn with standard normal noise of their shape, or the mode without it."""
+        """Moments → latents [B, C, h, w]: a sample, with standard normal noise of their shape, else the mode."""
 
-    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] → latents [B, C, h, w]."""
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] → the mode of their latents, [B, C, h, w]."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] → images [B, 3, H, W], about [-1, 1], not clamped."""
@@ -46,10 +46,10 @@ class PixelCodec:
         return {"pixels": images.float()}
 
     def latents(self, moments: Mapping[str, Tensor], noise: Tensor | None = None) -> Tensor:
-        """The images themselves; there is nothing to draw."""
+        """The images themselves, which have no distribution."""
         return moments["pixels"]
 
-    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+    def encode(self, images: Tensor) -> Tensor:
         """The images themselves."""
         return images.float()
 

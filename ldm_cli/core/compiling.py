@@ -1,8 +1,8 @@
 """Models compiled by torch in place: weights and the keys of a state dict stay as they are.
 
-For training region by region: a region is a block of which a model has many, those of the same shapes share their code,
-and the backward pass doubles what is to be compiled. For drawing whole, which leaves less to Python. Every shape has
-code of its own: the results of one never depend on which others came before.
+Training compiles region by region, because the backward pass doubles the work of the compiler. A region is a block that
+a model repeats; blocks of the same shapes share their code. Sampling compiles the whole model, so that a step runs less
+Python. Every shape of input has code of its own: results for one shape never depend on the shapes that came before.
 """
 
 from __future__ import annotations

@@ -76,10 +76,6 @@ class Condition:
 
         return self.combined(choose, [self, other])
 
-    def __getitem__(self, rows: slice) -> Self:
-        """Some rows."""
-        return self.map(lambda tensor: tensor[rows])
-
 
 class Denoiser(Protocol):
     """A network that predicts noise, velocity or the clean sample from a noisy one."""

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from ldm_cli.errors import DataError, StorageError
 from ldm_cli.reporting import Reporter
@@ -18,7 +15,6 @@ from ldm_cli.storage import file_sha256
 MANIFEST = "cache.json"
 VERSION = 2
 Dtype = Literal["fp32", "fp16", "bf16"]
-DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Facts = dict[str, Any]
 _HASH_LENGTH = 16
 

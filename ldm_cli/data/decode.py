@@ -111,6 +111,12 @@ def upright_size(data: bytes, max_pixels: int) -> tuple[int, int]:
     return (height, width) if _orientation(image) >= 5 and image.format != "TIFF" else (width, height)
 
 
+def from_pillow(image: Image.Image) -> Tensor:
+    """An RGB picture → uint8 [1, 3, H, W], channels last in memory."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(1, image.height, image.width, 3).permute(0, 3, 1, 2)
+
+
 def to_rectangle(
     image: Image.Image,
     size: tuple[int, int],
@@ -138,8 +144,7 @@ def to_rectangle(
         image = image.resize((width, height), Image.Resampling.BICUBIC, box, reducing_gap=3.0)
     elif box != (0, 0, *image.size):
         image = image.crop(box)
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    result = pixels.view(1, image.height, image.width, 3).permute(0, 3, 1, 2)
+    result = from_pillow(image)
     if result.shape[2:] != size:
         # In bytes and channels last, torch's resize is several times as fast as Pillow's, from which it differs
         # by the rounding of the last bit.

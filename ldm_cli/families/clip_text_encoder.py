@@ -92,27 +92,32 @@ class CLIPTextEncoder:
         return Condition(tokens=self._states(self._caption_tokens(captions)))
 
     @torch.inference_mode()
-    def encode_prompt(self, prompt: str, *, weighted: bool, warn: Callable[[str], None]) -> Condition:
-        """One prompt by itself; see `Encoder`."""
-        pieces = parse_weights(prompt) if weighted else [WeightedText(prompt, 1.0)]
-        ids, weights, cut = self._weighted_ids(pieces)
-        if cut:
-            places = self.length - 2
-            warn(f"prompt {prompt[:40]!r}… has more than {places} tokens; this was cut: {_shortened(cut)!r}")
-        states = self._states(ids)
-        if all(piece.weight == 1.0 for piece in pieces):
+    def encode_prompts(self, prompts: Sequence[str], *, weighted: bool, warn: Callable[[str], None]) -> Condition:
+        """B prompts in one batch; see `Encoder`."""
+        rows: list[list[int]] = []
+        weights: list[list[float]] = []
+        for prompt in prompts:
+            ids, own, cut = self._weighted_ids(parse_weights(prompt) if weighted else [WeightedText(prompt, 1.0)])
+            rows, weights = [*rows, ids], [*weights, own]
+            if cut:
+                places = self.length - 2
+                warn(f"prompt {prompt[:40]!r}… has more than {places} tokens; this was cut: {_shortened(cut)!r}")
+        states = self._states(torch.tensor(rows))
+        if all(weight == 1.0 for own in weights for weight in own):
             return Condition(tokens=states)
         # Away from the empty prompt's states and towards them, place by place: a weight of 1 changes nothing.
         empty = self._states(self.tokenizer.encode([""], self.length).input_ids)
-        return Condition(tokens=torch.lerp(empty, states, weights.to(states)[None, :, None]))
+        shares = torch.tensor(weights)[..., None].to(states.device, states.dtype, non_blocking=True)
+        return Condition(tokens=torch.lerp(empty, states, shares))
 
     def _states(self, ids: Tensor) -> Tensor:
         """Token ids int64 [B, L] → [B, L, D]."""
-        states: Tensor = self.model(ids.to(next(self.model.parameters()).device)).last_hidden_state
+        device = next(self.model.parameters()).device
+        states: Tensor = self.model(ids.to(device, non_blocking=True)).last_hidden_state
         return states
 
-    def _weighted_ids(self, pieces: list[WeightedText]) -> tuple[Tensor, Tensor, str]:
-        """Token ids int64 [1, L], a weight for each [L], and the text that found no room."""
+    def _weighted_ids(self, pieces: list[WeightedText]) -> tuple[list[int], list[float], str]:
+        """L token ids, a weight for each, and the text that found no room."""
         places, cut = self.length - 2, ""
         ids: list[int] = []
         weights: list[float] = []
@@ -125,7 +130,7 @@ class CLIPTextEncoder:
             weights += [piece.weight] * num_tokens
         rest = places - len(ids)
         row = [self.tokenizer.start_id, *ids, self.tokenizer.end_id, *[self.tokenizer.pad_id] * rest]
-        return torch.tensor([row]), torch.tensor([1.0, *weights, 1.0, *[1.0] * rest]), cut
+        return row, [1.0, *weights, 1.0, *[1.0] * rest], cut
 
 
 def tokenizer_folder(text_encoder: Path) -> Path:

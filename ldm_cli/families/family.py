@@ -26,9 +26,6 @@ from ldm_cli.formats.model_folder import read_config
 from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.formats.scheduler_file import SchedulerSettings
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""By the names of `precision`."""
-
 
 class Encoder(Protocol):
     """Prompts to the conditions that a denoiser takes."""
@@ -44,13 +41,13 @@ class Encoder(Protocol):
     def encode(self, captions: Sequence[str]) -> Condition:
         """B captions in one batch: B rows."""
 
-    def encode_prompt(self, prompt: str, *, weighted: bool, warn: Callable[[str], None]) -> Condition:
-        """One prompt by itself, so that its condition does not depend on other prompts: one row.
+    def encode_prompts(self, prompts: Sequence[str], *, weighted: bool, warn: Callable[[str], None]) -> Condition:
+        """B prompts in one batch: B rows.
 
         Args:
-            prompt: the text.
+            prompts: the texts.
             weighted: whether `(word:1.3)` is a weight.
-            warn: is called with a message where the prompt is cut.
+            warn: is called with a message for each prompt that is cut.
         """
 
 

@@ -28,7 +28,7 @@ class _Open:
 
 
 def parse_weights(prompt: str) -> list[WeightedText]:
-    r"""The pieces of a prompt, neighbours of one weight joined; their texts together are what is drawn.
+    r"""The pieces of a prompt, neighbours of one weight joined; their texts together are the prompt that is encoded.
 
     >>> [(p.text, p.weight) for p in parse_weights(r"a (red:1.3) circle (or so)")]
     [('a ', 1.0), ('red', 1.3), (' circle (or so)', 1.0)]

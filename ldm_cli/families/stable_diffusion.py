@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from ldm_cli.config import causes
 from ldm_cli.core.compiling import compile_whole
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
@@ -18,10 +19,11 @@ from ldm_cli.core.models.clip_config import CLIPTextConfig
 from ldm_cli.core.models.latent_space import standardized
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
+from ldm_cli.core.precision import DTYPES
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, text_config_of, tokenizer_folder
-from ldm_cli.families.family import DTYPES, Family, place
+from ldm_cli.families.family import Family, place
 from ldm_cli.formats import pipeline_folder as layout
 from ldm_cli.formats.model_folder import load_model, outline_model
 from ldm_cli.formats.model_source import has_model_json, read_model_json
@@ -138,8 +140,7 @@ def _read_settings(folder: Path) -> SchedulerSettings:
     try:
         DiffusionConfig.from_mapping(settings.diffusion)
     except ValidationError as error:
-        causes = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise CheckpointError(f"cannot use '{folder / layout.SCHEDULER_FILE}'", "; ".join(causes)) from error
+        raise CheckpointError(f"cannot use '{folder / layout.SCHEDULER_FILE}'", "; ".join(causes(error))) from error
     return settings
 
 
@@ -153,12 +154,13 @@ def _check_parts(
     if isinstance(unet.cross_attention_dim, int):
         width = "unet.cross_attention_dim", unet.cross_attention_dim
         pairs.append((*width, "text_encoder.hidden_size", text.hidden_size))
-    causes = [f"{a}={value}, {b}={expected}" for a, value, b, expected in pairs if value != expected]
-    causes += [f"unet.{field} asks for a condition that is not supported" for field in unet.pooled_fields]
+    found = [f"{a}={value}, {b}={expected}" for a, value, b, expected in pairs if value != expected]
+    found += [f"unet.{field} asks for a condition that is not supported" for field in unet.pooled_fields]
     if num_tokens > text.vocab_size:
-        causes.append(f"the tokenizer has {num_tokens} tokens, the text encoder {text.vocab_size}")
-    if causes:
-        raise CheckpointError(f"the parts of '{folder}' do not fit", "; ".join(causes))
+        found.append(f"the tokenizer has {num_tokens} tokens, the text encoder {text.vocab_size}")
+    if found:
+        place = "the model" if folder is None else f"'{folder}'"
+        raise CheckpointError(f"the parts of {place} do not fit", "; ".join(found))
 
 
 def _channels_with_mask(channels: int) -> int:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ldm_cli.config import causes
 from ldm_cli.errors import CheckpointError, first_line
 from ldm_cli.formats.model_source import has_model_json, load_tensors, read_model_json
 from ldm_cli.formats.weight_files import CONFIG_NAME, named, release
@@ -112,8 +113,7 @@ def parse_as(parse: Callable[[Mapping[str, Any]], T], mapping: Mapping[str, Any]
     try:
         return parse(mapping)
     except ValidationError as error:
-        causes = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise CheckpointError(f"cannot use '{file}'", named(causes, "; ")) from error
+        raise CheckpointError(f"cannot use '{file}'", named(causes(error), "; ")) from error
     except ValueError as error:
         raise CheckpointError(f"cannot use '{file}'", str(error)) from error
 

@@ -1,1 +1,1 @@
-"""What `ldm sample` does around the drawing: jobs, sheets, grids, files, provenance."""
+"""What `ldm sample` does beside generating pictures: jobs, sheets, grids, files, provenance."""

@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ldm_cli.data.decode import from_pillow
 from ldm_cli.errors import printable
-from ldm_cli.pictures.images import from_pillow
 
 _SMALLEST_CELL = 128
 _SMALLEST_FONT = 14
@@ -22,7 +22,7 @@ _MISSING = 224
 _GAP, _SHEET_GAP = 4, 12
 
 
-def image_grid(images: Sequence[Tensor], columns: int | None = None, gap: int = _GAP) -> Tensor:
+def image_grid(images: Sequence[Tensor], columns: int | None = None) -> Tensor:
     """Pictures side by side, row by row, on white.
 
     Pictures with a side below 128 px are enlarged, all by the same whole factor.
@@ -30,7 +30,6 @@ def image_grid(images: Sequence[Tensor], columns: int | None = None, gap: int = 
     Args:
         images: uint8 [3, H, W] each, at least one; smaller ones lie at the top left of their cell.
         columns: pictures per row; None makes the grid nearly square.
-        gap: pixels between pictures.
 
     Returns:
         uint8 [3, H', W'].
@@ -44,10 +43,10 @@ def image_grid(images: Sequence[Tensor], columns: int | None = None, gap: int = 
     columns = columns or math.ceil(math.sqrt(len(images)))
     height, width = _cell(images)
     rows = -(-len(images) // columns)
-    size = (3, rows * (height + gap) - gap, min(columns, len(images)) * (width + gap) - gap)
+    size = (3, rows * (height + _GAP) - _GAP, min(columns, len(images)) * (width + _GAP) - _GAP)
     grid = torch.full(size, 255, dtype=torch.uint8)
     for i, image in enumerate(images):
-        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        top, left = i // columns * (height + _GAP), i % columns * (width + _GAP)
         grid[:, top : top + image.shape[1], left : left + image.shape[2]] = image
     return grid
 
@@ -76,8 +75,9 @@ def labelled_grid(
     Returns:
         uint8 [3, H', W'].
     """
+    images = _enlarged(images)
     grid = image_grid(images, len(columns))
-    height, width = (size + _GAP for size in _cell(_enlarged(images)))
+    height, width = (size + _GAP for size in _cell(images))
     font_size = max(_SMALLEST_FONT, min(height, width) // 20)
     font, line_height, character_width = ImageFont.load_default(font_size), font_size * 4 // 3, font_size * 0.6
     column_labels = [_wrapped(label, width / character_width) for label in columns]
@@ -98,7 +98,7 @@ def labelled_grid(
     draw = ImageDraw.Draw(sheet)
     for x, y, anchor, colour, text in texts:
         draw.multiline_text((x, y), text, colour, font, anchor, align="center" if anchor[0] == "m" else "left")
-    pixels = from_pillow(sheet)
+    pixels = from_pillow(sheet)[0]
     pixels[:, top:, left:] = grid
     return pixels
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm_cli.data.decode import from_pillow
 from ldm_cli.formats.png_metadata import exif, png_chunks
 from ldm_cli.storage import storage_errors, whole_file
 
@@ -81,7 +81,7 @@ def read_image(path: Path) -> Tensor:
         OSError: it cannot be read.
     """
     with Image.open(path) as image:
-        return from_pillow(image.convert("RGB"))
+        return from_pillow(image.convert("RGB"))[0]
 
 
 def to_pillow(pixels: Tensor) -> Image.Image:
@@ -90,12 +90,6 @@ def to_pillow(pixels: Tensor) -> Image.Image:
     interleaved = pixels.permute(1, 2, 0).contiguous()
     data = ctypes.string_at(interleaved.data_ptr(), interleaved.numel())
     return Image.frombytes("RGB", (width, height), data)
-
-
-def from_pillow(image: Image.Image) -> Tensor:
-    """An RGB picture → uint8 [3, H, W]."""
-    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return data.reshape(image.height, image.width, 3).permute(2, 0, 1)
 
 
 def _make_folder(folder: Path) -> None:

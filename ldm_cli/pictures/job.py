@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field, JsonValue, ValidationError
 
-from ldm_cli.config import Config
+from ldm_cli.config import Config, causes
 from ldm_cli.errors import UsageError
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.edit_config import EditConfig
@@ -63,7 +63,7 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Job:
-    """The pictures to draw, in order, and how they are shown together."""
+    """The pictures to generate, in order, and how they are shown together."""
 
     items: tuple[Item, ...]
     sheets: tuple[Sheet, ...]
@@ -147,16 +147,7 @@ def with_changes(
     try:
         return SamplingConfig.from_mapping(mapping["sampling"]), EditConfig.from_mapping(mapping["edit"])
     except ValidationError as error:
-        raise UsageError(f"{where} cannot be", causes(error)) from error
-
-
-def causes(error: ValidationError) -> str:
-    """What pydantic found wrong, with the field's name where it is about one."""
-    found = []
-    for one in error.errors():
-        place, message = ".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, ").lower()
-        found.append(f"{place}: {message}" if place else message)
-    return "; ".join(found)
+        raise UsageError(f"{where} cannot be", "; ".join(causes(error))) from error
 
 
 def value_of(text: str) -> Any:

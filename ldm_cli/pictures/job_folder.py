@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ldm_cli.storage import TEMPORARY_PREFIX, storage_errors
 IMAGES_FILE = "images.json"
 GRID = "grid.png"
 PREVIEW = "preview.png"
+_ANIMATION = re.compile(r"walk-\d+\.webp")
 _LEAST_DIGITS = 5
 
 
@@ -81,8 +83,11 @@ class JobFolder:
         before = self._earlier()
         files = [str(image["file"]) for image in self.images]
         same = before is not None and before.get("job") == self.job and before.get("images") == self.images
-        if not same:
-            theirs = [] if before is None else [str(image.get("file")) for image in before.get("images", [])]
+        if overwrite or not same:
+            theirs: list[str] = []
+            if before is not None:
+                theirs = [str(image.get("file")) for image in before.get("images", [])]
+                theirs += [path.name for path in self.path.iterdir() if _ANIMATION.fullmatch(path.name)]
             present = [n for n in {*theirs, *files, GRID} if Path(n).name == n and (self.path / n).exists()]
             if (present or before is not None) and not overwrite:
                 raise OutputError(
@@ -91,8 +96,6 @@ class JobFolder:
                     "choose another --out, or give --overwrite",
                 )
             self._make_way(present)
-        elif overwrite:
-            self._make_way([name for name in [*files, GRID] if (self.path / name).exists()])
         self._delete([path.name for path in self.path.glob(f"{TEMPORARY_PREFIX}*") if path.is_file()])
         content = {"job": self.job, "images": self.images, "sources": self.sources, "versions": VERSIONS}
         write_json(self.path / IMAGES_FILE, content)
@@ -101,6 +104,10 @@ class JobFolder:
     def missing(self) -> list[int]:
         """Indices of the pictures that do not exist."""
         return [i for i, image in enumerate(self.images) if not self.file(i).is_file()]
+
+    def animation(self, seed: int) -> Path:
+        """Path of the animation of a walk that begins with a seed."""
+        return self.path / f"walk-{seed}.webp"
 
     def file(self, index: int) -> Path:
         """Path of a picture of the job."""

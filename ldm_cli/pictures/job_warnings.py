@@ -37,8 +37,11 @@ def job_warnings(items: Sequence[Item], family: Family, weighted: bool) -> list[
         weighted: whether `(word:1.3)` in a prompt is a weight.
     """
     found: dict[str, str] = {}
-    for item in {(item.sampling, item.edit): item for item in items}.values():
-        for kind, message in [*_unused_settings(item.sampling, family), *_unused_prompts(item, family)]:
+    for sampling in dict.fromkeys(item.sampling for item in items):
+        for kind, message in _unused_settings(sampling, family):
+            found.setdefault(kind, message)
+    for item in items:
+        for kind, message in _unused_prompts(item, family):
             found.setdefault(kind, message)
     texts = [text for item in items for text in (item.request.prompt, item.sampling.negative)]
     texts += [item.request.blend.prompt for item in items if item.request.blend is not None]
@@ -69,25 +72,35 @@ def _unused_settings(config: SamplingConfig, family: Family) -> Iterator[tuple[s
     guidance, is_distilled = config.guidance, family.guidance_width is not None
     if config.eta is not None and not takes_eta(family.settings, config):
         yield "eta", f"sampling.eta={config.eta:g} has no effect on {sampler_of(family.settings, config)}"
-    if not is_distilled and guidance.scale != 1.0:
-        unused = ["negative"] if guidance.model is not None and config.negative else []
-        reason = "with guidance.model"
-    else:
-        given = {"interval": guidance.interval, "apg": guidance.apg, "model": guidance.model}
-        unused = ["negative"] if config.negative else []
-        unused += [f"guidance.{name}" for name, value in given.items() if value is not None]
-        unused += ["guidance.rescale"] if guidance.rescale > 0.0 else []
-        reason = "on a model that was distilled with guidance" if is_distilled else "with guidance.scale=1"
-    for name in unused:
-        yield name, f"sampling.{name} has no effect {reason}"
+    is_perturbed = guidance.perturb is not None and guidance.perturb.scale > 0.0
+    given = {
+        "guidance.apg": guidance.apg is not None,
+        "guidance.rescale": guidance.rescale > 0.0,
+        "guidance.model": guidance.model is not None,
+        "guidance.interval": guidance.interval is not None and not is_perturbed,
+        "negative": bool(config.negative),
+    }
+    names: Iterable[str] = ()
+    if is_distilled or guidance.scale == 1.0:
+        names = given
+        reason = "on a model that was distilled with guidance" if is_distilled else "with sampling.guidance.scale=1"
+    elif guidance.scale == 0.0:
+        names, reason = ("guidance.apg", "guidance.rescale"), "with sampling.guidance.scale=0"
+    elif guidance.model is not None:
+        names, reason = ("negative",), "with sampling.guidance.model"
+    for name in names:
+        if given[name]:
+            yield name, f"sampling.{name} has no effect {reason}"
 
 
 def _unused_prompts(item: Item, family: Family) -> Iterator[tuple[str, str]]:
     """The kind and the message of each setting that leaves the prompt without effect."""
     guidance, edit = item.sampling.guidance, item.edit
-    follows_prompt = guidance.scale != 0.0 or guidance.model is not None or guidance.clip is not None
+    # Outside of the interval the scale is 1.
+    follows_prompt = guidance.scale != 0.0 or guidance.interval is not None or guidance.model is not None
+    follows_prompt = follows_prompt or (guidance.clip is not None and guidance.clip.scale > 0.0)
     if item.request.prompt and not follows_prompt and family.guidance_width is None:
-        yield "scale", "guidance.scale=0 ignores the prompt; where the card of a Turbo model says 0, give 1"
+        yield "scale", "sampling.guidance.scale=0 ignores the prompt; where the card of a Turbo model says 0, give 1"
     if edit.image is not None and int(edit.resolved_strength * item.sampling.steps) == 0:
         yield (
             "strength",

@@ -12,10 +12,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ldm_cli.config import causes
 from ldm_cli.data.captions import NO_TEXT
 from ldm_cli.data.tables import rows_of, text_lines
 from ldm_cli.errors import DataError, InputNotFoundError
-from ldm_cli.pictures.job import PromptEntry, causes, value_of
+from ldm_cli.pictures.job import PromptEntry, value_of
 
 _MOST_BYTES = 2**28
 _TEXT_SUFFIXES = ("", ".txt", ".text", ".prompt", ".prompts")
@@ -68,14 +69,18 @@ def read_prompt_file(path: Path, warn: Callable[[str], None]) -> list[PromptEntr
         kinds = ", ".join((*_TEXT_SUFFIXES[1:], *readers))
         raise DataError(f"cannot read prompts '{path}'", f"{suffix} is no kind of prompt file", f"known are {kinds}")
     remarks: Counter[str] = Counter()
+
+    def remark(what: str) -> None:
+        remarks[what] += 1
+
     try:
         if (size := path.stat().st_size) > _MOST_BYTES:
             raise DataError(f"cannot read prompts '{path}'", f"{size:,} bytes are no list of prompts")
-        found = list(readers.get(suffix, _from_text)(path, remarks))
+        found = list(readers.get(suffix, _from_text)(path, remark))
     except OSError as error:
         raise InputNotFoundError(f"cannot read prompts '{path}'", os.strerror(error.errno or 0).lower()) from None
-    for remark, count in remarks.items():
-        warn(f"'{path}': {count} × {remark}")
+    for what, count in remarks.items():
+        warn(f"'{path}': {count} × {what}")
     if stray := next((entry.prompt for entry in found if stray_option(entry.prompt)), None):
         warn(
             f"'{path}': '{stray_option(stray)}' is part of the prompt '{stray}': options begin with '--', in text files"
@@ -89,8 +94,8 @@ def stray_option(prompt: str) -> str | None:
     return found[0].strip() if found else None
 
 
-def _from_text(path: Path, remarks: Counter[str]) -> Iterator[PromptEntry]:
-    lines = [line.rstrip("\r\n") for line in text_lines(path, lambda what: remarks.update((what,)))]
+def _from_text(path: Path, remark: Callable[[str], None]) -> Iterator[PromptEntry]:
+    lines = [line.rstrip("\r\n") for line in text_lines(path, remark)]
     _expect_lines_of_text(path, lines)
     for number, line in enumerate(lines, start=1):
         if line.strip() and not line.lstrip().startswith("#"):
@@ -138,10 +143,10 @@ def _line_entry(line: str, where: str) -> PromptEntry:
     return _valid_entry(prompt.strip(), sampling, where)
 
 
-def _from_rows(path: Path, remarks: Counter[str]) -> Iterator[PromptEntry]:
+def _from_rows(path: Path, remark: Callable[[str], None]) -> Iterator[PromptEntry]:
     """The rows of a table, or the objects of JSON Lines."""
     is_typed = path.suffix.lower() in (".jsonl", ".ndjson")
-    for where, row in rows_of(path, lambda what: remarks.update((what,))):
+    for where, row in rows_of(path, remark):
         where, fields = f"'{path}' {where}", row
         if not is_typed:
             fields = {name.lower().replace(" ", "_"): text for name, text in row.items() if text not in NO_TEXT}
@@ -149,9 +154,9 @@ def _from_rows(path: Path, remarks: Counter[str]) -> Iterator[PromptEntry]:
         yield _entry(fields, where)
 
 
-def _from_json(path: Path, remarks: Counter[str]) -> Iterator[PromptEntry]:
+def _from_json(path: Path, remark: Callable[[str], None]) -> Iterator[PromptEntry]:
     try:
-        value = json.loads("".join(text_lines(path, lambda what: remarks.update((what,)))))
+        value = json.loads("".join(text_lines(path, remark)))
     except (ValueError, RecursionError) as error:
         raise DataError(f"cannot read prompts '{path}'", f"not JSON: {error}") from None
     if isinstance(value, dict):
@@ -165,7 +170,8 @@ def _from_json(path: Path, remarks: Counter[str]) -> Iterator[PromptEntry]:
 
 
 def _entry(fields: Mapping[str, Any], where: str) -> PromptEntry:
-    named = {_ALIASES.get(name, name): value for name, value in fields.items()}
+    # An object is the section itself, such as `guidance`, whose name is an alias of its scale.
+    named = {name if isinstance(value, dict) else _ALIASES.get(name, name): value for name, value in fields.items()}
     prompt = named.pop("prompt", None)
     if not isinstance(prompt, str):
         raise DataError(f"{where}: no text under 'prompt'", f"its fields are {', '.join(fields) or 'none'}")
@@ -174,14 +180,14 @@ def _entry(fields: Mapping[str, Any], where: str) -> PromptEntry:
 
 
 def _valid_entry(prompt: str, sampling: dict[str, Any], where: str) -> PromptEntry:
+    if isinstance(name := sampling.get("sampler"), str):
+        sampling["sampler"] = _SAMPLER_ALIASES.get(name, name)
     try:
         return PromptEntry(prompt=prompt, sampling=sampling)
     except ValidationError as error:
-        raise DataError(f"{where}: not a setting", causes(error)) from None
+        raise DataError(f"{where}: not a setting", "; ".join(causes(error))) from None
 
 
 def _value(field: str, text: str) -> Any:
     """A word of a line or a cell as the field wants it."""
-    if field == "sampler":
-        return _SAMPLER_ALIASES.get(text, text)
     return text if field in _TEXTS else value_of(text)

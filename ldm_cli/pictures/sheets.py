@@ -61,7 +61,7 @@ class Sheets:
         for sheet in self._job.sheets:
             if sheet.is_walk and all(self._folder.file(i).is_file() for i in sheet.items):
                 seed = self._job.items[sheet.items[0]].request.seed
-                path = self._folder.path / f"walk-{seed}.webp"
+                path = self._folder.animation(seed)
                 save_animation(path, [read_image(self._folder.file(i)) for i in sheet.items], _MILLISECONDS_PER_FRAME)
                 paths.append(path)
         return paths

@@ -118,7 +118,7 @@ class TrainVaeRecipe(StartedRecipe):
 
 
 class SamplesConfig(Config):
-    """Pictures drawn while a denoiser trains, always from the same prompts and seeds."""
+    """Pictures generated while a denoiser trains, always from the same prompts and seeds."""
 
     prompts: tuple[str, ...] = ()
     """Fixed prompts; empty: captions of the first held-out samples."""
@@ -146,7 +146,7 @@ class TrainUnetRecipe(StartedRecipe):
     """Noise schedule, prediction, loss weights, caption dropout. A pipeline in `start_from` gives the defaults of
     schedule and prediction."""
     samples: SamplesConfig = SamplesConfig()
-    """Pictures drawn on the way."""
+    """Pictures generated on the way."""
 
     @property
     def model(self) -> UNet2DConditionConfig:
@@ -191,20 +191,21 @@ class SampleRecipe(Config):
     xy: Annotated[tuple[str, ...], Field(max_length=2)] = ()
     """One or two of `field=a,b,c`: a labelled grid with a picture for each value, or pair of values."""
     tile: Annotated[int, Field(ge=16)] | None = None
-    """Side in pixels of the windows in which larger pictures are drawn, decoded and encoded; null: all at once."""
+    """Side in pixels of the windows in which larger pictures are denoised, decoded and encoded; null: all at once."""
     format: Literal["png", "jpg", "webp"] = "png"
-    """Of the pictures; only PNG keeps every pixel as it was drawn."""
+    """Of the pictures; only PNG keeps every pixel as it was generated."""
     metadata: bool = True
-    """Whether pictures say how they were drawn: for web UIs, and for `ldm sample --repeat`."""
+    """Whether pictures say how they were generated: for web UIs, and for `ldm sample --repeat`."""
     preview_every: Annotated[int, Field(ge=0)] = 0
-    """Steps after which `preview.png` shows what is being drawn; 0: never."""
+    """Predictions after which `preview.png` shows the unfinished pictures again; some samplers predict twice per step.
+    0: never."""
 
 
 class EvalSection(EvalConfig):
-    """Which models, which metrics of them, and how pictures are drawn for those."""
+    """Which models, which metrics of them, and how pictures are generated for those."""
 
     sampling: SamplingConfig = SamplingConfig()
-    """How pictures are drawn; `images_per_prompt` is not used."""
+    """How pictures are generated; `images_per_prompt` is not used."""
 
 
 class EvalRecipe(Config):

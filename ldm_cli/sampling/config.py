@@ -61,7 +61,8 @@ class SamplingConfig(Config):
     height: Annotated[int, Field(ge=8)] | None = None
     """Image height in pixels; null: the size the model was trained at."""
     batch_size: Annotated[int, Field(ge=1)] = 8
-    """Images denoised together on a GPU; on a CPU the image size decides. Never changes what is drawn."""
+    """Most images that are denoised together on a GPU; on a CPU the image size decides. It changes pictures by no more
+    than rounding, on a CPU not at all."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of weights and activations."""
     compile: bool = False

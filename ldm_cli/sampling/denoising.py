@@ -112,7 +112,7 @@ def denoise(
     step_noise: NoiseSource,
     start: Start | None = None,
 ) -> Tensor:
-    """Draw x_0 for standard normal noise [B, …], of its shape and type.
+    """Sample x_0 from standard normal noise [B, …]; of its shape and type.
 
     Args:
         model: predicts x_0, guided.

@@ -20,9 +20,9 @@ class EditConfig(Config):
     """Share of the steps that are taken on it (Meng et al. 2022): 0 gives it back as the autoencoder sees it, 1
     forgets it where there is no mask; null: 1 with a mask or `extend`, else 0.8."""
     mask: str | None = None
-    """Picture of the same size: where it is lighter than middle grey is drawn anew, all else stays to the last bit."""
+    """Picture of the same size: parts lighter than middle grey are generated anew, all others stay as they are."""
     extend: tuple[Pixels, Pixels, Pixels, Pixels] = (0, 0, 0, 0)
-    """Pixels to draw beyond the left, top, right and bottom edge."""
+    """Pixels to add beyond the left, top, right and bottom edge."""
     style: str | None = None
     """A picture whose colours and textures the content takes over, as statistics of its latents (Huang &
     Belongie 2017)."""

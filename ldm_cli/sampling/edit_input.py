@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldm_cli.data.bad_samples import BadSampleError
-from ldm_cli.data.decode import decode_rgb
+from ldm_cli.data.decode import decode_rgb, from_pillow
 from ldm_cli.errors import DataError, InputNotFoundError, UsageError
 from ldm_cli.sampling.edit_config import EditConfig
 
@@ -139,8 +139,7 @@ def _open(name: str, option: str, size: tuple[int, int] | None) -> Tensor:
     if size is not None and image.size != (size[1], size[0]):
         resampling = Image.Resampling.NEAREST if option == "--mask" else Image.Resampling.BICUBIC
         image = ImageOps.fit(image, (size[1], size[0]), resampling)
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.reshape(image.height, image.width, 3).permute(2, 0, 1).contiguous()
+    return from_pillow(image)[0].contiguous()
 
 
 def _extended(image: Tensor, padding: tuple[int, int, int, int]) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 DENOISED_PIXELS = 2048
 DECODED_PIXELS = 16384
+_MOST_TEXTS_OFF_CPU = 64
 _MOST_IMAGES = 8
 
 
@@ -48,6 +49,11 @@ def row_groups(
         if on_cpu and count < size:
             rows = size if enough is None else enough(count, size)
         yield slice(start, start + count), rows
+
+
+def texts_per_call(device: torch.device) -> int:
+    """Prompts per call of a text tower: on a CPU one, so that its states do not depend on other prompts."""
+    return 1 if device.type == "cpu" else _MOST_TEXTS_OFF_CPU
 
 
 def enough_rows(trial: Callable[[int], Tensor], count: int, size: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +26,9 @@ from ldm_cli.families.clip_folder import open_clip
 from ldm_cli.families.family import Family, place
 from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.model_folder import load_model
-from ldm_cli.formats.model_source import has_model_json, weights_sha256
-from ldm_cli.formats.pipeline_folder import INDEX_NAME, UNET
+from ldm_cli.formats.model_source import has_model_json
+from ldm_cli.formats.pipeline_folder import INDEX_NAME
+from ldm_cli.sampling.fixed_rows import texts_per_call
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class CLIPScore:
         device, length = next(self.model.parameters()).device, self.model.config.text_config.max_position_embeddings
         ids = self.tokenizer.encode(list(prompts), length).input_ids
         with torch.inference_mode(False), torch.no_grad():
-            # One by one: a text's features must not depend on the others (see fixed_rows).
-            texts = torch.cat([self.model.get_text_features(row[None].to(device)) for row in ids])
+            parts = torch.split(ids.to(device, non_blocking=True), texts_per_call(device))
+            texts = torch.cat([self.model.get_text_features(part) for part in parts])
 
         def score(latents: Tensor) -> Tensor:
             pixels = (decode(latents).float() / 2 + 0.5).clamp(0, 1) * 255
@@ -77,13 +78,13 @@ class GuidanceModels:
     clip: CLIPScore | None = None
 
     @classmethod
-    def load(cls, config: GuidanceConfig, family: Family) -> GuidanceModels:
-        """Read the networks that `config` names, on the device and in the type of the denoiser.
+    def load(cls, folders: Mapping[str, Path], family: Family) -> GuidanceModels:
+        """Read the networks in some `guidance_folders`, on the device and in the type of the denoiser.
 
         Raises:
             InputNotFoundError, CheckpointError: a folder is missing, or cannot be used with this denoiser.
         """
-        weight, folders = next(family.denoiser.parameters()), guidance_folders(config)
+        weight = next(family.denoiser.parameters())
         weaker = clip = None
         if (folder := folders.get("model")) is not None:
             weaker = _weaker(folder, family)
@@ -106,8 +107,8 @@ def _weaker(folder: Path, family: Family) -> nn.Module:
     return weaker
 
 
-def guidance_folders(config: GuidanceConfig) -> dict[str, Path]:
-    """Folder of each further network that `config` asks for: `model`, `clip`.
+def guidance_folders(config: GuidanceConfig, family: Family) -> dict[str, Path]:
+    """Folder of each further network that `config` asks for beside those of `family`: `model`, `clip`.
 
     Raises:
         InputNotFoundError: there is no model.
@@ -115,15 +116,10 @@ def guidance_folders(config: GuidanceConfig) -> dict[str, Path]:
     folders = {}
     if config.model is not None:
         folder = resolve_model(Path(config.model))
-        folders["model"] = folder / UNET if has_model_json(folder / INDEX_NAME) else folder
+        folders["model"] = folder / family.components[0] if has_model_json(folder / INDEX_NAME) else folder
     if config.clip is not None and config.clip.scale > 0.0:
         folders["clip"] = resolve_model(Path(config.clip.model))
     return folders
-
-
-def guidance_hashes(config: GuidanceConfig) -> dict[str, str]:
-    """Hex sha256 of the weights in each of `guidance_folders`; errors as there."""
-    return {name: weights_sha256(folder) for name, folder in guidance_folders(config).items()}
 
 
 def with_absolute_paths(config: GuidanceConfig) -> GuidanceConfig:

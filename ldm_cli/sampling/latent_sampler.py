@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,11 @@ from ldm_cli.core.diffusion.guidance import ConditionalNetwork, along_score, gui
 from ldm_cli.core.diffusion.process import Level
 from ldm_cli.core.diffusion.samplers import CleanPredictor
 from ldm_cli.core.models.layers import guidance_embedding
-from ldm_cli.families.family import Encoder, Family
+from ldm_cli.families.family import Family
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.denoising import Start, denoise
 from ldm_cli.sampling.edit_input import LatentEditInput
+from ldm_cli.sampling.fixed_rows import texts_per_call
 from ldm_cli.sampling.guidance_models import GuidanceModels, perturbed_network
 from ldm_cli.sampling.network import in_windows, keep_known_region
 from ldm_cli.sampling.noise import step_noise
@@ -35,7 +37,7 @@ class LatentSampler:
     Attributes:
         family: the model.
         config: sampler, steps, guidance.
-        conditions: of every prompt by itself, one row each.
+        conditions: of every prompt, one row each.
         models: further networks of the guidance.
         edit: the picture to work on, if any.
         window: side, in latents, of the windows that the networks see; None: they see all.
@@ -58,7 +60,7 @@ class LatentSampler:
             watch: wraps the predictor of x_0.
         """
         device, edit = self.family.device, self.edit
-        noise = noise.to(device=device, dtype=torch.float32)
+        noise = noise.to(device, torch.float32, non_blocking=True)
         predictor = watch(self.predictor(requests))
         mask = None if edit is None or self.family.takes_mask else edit.mask
         if edit is not None and mask is not None:
@@ -69,7 +71,7 @@ class LatentSampler:
             self.family.process,
             self.family.settings,
             self.config,
-            lambda i: step_noise(requests, i, tuple(noise.shape[1:])).to(device),
+            step_noise(requests, tuple(noise.shape[1:]), device),
             None if edit is None else Start(edit.latents.expand_as(noise), edit.strength),
         )
         return x0 if edit is None or mask is None else torch.where(mask > 0, x0, edit.latents)
@@ -110,7 +112,7 @@ class LatentSampler:
         """With the scale's embedding, and with mask and masked latents as channels, for a denoiser that takes them."""
         edit, width = self.edit, self.family.guidance_width
         if width is not None:
-            embedding = guidance_embedding(self.config.guidance.scale, width).to(self.family.device)
+            embedding = guidance_embedding(self.config.guidance.scale, width).to(self.family.device, non_blocking=True)
             condition = replace(condition, guidance=embedding.expand(rows, -1))
         if not self.family.takes_mask or edit is None or edit.mask is None or edit.masked_latents is None:
             return condition
@@ -131,8 +133,14 @@ class LatentSampler:
 
 
 def prompt_conditions(
-    encoder: Encoder, requests: Sequence[ImageRequest], negative: str, weighted: bool, warn: Callable[[str], None]
+    family: Family, requests: Sequence[ImageRequest], negative: str, weighted: bool, warn: Callable[[str], None]
 ) -> dict[str, Condition]:
-    """The conditions of all prompts of some requests, each encoded once and by itself; arguments as of `Encoder`."""
+    """The conditions of all prompts of some requests, one row each; arguments as of `Encoder.encode_prompts`."""
     prompts = [*(r.prompt for r in requests), *(r.blend.prompt for r in requests if r.blend), negative]
-    return {p: encoder.encode_prompt(p, weighted=weighted, warn=warn) for p in dict.fromkeys(prompts)}
+    unique, size = list(dict.fromkeys(prompts)), texts_per_call(family.device)
+    conditions: dict[str, Condition] = {}
+    for start in range(0, len(unique), size):
+        batch = unique[start : start + size]
+        rows = family.encoder.encode_prompts(batch, weighted=weighted, warn=warn)
+        conditions |= {prompt: rows.map(itemgetter(slice(i, i + 1))) for i, prompt in enumerate(batch)}
+    return conditions

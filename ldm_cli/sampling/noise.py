@@ -1,4 +1,8 @@
-"""The noise of a picture: a function of its seed and the step alone, whatever is drawn with it and where."""
+"""The noise of a picture: a function of its seed and the step alone, whatever else is generated with it.
+
+It is computed on the device of the networks. The random integers are the same on all devices; the normal numbers that
+are made of them differ by the rounding of log and cos.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,18 @@ import torch
 from torch import Tensor
 
 from ldm_cli import philox
+from ldm_cli.core.diffusion.samplers import NoiseSource
 from ldm_cli.sampling.request import ImageRequest
 
 
-def initial_noise(requests: Sequence[ImageRequest], shape: tuple[int, ...]) -> Tensor:
+def initial_noise(requests: Sequence[ImageRequest], shape: tuple[int, ...], device: torch.device) -> Tensor:
     """What sampling starts from, standard normal float32 [N, *shape]."""
-    return torch.stack([_of_request(request, "sampling: initial noise", 0, shape) for request in requests])
+    return _noise_source(requests, "sampling: initial noise", shape, device)(0)
 
 
-def step_noise(requests: Sequence[ImageRequest], step: int, shape: tuple[int, ...]) -> Tensor:
-    """What the sampler adds in step number `step`, standard normal float32 [N, *shape]."""
-    return torch.stack([_of_request(request, "sampling: step noise", step, shape) for request in requests])
+def step_noise(requests: Sequence[ImageRequest], shape: tuple[int, ...], device: torch.device) -> NoiseSource:
+    """What a sampler adds in each step: step number → standard normal float32 [N, *shape]."""
+    return _noise_source(requests, "sampling: step noise", shape, device)
 
 
 def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
@@ -35,18 +40,24 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
         return b if weight else a
     cosine = (a.flatten() @ b.flatten()) / (a.norm() * b.norm())
     angle = torch.arccos(cosine.clamp(-1.0, 1.0))
-    if angle < 1e-4:
-        return torch.lerp(a, b, weight)
-    return (torch.sin((1.0 - weight) * angle) * a + torch.sin(weight * angle) * b) / torch.sin(angle)
+    arc = (torch.sin((1.0 - weight) * angle) * a + torch.sin(weight * angle) * b) / torch.sin(angle)
+    return torch.where(angle < 1e-4, torch.lerp(a, b, weight), arc)
 
 
-def _of_request(request: ImageRequest, purpose: str, step: int, shape: tuple[int, ...]) -> Tensor:
-    noise = _normal(request.seed, purpose, step, shape)
-    if request.blend is None or request.blend.seed == request.seed:
-        return noise
-    return slerp(noise, _normal(request.blend.seed, purpose, step, shape), request.blend.weight)
+def _noise_source(
+    requests: Sequence[ImageRequest], purpose: str, shape: tuple[int, ...], device: torch.device
+) -> NoiseSource:
+    """The noise of all requests, by step; what it takes from the host goes to the device here, once."""
+    blends = {i: r.blend for i, r in enumerate(requests) if r.blend is not None and r.blend.seed != r.seed}
+    seeds = [*(request.seed for request in requests), *(blend.seed for blend in blends.values())]
+    words = torch.tensor([philox.key(seed, purpose) for seed in seeds]).to(device, non_blocking=True)
+    key, epoch = words[..., None].unbind(1), torch.zeros_like(words[:, 0])
 
+    def noise(step: int) -> Tensor:
+        rows = philox.normal((key[0], key[1]), epoch, torch.full_like(epoch, step), shape)
+        for (i, blend), other in zip(blends.items(), rows[len(requests) :], strict=True):
+            # Copies: in place, alignment might decide the order of the sums.
+            rows[i] = slerp(rows[i].clone(), other.clone(), blend.weight)
+        return rows[: len(requests)]
 
-def _normal(seed: int, purpose: str, step: int, shape: tuple[int, ...]) -> Tensor:
-    zero, position = torch.zeros(1, dtype=torch.int64), torch.tensor([step])
-    return philox.normal(philox.key(seed, purpose), zero, position, shape)[0]
+    return noise

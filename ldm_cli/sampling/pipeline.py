@@ -34,7 +34,7 @@ class Pipeline:
 
     def __init__(self, family: Family) -> None:
         self.family = family
-        self._guidance: tuple[object, GuidanceModels] = None, GuidanceModels()
+        self._guidance: dict[Hashable, GuidanceModels] = {}
         self._enough: dict[Hashable, int] = {}
 
     def image_size(self, config: SamplingConfig) -> tuple[int, int]:
@@ -71,8 +71,8 @@ class Pipeline:
     ) -> Iterator[GeneratedImage]:
         """Generate pictures, in the order of the requests.
 
-        On a CPU each picture is bit for bit the same whatever the other requests are; on a GPU it is so up to rounding
-        when `config.batch_size` differs.
+        On a CPU a picture is the same bit for bit whatever the other requests and `config.batch_size` are; on other
+        devices it is the same up to rounding.
 
         Args:
             requests: the pictures.
@@ -96,7 +96,7 @@ class Pipeline:
         sampler = LatentSampler(
             family,
             config,
-            prompt_conditions(family.encoder, requests, config.negative, options.weighted, reporter.warn),
+            prompt_conditions(family, requests, config.negative, options.weighted, reporter.warn),
             self._guidance_models(config.guidance),
             None if edit is None else encode_edit_input(family.codec, edit, family.device, window),
             window,
@@ -105,8 +105,8 @@ class Pipeline:
             for images, rows in self._groups(requests, shape, sampler):
                 group = list(requests[images])
                 padded = group + [group[-1]] * (rows - len(group))
-                start = initial_noise(padded, shape) if noise is None else filled(noise[images], rows)
-                watch = partial(self._watched, progress=progress, images=images, config=config, options=options)
+                start = initial_noise(padded, shape, family.device) if noise is None else filled(noise[images], rows)
+                watch = partial(self._watched, progress=progress, images=images, options=options)
                 x0 = sampler.sample(padded, start, watch)[: len(group)]
                 for i, pixels in enumerate(decode_pixels(family.codec, x0, window)):
                     if pixels is None:
@@ -116,11 +116,12 @@ class Pipeline:
                 progress.update(images.stop)
 
     def _guidance_models(self, config: GuidanceConfig) -> GuidanceModels:
-        """The further networks of a guidance; those of the last call are kept."""
-        folders = guidance_folders(config)
-        if self._guidance[0] != folders:
-            self._guidance = folders, GuidanceModels.load(config, self.family)
-        return self._guidance[1]
+        """The further networks of a guidance, loaded once."""
+        folders = guidance_folders(config, self.family)
+        key = tuple(folders.items())
+        if key not in self._guidance:
+            self._guidance[key] = GuidanceModels.load(folders, self.family)
+        return self._guidance[key]
 
     def _groups(
         self, requests: Sequence[ImageRequest], shape: tuple[int, int, int], sampler: LatentSampler
@@ -128,12 +129,13 @@ class Pipeline:
         """The requests that are sampled together, and the rows for it; see `row_groups`."""
         config, window = sampler.config, sampler.window
         height, width = (side if window is None else min(side, window) for side in shape[1:])
+        size, device = height * width, self.family.device
         # Compiled code is made for each number of rows; within and outside of an interval the numbers differ.
         can_try = not self.family.is_compiled and config.guidance.interval is None
 
         @torch.inference_mode()
         def trial(rows: int) -> Tensor:
-            noise = initial_noise([replace(requests[0], seed=seed) for seed in range(rows)], shape)
+            noise = initial_noise([replace(requests[0], seed=seed) for seed in range(rows)], shape, device)
             level = Level(self.family.process.num_timesteps / 2, 0.5**0.5, 0.5**0.5)
             return sampler.predictor([requests[0]] * rows)(noise, level)
 
@@ -143,11 +145,10 @@ class Pipeline:
                 self._enough[question] = enough_rows(trial, count, full)
             return self._enough[question]
 
-        size, device = height * width, self.family.device
         return row_groups(len(requests), DENOISED_PIXELS, size, device, config.batch_size, enough if can_try else None)
 
     def _watched(
-        self, predict: CleanPredictor, progress: Progress, images: slice, config: SamplingConfig, options: SampleOptions
+        self, predict: CleanPredictor, progress: Progress, images: slice, options: SampleOptions
     ) -> CleanPredictor:
         """The predictor of x_0 for a group of images, which reports each call and shows previews."""
         calls, every, on_preview = 0, options.preview_every, options.on_preview
@@ -155,7 +156,7 @@ class Pipeline:
         def watched(x: Tensor, level: Level) -> Tensor:
             nonlocal calls
             calls += 1
-            progress.update(images.start, {"step": f"{calls}/{config.steps}"})
+            progress.update(images.start, {"calls": calls})
             x0 = predict(x, level)
             if on_preview is not None and every and calls % every == 0:
                 pictures = decode_pixels(self.family.codec, x0[: images.stop - images.start], options.window)

@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 
 from ldm_cli.core.codec import Codec
+from ldm_cli.core.pixels import to_bytes, to_signed
 from ldm_cli.sampling.edit_input import EditInput, LatentEditInput, adain, latent_mask
 from ldm_cli.sampling.fixed_rows import DECODED_PIXELS, filled, row_groups
 from ldm_cli.sampling.tiling import in_parts
 
-_PIXELS_OFF_CPU = 2**20  # of a call of the decoder: its activations take a few kilobytes for each
+# Per pixel of a decoder as Stable Diffusion's. Its live activations take half of that in float32: 256 channels of the
+# full size three times at once. The other half is for what convolutions and norms need within.
+_BYTES_PER_PIXEL = 6 * 2**10
+_PIXELS_OF_UNKNOWN_MEMORY = 2**20
 _LARGEST = torch.finfo(torch.float16).max
 
 
@@ -35,29 +39,40 @@ def decode_pixels(codec: Codec, latents: Tensor, window: int | None = None) -> l
     """
     height, width = (side if window is None else min(side, window) for side in latents.shape[-2:])
     num_pixels = height * width * codec.factor**2
-    most = max(1, _PIXELS_OFF_CPU // num_pixels)
+    most = max(1, pixels_per_call(latents.device) // num_pixels)
     pictures: list[Tensor | None] = []
     for images, rows in row_groups(len(latents), DECODED_PIXELS, num_pixels, latents.device, most):
         part = latents[images]
         decoded = decode_images(codec, filled(part, rows), window)[: len(part)]
         kept = (part.isfinite().flatten(1).all(1) & is_sound(decoded)).tolist()
-        pixels = ((decoded.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+        pixels = to_bytes(decoded).cpu()
         pictures += [picture if keep else None for picture, keep in zip(pixels, kept, strict=True)]
     return pictures
 
 
+def pixels_per_call(device: torch.device) -> int:
+    """Most pixels of a call of the decoder off the CPU: on CUDA as many as fit into the free memory of the device."""
+    if device.type != "cuda":
+        return _PIXELS_OF_UNKNOWN_MEMORY
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (torch.cuda.mem_get_info(device)[0] + cached) // _BYTES_PER_PIXEL
+
+
 @torch.inference_mode()
-def encode_pixels(codec: Codec, pixels: Tensor, window: int | None = None, hidden: Tensor | None = None) -> Tensor:
+def encode_pixels(
+    codec: Codec, pixels: Tensor, device: torch.device, window: int | None = None, hidden: Tensor | None = None
+) -> Tensor:
     """A picture → the mode of its latents, float32 [1, C, h, w].
 
     Args:
         codec: of the model.
-        pixels: uint8 [3, H, W], on the codec's device.
+        pixels: uint8 [3, H, W].
+        device: of the codec.
         window: side, in latents, of the windows that the codec sees; None: it sees all.
         hidden: bool [H, W], true where grey takes the picture's place.
     """
-    image = pixels[None].float() / 127.5 - 1.0
-    image = image if hidden is None else image.masked_fill(hidden, 0.0)
+    image = to_signed(pixels[None], device)
+    image = image if hidden is None else image.masked_fill(hidden.to(device, non_blocking=True), 0.0)
     return in_parts(codec.encode, image, window, codec.factor, 1)
 
 
@@ -65,12 +80,11 @@ def encode_edit_input(
     codec: Codec, edit: EditInput, device: torch.device, window: int | None = None
 ) -> LatentEditInput:
     """A picture to work on in latents, in its style; `window` as in `encode_pixels`."""
-    pixels = edit.pixels.to(device)
-    latents = encode_pixels(codec, pixels, window)
+    latents = encode_pixels(codec, edit.pixels, device, window)
     if edit.style is not None:
-        latents = adain(latents, encode_pixels(codec, edit.style.to(device), window), edit.style_strength)
+        latents = adain(latents, encode_pixels(codec, edit.style, device, window), edit.style_strength)
     mask = masked = None
     if edit.mask is not None:
-        mask = latent_mask(edit.mask, codec.factor).to(latents)
-        masked = encode_pixels(codec, pixels, window, edit.mask.to(device))
+        mask = latent_mask(edit.mask, codec.factor).to(device, non_blocking=True)
+        masked = encode_pixels(codec, edit.pixels, device, window, edit.mask)
     return LatentEditInput(latents, mask, masked, edit.strength)

@@ -1,4 +1,4 @@
-"""Which pictures to draw."""
+"""Which pictures to generate."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Blend(Config):
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One picture to draw: it depends on these and the sampling configuration, on nothing else.
+    """One picture to generate: it depends on these and the sampling configuration, on nothing else.
 
     Attributes:
-        prompt, seed: what to draw, and which one of it.
-        blend: where it lies on the way to another prompt or seed; None: at its start.
+        prompt, seed: what it shows, and which of all such pictures it is.
+        blend: another prompt and seed that are mixed in; None: none.
     """
 
     prompt: str

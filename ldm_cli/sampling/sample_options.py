@@ -28,7 +28,7 @@ class SampleOptions:
         edit_input: a picture to work on; None: from nothing.
         window: side, in latents, of the windows in which networks see larger pictures; None: they see all.
         weighted: whether `(word:1.3)` in a prompt is a weight.
-        preview_every: steps between previews; 0: none.
+        preview_every: calls of the predictor between previews; 0: none.
         on_preview: receives them.
         on_nonfinite: is called for each picture that is not finite; it raises the error unless told otherwise.
     """

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ldm_cli.core.precision import DTYPES
 from ldm_cli.errors import CheckpointError, InputNotFoundError, OutputError, UsageError
-from ldm_cli.families.family import DTYPES
 from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.json_file import write_json
 from ldm_cli.formats.model_source import outside_file, split_at_file

@@ -8,6 +8,7 @@ from typing import Any
 
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPModel
+from ldm_cli.core.precision import DTYPES
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.errors import InputNotFoundError
@@ -21,8 +22,6 @@ from ldm_cli.stages.support.eval_samples import needed_folders
 from ldm_cli.stages.support.model_sizes import count_parameters, model_at, training_bytes
 from ldm_cli.stages.support.start import resolve_start
 from ldm_cli.training.config import TrainConfig
-
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def dry_run(recipe: Recipe, reporter: Reporter, num_ranks: int = 1) -> dict[str, Any]:
@@ -46,7 +45,7 @@ def dry_run(recipe: Recipe, reporter: Reporter, num_ranks: int = 1) -> dict[str,
     result: dict[str, Any] = {"recipe": recipe.to_mapping()}
     if isinstance(recipe, SampleRecipe):
         parameters = _pipeline("model", recipe.model, notes)
-        result |= _memory(parameters, _BYTES[recipe.sampling.precision])
+        result |= _memory(parameters, DTYPES[recipe.sampling.precision].itemsize)
         result["images"] = len(recipe.prompts) * recipe.sampling.images_per_prompt
     elif isinstance(recipe, EvalRecipe):
         result |= _memory(_evaluated(recipe, notes))

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
-from ldm_cli.data.cache_manifest import DTYPES, CachedShard, CacheKey, Dtype, Manifest, differences
+from ldm_cli.core.precision import DTYPES
+from ldm_cli.data.cache_manifest import CachedShard, CacheKey, Dtype, Manifest, differences
 from ldm_cli.data.cache_writer import (
     bad_members,
     caption_members,

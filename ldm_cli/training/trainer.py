@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ldm_cli.core.compiling import compile_regions, eagerly
 from ldm_cli.core.cpu import tune_for_cpu
+from ldm_cli.core.precision import autocast
 from ldm_cli.errors import DivergedError, WorkerError
 from ldm_cli.training.config import TrainConfig
 from ldm_cli.training.ema import ExponentialMovingAverage
@@ -25,8 +26,6 @@ from ldm_cli.training.task import Task, sample_names
 from ldm_cli.training.weights import Weights
 
 T = TypeVar("T")
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
@@ -92,11 +91,8 @@ class Trainer:
         self.step = step
 
     def _autocast(self) -> torch.autocast:
-        dtype = _AUTOCAST.get(self.config.precision)
         # Sharded weights change between two uses: a cached cast would be of weights that are gone.
-        return torch.autocast(
-            self.device.type, dtype, enabled=dtype is not None, cache_enabled=not self.weights.is_sharded
-        )
+        return autocast(self.device, self.config.precision, cache_enabled=not self.weights.is_sharded)
 
     def set_training(self, mode: bool) -> None:
         """Put the modules into training or evaluation mode; frozen parts stay in evaluation mode."""

@@ -57,8 +57,8 @@ class ClassNames:
         classes = {"red": 1, "blue": 2}
         return Condition(pooled=torch.tensor([classes.get(caption, 0) for caption in captions]))
 
-    def encode_prompt(self, prompt: str, *, weighted: bool, warn: Callable[[str], None]) -> Condition:
-        return self.encode([prompt])
+    def encode_prompts(self, prompts: Sequence[str], *, weighted: bool, warn: Callable[[str], None]) -> Condition:
+        return self.encode(prompts)
 
 
 @dataclass(frozen=True, eq=False)

@@ -42,7 +42,7 @@ def pipeline():
 
 
 def states(pipeline, prompt, weighted=True):
-    return pipeline.family.encoder.encode_prompt(prompt, weighted=weighted, warn=list).tokens
+    return pipeline.family.encoder.encode_prompts([prompt], weighted=weighted, warn=list).tokens
 
 
 def test_weight_one_is_the_plain_prompt_bit_for_bit(pipeline):
@@ -68,9 +68,15 @@ def test_without_weighting_the_syntax_is_text(pipeline):
     )
 
 
+def test_prompts_of_one_batch_do_not_see_one_another(pipeline):
+    prompts = ["a red circle", "a (red:1.5) circle", "(blue:0.5) (square:2)", ""]
+    together = pipeline.family.encoder.encode_prompts(prompts, weighted=True, warn=list).tokens
+    torch.testing.assert_close(together, torch.cat([states(pipeline, prompt) for prompt in prompts]))
+
+
 def test_a_weighted_prompt_that_is_cut_says_so(pipeline):
     reporter = SilentReporter()
     prompt = "(red circle:1.2) " * 60 + "zebra"
-    encoded = pipeline.family.encoder.encode_prompt(prompt, weighted=True, warn=reporter.warn).tokens
+    encoded = pipeline.family.encoder.encode_prompts([prompt], weighted=True, warn=reporter.warn).tokens
     assert encoded.shape == (1, 40, 24)
     assert "zebra" in reporter.messages[0]

@@ -72,7 +72,7 @@ def test_a_latent_consistency_model_is_drawn_as_its_own_pipeline_draws_it(
     expected = their_pictures(folder, "LatentConsistencyModelPipeline", num_inference_steps=4, guidance_scale=guidance)
     monkeypatch.setattr(
         "ldm_cli.sampling.latent_sampler.step_noise",
-        lambda requests, i, shape: torch.full((len(requests), *shape), 0.1 * (i + 1)),
+        lambda requests, shape, device: lambda i: torch.full((len(requests), *shape), 0.1 * (i + 1)),
     )
     found = our_pictures(folder, steps=4, guidance=guidance)
     assert len(draws) == 3

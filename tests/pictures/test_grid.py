@@ -9,9 +9,9 @@ def pictures(count, height=128, width=128):
 
 
 def test_grid_places_pictures_row_by_row_on_white():
-    grid = image_grid(pictures(3, 128, 200), columns=2, gap=1)
-    expected = torch.full((3, 257, 401), 255, dtype=torch.uint8)
-    expected[:, :128, :200], expected[:, :128, 201:], expected[:, 129:, :200] = 0, 1, 2
+    grid = image_grid(pictures(3, 128, 200), columns=2)
+    expected = torch.full((3, 260, 404), 255, dtype=torch.uint8)
+    expected[:, :128, :200], expected[:, :128, 204:], expected[:, 132:, :200] = 0, 1, 2
     assert torch.equal(grid, expected)
     with pytest.raises(ValueError, match="empty"):
         image_grid([])
@@ -27,14 +27,14 @@ def test_small_pictures_are_enlarged_by_a_whole_factor(size, factor):
 
 
 def test_pictures_of_two_sizes_keep_their_proportion():
-    grid = image_grid([*pictures(1, 64, 64), *pictures(2, 32, 32)[1:]], gap=0)
-    assert grid.shape == (3, 128, 256)
+    grid = image_grid([*pictures(1, 64, 64), *pictures(2, 32, 32)[1:]])
+    assert grid.shape == (3, 128, 260)
     assert int((grid == 1).sum()) == 3 * 64 * 64
 
 
 @pytest.mark.parametrize(("count", "rows", "columns"), [(1, 1, 1), (2, 1, 2), (4, 2, 2), (7, 3, 3), (64, 8, 8)])
 def test_a_grid_without_columns_is_nearly_square(count, rows, columns):
-    assert image_grid(pictures(count), gap=0).shape == (3, 128 * rows, 128 * columns)
+    assert image_grid(pictures(count)).shape == (3, 132 * rows - 4, 132 * columns - 4)
 
 
 def test_labels_stand_above_the_columns_and_left_of_the_rows():
@@ -49,6 +49,14 @@ def test_labels_stand_above_the_columns_and_left_of_the_rows():
     assert dark[top : top + 128, :left].any()
     assert dark[top + 132 :, :left].any()
     assert not dark[top + 128 : top + 132, :left].any()
+
+
+@pytest.mark.parametrize("side", [16, 48])
+def test_a_table_of_small_pictures_is_that_of_the_enlarged_ones(side):
+    small = [torch.randint(0, 256, (3, side, 2 * side), dtype=torch.uint8) for _ in range(2)]
+    large = [image_grid([picture]) for picture in small]
+    texts = (("2", "20"), ("1.5",), ("steps", "scale"), "a circle")
+    assert torch.equal(labelled_grid(small, *texts), labelled_grid(large, *texts))
 
 
 def test_a_table_without_column_labels_names_no_axis_and_keeps_its_columns_in_place():

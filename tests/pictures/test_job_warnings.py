@@ -6,12 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from ldm_cli.families.family import Family
 from ldm_cli.pictures.job import make_job
 from ldm_cli.pictures.job_warnings import foreign_commands, job_warnings
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.edit_config import EditConfig
+from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.sampling.request import ImageRequest
 from tests.sampling.tiny import tiny_pipeline
 
 
@@ -29,15 +32,24 @@ def warnings(family: Family, sampling: dict[str, Any], edit: dict[str, Any] | No
 @pytest.mark.parametrize(
     ("sampling", "edit", "expected"),
     [
-        ({"guidance": 0.0}, None, "guidance.scale=0 ignores the prompt"),
-        ({"guidance": {"scale": 0.0, "perturb": {}}}, None, "guidance.scale=0 ignores the prompt"),
+        ({"guidance": 0.0}, None, "sampling.guidance.scale=0 ignores the prompt"),
+        ({"guidance": {"scale": 0.0, "perturb": {}}}, None, "sampling.guidance.scale=0 ignores the prompt"),
+        ({"guidance": {"scale": 0.0, "clip": {"model": "c", "scale": 0.0}}}, None, "ignores the prompt"),
         ({"steps": 4}, {"image": "x.png", "strength": 0.2}, "edit.strength=0.2 of 4 steps leaves none"),
         ({"steps": 1}, {"image": "x.png"}, "edit.strength=0.8 of 1 steps leaves none"),
         ({}, {"image": "x.png", "strength": 0.0}, "edit.strength=0 of 50 steps leaves none"),
-        ({"guidance": 1.0, "negative": "green"}, None, "sampling.negative has no effect with guidance.scale=1"),
+        (
+            {"guidance": 1.0, "negative": "green"},
+            None,
+            "sampling.negative has no effect with sampling.guidance.scale=1",
+        ),
         ({"guidance": {"scale": 2.0, "model": "m"}, "negative": "x"}, None, "sampling.negative has no effect"),
         ({"guidance": {"scale": 1.0, "apg": {}}}, None, "sampling.guidance.apg has no effect"),
         ({"guidance": {"scale": 1.0, "rescale": 0.7}}, None, "sampling.guidance.rescale has no effect"),
+        ({"guidance": {"scale": 0.0, "model": "m", "rescale": 0.7}}, None, "rescale has no effect with sampling.guid"),
+        ({"guidance": {"scale": 0.0, "model": "m", "apg": {}}}, None, "apg has no effect with sampling.guidance.scale"),
+        ({"guidance": {"scale": 1.0, "interval": [0.1, 3.0]}}, None, "sampling.guidance.interval has no effect"),
+        ({"guidance": {"scale": 1.0, "interval": [0.1, 3.0], "perturb": {"scale": 0.0}}}, None, "interval has no"),
         ({"sampler": "heun", "eta": 0.5}, None, "sampling.eta=0.5 has no effect on heun"),
         ({"sampler": "lcm", "eta": 1.0}, None, "sampling.eta=1 has no effect on lcm"),
         ({"sampler": "unipc", "eta": 0.0}, None, "sampling.eta=0 has no effect on unipc"),
@@ -57,6 +69,8 @@ def test_a_setting_without_effect_is_named_once(
         ({"guidance": 1.0}, None),
         ({"guidance": 3.0, "negative": "green", "eta": 0.5}, None),
         ({"guidance": {"scale": 0.0, "clip": {"model": "c"}}}, None),
+        ({"guidance": {"scale": 0.0, "interval": [0.1, 3.0]}}, None),
+        ({"guidance": {"scale": 1.0, "interval": [0.1, 3.0], "perturb": {}}}, None),
         ({"sampler": "dpmpp_sde", "eta": 0.3}, None),
         ({"steps": 5}, {"image": "x.png", "strength": 0.2}),
     ],
@@ -70,6 +84,29 @@ def test_settings_with_effect_are_not_named(
 def test_of_several_values_the_one_without_effect_is_found(family: Family) -> None:
     (message,) = warnings(family, {}, axes=["guidance.scale=3,0,0"])
     assert "guidance.scale=0" in message
+
+
+@pytest.mark.parametrize("base", [{"scale": 0.0}, {"scale": 1.0}, {"scale": 1.0, "perturb": {}}, {"scale": 3.0}])
+@pytest.mark.parametrize("added", [{"interval": [0.5, 5.0]}, {"rescale": 0.7}, {"apg": {}}, {"negative": "green"}])
+def test_a_setting_is_named_exactly_where_it_does_not_change_the_picture(
+    family: Family, base: dict[str, Any], added: dict[str, Any]
+) -> None:
+    def picture(settings: dict[str, Any]) -> torch.Tensor:
+        sampling = SamplingConfig.from_mapping({"steps": 4, "images_per_prompt": 1} | settings)
+        (generated,) = Pipeline(family).generate([ImageRequest("a red circle", 0)], sampling)
+        return generated.pixels
+
+    settings = added | {"guidance": base} if "negative" in added else {"guidance": base | added}
+    is_unused = torch.equal(picture(settings), picture({"guidance": base}))
+    found = [message for message in warnings(family, settings) if "has no effect" in message]
+    assert len(found) == is_unused
+
+
+@pytest.mark.parametrize("prompts", [["a red circle", ""], ["", "a red circle"]])
+def test_a_prompt_that_is_ignored_is_found_beside_an_empty_one(family: Family, prompts: list[str]) -> None:
+    job = make_job(prompts, SamplingConfig.from_mapping({"guidance": 0.0}), EditConfig())
+    (message,) = job_warnings(job.items, family, weighted=True)
+    assert "sampling.guidance.scale=0 ignores the prompt" in message
 
 
 @pytest.mark.parametrize(

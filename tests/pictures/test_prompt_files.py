@@ -2,14 +2,23 @@ import json
 
 import pytest
 
+from ldm_cli.core.diffusion.config import GuidanceConfig
 from ldm_cli.errors import DataError, InputNotFoundError
+from ldm_cli.pictures.job import make_job
 from ldm_cli.pictures.prompt_files import read_prompt_file
+from ldm_cli.sampling.config import SamplingConfig
+from ldm_cli.sampling.edit_config import EditConfig
 
 
 def read(path, data, warnings=None):
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
     entries = read_prompt_file(path, (warnings if warnings is not None else []).append)
     return [(entry.prompt, entry.sampling) for entry in entries]
+
+
+def path_of(folder, text):
+    (folder / "entries.json").write_text(text)
+    return folder / "entries.json"
 
 
 def test_text_lines_take_the_options_of_kohya(tmp_path):
@@ -41,6 +50,30 @@ def test_json_lines_and_csv_say_the_same(tmp_path):
     assert read(tmp_path / "p.jsonl", json.dumps(line) + "\n\n") == expected
     table = '\ufeffprompt,negative,steps,scale,seed\n"a ""cat"", sitting",1,30,3,\n'
     assert read(tmp_path / "p.csv", table) == expected
+
+
+def test_guidance_is_a_scale_as_a_number_and_the_section_as_an_object(tmp_path):
+    assert read(tmp_path / "p.json", '[{"prompt": "a", "guidance": 3}]') == [("a", {"guidance.scale": 3})]
+    (entry,) = read_prompt_file(path_of(tmp_path, '[{"prompt": "a", "guidance": {"scale": 2, "rescale": 0.5}}]'), print)
+    (item,) = make_job([entry], SamplingConfig(images_per_prompt=1), EditConfig()).items
+    assert item.sampling.guidance == GuidanceConfig(scale=2.0, rescale=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.txt", "a cat --ss k_euler_a"),
+        ("p.json", '[{"prompt": "a cat", "sampler": "euler_a"}]'),
+        ("p.jsonl", '{"prompt": "a cat", "sampler": "k_euler_a"}'),
+        ("p.csv", "prompt,sampler\na cat,euler_a\n"),
+    ],
+)
+def test_samplers_go_by_their_other_names_in_every_kind_of_file(tmp_path, name, text):
+    assert read(tmp_path / name, text) == [("a cat", {"sampler": "euler_ancestral"})]
+
+
+def test_a_sampler_that_is_no_text_is_left_to_the_job(tmp_path):
+    assert read(tmp_path / "p.json", '[{"prompt": "a", "sampler": ["euler_a"]}]') == [("a", {"sampler": ["euler_a"]})]
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm_cli.data.decode import from_pillow
 from ldm_cli.errors import DataError, InputNotFoundError, UsageError
-from ldm_cli.pictures.images import from_pillow, save_image
+from ldm_cli.pictures.images import save_image
 from ldm_cli.sampling.edit_config import EditConfig
 from ldm_cli.sampling.edit_input import adain, latent_mask, open_edit_input
 
@@ -64,7 +65,7 @@ def test_a_size_is_filled_by_the_middle_of_the_picture_and_its_mask(tmp_path):
     image.save(tmp_path / "a.png")
     edit_input = open_edit_input(EditConfig(image=str(tmp_path / "a.png")), 8, (16, 16))
     assert edit_input.size == (16, 16)
-    blue = from_pillow(Image.new("RGB", (16, 16), "blue"))
+    blue = from_pillow(Image.new("RGB", (16, 16), "blue"))[0]
     assert torch.equal(edit_input.pixels[:, :, 2:-2], blue[:, :, 2:-2])
 
 

@@ -51,7 +51,8 @@ def same(a, b):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_strength_0_gives_the_picture_as_the_autoencoder_sees_it_and_1_forgets_it(pipeline, sampler):
-    round_trip = decode_pixels(pipeline.family.codec, encode_pixels(pipeline.family.codec, image()))[0]
+    codec, device = pipeline.family.codec, pipeline.family.device
+    (round_trip,) = decode_pixels(codec, encode_pixels(codec, image(), device))
     assert same(draw(pipeline, options=edited(0.0), sampler=sampler), [round_trip, round_trip])
     plain = draw(pipeline, sampler=sampler)
     assert same(draw(pipeline, options=edited(1.0), sampler=sampler), plain)

@@ -1,4 +1,6 @@
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.errors import CheckpointError, UsageError
 from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS
-from ldm_cli.sampling.guidance_models import GuidanceModels, perturbed_layers
+from ldm_cli.sampling.config import SamplingConfig
+from ldm_cli.sampling.guidance_models import GuidanceModels, guidance_folders, perturbed_layers
+from ldm_cli.sampling.request import ImageRequest
 from tests.sampling.tiny import TEXT, UNET, randomize, special_ids, tiny_pipeline, tiny_tokenizer
 
 VISION = {
@@ -88,22 +92,42 @@ def test_layers_are_named_by_whole_beginnings_and_a_name_of_none_is_refused(pipe
         pass
 
 
+def load_for(config, family):
+    return GuidanceModels.load(guidance_folders(config, family), family)
+
+
 def test_a_weaker_network_is_read_from_a_pipeline_folder_and_must_fit(pipeline, tmp_path):
     pipeline.family.save(tmp_path / "good")
-    models = GuidanceModels.load(GuidanceConfig(model=str(tmp_path / "good")), pipeline.family)
+    models = load_for(GuidanceConfig(model=str(tmp_path / "good")), pipeline.family)
     assert models.weaker is not None
     assert torch.equal(models.weaker.conv_in.weight, pipeline.family.denoiser.conv_in.weight)
     assert models.clip is None
     wider = UNet2DConditionModel(UNet2DConditionConfig(**(UNET | {"cross_attention_dim": 32})))
     with pytest.raises(CheckpointError, match=r"its cross_attention_dim is 24, the guided model's 32"):
-        GuidanceModels.load(
-            GuidanceConfig(model=str(tmp_path / "good" / "unet")), replace(pipeline.family, denoiser=wider)
-        )
+        load_for(GuidanceConfig(model=str(tmp_path / "good" / "unet")), replace(pipeline.family, denoiser=wider))
+
+
+def test_the_denoiser_of_another_family_is_found_in_its_own_subfolder(pipeline, tmp_path):
+    pipeline.family.save(tmp_path)
+    (tmp_path / "unet").rename(tmp_path / "transformer")
+    family = SimpleNamespace(components=("transformer", "vae"))
+    assert guidance_folders(GuidanceConfig(model=str(tmp_path)), family) == {"model": tmp_path / "transformer"}
+
+
+def test_networks_of_the_guidance_are_loaded_once(pipeline, tmp_path, monkeypatch):
+    load = mock.Mock(side_effect=GuidanceModels.load)
+    monkeypatch.setattr(GuidanceModels, "load", load)
+    for name in ("a", "b"):
+        pipeline.family.save(tmp_path / name)
+    for name in ("a", "b", "a"):
+        config = SamplingConfig(steps=1, guidance=GuidanceConfig(scale=2.0, model=str(tmp_path / name)))
+        assert len(list(pipeline.generate([ImageRequest("a red circle", 0)], config))) == 1
+    assert [call.args[0]["model"].parent.name for call in load.call_args_list] == ["a", "b"]
 
 
 def test_clip_score_is_the_cosine_of_the_embeddings_and_its_gradient_raises_it(pipeline, tmp_path):
     clip = CLIPGuidanceConfig(model=str(tiny_clip_folder(tmp_path)))
-    models = GuidanceModels.load(GuidanceConfig(clip=clip), pipeline.family)
+    models = load_for(GuidanceConfig(clip=clip), pipeline.family)
     assert models.clip is not None
 
     score = models.clip.of(["a red circle", "a blue square"], lambda z: torch.tanh(z[:, :3]))
@@ -116,4 +140,4 @@ def test_clip_score_is_the_cosine_of_the_embeddings_and_its_gradient_raises_it(p
     swapped = models.clip.of(["a blue square", "a red circle"], lambda z: torch.tanh(z[:, :3]))(latents)
     assert not torch.allclose(swapped, before)
     off = GuidanceConfig(clip=CLIPGuidanceConfig(model="nowhere", scale=0.0))
-    assert GuidanceModels.load(off, pipeline.family) == GuidanceModels()
+    assert load_for(off, pipeline.family) == GuidanceModels()

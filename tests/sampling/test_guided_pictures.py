@@ -10,7 +10,7 @@ from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS
 from ldm_cli.sampling.config import SamplerName, SamplingConfig
-from ldm_cli.sampling.guidance_models import GuidanceModels
+from ldm_cli.sampling.guidance_models import GuidanceModels, guidance_folders
 from ldm_cli.sampling.request import ImageRequest
 from tests.sampling.test_guidance_models import VISION
 from tests.sampling.tiny import TEXT, loaded_pipeline, randomize, special_ids, tiny_pipeline, tiny_tokenizer
@@ -101,7 +101,7 @@ def test_settings_that_change_nothing_give_the_plain_pictures(pipeline):
 def test_clip_guidance_raises_the_clip_score_of_the_unconditional_model(pipeline, folder, monkeypatch):
     monkeypatch.chdir(folder)
     config = SamplingConfig.from_mapping({"guidance": GUIDANCE["clip alone"]}).guidance
-    clip = GuidanceModels.load(config, pipeline.family).clip
+    clip = GuidanceModels.load(guidance_folders(config, pipeline.family), pipeline.family).clip
     score = clip.of([r.prompt for r in REQUESTS], lambda images: images.float() / 127.5 - 1)
     before = score(pictures(pipeline, steps=8, guidance=0.0))
     after = score(pictures(pipeline, steps=8, guidance=GUIDANCE["clip alone"]))

@@ -1,5 +1,7 @@
 import random
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -198,8 +200,23 @@ def test_parts_that_do_not_fit_together_are_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"cross_attention_dim=32, text_encoder.hidden_size=24"):
         check_fit(replace(pipeline.family, denoiser=wider))
     classes = UNet2DConditionModel(UNet2DConditionConfig(**(UNET | {"num_class_embeds": 5})))
-    with pytest.raises(CheckpointError, match=r"unet\.num_class_embeds=5 asks for a condition"):
+    with pytest.raises(
+        CheckpointError, match=r"the parts of the model do not fit: unet\.num_class_embeds=5 asks for a condition"
+    ):
         check_fit(replace(pipeline.family, denoiser=classes))
+
+
+def test_progress_counts_the_calls_of_the_predictor(pipeline):
+    seen = []
+
+    class Watching(SilentReporter):
+        @contextmanager
+        def progress(self, title, total, done=0, unit="step"):
+            yield SimpleNamespace(update=lambda done, figures=None: seen.append((done, figures)))
+
+    config = SamplingConfig(steps=3, sampler="heun")
+    assert len(list(pipeline.generate([ImageRequest("a", 0)], config, reporter=Watching()))) == 1
+    assert seen == [*((0, {"calls": count}) for count in range(1, 6)), (1, None)]
 
 
 def test_zero_snr_model_is_sampled_from_its_last_level(tmp_path):

@@ -280,6 +280,14 @@ def test_a_walk_gives_a_strip_and_an_animation(model, tmp_path):
         draw(model, tmp_path / "x", interpolate=3)
 
 
+def test_animations_of_an_earlier_job_are_deleted_with_its_pictures(model, tmp_path):
+    draw(model, tmp_path, interpolate=2, prompts=["a red circle", "a blue square"])
+    assert (tmp_path / "walk-0.webp").exists()
+    (tmp_path / "walk-home.webp").write_text("not ours")
+    draw(model, tmp_path, overwrite=True)
+    assert [path.name for path in tmp_path.glob("*.webp")] == ["walk-home.webp"]
+
+
 def test_a_prompt_has_settings_of_its_own(model, tmp_path):
     entry = {"prompt": "a blue square", "sampling": {"steps": 2, "negative": "red", "seed": 11, "guidance.scale": 2}}
     result = draw(model, tmp_path / "a", prompts=["a red circle", entry])

@@ -1,4 +1,4 @@
-"""Faster ways to compute a model on a CPU, behind one door: `tune_for_cpu`."""
+"""Faster layers for a CPU. Other packages use `tune_for_cpu` only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one door to the tricks for a CPU."""
+"""The exchange of a model's layers for those that are faster on a CPU."""
 
 from __future__ import annotations
 

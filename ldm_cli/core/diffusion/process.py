@@ -80,7 +80,8 @@ class Process(Protocol):
 
     @property
     def is_straight(self) -> bool:
-        """Whether Heun's method and its like step in b / (a + b), where flow's paths are straight, or in σ."""
+        """Whether x_t moves from data to noise on a straight line. Heun's method, DPM2 and LMS then take steps in
+        b / (a + b), else in σ."""
 
     def at(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The training levels at u, which is the share of levels with less noise.

@@ -220,9 +220,9 @@ class AutoencoderKL(Checkpointable):
         z = posterior.mode() if noise is None else posterior.sample(noise)
         return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
 
-    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Images to latents; raises as `posterior`. See `Codec`."""
-        return self.latents(self.moments(images), noise)
+    def encode(self, images: Tensor) -> Tensor:
+        """Images to the mode of their latents; raises as `posterior`. See `Codec`."""
+        return self.latents(self.moments(images))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to images, by z = latents / scale + shift. See `Codec`."""

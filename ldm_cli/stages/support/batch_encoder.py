@@ -11,6 +11,7 @@ from torch import Tensor
 from ldm_cli.core.condition import Condition
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.pixels import to_signed
+from ldm_cli.core.precision import autocast
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.cache_manifest import CacheKey
 from ldm_cli.data.latent_cache import LatentCache
@@ -23,7 +24,6 @@ from ldm_cli.recipe.schema import TrainUnetRecipe
 
 # Fields of an autoencoder's config.json on which the moments do not depend.
 _IRRELEVANT = {"sample_size", "scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast"}
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class BatchEncoder:
@@ -39,7 +39,7 @@ class BatchEncoder:
         self.codec = load_model(AutoencoderKL, Path(recipe.vae))
         self.encoder = CLIPTextEncoder.load(Path(recipe.text_encoder), warn=warn)
         place(device, torch.float32, self.codec, self.encoder.model, channels_last=recipe.train.channels_last)
-        self._device, self._dtype = device, _AUTOCAST.get(recipe.train.precision)
+        self._device, self._precision = device, recipe.train.precision
 
     def __call__(self, batch: Batch) -> tuple[dict[str, Tensor], Condition]:
         """Moments and conditions of a batch, on the device: out of the cache, or computed."""
@@ -50,13 +50,13 @@ class BatchEncoder:
     @torch.no_grad()
     def moments(self, images: Tensor) -> dict[str, Tensor]:
         """Images uint8 [B, 3, H, W] → the codec's moments."""
-        with self._precision():
+        with autocast(self._device, self._precision):
             return self.codec.moments(to_signed(images, self._device))
 
     @torch.no_grad()
     def condition(self, captions: Sequence[str]) -> Condition:
         """B captions → B rows."""
-        with self._precision():
+        with autocast(self._device, self._precision):
             condition = self.encoder.encode(captions)
         return condition.map(_as_float32)
 
@@ -66,9 +66,6 @@ class BatchEncoder:
 
     def _on_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: _as_float32(tensor.to(self._device, non_blocking=True)) for name, tensor in tensors.items()}
-
-    def _precision(self) -> torch.autocast:
-        return torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None)
 
 
 def _as_float32(tensor: Tensor) -> Tensor:

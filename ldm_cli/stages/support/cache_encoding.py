@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ldm_cli.core.precision import DTYPES
 from ldm_cli.data.bad_samples import BadSampleError
-from ldm_cli.data.cache_manifest import DTYPES, CacheKey
+from ldm_cli.data.cache_manifest import CacheKey
 from ldm_cli.data.cache_writer import moments_files
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.latent_cache import MIRRORED

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
+from ldm_cli.core.pixels import to_bytes, to_signed
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import sequential_batches
 from ldm_cli.data.shards import ShardSet
@@ -129,10 +130,10 @@ def _reconstructed(vae: AutoencoderKL, images: Tensor) -> Tensor:
     Raises:
         DivergedError: a reconstruction is not finite.
     """
-    again = vae.decode(vae.encode(images.float() / 127.5 - 1))
+    again = vae.decode(vae.encode(to_signed(images, images.device)))
     if not bool(is_sound(again).all()):
         raise DivergedError("the reconstructions of eval.vae are not finite", remedy="give another autoencoder")
-    return ((again + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return to_bytes(again)
 
 
 def measure_generated(config: EvalSection, real: Gathered, models: Models, reporter: Reporter) -> Gathered:

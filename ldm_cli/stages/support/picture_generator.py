@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ldm_cli.core.diffusion.config import GuidanceConfig
 from ldm_cli.errors import CheckpointError, InputNotFoundError, UsageError
+from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.formats.weight_files import refuse_foreign_content, tensors_sha256
 from ldm_cli.pictures.job import Item
 from ldm_cli.pictures.progress import PartOfProgress
@@ -24,7 +25,7 @@ from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.denoising import sampler_of, visited_timesteps
 from ldm_cli.sampling.edit_config import EditConfig
 from ldm_cli.sampling.edit_input import EditInput, open_edit_input
-from ldm_cli.sampling.guidance_models import guidance_hashes, with_absolute_paths
+from ldm_cli.sampling.guidance_models import guidance_folders, with_absolute_paths
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.sample_options import OnNonfinite, OnPreview, SampleOptions
 from ldm_cli.storage import file_sha256
@@ -54,6 +55,7 @@ class PictureGenerator:
         self.pipeline, self.recipe = pipeline, recipe
         self._edit_inputs: dict[tuple[EditConfig, int | None, int | None], EditInput] = {}
         self._hashes: dict[GuidanceConfig, dict[str, str]] = {}
+        self._sha256 = cache(weights_sha256)
         self._latents, self._noise = latents, None
         factor = pipeline.family.codec.factor
         if recipe.tile is not None and recipe.tile < 2 * factor:
@@ -179,9 +181,10 @@ class PictureGenerator:
         return {name: value for name, value in recorded.items() if name not in _NOT_RECORDED}
 
     def _guidance_hashes(self, sampling: SamplingConfig) -> dict[str, str]:
-        """Hashes of the further networks of the guidance, computed once."""
+        """Hex sha256 of the weights of each further network of the guidance; each folder is read once."""
         if sampling.guidance not in self._hashes:
-            self._hashes[sampling.guidance] = guidance_hashes(sampling.guidance)
+            folders = guidance_folders(sampling.guidance, self.pipeline.family)
+            self._hashes[sampling.guidance] = {name: self._sha256(folder) for name, folder in folders.items()}
         return self._hashes[sampling.guidance]
 
     def _edit_provenance(self, edit: EditConfig) -> dict[str, Any]:

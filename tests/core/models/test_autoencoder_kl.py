@@ -73,9 +73,8 @@ def test_latents_are_scaled_samples_of_the_posterior_and_decoding_undoes_the_sca
     assert torch.equal(model.encode(images), posterior.mean * 0.18215)
     measured = {"scaling_factor": 1.5305, "shift_factor": 0.0609}
     model.config = model.config.model_copy(update=measured)
-    latents = model.encode(images, noise)
+    latents = model.latents(model.moments(images), noise)
     torch.testing.assert_close(latents, (posterior.sample(noise) - 0.0609) * 1.5305)
-    assert torch.equal(latents, model.latents(model.moments(images), noise))
     torch.testing.assert_close(model.decode(latents), model.decode_z(posterior.sample(noise)))
 
 
