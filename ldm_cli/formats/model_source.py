@@ -77,7 +77,7 @@ def weights_sha256(folder: Path) -> str:
 
 
 def outside_file(file: Path, name: str) -> Path:
-    """The folder of a component that single files do not hold, a tokenizer: for `a/x.safetensors`, `a/x/NAME` or `a/NAME`.
+    """The folder of a component that no single file holds, a tokenizer: `a/x/NAME` or `a/NAME` for `a/x.safetensors`.
 
     Raises:
         InputNotFoundError: there is neither.
@@ -100,7 +100,8 @@ def _json_file(file: Path, inside: Path) -> dict[str, Any] | None:
 
 def _part(file: Path, inside: Path) -> Part:
     """The model that the rest of a path names, or the only one."""
-    parts = _opened(file).parts
+    # Not those that are kept: whoever reads these tensors gives their memory back.
+    parts = single_file(read_tensors(file), read_metadata(file), file).parts
     if inside == Path() and len(parts) == 1:
         return next(iter(parts.values()))
     if str(inside) not in parts:
@@ -122,5 +123,5 @@ def _opened(file: Path) -> SingleFile:
 
 @lru_cache(maxsize=4)
 def _recognised(file: Path, modified: int, size: int) -> SingleFile:
-    """The file as it is now; its tensors are mapped, which takes no memory until they are read."""
+    """The file as it is now; its tensors are mapped and never read."""
     return single_file(read_tensors(file), read_metadata(file), file)

@@ -207,8 +207,8 @@ def as_single_file(parts: Mapping[str, tuple[names.Content, Mapping[str, Tensor]
         try:
             inside = names.to_file(tensors, KINDS[kind].table(config))
         except ValueError as error:
-            cause = f"they have no name for the tensor {error} of '{folder or kind}'"
-            raise CheckpointError("the model does not fit into the layout of single files", cause) from error
+            cause = f"it has no name for the tensor {error} of '{folder or kind}'"
+            raise CheckpointError("the model does not fit the layout of single files", cause) from error
         renamed |= {prefix + name: tensor for name, tensor in inside.items()}
     return renamed
 

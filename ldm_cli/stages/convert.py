@@ -21,7 +21,6 @@ from ldm_cli.stages.support.convertible import FoundModel, FoundModels, read_fil
 from ldm_cli.storage import TEMPORARY_PREFIX, storage_errors
 
 _PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
-_DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Parameters of the published U-Nets, with 4 channels of input: web interfaces know these sizes only.
 _PUBLISHED = {
     859_520_964: "stable-diffusion-v1",
@@ -71,7 +70,7 @@ def run(source: Path, out: Path, options: ConvertOptions) -> dict[str, Any]:
     is_file = out.suffix == ".safetensors"
     if is_file and options.shard_bytes is not None:
         raise UsageError("--shard-size is for folders", f"'{out}' is one file", "leave it out, or give a folder")
-    if not is_file and out.suffix in (".ckpt", ".bin", ".pt", ".pth"):
+    if not is_file and out.suffix in _PICKLE_SUFFIXES:
         raise UsageError(f"cannot write '{out}'", "pickles are not written", "give a name that ends in .safetensors")
     if out.exists() and not options.overwrite:
         raise OutputError(f"'{out}' exists", remedy="choose another place, or give --overwrite")
@@ -138,12 +137,13 @@ def _changed(models: FoundModels, options: ConvertOptions) -> FoundModels:
 
 
 def _retyped(model: FoundModel, dtype: str | None) -> FoundModel:
-    if dtype is None:
-        if small := [name for name, tensor in model.tensors.items() if tensor.element_size() == 1]:
-            raise CheckpointError(f"float8 weights: {named(small)}", remedy="give --dtype fp16, bf16 or fp32")
-        return model
-    tensors = {n: t.to(DTYPES[dtype]) if t.is_floating_point() else t for n, t in model.tensors.items()}
-    names = {name: _DTYPE_NAMES[dtype] for name in ("dtype", "torch_dtype") if name in model.content}
+    tensors = model.tensors
+    if dtype is not None:
+        tensors = {n: t.to(DTYPES[dtype]) if t.is_floating_point() else t for n, t in tensors.items()}
+    elif small := [name for name, tensor in tensors.items() if tensor.element_size() == 1]:
+        raise CheckpointError(f"float8 weights: {named(small)}", remedy="give --dtype fp16, bf16 or fp32")
+    found = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    names = {name: found for name in ("dtype", "torch_dtype") if name in model.content}
     return replace(model, tensors=tensors, content=model.content | names)
 
 

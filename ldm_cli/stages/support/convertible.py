@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ldm_cli.errors import CheckpointError, InputNotFoundError
 from ldm_cli.formats.json_file import read_json
 from ldm_cli.formats.model_folder import fitted, parse_as, read_config, unfilled
 from ldm_cli.formats.model_source import load_tensors
-from ldm_cli.formats.pipeline_folder import INDEX_NAME, SCHEDULER_FILE, TOKENIZER, UNET
+from ldm_cli.formats.pipeline_folder import INDEX_NAME, SCHEDULER_FILE, TOKENIZER, UNET, VAE
 from ldm_cli.formats.single_file import single_file
 from ldm_cli.formats.weight_files import CONFIG_NAME, is_pickle, read_metadata, read_pickle, read_tensors, weight_files
 
@@ -91,7 +91,8 @@ def read_file(file: Path, *, config: Path | None, ema: bool, allow_pickle: bool)
     opened = single_file(tensors, metadata, file, _configs(config), ema=ema)
     models = {}
     for folder, part in opened.parts.items():
-        models[folder] = _model(part.config, part.as_in_folder(), file / folder)
+        model = _model(part.config, part.as_in_folder(), file / folder)
+        models[folder] = replace(model, content=model.complete)
     json_files = {name: content for name, content in opened.json_files.items() if Path(name).name != CONFIG_NAME}
     return FoundModels(models, json_files, {}, metadata, opened.told_by, opened.left_out)
 
@@ -113,11 +114,11 @@ def read_folder(folder: Path, *, allow_pickle: bool) -> FoundModels:
     index = read_json(folder / INDEX_NAME)
     components = {name: value[1] for name, value in index.items() if isinstance(value, list) and value[1] is not None}
     kept = {name for name, kind in components.items() if kind in _CLASSES}
-    if UNET not in kept:
-        raise CheckpointError(f"cannot convert '{folder}'", f"it holds a {index.get('_class_name')!r}")
+    if not {UNET, VAE} <= kept:
+        raise CheckpointError(f"cannot convert '{folder}'", f"it holds a {index.get('_class_name')!r} of {components}")
     models = {
         name: _model(read_config(folder / name), _tensors(folder / name, allow_pickle), folder / name)
-        for name in sorted(kept, key=list(components).index)
+        for name in sorted(kept, key=lambda name: (name != UNET, name))
     }
     companions = {
         path: file
