@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 
 from ldm_cli.storage import expand_home
 
-_TEXTS = frozenset(("prompt", "prompts", "negative"))
+_TEXTS = frozenset(("prompt", "prompts", "negative", "any_of"))
 
 
 class Config(BaseModel):
@@ -30,10 +30,15 @@ class Config(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _expand_homes(cls, value: Any, info: ValidationInfo) -> Any:
-        """Expand `~` in every field but those that hold prompts, so that all paths are treated alike."""
-        if info.field_name in _TEXTS:
+    def _expand_paths(cls, value: Any, info: ValidationInfo) -> Any:
+        """Expand `~` in every field but those that hold other texts, so that all paths are treated alike.
+
+        An empty path would be the current folder. It is refused, unless that is the field's default.
+        """
+        if info.field_name is None or info.field_name in _TEXTS:
             return value
+        if "" in (value if isinstance(value, tuple) else (value,)) and cls.model_fields[info.field_name].default != "":
+            raise ValueError("is empty; write null for none")
         if isinstance(value, tuple):
             return tuple(expand_home(entry) if isinstance(entry, str) else entry for entry in value)
         return expand_home(value) if isinstance(value, str) else value

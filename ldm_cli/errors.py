@@ -153,7 +153,7 @@ def as_ldm_error(error: BaseException) -> LdmError | None:
     if isinstance(error, LdmError):
         return error
     if _is_out_of_memory(error):
-        remedy = "use a smaller train.batch_size, more train.gradient_accumulation, or smaller sizes"
+        remedy = "use a smaller train.micro_batch, a smaller batch_size, or smaller sizes"
         return OutOfMemoryError("out of memory", _memory_asked_for(error), remedy)
     if isinstance(error, OSError) and error.errno is not None:
         return _storage_error(error)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ldm_cli.errors import NOT_WRITABLE, InputNotFoundError, LdmError, OutputError, StorageError
+from ldm_cli.errors import NOT_WRITABLE, InputNotFoundError, LdmError, OutputError, StorageError, amount
 
 TEMPORARY_PREFIX = ".tmp-"
 """Prefix of unfinished files and folders; the owner of their folder may delete them."""
@@ -156,7 +156,7 @@ def expect_room(folder: Path, num_bytes: int, what: str, or_else: str = "") -> N
     """
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
-        cause = f"it takes {megabytes(num_bytes)}, and {megabytes(free)} are free"
+        cause = f"it takes {amount(num_bytes)}, and {amount(free)} are free"
         remedy = f"free some space{or_else or ' and run the same command again'}"
         raise StorageError(f"no room for {what} in '{folder}'", cause, remedy)
 
@@ -177,18 +177,9 @@ def _as_ldm_error(number: int, target: Path, num_bytes: int | None) -> LdmError:
     reason = os.strerror(number)
     if number in NOT_WRITABLE:
         return OutputError(f"cannot write '{target}'", reason, "make it writable, or choose another place")
-    sizes = [f"it takes {megabytes(num_bytes)}"] if num_bytes is not None else []
+    sizes = [f"it takes {amount(num_bytes)}"] if num_bytes is not None else []
     with suppress(OSError):
-        sizes.append(f"{megabytes(shutil.disk_usage(target.parent).free)} are free")
+        sizes.append(f"{amount(shutil.disk_usage(target.parent).free)} are free")
     cause = f"{reason} ({', '.join(sizes)})" if sizes else reason
     remedy = _REMEDIES.get(number, "check the disk")
     return StorageError(f"cannot write '{target}'", cause, f"{remedy} and run the same command again")
-
-
-def megabytes(num_bytes: int) -> str:
-    """`12.3 MiB`.
-
-    >>> megabytes(12_900_000)
-    '12.3 MiB'
-    """
-    return f"{num_bytes / 2**20:.1f} MiB"

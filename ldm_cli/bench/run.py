@@ -16,6 +16,7 @@ from ldm_cli.bench import input_pipeline, peers, picture
 from ldm_cli.bench.machine import describe, matmul_gflops
 from ldm_cli.bench.race import Contender, race, speed_and_memory
 from ldm_cli.bench.workload import TrainRecipe, Workload, our_encoding, our_step, with_known_ids
+from ldm_cli.core.precision import precision_on
 from ldm_cli.errors import UnavailableError, UsageError
 from ldm_cli.recipe.load import load_recipe
 from ldm_cli.reporting import Reporter
@@ -52,7 +53,7 @@ PUBLISHED = (
 PUBLISHED_PIPELINE = ("unet/sd15", "vae/sd-vae")
 """Recipes of the U-Net and the autoencoder for sampling at a published size."""
 _PUBLISHED_PICTURES = (1, 16)
-_AT_ONCE = {"train.gradient_accumulation": 1, "train.gradient_checkpointing": "false"}
+_AT_ONCE = {"train.micro_batch": "null", "train.gradient_checkpointing": "false"}
 _PUBLISHED_SECONDS = 480.0
 """Seconds after which no further measurement of published sizes begins, so that all take less than ten minutes."""
 
@@ -120,7 +121,7 @@ def run(subject: str, recipes: Mapping[str, TrainRecipe], options: BenchOptions,
     """
     device = torch.device(options.device)
     precision = next(iter(recipes.values())).train.precision if recipes else "fp32"
-    gflops = matmul_gflops(device, "bf16" if subject == "published" else precision)
+    gflops = matmul_gflops(device, "bf16" if subject == "published" else precision_on(device, precision))
     result: dict[str, Any] = {"machine": describe(device), "matmul_gflops": gflops}
     if subject == "published":
         return result | published(options, gflops, reporter)

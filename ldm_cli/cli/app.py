@@ -69,7 +69,7 @@ def run(arguments: Sequence[str]) -> int:
                 streams.silence_library_warnings()
             command = get_command(app)
             # Not command.main(): that turns a broken pipe into exit code 1.
-            with command.make_context("ldm", options.expand_homes(arguments), obj=tuple(arguments)) as context:
+            with command.make_context("ldm", options.expand_paths(arguments), obj=tuple(arguments)) as context:
                 command.invoke(context)
             sys.stdout.flush()
     except BaseException as error:

@@ -49,7 +49,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
 
-_TEXT_OPTIONS = frozenset(("-p", "--prompt", "--negative", "--caption-template", "--prefix"))
+_TEXT_OPTIONS = frozenset(("-p", "--prompt", "--negative", "--caption-column", "--caption-template", "--prefix"))
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
@@ -97,13 +97,21 @@ def size(text: str | None) -> tuple[int, int] | None:
     return width, int(found[2] or width)
 
 
-def expand_homes(arguments: Sequence[str]) -> list[str]:
-    """The command line with `~` expanded where the shell leaves it, as in `--out=~/run`; prompts stay as they are."""
+def expand_paths(arguments: Sequence[str]) -> list[str]:
+    """The command line with `~` expanded where the shell leaves it, as in `--out=~/run`; texts stay as they are.
+
+    Raises:
+        UsageError: an argument is empty and no text: as a path it would be the current folder.
+    """
     expanded = []
-    for before, argument in zip(("", *arguments), arguments, strict=False):
+    for before, argument in zip(("ldm", *arguments), arguments, strict=False):
         option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-        is_text = (option or before) in _TEXT_OPTIONS
-        expanded.append(argument if is_text else f"{option}{equals}{expand_home(value)}")
+        if (option or before) in _TEXT_OPTIONS:
+            expanded.append(argument)
+            continue
+        if not value and (equals or not option):
+            raise UsageError(f"the argument after '{option or before}' is empty", remedy="is a shell variable unset?")
+        expanded.append(f"{option}{equals}{expand_home(value)}")
     return expanded
 
 

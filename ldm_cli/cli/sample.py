@@ -68,7 +68,7 @@ def command(
         raise typer.Exit(code)
     recipe, changes = _split(arguments or [])
     provenance = None if repeat is None else _provenance(repeat, recipe)
-    loaded = _load(recipe, changes, arg.recipe_fields(context.params), provenance)
+    loaded = _load(recipe, changes, arg.recipe_fields(context), provenance)
     reporter = make_reporter() if is_first_rank() else SilentReporter()
     warn_of_copies(reporter)
     texts = [arg.readable(text) for text in prompt or ()]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
+
+import typer
 
 from ldm_cli.cli.options import argument, option, size
 from ldm_cli.errors import UsageError
 
 _EDITING = "Working on a picture"
 _SHOWING = "How results are shown"
-
 
 Arguments = Annotated[list[str] | None, argument("RECIPE|KEY=VALUE", "A recipe, and changes to it; both optional.")]
 Model = Annotated[Path | None, option("--model", metavar="DIR", text="Pipeline or run folder.")]
@@ -73,52 +73,51 @@ Repeat = Annotated[
     Path | None, option("--repeat", metavar="IMAGE", text="Generate a picture again; options change it.")
 ]
 _FIELDS = {
-    "model": ("--model", "model"),
-    "negative": ("--negative", "sampling.negative"),
-    "number": ("-n", "sampling.images_per_prompt"),
-    "seed": ("--seed", "sampling.seed"),
-    "steps": ("--steps", "sampling.steps"),
-    "sampler": ("--sampler", "sampling.sampler"),
-    "guidance": ("--guidance", "sampling.guidance.scale"),
-    "eta": ("--eta", "sampling.eta"),
-    "width": ("--size", "sampling.width"),
-    "height": ("--size", "sampling.height"),
-    "batch_size": ("--batch-size", "sampling.batch_size"),
-    "precision": ("--precision", "sampling.precision"),
-    "compiled": ("--compile", "sampling.compile"),
-    "init": ("--init", "edit.image"),
-    "strength": ("--strength", "edit.strength"),
-    "mask": ("--mask", "edit.mask"),
-    "extend": ("--extend", "edit.extend"),
-    "style": ("--style", "edit.style"),
-    "variation": ("--variation", "variation"),
-    "tile": ("--tile", "tile"),
-    "interpolate": ("--interpolate", "interpolate"),
-    "xy": ("--xy", "xy"),
-    "preview_every": ("--preview-every", "preview_every"),
-    "image_format": ("--format", "format"),
-    "metadata": ("--metadata", "metadata"),
-    "wildcards": ("--wildcards", "wildcards"),
+    "model": "model",
+    "negative": "sampling.negative",
+    "number": "sampling.images_per_prompt",
+    "seed": "sampling.seed",
+    "steps": "sampling.steps",
+    "sampler": "sampling.sampler",
+    "guidance": "sampling.guidance.scale",
+    "eta": "sampling.eta",
+    "batch_size": "sampling.batch_size",
+    "precision": "sampling.precision",
+    "compiled": "sampling.compile",
+    "init": "edit.image",
+    "strength": "edit.strength",
+    "mask": "edit.mask",
+    "extend": "edit.extend",
+    "style": "edit.style",
+    "variation": "variation",
+    "tile": "tile",
+    "interpolate": "interpolate",
+    "xy": "xy",
+    "preview_every": "preview_every",
+    "image_format": "format",
+    "metadata": "metadata",
+    "wildcards": "wildcards",
 }
 
 
-def recipe_fields(parameters: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+def recipe_fields(context: typer.Context) -> list[tuple[str, str, Any]]:
     """The recipe fields that the given options set: option, field, value.
 
     Args:
-        parameters: of the command by name; None or empty where an option was not given.
+        context: of the command, with its parameters; a value is None or empty where an option was not given.
 
     Raises:
         UsageError: the value of an option cannot be read.
     """
-    width, height = size(parameters["size"]) or (None, None)
-    values = {**parameters, "width": width, "height": height, "extend": _edges(parameters["extend"])}
+    options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    values = {**context.params, "extend": _edges(context.params["extend"])}
     for name, convert in (("model", str), ("negative", readable)):
         if values[name] is not None:
             values[name] = convert(values[name])
-    return [
-        (option, field, values[name]) for name, (option, field) in _FIELDS.items() if values[name] not in (None, (), [])
-    ]
+    found = [(options[name], field, values[name]) for name, field in _FIELDS.items()]
+    width, height = size(values["size"]) or (None, None)
+    found += [(options["size"], "sampling.width", width), (options["size"], "sampling.height", height)]
+    return [(option, field, value) for option, field, value in found if value not in (None, (), [])]
 
 
 def readable(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class Batch:
         metadata: B parsed JSON members, if requested; {} where a sample has none.
         moments: from a cache, in place of images: a codec's output, tensors [B, …] by name.
         condition: from a cache: an encoder's output for the captions, tensors [B, …] by name.
+        tokens: of the captions, from `Task.prepare`: tensors [B, …] by name.
     """
 
     images: Tensor
@@ -40,6 +41,7 @@ class Batch:
     metadata: list[dict[str, Any]] | None = None
     moments: dict[str, Tensor] | None = None
     condition: dict[str, Tensor] | None = None
+    tokens: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -50,6 +52,10 @@ class Batch:
         size = len(self) // num_parts
         parts = [slice(start, start + size) for start in range(0, len(self), size)]
         return [replace(self, **{f.name: _rows(getattr(self, f.name), rows) for f in fields(self)}) for rows in parts]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with `change` applied to each of its tensors."""
+        return replace(self, **{f.name: _changed(getattr(self, f.name), change) for f in fields(self)})
 
     def trace(self, step: int) -> Iterator[str]:
         """A line `step shard key` for each sample, to compare two runs."""
@@ -63,6 +69,13 @@ def _rows(value: Any, rows: slice) -> Any:
     if isinstance(value, dict):
         return {name: tensor[rows] for name, tensor in value.items()}
     return None if value is None else value[rows]
+
+
+def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A field of `Batch` for `Batch.map`."""
+    if isinstance(value, dict):
+        return {name: change(tensor) for name, tensor in value.items()}
+    return change(value) if isinstance(value, Tensor) else value
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import codecs
+import io
+import itertools
 import json
 import math
 import re
+import tokenize
 from typing import Any, NamedTuple
 
 from ldm_cli.data.bad_samples import BadSampleError
@@ -44,20 +47,20 @@ NO_TEXT = frozenset(
 )
 """Spellings of a missing text; pandas reads most of them as missing, too."""
 
-_PRINTED_ARRAY = re.compile(r"""['"]\s+['"]""")
-
 
 def encoding_of(start: bytes) -> str | None:
-    """The encoding that the first bytes of a text show: by a byte-order mark, or UTF-16 by the zero bytes of its Latin
-    letters; None if they show none.
+    """The encoding of a text by its first bytes: a byte-order mark, or the zero bytes of Latin letters in UTF-16.
+
+    None if they show neither.
     """
     for mark, encoding in _MARKS.items():
         if start.startswith(mark):
             return encoding
     num_letters = len(start) // 2
-    zeros = start[: 2 * num_letters : 2].count(0), start[1 : 2 * num_letters : 2].count(0)  # high and low bytes
-    if min(zeros) == 0 and 2 * max(zeros) > max(num_letters, 2):
-        return "utf-16-be" if zeros[0] else "utf-16-le"
+    even, odd = start[: 2 * num_letters : 2].count(0), start[1 : 2 * num_letters : 2].count(0)
+    # Of a Latin letter, the high byte is zero: the even one in big-endian text, the odd one in little-endian text.
+    if min(even, odd) == 0 and 2 * max(even, odd) > max(num_letters, 2):
+        return "utf-16-be" if even else "utf-16-le"
     return None
 
 
@@ -125,9 +128,16 @@ def _spelled_value(text: str) -> dict[str, Any] | list[Any] | None:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             return None
-        if _PRINTED_ARRAY.search(text):  # Python would join the texts of a printed array to one
+        if _is_printed_array(text):
             raise ValueError(f"expected text or a list of texts, found a printed array {text:.60}") from None
     return value if isinstance(value, dict | list) else None
+
+
+def _is_printed_array(text: str) -> bool:
+    """Whether texts follow one another without a comma, as numpy prints them: Python reads them as one text."""
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    kinds = [token.type for token in tokens if token.type not in (tokenize.NL, tokenize.NEWLINE)]
+    return (tokenize.STRING, tokenize.STRING) in itertools.pairwise(kinds)
 
 
 def clean_caption(text: str) -> Text:
@@ -171,20 +181,6 @@ def caption_candidates(value: Any) -> list[str]:
     """The captions in a JSON value that are not blank: text itself, or each of a list of texts."""
     texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
     return [text for text in texts if isinstance(text, str) and text.strip()]
-
-
-def choose_caption(value: Any, choice: float) -> str | None:
-    """The caption in a JSON value: text itself, or one of a list of texts.
-
-    Args:
-        value: text, a list of texts, or anything else, which is no caption.
-        choice: in [0, 1): which of a list's texts that are not blank.
-
-    Returns:
-        None if there is no text that is not blank.
-    """
-    candidates = caption_candidates(value)
-    return candidates[int(choice * len(candidates))] if candidates else None
 
 
 def parse_label(value: Any) -> int:

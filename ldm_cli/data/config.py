@@ -57,8 +57,8 @@ class DataConfig(Config):
     max_fetched_bytes: Annotated[int, Field(ge=1)] = 100 * 2**30
     """Room in the cache folder for remote shards; the least recently used are removed."""
     stream: bool = False
-    """Read training shards in sequence through webdataset, without an index: for commands, named pipes and data sets
-    that exceed the disk. The samples of a step then depend on workers, ranks and interruptions."""
+    """Read training shards in sequence, without an index: for commands, named pipes and data sets that exceed the disk.
+    The samples of a step then depend on workers, ranks and interruptions."""
     stream_buffer: Annotated[int, Field(ge=1)] = 1000
     """Samples of a stream that each reader holds, undecoded, to shuffle them."""
     weights: tuple[Annotated[float, Field(gt=0)], ...] | None = None

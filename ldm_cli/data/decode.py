@@ -99,16 +99,14 @@ def decode_rgb(data: bytes, background: Color, max_pixels: int, min_side: int | 
 
 
 def image_header(data: bytes, max_pixels: int) -> tuple[str, int, int]:
-    """Format, width and height that a file's header claims; raises as `decode_rgb`, but decodes nothing."""
-    image = _open(data, max_pixels)
-    return image.format or "", image.width, image.height
+    """Pillow's name of the format, and width and height as `decode_rgb` gives them: upright.
 
-
-def upright_size(data: bytes, max_pixels: int) -> tuple[int, int]:
-    """Width and height as `decode_rgb` gives them, from the header alone; raises as that."""
+    Only the header is read; raises as `decode_rgb`.
+    """
     image = _open(data, max_pixels)
-    width, height = image.size
-    return (height, width) if _orientation(image) >= 5 and image.format != "TIFF" else (width, height)
+    is_turned = _orientation(image) >= 5 and image.format != "TIFF"  # Pillow gives the upright size of a TIFF
+    width, height = reversed(image.size) if is_turned else image.size
+    return image.format or "", width, height
 
 
 def from_pillow(image: Image.Image) -> Tensor:

@@ -12,13 +12,13 @@ from typing import Any
 from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.captions import captions_in, decode_text, parse_json
 from ldm_cli.data.pack_report import PackReport
+from ldm_cli.data.source_files import SourceFiles, read_file
 from ldm_cli.data.sources import Choices, Source, TableSource, captions_of_class
 from ldm_cli.data.tables import CAPTION_COLUMNS, TABLE_SUFFIXES, column_among, is_picture
 from ldm_cli.errors import DataError, InputNotFoundError, UnavailableError
 
 _CAPTION_SUFFIXES = (".txt", ".caption")
-_HIDDEN = frozenset(("thumbs.db", "desktop.ini", "__macosx", "@eadir"))
-_KOHYA = re.compile(r"(\d{1,3})_(.*\S.*)")
+_KOHYA = re.compile(r"([1-9]\d{0,2})_(.*\S.*)")
 # Names of folders that do not describe the pictures in them.
 _NO_CLASSES = frozenset(
     (
@@ -53,7 +53,7 @@ def find_sources(source: Path, choices: Choices, report: PackReport) -> Iterator
         if source.suffix.lower() == ".tar":
             kind, remedy = "a tar is a shard already", "name it as data.shards, or unpack it"
         raise DataError(f"cannot pack '{source}'", kind, remedy)
-    table = TableSource(source, choices, report)
+    table = TableSource(source, choices, report, SourceFiles(source.parent))
     report.classes = tuple(sorted(table.class_names()))
     return iter(table)
 
@@ -63,9 +63,10 @@ class _Folder:
 
     def __init__(self, folder: Path, choices: Choices, report: PackReport) -> None:
         self._folder, self._choices, self._report = folder, choices, report
-        files = sorted(self._walk(), key=self._name)
-        self._pictures = [path for path in files if is_picture(path)]
-        self._others = dict.fromkeys(path for path in files if not is_picture(path))
+        self._files = SourceFiles(folder, report.pass_over)
+        self._name = self._files.name
+        self._pictures = [path for path in self._files.paths if is_picture(path)]
+        self._others = dict.fromkeys(path for path in self._files.paths if not is_picture(path))
         self._beside: dict[str, list[Path]] = {}
         for path in self._others:
             if path.suffix.lower() in (*_CAPTION_SUFFIXES, ".json"):
@@ -98,28 +99,6 @@ class _Folder:
         for path in self._others:
             self._report.pass_over(path.suffix.lower() or "file without suffix", self._name(path))
 
-    def _name(self, path: Path) -> str:
-        return path.relative_to(self._folder).as_posix()
-
-    def _walk(self) -> Iterator[Path]:
-        """All files; links are followed, and a folder is entered once."""
-        entered: set[str] = set()
-
-        def unreadable(error: OSError) -> None:
-            self._report.pass_over("unreadable folder", str(error.filename))
-
-        for parent, folders, files in os.walk(self._folder, onerror=unreadable, followlinks=True):
-            if (real := os.path.realpath(parent)) in entered:
-                self._report.pass_over("folder linked twice", self._name(Path(parent)))
-                folders.clear()
-                continue
-            entered.add(real)
-            hidden = {name for name in (*folders, *files) if name.startswith(".") or name.lower() in _HIDDEN}
-            for name in sorted(hidden):
-                self._report.pass_over("hidden or system file", self._name(Path(parent, name)))
-            folders[:] = sorted({*folders} - hidden)
-            yield from (Path(parent, name) for name in files if name not in hidden)
-
     def _tables(self) -> list[TableSource]:
         """The files that are tables of pictures; a `metadata.*` must be one."""
         tables: list[TableSource] = []
@@ -127,7 +106,7 @@ class _Folder:
         beside = {path for picture in self._pictures for path in self._beside_picture(picture)}
         for path in [path for path in self._others if path.suffix.lower() in TABLE_SUFFIXES and path not in beside]:
             try:
-                tables.append(TableSource(path, self._choices, self._report, self._folder))
+                tables.append(TableSource(path, self._choices, self._report, self._files))
                 del self._others[path]
             except (DataError, UnavailableError) as error:
                 if path.stem.lower() == "metadata":
@@ -190,14 +169,14 @@ class _Folder:
         captions: tuple[str, ...] = ()
         if ".json" in companions:
             try:
-                facts = parse_json(companions[".json"].read_bytes())
+                facts = parse_json(read_file(companions[".json"]))
                 self._others.pop(companions[".json"], None)
             except BadSampleError:
                 facts = {}  # the file stays among those that are not read
         text = next((companions[suffix] for suffix in _CAPTION_SUFFIXES if suffix in companions), None)
         if text is not None:
             self._others.pop(text, None)
-            decoded = decode_text(text.read_bytes())
+            decoded = decode_text(read_file(text))
             for remark in decoded.remarks:
                 self._report.remark(remark)
             captions = captions_in(decoded.text)

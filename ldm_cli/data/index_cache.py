@@ -13,18 +13,22 @@ import hashlib
 import json
 import os
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ldm_cli.data.tar_format import BLOCK
 from ldm_cli.data.tar_index import ShardIndex
 from ldm_cli.storage import user_cache
 
-_VERSION = 1
+_VERSION = 2
 _NUM_PROBES = 16
+_FACTS = ("file_size", "end", "extensions", "ignored")
 _TENSORS = ("key_bytes", "key_ends", "sample_starts", "members")
 
 
@@ -35,49 +39,52 @@ def cache_folder() -> Path:
 
 def load_index(shard: Path, folder: Path) -> ShardIndex | None:
     """The cached index of `shard`, or None if there is none that fits it."""
+    found = load_tensors(_file(shard, folder))
+    if found is None:
+        return None
+    tensors, facts = found
     try:
-        with safe_open(_file(shard, folder), framework="pt") as file:
-            facts = json.loads(file.metadata()["index"])
-            tensors = {name: file.get_tensor(name) for name in _TENSORS}
-        index = ShardIndex(
-            file_size=facts["file_size"],
-            end=facts["end"],
-            extensions=tuple(facts["extensions"]),
-            ignored=facts["ignored"],
-            **tensors,
-        )
+        described = {**tensors, **{name: facts[name] for name in _FACTS}, "extensions": tuple(facts["extensions"])}
+        index = ShardIndex(**described)
         fits = (
             facts["version"] == _VERSION
             and facts["mtime_ns"] == shard.stat().st_mtime_ns
             and facts["fingerprint"] == index.fingerprint()
             and _describes(index, shard)
         )
-    except (OSError, RuntimeError, SafetensorError, ValueError, KeyError, TypeError):  # torch opens it, too
+    except (OSError, KeyError, TypeError):
         return None
     return index if fits else None
 
 
 def save_index(shard: Path, index: ShardIndex, folder: Path) -> None:
-    """Keep the index of an undamaged shard; other processes see the old file or the new one, never a part.
+    """Keep the index of an undamaged shard; errors as in `save_tensors`."""
+    facts = {"version": _VERSION, "mtime_ns": shard.stat().st_mtime_ns, "fingerprint": index.fingerprint()}
+    facts |= {name: getattr(index, name) for name in _FACTS}
+    save_tensors(_file(shard, folder), {name: getattr(index, name) for name in _TENSORS}, facts)
+
+
+def load_tensors(file: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The tensors and facts of a file of `save_tensors`; None if there is none, or a damaged one."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            return tensors, json.loads(opened.metadata()["facts"])
+    except (OSError, RuntimeError, SafetensorError, ValueError, KeyError, TypeError):  # torch opens it, too
+        return None
+
+
+def save_tensors(file: Path, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Replace a file of the cache; other processes see the old file or the new one, never a part.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    facts = {
-        "version": _VERSION,
-        "file_size": index.file_size,
-        "mtime_ns": shard.stat().st_mtime_ns,
-        "end": index.end,
-        "extensions": index.extensions,
-        "ignored": index.ignored,
-        "fingerprint": index.fingerprint(),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    target = _file(shard, folder)
-    temporary = target.with_suffix(f".tmp-{os.getpid()}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(f".tmp-{os.getpid()}")
     try:
-        save_file({name: getattr(index, name) for name in _TENSORS}, temporary, {"index": json.dumps(facts)})
-        temporary.replace(target)
+        save_file(tensors, temporary, {"facts": json.dumps(facts)})
+        temporary.replace(file)
     except SafetensorError as error:
         raise OSError(str(error)) from error
     finally:

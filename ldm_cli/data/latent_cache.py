@@ -32,7 +32,7 @@ from ldm_cli.data.config import DataConfig
 from ldm_cli.data.open_shards import index_shards
 from ldm_cli.data.sample_decoder import Draw, Sample, SampleDecoder, Wanted
 from ldm_cli.data.shards import ShardReader, ShardSet
-from ldm_cli.data.tar_index import Member
+from ldm_cli.data.tar_format import Member
 from ldm_cli.errors import DataError, InputNotFoundError
 from ldm_cli.reporting import Reporter
 
@@ -51,8 +51,8 @@ class LatentCache:
     Args:
         folder: what `ldm precompute` wrote.
         shards: the data set that is to be read.
-        key: with which the cache must have been made; `dtype` does not matter.
-        reporter: hears of shards that have to be compared.
+        key: the models and settings that the cache must be made of; its `dtype` is not compared.
+        reporter: receives a message for each shard whose content has to be compared.
 
     Raises:
         InputNotFoundError: there is no cache in `folder`.

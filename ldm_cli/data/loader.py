@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, closing
+from collections.abc import Callable, Generator
+from contextlib import closing
 from functools import partial
 
 import torch
@@ -18,15 +18,13 @@ from ldm_cli.data.config import DataConfig
 from ldm_cli.data.decode import load_codecs
 from ldm_cli.data.latent_cache import CachedDecoder, LatentCache
 from ldm_cli.data.order import global_positions, rank_slice
-from ldm_cli.data.prefetch import prefetched
+from ldm_cli.data.prefetch import made_ahead
 from ldm_cli.data.sample_decoder import Draw, MembersDecoder, Sample, SampleDecoder, Wanted
 from ldm_cli.data.shards import ShardSet
 from ldm_cli.data.step_plan import Place, StepPlan
 from ldm_cli.data.streaming import Stream, StreamedSteps, decoded, read_stream
-from ldm_cli.data.workers import made_by_workers
 from ldm_cli.errors import DataError
 
-_NUM_AHEAD = 2
 _MAX_REPLACEMENTS = 64
 
 ReportBad = Callable[[BadSample], None]
@@ -101,22 +99,16 @@ class Loader:
         if is_streamed := isinstance(self._steps, StreamedSteps):
             num_workers = max(1, num_workers)  # unlike a thread, a process that waits for a stream can be killed
             self._steps.begin(steps, num_workers)
-        source: AbstractContextManager[Iterator[Delivery]]
         if num_workers:
             load_codecs()
-            source = closing(
-                made_by_workers(
-                    self._steps,
-                    steps,
-                    num_workers=num_workers,
-                    num_ahead=_NUM_AHEAD,
-                    timeout=self._config.worker_timeout,
-                    with_children=is_streamed,
-                )
-            )
-        else:
-            source = prefetched((self._steps(step) for step in steps), _NUM_AHEAD, alone=True)
-        with source as deliveries:
+        made = made_ahead(
+            self._steps,
+            steps,
+            num_workers=num_workers,
+            timeout=self._config.worker_timeout,
+            with_children=is_streamed,
+        )
+        with closing(made) as deliveries:
             for delivery in deliveries:
                 yield _accept(delivery, self.account, self.remarks)
 
@@ -152,19 +144,16 @@ def sequential_batches(
         raise ValueError(f"sequential_batches: batch_size={batch_size}")
     account, remarks = BadSampleAccount(config.max_bad_fraction, report_bad), Counter[str]()
     wanted = Wanted(image=with_images, caption=with_captions, metadata=with_json)
-    made = _in_order(shards, config, wanted, batch_size, limit)
-    source: AbstractContextManager[Iterator[Delivery | None]] = prefetched(made, _NUM_AHEAD, alone=True)
-    if isinstance(shards, Stream):
-        one = made_by_workers(
-            lambda number: next(made, None),
-            range(sys.maxsize),
-            num_workers=1,
-            num_ahead=_NUM_AHEAD,
-            timeout=config.worker_timeout,
-            with_children=True,
-        )
-        source = closing(one)
-    with source as deliveries:
+    in_order = _in_order(shards, config, wanted, batch_size, limit)
+    is_streamed = isinstance(shards, Stream)
+    made = made_ahead(
+        lambda number: next(in_order, None),
+        range(sys.maxsize),
+        num_workers=int(is_streamed),
+        timeout=config.worker_timeout,
+        with_children=is_streamed,
+    )
+    with closing(in_order), closing(made) as deliveries:
         for delivery in deliveries:
             if delivery is None:
                 return

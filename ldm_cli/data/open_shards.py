@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -56,9 +55,8 @@ def open_shards(shards: str | tuple[str, ...], config: DataConfig, reporter: Rep
         )
     if config.filter or config.aspect_buckets or config.quarantine:
         result = choose_samples(result, config, reporter)
-    ignored = sum((Counter(index.ignored) for index in result.indexes), Counter())
-    if ignored:
-        counts = ", ".join(f"{count} × {reason}" for reason, count in sorted(ignored.items()))
+    if result.ignored:
+        counts = ", ".join(f"{count} × {reason}" for reason, count in result.ignored.items())
         reporter.info(f"ignored members of shards: {counts}")
     return result
 

@@ -1,9 +1,10 @@
-"""Shards out of what people have: folders of pictures with captions beside them, and tables that name pictures."""
+"""Pack pictures and captions into shards: from a folder, or from a table that names pictures."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,15 +14,17 @@ from typing import Any
 
 from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.config import DataConfig
-from ldm_cli.data.decode import decode_rgb, image_header, upright_size
+from ldm_cli.data.decode import decode_rgb, image_header
 from ldm_cli.data.folders import find_sources
 from ldm_cli.data.pack_report import PackReport
 from ldm_cli.data.shard_writer import write_shard
+from ldm_cli.data.source_files import read_file
 from ldm_cli.data.sources import Choices, Source
 from ldm_cli.errors import InputNotFoundError, OutputError, StorageError
 from ldm_cli.reporting import Progress, Reporter
+from ldm_cli.storage import TEMPORARY_PREFIX
 
-_LIMITS = DataConfig(shards="")
+_LIMITS = DataConfig(shards="*.tar")
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # of formats that are not their own
 
 
@@ -61,8 +64,6 @@ def pack(
         raise ValueError(f"pack: shard_samples={shard_samples}")
     report, shards = PackReport(), dict[str, int]()
     sources = find_sources(source, choices, report)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"cannot pack into '{out}'", "it exists already", "choose a new folder")
     packing = _Packing(report)
     with _appearing_whole(out) as folder:
         with reporter.progress(f"packing into {out}", None, unit="image") as progress:
@@ -89,20 +90,31 @@ def pack(
 
 @contextmanager
 def _appearing_whole(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` if nothing is raised.
+    """A folder to fill. If nothing is raised, it becomes `out`, or its files move into `out` where that exists.
+
+    An existing folder is not replaced, because it may be the working directory, a link or a mount point.
 
     Raises:
-        OutputError, StorageError: it cannot be made or written.
+        OutputError: `out` is not empty, or cannot be made.
+        StorageError: writing failed.
     """
-    partial = out.absolute().with_name(f".tmp-{out.absolute().name}")
+    target = Path(os.path.realpath(out))
+    exists = target.is_dir()
+    partial = target / f"{TEMPORARY_PREFIX}pack" if exists else target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
     try:
+        is_taken = any(path != partial for path in target.iterdir()) if exists else os.path.lexists(target)
+        if is_taken:
+            raise OutputError(f"cannot pack into '{out}'", "it exists already", "choose a new folder")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     except OSError as error:
         raise OutputError(f"cannot pack into '{out}'", error.strerror or str(error)) from error
     try:
         yield partial
-        partial.replace(out)
+        if not exists:
+            partial.replace(target)
+        for file in partial.iterdir() if exists else ():
+            file.replace(target / file.name)
     except StorageError as error:
         raise StorageError(f"cannot pack into '{out}'", error.cause, error.remedy) from error
     except OSError as error:
@@ -134,9 +146,8 @@ class _Packing:
             progress.update(number)
 
     def _members(self, source: Source) -> dict[str, bytes]:
-        data = source.picture if isinstance(source.picture, bytes) else _read(source.picture)
-        form = image_header(data, _LIMITS.max_pixels)[0]
-        width, height = upright_size(data, _LIMITS.max_pixels)
+        data = source.picture if isinstance(source.picture, bytes) else read_file(source.picture)
+        form, width, height = image_header(data, _LIMITS.max_pixels)
         for remark in decode_rgb(data, _LIMITS.background, _LIMITS.max_pixels, _LIMITS.image_size).remarks:
             self._report.remark(remark)
         facts = {**source.extra, "path": source.name, "width": width, "height": height}
@@ -162,12 +173,3 @@ def _json_value(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, str | int) else str(value)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > _LIMITS.max_member_bytes:
-            raise BadSampleError("member too large", f"{path.stat().st_size} bytes")
-        return path.read_bytes()
-    except OSError as error:
-        raise BadSampleError("unreadable file", error.strerror or str(error)) from error

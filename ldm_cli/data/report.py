@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,17 +32,16 @@ def check(shards: ShardSet, config: DataConfig, reporter: Reporter) -> dict[str,
         `not_used` (members that no setting reads, by extension), `first_not_used` (one of each), `hidden_samples`
         (parts of a sample that look like one: a key with a dot in it) and `damaged_shards` (path to damage).
     """
-    decoder = SampleDecoder(shards, config, Wanted())
     bad: list[BadSample] = []
     remarks: Counter[str] = Counter()
     members = _MembersNotUsed(config)
-    for shard, index, number in _each(shards, "checking samples", reporter):
-        members.add(shards.name(shard, number), index.sample(number))
-        try:
-            remarks.update(decoder.decode(shard, number, Draw()).remarks)
-        except BadSampleError as error:
-            bad.append(BadSample(str(shards.paths[shard]), index.key(number), error.reason, error.detail))
-    decoder.close()
+    with closing(SampleDecoder(shards, config, Wanted())) as decoder:
+        for shard, index, number in _each(shards, "checking samples", reporter):
+            members.add(shards.name(shard, number), index.sample(number))
+            try:
+                remarks.update(decoder.decode(shard, number, Draw()).remarks)
+            except BadSampleError as error:
+                bad.append(BadSample(str(shards.paths[shard]), index.key(number), error.reason, error.detail))
     damaged = {
         str(path): index.damage for path, index in zip(shards.paths, shards.indexes, strict=True) if index.damage
     }
@@ -52,7 +52,7 @@ def check(shards: ShardSet, config: DataConfig, reporter: Reporter) -> dict[str,
         "bad": dict(Counter(sample.reason for sample in bad).most_common()),
         "bad_samples": [asdict(sample) for sample in bad],
         "remarks": dict(remarks.most_common()),
-        "ignored": _ignored(shards),
+        "ignored": shards.ignored,
         "not_used": dict(members.counts.most_common()),
         "first_not_used": list(members.first.values()),
         "hidden_samples": members.hidden,
@@ -102,19 +102,18 @@ def stats(shards: ShardSet, config: DataConfig, reporter: Reporter) -> dict[str,
         (min, median, max), `captions`: how many, `distinct`, `length` in characters (min, median, max) and
         the most `frequent` ones, `unusable` (reason to count), `ignored`.
     """
-    decoder = SampleDecoder(shards, config, Wanted(image=False))
     extensions, formats, captions, unusable = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     sizes: list[tuple[int, int]] = []
-    for shard, index, number in _each(shards, "reading samples", reporter):
-        extensions.update(list(index.sample(number)))
-        try:
-            form, width, height = image_header(decoder.image_bytes(shard, number), config.max_pixels)
-            formats[form.lower()] += 1
-            sizes.append((width, height))
-            captions[decoder.decode(shard, number, Draw()).caption] += 1
-        except BadSampleError as error:
-            unusable[error.reason] += 1
-    decoder.close()
+    with closing(SampleDecoder(shards, config, Wanted(image=False))) as decoder:
+        for shard, index, number in _each(shards, "reading samples", reporter):
+            extensions.update(list(index.sample(number)))
+            try:
+                form, width, height = image_header(decoder.image_bytes(shard, number), config.max_pixels)
+                formats[form.lower()] += 1
+                sizes.append((width, height))
+                captions[decoder.decode(shard, number, Draw()).caption] += 1
+            except BadSampleError as error:
+                unusable[error.reason] += 1
     return {
         "shards": len(shards.paths),
         "samples": shards.num_samples,
@@ -130,7 +129,7 @@ def stats(shards: ShardSet, config: DataConfig, reporter: Reporter) -> dict[str,
             "frequent": dict(captions.most_common(_NUM_FREQUENT)),
         },
         "unusable": dict(unusable.most_common()),
-        "ignored": _ignored(shards),
+        "ignored": shards.ignored,
     }
 
 
@@ -164,7 +163,7 @@ def index(shards: ShardSet, sizes_file: Path | None = None) -> dict[str, Any]:
             for one in shards.indexes
             for number in range(one.num_samples)
         ),
-        "ignored": _ignored(shards),
+        "ignored": shards.ignored,
         "fingerprint": shards.fingerprint,
     }
 
@@ -175,7 +174,3 @@ def _spread(values: Sequence[int]) -> dict[str, int] | None:
         return None
     ordered = sorted(values)
     return {"min": ordered[0], "median": ordered[(len(ordered) - 1) // 2], "max": ordered[-1]}
-
-
-def _ignored(shards: ShardSet) -> dict[str, int]:
-    return dict(sum((Counter(one.ignored) for one in shards.indexes), Counter()))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,6 @@ from torch import Tensor
 from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.captions import (
     caption_candidates,
-    choose_caption,
     clean_caption,
     decode_text,
     field_of,
@@ -23,7 +21,7 @@ from ldm_cli.data.captions import (
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.decode import IMAGE_EXTENSIONS, decode_rgb, to_rectangle
 from ldm_cli.data.shards import ShardReader, ShardSet
-from ldm_cli.data.tar_index import Member
+from ldm_cli.data.tar_format import Member
 
 _JSON = "json:"
 
@@ -65,14 +63,16 @@ class Sample:
     condition: dict[str, Tensor] | None = None
 
 
-class Members(ABC):
-    """The members of one sample."""
+class Members:
+    """The members of one sample.
 
-    _metadata: dict[str, Any] | None = None
+    Args:
+        read: gives the bytes of the member with an extension, or None if the sample has none.
+    """
 
-    @abstractmethod
-    def read(self, extension: str) -> bytes | None:
-        """The bytes of a member, or None if the sample has none of that extension."""
+    def __init__(self, read: Callable[[str], bytes | None]) -> None:
+        self.read = read
+        self._metadata: dict[str, Any] | None = None
 
     def image(self, extensions: Sequence[str]) -> bytes:
         """The bytes of the image, of the first of these extensions that there is."""
@@ -88,6 +88,10 @@ class Members(ABC):
             data = self.read("json")
             self._metadata = None if data is None else parse_json(data)
         return self._metadata
+
+    def field(self, place: str) -> Any:
+        """The value at `json:PATH` in the JSON member; None if there is none."""
+        return field_of(self.metadata() or {}, place.removeprefix(_JSON))
 
 
 def image_extensions(config: DataConfig) -> tuple[str, ...]:
@@ -122,44 +126,41 @@ class MembersDecoder:
             BadSampleError: it cannot be used.
             DataError, StorageError: a member cannot be read.
         """
-        caption, remarks = self._caption(members, draw) if self._wanted.caption else ("", ())
+        caption, remarks = self._caption(members, draw.caption) if self._wanted.caption else ("", ())
         label = self._label(members) if self._wanted.label and self._config.label else None
         metadata = (members.metadata() or {}) if self._wanted.metadata else None
         image = None
         if self._wanted.image:
-            mirror = draw.flip < self._config.flip_probability
-            shape = draw.shape or (self._config.image_size, self._config.image_size)
-            config = self._config
-            picture = decode_rgb(
-                members.image(self._image_extensions), config.background, config.max_pixels, max(shape)
-            )
+            config, data = self._config, members.image(self._image_extensions)
+            shape = draw.shape or (config.image_size, config.image_size)
+            picture = decode_rgb(data, config.background, config.max_pixels, max(shape))
             remarks += picture.remarks
+            mirror = draw.flip < config.flip_probability
             image = to_rectangle(picture.image, shape, config.crop, draw.place, mirror)
         return Sample(image, caption, label, metadata, remarks)
 
-    def _caption_choices(self, members: Members) -> list[float]:
-        """A number in [0, 1) for each caption of a sample."""
-        number = 1
-        if self._config.caption.startswith(_JSON):
-            with suppress(BadSampleError):  # `_caption` handles the damage
-                value = field_of(members.metadata() or {}, self._config.caption.removeprefix(_JSON))
-                number = max(1, len(caption_candidates(value)))
-        return [(i + 0.5) / number for i in range(number)]
-
-    def _caption(self, members: Members, draw: Draw) -> tuple[str, tuple[str, ...]]:
+    def _caption(self, members: Members, choice: float) -> tuple[str, tuple[str, ...]]:
         """The caption by the recipe's rule, and remarks about it."""
-        remarks: tuple[str, ...] = ()
+        texts, remarks = self._texts(members)
+        return self._cleaned(texts[int(choice * len(texts))] if texts else None, remarks)
+
+    def _texts(self, members: Members) -> tuple[list[str], tuple[str, ...]]:
+        """The texts that may be the caption, and remarks about them."""
         try:
             if self._config.caption.startswith(_JSON):
-                value = field_of(members.metadata() or {}, self._config.caption.removeprefix(_JSON))
-                text = choose_caption(value, draw.caption)
-            else:
-                data = members.read(self._config.caption)
-                text, remarks = (None, ()) if data is None else decode_text(data)
+                return caption_candidates(members.field(self._config.caption)), ()
+            data = members.read(self._config.caption)
         except BadSampleError as bad:
             if bad.reason != "damaged json" or self._config.missing_caption == "skip":
                 raise
-            text, remarks = None, ("damaged json",)
+            return [], ("damaged json",)
+        if data is None:
+            return [], ()
+        text, remarks = decode_text(data)
+        return [text], remarks
+
+    def _cleaned(self, text: str | None, remarks: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+        """The caption that a text gives; None is no text."""
         if text is not None:
             text, more = clean_caption(text)
             remarks += more
@@ -172,7 +173,7 @@ class MembersDecoder:
     def _label(self, members: Members) -> int:
         where = self._config.label or ""
         if where.startswith(_JSON):
-            return parse_label(field_of(members.metadata() or {}, where.removeprefix(_JSON)))
+            return parse_label(members.field(where))
         data = members.read(where)
         return parse_label(None if data is None else decode_text(data).text.strip())
 
@@ -204,23 +205,23 @@ class SampleDecoder(MembersDecoder):
         `decode`."""
         found: list[str] = []
         with suppress(BadSampleError):
-            members = self._members(shard, sample)
-            for choice in self._caption_choices(members):
+            texts, remarks = self._texts(self._members(shard, sample))
+            for text in texts or (None,):
                 with suppress(BadSampleError):
-                    found.append(self._caption(members, Draw(caption=choice))[0])
+                    found.append(self._cleaned(text, remarks)[0])
         return found
 
     def image_bytes(self, shard: int, sample: int) -> bytes:
         """The sample's image file; raises as `decode`."""
         return self._members(shard, sample).image(self._image_extensions)
 
-    def _members(self, shard: int, sample: int) -> _IndexedMembers:
+    def _members(self, shard: int, sample: int) -> Members:
         where = (self._reader, shard, self._shards.indexes[shard].sample(sample))
-        return _IndexedMembers(*where, self._wanted_extensions, self._config.max_member_bytes)
+        return Members(_IndexedRead(*where, self._wanted_extensions, self._config.max_member_bytes))
 
 
-class _IndexedMembers(Members):
-    """Members at the places of the index; all wanted ones are read together."""
+class _IndexedRead:
+    """Reads members at the places of the index, all wanted ones together."""
 
     def __init__(
         self, reader: ShardReader, shard: int, members: dict[str, list[Member]], wanted: set[str], max_bytes: int
@@ -233,7 +234,7 @@ class _IndexedMembers(Members):
                 raise BadSampleError("duplicate members", f"{len(found)} × .{extension}")
             self._members[extension] = found[0]
 
-    def read(self, extension: str) -> bytes | None:
+    def __call__(self, extension: str) -> bytes | None:
         member = self._members.get(extension)
         if member is None:
             return None

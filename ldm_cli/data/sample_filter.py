@@ -8,27 +8,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm_cli.data.bad_samples import BadSampleError, read_bad_samples
 from ldm_cli.data.captions import field_of
 from ldm_cli.data.config import DataConfig, FieldRule, SampleFilter
-from ldm_cli.data.decode import upright_size
-from ldm_cli.data.index_cache import cache_folder
+from ldm_cli.data.decode import image_header
+from ldm_cli.data.index_cache import cache_folder, load_tensors, save_tensors
 from ldm_cli.data.sample_decoder import Draw, SampleDecoder, Wanted
 from ldm_cli.data.shards import ShardSet
-from ldm_cli.errors import InputNotFoundError, StorageError
+from ldm_cli.errors import InputNotFoundError
 from ldm_cli.reporting import Reporter
-from ldm_cli.storage import whole_file
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -84,18 +82,25 @@ def _facts_of_shards(shards: ShardSet, config: DataConfig, reporter: Reporter) -
     all_facts = []
     # A missing caption does not exclude a sample here: the loader counts it as bad, or takes the empty caption.
     reading = config.model_copy(update={"missing_caption": "empty"})
-    decoder = SampleDecoder(shards, reading, Wanted(image=False, label=False, metadata=True))
-    with reporter.progress("reading sample sizes and captions", len(shards.paths), unit="shard") as progress:
+    wanted = Wanted(image=False, label=False, metadata=True)
+    with (
+        closing(SampleDecoder(shards, reading, wanted)) as decoder,
+        reporter.progress("reading sample sizes and captions", len(shards.paths), unit="shard") as progress,
+    ):
         for shard in range(len(shards.paths)):
             file = _file(shards, shard, config)
-            facts = _load(file)
-            if facts is None:
+            if found := load_tensors(file):
+                facts = SampleFacts(**found[0])
+            else:
                 facts = _read_facts(shards, shard, config, decoder)
-                if not _save(file, facts):
-                    reporter.warn(f"cannot keep the facts about samples in '{file.parent}'; every run reads them again")
+                try:
+                    save_tensors(file, vars(facts), {})
+                except OSError as error:
+                    reporter.warn(
+                        f"cannot keep facts about samples in '{file.parent}': {error}; every run reads them again"
+                    )
             all_facts.append(facts)
             progress.update(shard + 1)
-    decoder.close()
     return all_facts
 
 
@@ -104,13 +109,13 @@ def _read_facts(shards: ShardSet, shard: int, config: DataConfig, decoder: Sampl
     sizes, kept = torch.zeros(count, 2, dtype=torch.int32), torch.ones(count, dtype=torch.bool)
     for sample in range(count):
         try:
-            size = upright_size(decoder.image_bytes(shard, sample), config.max_pixels)
-            sizes[sample] = torch.tensor(size, dtype=torch.int32)
+            _, width, height = image_header(decoder.image_bytes(shard, sample), config.max_pixels)
+            sizes[sample] = torch.tensor((width, height), dtype=torch.int32)
             found = decoder.decode(shard, sample, Draw())
         except BadSampleError:
             continue  # the loader counts and lists it
         if config.filter is not None:
-            kept[sample] = passes(config.filter, size, found.caption, found.metadata or {})
+            kept[sample] = passes(config.filter, (width, height), found.caption, found.metadata or {})
     return SampleFacts(sizes, kept)
 
 
@@ -146,21 +151,3 @@ def _file(shards: ShardSet, shard: int, config: DataConfig) -> Path:
     inputs += [config.max_member_bytes, config.image]
     name = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
     return cache_folder() / f"{name}.facts.safetensors"
-
-
-def _load(file: Path) -> SampleFacts | None:
-    try:
-        with safe_open(file, framework="pt") as found:
-            return SampleFacts(found.get_tensor("sizes"), found.get_tensor("kept"))
-    except (OSError, RuntimeError, SafetensorError):  # torch opens it, too
-        return None
-
-
-def _save(file: Path, facts: SampleFacts) -> bool:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(file) as partial:
-            save_file({"sizes": facts.sizes, "kept": facts.kept}, partial)
-    except (OSError, StorageError, SafetensorError):
-        return False
-    return True

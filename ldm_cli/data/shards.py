@@ -6,7 +6,7 @@ import hashlib
 import os
 import threading
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,8 +15,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm_cli.data.remote import StagingArea
-from ldm_cli.data.tar_format import BLOCK
-from ldm_cli.data.tar_index import Member, ShardIndex
+from ldm_cli.data.tar_format import BLOCK, Member
+from ldm_cli.data.tar_index import ShardIndex
 from ldm_cli.errors import DataError, StorageError
 
 _MAX_OPEN_FILES = 64
@@ -50,6 +50,11 @@ class ShardSet:
     def num_samples(self) -> int:
         """Samples in all, good or not."""
         return sum(self.sizes)
+
+    @cached_property
+    def ignored(self) -> dict[str, int]:
+        """Members passed over, by reason."""
+        return dict(sorted(sum((Counter(index.ignored) for index in self.indexes), Counter()).items()))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ldm_cli.data.bad_samples import BadSampleError
-from ldm_cli.data.captions import captions_in
+from ldm_cli.data.captions import NO_TEXT, captions_in
 from ldm_cli.data.pack_report import PackReport
+from ldm_cli.data.source_files import SourceFiles
 from ldm_cli.data.tables import (
     CAPTION_COLUMNS,
     CLASS_COLUMNS,
@@ -21,13 +20,12 @@ from ldm_cli.data.tables import (
     column_among,
     columns_of,
     image_column_among,
-    is_picture,
     rows_of,
 )
 from ldm_cli.errors import DataError
 
 _MOST_WORDS_OF_CLASS = 4
-_NUMBER = re.compile(r"[+-]?\d+(\.0*)?")
+_NUMBER = re.compile(r"([+-]?\d{1,18})(\.0*)?")
 # Years and numbers, answers, WordNet's ids and camera folders say nothing about a picture.
 _NO_NAME = re.compile(r"[\W\d_]*|(?i:true|false|yes|no)|n\d{8}|\d{3}[A-Z0-9_]{5}")
 
@@ -59,7 +57,8 @@ class Choices:
 
     Attributes:
         image_column, caption_column: names of columns; None: the usual ones; an empty `caption_column`: no captions.
-        caption_template: caption of a picture with a class and no caption; `{}` stands for the name of the class.
+        caption_template: caption of a picture that has a class, where the source has no captions; the name of the class
+            replaces `{}`.
     """
 
     image_column: str | None = None
@@ -74,16 +73,15 @@ class TableSource:
         table: the file.
         choices: which columns.
         report: records pictures that are left out, and remarks.
-        root: folder to search for a picture that is not at its path; None: the table's folder.
+        files: where to look for a picture that is not at its path from the table's folder.
 
     Raises:
         DataError: the table is damaged, or its columns are not the expected ones.
         UnavailableError: it is Parquet, and pyarrow is not installed.
     """
 
-    def __init__(self, table: Path, choices: Choices, report: PackReport, root: Path | None = None) -> None:
-        self.table = table
-        self._root = root
+    def __init__(self, table: Path, choices: Choices, report: PackReport, files: SourceFiles) -> None:
+        self.table, self._files = table, files
         self._choices, self._report = choices, report
         columns = columns_of(table)
         self._image = self._given(choices.image_column, columns) or image_column_among(table, columns) or ""
@@ -107,10 +105,6 @@ class TableSource:
             found = ", ".join(map(repr, columns)) or "none"
             raise DataError(f"cannot pack '{self.table}'", f"there is no column '{name}' among {found}")
         return name or None
-
-    @cached_property
-    def _pictures(self) -> _Pictures:
-        return _Pictures(self.table.parent, self._root or self.table.parent)
 
     def class_names(self) -> set[str]:
         """The names of the classes that have no number."""
@@ -153,7 +147,8 @@ class TableSource:
                 captions += captions_in(row[column]) if column else ()
             except ValueError as error:
                 raise DataError(f"cannot read '{self.table}' {place}: '{column}'", str(error)) from error
-        number, class_name = self._class(first)
+        classes = (self._class(row) for _, row in rows)
+        number, class_name = next((found for found in classes if found != (None, None)), (None, None))
         if number is None and class_name is not None:
             number = self._report.classes.index(class_name)
         if not self._caption and self._choices.caption_column is None and class_name:
@@ -161,11 +156,13 @@ class TableSource:
                 cause = f"'{class_name}' is too long for the name of a class"
                 raise DataError(f"cannot read '{self.table}' {where}", cause, "add --caption-column NAME")
             captions += captions_of_class(class_name, self._choices.caption_template, self._report)
-        extra = {}
-        for column in first.keys() - {self._image, self._caption_column(first)}:
-            cells = [row.get(column) for _, row in rows]
-            extra[column] = cells if any(cell != cells[0] for cell in cells[1:]) else cells[0]
-        return Source(name, picture, tuple(captions), number, extra=extra)
+        return Source(name, picture, tuple(captions), number, extra=self._facts([row for _, row in rows]))
+
+    def _facts(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """The other cells of a picture's rows by column: one value if all rows have the same, else a list."""
+        own = [{c: v for c, v in row.items() if c not in (self._image, self._caption_column(row))} for row in rows]
+        cells = {column: [row.get(column) for row in own] for row in own for column in row}
+        return {c: values if any(v != values[0] for v in values[1:]) else values[0] for c, values in cells.items()}
 
     def _caption_column(self, row: dict[str, Any]) -> str | None:
         """The column of captions; JSON rows may each have another."""
@@ -175,12 +172,12 @@ class TableSource:
 
     def _class(self, row: dict[str, Any]) -> tuple[int | None, str | None]:
         """Number and name of a row's class; None for one that the row has not."""
-        cells = [row.get(column) for column in ("class_name", *self._classes)]
         number, name = None, None
-        for cell in cells:
-            if _NUMBER.fullmatch(str(cell)):
-                number = int(float(str(cell))) if number is None and float(str(cell)) >= 0 else number
-            elif name is None and isinstance(cell, str) and captions_in(cell):
+        for column in self._classes:
+            cell = row.get(column)
+            if found := _NUMBER.fullmatch(str(cell)):
+                number = int(found[1]) if number is None and int(found[1]) >= 0 else number
+            elif name is None and isinstance(cell, str) and cell.strip() not in NO_TEXT:
                 name = cell
         return number, name
 
@@ -197,42 +194,7 @@ class TableSource:
             raise DataError(f"cannot read '{self.table}' {where}: '{self._image}'", f"expected a path, found {kind}")
         if "://" in cell[:12]:
             raise BadSampleError("remote picture", "download it first, as img2dataset does")
-        return self._pictures.find(cell)
-
-
-class _Pictures:
-    """The files that a table's paths can mean."""
-
-    def __init__(self, folder: Path, root: Path) -> None:
-        self._folder, self._root = folder, root
-
-    def find(self, name: str) -> Path:
-        """The file at a path from the table's folder; else the only one below the root that has the name or the stem.
-
-        Raises:
-            BadSampleError: "missing file" or "ambiguous file".
-        """
-        path = self._folder / name
-        if not path.is_file():
-            path = self._folder / name.replace("\\", "/")
-        if path.is_file():
-            return path
-        found = self._by_name.get(path.name.lower(), [])
-        if len(found) > 1:
-            raise BadSampleError("ambiguous file", f"{found[0]} or {found[1]}")
-        if not found:
-            raise BadSampleError("missing file", "there is no such file")
-        return found[0]
-
-    @cached_property
-    def _by_name(self) -> dict[str, list[Path]]:
-        """All files below the root by their names in lower case, and pictures by their names without suffix."""
-        found: dict[str, list[Path]] = {}
-        for path in sorted(Path(parent) / file for parent, _, files in os.walk(self._root) for file in files):
-            found.setdefault(path.name.lower(), []).append(path)
-            if is_picture(path):
-                found.setdefault(path.stem.lower(), []).append(path)
-        return found
+        return self._files.find(cell, self.table.parent)
 
 
 def captions_of_class(name: str, template: str, report: PackReport) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Samples from shards that are read once, in sequence and without an index: the output of commands, named pipes, data
 sets that exceed the disk.
 
-webdataset reads the tars and shuffles through a buffer. The order of samples depends on the number of readers and on
+webdataset shuffles them through a buffer. The order of samples depends on the number of readers and on
 the step at which a run was continued. Decoding, counts of bad samples and random numbers of a step are those of indexed
 shards. A stream is damaged if the end of its tar is missing or its command failed.
 """
@@ -25,6 +25,7 @@ from ldm_cli.data.order import rank_slice
 from ldm_cli.data.patterns import PIPE, find_streams, shown_command
 from ldm_cli.data.remote import without_credentials
 from ldm_cli.data.sample_decoder import Draw, Members, MembersDecoder, Sample, Wanted
+from ldm_cli.data.tar_index import split_name
 from ldm_cli.data.tar_stream import members_of
 from ldm_cli.errors import DataError, LdmError
 from ldm_cli.reporting import Reporter
@@ -183,7 +184,7 @@ def decoded(stream: Stream, raw: RawSample, decoder: MembersDecoder, draw: Draw)
     try:
         if raw.problem:
             raise BadSampleError("duplicate members", raw.problem)
-        return decoder.decode_members(_StreamedMembers(raw.members), draw), f"{stream.name(raw.shard)}/{raw.key}"
+        return decoder.decode_members(Members(raw.members.get), draw), f"{stream.name(raw.shard)}/{raw.key}"
     except BadSampleError as error:
         return BadSample(stream.shown(raw.shard), raw.key, error.reason, error.detail)
 
@@ -208,18 +209,17 @@ def read_stream(
 
 def _samples(stream: Stream, number: int, max_bytes: int, needed: set[str]) -> Iterator[RawSample]:
     """The samples of one shard; the last one only after the end of the shard was found."""
-    from webdataset.tariterators import base_plus_ext  # a slow import, needed for streams alone
-
     current: RawSample | None = None
     for name, data in members_of(stream.addresses[number], stream.shown(number), max_bytes):
-        key, extension = base_plus_ext(name)
-        if key is None:  # a name without extension
+        found = split_name(name)
+        if isinstance(found, str):  # no sample has it
             continue
+        key, extension = found[0].decode("utf-8", "backslashreplace"), found[1]
         if current is None or key != current.key:
             if current is not None:
                 yield current
             current = RawSample(number, key, {})
-        current = _with_member(current, extension.lower(), data, needed)
+        current = _with_member(current, extension, data, needed)
     if current is not None:
         yield current
 
@@ -229,13 +229,3 @@ def _with_member(sample: RawSample, extension: str, data: bytes, needed: set[str
         return RawSample(sample.shard, sample.key, sample.members, f"2 × .{extension}")
     sample.members[extension] = data if extension in needed else b""
     return sample
-
-
-class _StreamedMembers(Members):
-    """Members in memory."""
-
-    def __init__(self, members: dict[str, bytes]) -> None:
-        self._members = members
-
-    def read(self, extension: str) -> bytes | None:
-        return self._members.get(extension)

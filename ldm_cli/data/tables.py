@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ def columns_of(table: Path) -> list[str]:
     """
     if table.suffix.lower() == ".parquet":
         with _opened_parquet(table) as file:
-            return list(file.schema_arrow.names)
+            names = ["class_name"] if _class_names(file) else []
+            return list(dict.fromkeys((*names, *file.schema_arrow.names)))
     if table.suffix.lower() in (".jsonl", ".ndjson", ".json"):
         return list(dict.fromkeys(name for _, row in rows_of(table) for name in row))
     return _csv_header(table, _csv_records(table, lambda remark: None))
@@ -108,31 +109,33 @@ def text_lines(file: Path, remark: Callable[[str], None]) -> Iterator[str]:
     """The lines of a text with their ends, decoded by the mark at its beginning, or each by `decode_text`.
 
     Raises:
-        DataError: a line is in no known encoding.
+        DataError: it cannot be read, or a line is in no known encoding.
     """
-    with file.open("rb") as data:
-        start = data.peek(4096)
-        encoding = encoding_of(start)
-        if encoding is not None and not encoding.startswith("utf-8"):
-            remark(f"{encoding[:6].upper()} text")
-            try:
+    try:
+        with file.open("rb") as data:
+            start = data.peek(4096)
+            encoding = encoding_of(start)
+            if encoding is not None and not encoding.startswith("utf-8"):
+                remark(f"{encoding[:6].upper()} text")
                 yield from io.TextIOWrapper(data, encoding, newline="")
-            except UnicodeError as error:
-                raise DataError(f"cannot read '{file}'", str(error)) from error
-            return
-        has_old_ends = b"\r" in start and b"\n" not in start
-        for number, line in enumerate(data.read().splitlines(keepends=True) if has_old_ends else data, start=1):
-            try:
-                found = decode_text(line)
-            except BadSampleError as error:
-                raise DataError(f"cannot read '{file}' line {number}", error.detail) from error
-            for what in found.remarks:
-                remark(what)
-            yield found.text.removeprefix("\ufeff")
+                return
+            has_old_ends = b"\r" in start and b"\n" not in start
+            for number, line in enumerate(data.read().splitlines(keepends=True) if has_old_ends else data, start=1):
+                try:
+                    found = decode_text(line)
+                except BadSampleError as error:
+                    raise DataError(f"cannot read '{file}' line {number}", error.detail) from error
+                for what in found.remarks:
+                    remark(what)
+                yield found.text.removeprefix("\ufeff")
+    except OSError as error:
+        raise DataError(f"cannot read '{file}'", error.strerror or str(error)) from error
+    except UnicodeError as error:
+        raise DataError(f"cannot read '{file}'", str(error)) from error
 
 
 def _csv_records(table: Path, remark: Callable[[str], None]) -> Iterator[tuple[str, list[str]]]:
-    """Place and cells of each record that is not blank, the header first, which shows what separates columns."""
+    """Place and cells of each record that is not blank, the header first. The header shows the delimiter."""
     csv.field_size_limit(_MOST_BYTES_OF_CELL)
     lines = text_lines(table, remark)
     header = next(lines, "")
@@ -163,7 +166,7 @@ def _csv_rows(table: Path, remark: Callable[[str], None]) -> Iterator[Row]:
     for where, cells in records:
         if len(cells) != len(columns):
             cause = f"it has not the {len(columns)} columns of the first line but {len(cells)}"
-            raise DataError(f"cannot read '{table}' {where}", cause, "put a text with commas in quotes")
+            raise DataError(f"cannot read '{table}' {where}", cause, "put cells that contain the delimiter in quotes")
         yield where, {column: cell.strip() for column, cell in zip(columns, cells, strict=True) if column}
 
 
@@ -186,7 +189,7 @@ def _json_rows(table: Path, remark: Callable[[str], None]) -> Iterator[Row]:
         yield from _json_lines(table, lines)
         return
     if isinstance(value, dict) and {"images", "annotations"} <= value.keys():
-        value = _coco_rows(value)
+        value = _coco_rows(table, value)
     elif isinstance(value, dict) and _is_mapping_of_pictures(value):
         value = [
             {"file_name": name, **entry} if isinstance(entry, dict) else {"file_name": name, "text": entry}
@@ -198,8 +201,12 @@ def _json_rows(table: Path, remark: Callable[[str], None]) -> Iterator[Row]:
         yield f"entry {number}", _object(table, f"entry {number}", entry)
 
 
-def _coco_rows(value: dict[str, Any]) -> list[dict[str, Any]]:
+def _coco_rows(table: Path, value: dict[str, Any]) -> list[dict[str, Any]]:
     """COCO's images with all their captions."""
+    for name, key in (("images", "id"), ("annotations", "image_id")):
+        entries = value[name] if isinstance(value[name], list) else [None]
+        if not all(isinstance(entry, dict) and not isinstance(entry.get(key), list | dict) for entry in entries):
+            raise DataError(f"cannot read '{table}'", f"'{name}' is no list of objects with a plain '{key}'")
     captions: dict[Any, list[Any]] = {}
     for annotation in value["annotations"]:
         captions.setdefault(annotation.get("image_id"), []).append(annotation.get("caption"))
@@ -236,15 +243,22 @@ def _opened_parquet(table: Path) -> Iterator[Any]:
 
 
 def _parquet_rows(table: Path, only: Collection[str] | None) -> Iterator[Row]:
-    """Rows with the names of classes that Hugging Face `datasets` keeps in the file, as `class_name`."""
+    """The rows, with `class_name` where the file has names of classes."""
     with _opened_parquet(table) as file:
-        facts = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
-        features = facts.get("info", {}).get("features", {})
-        classes = {name: entry["names"] for name, entry in features.items() if "names" in entry}
-        wanted = None if only is None else [column for column in file.schema_arrow.names if column in only]
+        classes = _class_names(file)
+        wanted = None if only is None else [c for c in file.schema_arrow.names if c in only or c in classes]
         batches = file.iter_batches(batch_size=16, columns=wanted)
         for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
             for column, names in classes.items():
                 if isinstance(row.get(column), int) and 0 <= row[column] < len(names):
                     row.setdefault("class_name", names[row[column]])
             yield f"row {number}", row
+
+
+def _class_names(file: Any) -> dict[str, list[str]]:
+    """The names of classes that Hugging Face `datasets` keeps in a Parquet file, by column of their numbers."""
+    with suppress(ValueError, AttributeError, TypeError):  # other writers may use its key for other things
+        facts = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+        features: dict[str, Any] = facts.get("info", {}).get("features", {})
+        return {name: list(entry["names"]) for name, entry in features.items() if "names" in entry}
+    return {}

@@ -16,7 +16,7 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from struct import Struct
 from typing import Literal, NamedTuple
@@ -24,27 +24,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ldm_cli.data.tar_format import TarDamage, TarScan
+from ldm_cli.data.tar_format import Member, TarDamage, TarScan
 from ldm_cli.errors import DataError, InputNotFoundError, StorageError
 
 _KEY_AND_EXTENSION = re.compile(rb"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _META = re.compile(rb"__[^/]*__($|/)")
 _ROW = Struct("4q")  # of `ShardIndex.members`
 _NEVER_READ = frozenset(("pkl", "pickle", "pyd", "pth", "npy"))
-
-
-class Member(NamedTuple):
-    """Where one member of a sample lies in its shard.
-
-    Attributes:
-        offset: first byte of the data; the 512 bytes before are its header.
-        size: bytes of data.
-        header_crc: CRC-32 of that header.
-    """
-
-    offset: int
-    size: int
-    header_crc: int
 
 
 class _Views(NamedTuple):
@@ -151,27 +137,26 @@ def index_tar(path: Path, on_damage: Literal["stop", "skip"] = "stop") -> ShardI
         StorageError: reading failed.
     """
     try:
-        file_descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        file = path.open("rb")
     except OSError as error:
         raise InputNotFoundError(f"cannot open shard '{path}'", os.strerror(error.errno or 0)) from error
-    try:
-        file_size = os.fstat(file_descriptor).st_size
-        if not file_size:
-            raise InputNotFoundError(f"cannot read shard '{path}'", "the file is empty", "make or fetch it again")
-        return _read(path, TarScan(file_descriptor, file_size), file_size, on_damage)
-    except OSError as error:
-        raise StorageError(f"cannot read shard '{path}'", os.strerror(error.errno or 0)) from error
-    finally:
-        os.close(file_descriptor)
+    with file:
+        try:
+            file_size = os.fstat(file.fileno()).st_size
+            if not file_size:
+                raise InputNotFoundError(f"cannot read shard '{path}'", "the file is empty", "make or fetch it again")
+            return _read(path, TarScan(file, file_size), file_size, on_damage)
+        except OSError as error:
+            raise StorageError(f"cannot read shard '{path}'", os.strerror(error.errno or 0)) from error
 
 
 def _read(path: Path, scan: TarScan, file_size: int, on_damage: Literal["stop", "skip"]) -> ShardIndex:
     """Collect the members of `scan` and group them."""
     grouping = _Grouping()
-    damage = None
+    damage, cut = None, None
     try:
-        for name, offset, size, header_crc in scan:
-            grouping.add(name, offset, size, header_crc)
+        for name, member in scan:
+            grouping.add(name, member)
     except TarDamage as found:
         if "compressed" in found.reason:
             raise DataError(
@@ -180,10 +165,29 @@ def _read(path: Path, scan: TarScan, file_size: int, on_damage: Literal["stop", 
         if on_damage == "stop":
             remedy = "make or fetch it again, or set data.on_bad_shard=skip to use the whole samples before"
             raise DataError(f"shard '{path}' is damaged", str(found), remedy) from found
-        damage = str(found)
-        grouping.drop_incomplete(found)
-        scan.end = found.byte
-    return grouping.index(file_size, scan.end, scan.ignored + grouping.ignored, damage)
+        damage, cut, scan.end = str(found), grouping.cut_sample(found), found.byte
+    index = grouping.index(file_size, scan.end, scan.ignored + grouping.ignored, damage)
+    return index if cut is None else index.select([n for n in range(index.num_samples) if n != cut])
+
+
+def split_name(name: bytes) -> tuple[bytes, str] | str:
+    """Key and extension of a member, or why no sample has it."""
+    match = _KEY_AND_EXTENSION.fullmatch(name)
+    if match is None:
+        return "name without extension"
+    if name.startswith(b"__") and _META.match(name):
+        return "webdataset meta member"
+    if name.startswith(b"/") or (b".." in name and b".." in name.split(b"/")):
+        return "absolute or '..' name"
+    extension = _extension(match[2])
+    return "pickle or array member" if extension is None else (match[1], extension)
+
+
+@lru_cache(maxsize=1024)
+def _extension(suffix: bytes) -> str | None:
+    """The extension in lower case; None if it is never read."""
+    extension = suffix.lower().decode("utf-8", "backslashreplace")
+    return None if extension.rpartition(".")[2] in _NEVER_READ else extension
 
 
 class _Grouping:
@@ -193,60 +197,34 @@ class _Grouping:
         self.ignored: Counter[str] = Counter()
         self._samples: dict[bytes, int] = {}  # key to number, in order of first appearance
         self._extensions: dict[str, int] = {}
-        self._suffixes: dict[bytes, int] = {}  # as written, to the number of the extension
         self._owner = array("q")  # number of each member's sample
         self._rows = array("q")  # four numbers per member, as in ShardIndex.members
 
-    def add(self, name: bytes, offset: int, size: int, header_crc: int) -> None:
+    def add(self, name: bytes, member: Member) -> None:
         """Take a member, or count why not."""
-        match = _KEY_AND_EXTENSION.fullmatch(name)
-        if match is None:
-            self.ignored["name without extension"] += 1
+        found = split_name(name)
+        if isinstance(found, str):
+            self.ignored[found] += 1
             return
-        if name.startswith(b"__") and _META.match(name):
-            self.ignored["webdataset meta member"] += 1
-            return
-        if name.startswith(b"/") or (b".." in name and b".." in name.split(b"/")):
-            self.ignored["absolute or '..' name"] += 1
-            return
-        key, suffix = match.groups()
-        extension = self._suffixes.get(suffix)
-        if extension is None:
-            extension = self._suffixes[suffix] = self._number_of(suffix)
-        if extension < 0:
-            self.ignored["pickle or array member"] += 1
-            return
+        key, extension = found
         self._owner.append(self._samples.setdefault(key, len(self._samples)))
-        self._rows.extend((extension, offset, size, header_crc))
+        self._rows.extend((self._extensions.setdefault(extension, len(self._extensions)), *member))
 
-    def _number_of(self, suffix: bytes) -> int:
-        """The number of the extension that a name ends with; -1 if it is never read."""
-        extension = suffix.lower().decode("utf-8", "backslashreplace")
-        if extension.rpartition(".")[2] in _NEVER_READ:
-            return -1
-        return self._extensions.setdefault(extension, len(self._extensions))
-
-    def drop_incomplete(self, damage: TarDamage) -> None:
-        """Forget the sample that the damage may have cut.
+    def cut_sample(self, damage: TarDamage) -> int | None:
+        """The number of the sample that the damage may have cut.
 
         If the damaged member's name is known, that is its sample. Otherwise it is the last one, unless it
         already has every extension that any earlier sample has: then the members behind the damage were not
         its own.
         """
         if damage.at_end or not self._owner:
-            return
-        match = _KEY_AND_EXTENSION.fullmatch(damage.member) if damage.member is not None else None
-        last = self._samples.get(match.group(1)) if match else self._owner[-1]
-        if last is None:
-            return
-        own = {self._rows[4 * i] for i, owner in enumerate(self._owner) if owner == last}
-        earlier = {self._rows[4 * i] for i, owner in enumerate(self._owner) if owner != last}
-        if match is None and earlier and own >= earlier:
-            return
-        kept = [i for i, owner in enumerate(self._owner) if owner != last]
-        self._rows = array("q", (value for i in kept for value in self._rows[4 * i : 4 * i + 4]))
-        self._owner = array("q", (self._owner[i] - (self._owner[i] > last) for i in kept))
-        self._samples = {key: n - (n > last) for key, n in self._samples.items() if n != last}
+            return None
+        if not isinstance(found := split_name(damage.member or b""), str):
+            return self._samples.get(found[0])
+        last = self._owner[-1]
+        own = {extension for extension, owner in zip(self._rows[::4], self._owner, strict=True) if owner == last}
+        earlier = {extension for extension, owner in zip(self._rows[::4], self._owner, strict=True) if owner != last}
+        return None if earlier and own >= earlier else last
 
     def index(self, file_size: int, end: int, ignored: Counter[str], damage: str | None) -> ShardIndex:
         """The finished index, members sorted by sample and otherwise in file order."""

@@ -1,30 +1,23 @@
-"""One tar, read once from beginning to end: a file or named pipe, the output of a command, or what fsspec opens.
-
-webdataset walks it; what it lets pass is noticed here: a missing end, compression, members too large to hold.
-"""
+"""One tar, read once from beginning to end: a file or named pipe, the output of a command, or what fsspec opens."""
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
-import tarfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from ldm_cli.data.patterns import PIPE
-from ldm_cli.data.tar_format import COMPRESSED
+from ldm_cli.data.tar_format import TarDamage, TarScan
 from ldm_cli.data.workers import SIGNALS, die_with_parent
 from ldm_cli.errors import DataError, StorageError
 
-_END = bytes(1024)
-_CHUNK = 1 << 16
-_MAGIC_LENGTH = max(map(len, COMPRESSED))
 
-
-def members_of(address: str, shown: str, max_bytes: int) -> Iterator[tuple[str, bytes]]:
+def members_of(address: str, shown: str, max_bytes: int) -> Iterator[tuple[bytes, bytes]]:
     """Name and content of each regular member.
 
     Args:
@@ -36,68 +29,18 @@ def members_of(address: str, shown: str, max_bytes: int) -> Iterator[tuple[str, 
         DataError: after the last whole member, if it is damaged.
         StorageError: it cannot be read, or the command failed.
     """
-    from webdataset.tariterators import tar_file_iterator  # a slow import, needed for streams alone
-
-    watched = None
     try:
         with _opened(address) as file:
-            watched = _Watched(file, max_bytes)
-            with closing(tar_file_iterator(watched)) as members:
-                for member in members:
-                    watched.unseen = 0
-                    yield member["fname"], member["data"]
-            watched.expect_end()
-    except (tarfile.TarError, _Damage) as error:
-        reason = str(error).partition(" @ ")[0].splitlines()[0]
-        read = f"{watched.total} bytes were read" if watched else "nothing was read"
+            scan = TarScan(file)
+            for name, member in scan:
+                if member.size > max_bytes:
+                    raise TarDamage(member.offset, f"a member of more than data.max_member_bytes={max_bytes}")
+                yield name, scan.read(member.size)  # if the stream ends within it, the scan raises next
+    except TarDamage as error:
         remedy = "look at what it delivers, or set data.on_bad_shard=skip to use the whole samples before"
-        raise DataError(f"shard '{shown}' is damaged", f"{reason}, {read}", remedy) from error
+        raise DataError(f"shard '{shown}' is damaged", str(error), remedy) from error
     except OSError as error:
         raise StorageError(f"cannot read shard '{shown}'", error.strerror or str(error)) from error
-
-
-class _Damage(Exception):
-    """A stream is not a whole tar."""
-
-
-class _Watched:
-    """A file that notices what a reader of tars does not: a missing end, compression, and members too large to hold.
-
-    Attributes:
-        total: bytes read.
-        unseen: bytes read since this was last set to 0.
-    """
-
-    def __init__(self, file: IO[bytes], max_unseen: int) -> None:
-        self.total = self.unseen = 0
-        self._read = getattr(file, "read1", file.read)  # what is there at once, where a file can tell
-        self._max_unseen = max_unseen
-        self._head = self._tail = b""
-
-    def read(self, size: int) -> bytes:
-        """Some of the next bytes; none at the end."""
-        data: bytes = self._read(min(size, _CHUNK))
-        if self.total < _MAGIC_LENGTH:
-            self._head += data
-            for magic, name in COMPRESSED.items():
-                if self._head.startswith(magic):
-                    raise _Damage(f"compressed with {name}: shards are plain tars")
-        self.total += len(data)
-        self.unseen += len(data)
-        if self.unseen > self._max_unseen + _CHUNK:
-            raise _Damage(f"a member of more than data.max_member_bytes={self._max_unseen}")
-        self._tail = (self._tail + data)[-len(_END) :]
-        return data
-
-    def expect_end(self) -> None:
-        """The end-of-archive blocks were there, and nothing but zeros follows."""
-        self.unseen = 0
-        while data := self.read(_CHUNK):
-            self.unseen = 0
-            if any(data):
-                raise _Damage("data behind the end of the archive")
-        if self._tail != _END:
-            raise _Damage("it ends without the end-of-archive blocks")
 
 
 @contextmanager
@@ -107,10 +50,10 @@ def _opened(address: str) -> Iterator[IO[bytes]]:
         with _running(address.removeprefix(PIPE)) as output:
             yield output
     elif "://" in address:
-        import fsspec  # as above
+        import fsspec  # a slow import, needed for remote streams alone
 
         with fsspec.open(address, "rb") as remote:
-            yield remote
+            yield io.BufferedReader(remote)  # of some back ends a read gives less than was asked for
     else:
         with Path(address).open("rb") as file:
             yield file
@@ -131,27 +74,23 @@ def _running(command: str) -> Iterator[IO[bytes]]:
             )
         finally:
             os.close(beginning)
-        yield from _until_it_ends(process, output)
+        try:
+            yield output
+            _expect_success(process, None)
+        except TarDamage:
+            with suppress(subprocess.TimeoutExpired):  # a command that failed did not write all
+                _expect_success(process, 1)
+            raise
+        finally:
+            process.kill()
+            process.wait()
 
 
 def _prepare() -> None:
-    """In the process that becomes the command: what a worker ignores is the command's own affair again."""
+    """Let the command handle signals by itself. It inherits from a worker that they are ignored."""
     die_with_parent()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
-
-
-def _until_it_ends(process: subprocess.Popen[bytes], output: IO[bytes]) -> Iterator[IO[bytes]]:
-    try:
-        yield output
-        _expect_success(process, None)
-    except (tarfile.TarError, _Damage):
-        with suppress(subprocess.TimeoutExpired):  # it may be what it did not write that is missing
-            _expect_success(process, 1)
-        raise
-    finally:
-        process.kill()
-        process.wait()
 
 
 def _expect_success(process: subprocess.Popen[bytes], timeout: float | None) -> None:

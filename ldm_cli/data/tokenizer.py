@@ -30,14 +30,10 @@ _PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[
 _SPECIAL = re.compile(r"<\|(startoftext|endoftext)\|>", re.IGNORECASE)
 
 
-def _byte_characters() -> tuple[str, ...]:
-    """The 256 characters that stand for bytes, in the vocabulary's order: printable bytes first, as
-    themselves."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    return tuple(chr(b) for b in printable) + tuple(chr(256 + i) for i in range(256 - len(printable)))
-
-
-_ALPHABET = _byte_characters() + tuple(c + _WORD_END for c in _byte_characters())
+# The characters that stand for bytes, in the vocabulary's order: those of printable bytes, which stand for themselves,
+# come first.
+_BYTES = tuple(sorted(pre_tokenizers.ByteLevel.alphabet()))
+_ALPHABET = _BYTES + tuple(character + _WORD_END for character in _BYTES)
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,7 @@ def _provenance(
 ) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment(),
+        "environment": environment(models.device),
         "device": str(models.device),
         "models": models.hashes,
         "data": {

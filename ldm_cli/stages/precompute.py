@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
@@ -27,13 +28,14 @@ from ldm_cli.data.prefetch import prefetched
 from ldm_cli.data.sample_decoder import SampleDecoder, Wanted
 from ldm_cli.data.shard_writer import write_shard
 from ldm_cli.data.shards import ShardSet
+from ldm_cli.data.to_device import sent_to_device
 from ldm_cli.errors import DataError, InputNotFoundError, OutputError, Preempted
 from ldm_cli.formats.model_folder import read_config
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import Progress, Reporter
 from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
-from ldm_cli.stages.support.cache_encoding import NUM_AHEAD, CacheEncoder, Chunks, EncodedChunk
-from ldm_cli.stages.support.options import RunOptions, resolve_device
+from ldm_cli.stages.support.cache_encoding import CacheEncoder, Chunks, EncodedChunk
+from ldm_cli.stages.support.options import RunOptions, resolve_device, with_precision
 from ldm_cli.stages.support.start import resolve_start
 from ldm_cli.storage import expect_room, file_sha256
 from ldm_cli.training.failures import FailureJournal
@@ -66,7 +68,7 @@ def run(
         StuckError: the time limit left room for no file, run after run.
     """
     started = time.perf_counter()
-    recipe = resolve_start(recipe, reporter.warn)
+    recipe = with_precision(resolve_start(recipe, reporter.warn), options)
     with StopRequest(options.max_time) as stop:
         wanted = cache_key(recipe)
         shards = open_shards(recipe.data.shards, recipe.data, reporter)
@@ -87,7 +89,7 @@ def dry_run(
     recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter, dtype: Dtype | None = None
 ) -> dict[str, Any]:
     """What `run` would write: samples, and bytes for each; errors as in `run`."""
-    recipe = resolve_start(recipe, reporter.warn)
+    recipe = with_precision(resolve_start(recipe, reporter.warn), options)
     shards = open_shards(recipe.data.shards, recipe.data, reporter)
     folder = _folder(recipe, options, shards)
     key = _key_to_use(folder, Manifest.read(folder), cache_key(recipe), dtype, options.overwrite)
@@ -150,6 +152,7 @@ class _Precomputation:
         self._data, self._folder, self._shards, self._key = recipe.data, folder, shards, key
         self._stop, self._reporter = stop, reporter
         self._encoder = CacheEncoder(encoder, recipe, key)
+        self._device = next(encoder.codec.parameters()).device
         self._sample_bytes = _sample_bytes(encoder.codec.config, recipe.data, key)
 
     def run(self, before: Manifest | None) -> dict[str, int]:
@@ -191,9 +194,9 @@ class _Precomputation:
         expect_room(self._folder, total * self._sample_bytes, "the cache", ", choose another folder, or --dtype fp16")
         with (
             self._reporter.progress("encoding images", total, unit="image") as progress,
-            Chunks(self._shards, self._data, chunks).ahead() as pictures,
+            closing(sent_to_device(Chunks(self._shards, self._data, chunks).ahead(), self._device)) as pictures,
             # In a thread of its own, so that the samples before are written meanwhile.
-            prefetched((self._encoder.chunk(part) for part in pictures), NUM_AHEAD) as encoded,
+            prefetched(self._encoder.chunk(part) for part in pictures) as encoded,
         ):
             done = count()
             for file, number in missing.items():

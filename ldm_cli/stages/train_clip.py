@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ldm_cli.core.models.clip_image_processor import CLIPImageProcessor
 from ldm_cli.core.models.clip_resnet import StatisticsKept
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import sequential_batches
+from ldm_cli.data.to_device import sent_to_device
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.families.caption_tokens import CaptionTokens
 from ldm_cli.families.clip_folder import open_image_processor
@@ -30,7 +32,7 @@ from ldm_cli.pictures.images import save_image
 from ldm_cli.recipe.schema import TrainClipRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.model_sizes import Parameters, outlined, trained_parameters
-from ldm_cli.stages.support.options import RunOptions
+from ldm_cli.stages.support.options import RunOptions, with_precision
 from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_folder, start_uses
 from ldm_cli.stages.support.training_run import Workbench, run_training
 from ldm_cli.training.checkpoint import commit_folder, link_folder
@@ -43,7 +45,7 @@ _NUM_FOUND = 8
 
 def run(recipe: TrainClipRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
     """Train the CLIP of `recipe`; the result is a CLIPModel folder with its tokenizer."""
-    recipe = resolve_start(recipe, reporter.warn)
+    recipe = with_precision(resolve_start(recipe, reporter.warn), options)
     facts = {} if recipe.start_from is None else {"the image processor": _image_processor(recipe).model_dump_json()}
     if recipe.tokenizer.path is not None:
         facts["tokenizer"] = Tokenizer.load(recipe.tokenizer.path).fingerprint
@@ -101,6 +103,16 @@ class CLIPTask:
         self.modules = {"clip": self.model}
         self.auxiliary: dict[str, torch.nn.Module] = {}
 
+    def prepare(self, batch: Batch) -> Batch:
+        """With `ids`, the token ids int64 [B, L], and, where equal captions match, `groups`: a number for each caption,
+        int64 [B], the same for equal ones on all ranks."""
+        tokens = {"ids": self._tokens(batch.captions)}
+        if self.recipe.equal_captions_match:
+            digests = (hashlib.sha256(caption.encode()).digest() for caption in batch.captions)
+            numbers = [int.from_bytes(digest[:8], "little", signed=True) for digest in digests]
+            tokens["groups"] = torch.tensor(numbers)
+        return replace(batch, tokens=tokens)
+
     def parts(self, batch: Batch, num_parts: int) -> list[_Part]:
         """Equal parts of the batch, each with the gradient of its features.
 
@@ -117,7 +129,7 @@ class CLIPTask:
             with torch.no_grad(), StatisticsKept(self.model):
                 features = [self._features(part) for part in batches]
         own = torch.cat([part.detach().float() for part in features])
-        values, gradient, scale_gradient = self._feature_gradient(own, self._groups(batch), num_parts)
+        values, gradient, scale_gradient = self._feature_gradient(own, batch.tokens.get("groups"), num_parts)
         rows = gradient.chunk(num_parts)
         return [
             _Part(one, features[i] if num_parts == 1 else None, rows[i], scale_gradient, *values[i])
@@ -161,27 +173,22 @@ class CLIPTask:
         return values, gradient, summed[-1] / (num_parts * ranks.world_size)
 
     def _features(self, batch: Batch) -> Tensor:
-        """Image and text features side by side, [B, 2·D]."""
-        pixels = self._processor(batch.images.to(self.bench.device, non_blocking=True))
-        ids = self._tokens(batch.captions).to(self.bench.device)
-        return torch.cat([self.model.get_image_features(pixels), self.model.get_text_features(ids)], dim=1)
+        """Image and text features side by side, [B, 2·D], of a prepared batch on the device."""
+        images = self.model.get_image_features(self._processor(batch.images))
+        return torch.cat([images, self.model.get_text_features(batch.tokens["ids"])], dim=1)
 
-    def _groups(self, batch: Batch) -> Tensor | None:
-        """A number for each caption, the same for equal ones, on all ranks: int64 [B]; None where only pairs match."""
-        if not self.recipe.equal_captions_match:
-            return None
-        digests = (hashlib.sha256(caption.encode()).digest() for caption in batch.captions)
-        numbers = [int.from_bytes(digest[:8], "little", signed=True) for digest in digests]
-        return torch.tensor(numbers, device=self.bench.device)
+    def _on_device(self, batches: Iterable[Batch]) -> Generator[Batch]:
+        return sent_to_device((batch for batch in batches), self.bench.device, self.prepare)
 
     def validate(self) -> dict[str, float]:
         """Contrastive loss and accuracy among held-out batches of one size."""
         size = len(self.bench.held_out[0].keys) if self.bench.held_out else 0
         sums: dict[str, float] = {}
         whole = [batch for batch in self.bench.held_out if len(batch.keys) == size]
-        for batch in whole:
+        for batch in self._on_device(whole):
             images, texts = self._features(batch).chunk(2, dim=1)
-            loss, figures = contrastive_loss(images, texts, self.model.clamped_logit_scale, groups=self._groups(batch))
+            groups = batch.tokens.get("groups")
+            loss, figures = contrastive_loss(images, texts, self.model.clamped_logit_scale, groups=groups)
             for name, value in {"val_loss": loss, "val_accuracy": figures["accuracy"]}.items():
                 sums[name] = sums.get(name, 0.0) + value.item() / len(whole)
         return sums
@@ -191,7 +198,7 @@ class CLIPTask:
         batches = self.bench.held_out
         if not batches:
             return
-        features = torch.cat([self._features(batch) for batch in batches])
+        features = torch.cat([self._features(batch) for batch in self._on_device(batches)])
         images, texts = (torch.nn.functional.normalize(side, dim=-1) for side in features.chunk(2, dim=1))
         texts = texts[:_NUM_PICTURED]
         best = (texts @ images.T).topk(min(_NUM_FOUND, len(images)), dim=1).indices.tolist()
@@ -206,10 +213,10 @@ class CLIPTask:
 
     def export(self, folder: Path) -> None:
         """Write the CLIPModel folder with tokenizer and image processor."""
-        config = self.model.config
+        config = self.model.config.to_hugging_face()
         if self._frozen:
             link_folder(self.bench.run.frozen, folder)
-        save_model(folder, self.model.state_dict(), config.to_hugging_face(), TRANSFORMERS_WEIGHTS, self._frozen)
+        save_model(folder, self.model.state_dict(), config, TRANSFORMERS_WEIGHTS, self._frozen)
         self.tokenizer.save(folder)
         write_json(folder / "preprocessor_config.json", self._processor.to_hugging_face())
 

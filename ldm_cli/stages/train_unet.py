@@ -18,6 +18,7 @@ from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.cache_manifest import Manifest
 from ldm_cli.data.latent_cache import LatentCache
+from ldm_cli.data.to_device import sent_to_device
 from ldm_cli.errors import RecipeError
 from ldm_cli.families.clip_text_encoder import text_config_of
 from ldm_cli.families.stable_diffusion import StableDiffusion
@@ -36,7 +37,7 @@ from ldm_cli.stages.support.model_sizes import (
     outlined,
     trained_parameters,
 )
-from ldm_cli.stages.support.options import RunOptions
+from ldm_cli.stages.support.options import RunOptions, with_precision
 from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_uses
 from ldm_cli.stages.support.training_run import Workbench, run_training
 from ldm_cli.training.checkpoint import link_folder
@@ -44,7 +45,7 @@ from ldm_cli.training.checkpoint import link_folder
 
 def run(recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
     """Train the denoiser of `recipe`; the result is a complete Stable Diffusion folder."""
-    recipe = resolve_start(recipe, reporter.warn)
+    recipe = with_precision(resolve_start(recipe, reporter.warn), options)
     uses = {"vae": recipe.vae, "text_encoder": recipe.text_encoder} | start_uses(recipe)
     build, sizes = lambda bench: DenoiserTask(recipe, bench), parameters(recipe, [])
     if recipe.cache is None:
@@ -92,6 +93,10 @@ class DenoiserTask:
         self.denoising = Denoising(self.family, recipe.diffusion, recipe.seed, empty)
         bench.run.share(self._save_unchanged)
 
+    def prepare(self, batch: Batch) -> Batch:
+        """Nothing is to be done."""
+        return batch
+
     def parts(self, batch: Batch, num_parts: int) -> list[Batch]:
         """Samples do not depend on one another."""
         return batch.parts(num_parts)
@@ -103,7 +108,8 @@ class DenoiserTask:
     @cached_property
     def _held_out(self) -> list[tuple[Batch, dict[str, Tensor], Condition]]:
         """The held-out batches; encoded once, for codec and encoder do not change."""
-        return [(batch, *self.encoder(batch)) for batch in self.bench.held_out]
+        batches = sent_to_device((batch for batch in self.bench.held_out), self.bench.device)
+        return [(batch, *self.encoder(batch)) for batch in batches]
 
     def validate(self) -> dict[str, float]:
         """See `Denoising.validate`."""

@@ -21,6 +21,7 @@ from ldm_cli.core.pixels import to_bytes, to_signed
 from ldm_cli.core.vae_loss import PerceptualDistance, VAELoss
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import Loader
+from ldm_cli.data.to_device import sent_to_device
 from ldm_cli.errors import DivergedError, RecipeError
 from ldm_cli.evaluation.image_quality import psnr
 from ldm_cli.families.clip_folder import open_image_processor
@@ -32,7 +33,7 @@ from ldm_cli.recipe.schema import TrainVaeRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.pixels import is_sound
 from ldm_cli.stages.support.model_sizes import Parameters, count_parameters, model_at, outlined, trained_parameters
-from ldm_cli.stages.support.options import RunOptions
+from ldm_cli.stages.support.options import RunOptions, with_precision
 from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_uses
 from ldm_cli.stages.support.training_run import Workbench, run_training
 from ldm_cli.training.checkpoint import link_folder
@@ -43,7 +44,7 @@ _NUM_MEASURED = 1024
 
 def run(recipe: TrainVaeRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
     """Train the autoencoder of `recipe`; the result is an AutoencoderKL folder with a measured scale."""
-    recipe = resolve_start(recipe, reporter.warn)
+    recipe = with_precision(resolve_start(recipe, reporter.warn), options)
     clip, uses, facts = recipe.loss.perceptual_clip, start_uses(recipe), {}
     build, sizes = lambda bench: VAETask(recipe, bench), parameters(recipe, [])
     if clip is not None:
@@ -92,6 +93,10 @@ class VAETask:
         self.auxiliary = {} if self.terms.discriminator is None else {"discriminator": self.terms.discriminator}
         self._noise_key = philox.key(recipe.seed, "posterior noise")
 
+    def prepare(self, batch: Batch) -> Batch:
+        """Nothing is to be done."""
+        return batch
+
     def parts(self, batch: Batch, num_parts: int) -> list[Batch]:
         """Samples do not depend on one another."""
         return batch.parts(num_parts)
@@ -104,7 +109,7 @@ class VAETask:
     def _posterior_noise(self, batch: Batch) -> Tensor:
         side = self.recipe.data.image_size // self.vae.factor
         shape = (self.vae.channels, side, side)
-        return philox.normal(self._noise_key, batch.epoch, batch.position, shape).to(self.bench.device)
+        return philox.normal(self._noise_key, batch.epoch, batch.position, shape)
 
     def validate(self) -> dict[str, float]:
         """PSNR and mean absolute error of held-out reconstructions (from the posterior's mean)."""
@@ -181,9 +186,10 @@ class VAETask:
         loader = Loader(
             self.bench.shards, self.recipe.data, seed=self.recipe.seed, batch_size=size, with_captions=False
         )
+        batches = loader.batches(0, max(1, min(_NUM_MEASURED, known or _NUM_MEASURED) // size))
         latents = [
             self.vae.posterior(to_signed(batch.images, self.bench.device)).sample(self._posterior_noise(batch)).double()
-            for batch in loader.batches(0, max(1, min(_NUM_MEASURED, known or _NUM_MEASURED) // size))
+            for batch in sent_to_device(batches, self.bench.device)
         ]
         stack = torch.cat(latents)
         return stack.mean(dim=(0, 2, 3)), stack.std(dim=(0, 2, 3)), stack.std().item()

@@ -20,14 +20,14 @@ class TrainConfig(Config):
     """Optimizer steps in all."""
     batch_size: Annotated[int, Field(ge=1, le=2**22)]
     """Samples per optimizer step, over all ranks and accumulation parts: the global batch."""
-    gradient_accumulation: Positive = 1
-    """Each rank runs its part of the batch in this many equal parts, to save memory; must divide `batch_size`."""
+    micro_batch: Positive | None = None
+    """Most samples that a device runs at once, to save memory: it runs its share of the batch in equal parts, and adds
+    up their gradients. null: the whole share."""
     deterministic: Literal["run", "elastic"] = "run"
-    """run: the same bits every time with the same number of ranks, parts and threads. elastic: the same bits for every
-    number of ranks and parts; the batch is run in chunks of `chunk_size`, with one thread per rank on the CPU."""
-    chunk_size: Positive | None = None
-    """Samples whose gradient is computed at once where `deterministic` is elastic; must divide `batch_size`. null: an
-    eighth of it, or the next smaller part that divides it."""
+    """run: the same bits every time with the same number of ranks, parts and threads; on CUDA, the same samples and
+    random numbers, and sums that agree to rounding. elastic: the same bits for every number of ranks. The batch is run
+    in parts of `micro_batch` samples (null: an eighth of it, or the next smaller part that divides it), with one thread
+    per rank on the CPU, and by torch's deterministic kernels on CUDA, as far as there are any."""
     strategy: Literal["replicated", "sharded"] = "replicated"
     """How several ranks hold the model. replicated: each a full copy (data parallel). sharded: each a part of weights,
     gradients, moments and averages (ZeRO-3, FSDP2), for models that are too large otherwise; `channels_last` has no
@@ -52,8 +52,9 @@ class TrainConfig(Config):
     """Decoupled weight decay; applied to matrices and kernels, not to biases, norms and gains."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradients are scaled down to this total 2-norm; null leaves them alone."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Compute type under autocast; weights and optimizer state stay fp32. fp16 scales the loss."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Compute type under autocast; weights and optimizer state stay fp32. fp16 scales the loss. null: bf16 on CUDA,
+    else fp32."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Decay of the exponential moving average of the weights; null keeps none."""
     ema_warmup: bool = True
@@ -82,12 +83,8 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        if self.batch_size % self.gradient_accumulation:
-            raise ValueError(
-                f"gradient_accumulation={self.gradient_accumulation} does not divide batch_size={self.batch_size}"
-            )
-        if self.chunk_size is not None and self.batch_size % self.chunk_size:
-            raise ValueError(f"chunk_size={self.chunk_size} does not divide batch_size={self.batch_size}")
+        if self.deterministic == "elastic" and self.batch_size % (self.micro_batch or 1):
+            raise ValueError(f"micro_batch={self.micro_batch} does not divide batch_size={self.batch_size}")
         if self.strategy == "sharded" and self.deterministic == "elastic":
             raise ValueError("strategy=sharded adds up gradients as parts, not in the order of deterministic=elastic")
         if self.strategy == "sharded" and self.compile:
@@ -98,11 +95,9 @@ class TrainConfig(Config):
             raise ValueError(f"warmup_steps={self.warmup_steps} is more than steps={self.steps}")
         return self
 
-    def chunk(self) -> int:
-        """Samples per chunk of the canonical sum: `chunk_size` or its default."""
-        if self.chunk_size is not None:
-            return self.chunk_size
-        return max(d for d in range(1, max(1, self.batch_size // 8) + 1) if self.batch_size % d == 0)
+    def part_size(self, world_size: int = 1) -> int:
+        """Samples that each of `world_size` ranks runs at once; errors as in `parts_per_rank`."""
+        return self.batch_size // (world_size * self.parts_per_rank(world_size))
 
     def parts_per_rank(self, world_size: int) -> int:
         """Number of parts in which each of `world_size` ranks runs its share of the batch.
@@ -111,17 +106,22 @@ class TrainConfig(Config):
             RecipeError: the batch cannot be divided so.
         """
         if self.deterministic == "elastic":
-            num_parts, unit = self.batch_size // self.chunk(), f"chunks of {self.chunk()} samples"
+            size = self.micro_batch or _largest_divisor(self.batch_size, max(1, self.batch_size // 8))
+            num_parts = self.batch_size // size
             if num_parts % world_size == 0:
                 return num_parts // world_size
-            cause = f"train.batch_size={self.batch_size} makes {num_parts} {unit}"
+            cause = f"train.batch_size={self.batch_size} makes {num_parts} parts of {size} samples"
         else:
-            if self.batch_size % (world_size * self.gradient_accumulation) == 0:
-                return self.gradient_accumulation
-            cause = (
-                f"train.batch_size={self.batch_size} is no multiple of {world_size} ranks × "
-                f"train.gradient_accumulation={self.gradient_accumulation}"
-            )
-        raise RecipeError(
-            f"cannot divide the batch among {world_size} ranks", cause, "change train.batch_size or the number of ranks"
-        )
+            share = self.batch_size // world_size
+            num_parts = -(-share // (self.micro_batch or share or 1))
+            if share and self.batch_size % (world_size * num_parts) == 0:
+                return num_parts
+            cause = f"train.batch_size={self.batch_size} is no multiple of {world_size} ranks"
+            cause += f" × {num_parts} parts of at most train.micro_batch={self.micro_batch}" if self.micro_batch else ""
+        remedy = "change train.batch_size, train.micro_batch or the number of ranks"
+        raise RecipeError(f"cannot divide the batch among {world_size} ranks", cause, remedy)
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` up to `limit`."""
+    return max(d for d in range(1, limit + 1) if number % d == 0)

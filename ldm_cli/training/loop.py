@@ -210,7 +210,7 @@ def _preempt(trainer: Trainer, reason: str, has_stepped: bool) -> None:
 def _validate(trainer: Trainer) -> dict[str, float]:
     """Held-out figures of the raw weights and, with the suffix `_ema`, of their average."""
     trainer.set_training(False)
-    with torch.no_grad():
+    with torch.no_grad(), trainer.autocast(cached=False):
         figures = trainer.on_first_rank(trainer.task.validate) or {}
         if trainer.ema is not None:
             averaged = trainer.on_first_rank(trainer.task.validate, averaged=True) or {}
@@ -227,7 +227,7 @@ def _picture(trainer: Trainer) -> None:
             trainer.run.samples.mkdir(exist_ok=True)
             commit_folder(target, trainer.task.picture)
 
-    with torch.no_grad():
+    with torch.no_grad(), trainer.autocast(cached=False):
         trainer.on_first_rank(draw, averaged=True)
 
 

@@ -175,18 +175,21 @@ class RunFolder:
             )
         return harmless
 
-    def claim(self, resolved: Mapping[str, Any], source: str, fingerprints: Mapping[str, str]) -> None:
+    def claim(
+        self, resolved: Mapping[str, Any], source: str, fingerprints: Mapping[str, str], device: torch.device
+    ) -> None:
         """Record recipe and fingerprints, or check them against the folder's; arguments and errors as in `changes`.
 
         Args:
             source: the recipe's text as the user wrote it.
+            device: where the run computes.
         """
         for change in self.changes(resolved, fingerprints):
             self.log(f"the recipe changed: {change}")
         self._has_begun = True
         write_whole(self.path / "recipe.yaml", source)
         write_json(self._identity, {"recipe": resolved, "fingerprints": fingerprints})
-        write_json(self.path / "env.json", environment())
+        write_json(self.path / "env.json", environment(device))
 
     def status(self, state: str, *, step: int | None = None, steps: int | None = None, **details: Any) -> None:
         """Write status.json.
@@ -223,14 +226,19 @@ class RunFolder:
         return status if status.get("state") == "finished" and {"step", "steps", "figures"} <= status.keys() else None
 
 
-def environment() -> dict[str, Any]:
-    """Versions, machine and thread count, on which bitwise repetition depends; no environment variables."""
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, machine and thread count, on which bitwise repetition depends; no environment variables.
+
+    Args:
+        device: where the process computes; no other is asked for its name.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
     return {
         "ldm": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "device": name,
         "num_threads": torch.get_num_threads(),
         "executable": Path(sys.executable).name,
     }

@@ -14,7 +14,6 @@ _HARMLESS = {
     "train.validation_samples",
     "train.sample_every",
     "train.max_nonfinite",
-    "train.gradient_accumulation",  # as other ranks: the last bits, unless train.deterministic is elastic
     "train.strategy",
     "train.rank_timeout",
     "data.num_workers",
@@ -52,7 +51,7 @@ def recipe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list
     harmless: list[str] = []
     harmful: list[str] = []
     for name in _differing(before, after):
-        is_harmless = name in _HARMLESS or _is_extension(name, before, after)
+        is_harmless = name in _HARMLESS or _is_extension(name, before, after) or _is_other_parts(name, after)
         (harmless if is_harmless else harmful).append(_change(name, before, after))
     return harmless, harmful
 
@@ -69,6 +68,11 @@ def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def _change(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return f"{name}: {old.get(name, 'absent')!r} → {new.get(name, 'absent')!r}"
+
+
+def _is_other_parts(name: str, new: Mapping[str, Any]) -> bool:
+    """Other parts, like other ranks, change the last bits, unless they are those of the one sum for all ranks."""
+    return name == "train.micro_batch" and new.get("train.deterministic") != "elastic"
 
 
 def _is_extension(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

@@ -9,10 +9,9 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor, nn
 
 BatchT = TypeVar("BatchT")
-BatchT_contra = TypeVar("BatchT_contra", contravariant=True)
 
 
-class Task(Protocol[BatchT_contra]):
+class Task(Protocol[BatchT]):
     """What a trainer trains: models, and what one step of them computes."""
 
     @property
@@ -23,7 +22,10 @@ class Task(Protocol[BatchT_contra]):
     def auxiliary(self) -> Mapping[str, nn.Module]:
         """Name → module that is trained only (a discriminator)."""
 
-    def parts(self, batch: BatchT_contra, num_parts: int) -> Sequence[Any]:
+    def prepare(self, batch: BatchT) -> BatchT:
+        """The work on the host that comes before a step, such as token ids. A thread may do it ahead of the step."""
+
+    def parts(self, batch: BatchT, num_parts: int) -> Sequence[Any]:
         """This rank's samples of a step as equal parts, each an argument of `loss`.
 
         A loss that needs the whole batch (a contrastive one) computes here what its parts have to know of one another.

@@ -66,11 +66,11 @@ class Trainer:
         step, num_parts = self.step + 1, self.parts_per_rank * self.ranks.world_size
         total = gradient_sum(self.weights, self.config)
         self.statistics.begin_step()
-        with self._autocast():
+        with self.autocast():
             parts = self.task.parts(batch, self.parts_per_rank)
         figures: dict[str, Tensor] = {}
         for part in parts:
-            with self._autocast():
+            with self.autocast():
                 loss, figures = self.task.loss(part, step)
             (loss.float() * self.optimizers.loss_scale).backward()  # type: ignore[no-untyped-call]
             figures = {"loss": loss, **figures}
@@ -90,9 +90,13 @@ class Trainer:
         self.skipped.add(step, sample_names(batch), kept)
         self.step = step
 
-    def _autocast(self) -> torch.autocast:
-        # Sharded weights change between two uses: a cached cast would be of weights that are gone.
-        return autocast(self.device, self.config.precision, cache_enabled=not self.weights.is_sharded)
+    def autocast(self, *, cached: bool = True) -> torch.autocast:
+        """A context in which the networks compute as `train.precision` says.
+
+        Args:
+            cached: whether a weight is cast once; it must not change then. Those of sharded models always may.
+        """
+        return autocast(self.device, self.config.precision, cache_enabled=cached and not self.weights.is_sharded)
 
     def set_training(self, mode: bool) -> None:
         """Put the modules into training or evaluation mode; frozen parts stay in evaluation mode."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ldm_cli.cli import app
-from ldm_cli.cli.options import expand_homes, is_setting, seconds, size
+from ldm_cli.cli.options import expand_paths, is_setting, seconds, size
 from ldm_cli.data.config import DataConfig
 from ldm_cli.errors import UsageError
 
@@ -153,7 +153,37 @@ def test_a_tilde_is_the_home_folder_in_every_path_and_a_character_in_prompts(
     arguments: list[str], expanded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    assert expand_homes(arguments) == expanded
+    assert expand_paths(arguments) == expanded
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["data", "check", ""], "check"),
+        (["data", "pack", "in", ""], "in"),
+        (["data", "index", "x.tar", "--sizes="], "--sizes"),
+        (["train-unet", "demo/unet", "--out", ""], "--out"),
+        (["sample", "--model=", "-p", "a dog"], "--model"),
+        (["sample", "-p", "a dog", "--latents", ""], "--latents"),
+        ([""], "ldm"),
+    ],
+)
+def test_an_empty_path_is_refused_and_not_the_current_folder(
+    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert app.run(arguments) == 2
+    assert f"the argument after '{named}' is empty" in capsys.readouterr().err
+
+
+def test_an_empty_text_is_a_text() -> None:
+    for option in ("-p", "--prompt", "--negative", "--caption-column", "--caption-template", "--prefix"):
+        assert expand_paths([option, ""]) == [option, ""]
+
+
+@pytest.mark.parametrize("change", ["data.shards=''", "data.shards=['']", "data.quarantine=''", "start_from=''"])
+def test_an_empty_path_in_a_recipe_is_refused(change: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["train-clip", "demo/clip", change, "--dry-run"]) == 78
+    assert f"{change.partition('=')[0]}: is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

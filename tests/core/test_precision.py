@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm_cli.core.precision import DTYPES, autocast
+from ldm_cli.core.precision import DTYPES, autocast, precision_on
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -33,6 +33,11 @@ def test_a_cached_cast_is_of_the_weights_as_they_were_and_can_be_switched_off() 
             layer.weight.data.fill_(2.0)
             results.append(layer(x).item())
     assert results == [1.0, 2.0]
+
+
+def test_the_default_is_bf16_on_cuda_and_fp32_elsewhere() -> None:
+    assert [precision_on(device, None) for device in ("cuda:1", "cpu")] == ["bf16", "fp32"]
+    assert precision_on("cuda", "fp32") == "fp32"
 
 
 def test_an_unknown_precision_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -9,13 +10,14 @@ import pytest
 from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.captions import (
     MAX_CAPTION_LENGTH,
-    choose_caption,
     clean_caption,
     decode_text,
     field_of,
     parse_json,
     parse_label,
 )
+from ldm_cli.data.config import DataConfig
+from ldm_cli.data.sample_decoder import Draw, Members, MembersDecoder, Wanted
 
 
 @pytest.mark.parametrize(
@@ -68,12 +70,18 @@ def test_fields_are_found_by_name_and_by_path() -> None:
 
 
 def test_one_of_several_captions_is_chosen_evenly_and_blank_ones_never() -> None:
-    texts = ["a", " ", "b", 3, "c"]
-    chosen = [choose_caption(texts, (k + 0.5) / 300) for k in range(300)]
-    assert [chosen.count(text) for text in ("a", "b", "c")] == [100] * 3
-    assert choose_caption("only", 0.9) == "only"
+    config = DataConfig(shards="*.tar", caption="json:text", missing_caption="empty")
+    decoder = MembersDecoder(config, Wanted(image=False))
+
+    def chosen(value: Any, choice: float) -> str:
+        members = Members({"json": json.dumps({"text": value}).encode()}.get)
+        return decoder.decode_members(members, Draw(caption=choice)).caption
+
+    found = [chosen(["a", " ", "b", 3, "c"], (k + 0.5) / 300) for k in range(300)]
+    assert [found.count(text) for text in ("a", "b", "c")] == [100] * 3
+    assert chosen("only", 0.9) == "only"
     for nothing in (None, 3, [], ["", " "], {"en": "a"}):
-        assert choose_caption(nothing, 0.5) is None
+        assert chosen(nothing, 0.5) == ""
 
 
 @pytest.mark.parametrize(("value", "label"), [("7", 7), (7, 7), ("0", 0), (" 3 ", 3)])

@@ -158,7 +158,9 @@ def test_exif_orientation_is_applied_once(orientation: int, format: str) -> None
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if format == "WEBP" else {}
-    shown = decode_rgb(_encoded(stored, format, exif=exif, **options), BACKGROUND, MAX_PIXELS).image
+    data = _encoded(stored, format, exif=exif, **options)
+    shown = decode_rgb(data, BACKGROUND, MAX_PIXELS).image
+    assert image_header(data, MAX_PIXELS) == (format, *shown.size)
     rows = SHOWN[orientation]
     assert shown.size == (len(rows[0]) * scale, len(rows) * scale)
     for y, row in enumerate(rows):

@@ -350,7 +350,7 @@ def test_prefetching_keeps_order_stays_bounded_and_passes_errors_on() -> None:
             yield number
         raise KeyError("end")
 
-    with prefetched(source(), 2) as items:
+    with prefetched(source()) as items:
         assert next(items) == 0
         time.sleep(0.1)
         assert len(made) <= 4  # one taken, two waiting, one in the producer's hands

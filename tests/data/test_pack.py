@@ -124,6 +124,24 @@ def test_existing_output_is_refused_and_failure_leaves_nothing(images: Path, tmp
 
 
 @pytest.mark.parametrize(
+    ("out", "folder"), [(".", "here"), ("../link", "empty"), ("../dangling", "new/folder"), ("../left", "left")]
+)
+def test_the_output_folder_may_be_the_current_one_a_link_or_what_a_killed_run_left(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, folder: str
+) -> None:
+    for name in ("here", "empty", "left/.tmp-pack"):
+        (tmp_path / name).mkdir(parents=True)
+    for name, target in (("link", "empty"), ("dangling", "new/folder")):
+        (tmp_path / name).symlink_to(target)
+    monkeypatch.chdir(tmp_path / "here")
+    _packed(images, Path(out), shard_samples=2)
+    for place in (Path(out), tmp_path / folder):
+        assert sorted(path.name for path in place.iterdir()) == ["train-000000.tar", "train-000001.tar"]
+    with pytest.raises(OutputError, match="exists already"):
+        _packed(images, Path(out))
+
+
+@pytest.mark.parametrize(
     ("name", "content", "words"),
     [
         ("a.csv", "bild,caption\na.jpg,one\n", "no column of pictures .*'bild', 'caption'"),
@@ -182,6 +200,16 @@ def test_stats_count_and_measure(tmp_path: Path) -> None:
     assert captions["frequent"] == {"one": 2, "three": 1}
     assert result["unusable"] == {"not an image": 1}
     assert json.loads(json.dumps(result)) == result
+
+
+def test_stats_give_the_upright_size_of_a_turned_picture(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stream = io.BytesIO()
+    Image.new("RGB", (12, 5)).save(stream, "JPEG", exif=exif)
+    path = write_tar(tmp_path / "a.tar", [("a.jpg", stream.getvalue()), ("a.txt", b"x")])
+    result = stage.stats(DataConfig(shards=str(path)), SilentReporter())
+    assert (result["width"]["max"], result["height"]["max"]) == (5, 12)
 
 
 def test_index_counts_and_writes_sizes_once(tmp_path: Path) -> None:

@@ -19,5 +19,5 @@ def numbers_of_threads() -> Generator[int]:
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(("alone", "expected"), [(True, [1, 1, 2]), (False, [2, 2, 2])])
 def test_only_the_thread_ahead_computes_alone(alone: bool, expected: list[int]) -> None:
-    with prefetched(numbers_of_threads(), 1, alone=alone) as items:
+    with prefetched(numbers_of_threads(), alone=alone) as items:
         assert [*items, torch.get_num_threads()] == expected

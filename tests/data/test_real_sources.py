@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,8 @@ def test_text_in_an_unknown_encoding_is_named_and_its_picture_left_out(tmp_path:
         ("[]", []),
         ("[a|b] (red:1.2)", ["[a|b] (red:1.2)"]),
         ("{a|b}", ["{a|b}"]),
+        ("""['a sign "stop" "here"', 'two']""", ['a sign "stop" "here"', "two"]),
+        ("""["the 'old' 'town'", 'two']""", ["the 'old' 'town'", "two"]),
     ],
 )
 def test_several_captions_stay_several_and_nothing_is_none(tmp_path: Path, value: Any, captions: list[str]) -> None:
@@ -213,7 +216,9 @@ def test_what_is_no_text_is_refused_with_file_and_row(tmp_path: Path, value: Any
         _samples(_folder(tmp_path / "in", files), tmp_path / "out")
 
 
-@pytest.mark.parametrize("cell", ["['a dog'\n 'a cat']", "{'raw': 'a dog'}", '{"en": "a dog"}'])
+@pytest.mark.parametrize(
+    "cell", ["['a dog'\n 'a cat']", """["it's" 'two']""", "['a', 'b' 'c']", "{'raw': 'a dog'}", '{"en": "a dog"}']
+)
 def test_the_print_of_a_structure_in_a_cell_is_refused_with_file_and_row(tmp_path: Path, cell: str) -> None:
     files: Files = {"a.png": b"", "list.csv": _csv([["image", "caption"], ["a.png", cell]])}
     with pytest.raises(DataError, match=r"list\.csv' line \d: 'caption'"):
@@ -226,6 +231,20 @@ def test_rows_of_one_picture_are_its_captions(tmp_path: Path) -> None:
     samples, _ = _samples(source, tmp_path / "out")
     assert _captions(samples) == {"a.png": ["one", "two, too"], "b.png": ["three"]}
     assert [sample["json"]["n"] for sample in samples] == [["0", "1"], "0"]
+
+
+def test_all_rows_of_a_picture_give_facts_and_its_class(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"image": "a.png", "caption": "one", "title": "T"},
+        {"image": "a.png", "title": "two", "n": 1},
+        {"image": "a.png", "caption": "three", "n": 1, "class": "dog"},
+    ]
+    files: Files = {"a.png": b"", "list.jsonl": "\n".join(map(json.dumps, rows))}
+    samples, report = _samples(_folder(tmp_path / "in", files), tmp_path / "out")
+    facts = samples[0]["json"]
+    assert facts["captions"] == ["one", "two", "three"]
+    assert (facts["title"], facts["n"], facts["class"]) == (["T", None, None], [None, 1, 1], [None, None, "dog"])
+    assert (samples[0]["cls"], report["classes"]) == (b"0", {"dog": 0})
 
 
 @pytest.mark.parametrize(
@@ -291,6 +310,13 @@ def test_kohya_folders_repeat_their_pictures(tmp_path: Path, folder: str, times:
     assert report["repeats"] == {folder: times, "1_reg": 1}
 
 
+@pytest.mark.parametrize("names", [("0_cat", "1_dog"), ("00_cat", "01_dog", "02_bird"), ("0_a", "10_b")])
+def test_numbered_class_folders_from_zero_are_no_repeats(tmp_path: Path, names: tuple[str, ...]) -> None:
+    samples, report = _samples(_folder(tmp_path / "in", {f"{name}/1.png": b"" for name in names}), tmp_path / "out")
+    assert [sample["cls"] for sample in samples] == [str(number).encode() for number in range(len(names))]
+    assert (report["repeats"], report["classes"]) == ({}, {name: number for number, name in enumerate(names)})
+
+
 @pytest.mark.parametrize("kind", [".heic", ".CR2", ".psd", ".mov", ".tar", ".xlsx"])
 def test_what_is_not_read_is_named_and_counted(tmp_path: Path, kind: str) -> None:
     files: Files = {"a.png": b"", "a.txt": "a dog", f"b{kind}": b"?", f"sub/c{kind}": b"?", ".DS_Store": b"?"}
@@ -320,6 +346,82 @@ def test_linked_folders_are_entered_once_and_loops_end(tmp_path: Path) -> None:
     samples, report = _samples(source, tmp_path / "out")
     assert _captions(samples) == {"a/1.png": ["one"], "b/2.png": ["two"]}
     assert report["not_read"] == {"folder linked twice": 1}
+
+
+@pytest.mark.parametrize("name", ["b.png", "a.txt", "metadata.csv", "c/d.jpg"])
+def test_dangling_links_and_pipes_are_passed_over_and_named(tmp_path: Path, name: str) -> None:
+    source = _folder(tmp_path / "in", {"a.png": b"", "c/a.png": b""})
+    os.mkfifo(source / name)
+    (source / "c" / f"x-{Path(name).name}").symlink_to("nothing")
+    samples, report = _samples(source, tmp_path / "out")
+    assert sorted(_captions(samples)) == ["a.png", "c/a.png"]
+    assert report["not_read"] == {"no regular file": 2}
+    assert sorted(report["not_read_files"]) == sorted([name, f"c/x-{Path(name).name}"])
+
+
+@pytest.mark.parametrize("name", ["b.png", "b.txt", "b.caption"])
+def test_a_file_that_fails_while_it_is_read_costs_its_picture_alone(tmp_path: Path, name: str) -> None:
+    source = _folder(tmp_path / "in", {"a.png": b"", "b.png": b""})
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to("/proc/self/mem")  # opens, and gives EIO
+    samples, report = _samples(source, tmp_path / "out")
+    assert [*_captions(samples)] == ["a.png"]
+    assert report["bad_files"] == ["b.png: unreadable file: Input/output error"]
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "list.tsv", "list.json", "list.jsonl"])
+def test_a_table_that_fails_while_it_is_read_is_named_in_the_error(tmp_path: Path, name: str) -> None:
+    source = _folder(tmp_path / "in", {"x.md": "x"})
+    (source / name).symlink_to("/proc/self/mem")
+    for named in (source, source / name):
+        with pytest.raises(DataError, match=rf"cannot read '.*{name}': Input/output error"):
+            _samples(named, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["n" * 300 + ".png", "p/" * 3000 + "x.png", "a\0.png"])
+def test_a_name_that_no_file_can_have_is_a_missing_file(tmp_path: Path, name: str) -> None:
+    rows = [{"file_name": "a.png", "text": "x"}, {"file_name": name, "text": "x"}]
+    files: Files = {"a.png": b"", "metadata.jsonl": "\n".join(map(json.dumps, rows))}
+    _, report = _samples(_folder(tmp_path / "in", files), tmp_path / "out")
+    assert (report["samples"], report["bad"]) == (1, {"missing file": 1})
+
+
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_a_picture_is_found_by_its_name_in_linked_folders_and_not_in_hidden_ones(
+    tmp_path: Path, as_folder: bool
+) -> None:
+    files: Files = {"p/a.png": b"", ".trash/a.png": png((1, 1, 1)), "list.csv": _csv([["image", "text"], *ROWS])}
+    source = _folder(tmp_path / "in", files)
+    _folder(tmp_path / "elsewhere", {"b.png": b""})
+    (source / "q").symlink_to(tmp_path / "elsewhere")
+    samples, report = _samples(source if as_folder else source / "list.csv", tmp_path / "out")
+    assert _captions(samples) == {path: [text] for path, text in ROWS}
+    assert report["bad"] == {}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"images": {"a.png": 1}, "annotations": []},
+        {"images": ["a.png"], "annotations": []},
+        {"images": [{"id": 1, "file_name": "a.png"}], "annotations": "x"},
+        {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [None]},
+        {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": [1], "caption": "x"}]},
+        {"images": [{"id": {}, "file_name": "a.png"}], "annotations": [{"image_id": 1, "caption": "x"}]},
+    ],
+    ids=str,
+)
+def test_what_looks_like_coco_and_is_not_is_refused_by_name(tmp_path: Path, value: dict[str, Any]) -> None:
+    source = _folder(tmp_path / "in", {"a.png": b"", "captions.json": json.dumps(value)})
+    with pytest.raises(DataError, match=r"captions\.json': '(images|annotations)' is no list of objects"):
+        pack(source / "captions.json", tmp_path / "out", SilentReporter())
+
+
+@pytest.mark.parametrize("cell", ["9" * 400, "{'raw': 'dog'}", "[['dog']]"])
+def test_a_class_of_any_text_is_a_class(tmp_path: Path, cell: str) -> None:
+    source = _folder(tmp_path / "in", {"a.png": b"", "l.csv": _csv([["image", "label", "text"], ["a.png", cell, "x"]])})
+    samples, report = _samples(source, tmp_path / "out")
+    assert (samples[0]["cls"], report["classes"]) == (b"0", {cell: 0})
 
 
 def test_two_pictures_of_one_stem_share_its_caption_and_two_captions_are_refused(tmp_path: Path) -> None:
@@ -406,6 +508,32 @@ def test_parquet_holds_pictures_or_names_them(tmp_path: Path, shape: str) -> Non
     expected = [["a photo of a dog"], ["a photo of a cat"]] if shape == "class" else [["one", "uno"], ["two"]]
     assert [sample["json"]["captions"] for sample in samples] == expected
     assert [sample.get("cls") for sample in samples] == ([b"1", b"0"] if shape == "class" else [None, None])
+
+
+@pytest.mark.parametrize("with_text", [True, False])
+def test_the_classes_of_a_parquet_column_of_any_name_are_found(tmp_path: Path, with_text: bool) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet: Any = pytest.importorskip("pyarrow.parquet")
+    texts = {"text": ["x", "y"]} if with_text else {}
+    table = arrow.table({"img": [png((1, 0, 0)), png((2, 0, 0))], "fine_label": [1, 0], **texts})
+    features = {"fine_label": {"names": ["cat", "dog"]}, "tags": [{"dtype": "string"}]}
+    table = table.replace_schema_metadata({b"huggingface": json.dumps({"info": {"features": features}}).encode()})
+    source = _folder(tmp_path / "in", {"x.md": "x"})
+    parquet.write_table(table, source / "a.parquet")
+    samples, report = _samples(source, tmp_path / "out")
+    expected = [["x"], ["y"]] if with_text else [["a photo of a dog"], ["a photo of a cat"]]
+    assert [sample["json"]["captions"] for sample in samples] == expected
+    assert ([sample["cls"] for sample in samples], report["classes"]) == ([b"1", b"0"], {"cat": 0, "dog": 1})
+
+
+@pytest.mark.parametrize("facts", [b"{broken", b"[]", b'{"info": []}', b'{"info": {"features": {"n": 3}}}'])
+def test_a_parquet_file_with_foreign_metadata_is_read(tmp_path: Path, facts: bytes) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet: Any = pytest.importorskip("pyarrow.parquet")
+    table = arrow.table({"image": [png()], "text": ["x"]}).replace_schema_metadata({b"huggingface": facts})
+    source = _folder(tmp_path / "in", {"x.md": "x"})
+    parquet.write_table(table, source / "a.parquet")
+    assert _samples(source, tmp_path / "out")[1]["samples"] == 1
 
 
 def test_the_caption_of_a_picture_is_never_its_file_name(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import signal
+import tarfile
 import threading
 import time
 from collections import Counter
@@ -90,6 +91,31 @@ def test_random_numbers_of_a_step_are_its_own_wherever_a_run_goes_on(folder: Pat
     whole = [*loader(settings(folder)).batches(0, 4)]
     (last,) = loader(settings(folder)).batches(3, 4)
     assert last.position.tolist() == whole[3].position.tolist() == [12, 13, 14, 15]
+
+
+def test_a_stream_has_the_samples_of_an_index(tmp_path: Path) -> None:
+    names = ("/absolute", "../up", "x/../y", "__meta__/x", "x/__meta__/y", "deep/er/a", "./b", "é猫", "n" * 200)
+    members = [
+        m for n in names for m in ((f"{n}.png", png()), (f"{n}.TXT", b"text"), (f"{n}.cls", b"1"), (f"{n}.pkl", b"x"))
+    ]
+    shard = write_tar(tmp_path / "a.tar", members, tarfile.PAX_FORMAT)
+    streamed, indexed = settings(shard), settings(shard, stream=False)
+    found = [
+        [key for batch in sequential_batches(shards, streamed, 4) for key in batch.keys]
+        for shards in (open_stream(streamed, SilentReporter()), open_shards(str(shard), indexed, SilentReporter()))
+    ]
+    assert found[0] == found[1]
+    assert len(found[0]) == 5
+
+
+@pytest.mark.parametrize("place", [100, 148, 156])
+def test_a_damaged_header_in_a_stream_is_noticed(folder: Path, place: int) -> None:
+    data = bytearray((shard := folder / "000.tar").read_bytes())
+    data[data.index(b"0002.png") + place] ^= 4
+    shard.write_bytes(data)
+    stream = open_stream(config := settings(shard), SilentReporter())
+    with pytest.raises(DataError, match="damaged header"):
+        list(sequential_batches(stream, config, 4))
 
 
 def test_a_named_pipe_is_a_shard(folder: Path, tmp_path: Path) -> None:

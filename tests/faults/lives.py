@@ -170,7 +170,7 @@ class Home:
         train = {"steps": STEPS, "save_every": SAVE_EVERY, "log_every": 4, "validate_every": 5, "ema_decay": 0.9}
         adversarial = {"adversarial_weight": 0.5, "discriminator_channels": 8, "discriminator_layers": 2}
         flips = {"flip_probability": 0.5}
-        self._write("clip", clip_recipe(scenes, RESNET, gradient_accumulation=2, **train))
+        self._write("clip", clip_recipe(scenes, RESNET, micro_batch=4, **train))
         self._write("vae", vae_recipe(scenes, loss=adversarial, data=flips, **train))
         for name in ("clip", "vae"):
             self.finished(name)

@@ -160,7 +160,7 @@ def test_a_kill_of_the_trainer_alone_frees_the_run_at_once_and_its_workers_leave
 def test_a_second_signal_ends_it_at_once_and_the_checkpoint_holds(start: Callable[..., Life], tmp_path: Path) -> None:
     """The batch is large, so that the first signal is still waiting for the end of the step."""
     out = tmp_path / "run"
-    large = ("train.batch_size=512", "train.gradient_accumulation=32", "train.save_every=1")
+    large = ("train.batch_size=512", "train.micro_batch=16", "train.save_every=1")
     life = stop_at(start("vae", out, WORKERS, *large), out, lambda out: started(out) and status(out)["step"] == 1)
     for _ in range(2):
         life.send(signal.SIGCONT)

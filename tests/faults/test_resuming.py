@@ -119,14 +119,14 @@ def test_more_steps_at_a_constant_rate_extend_a_finished_run(tmp_path: Path) -> 
     weights = [name for name in long if ":meter." not in name]
     assert all(torch.equal(long[name], grown[name]) for name in weights)
     with RunFolder(tmp_path / "claimed", SilentReporter()) as folder:
-        folder.claim(described(20), "", {})
-        folder.claim(described(30), "", {})
+        folder.claim(described(20), "", {}, torch.device("cpu"))
+        folder.claim(described(30), "", {}, torch.device("cpu"))
         with pytest.raises(CheckpointError, match=r"train\.steps: 30 → 20"):
-            folder.claim(described(20), "", {})
+            folder.claim(described(20), "", {}, torch.device("cpu"))
     with RunFolder(tmp_path / "cosine", SilentReporter()) as folder:
-        folder.claim(described(20, "cosine"), "", {})
+        folder.claim(described(20, "cosine"), "", {}, torch.device("cpu"))
         with pytest.raises(CheckpointError, match=r"train\.steps: 20 → 30"):
-            folder.claim(described(30, "cosine"), "", {})
+            folder.claim(described(30, "cosine"), "", {}, torch.device("cpu"))
 
 
 def test_a_run_may_start_at_a_given_checkpoint_and_then_goes_on_from_its_own(tmp_path: Path) -> None:

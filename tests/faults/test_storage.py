@@ -44,7 +44,7 @@ def test_a_save_that_fails_leaves_the_older_checkpoint_and_no_rubbish(
 
     with (
         monkeypatch.context() as patch,
-        pytest.raises(StorageError, match=rf"{words} \(it takes \d+\.\d MiB, \d+\.\d MiB are free\)") as caught,
+        pytest.raises(StorageError, match=rf"{words} \(it takes [\d.]+ [KM]iB, [\d.]+ [MGT]iB are free\)") as caught,
     ):
         run(tmp_path / "broken", source=until(7, lambda: patch.setattr(weight_files, "save_file", full)))
     assert caught.value.code == 74
@@ -61,7 +61,7 @@ def test_a_run_without_room_for_a_checkpoint_is_refused_before_its_first_step(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(1000, 999, 1))
     task = ToyTask()
-    with pytest.raises(StorageError, match=r"no room for 3 checkpoints .* takes \d+\.\d MiB, and 0\.0 MiB are free"):
+    with pytest.raises(StorageError, match=r"no room for 3 checkpoints .* takes [\d.]+ [KM]iB, and 1 bytes are free"):
         run(tmp_path, task=task)
     assert task.seen == []
 

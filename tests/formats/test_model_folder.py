@@ -69,7 +69,7 @@ def test_failed_save_leaves_the_old_files_and_nothing_temporary(tmp_path, monkey
     save_model(tmp_path, network(0).state_dict(), {})
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     monkeypatch.setattr("ldm_cli.formats.weight_files.save_file", fill_the_disk)
-    with pytest.raises(StorageError, match=r"No space left on device \(\d+\.\d MiB are free\)"):
+    with pytest.raises(StorageError, match=r"No space left on device \([\d.]+ [MGT]iB are free\)"):
         save_model(tmp_path, network(1).state_dict(), {})
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
     (tmp_path / "file").write_text("")

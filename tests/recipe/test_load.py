@@ -135,8 +135,8 @@ ZOO = [
     ),
     (
         "batch_size: 4",
-        "batch_size: 4\n  gradient_accumulation: 3",
-        "r.yaml:9:26: train.gradient_accumulation: gradient_accumulation=3 does not divide batch_size=4",
+        "batch_size: 4\n  deterministic: elastic\n  micro_batch: 3",
+        "r.yaml:10:16: train.micro_batch: micro_batch=3 does not divide batch_size=4",
     ),
     (
         "command: train-vae",

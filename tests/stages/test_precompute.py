@@ -29,7 +29,7 @@ from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages import precompute
 from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
-from ldm_cli.stages.support.options import RunOptions
+from ldm_cli.stages.support.options import RunOptions, with_precision
 from ldm_cli.training.failures import MAX_ATTEMPTS
 from tests.data.tars import png, write_tar
 
@@ -80,7 +80,7 @@ def without_encoders(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("flip", [0.5, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_training_from_a_cache_gives_the_same_weights_and_losses(parts: Parts, tmp_path: Path, flip: float) -> None:
-    recipe = unet_recipe(*parts, steps=9, ema_decay=0.9, log_every=1, save_every=9, gradient_accumulation=2)
+    recipe = unet_recipe(*parts, steps=9, ema_decay=0.9, log_every=1, save_every=9, micro_batch=4)
     recipe["data"]["flip_probability"] = flip
     trained(recipe, tmp_path / "plain")
     trained(cached(recipe, tmp_path / "cache"), tmp_path / "cached")
@@ -362,6 +362,7 @@ def test_workers_and_ranks_change_nothing(parts: Parts, tmp_path: Path) -> None:
     cached(recipe, tmp_path / "two")
     recipe["data"]["num_workers"] = 0
     wanted = TrainUnetRecipe.from_mapping(cached(recipe, tmp_path / "none"))
+    wanted = with_precision(wanted, RunOptions(device="cpu"))
     for path in (tmp_path / "two").glob("*.tar"):
         assert path.read_bytes() == (tmp_path / "none" / path.name).read_bytes()
     shards = open_shards(wanted.data.shards, wanted.data, SilentReporter())

@@ -122,7 +122,7 @@ def test_a_clip_with_its_image_tower_locked_that_is_killed_ends_the_same(
     if vision is not None:
         source = tmp_path / "source"
         trained(clip_recipe(scenes, vision, steps=2), source)
-    train = {"steps": 5, "save_every": 2, "ema_decay": 0.5, "gradient_accumulation": 2, "optimizer": "muon"}
+    train = {"steps": 5, "save_every": 2, "ema_decay": 0.5, "micro_batch": 4, "optimizer": "muon"}
     recipe = started(clip_recipe(scenes, **train), "clip", source, freeze=locked)
     del recipe["tokenizer"]
     trained(recipe, tmp_path / "whole")

@@ -48,7 +48,7 @@ def gradients(
     task.model.train().zero_grad()
     total = 0.0
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        parts = task.parts(batch, num_parts)
+        parts = task.parts(task.prepare(batch), num_parts)
     for part in parts:
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
             loss, _ = task.loss(part, 1)
@@ -148,7 +148,7 @@ def test_validation_is_in_evaluation_mode_and_changes_no_statistics(scenes: Path
 
 @pytest.mark.parametrize("vision", [VIT, RESNET], ids=["vit", "resnet"])
 def test_a_run_that_is_lost_and_continued_ends_the_same(scenes: Path, tmp_path: Path, vision: dict[str, Any]) -> None:
-    changes = {"vision": vision, "steps": 6, "ema_decay": 0.9, "gradient_accumulation": 2, "save_every": 2}
+    changes = {"vision": vision, "steps": 6, "ema_decay": 0.9, "micro_batch": 4, "save_every": 2}
     trained(clip_recipe(scenes, **changes), tmp_path / "whole")
     lose_after(4, clip_recipe(scenes, **changes), tmp_path / "broken")
     trained(clip_recipe(scenes, **changes), tmp_path / "broken")

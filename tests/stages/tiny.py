@@ -85,10 +85,12 @@ def unet_recipe(
     }
 
 
-def trained(recipe: Mapping[str, Any], out: Path, reporter: Reporter | None = None, **options: Any) -> dict[str, Any]:
+def trained(
+    recipe: Mapping[str, Any], out: Path, reporter: Reporter | None = None, device: str = "cpu", **options: Any
+) -> dict[str, Any]:
     """The result of the stage that the recipe is for."""
     schema, run = _STAGES[recipe["command"]]
-    chosen = RunOptions(out=out, device="cpu", recipe_text=json.dumps(recipe), **options)
+    chosen = RunOptions(out=out, device=device, recipe_text=json.dumps(recipe), **options)
     result: dict[str, Any] = run(schema.from_mapping(recipe), chosen, reporter or SilentReporter())
     return result
 
@@ -102,8 +104,8 @@ class Lost(BaseException):
     """Stands for a kill: nothing is saved or tidied after it."""
 
 
-def lose_after(step: int, recipe: Mapping[str, Any], out: Path) -> None:
-    """A life that is lost right after the checkpoint of `step` was committed."""
+def lose_after(step: int, recipe: Mapping[str, Any], out: Path, **options: Any) -> None:
+    """A process that is lost right after the checkpoint of `step` was committed."""
     write_status = RunFolder.status
 
     def status(self: RunFolder, state: str, **details: Any) -> None:
@@ -114,4 +116,4 @@ def lose_after(step: int, recipe: Mapping[str, Any], out: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunFolder, "status", status)
         with pytest.raises(Lost):
-            trained(recipe, out)
+            trained(recipe, out, **options)

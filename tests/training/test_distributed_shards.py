@@ -29,7 +29,7 @@ from .forked import ForkedRanks
 from .toy import ToyTask, data
 
 CPU = torch.device("cpu")
-SHARDED = configured(strategy="sharded", log_every=1, gradient_accumulation=2, validate_every=10, batch_size=12)
+SHARDED = configured(strategy="sharded", log_every=1, micro_batch=3, validate_every=10, batch_size=12)
 
 
 def trained(
@@ -101,7 +101,7 @@ def test_a_sharded_run_that_was_stopped_ends_with_the_same_bits(tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_a_sharded_run_goes_on_with_another_number_of_ranks(tmp_path: Path, world_size: int) -> None:
-    config = SHARDED.model_copy(update={"gradient_accumulation": 1})
+    config = SHARDED.model_copy(update={"micro_batch": None})
     trained(tmp_path / "other", config.model_copy(update={"steps": 10}), 2)
     assert_close_runs(trained(tmp_path / "other", config, world_size), trained(tmp_path / "whole", config, 2))
 

@@ -104,12 +104,16 @@ def test_a_wrong_number_of_parts_is_misuse() -> None:
 
 
 def test_a_batch_that_cannot_be_divided_is_refused_with_its_sizes() -> None:
-    config = TrainConfig(steps=1, batch_size=12, gradient_accumulation=2)
-    assert [config.parts_per_rank(n) for n in (1, 2, 3, 6)] == [2, 2, 2, 2]
-    with pytest.raises(RecipeError, match=r"among 4 ranks: train.batch_size=12 is no multiple of 4 ranks"):
-        config.parts_per_rank(4)
+    config = TrainConfig(steps=1, batch_size=12, micro_batch=3)
+    assert [config.parts_per_rank(n) for n in (1, 2, 3, 6)] == [4, 2, 2, 1]
+    with pytest.raises(RecipeError, match=r"among 5 ranks: train.batch_size=12 is no multiple of 5 ranks"):
+        config.parts_per_rank(5)
+    with pytest.raises(RecipeError, match=r"no multiple of 1 ranks × 3 parts of at most train.micro_batch=4"):
+        TrainConfig(steps=1, batch_size=10, micro_batch=4).parts_per_rank(1)
+    with pytest.raises(RecipeError, match=r"among 13 ranks"):
+        config.parts_per_rank(13)
     elastic = TrainConfig(steps=1, batch_size=16, deterministic="elastic")
-    assert elastic.chunk() == 2
     assert [elastic.parts_per_rank(n) for n in (1, 2, 4, 8)] == [8, 4, 2, 1]
-    with pytest.raises(RecipeError, match=r"makes 8 chunks of 2 samples"):
+    assert {elastic.part_size(n) for n in (1, 2, 4, 8)} == {2}
+    with pytest.raises(RecipeError, match=r"makes 8 parts of 2 samples"):
         elastic.parts_per_rank(3)

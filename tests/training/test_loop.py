@@ -22,7 +22,8 @@ from ldm_cli.training.config import TrainConfig
 from ldm_cli.training.interruption import StopRequest
 from ldm_cli.training.loop import train
 from ldm_cli.training.optim import learning_rate
-from ldm_cli.training.run_folder import RunFolder
+from ldm_cli.training.run_folder import RunFolder, environment
+from ldm_cli.training.run_identity import recipe_changes
 
 from .toy import ToyTask, batches
 
@@ -112,7 +113,7 @@ def test_the_loss_falls_and_every_figure_is_logged(tmp_path: Path) -> None:
 
 def test_accumulation_equals_the_whole_batch(tmp_path: Path) -> None:
     run(tmp_path / "whole")
-    run(tmp_path / "parts", CONFIG.model_copy(update={"gradient_accumulation": 3}))
+    run(tmp_path / "parts", CONFIG.model_copy(update={"micro_batch": CONFIG.batch_size // 3}))
     one, two = (load_file(tmp_path / p / "model/model.safetensors") for p in ("whole", "parts"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=2e-6)
@@ -252,16 +253,48 @@ def test_a_second_owner_is_refused_and_told_who_has_it(tmp_path: Path) -> None:
         assert (tmp_path / ".lock").read_text().startswith(f"pid {os.getpid()} on ")
 
 
+def test_env_json_names_the_device_in_use_and_asks_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: asked.append(device) or "a GPU")
+    assert environment(CPU)["device"] != "a GPU"
+    assert asked == []
+    assert environment(torch.device("cuda", 1))["device"] == "a GPU"
+    assert asked == [torch.device("cuda", 1)]
+
+
+@pytest.mark.parametrize(("deterministic", "is_harmless"), [("run", True), ("elastic", False)])
+def test_other_parts_are_the_same_run_unless_they_decide_the_sum(deterministic: str, is_harmless: bool) -> None:
+    recipes = [{"train": {"deterministic": deterministic, "micro_batch": size}} for size in (4, 8)]
+    harmless, harmful = recipe_changes(*recipes)
+    assert (harmless, harmful)[not is_harmless] == ["train.micro_batch: 4 → 8"]
+    assert (harmless, harmful)[is_harmless] == []
+
+
+def test_validation_and_pictures_compute_as_the_steps_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def note(*_: object) -> dict[str, float]:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return {}
+
+    monkeypatch.setattr(ToyTask, "validate", note)
+    monkeypatch.setattr(ToyTask, "picture", note)
+    for precision in ("bf16", None):
+        run(tmp_path / str(precision), CONFIG.model_copy(update={"steps": 3, "precision": precision}))
+    assert seen == [True, True, True, False, False, False], "raw weights, averages, pictures"
+
+
 def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     recipe = {"train": {"lr": 1e-3, "log_every": 5}}
     with RunFolder(tmp_path, SilentReporter()) as folder:
-        folder.claim(recipe, "", {"data": "one"})
+        folder.claim(recipe, "", {"data": "one"}, CPU)
     with RunFolder(tmp_path, SilentReporter()) as folder:
-        folder.claim({"train": {"lr": 1e-3, "log_every": 9}}, "", {"data": "one"})
+        folder.claim({"train": {"lr": 1e-3, "log_every": 9}}, "", {"data": "one"}, CPU)
         with pytest.raises(CheckpointError, match=r"train.lr: 0.001 → 0.002"):
-            folder.claim({"train": {"lr": 2e-3, "log_every": 9}}, "", {"data": "one"})
+            folder.claim({"train": {"lr": 2e-3, "log_every": 9}}, "", {"data": "one"}, CPU)
         with pytest.raises(CheckpointError, match="fingerprint of data: 'one' → 'two'"):
-            folder.claim({"train": {"lr": 1e-3, "log_every": 9}}, "", {"data": "two"})
+            folder.claim({"train": {"lr": 1e-3, "log_every": 9}}, "", {"data": "two"}, CPU)
 
 
 def test_the_learning_rate_warms_up_and_ends_at_its_minimum() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -64,6 +65,13 @@ def _of_each_channel(value: Any) -> Any:
 
 
 Positive = Annotated[float, Field(gt=0)]
+
+
+@cache
+def _per_channel(values: tuple[float, float, float], device: torch.device) -> Tensor:
+    """A number for each channel, [3, 1, 1]; made once for each device, for a copy to it waits."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 class CLIPImageProcessor(Config):
@@ -135,8 +143,8 @@ class CLIPImageProcessor(Config):
         if self.do_rescale:
             pixels = pixels * self.rescale_factor
         if self.do_normalize:
-            mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (self.image_mean, self.image_std))
-            pixels = (pixels - mean) / std
+            mean, deviation = (_per_channel(values, pixels.device) for values in (self.image_mean, self.image_std))
+            pixels = (pixels - mean) / deviation
         return pixels
 
     def _resized(self, pixels: Tensor, in_levels: bool) -> Tensor:

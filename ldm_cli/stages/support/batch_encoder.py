@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -42,10 +42,11 @@ class BatchEncoder:
         self._device, self._precision = device, recipe.train.precision
 
     def __call__(self, batch: Batch) -> tuple[dict[str, Tensor], Condition]:
-        """Moments and conditions of a batch, on the device: out of the cache, or computed."""
+        """Moments and conditions of a batch on the device: out of the cache, or computed."""
         if batch.moments is None or batch.condition is None:
             return self.moments(batch.images), self.condition(batch.captions)
-        return self._on_device(batch.moments), Condition(**self._on_device(batch.condition))
+        moments = {name: tensor.float() for name, tensor in batch.moments.items()}
+        return moments, Condition(**batch.condition).map(_as_float32)
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> dict[str, Tensor]:
@@ -62,10 +63,7 @@ class BatchEncoder:
 
     def cached(self, cache: LatentCache, caption: str) -> Condition:
         """The condition of a caption out of a cache: one row, on the device."""
-        return Condition(**self._on_device(cache.condition(caption))).map(lambda tensor: tensor[None])
-
-    def _on_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: _as_float32(tensor.to(self._device, non_blocking=True)) for name, tensor in tensors.items()}
+        return Condition(**cache.condition(caption)).map(lambda tensor: _as_float32(tensor[None].to(self._device)))
 
 
 def _as_float32(tensor: Tensor) -> Tensor:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,16 +14,13 @@ from ldm_cli.data.cache_manifest import CacheKey
 from ldm_cli.data.cache_writer import moments_files
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.latent_cache import MIRRORED
-from ldm_cli.data.prefetch import prefetched
+from ldm_cli.data.prefetch import made_ahead
 from ldm_cli.data.sample_decoder import Draw, SampleDecoder, Wanted
 from ldm_cli.data.shards import ShardSet
-from ldm_cli.data.workers import made_by_workers
 from ldm_cli.errors import DivergedError
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.stages.support.batch_encoder import BatchEncoder
 
-NUM_AHEAD = 2
-"""Chunks that each thread may be ahead of the next one."""
 _NEVER = 2.0  # a draw of chance that no probability reaches
 
 
@@ -34,6 +30,10 @@ class Pictures:
 
     images: Tensor
     bad: dict[int, tuple[str, str]]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Pictures:
+        """The pictures with `change` applied to their tensor."""
+        return replace(self, images=change(self.images))
 
 
 @dataclass(frozen=True)
@@ -67,20 +67,11 @@ class Chunks:
                 images.append(image)
         return Pictures(torch.stack(images) if images else torch.empty(0), bad)
 
-    def ahead(self) -> AbstractContextManager[Iterator[Pictures]]:
+    def ahead(self) -> Generator[Pictures]:
         """All of them in order, made by a thread or by `data.num_workers` processes."""
+        config = self._config
         numbers = range(len(self._chunks))
-        if not self._config.num_workers:
-            return prefetched((self(number) for number in numbers), NUM_AHEAD, alone=True)
-        return closing(
-            made_by_workers(
-                self,
-                numbers,
-                num_workers=self._config.num_workers,
-                num_ahead=NUM_AHEAD,
-                timeout=self._config.worker_timeout,
-            )
-        )
+        return made_ahead(self, numbers, num_workers=config.num_workers, timeout=config.worker_timeout)
 
 
 class CacheEncoder:
@@ -94,9 +85,7 @@ class CacheEncoder:
 
     def __init__(self, encoder: BatchEncoder, recipe: TrainUnetRecipe, key: CacheKey) -> None:
         self._encoder, self._key, self._dtype = encoder, key, DTYPES[key.dtype]
-        train = recipe.train
-        elastic = train.deterministic == "elastic"
-        self.size = train.chunk() if elastic else train.batch_size // train.gradient_accumulation
+        self.size = recipe.train.part_size()
 
     def chunk(self, pictures: Pictures) -> EncodedChunk:
         """The moments of a chunk of pictures.

@@ -32,6 +32,8 @@ Encoded = tuple[Batch, Mapping[str, Tensor], Condition]
 class Denoising:
     """The loss of predicting the noise (or v, x_0, u) in noised latents (Rombach et al. 2022, eq. 2).
 
+    Batches are on the denoiser's device, where their random numbers are computed, too.
+
     Args:
         family: denoiser, codec, process.
         config: distribution of the noise levels, weights of the loss, caption dropout.
@@ -47,8 +49,7 @@ class Denoising:
     def loss(self, batch: Batch, moments: Mapping[str, Tensor], condition: Condition) -> Tensor:
         """The mean error of a batch, a scalar; each sample has its own level, noise and dropout."""
         dropped = philox.uniform(self._keys["caption dropout"], batch.epoch, batch.position, 1)[:, 0]
-        is_dropped = (dropped < self.config.caption_dropout).to(next(iter(moments.values())).device)
-        condition = condition.replaced(is_dropped, self.empty)
+        condition = condition.replaced(dropped < self.config.caption_dropout, self.empty)
         return self._error(batch, moments, condition, self.levels(batch.epoch, batch.position), self._keys).mean()
 
     def levels(self, epoch: Tensor, position: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ class Denoising:
         count = 0
         for batch, moments, condition in held_out:
             for level in range(_NUM_NOISE_LEVELS):
-                u = torch.full((len(batch),), (level + 0.5) / _NUM_NOISE_LEVELS)
+                u = torch.full((len(batch),), (level + 0.5) / _NUM_NOISE_LEVELS, device=sums.device)
                 sums[level] += self._error(batch, moments, condition, u, self._fixed_keys).double().sum()
             count += len(batch)
         if count == 0:
@@ -85,13 +86,13 @@ class Denoising:
         mode = family.codec.latents(moments)
         latents = family.codec.latents(moments, _normal(keys["posterior noise"], batch, mode))
         noise = _normal(keys["noise"], batch, latents)
-        a, b, time = family.process.at(u.to(latents.device))
+        a, b, time = family.process.at(u)
         output = family.denoiser(add_noise(latents, noise, a, b), time, condition)
         return diffusion_loss(family.process.prediction, output, latents, noise, a, b, self.config.snr_gamma)
 
 
 def _normal(key: philox.Key, batch: Batch, like: Tensor) -> Tensor:
-    return philox.normal(key, batch.epoch, batch.position, tuple(like.shape[1:])).to(like.device)
+    return philox.normal(key, batch.epoch, batch.position, tuple(like.shape[1:]))
 
 
 def generate_samples(

@@ -15,6 +15,7 @@ from ldm_cli.core.pixels import to_bytes, to_signed
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import sequential_batches
 from ldm_cli.data.shards import ShardSet
+from ldm_cli.data.to_device import sent_to_device
 from ldm_cli.errors import DataError, DivergedError
 from ldm_cli.evaluation.clip_features import CLIPFeatures
 from ldm_cli.evaluation.image_quality import psnr, ssim
@@ -99,7 +100,8 @@ def measure_real(recipe: EvalRecipe, shards: ShardSet, models: Models, reporter:
     with_scenes = "attribute_accuracy" in config.metrics
     total = min(limit, shards.num_samples)
     with reporter.progress("measuring samples", total, unit="sample") as progress:
-        for batch in sequential_batches(shards, data, config.batch_size, limit, with_json=True):
+        batches = sequential_batches(shards, data, config.batch_size, limit, with_json=True)
+        for batch in sent_to_device(batches, models.device):
             _add_real(gathered, batch, models, with_scenes)
             progress.update(len(gathered.keys))
     if not gathered.keys:
@@ -116,11 +118,11 @@ def _add_real(gathered: Gathered, batch: Batch, models: Models, with_scenes: boo
         gathered.image_features.append(models.clip.images(batch.images))
         gathered.text_features.append(models.clip.texts(batch.captions))
     if models.vae is not None:
-        again = _reconstructed(models.vae, batch.images.to(models.device)).cpu()
-        gathered.psnr.append(psnr(again, batch.images))
-        gathered.ssim.append(ssim(again, batch.images))
+        again = _reconstructed(models.vae, batch.images)
+        gathered.psnr.append(psnr(again, batch.images).cpu())
+        gathered.ssim.append(ssim(again, batch.images).cpu())
     if with_scenes:
-        gathered.scenes += read_scenes(batch.images)
+        gathered.scenes += read_scenes(batch.images.cpu())
 
 
 @torch.inference_mode()

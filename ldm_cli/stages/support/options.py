@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+from ldm_cli.core.precision import precision_on
 from ldm_cli.errors import UnavailableError, UsageError
+from ldm_cli.recipe.schema import TrainRecipe
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,21 @@ class RunOptions:
     """Replace existing output files."""
 
 
+TrainRecipeT = TypeVar("TrainRecipeT", bound=TrainRecipe)
+
+
+def with_precision(recipe: TrainRecipeT, options: RunOptions) -> TrainRecipeT:
+    """The recipe with the precision that `train.precision: null` stands for on the device of a run.
+
+    Raises:
+        UsageError, UnavailableError: as in `resolve_device`.
+    """
+    precision = precision_on(resolve_device(options.device), recipe.train.precision)
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
+
+
 def resolve_device(device: str, local_rank: int = 0) -> torch.device:
-    """The device that `--device` names; `auto` is CUDA where there is one.
+    """The device that `--device` names; `auto` is CUDA where there is one, which then multiplies float32 in TF32.
 
     Args:
         device: what the user wrote.
@@ -54,4 +70,6 @@ def resolve_device(device: str, local_rank: int = 0) -> torch.device:
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         build = "this build of torch has no CUDA" if torch.version.cuda is None else "torch sees no such device"
         raise UnavailableError(f"device '{resolved}' is missing", build, "use --device cpu, or install torch with CUDA")
+    if resolved.type == "cuda":
+        torch.set_float32_matmul_precision("high")
     return resolved

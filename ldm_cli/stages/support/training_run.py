@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from ldm_cli.data.loader import Loader, sequential_batches
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.shards import ShardSet
 from ldm_cli.data.streaming import Stream, open_stream
+from ldm_cli.data.to_device import sent_to_device
 from ldm_cli.errors import RecipeError
 from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.recipe.schema import TrainRecipe
@@ -85,14 +87,14 @@ def run_training(
     with StopRequest(options.max_time) as stop, joined(device, recipe.train.rank_timeout) as ranks:
         recipe.train.parts_per_rank(ranks.world_size)
         expect_memory(recipe, parameters, device, ranks.world_size, reads_images=open_cache is None)
-        if recipe.train.deterministic == "elastic" and device.type == "cpu":
-            torch.set_num_threads(1)  # sums depend on the number of threads, and ranks share the cores
+        if recipe.train.deterministic == "elastic":
+            _compute_alike(device)
         # The time limit does not interrupt indexing: the index is kept, but no run folder could note the interruption.
         with _nothing_to_save(stop, ranks, with_limit=False), ranks.first_then_others():
             shards = open_data(recipe.data, reporter)
         run = RunFolder(options.out or Path("runs") / recipe.name, reporter)
         resolved = recipe.to_mapping()
-        fingerprints = {"data": shards.fingerprint} | dict(facts or {})
+        fingerprints = {"data": shards.fingerprint, "device": device.type} | dict(facts or {})
         fingerprints |= {name: weights_sha256(Path(folder)) for name, folder in (uses or {}).items()}
         ranks.expect_equal(_facts(resolved, fingerprints))
         status = json.loads(ranks.from_first(json.dumps(run.finished() if ranks.is_first else None)))
@@ -109,7 +111,7 @@ def run_training(
             if ranks.is_first and options.resume == "never":
                 run.expect_unused()
             if ranks.is_first:
-                run.claim(resolved, options.recipe_text, fingerprints)
+                run.claim(resolved, options.recipe_text, fingerprints, device)
             ranks.wait()
             bench = Workbench(run, shards, (), device, reporter, cache, ranks)
             figures = _train(recipe, options, bench, build, stop, with_captions, "start_from" in (uses or {}))
@@ -128,7 +130,8 @@ def _train(
     ranks = bench.ranks
     with _nothing_to_save(stop, ranks):
         if ranks.is_first:
-            bench = replace(bench, held_out=tuple(_held_out(recipe, bench.reporter, with_captions)))
+            held_out = _held_out(recipe, ranks.world_size, bench.reporter, with_captions)
+            bench = replace(bench, held_out=tuple(held_out))
         with ranks.first_then_others(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             task = build(bench)
@@ -143,9 +146,10 @@ def _train(
         report_bad=BadSampleLog(bench.run.path / "bad_samples.jsonl"),
         cache=bench.cache,
     )
+    batches = lambda start, end: sent_to_device(loader.batches(start, end), bench.device, task.prepare)  # noqa: E731
     return train(
         task,
-        loader.batches if options.data_trace is None else traced(loader.batches, options.data_trace, ranks),
+        batches if options.data_trace is None else traced(batches, options.data_trace, ranks),
         recipe.train,
         bench.run,
         bench.reporter,
@@ -156,6 +160,15 @@ def _train(
         start=None if options.resume in ("auto", "never") else Path(options.resume),
         title=recipe.name,
     )
+
+
+def _compute_alike(device: torch.device) -> None:
+    """Let the sums of this process depend on nothing but their terms, as far as torch can."""
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # sums depend on the number of threads, and ranks share the cores
+    else:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def _say_what_is_slow(recipe: TrainRecipe, device: torch.device, reporter: Reporter) -> None:
@@ -182,15 +195,12 @@ def _facts(resolved: Mapping[str, Any], fingerprints: Mapping[str, str]) -> dict
     return facts | {"version of ldm": __version__, "version of torch": torch.__version__}
 
 
-def _held_out(recipe: TrainRecipe, reporter: Reporter, with_captions: bool) -> Iterator[Batch]:
+def _held_out(recipe: TrainRecipe, world_size: int, reporter: Reporter, with_captions: bool) -> Iterator[Batch]:
     if recipe.data.val_shards is None:
         return
     shards = open_shards(recipe.data.val_shards, recipe.data, reporter)
-    part = recipe.train.batch_size // recipe.train.gradient_accumulation
-    if recipe.train.deterministic == "elastic":
-        part = recipe.train.chunk()
-    limit = recipe.train.validation_samples
-    yield from sequential_batches(shards, recipe.data, part, limit=limit, with_captions=with_captions)
+    size, limit = recipe.train.part_size(world_size), recipe.train.validation_samples
+    yield from sequential_batches(shards, recipe.data, size, limit=limit, with_captions=with_captions)
 
 
 def _result(run: RunFolder, step: int, figures: dict[str, float]) -> dict[str, Any]:

@@ -1,0 +1,50 @@
+"""Small models, and the process with the simulated device."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from ldm_cli.data.scenes import write_scenes
+from ldm_cli.recipe.schema import TrainUnetRecipe
+from ldm_cli.reporting import SilentReporter
+from ldm_cli.stages import precompute
+from ldm_cli.stages.support.options import RunOptions
+
+from ..sampling.tiny import tiny_pipeline
+from ..stages.tiny import clip_recipe, trained, unet_recipe, vae_recipe
+from . import device
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of `scenes`, `clip` and `vae` models that were hardly trained, and a `cache` of their encodings."""
+    folder = tmp_path_factory.mktemp("rehearsal")
+    scenes = folder / "scenes"
+    write_scenes(scenes, 40, 32, 0, SilentReporter(), val_samples=8, shard_samples=20)
+    trained(clip_recipe(scenes, steps=1), folder / "clip")
+    trained(vae_recipe(scenes, steps=1), folder / "vae")
+    recipe = unet_recipe(scenes, folder / "clip/model", folder / "vae/model") | {"cache": str(folder / "cache")}
+    precompute.run(TrainUnetRecipe.from_mapping(recipe), RunOptions(device="cpu"), SilentReporter(), "fp32")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small pipeline."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    tiny_pipeline().family.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def worker() -> Iterator[ProcessPoolExecutor]:
+    """The process with the device."""
+    if not device.IS_POSSIBLE:
+        pytest.skip("this torch cannot simulate a device")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), device.register) as executor:
+        yield executor

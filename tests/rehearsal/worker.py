@@ -1,0 +1,84 @@
+"""What the process with the simulated device does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm_cli.families.open_family import open_family
+from ldm_cli.sampling.config import SamplingConfig
+from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.sampling.request import requests_for
+from ldm_cli.stages.support import training_run
+from ldm_cli.training.trainer import Trainer
+
+from ..stages.tiny import Lost, losses, trained
+from . import device
+
+PLAIN_STEP = 2
+"""The second of three steps: nothing is made for the first time, and nothing is due after it."""
+
+
+def train(recipe: Mapping[str, Any], out: Path, plant: Callable[[pytest.MonkeyPatch], None] | None) -> dict[str, Any]:
+    """Train on the device.
+
+    Args:
+        recipe: of at least three steps.
+        out: run folder.
+        plant: changes the code before, and the run ends after the second step.
+
+    Returns:
+        `touches` between the ends of the first and the second step, and the logged `losses`.
+    """
+    ends: list[int] = []
+    advance = Trainer.advance
+
+    def counted(trainer: Trainer, batch: Any) -> None:
+        advance(trainer, batch)
+        ends.append(len(device.touches))
+        if plant is not None and trainer.step == PLAIN_STEP:
+            raise Lost
+
+    device.touches.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "advance", counted)
+        patch.setattr(training_run, "resolve_device", lambda *_: torch.device(device.NAME, 0))
+        if plant is not None:
+            plant(patch)
+        with suppress(Lost):
+            trained(recipe, out)
+    made = [] if plant is not None else losses(out)
+    return {"touches": device.touches[ends[PLAIN_STEP - 2] : ends[PLAIN_STEP - 1]], "losses": made}
+
+
+def sample(folder: Path, **sampling: Any) -> dict[str, Any]:
+    """Generate a picture on the device from a pipeline's folder.
+
+    Returns:
+        `touches` between the first call of the denoiser and the last; the `rows` of each call; the `pixels`.
+    """
+    pipeline = _opened(folder)
+    config = SamplingConfig.from_mapping(sampling)
+    calls: list[tuple[int, int]] = []
+
+    def called(_: object, given: tuple[Tensor, ...]) -> None:
+        calls.append((len(given[0]), len(device.touches)))
+
+    device.touches.clear()
+    with pipeline.family.denoiser.register_forward_pre_hook(called):
+        pictures = pipeline.generate(requests_for(["a red circle"], config), config)
+        pixels = [picture.pixels.tolist() for picture in pictures]
+    touches = device.touches[calls[0][1] : calls[-1][1]]
+    return {"touches": touches, "rows": [rows for rows, _ in calls], "pixels": pixels}
+
+
+@cache
+def _opened(folder: Path) -> Pipeline:
+    return Pipeline(open_family(folder, torch.device(device.NAME, 0)))
