@@ -96,7 +96,7 @@ def run(source: Path, out: Path, options: ConvertOptions) -> dict[str, Any]:
 
 
 def _read(source: Path, options: ConvertOptions) -> FoundModels:
-    """The models of a source, and the tokenizers that a pipeline needs."""
+    """The models of a source, all or the one that its path names."""
     path = resolve_model(source)
     found = split_at_file(path)
     if found is None:

@@ -276,6 +276,22 @@ def test_what_does_not_apply_is_refused(source: str, out: str, options: Any, err
     assert caught.value.what == error.what
 
 
+def test_a_pipeline_of_another_architecture_is_refused(home: Path) -> None:
+    index = json.loads((home / "model" / "model_index.json").read_text())
+    index |= {"_class_name": "StableDiffusion3Pipeline", "unet": [None, None], "transformer": ["diffusers", "SD3"]}
+    (home / "model" / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="the unet of its StableDiffusion3Pipeline is of class None"):
+        run(home / "model", home / "x.safetensors", ConvertOptions())
+
+
+def test_what_a_pipeline_has_beside_its_models_is_left_out_and_told(home: Path) -> None:
+    index = json.loads((home / "model" / "model_index.json").read_text())
+    index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
+    (home / "model" / "model_index.json").write_text(json.dumps(index))
+    assert run(home / "model", home / "x", ConvertOptions())["left_out"] == "safety_checker"
+    assert json.loads((home / "x" / "model_index.json").read_text())["safety_checker"] == [None, None]
+
+
 def test_a_clip_with_a_resnet_has_no_single_file(home: Path) -> None:
     vision = ModifiedResNetConfig(layers=(1, 1, 1, 1), width=4, heads=2, image_size=32)
     model = CLIPModel(CLIPConfig(vision_config=vision))

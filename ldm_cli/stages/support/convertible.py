@@ -114,8 +114,10 @@ def read_folder(folder: Path, *, allow_pickle: bool) -> FoundModels:
     index = read_json(folder / INDEX_NAME)
     components = {name: value[1] for name, value in index.items() if isinstance(value, list) and value[1] is not None}
     kept = {name for name, kind in components.items() if kind in _CLASSES}
-    if not {UNET, VAE} <= kept:
-        raise CheckpointError(f"cannot convert '{folder}'", f"it holds a {index.get('_class_name')!r} of {components}")
+    for name in (UNET, VAE):
+        if name not in kept:
+            cause = f"the {name} of its {index.get('_class_name')} is of class {components.get(name)}"
+            raise CheckpointError(f"cannot convert '{folder}'", cause, f"it must be one of {', '.join(_CLASSES)}")
     models = {
         name: _model(read_config(folder / name), _tensors(folder / name, allow_pickle), folder / name)
         for name in sorted(kept, key=lambda name: (name != UNET, name))
