@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+import typer
+
 from ldm_cli.cli import options as given
-from ldm_cli.cli.report import make_reporter
+from ldm_cli.cli.launch import become_ranks, is_first_rank, make_rank_reporter
 from ldm_cli.cli.show import show_dry_run, show_result
 from ldm_cli.cli.startup import importing
 
@@ -14,17 +16,20 @@ if TYPE_CHECKING:
 
 
 def command(
+    context: typer.Context,
     recipe: given.RecipeName,
     overrides: given.Overrides = None,
     out: given.Out = None,
     device: given.Device = "auto",
     overwrite: given.Overwrite = False,
+    nproc: given.NumProcesses = None,
     dry_run: given.DryRun = False,
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:
     """Measure trained models on shards: CLIP score, zero-shot, retrieval, reconstruction, ..."""
     changes = given.check_overrides(overrides)
+    become_ranks(context.obj, nproc, dry_run)
     from ldm_cli.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, changes, expected_command="eval")
@@ -38,8 +43,9 @@ def command(
     with importing():
         from ldm_cli.stages import evaluate
 
-    result = evaluate.run(cast("EvalRecipe", loaded.recipe), options, make_reporter())
-    show_result(result if json else _for_people(result), json)
+    result = evaluate.run(cast("EvalRecipe", loaded.recipe), options, make_rank_reporter())
+    if is_first_rank():
+        show_result(result if json else _for_people(result), json)
 
 
 def _for_people(result: dict[str, Any]) -> dict[str, Any]:

@@ -17,9 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 
+import typer
+
+from ldm_cli.cli.report import make_reporter
 from ldm_cli.cli.streams import write_line
 from ldm_cli.errors import LdmError, Preempted, UsageError, WorkerError
-from ldm_cli.reporting import Reporter
+from ldm_cli.reporting import Reporter, SilentReporter
 from ldm_cli.training.interruption import SECONDS_APART
 
 _PROGRAM = (sys.executable, "-m", "ldm_cli")
@@ -48,6 +51,34 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def become_ranks(arguments: Sequence[str], num_ranks: int | None, is_dry_run: bool = False) -> None:
+    """Go on as one of the ranks that a launcher has started, or as the only process; or launch ranks, and exit.
+
+    Args:
+        arguments: of this process's command line.
+        num_ranks: as `--nproc` says; a dry run needs none.
+
+    Raises:
+        Exit: with the exit code of the ranks.
+        UsageError: `--nproc` contradicts the launcher that started this process.
+    """
+    if is_rank():
+        started = os.environ.get("LOCAL_WORLD_SIZE", str(num_ranks))
+        if num_ranks is not None and started != str(num_ranks):
+            cause = f"--nproc {num_ranks} among {started} ranks"
+            raise UsageError(cause, "one launcher is enough", "leave --nproc out")
+        bind_to_launcher()
+    elif num_ranks is not None and num_ranks > 1 and not is_dry_run:
+        raise typer.Exit(launch(arguments, num_ranks))
+
+
+def make_rank_reporter() -> Reporter:
+    """The reporter of this process; only the first rank reports to the user."""
+    reporter = make_reporter() if is_first_rank() else SilentReporter()
+    warn_of_copies(reporter)
+    return reporter
+
+
 def warn_of_copies(reporter: Reporter) -> None:
     """Warn if Slurm starts several processes that nothing joins: each would do the whole work."""
     num_tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
@@ -56,21 +87,6 @@ def warn_of_copies(reporter: Reporter) -> None:
             f"Slurm starts {num_tasks} tasks, but RANK and WORLD_SIZE are not set: each process works alone on "
             "the same output; use torchrun, or set them as scripts/train.slurm does"
         )
-
-
-def launched(arguments: Sequence[str], num_ranks: int | None) -> int | None:
-    """The exit code of `launch` where `--nproc` asks for several ranks; None: this process does the work.
-
-    Raises:
-        UsageError: `--nproc` contradicts the launcher that started this process.
-    """
-    if not is_rank():
-        return launch(arguments, num_ranks) if num_ranks is not None and num_ranks > 1 else None
-    started = os.environ.get("LOCAL_WORLD_SIZE", str(num_ranks))
-    if num_ranks is not None and started != str(num_ranks):
-        raise UsageError(f"--nproc {num_ranks} among {started} ranks", "one launcher is enough", "leave --nproc out")
-    bind_to_launcher()
-    return None
 
 
 def bind_to_launcher() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+import typer
+
 from ldm_cli.cli import options as given
-from ldm_cli.cli.report import make_reporter
+from ldm_cli.cli.launch import become_ranks, is_first_rank, make_rank_reporter
 from ldm_cli.cli.show import show_result
 from ldm_cli.cli.startup import importing
 from ldm_cli.errors import UsageError
@@ -14,6 +16,7 @@ _DTYPES = ("fp32", "fp16", "bf16")
 
 
 def command(
+    context: typer.Context,
     recipe: given.RecipeName,
     overrides: given.Overrides = None,
     dtype: Annotated[
@@ -28,6 +31,7 @@ def command(
     device: given.Device = "auto",
     max_time: given.MaxTime = None,
     overwrite: given.Overwrite = False,
+    nproc: given.NumProcesses = None,
     dry_run: given.DryRun = False,
     json: given.Json = False,
     debug: given.Debug = False,
@@ -36,6 +40,7 @@ def command(
     changes, limit = given.check_overrides(overrides), given.seconds(max_time)
     if dtype not in (None, *_DTYPES):
         raise UsageError(f"unknown --dtype '{dtype}'", remedy="it takes " + ", ".join(_DTYPES))
+    become_ranks(context.obj, nproc, dry_run)
     from ldm_cli.recipe.load import load_recipe
 
     loaded: Any = load_recipe(recipe, changes, expected_command="train-unet")
@@ -45,4 +50,6 @@ def command(
 
     options = RunOptions(out, device, max_time=limit, recipe_text=loaded.text, overwrite=overwrite)
     do: Any = precompute.dry_run if dry_run else precompute.run
-    show_result(do(loaded.recipe, options, make_reporter(), dtype), json)
+    result = do(loaded.recipe, options, make_rank_reporter(), dtype)
+    if is_first_rank():
+        show_result(result, json)

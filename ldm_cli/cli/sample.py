@@ -10,12 +10,11 @@ import typer
 
 from ldm_cli.cli import options as given
 from ldm_cli.cli import sample_arguments as arg
-from ldm_cli.cli.launch import is_first_rank, launched, warn_of_copies
-from ldm_cli.cli.report import make_reporter
+from ldm_cli.cli.launch import become_ranks, is_first_rank, make_rank_reporter
 from ldm_cli.cli.show import show_dry_run, show_result
 from ldm_cli.cli.startup import importing
 from ldm_cli.errors import RecipeError, UsageError
-from ldm_cli.reporting import Reporter, SilentReporter
+from ldm_cli.reporting import Reporter
 
 if TYPE_CHECKING:
     from ldm_cli.pictures.job import PromptEntry
@@ -64,13 +63,11 @@ def command(
     debug: given.Debug = False,
 ) -> None:
     """Generate pictures from prompts and from other pictures, with a pipeline folder of ours or of diffusers."""
-    if (code := launched(context.obj, None if dry_run else nproc)) is not None:
-        raise typer.Exit(code)
+    become_ranks(context.obj, nproc, dry_run)
     recipe, changes = _split(arguments or [])
     provenance = None if repeat is None else _provenance(repeat, recipe)
     loaded = _load(recipe, changes, arg.recipe_fields(context), provenance)
-    reporter = make_reporter() if is_first_rank() else SilentReporter()
-    warn_of_copies(reporter)
+    reporter = make_rank_reporter()
     texts = [arg.readable(text) for text in prompt or ()]
     loaded = _with_prompts(loaded, _read_prompts(prompts, texts, reporter), provenance)
     if dry_run:

@@ -7,11 +7,9 @@ from typing import Any
 import typer
 
 from ldm_cli.cli import options as given
-from ldm_cli.cli.launch import is_first_rank, launched, warn_of_copies
-from ldm_cli.cli.report import make_reporter
+from ldm_cli.cli.launch import become_ranks, is_first_rank, make_rank_reporter
 from ldm_cli.cli.show import show_dry_run, show_result
 from ldm_cli.cli.startup import importing
-from ldm_cli.reporting import SilentReporter
 from ldm_cli.training.interruption import release_signals
 
 COMMANDS = {
@@ -38,8 +36,7 @@ def command(
 ) -> None:
     """Train the model of a recipe for this command."""
     changes, limit = given.check_overrides(overrides), given.seconds(max_time)
-    if (code := launched(context.obj, None if dry_run else nproc)) is not None:
-        raise typer.Exit(code)
+    become_ranks(context.obj, nproc, dry_run)
     from ldm_cli.recipe.load import load_recipe
 
     name = str(context.info_name)
@@ -59,8 +56,7 @@ def command(
 
 def _run(name: str, recipe: Any, options: Any) -> dict[str, Any]:
     """Run the stage of a command; only that one is imported."""
-    reporter = make_reporter() if is_first_rank() else SilentReporter()
-    warn_of_copies(reporter)
+    reporter = make_rank_reporter()
     with importing():
         from ldm_cli.stages import trainer_stage
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -51,10 +52,14 @@ class Batch:
         """The batch as `num_parts` equal parts, in order."""
         size = len(self) // num_parts
         parts = [slice(start, start + size) for start in range(0, len(self), size)]
-        return [replace(self, **{f.name: _rows(getattr(self, f.name), rows) for f in fields(self)}) for rows in parts]
+        return [self._with(itemgetter(rows)) for rows in parts]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with `change` applied to each of its tensors."""
+        return self._with(lambda value: change(value) if isinstance(value, Tensor) else value)
+
+    def _with(self, change: Callable[[Any], Any]) -> Batch:
+        """The batch with `change` applied to each field, or to each tensor of a field."""
         return replace(self, **{f.name: _changed(getattr(self, f.name), change) for f in fields(self)})
 
     def trace(self, step: int) -> Iterator[str]:
@@ -64,18 +69,10 @@ class Batch:
             yield f"{step} {printable(shard)} {printable(key)}"
 
 
-def _rows(value: Any, rows: slice) -> Any:
-    """Some rows of a field of `Batch`."""
-    if isinstance(value, dict):
-        return {name: tensor[rows] for name, tensor in value.items()}
-    return None if value is None else value[rows]
-
-
-def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A field of `Batch` for `Batch.map`."""
+def _changed(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, dict):
         return {name: change(tensor) for name, tensor in value.items()}
-    return change(value) if isinstance(value, Tensor) else value
+    return None if value is None else change(value)
 
 
 @dataclass(frozen=True)

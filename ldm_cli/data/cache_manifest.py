@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +56,21 @@ class CachedShard:
     mtime_ns: int
     file: str
     """The file with its moments."""
+
+    @classmethod
+    def of(cls, path: Path, fingerprint: str, key: CacheKey, known: Sequence[CachedShard]) -> CachedShard:
+        """The shard at `path`, whose index has that fingerprint; it is read unless it is `known`.
+
+        Raises:
+            StorageError: reading failed.
+        """
+        status = path.stat()
+        same = (path.name, fingerprint, status.st_size, status.st_mtime_ns)
+        for entry in known:
+            if (entry.name, entry.fingerprint, entry.file_size, entry.mtime_ns) == same:
+                return replace(entry, file=key.latents_file(entry.sha256))
+        sha256 = file_sha256(path)
+        return cls(path.name, sha256, fingerprint, status.st_size, status.st_mtime_ns, key.latents_file(sha256))
 
     def fits(self, path: Path, reporter: Reporter) -> bool:
         """Whether the shard at `path`, whose index is the same, is the same; it is read only if its time differs."""

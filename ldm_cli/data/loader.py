@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -71,6 +72,7 @@ class Loader:
         self.remarks: Counter[str] = Counter()
         self.num_samples = shards.num_samples
         self._config, self._log = config, report_bad
+        self._interruption = threading.Event()
         self._places = rank_slice(batch_size, rank, world_size)
         wanted = Wanted(image=with_images, caption=with_captions)
         self._is_cached = cache is not None  # nothing is decoded then, and one thread is fast enough
@@ -80,6 +82,10 @@ class Loader:
         else:
             decoder = cache.decoder(config, wanted) if cache else SampleDecoder(shards, config, wanted)
             self._steps = _Steps(shards, config, decoder, seed, batch_size, rank, world_size)
+
+    def interrupt(self) -> None:
+        """Let a thread that waits in `batches` raise an error soon, if it waits for a worker."""
+        self._interruption.set()
 
     def batches(self, start_step: int, end_step: int) -> Generator[Batch]:
         """The batches of the steps start_step … end_step - 1; close the generator to stop early.
@@ -92,6 +98,7 @@ class Loader:
         steps = range(start_step, end_step)
         if not steps:
             return
+        self._interruption.clear()
         if isinstance(self._log, BadSampleLog):
             num_good = start_step * (self._places.stop - self._places.start)
             self.account.restore(num_good, self._log.reasons_before(start_step, self._places))
@@ -107,6 +114,7 @@ class Loader:
             num_workers=num_workers,
             timeout=self._config.worker_timeout,
             with_children=is_streamed,
+            interruption=self._interruption,
         )
         with closing(made) as deliveries:
             for delivery in deliveries:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ def made_ahead(
     num_workers: int,
     timeout: float,
     with_children: bool = False,
+    interruption: threading.Event | None = None,
 ) -> Generator[Item]:
     """`make(n)` for each n of `numbers`, in their order; by a thread if `num_workers` is 0.
 
@@ -38,6 +40,7 @@ def made_ahead(
             num_ahead=NUM_AHEAD,
             timeout=timeout,
             with_children=with_children,
+            interruption=interruption,
         )
     else:
         with prefetched((make(number) for number in numbers), alone=True) as items:

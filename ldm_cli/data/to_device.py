@@ -30,7 +30,10 @@ Item = TypeVar("Item", bound=Tensors)
 
 
 def sent_to_device(
-    source: Generator[Item], device: torch.device, prepare: Callable[[Item], Item] = lambda item: item
+    source: Generator[Item],
+    device: torch.device,
+    prepare: Callable[[Item], Item] = lambda item: item,
+    interrupt: Callable[[], None] = lambda: None,
 ) -> Generator[Item]:
     """The items of `source`, in order, prepared and with their tensors on the device.
 
@@ -42,17 +45,20 @@ def sent_to_device(
             `source` starts belong to that thread and end with it.
         device: where the consumer computes, on the current stream.
         prepare: work on the host that comes before the copy.
+        interrupt: called at the end, to end a wait of `source` in another thread.
     """
     with closing(source):
         if device.type == "cuda":
-            yield from _sent_ahead(source, device, prepare)
+            yield from _sent_ahead(source, device, prepare, interrupt)
         else:
             for item in source:
                 prepared = prepare(item)
                 yield prepared if device.type == "cpu" else _sent(prepared, device)[0]
 
 
-def _sent_ahead(source: Generator[Item], device: torch.device, prepare: Callable[[Item], Item]) -> Generator[Item]:
+def _sent_ahead(
+    source: Generator[Item], device: torch.device, prepare: Callable[[Item], Item], interrupt: Callable[[], None]
+) -> Generator[Item]:
     first = list(islice(source, 1))
     copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
@@ -62,11 +68,14 @@ def _sent_ahead(source: Generator[Item], device: torch.device, prepare: Callable
             yield *_sent(prepare(item), device), copies.record_event()
 
     with prefetched(sent(), alone=True) as items:
-        for item, memory, copied in items:
-            stream = torch.cuda.current_stream(device)
-            stream.wait_event(copied)
-            memory.record_stream(stream)  # it belongs to the other stream, which must not reuse it before
-            yield item
+        try:
+            for item, memory, copied in items:
+                stream = torch.cuda.current_stream(device)
+                stream.wait_event(copied)
+                memory.record_stream(stream)  # it belongs to the other stream, which must not reuse it before
+                yield item
+        finally:
+            interrupt()
 
 
 def _sent(item: Item, device: torch.device) -> tuple[Item, Tensor]:

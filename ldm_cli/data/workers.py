@@ -6,6 +6,10 @@ workers. So they ignore these signals, and end when the trainer closes them or h
 Worker n mod N makes item n, so that items need no sorting. Each worker has its own socket and, for tensors, an
 anonymous file in memory. There is no lock, no name in /dev/shm and no helper process, so that a worker may be killed at
 any time and leaves nothing behind.
+
+torch's DataLoader does not serve. When a worker dies, it raises in the main thread at any instruction, in the middle of
+a save as well. Its time-out counts the time in which a job was stopped. Its tensors pass through /dev/shm, of which a
+container has 64 MiB by default.
 """
 
 from __future__ import annotations
@@ -49,6 +53,7 @@ def made_by_workers(
     num_ahead: int,
     timeout: float,
     with_children: bool = False,
+    interruption: threading.Event | None = None,
 ) -> Generator[Item]:
     """`make(n)` for each n of `numbers`, in their order.
 
@@ -59,9 +64,10 @@ def made_by_workers(
         num_ahead: items that each worker may be ahead.
         timeout: seconds without an answer after which a worker counts as hanging.
         with_children: workers start processes, which must not receive signals to our group and which end with them.
+        interruption: another thread sets it to end the wait for an item within a second.
 
     Raises:
-        WorkerError: a worker died or hangs, or none could be started.
+        WorkerError: a worker died or hangs, none could be started, or the wait was interrupted.
         Exception: of `make`, in place of its item.
     """
     num_workers = min(num_workers, len(numbers))
@@ -71,7 +77,7 @@ def made_by_workers(
             part = numbers[number::num_workers]
             workers.append(_Worker(number, make, part, num_ahead, workers, with_children))
         for count in range(len(numbers)):
-            yield workers[count % num_workers].receive(timeout)
+            yield workers[count % num_workers].receive(timeout, interruption)
     finally:
         for worker in workers:
             worker.close()
@@ -114,10 +120,10 @@ class _Worker(Generic[Item]):
                     at_parents_end if in_main_thread else None,
                 )
 
-    def receive(self, timeout: float) -> Item:
+    def receive(self, timeout: float, interruption: threading.Event | None) -> Item:
         """The next item."""
-        length = int.from_bytes(self._read(_LENGTH_BYTES, timeout), "little")
-        answer = unpack(self._read(length, timeout))
+        length = int.from_bytes(self._read(_LENGTH_BYTES, timeout, interruption), "little")
+        answer = unpack(self._read(length, timeout, interruption))
         if isinstance(answer, BaseException):
             raise answer
         with suppress(OSError):  # the next read reports a worker that has ended
@@ -136,7 +142,7 @@ class _Worker(Generic[Item]):
                     os.killpg(self._pid, signal.SIGKILL)
             self._wait(0)
 
-    def _read(self, length: int, timeout: float) -> bytearray:
+    def _read(self, length: int, timeout: float, interruption: threading.Event | None) -> bytearray:
         # Time is counted in slices: a job that was stopped for an hour and continues must not time out.
         patience = max(1, math.ceil(timeout))
         self._socket.settimeout(timeout / patience)
@@ -148,6 +154,8 @@ class _Worker(Generic[Item]):
                 left -= 1
                 if self._wait(os.WNOHANG):
                     raise self._death() from None
+                if interruption is not None and interruption.is_set():
+                    raise WorkerError("the wait for a data worker was interrupted") from None
                 if not left:
                     raise WorkerError(
                         f"data worker {self._number} (pid {self._pid}) hangs",

@@ -35,6 +35,8 @@ from ldm_cli.recipe.schema import EvalRecipe, EvalSection
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.eval_samples import Gathered, Models, load_models, measure_generated, measure_real
 from ldm_cli.stages.support.options import RunOptions, resolve_device
+from ldm_cli.training.distributed import SECONDS_OF_SILENCE, joined, local_rank
+from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.run_folder import environment
 from ldm_cli.training.run_identity import flatten
 
@@ -55,34 +57,43 @@ def run(recipe: EvalRecipe, options: RunOptions, reporter: Reporter) -> dict[str
         DataError: if the samples lack what a metric needs.
         DivergedError: if a model gives values that are not finite.
     """
-    target = _target(options)
+    target, device = _target(options), resolve_device(options.device, local_rank())
+    with joined(device, SECONDS_OF_SILENCE) as ranks:
+        result = _measured(recipe, device, reporter, ranks)
+        if target is not None and ranks.is_first:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_json(target, result)
+            reporter.info(f"results are in {target}")
+    return result
+
+
+def _measured(recipe: EvalRecipe, device: torch.device, reporter: Reporter, ranks: Ranks) -> dict[str, Any]:
+    """The result of `run`; empty on all ranks but the first."""
     config = recipe.eval
-    shards = open_shards(recipe.data.shards, recipe.data, reporter)
-    models = load_models(config, resolve_device(options.device))
+    with ranks.first_then_others():
+        shards = open_shards(recipe.data.shards, recipe.data, reporter)
+    models = load_models(config, device)
     _check_sizes(recipe, models)
-    real = measure_real(recipe, shards, models, reporter)
-    metrics = _metrics_of_real(config, models, real)
+    real = measure_real(recipe, shards, models, reporter, ranks)
+    metrics = _metrics_of_real(config, models, real) if ranks.is_first else {}
     if "attribute_accuracy" in config.metrics:
         _check_truths(real, config.num_generated)
-    generated = None
-    if models.pipeline is not None:
-        generated = measure_generated(config, real, models, reporter)
+    generated = measure_generated(config, real, models, reporter) if models.pipeline is not None else None
+    truncated = ranks.texts(str(models.clip.num_truncated if models.clip is not None else 0))
+    if not ranks.is_first:
+        return {}
+    if generated is not None:
         for name, values in _metrics_of_generated(config, models, real, generated, reporter).items():
             metrics[name] = metrics.get(name, {}) | values
-    if models.clip is not None and models.clip.num_truncated:
-        reporter.warn(f"{models.clip.num_truncated} texts were too long for the CLIP and were cut")
+    if models.clip is not None and (num_cut := models.clip.num_truncated + sum(map(int, truncated[1:]))):
+        reporter.warn(f"{num_cut} texts were too long for the CLIP and were cut")
     numbers = flatten(metrics)
     if bad := [name for name, value in numbers.items() if isinstance(value, float) and not math.isfinite(value)]:
         raise DivergedError(f"{', '.join(bad)} cannot be measured", "the values are not finite")
-    result = {
+    return {
         "metrics": {name: metrics[name] for name in config.metrics},
         "provenance": _provenance(recipe, shards, models, real, generated),
     }
-    if target is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_json(target, result)
-        reporter.info(f"results are in {target}")
-    return result
 
 
 def _target(options: RunOptions) -> Path | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.precision import DTYPES
@@ -37,9 +38,13 @@ from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
 from ldm_cli.stages.support.cache_encoding import CacheEncoder, Chunks, EncodedChunk
 from ldm_cli.stages.support.options import RunOptions, resolve_device, with_precision
 from ldm_cli.stages.support.start import resolve_start
-from ldm_cli.storage import expect_room, file_sha256
+from ldm_cli.storage import expect_room
+from ldm_cli.training.distributed import SECONDS_OF_SILENCE, joined, local_rank
 from ldm_cli.training.failures import FailureJournal
 from ldm_cli.training.interruption import TIME_LIMIT, StopRequest
+from ldm_cli.training.ranks import Ranks
+
+T = TypeVar("T")
 
 _CAPTIONS_PER_FILE = 10_000
 _TAR_OVERHEAD = 1536  # of a sample: headers of tar and safetensors, padding
@@ -69,17 +74,20 @@ def run(
     """
     started = time.perf_counter()
     recipe = with_precision(resolve_start(recipe, reporter.warn), options)
-    with StopRequest(options.max_time) as stop:
+    device = resolve_device(options.device, local_rank())
+    with StopRequest(options.max_time) as stop, joined(device, SECONDS_OF_SILENCE) as ranks:
         wanted = cache_key(recipe)
-        shards = open_shards(recipe.data.shards, recipe.data, reporter)
+        with ranks.first_then_others():
+            shards = open_shards(recipe.data.shards, recipe.data, reporter)
         folder = _folder(recipe, options, shards)
-        with locked(folder):
+        with locked(folder) if ranks.is_first else nullcontext():
+            ranks.wait()
             failures = FailureJournal(folder / "failures.jsonl", "file")
             failures.check()
             before = Manifest.read(folder)
             key = _key_to_use(folder, before, wanted, dtype, options.overwrite)
-            encoder = BatchEncoder(recipe, resolve_device(options.device), reporter.warn)
-            counts = _Precomputation(recipe, folder, shards, key, encoder, stop, reporter, failures).run(before)
+            encoder = BatchEncoder(recipe, device, reporter.warn)
+            counts = _Precomputation(recipe, folder, shards, key, encoder, stop, reporter, failures, ranks).run(before)
     size = sum(path.stat().st_size for path in folder.glob("*.tar"))
     seconds = round(time.perf_counter() - started, 1)
     return {"cache": str(folder), "dtype": key.dtype, **counts, "bytes": size, "seconds": seconds}
@@ -135,7 +143,7 @@ def _key_to_use(
 
 
 class _Precomputation:
-    """One run of `ldm precompute` on a locked folder."""
+    """One run of `ldm precompute` on a locked folder; the ranks share the files that are missing."""
 
     def __init__(
         self,
@@ -147,7 +155,9 @@ class _Precomputation:
         stop: StopRequest,
         reporter: Reporter,
         failures: FailureJournal,
+        ranks: Ranks,
     ) -> None:
+        self._ranks = ranks
         self._failures, self._num_written = failures, 0
         self._data, self._folder, self._shards, self._key = recipe.data, folder, shards, key
         self._stop, self._reporter = stop, reporter
@@ -157,43 +167,43 @@ class _Precomputation:
 
     def run(self, before: Manifest | None) -> dict[str, int]:
         """Write the missing files; `cache.json` names a file only when it exists."""
-        known = before.shards if before else ()
-        shards = tuple(self._identified(number, known) for number in range(len(self._shards.paths)))
-        if before is None or before.key != self._key:
+        known, is_first = before.shards if before else (), self._ranks.is_first
+        places = zip(self._shards.paths, self._shards.indexes, strict=True) if is_first else ()
+        shards = tuple(CachedShard.of(path, index.fingerprint(), self._key, known) for path, index in places)
+        if is_first and (before is None or before.key != self._key):
             write_manifest(self._folder, Manifest(self._key, shards))
-        num_encoded = self._write_latents([shard.file for shard in shards])
+        num_encoded = self._write_latents(shards)
         text_files, num_captions = self._write_text()
-        manifest = Manifest(self._key, shards, tuple(text_files), complete=True)
-        write_manifest(self._folder, manifest)
-        removed = remove_orphans(self._folder, manifest)
-        self._failures.file.unlink(missing_ok=True)
+        self._ranks.wait()
+        removed = 0
+        if is_first:
+            manifest = Manifest(self._key, shards, tuple(text_files), complete=True)
+            write_manifest(self._folder, manifest)
+            removed = remove_orphans(self._folder, manifest)
+            self._failures.file.unlink(missing_ok=True)
         samples = self._shards.num_samples
         return {"samples": samples, "encoded": num_encoded, "captions": num_captions, "removed_files": removed}
 
-    def _identified(self, number: int, known: Sequence[CachedShard]) -> CachedShard:
-        """A shard as the manifest will name it; its content is read unless an earlier run did so."""
-        path, fingerprint = self._shards.paths[number], self._shards.indexes[number].fingerprint()
-        status = path.stat()
-        same = (path.name, fingerprint, status.st_size, status.st_mtime_ns)
-        for entry in known:
-            if (entry.name, entry.fingerprint, entry.file_size, entry.mtime_ns) == same:
-                return replace(entry, file=self._key.latents_file(entry.sha256))
-        sha256 = file_sha256(path)
-        file = self._key.latents_file(sha256)
-        return CachedShard(path.name, sha256, fingerprint, status.st_size, status.st_mtime_ns, file)
+    def _found_by_first(self, find: Callable[[], T]) -> T:
+        """What rank 0 finds in the folder before any rank goes on to write there, as plain data."""
+        found: T = json.loads(self._ranks.from_first(json.dumps(find() if self._ranks.is_first else None)))
+        return found
 
-    def _write_latents(self, files: list[str]) -> int:
+    def _write_latents(self, shards: Sequence[CachedShard]) -> int:
         """Encode the pictures of the shards whose file is not there; how many samples those have."""
-        missing = {file: number for number, file in enumerate(files) if not self._is_there(file)}
+        find = lambda: [(shard.file, i) for i, shard in enumerate(shards) if not self._is_there(shard.file)]  # noqa: E731
+        every = self._found_by_first(find)
+        total = sum(self._shards.sizes[number] for _, number in every)
+        expect_room(self._folder, total * self._sample_bytes, "the cache", ", choose another folder, or --dtype fp16")
+        missing = dict(every[self._ranks.rank :: self._ranks.world_size])
         chunks = [
             (number, range(first, min(first + self._encoder.size, self._shards.sizes[number])))
             for number in missing.values()
             for first in range(0, self._shards.sizes[number], self._encoder.size)
         ]
-        total = sum(self._shards.sizes[number] for number in missing.values())
-        expect_room(self._folder, total * self._sample_bytes, "the cache", ", choose another folder, or --dtype fp16")
+        own = sum(self._shards.sizes[number] for number in missing.values())
         with (
-            self._reporter.progress("encoding images", total, unit="image") as progress,
+            self._reporter.progress("encoding images", own, unit="image") as progress,
             closing(sent_to_device(Chunks(self._shards, self._data, chunks).ahead(), self._device)) as pictures,
             # In a thread of its own, so that the samples before are written meanwhile.
             prefetched(self._encoder.chunk(part) for part in pictures) as encoded,
@@ -240,13 +250,15 @@ class _Precomputation:
     def _write_text(self) -> tuple[list[str], int]:
         """Encode the captions that no file has yet; the files in order, and how many captions they hold."""
         prefix = self._key.text_prefix()
-        files = [path.name for path in sorted(self._folder.glob(f"{prefix}*.tar")) if self._is_there(path.name)]
+        paths = self._folder.glob(f"{prefix}*.tar")
+        files = self._found_by_first(lambda: sorted(path.name for path in paths if self._is_there(path.name)))
         known = known_captions([self._folder / name for name in files], self._reporter)
         with self._reporter.progress("encoding captions", self._shards.num_samples, unit="sample") as progress:
             fresh = self._fresh_captions(known, progress)
             while captions := list(islice(fresh, _CAPTIONS_PER_FILE)):
                 files.append(next(name for i in count() if (name := f"{prefix}{i:06d}.tar") not in files))
-                self._write(files[-1], self._with_conditions(captions))
+                if len(files) % self._ranks.world_size == self._ranks.rank:
+                    self._write(files[-1], self._with_conditions(captions))
         return files, len(known)
 
     def _fresh_captions(self, known: set[str], progress: Progress) -> Iterator[str]:
@@ -278,6 +290,6 @@ class _Precomputation:
         if in_vain := reason == TIME_LIMIT and not self._num_written:
             remedy = "no file was finished in it: run the same command again, with more time"
         error = Preempted(f"stopped while writing the cache in '{self._folder}'", reason, remedy)
-        if in_vain:
+        if in_vain and self._ranks.is_first:
             self._failures.add(1 + len(list(self._folder.glob("[!.]*.tar"))), str(error))
         raise error

@@ -28,11 +28,9 @@ from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.stages.support.options import RunOptions, resolve_device
 from ldm_cli.stages.support.picture_generator import Latents, PictureGenerator
 from ldm_cli.storage import storage_errors
-from ldm_cli.training.distributed import joined, local_rank
+from ldm_cli.training.distributed import SECONDS_OF_SILENCE, joined, local_rank
 from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.run_lock import RunLock
-
-_SECONDS_OF_SILENCE = 60.0
 
 
 def run(
@@ -66,7 +64,7 @@ def run(
     if recipe.wildcards is not None:
         job = Wildcards(Path(recipe.wildcards)).filled_in(job)
     device = resolve_device(options.device, local_rank())
-    with joined(device, _SECONDS_OF_SILENCE) as ranks:
+    with joined(device, SECONDS_OF_SILENCE) as ranks:
         sampling = recipe.sampling
         family = open_family(Path(recipe.model), device, sampling.precision, compiled=sampling.compile)
         if sampling.compile:

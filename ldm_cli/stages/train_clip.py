@@ -37,6 +37,8 @@ from ldm_cli.stages.support.start import build_model, frozen_names, resolve_star
 from ldm_cli.stages.support.training_run import Workbench, run_training
 from ldm_cli.training.checkpoint import commit_folder, link_folder
 from ldm_cli.training.gradient_sum import gradient_sum
+from ldm_cli.training.shared_work import in_turns
+from ldm_cli.training.task import WeightsByModule
 from ldm_cli.training.weights import Weights
 
 _NUM_PICTURED = 6
@@ -183,20 +185,25 @@ class CLIPTask:
     def validate(self) -> dict[str, float]:
         """Contrastive loss and accuracy among held-out batches of one size."""
         size = len(self.bench.held_out[0].keys) if self.bench.held_out else 0
-        sums: dict[str, float] = {}
         whole = [batch for batch in self.bench.held_out if len(batch.keys) == size]
-        for batch in self._on_device(whole):
-            images, texts = self._features(batch).chunk(2, dim=1)
-            groups = batch.tokens.get("groups")
-            loss, figures = contrastive_loss(images, texts, self.model.clamped_logit_scale, groups=groups)
-            for name, value in {"val_loss": loss, "val_accuracy": figures["accuracy"]}.items():
-                sums[name] = sums.get(name, 0.0) + value.item() / len(whole)
-        return sums
 
-    def picture(self, folder: Path) -> None:
-        """`grid.png`: per held-out caption a row of the images that fit best; `captions.json` names them."""
+        def figures(batch: Batch) -> Tensor:
+            [batch] = self._on_device([batch])
+            images, texts = self._features(batch).chunk(2, dim=1)
+            loss, others = contrastive_loss(
+                images, texts, self.model.clamped_logit_scale, groups=batch.tokens.get("groups")
+            )
+            return torch.stack([loss, others["accuracy"]]).double()
+
+        if not whole:
+            return {}
+        loss, accuracy = torch.stack(in_turns(whole, figures, self.bench.sharing)).mean(dim=0).tolist()
+        return {"val_loss": loss, "val_accuracy": accuracy}
+
+    def picture(self, folder: Path | None) -> None:
+        """`grid.png`: per held-out caption a row of the images that fit best; `captions.json` names them; by rank 0."""
         batches = self.bench.held_out
-        if not batches:
+        if folder is None or not batches:
             return
         features = torch.cat([self._features(batch) for batch in self._on_device(batches)])
         images, texts = (torch.nn.functional.normalize(side, dim=-1) for side in features.chunk(2, dim=1))
@@ -211,12 +218,12 @@ class CLIPTask:
         ]
         (folder / "captions.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, weights: WeightsByModule) -> None:
         """Write the CLIPModel folder with tokenizer and image processor."""
         config = self.model.config.to_hugging_face()
         if self._frozen:
             link_folder(self.bench.run.frozen, folder)
-        save_model(folder, self.model.state_dict(), config, TRANSFORMERS_WEIGHTS, self._frozen)
+        save_model(folder, weights["clip"], config, TRANSFORMERS_WEIGHTS, self._frozen)
         self.tokenizer.save(folder)
         write_json(folder / "preprocessor_config.json", self._processor.to_hugging_face())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ldm_cli.core.codec import Codec
-from ldm_cli.core.condition import Condition
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPTextModel
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
@@ -18,7 +16,6 @@ from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.cache_manifest import Manifest
 from ldm_cli.data.latent_cache import LatentCache
-from ldm_cli.data.to_device import sent_to_device
 from ldm_cli.errors import RecipeError
 from ldm_cli.families.clip_text_encoder import text_config_of
 from ldm_cli.families.stable_diffusion import StableDiffusion
@@ -29,7 +26,7 @@ from ldm_cli.formats.scheduler_file import our_settings
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
-from ldm_cli.stages.support.denoising import Denoising, generate_samples
+from ldm_cli.stages.support.denoising import Denoising, Encoded, generate_samples
 from ldm_cli.stages.support.model_sizes import (
     Parameters,
     count_parameters,
@@ -41,6 +38,7 @@ from ldm_cli.stages.support.options import RunOptions, with_precision
 from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_uses
 from ldm_cli.stages.support.training_run import Workbench, run_training
 from ldm_cli.training.checkpoint import link_folder
+from ldm_cli.training.task import WeightsByModule
 
 
 def run(recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
@@ -91,6 +89,7 @@ class DenoiserTask:
         self.auxiliary: dict[str, torch.nn.Module] = {}
         empty = self.encoder.condition([""]) if bench.cache is None else self.encoder.cached(bench.cache, "")
         self.denoising = Denoising(self.family, recipe.diffusion, recipe.seed, empty)
+        self._held_out: dict[int, Encoded] = {}
         bench.run.share(self._save_unchanged)
 
     def prepare(self, batch: Batch) -> Batch:
@@ -105,31 +104,33 @@ class DenoiserTask:
         """The mean denoising error; each sample has its own level, noise and dropout."""
         return self.denoising.loss(part, *self.encoder(part)), {}
 
-    @cached_property
-    def _held_out(self) -> list[tuple[Batch, dict[str, Tensor], Condition]]:
-        """The held-out batches; encoded once, for codec and encoder do not change."""
-        batches = sent_to_device((batch for batch in self.bench.held_out), self.bench.device)
-        return [(batch, *self.encoder(batch)) for batch in batches]
+    def _encoded(self, batch: Batch) -> Encoded:
+        """A held-out batch; encoded once, for codec and encoder do not change."""
+        if id(batch) not in self._held_out:
+            sent = batch.map(lambda tensor: tensor.to(self.bench.device))
+            self._held_out[id(batch)] = (sent, *self.encoder(sent))
+        return self._held_out[id(batch)]
 
     def validate(self) -> dict[str, float]:
         """See `Denoising.validate`."""
-        return self.denoising.validate(self._held_out)
+        return self.denoising.validate(self.bench.held_out, self._encoded, self.bench.sharing)
 
-    def picture(self, folder: Path) -> None:
+    def picture(self, folder: Path | None) -> None:
         """See `generate_samples`."""
         captions = [caption for batch in self.bench.held_out for caption in batch.captions]
-        generate_samples(self.family, self.recipe.samples, captions, folder, self.bench.run.warn)
+        samples, warn = self.recipe.samples, self.bench.run.warn
+        generate_samples(self.family, samples, captions, folder, warn, self.bench.sharing)
 
     def _save_unchanged(self, folder: Path) -> None:
         """Write the parts of the model folder that training does not change."""
         self.family.save_companions(folder)
         save_frozen(folder / UNET, self.family.denoiser.state_dict(), self._frozen)
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, weights: WeightsByModule) -> None:
         """Write the model folder: the trained weights of the denoiser, and links to all else."""
         link_folder(self.bench.run.frozen, folder)
-        denoiser = self.family.denoiser
-        save_model(folder / UNET, denoiser.state_dict(), denoiser.config.to_hugging_face(), frozen=self._frozen)
+        config = self.family.denoiser.config.to_hugging_face()
+        save_model(folder / UNET, weights["unet"], config, frozen=self._frozen)
 
     def restore(self, folder: Path) -> None:
         """Read the denoiser's weights of `export` back."""

@@ -37,6 +37,8 @@ from ldm_cli.stages.support.options import RunOptions, with_precision
 from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_uses
 from ldm_cli.stages.support.training_run import Workbench, run_training
 from ldm_cli.training.checkpoint import link_folder
+from ldm_cli.training.shared_work import in_turns
+from ldm_cli.training.task import WeightsByModule
 
 _NUM_PICTURES = 8
 _NUM_MEASURED = 1024
@@ -113,24 +115,25 @@ class VAETask:
 
     def validate(self) -> dict[str, float]:
         """PSNR and mean absolute error of held-out reconstructions (from the posterior's mean)."""
-        ratios, errors = [], []
-        for batch in self.bench.held_out:
+
+        def figures(batch: Batch) -> Tensor:
             images = to_signed(batch.images, self.bench.device)
             again = self.reconstruct(images)
-            errors.append((again - images).abs().mean(dim=(1, 2, 3)))
             ratio = psnr(to_bytes(again), batch.images.to(self.bench.device))
-            ratios.append(ratio.where(is_sound(again), torch.nan))
-        if not ratios:
+            return torch.stack([ratio.where(is_sound(again), torch.nan), (again - images).abs().mean(dim=(1, 2, 3))])
+
+        if not self.bench.held_out:
             return {}
-        return {"val_psnr": torch.cat(ratios).mean().item(), "val_l1": torch.cat(errors).mean().item()}
+        ratios, errors = torch.cat(in_turns(self.bench.held_out, figures, self.bench.sharing), dim=1)
+        return {"val_psnr": ratios.mean().item(), "val_l1": errors.mean().item()}
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [−1, 1] through the latent and back."""
         return self.vae.decode_z(self.vae.posterior(images).mode())
 
-    def picture(self, folder: Path) -> None:
-        """`grid.png`: held-out images, each above its reconstruction."""
-        if not self.bench.held_out:
+    def picture(self, folder: Path | None) -> None:
+        """`grid.png`: held-out images, each above its reconstruction; by rank 0."""
+        if folder is None or not self.bench.held_out:
             return
         images = self.bench.held_out[0].images[:_NUM_PICTURES]
         again = self.reconstruct(to_signed(images, self.bench.device))
@@ -139,11 +142,11 @@ class VAETask:
             return
         save_image(folder / "grid.png", image_grid([*images, *to_bytes(again).cpu()], columns=len(images)))
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, weights: WeightsByModule) -> None:
         """Write the AutoencoderKL folder."""
         if self._frozen:
             link_folder(self.bench.run.frozen, folder)
-        save_model(folder, self.vae.state_dict(), self.vae.config.to_hugging_face(), frozen=self._frozen)
+        save_model(folder, weights["vae"], self.vae.config.to_hugging_face(), frozen=self._frozen)
 
     def restore(self, folder: Path) -> None:
         """Read the weights of `export` back."""

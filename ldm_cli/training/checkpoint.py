@@ -42,6 +42,11 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(_STEP_PREFIX))
 
 
+def temporary_folder(target: Path) -> Path:
+    """The folder that `commit_folder` fills before it is called `target`."""
+    return target.parent / f"{TEMPORARY_PREFIX}{target.name}"
+
+
 def commit_folder(
     target: Path,
     write: Callable[[Path], None],
@@ -64,7 +69,7 @@ def commit_folder(
     Raises:
         OutputError, StorageError: writing failed; nothing is left under the final name, nothing temporary stays.
     """
-    temporary = target.parent / f"{TEMPORARY_PREFIX}{target.name}"
+    temporary = temporary_folder(target)
     old = target.parent / f"{TEMPORARY_PREFIX}old-{target.name}"
     for stale in (temporary, old):
         shutil.rmtree(stale, ignore_errors=True)

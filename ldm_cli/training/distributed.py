@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # exported without a word
 
 from ldm_cli.errors import LdmError, Preempted, UsageError, WorkerError
+from ldm_cli.training.gradient_buckets import in_buckets
 from ldm_cli.training.rank_watch import POLL, TELLING, RankWatch, announce
 from ldm_cli.training.ranks import Ranks
 
@@ -30,9 +31,9 @@ T = TypeVar("T")
 
 _PATIENCE = timedelta(hours=12)
 """How long the others wait for rank 0 while it validates, draws or saves. The rank watch tells whether it is well."""
+SECONDS_OF_SILENCE = 60.0
+"""The `timeout` of `joined` where no recipe says another."""
 _JOINING = timedelta(minutes=5)
-_BUCKET_SIZE = 2**24
-"""Numbers per all-reduce: 64 MiB in float32."""
 _RUN_AGAIN = "run the same command again"
 
 
@@ -42,23 +43,29 @@ class _ConnectedRanks(Ranks):
     def __init__(self, rank: int, world_size: int, store: Store, device: torch.device, timeout: float) -> None:
         super().__init__(rank, world_size)
         self._store = store
-        self._device_group = dist.new_group(backend="nccl") if device.type == "cuda" else None
-        self._host_group: dist.ProcessGroup | None = None
+        self._device = device
+        is_cuda = device.type == "cuda"
+        self._device_group = dist.new_group(backend="nccl", timeout=_PATIENCE) if is_cuda else None
+        self._host_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self._watch = RankWatch(_own_connection(store), rank, world_size, timeout)
         self._watch.start()
 
     def sum_in_place(self, tensors: Sequence[Tensor]) -> None:
         """In few large messages, all under way at once."""
         pending = []
-        for bucket in _buckets(tensors):
+        for bucket in in_buckets(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            with self._others_expected():
-                work = dist.all_reduce(flat, group=self._group(flat), async_op=True)
-            pending.append((bucket, flat, work))
-        for bucket, flat, work in pending:
-            self._finish(work, flat)
+            pending.append((bucket, flat, self.begin_sum(flat)))
+        for bucket, flat, wait in pending:
+            wait()
             for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(part.view(tensor.shape))
+
+    def begin_sum(self, tensor: Tensor) -> Callable[[], None]:
+        """An all-reduce."""
+        with self._others_expected():
+            work = dist.all_reduce(tensor, group=self._group(tensor), async_op=True)
+        return lambda: self._finish(work, tensor)
 
     def copy_from(self, rank: int, tensor: Tensor) -> None:
         """A broadcast."""
@@ -71,14 +78,13 @@ class _ConnectedRanks(Ranks):
         self.complete(lambda: dist.all_gather(pieces, own, group=group, async_op=True), tensor)
         return torch.cat(pieces)
 
-    def texts(self, text: str) -> list[str]:
-        """As bytes: lengths first, then texts padded to the longest."""
-        content = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    def contents(self, content: bytes) -> list[bytes]:
+        """Lengths first, then contents padded to the longest."""
         lengths = self.gathered(torch.tensor([len(content)])).tolist()
-        padded = torch.zeros(1, max(lengths), dtype=torch.uint8)
-        padded[0, : len(content)] = content
+        padded = torch.zeros(1, max(1, *lengths), dtype=torch.uint8)
+        padded[0, : len(content)] = torch.frombuffer(bytearray(content + b"\0"), dtype=torch.uint8)[:-1]
         rows = self.gathered(padded)
-        return [bytes(row[:length].tolist()).decode() for row, length in zip(rows, lengths, strict=True)]
+        return [row[:length].numpy().tobytes() for row, length in zip(rows, lengths, strict=True)]
 
     def largest(self, number: int) -> int:
         """An all-reduce on the host."""
@@ -98,14 +104,24 @@ class _ConnectedRanks(Ranks):
             work = start()
         self._finish(work, tensor)
 
+    def wait_for_device(self) -> None:
+        """By an event, which can be asked without waiting."""
+        if self._device.type != "cuda":
+            return
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        while not _within(POLL.total_seconds(), event.query):
+            if self._watch.asked() is not None:
+                raise self._loss(None)
+
     def watched(self, work: Callable[[dist.ProcessGroup | None], T]) -> T:
         """In a thread of its own, while this one watches the other ranks."""
         outcome: futures.Future[T] = futures.Future()
 
         def attempt() -> None:
             try:
-                if self._host_group is None:
-                    self._host_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+                if self._device.type == "cuda":
+                    torch.cuda.set_device(self._device)  # a new thread would take the first one
                 outcome.set_result(work(self._host_group))
             except BaseException as error:
                 outcome.set_exception(error)
@@ -166,6 +182,14 @@ class _ConnectedRanks(Ranks):
             time.sleep(0.1)
         reason = "" if error is None else str(error).splitlines()[0]
         return WorkerError("lost another rank", reason.rsplit("] ", 1)[-1].split(". ")[0], _RUN_AGAIN)
+
+
+def _within(seconds: float, holds: Callable[[], bool]) -> bool:
+    """Whether a condition holds within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not (done := holds()) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return done
 
 
 def local_rank() -> int:
@@ -254,16 +278,3 @@ def _own_connection(store: Store) -> Store:
     """A second client of the store: requests of one client wait for one another."""
     clone: Store = store.clone()  # type: ignore[attr-defined]
     return clone
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if bucket and size + tensor.numel() > _BUCKET_SIZE:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(tensor)
-        size += tensor.numel()
-    if bucket:
-        yield bucket

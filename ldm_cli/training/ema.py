@@ -33,6 +33,10 @@ class ExponentialMovingAverage:
         weight = (1.0 - self.decay_at(step)) * kept
         torch._foreach_lerp_(self.average, self.live, [weight] * len(self.live))
 
+    def by_parameter(self) -> dict[Tensor, Tensor]:
+        """Parameter → its average."""
+        return dict(zip(self.live, self.average, strict=True))
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within, the parameters hold the averages, and writing to them changes the averages."""

@@ -31,7 +31,10 @@ class FigureMeans:
             self.counts[name] = self.counts.get(name, 0.0) + counts.double()
 
     def take(self) -> dict[str, float]:
-        """The means, without figures that no step had; the next line starts empty."""
-        means = {name: (value / self.counts[name]).item() for name, value in self.sums.items()}
+        """The means, without figures that no step had, in one copy to the host; the next line starts empty."""
+        if not self.sums:
+            return {}
+        means = torch.stack([value / self.counts[name] for name, value in self.sums.items()]).tolist()
+        named = dict(zip(self.sums, means, strict=True))
         self.sums, self.counts = {}, {}
-        return {name: value for name, value in means.items() if not math.isnan(value)}
+        return {name: value for name, value in named.items() if not math.isnan(value)}

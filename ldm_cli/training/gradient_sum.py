@@ -1,9 +1,10 @@
 """Sums over the parts of a batch and over the ranks: gradients, running statistics, figures.
 
 Addition of floats is not associative, so a sum depends on the order of its terms. The plain sum adds a rank's parts in
-turn and leaves the ranks to the all-reduce. The canonical sum treats the parts, which have a fixed size, as the leaves
-of one binary tree over the global batch. Its bits then depend neither on which rank computed a part nor on the number
-of ranks: a rank adds up the subtrees within its own parts, and every rank adds up the subtrees of all ranks.
+turn and leaves the ranks to all-reduces, which run while backward still computes other gradients. The canonical sum
+treats the parts, which have a fixed size, as the leaves of one binary tree over the global batch. Its bits then depend
+neither on which rank computed a part nor on the number of ranks: a rank adds up the subtrees within its own parts, and
+every rank adds up the subtrees of all ranks.
 """
 
 from __future__ import annotations
@@ -73,18 +74,21 @@ class TreeSum:
 
 
 class PlainSum:
-    """Adds up in the order of arrival: gradients in `.grad`, as autograd does, and over the ranks by an all-reduce.
+    """Adds up in the order of arrival: gradients in `.grad`, as autograd does, and over the ranks by all-reduces.
 
     Args:
         weights: the parameters, and the ranks.
+        parts_per_rank: number of parts that each rank adds.
     """
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights, parts_per_rank: int) -> None:
         self._weights = weights
+        self._weights.buckets.begin(parts_per_rank)
         self._values: Tensor | None = None
 
     def add(self, values: Tensor) -> None:
         """Add a part of the batch: the gradients that its backward pass left in `.grad`, and `values`, float32 [N]."""
+        self._weights.buckets.end_pass()
         self._values = values if self._values is None else self._values + values
 
     def finish(self) -> Tensor:
@@ -95,7 +99,9 @@ class PlainSum:
         """
         if self._values is None:
             raise ValueError("PlainSum.finish after 0 parts")
-        self._weights.sum_gradients(self._values)
+        self._weights.buckets.finish()
+        self._weights.take_local_gradients()
+        self._weights.ranks.sum_in_place([self._values])
         return self._values
 
 
@@ -158,6 +164,5 @@ class CanonicalSum:
 
 def gradient_sum(weights: Weights, config: TrainConfig) -> PlainSum | CanonicalSum:
     """An empty sum of the kind that `train.deterministic` asks for."""
-    if config.deterministic == "elastic":
-        return CanonicalSum(weights, config.parts_per_rank(weights.ranks.world_size))
-    return PlainSum(weights)
+    kind = CanonicalSum if config.deterministic == "elastic" else PlainSum
+    return kind(weights, config.parts_per_rank(weights.ranks.world_size))

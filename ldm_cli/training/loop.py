@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from ldm_cli.training.interruption import MORE_TIME, TIME_LIMIT, StopRequest, st
 from ldm_cli.training.optim import learning_rate
 from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.run_folder import RunFolder
-from ldm_cli.training.saving import check_room, restore, save
+from ldm_cli.training.saving import check_room, export_current, restore, save
 from ldm_cli.training.task import BatchT, Task
 from ldm_cli.training.trainer import Trainer
 
@@ -98,10 +99,12 @@ def train(
     _begin(trainer, start, validates_start)
     first_step = trainer.step
     with ExitStack() as stack:
+        stack.enter_context(trainer.saves)
         progress = stack.enter_context(reporter.progress(title, config.steps, trainer.step))
         stream = stack.enter_context(closing(batches(trainer.step, config.steps)))  # type: ignore[type-var]
         throughput = _Throughput()
         while trainer.step < config.steps:
+            trainer.saves.check()
             if reason := stop_reason(trainer.ranks.largest(stop.code)):
                 _preempt(trainer, reason, trainer.step > first_step)
             trainer.set_training(True)
@@ -150,8 +153,6 @@ def _follow_up(trainer: Trainer, due: _Due, figures: dict[str, float], progress:
         _picture(trainer)
     if due.save:
         save(trainer)
-        if is_first:
-            trainer.run.status("running", step=trainer.step, steps=trainer.config.steps)
 
 
 def _log_figures(trainer: Trainer, figures: Mapping[str, float]) -> None:
@@ -199,8 +200,7 @@ def _resume(trainer: Trainer, start: Path | None) -> None:
 def _preempt(trainer: Trainer, reason: str, has_stepped: bool) -> None:
     ranks = trainer.ranks
     save(trainer)
-    if ranks.is_first:
-        trainer.run.status("running", step=trainer.step, steps=trainer.config.steps)
+    trainer.saves.wait()
     ranks.wait()
     no_progress = reason == TIME_LIMIT and not has_stepped
     remedy = MORE_TIME if no_progress else "checkpoint saved: run the same command again to go on"
@@ -211,9 +211,9 @@ def _validate(trainer: Trainer) -> dict[str, float]:
     """Held-out figures of the raw weights and, with the suffix `_ema`, of their average."""
     trainer.set_training(False)
     with torch.no_grad(), trainer.autocast(cached=False):
-        figures = trainer.on_first_rank(trainer.task.validate) or {}
+        figures = trainer.on_first_rank(trainer.task.validate, shared=True) or {}
         if trainer.ema is not None:
-            averaged = trainer.on_first_rank(trainer.task.validate, averaged=True) or {}
+            averaged = trainer.on_first_rank(trainer.task.validate, averaged=True, shared=True) or {}
             figures |= {f"{name}_ema": value for name, value in averaged.items()}
     return figures
 
@@ -221,14 +221,18 @@ def _validate(trainer: Trainer) -> dict[str, float]:
 def _picture(trainer: Trainer) -> None:
     trainer.set_training(False)
     target = trainer.run.samples / checkpoint_name(trainer.step)
+    if trainer.ranks.from_first(str(target.exists())) == str(True):
+        return
 
-    def draw() -> None:
-        if not target.exists():
-            trainer.run.samples.mkdir(exist_ok=True)
-            commit_folder(target, trainer.task.picture)
+    def generate() -> None:
+        if not trainer.ranks.is_first:
+            trainer.task.picture(None)
+            return
+        trainer.run.samples.mkdir(exist_ok=True)
+        commit_folder(target, trainer.task.picture)
 
     with torch.no_grad(), trainer.autocast(cached=False):
-        trainer.on_first_rank(draw, averaged=True)
+        trainer.on_first_rank(generate, averaged=True, shared=True)
 
 
 def _finish(trainer: Trainer) -> dict[str, float]:
@@ -237,7 +241,8 @@ def _finish(trainer: Trainer) -> dict[str, float]:
 
     def conclude() -> dict[str, float]:
         figures = trainer.run.metrics.last() | trainer.task.finalize()
-        commit_folder(trainer.run.model, trainer.task.export, replace=True, linked=trainer.run.frozen)
+        export = partial(export_current, trainer)
+        commit_folder(trainer.run.model, export, replace=True, linked=trainer.run.frozen)
         return figures
 
     with torch.no_grad():

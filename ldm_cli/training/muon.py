@@ -30,24 +30,39 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and not any(edge in name for edge in _EDGES)
 
 
-def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
+def orthogonalized(matrices: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """The orthogonal matrices nearest to each, roughly: all but tiny singular values are moved into about [0.7, 1.2].
 
-    Five steps X ← (a + b·XXᵀ + c·(XXᵀ)²)·X. Each multiplies by a polynomial in the first XXᵀ, so they run on that small
-    square matrix, and the long side takes part in two products only. Matrices whose short sides are equally long take
-    them together: small products cost little more than being asked for.
+    Five steps X ← (a + b·XXᵀ + c·(XXᵀ)²)·X. Each multiplies by a polynomial in the first XXᵀ, so in float32 they run on
+    that small square matrix, and the long side takes part in two products only. Its rounding in bfloat16 would grow
+    from step to step: there they run on X itself.
 
     Args:
-        matrices: float32 [rows, columns] each, all with short sides of one length.
+        matrices: [rows, columns] each, all with short sides of one length, and of one shape where `dtype` is bfloat16,
+            but for being transposed.
+        dtype: of the products.
 
     Returns:
-        float32 [rows, columns] each.
+        [rows, columns] each, of the type of the matrix.
     """
     wide = [matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T for matrix in matrices]
-    wide = [x / (torch.linalg.vector_norm(x) + 1e-7) for x in wide]
-    factors = _newton_schulz(torch.stack([x @ x.T for x in wide]))
-    updates = [factor @ x for factor, x in zip(factors, wide, strict=True)]
-    return [u if u.shape == m.shape else u.T for u, m in zip(updates, matrices, strict=True)]
+    wide = [(x / (torch.linalg.vector_norm(x) + 1e-7)).to(dtype) for x in wide]
+    if dtype == torch.float32:
+        factors = _newton_schulz(torch.stack([x @ x.T for x in wide]))
+        updates = [factor @ x for factor, x in zip(factors, wide, strict=True)]
+    else:
+        updates = list(_newton_schulz_on_whole(torch.stack(wide)))
+    updates = [u if u.shape == m.shape else u.T for u, m in zip(updates, matrices, strict=True)]
+    return [u.to(m.dtype) for u, m in zip(updates, matrices, strict=True)]
+
+
+def _newton_schulz_on_whole(x: Tensor) -> Tensor:
+    """Five steps on each X of [N, rows, columns]."""
+    a, b, c = _COEFFICIENTS
+    for _ in range(_NUM_ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
 
 
 def _newton_schulz(gram: Tensor) -> Tensor:
@@ -67,16 +82,16 @@ def _newton_schulz(gram: Tensor) -> Tensor:
 def _together(matrices: Sequence[Tensor]) -> list[list[int]]:
     """Indexes of the matrices that are orthogonalized together, largest groups first.
 
-    They follow from the shapes alone, so that the rounding does not depend on the number of ranks.
+    They follow from shapes and device, so that the rounding does not depend on the number of ranks.
     """
-    groups: dict[int, list[list[int]]] = {}
+    groups: dict[tuple[int, ...], list[list[int]]] = {}
     for index, matrix in enumerate(matrices):
         side = min(matrix.shape)
-        of_side = groups.setdefault(side, [[]])
-        if len(of_side[-1]) >= max(1, min(_MOST_TOGETHER, _ELEMENTS_TOGETHER // side**2)):
-            of_side.append([])
-        of_side[-1].append(index)
-    flat = [group for of_side in groups.values() for group in of_side]
+        alike = groups.setdefault((side, max(matrix.shape)) if matrix.is_cuda else (side,), [[]])
+        if len(alike[-1]) >= max(1, min(_MOST_TOGETHER, _ELEMENTS_TOGETHER // side**2)):
+            alike.append([])
+        alike[-1].append(index)
+    flat = [group for alike in groups.values() for group in alike]
     return sorted(flat, key=lambda group: -sum(matrices[i].numel() * min(matrices[i].shape) for i in group))
 
 
@@ -89,7 +104,8 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalized; with decoupled weight decay.
 
     Like torch's fused AdamW it divides gradients by `grad_scale` and leaves everything as it is where `found_inf` is 1,
-    both scalar tensors, without waiting for a device. Of large matrices each rank orthogonalizes its share.
+    both scalar tensors, without waiting for a device; `torch.optim.Muon` can do neither, and takes no kernels. Of large
+    matrices each rank orthogonalizes its share. On CUDA the products are in bfloat16.
 
     Args:
         parameters: matrices [rows, columns] and kernels [rows, …], which are read as matrices [rows, the rest].
@@ -158,8 +174,9 @@ class Muon(torch.optim.Optimizer):
         if shared:
             groups = groups[self._ranks.rank :: self._ranks.world_size]
         updates = [torch.zeros_like(direction) for direction in directions]
+        dtype = torch.bfloat16 if directions[0].is_cuda else torch.float32
         for group in groups:
-            for index, update in zip(group, orthogonalized([directions[i] for i in group]), strict=True):
+            for index, update in zip(group, orthogonalized([directions[i] for i in group], dtype), strict=True):
                 updates[index].copy_(update)
         if shared:
             self._ranks.sum_in_place(updates)

@@ -36,7 +36,7 @@ class RankWatch(threading.Thread):
         self._last_seen: dict[int, tuple[bytes, int]] = {}
         self._ended = threading.Event()
         self._beats = 0
-        self._beats_when_asked, self._silence = 0, 0.0
+        self._asker = _Asker()
         self.verdict: tuple[str, str] | None = None
         self._beat()
 
@@ -55,11 +55,12 @@ class RankWatch(threading.Thread):
 
     def asked(self) -> tuple[str, str] | None:
         """The verdict. A thread that waits for other ranks asks every `POLL`; the calls measure the store's silence."""
-        if self._beats != self._beats_when_asked:
-            self._beats_when_asked, self._silence = self._beats, 0.0
+        asker = self._asker
+        if self._beats != asker.beats:
+            asker.beats, asker.silence = self._beats, 0.0
         else:
-            self._silence += POLL.total_seconds()
-        if self._silence > self._timeout + self._interval:
+            asker.silence += POLL.total_seconds()
+        if asker.silence > self._timeout + self._interval:
             self.verdict = self.verdict or self._lost(0)
         return self.verdict
 
@@ -81,6 +82,13 @@ class RankWatch(threading.Thread):
         elif (self._beats - since) * self._interval > self._timeout and self.verdict is None:
             self.verdict = self._lost(rank)
             announce(self._store, *self.verdict)
+
+
+class _Asker(threading.local):
+    """What each thread that asks has seen: beats of its own rank, and seconds since they last changed."""
+
+    beats = 0
+    silence = 0.0
 
 
 def announce(store: Store, what: str, reason: str) -> None:

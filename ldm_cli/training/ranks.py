@@ -36,6 +36,14 @@ class Ranks:
     def sum_in_place(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over the ranks; all of one dtype and device."""
 
+    def begin_sum(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin to replace `tensor` by its sum over the ranks; the function returned waits until that is done.
+
+        Raises:
+            WorkerError: another rank failed or is gone; so does that function.
+        """
+        return lambda: None
+
     def copy_from(self, rank: int, tensor: Tensor) -> None:
         """Replace `tensor` by that of `rank`, bit for bit."""
 
@@ -43,9 +51,13 @@ class Ranks:
         """[B, …] of each rank, all of one shape → [world_size × B, …] in the order of the ranks, without gradient."""
         return tensor
 
+    def contents(self, content: bytes) -> list[bytes]:
+        """The bytes that the ranks give here, in their order."""
+        return [content]
+
     def texts(self, text: str) -> list[str]:
         """The texts that the ranks give here, in their order."""
-        return [text]
+        return [content.decode() for content in self.contents(text.encode())]
 
     def largest(self, number: int) -> int:
         """The largest of the integers that the ranks give here."""
@@ -74,6 +86,15 @@ class Ranks:
             WorkerError: one of them failed or is gone.
         """
         start()
+
+    def wait_for_device(self) -> None:
+        """Wait until the device has done the work given to it so far, as long as the other ranks are well.
+
+        A read of a value on CUDA waits, too, but for ever if that value depends on a lost rank.
+
+        Raises:
+            WorkerError: one of them failed or is gone.
+        """
 
     def watched(self, work: Callable[[dist.ProcessGroup | None], T]) -> T:
         """The result of `work`, whose blocking collectives end when another rank is gone.

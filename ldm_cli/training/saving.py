@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +16,10 @@ from ldm_cli.formats.json_file import read_json, write_json
 from ldm_cli.formats.model_folder import check_tensors, expect_finite
 from ldm_cli.formats.weight_files import read_tensors, write_tensors
 from ldm_cli.storage import expect_room, storage_errors
-from ldm_cli.training.checkpoint import checkpoint_name, checkpoints, commit_folder, prune
+from ldm_cli.training.checkpoint import checkpoint_name, checkpoints, commit_folder, prune, temporary_folder
+from ldm_cli.training.host_copy import host_copy
+from ldm_cli.training.ranks import Ranks
+from ldm_cli.training.task import Task, WeightsByModule
 from ldm_cli.training.trainer import Trainer
 
 _TENSORS, _STATE, _PARTS = "training.safetensors", "state.json", "parts"
@@ -21,28 +27,104 @@ _HEADER_BYTES = 2**20
 """More than the headers of the files and the small files take."""
 
 
+class _Snapshot(NamedTuple):
+    """A checkpoint's content in the host's memory, contiguous; the run goes on while it is written.
+
+    Attributes:
+        weights, averages: module → its state dict; empty on all ranks but the first, and where there are no averages.
+        tensors: the other tensors of which rank 0 has all; empty on the other ranks.
+        parts: the other tensors of which each rank holds a part, as DTensors.
+        facts: content of state.json.
+    """
+
+    weights: WeightsByModule
+    averages: WeightsByModule
+    tensors: dict[str, Tensor]
+    parts: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
 def save(trainer: Trainer) -> None:
-    """Commit a checkpoint of this step, over a damaged one if there is any, and delete the oldest; all ranks call.
+    """Begin to write a checkpoint of this step, over a damaged one if there is any; all ranks call.
+
+    Waits for the save before this one and for a copy of the state; `trainer.saves` commits the checkpoint, deletes the
+    oldest and updates status.json in the background.
 
     Raises:
         DivergedError: the weights are not finite.
-        OutputError, StorageError: it cannot be written; the older ones are as they were.
+        OutputError, StorageError: the save before this one failed, or there is no room; older checkpoints are as they
+            were.
     """
     if trainer.step == trainer.saved_step:
         return
+    trainer.saves.wait()
     _expect_finite_weights(trainer)
     run, num_bytes = trainer.run, num_checkpoint_bytes(trainer)
     target = run.checkpoints / checkpoint_name(trainer.step)
     if trainer.ranks.is_first:
         expect_room(run.checkpoints, num_bytes, "a checkpoint")
+    if trainer.weights.is_sharded:
+        target = Path(trainer.ranks.from_first(str(target)))
+    snapshot, arrived = _snapshot(trainer), _arrival(trainer.device)
+
+    def write() -> None:
+        arrived()
+        if not trainer.ranks.is_first:
+            with storage_errors(target, num_bytes):
+                _write_parts(temporary_folder(target), snapshot, trainer.ranks)
+            return
         run.metrics.sync()
-        write = lambda folder: _write(trainer, folder)  # noqa: E731
-        commit_folder(target, write, replace=True, linked=run.frozen, num_bytes=num_bytes)
+        fill = lambda folder: _write(trainer, snapshot, folder)  # noqa: E731
+        commit_folder(target, fill, replace=True, linked=run.frozen, num_bytes=num_bytes)
         prune(run.checkpoints, trainer.config.keep_checkpoints)
-    elif trainer.weights.is_sharded:
-        with storage_errors(target, num_bytes):
-            _write(trainer, target)
+        run.status("running", step=snapshot.facts["step"], steps=trainer.config.steps)
+
+    if trainer.ranks.is_first or snapshot.parts:
+        trainer.saves.start(write)
     trainer.saved_step = trainer.step
+
+
+def _snapshot(trainer: Trainer) -> _Snapshot:
+    """Copies of all that a checkpoint holds; all ranks call."""
+    is_first = trainer.ranks.is_first
+    weights = trainer.on_first_rank(partial(_weights, trainer.task))
+    averages: WeightsByModule | None = None
+    if trainer.ema is not None and trainer.weights.is_sharded:
+        averages = trainer.on_first_rank(partial(_weights, trainer.task), averaged=True)
+    elif trainer.ema is not None and is_first:
+        averages = _weights(trainer.task, trainer.ema.by_parameter())
+    state, parts = _state(trainer), {}
+    if trainer.weights.is_sharded:
+        from ldm_cli.training.sharded_files import host_part, is_part  # takes seconds to import
+
+        parts = {name: host_part(value) for name, value in state.items() if is_part(value)}
+    tensors = {name: host_copy(value) for name, value in state.items() if name not in parts} if is_first else {}
+    facts = {"step": trainer.step, "num_threads": torch.get_num_threads(), "torch": torch.__version__}
+    return _Snapshot(weights or {}, averages or {}, tensors, parts, facts)
+
+
+def _weights(task: Task[Any], averages: Mapping[Tensor, Tensor] = MappingProxyType({})) -> WeightsByModule:
+    """Copies of the weights that the modules hold, with the averages of those that have one."""
+    return {
+        name: {key: host_copy(averages.get(held, held)) for key, held in module.state_dict(keep_vars=True).items()}
+        for name, module in task.modules.items()
+    }
+
+
+def export_current(trainer: Trainer, folder: Path) -> None:
+    """Write the weights that the modules hold in their standard layout."""
+    weights, arrived = _weights(trainer.task), _arrival(trainer.device)
+    arrived()
+    trainer.task.export(folder, weights)
+
+
+def _arrival(device: torch.device) -> Callable[[], None]:
+    """A function that waits until the copies begun so far are in the host's memory."""
+    if device.type != "cuda":
+        return lambda: None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event.synchronize
 
 
 def _expect_finite_weights(trainer: Trainer) -> None:
@@ -90,30 +172,21 @@ def check_room(trainer: Trainer) -> None:
         expect_room(folder, count * num_checkpoint_bytes(trainer), what)
 
 
-def _write(trainer: Trainer, folder: Path) -> None:
-    """Rank 0 writes full tensors; all ranks together write those of which each holds a part.
+def _write(trainer: Trainer, snapshot: _Snapshot, folder: Path) -> None:
+    """Rank 0 writes full tensors; all ranks together write those of which each holds a part."""
+    for name, weights in (("model", snapshot.weights), ("ema", snapshot.averages)):
+        if weights:
+            trainer.task.export(folder / name, weights)
+    if snapshot.parts:
+        _write_parts(folder, snapshot, trainer.ranks)
+    write_tensors(folder / _TENSORS, snapshot.tensors)
+    write_json(folder / _STATE, snapshot.facts)
 
-    Args:
-        folder: where; that of rank 0 counts.
-    """
-    ranks, task = trainer.ranks, trainer.task
-    if trainer.weights.is_sharded:
-        folder = Path(ranks.from_first(str(folder)))
-    trainer.on_first_rank(lambda: task.export(folder / "model"))
-    if trainer.ema is not None:
-        trainer.on_first_rank(lambda: task.export(folder / "ema"), averaged=True)
-    tensors = _state(trainer)
-    if trainer.weights.is_sharded:
-        from ldm_cli.training.sharded_files import is_part, write_parts  # takes seconds to import
 
-        parts = {name: value for name, value in tensors.items() if is_part(value)}
-        tensors = {name: value for name, value in tensors.items() if name not in parts}
-        write_parts(folder / _PARTS, parts, ranks)
-    if not ranks.is_first:
-        return
-    write_tensors(folder / _TENSORS, tensors)
-    facts = {"step": trainer.step, "num_threads": torch.get_num_threads(), "torch": torch.__version__}
-    write_json(folder / _STATE, facts)
+def _write_parts(folder: Path, snapshot: _Snapshot, ranks: Ranks) -> None:
+    from ldm_cli.training.sharded_files import write_parts  # takes seconds to import
+
+    write_parts(folder / _PARTS, snapshot.parts, ranks)
 
 
 def _state(trainer: Trainer) -> dict[str, Tensor]:

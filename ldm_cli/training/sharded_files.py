@@ -10,13 +10,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from ldm_cli.training.host_copy import host_copy
 from ldm_cli.training.ranks import Ranks
 
 
@@ -25,21 +28,38 @@ def is_part(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def host_part(tensor: Tensor) -> Tensor:
+    """A DTensor whose local part is a `host_copy`."""
+    assert isinstance(tensor, DTensor)
+    mesh = tensor.device_mesh
+    if mesh.device_type != "cpu":
+        assert dist.group.WORLD is not None
+        mesh = DeviceMesh.from_group(dist.group.WORLD, "cpu")  # of gloo
+    local = host_copy(tensor.to_local())
+    shape, stride = tensor.shape, tensor.stride()
+    part: Tensor = DTensor.from_local(local, mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
+    return part
+
+
 def write_parts(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
     """Write the parts that the ranks hold of some tensors; all ranks together.
 
     Args:
-        folder: is created; on a file system that all ranks see.
+        folder: is created in one that rank 0 has made; on a file system that all ranks see.
         tensors: name → DTensor.
 
     Raises:
         OSError: writing failed, on any rank.
         WorkerError: a rank is gone.
     """
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     content = _filled(tensors)
+
+    def work(group: dist.ProcessGroup | None) -> None:
+        dist.barrier(group)  # rank 0 has made the folder that holds `folder`
+        save(content, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True), process_group=group)
+
     with _causes():
-        ranks.watched(lambda group: save(content, storage_writer=writer, process_group=group))
+        ranks.watched(work)
 
 
 def read_parts(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:

@@ -76,13 +76,12 @@ class ShardedWeights(Weights):
         """Scalars, and the parameters of auxiliary modules."""
         return [parameter for parameter in super().replicas() if id(parameter) not in self._of]
 
-    def sum_gradients(self, figures: Tensor) -> None:
-        """The gradients of parts are sums over the ranks already; those of replicas are added up, and `figures`."""
+    def take_local_gradients(self) -> None:
+        """The gradients of parts are sums over the ranks already."""
         for part in self._of.values():
             if part.whole.grad is not None:
                 gradient: Any = part.whole.grad
                 part.local.grad, part.whole.grad = gradient.to_local(), None
-        super().sum_gradients(figures)
 
     def grad_norm(self, module: str) -> Tensor:
         """The norm of the norms of all parts, in the order of the ranks: the same bits on each of them."""

@@ -8,6 +8,9 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+WeightsByModule = Mapping[str, Mapping[str, Tensor]]
+"""Name of a module → its state dict."""
+
 BatchT = TypeVar("BatchT")
 
 
@@ -44,13 +47,19 @@ class Task(Protocol[BatchT]):
         """
 
     def validate(self) -> dict[str, float]:
-        """Figures of the modules' current weights on held-out data, a pure function of the weights."""
+        """Figures of the modules' current weights on held-out data, a pure function of the weights.
 
-    def picture(self, folder: Path) -> None:
-        """Draw samples of the modules' current weights into `folder`, if there is anything to draw."""
+        Every rank calls that holds full weights, and they may share the work; the figures of rank 0 count.
+        """
 
-    def export(self, folder: Path) -> None:
-        """Write the modules' current weights to `folder` in their standard layout."""
+    def picture(self, folder: Path | None) -> None:
+        """Generate samples of the modules' current weights into `folder`, if there is anything to show.
+
+        Every rank calls that holds full weights, and they may share the work; only rank 0 is given a folder.
+        """
+
+    def export(self, folder: Path, weights: WeightsByModule) -> None:
+        """Write weights of `modules` to `folder` in their standard layout; may run beside the training."""
 
     def restore(self, folder: Path) -> None:
         """Inverse of `export`: read the modules' weights back, bit for bit."""

@@ -13,6 +13,7 @@ from ldm_cli.core.compiling import compile_regions, eagerly
 from ldm_cli.core.cpu import tune_for_cpu
 from ldm_cli.core.precision import autocast
 from ldm_cli.errors import DivergedError, WorkerError
+from ldm_cli.training.background import Background
 from ldm_cli.training.config import TrainConfig
 from ldm_cli.training.ema import ExponentialMovingAverage
 from ldm_cli.training.figure_means import FigureMeans
@@ -33,7 +34,8 @@ class Trainer:
 
     Attributes:
         step: optimizer steps so far.
-        saved_step: step of the newest checkpoint of this run; None before the first.
+        saved_step: step of the newest checkpoint of this run, written or being written; None before the first.
+        saves: the save that is under way.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Trainer:
         self.skipped = SkippedSteps()
         self.step = 0
         self.saved_step: int | None = None
+        self.saves = Background()
 
     def advance(self, batch: Any) -> None:
         """One optimizer step on this rank's part of the global batch."""
@@ -130,6 +133,7 @@ class Trainer:
         Raises:
             DivergedError: more than `max_nonfinite` steps.
         """
+        self.ranks.wait_for_device()
         self.skipped.report(self.run, self.ranks, is_expected=self.config.precision == "fp16")
         bad = int(self.optimizers.nonfinite_run.item())
         if bad > self.config.max_nonfinite:
@@ -139,24 +143,26 @@ class Trainer:
                 "lower train.lr or raise train.warmup_steps; the last checkpoint is sound, log.txt names the samples",
             )
 
-    def on_first_rank(self, act: Callable[[], T], *, averaged: bool = False) -> T | None:
+    def on_first_rank(self, act: Callable[[], T], *, averaged: bool = False, shared: bool = False) -> T | None:
         """Call `act` on rank 0, while the task's modules hold their full weights there, uncompiled; all ranks call.
 
         Args:
-            act: must not involve other ranks.
+            act: must not involve other ranks, unless it is shared.
             averaged: whether the modules hold the averages of the weights, if there are any.
+            shared: the other ranks call `act`, too, where they hold full weights.
 
         Returns:
-            The result of `act` on rank 0, None on the other ranks.
+            The result of `act`, None on ranks that do not call it.
         """
-        if not (self.ranks.is_first or self.weights.is_sharded):
+        if not (self.ranks.is_first or self.weights.is_sharded or shared):
             return None
+        calls = self.ranks.is_first or (shared and not self.weights.is_sharded)
         with ExitStack() as stack:
             if averaged and self.ema is not None:
                 stack.enter_context(self.ema.averaged())
             stack.enter_context(self.weights.gathered())
             stack.enter_context(eagerly())
-            return act() if self.ranks.is_first else None
+            return act() if calls else None
 
 
 def _is_frozen(module: nn.Module) -> bool:

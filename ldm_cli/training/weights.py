@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from ldm_cli.training.gradient_buckets import GradientBuckets
 from ldm_cli.training.ranks import Ranks
 
 
@@ -33,9 +35,13 @@ class Weights:
         """The parameters of which every rank holds a full copy."""
         return [parameter for module in self.parameters.values() for parameter in module.values()]
 
-    def sum_gradients(self, figures: Tensor) -> None:
-        """Add up the gradients over the ranks, and `figures` [N] in the same message."""
-        self.ranks.sum_in_place([*(p.grad for p in self.replicas() if p.grad is not None), figures])
+    @cached_property
+    def buckets(self) -> GradientBuckets:
+        """The sum over the ranks of the gradients of which every rank has its own."""
+        return GradientBuckets((p for p in self.replicas() if p.requires_grad), self.ranks)
+
+    def take_local_gradients(self) -> None:
+        """Put the gradients of the parts that this rank holds where the optimizer looks for them."""
 
     def grad_norm(self, module: str) -> Tensor:
         """2-norm of the gradients of a module: scalar, the same on every rank."""

@@ -142,6 +142,19 @@ def test_only_a_few_items_are_on_the_device_ahead_of_the_step(cuda: Streams) -> 
     assert made[-1] == -1, "the source is closed"
 
 
+def test_a_wait_of_the_source_is_interrupted_at_the_end(cuda: Streams) -> None:
+    interruption = threading.Event()
+
+    def waiting() -> Generator[Words]:
+        yield Words("first")
+        assert interruption.wait(60)
+
+    start = time.monotonic()
+    with closing(sent_to_device(waiting(), CUDA, interrupt=interruption.set)) as items:
+        next(items)
+    assert time.monotonic() - start < 30
+
+
 def test_an_error_of_the_source_comes_after_the_items_before_it(cuda: Streams) -> None:
     def failing(count: int) -> Generator[Words]:
         yield from source([], count)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from ..conftest import REPOSITORY
-from .lives import STEPS, Life, Strace
+from .lives import STEPS, Held, Life, Strace
 from .matrix import Bench, Row
 
 NAMES = ("vae", "clip", "unet")
@@ -50,28 +50,32 @@ def kill_at_random(bench: Bench) -> None:
 
 
 def kill_at_system_call(bench: Bench) -> None:
-    """SIGKILL at the n-th system call that touches the run folder: restoring, steps, one save, pruning, finishing."""
-    numbers = calls_of_last_save(bench, "vae")
-    chosen = numbers if bench.trials == 0 else bench.random.sample(numbers, min(bench.trials, len(numbers)))
-    for number in sorted(chosen):
+    """SIGKILL at the n-th system call on the run folder, of training or of a save beside it, pruning included."""
+    calls = calls_with_one_save(bench, "vae")
+    for held, number in calls if bench.trials == 0 else sorted(bench.random.sample(calls, bench.trials)):
         out = bench.copy_of(bench.home.half_done("vae"))
-        life = bench.home.life("vae", out, held=True)
+        life = bench.home.life("vae", out, held=held)
         tracer = Strace(life, Path(os.devnull), "-e", f"inject=all:signal=KILL:when={number}")
         life.go()
-        bench.tally.judge(life, {-signal.SIGKILL, 0}, f"system call {number}")
+        bench.tally.judge(life, {-signal.SIGKILL, 0}, f"system call {number} after {held}")
         tracer.wait()
         bench.tally.trials += 1
-        bench.finish("vae", out, f"killed at system call {number} of {numbers[-1]}")
+        bench.finish("vae", out, f"killed at system call {number} after {held}")
 
 
-def calls_of_last_save(bench: Bench, name: str) -> list[int]:
-    """Numbers of the system calls of a life with one save that touch its run folder."""
-    out = bench.copy_of(bench.home.half_done(name))
-    return _calls_within(out, bench.home.life(name, out, held=True), out.parent / "calls")
+def calls_with_one_save(bench: Bench, name: str) -> list[tuple[Held, int]]:
+    """The system calls on its run folder of a life with one save: after `start` those of training, counted from its
+    beginning; after `save` those of the save's thread."""
+    calls: list[tuple[Held, int]] = []
+    for held in ("start", "save"):
+        out = bench.copy_of(bench.home.half_done(name))
+        life = bench.home.life(name, out, held=held)
+        calls += [(held, number) for number in _calls_within(out, life, out.parent / f"calls-{held}")]
+    return calls
 
 
 def _calls_within(folder: Path, held: Life, log: Path) -> list[int]:
-    """Numbers of the system calls of a held life that touch a folder."""
+    """Numbers of the system calls that touch a folder, of the thread that is held."""
     tracer = Strace(held, log)
     held.go()
     assert held.end() == 0, held.errors
@@ -85,7 +89,7 @@ def killed_while_indexing(bench: Bench) -> None:
     command = ["data", "index", str(bench.home.folder / "scenes"), "--json"]
     shared = os.environ["XDG_CACHE_HOME"]
 
-    def life(cache: Path, held: bool) -> Life:
+    def life(cache: Path, held: Held) -> Life:
         os.environ["XDG_CACHE_HOME"] = str(cache)
         return Life(command, cache.parent / "log", held=held)
 
@@ -93,14 +97,14 @@ def killed_while_indexing(bench: Bench) -> None:
         return re.findall(r'"(?:fingerprint|samples)": *"?(\w+)', one.errors)
 
     try:
-        numbers = _calls_within(cache := bench.fresh(), whole := life(cache, held=True), bench.folder / "calls")
+        numbers = _calls_within(cache := bench.fresh(), whole := life(cache, held="start"), bench.folder / "calls")
         for number in numbers if bench.trials == 0 else bench.random.sample(numbers, bench.trials):
-            killed = life(cache := bench.fresh(), held=True)
+            killed = life(cache := bench.fresh(), held="start")
             tracer = Strace(killed, Path(os.devnull), "-e", f"inject=all:signal=KILL:when={number}")
             killed.go()
             bench.tally.judge(killed, {-signal.SIGKILL, 0}, f"system call {number}")
             tracer.wait()
-            bench.tally.judge(again := life(cache, held=False), {0}, f"after system call {number}")
+            bench.tally.judge(again := life(cache, held=None), {0}, f"after system call {number}")
             if facts(again) != facts(whole) or len(facts(whole)) != 2:
                 bench.tally.silent.append(f"system call {number}: another index: {facts(again)}")
             bench.tally.trials += 1

@@ -15,16 +15,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
+from ldm_cli.training.background import Background
 from ldm_cli.training.interruption import hold_signals, release_signals
 
 STEPS, SAVE_EVERY = 12, 3
+Held = Literal["start", "save"] | None
 TIMEOUT = 300.0
 """Seconds that a life may take on a busy machine; whatever takes longer hangs."""
 _CPU_CLOCK = 2
@@ -40,11 +43,11 @@ class Life:
     Args:
         arguments: of the command line.
         log: stderr goes there, stdout too.
-        held: stop before the first instruction, until `go`.
+        held: stop, until `go`, before the first instruction or in the thread of the first save, before its first one.
         max_file_bytes: RLIMIT_FSIZE.
     """
 
-    def __init__(self, arguments: Sequence[str], log: Path, held: bool = False, max_file_bytes: int | None = None):
+    def __init__(self, arguments: Sequence[str], log: Path, held: Held = None, max_file_bytes: int | None = None):
         self.log = log
         hold_signals()  # as the program does first of all
         self.pid = os.fork()
@@ -61,6 +64,8 @@ class Life:
         self.hung = False
         if held:
             os.waitpid(self.pid, os.WUNTRACED)
+        self.thread = int(_note_of_thread(log).read_text()) if held == "save" else self.pid
+        """The thread that is held."""
 
     def lasts(self, seconds: float) -> bool:
         """Wait so long; whether it lives then."""
@@ -118,7 +123,23 @@ class Life:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
 
-def _live(arguments: Sequence[str], log: Path, held: bool, max_file_bytes: int | None) -> None:
+def _note_of_thread(log: Path) -> Path:
+    return log.with_suffix(".thread")
+
+
+def _hold_first_save(note: Path) -> None:
+    attempt = Background._attempt
+
+    def hold(self: Background, work: Callable[[], None]) -> None:
+        Background._attempt = attempt  # type: ignore[method-assign]
+        note.write_text(str(threading.get_native_id()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+        attempt(self, work)
+
+    Background._attempt = hold  # type: ignore[method-assign]
+
+
+def _live(arguments: Sequence[str], log: Path, held: Held, max_file_bytes: int | None) -> None:
     code = 70
     try:
         os.setsid()
@@ -133,8 +154,10 @@ def _live(arguments: Sequence[str], log: Path, held: bool, max_file_bytes: int |
         faulthandler.enable(sys.__stderr__)
         from ldm_cli.cli.app import run
 
-        if held:
+        if held == "start":
             os.kill(os.getpid(), signal.SIGSTOP)
+        elif held == "save":
+            _hold_first_save(_note_of_thread(log))
         code = run(list(arguments))
         sys.stdout.flush()
     finally:
@@ -212,15 +235,15 @@ class Home:
 
 
 class Strace:
-    """strace on a held life; its end is the life's."""
+    """strace on the thread of a life that is held; its end is the life's."""
 
     def __init__(self, life: Life, output: Path, *options: str) -> None:
         command = ["strace", "-qq", "-y", "-o", str(output), "-e", f"trace={SYSTEM_CALLS}", "-e", "signal=none"]
         self._process = subprocess.Popen(
-            [*command, *options, "-p", str(life.pid)], stderr=subprocess.PIPE, start_new_session=True
+            [*command, *options, "-p", str(life.thread)], stderr=subprocess.PIPE, start_new_session=True
         )
         deadline = time.monotonic() + 30
-        while "TracerPid:\t0" in Path(f"/proc/{life.pid}/status").read_text():
+        while "TracerPid:\t0" in Path(f"/proc/{life.thread}/status").read_text():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"strace cannot attach: {self._process.communicate()[1].decode()}")
             time.sleep(0.002)

@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from .interruption_rows import calls_of_last_save
+from .interruption_rows import calls_with_one_save
 from .lives import Life, Strace
 from .matrix import Bench, Row
 
@@ -27,17 +27,16 @@ def _older_are_sound(bench: Bench, out: Path, what: str) -> None:
 
 def failing_system_call(bench: Bench, *, error: str, for_good: bool) -> None:
     """The n-th system call on the run folder fails, once or from then on."""
-    numbers = calls_of_last_save(bench, "vae")
-    chosen = numbers if bench.trials == 0 else bench.random.sample(numbers, min(bench.trials, len(numbers)))
+    found = calls_with_one_save(bench, "vae")
     # What fails for good must not be stderr, on which the failure is told: opening, syncing and renaming is enough.
     calls = "openat,fsync,rename,mkdir,linkat,link" if for_good else "all"
-    for number in sorted(chosen):
+    for held, number in found if bench.trials == 0 else sorted(bench.random.sample(found, bench.trials)):
         out = bench.copy_of(bench.home.half_done("vae"))
-        life = bench.home.life("vae", out, held=True)
+        life = bench.home.life("vae", out, held=held)
         when = f"{number // 3}+" if for_good else str(number)
         tracer = Strace(life, Path(os.devnull), "-e", f"inject={calls}:error={error}:when={when}")
         life.go()
-        what = f"{error} at {when}"
+        what = f"{error} at {when} after {held}"
         bench.tally.judge(life, {0, 66, 73, 74, 83} if for_good else {0, 73, 74}, what)
         tracer.wait()
         bench.tally.trials += 1

@@ -42,11 +42,16 @@ def test_a_save_that_fails_leaves_the_older_checkpoint_and_no_rubbish(
         file.write_bytes(b"half")
         raise error
 
+    def begin() -> None:
+        while not (tmp_path / "broken/checkpoints" / checkpoint_name(5)).exists():
+            time.sleep(0.001)
+        patch.setattr(weight_files, "save_file", full)
+
     with (
         monkeypatch.context() as patch,
         pytest.raises(StorageError, match=rf"{words} \(it takes [\d.]+ [KM]iB, [\d.]+ [MGT]iB are free\)") as caught,
     ):
-        run(tmp_path / "broken", source=until(7, lambda: patch.setattr(weight_files, "save_file", full)))
+        run(tmp_path / "broken", source=until(7, begin))
     assert caught.value.code == 74
     assert [p.name for p in checkpoints(tmp_path / "broken/checkpoints")] == [checkpoint_name(5)]
     assert problem_with(tmp_path / "broken/checkpoints" / checkpoint_name(5)) is None
@@ -102,7 +107,7 @@ def test_files_follow_the_umask(tmp_path: Path, umask: int) -> None:
 
 
 class BlankTask(ToyTask):
-    def picture(self, folder: Path) -> None:
+    def picture(self, folder: Path | None) -> None:
         """Nothing to draw."""
 
 

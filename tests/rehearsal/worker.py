@@ -58,8 +58,13 @@ def train(recipe: Mapping[str, Any], out: Path, plant: Callable[[pytest.MonkeyPa
     return {"touches": device.touches[ends[PLAIN_STEP - 2] : ends[PLAIN_STEP - 1]], "losses": made}
 
 
-def sample(folder: Path, **sampling: Any) -> dict[str, Any]:
-    """Generate a picture on the device from a pipeline's folder.
+def sample(folder: Path, plant: Callable[[pytest.MonkeyPatch], None] | None = None, **sampling: Any) -> dict[str, Any]:
+    """Generate pictures on the device from a pipeline's folder.
+
+    Args:
+        folder: of the pipeline.
+        plant: changes the code before.
+        sampling: fields of the configuration.
 
     Returns:
         `touches` between the first call of the denoiser and the last; the `rows` of each call; the `pixels`.
@@ -72,7 +77,9 @@ def sample(folder: Path, **sampling: Any) -> dict[str, Any]:
         calls.append((len(given[0]), len(device.touches)))
 
     device.touches.clear()
-    with pipeline.family.denoiser.register_forward_pre_hook(called):
+    with pytest.MonkeyPatch.context() as patch, pipeline.family.denoiser.register_forward_pre_hook(called):
+        if plant is not None:
+            plant(patch)
         pictures = pipeline.generate(requests_for(["a red circle"], config), config)
         pixels = [picture.pixels.tolist() for picture in pictures]
     touches = device.touches[calls[0][1] : calls[-1][1]]

@@ -36,6 +36,8 @@ from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.stages.evaluate import run
 from ldm_cli.stages.support.options import RunOptions
 
+from ..training.forked import ForkedRanks
+
 ALL = ["clip_score", "zero_shot", "retrieval", "reconstruction", "frechet_distance", "attribute_accuracy"]
 
 
@@ -121,6 +123,17 @@ def evaluate(home: Path, metrics: list[str], **changes: Any) -> dict[str, Any]:
     return run(recipe(home, metrics, **changes), RunOptions(device="cpu"), SilentReporter())
 
 
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_several_ranks_measure_what_one_measures(home: Path, tmp_path: Path, world_size: int) -> None:
+    asked = recipe(home, ALL, batch_size=3)
+    run(asked, RunOptions(device="cpu", out=tmp_path / "one.json"), SilentReporter())
+    options = RunOptions(device="cpu", out=tmp_path / "several.json")
+    with ForkedRanks(lambda rank: 0 * len(run(asked, options, SilentReporter())), tmp_path, world_size) as job:
+        assert job.wait() == [0] * world_size, job.words()
+    one, several = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "several"))
+    assert several["metrics"] == one["metrics"]
+
+
 def test_every_metric_is_measured_and_carries_its_provenance(home: Path, tmp_path: Path) -> None:
     asked = recipe(home, ALL)
     result = run(asked, RunOptions(device="cpu", out=tmp_path / "out"), SilentReporter())
@@ -196,7 +209,8 @@ def test_an_autoencoder_that_returns_its_input_is_perfect(home: Path, monkeypatc
 
 
 def test_a_pipeline_that_draws_the_truth_is_perfect(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def draw(config: Any, captions: list[str], models: Any, reporter: Any) -> Any:
+    def draw(config: Any, gathered: Any, models: Any, reporter: Any) -> Any:
+        captions = gathered.captions
         pictures = [scene(0, i, "val", 32) for i in range(len(captions))]
         assert captions == [picture.caption for picture in pictures]
         flat = [torch.frombuffer(bytearray(p.image.tobytes()), dtype=torch.uint8) for p in pictures]

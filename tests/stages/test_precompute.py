@@ -34,6 +34,7 @@ from ldm_cli.training.failures import MAX_ATTEMPTS
 from tests.data.tars import png, write_tar
 
 from ..faults.runs import assert_same_run, metrics
+from ..training.forked import ForkedRanks
 from .tiny import clip_recipe, lose_after, trained, unet_recipe, vae_recipe
 
 Parts = tuple[Path, Path, Path]
@@ -393,3 +394,16 @@ def test_the_plan_names_the_room_that_the_files_take(parts: Parts, tmp_path: Pat
     precompute.run(recipe, RunOptions(device="cpu"), SilentReporter())
     written = sum(path.stat().st_size for path in (tmp_path / "cache").glob("latents-*.tar"))
     assert expected["bytes_of_latents"] == pytest.approx(written, rel=0.2)
+
+
+def test_two_ranks_write_the_files_that_one_writes(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precompute, "_CAPTIONS_PER_FILE", 20)
+    recipe = unet_recipe(*parts)
+    cached(recipe, tmp_path / "one")
+    with ForkedRanks(lambda rank: 0 * len(cached(recipe, tmp_path / "two")), tmp_path) as job:
+        assert job.wait() == [0, 0], job.words()
+    one, two = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert len([name for name in one if name.endswith(".tar")]) > 4
+    assert one == two

@@ -27,10 +27,12 @@ from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.request import ImageRequest
 from ldm_cli.stages.support.training_run import Workbench
 from ldm_cli.stages.train_unet import DenoiserTask
+from ldm_cli.training.distributed import joined
 from ldm_cli.training.run_folder import RunFolder
 
 from ..faults.runs import assert_same_run, metrics, status
 from ..sampling.tiny import loaded_pipeline
+from ..training.forked import ForkedRanks
 from .tiny import lose_after, losses, trained, unet_recipe, vae_recipe
 
 CPU = torch.device("cpu")
@@ -198,6 +200,34 @@ def test_validation_is_the_same_in_two_calls_and_needs_no_global_generator(
     state = torch.random.get_rng_state()
     backward(task, next(loader.batches(0, 1)), 1)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_ranks_that_share_validation_and_pictures_get_the_figures_and_pictures_of_one(
+    parts: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    """Three ranks for two held-out batches: one of them has nothing to validate."""
+    task, _ = make_task(parts, tmp_path / "run")
+
+    def results(folder: Path | None) -> dict[str, float]:
+        with torch.no_grad():
+            task.picture(folder)
+            return task.validate()
+
+    folders = [tmp_path / "one", tmp_path / "several"]
+    for folder in folders:
+        folder.mkdir()
+    expected = results(folders[0])
+
+    def work(rank: int) -> int:
+        with joined(CPU, 60.0) as ranks:
+            task.bench = replace(task.bench, sharing=ranks)
+            assert results(folders[1] if ranks.is_first else None) == expected
+        return 0
+
+    with ForkedRanks(work, tmp_path, 3) as job:
+        assert job.wait() == [0, 0, 0], job.words()
+    for name in ("grid.png", "prompts.json"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
 
 
 def test_the_loss_of_a_sample_does_not_depend_on_its_neighbours(parts: tuple[Path, Path, Path], tmp_path: Path) -> None:

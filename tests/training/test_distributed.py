@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from ldm_cli.errors import LdmError, Preempted, UsageError, WorkerError
-from ldm_cli.training import distributed
+from ldm_cli.training import distributed, gradient_buckets
 from ldm_cli.training.distributed import joined
 from ldm_cli.training.muon import Muon
+from ldm_cli.training.rank_watch import RankWatch
 from ldm_cli.training.ranks import Ranks
 
 from .forked import ForkedRanks
@@ -62,7 +65,7 @@ def test_two_processes_exchange_tensors_texts_and_numbers(tmp_path: Path) -> Non
 
 
 def test_messages_of_several_buckets_add_up_to_the_same_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "_BUCKET_SIZE", 5)
+    monkeypatch.setattr(gradient_buckets, "_BUCKET_SIZE", 5)
 
     def work(rank: int) -> int:
         with joined(CPU, 60.0) as ranks:
@@ -149,6 +152,61 @@ def test_a_stopped_rank_is_missed_after_the_time_out(tmp_path: Path, victim: int
     with ForkedRanks(work, tmp_path) as job:
         assert job.wait([1 - victim]) == [WorkerError.code]
         assert f"rank {victim} of 2 is lost: it gave no sign of life for 2 s" in job.words()[1 - victim]
+
+
+def test_a_wait_for_the_device_ends_when_another_rank_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is busy with a sum that the lost rank never sends."""
+
+    class Event:
+        def __init__(self) -> None:
+            self.asked = 0
+
+        def record(self) -> None:
+            """Of a stream that does not get on."""
+
+        def query(self) -> bool:
+            self.asked += 1
+            return self.asked > is_done_after
+
+    is_done_after = 5
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+
+    def work(rank: int) -> int:
+        nonlocal is_done_after
+        try:
+            with joined(CPU, 2.0) as ranks:
+                assert isinstance(ranks, distributed._ConnectedRanks)
+                ranks._device = torch.device("cuda")
+                ranks.wait_for_device()
+                ranks.wait()
+                if rank == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                is_done_after = 10**9
+                ranks.wait_for_device()
+        except LdmError as error:
+            os.write(2, str(error).encode())
+            return error.code
+        return 0
+
+    began = time.monotonic()
+    with ForkedRanks(work, tmp_path) as job:
+        assert job.wait() == [WorkerError.code, -signal.SIGKILL]
+        assert "rank 1 of 2 is lost: it gave no sign of life for 2 s" in job.words()[0]
+    assert time.monotonic() - began < 20
+
+
+def test_two_threads_that_ask_do_not_make_the_store_silent_for_twice_as_long() -> None:
+    watch = RankWatch(HashStore(), rank=0, world_size=1, timeout=2.0)  # does not run: its beats stand still
+    for ask in (0, 1):
+        threads = [threading.Thread(target=watch.asked) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+            thread.join()
+        assert watch.asked() is None, ask
+    for _ in range(3):
+        assert watch.verdict is None
+        watch.asked()
+    assert watch.verdict == ("rank 0 of 1 is lost", "it gave no sign of life for 2 s")
 
 
 def test_a_slow_rank_is_waited_for_as_long_as_it_gives_signs_of_life(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,11 @@ from torch import Tensor, nn
 
 from ldm_cli.cli.app import run as ldm_run
 from ldm_cli.data.scenes import write_scenes
+from ldm_cli.errors import LdmError, WorkerError
 from ldm_cli.reporting import SilentReporter
+from ldm_cli.training import sharded_files
 from ldm_cli.training import sharded_weights as shards
+from ldm_cli.training.checkpoint import checkpoint_name, checkpoints, problem_with
 from ldm_cli.training.config import TrainConfig
 from ldm_cli.training.distributed import joined
 from ldm_cli.training.interruption import StopRequest
@@ -32,14 +38,14 @@ CPU = torch.device("cpu")
 SHARDED = configured(strategy="sharded", log_every=1, micro_batch=3, validate_every=10, batch_size=12)
 
 
-def trained(
+def training(
     path: Path,
     config: TrainConfig,
     world_size: int,
     poison: set[int] = frozenset(),  # type: ignore[assignment]
     frozen: int | None = None,
-) -> Path:
-    """The run in `path` after `world_size` ranks have trained to `config.steps`, but for the layer `frozen`."""
+) -> ForkedRanks:
+    """Ranks that train in `path` to `config.steps`, but for the layer `frozen`."""
 
     def work(rank: int) -> int:
         def batches(start: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -47,22 +53,27 @@ def trained(
                 x, y = data(step)
                 yield x.chunk(world_size)[rank], y.chunk(world_size)[rank]
 
-        with StopRequest(None) as stop, joined(CPU, 60.0) as ranks:
-            folder = RunFolder(path, SilentReporter())
-            if rank == 0:
-                folder.__enter__()
-            ranks.wait()
-            task: Any = ToyTask(poison)
-            if frozen is not None:
-                task.model[frozen].requires_grad_(False)
-            train(task, batches, config, folder, SilentReporter(), device=CPU, stop=stop, ranks=ranks)
-            if rank == 0:
-                folder.__exit__(None, None, None)
+        run = RunFolder(path, SilentReporter())
+        try:
+            with StopRequest(None) as stop, joined(CPU, 60.0) as ranks, run if rank == 0 else nullcontext():
+                ranks.wait()
+                task: Any = ToyTask(poison)
+                if frozen is not None:
+                    task.model[frozen].requires_grad_(False)
+                train(task, batches, config, run, SilentReporter(), device=CPU, stop=stop, ranks=ranks)
+        except LdmError as error:
+            os.write(2, str(error).encode())
+            return error.code
         return 0
 
     logs = path.parent / f"{path.name}.logs"
     logs.mkdir(exist_ok=True)
-    with ForkedRanks(work, logs, world_size) as job:
+    return ForkedRanks(work, logs, world_size)
+
+
+def trained(path: Path, config: TrainConfig, world_size: int, **options: Any) -> Path:
+    """The run in `path` after its ranks have trained; `options` as in `training`."""
+    with training(path, config, world_size, **options) as job:
         assert job.wait() == [0] * world_size, job.words()
     return path
 
@@ -96,6 +107,28 @@ def test_a_sharded_run_that_was_stopped_ends_with_the_same_bits(tmp_path: Path) 
     whole = trained(tmp_path / "whole", SHARDED, 2)
     trained(tmp_path / "halves", SHARDED.model_copy(update={"steps": 10}), 2)
     assert_same_run(whole, trained(tmp_path / "halves", SHARDED, 2), 20)
+
+
+@pytest.mark.slow
+def test_a_rank_killed_while_parts_are_written_ends_the_job_and_the_older_checkpoint_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, saved = sharded_files.save, []
+
+    def fatal(*given: Any, **options: Any) -> Any:
+        saved.append(given)
+        if os.environ["RANK"] == "1" and len(saved) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return save(*given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sharded_files, "save", fatal)
+        with training(tmp_path / "run", SHARDED, 2) as job:
+            assert job.wait() == [WorkerError.code, -signal.SIGKILL], job.words()
+    folder = tmp_path / "run/checkpoints"
+    assert [(p.name, problem_with(p)) for p in checkpoints(folder)] == [(checkpoint_name(5), None)]
+    assert not list(folder.glob(".tmp-*"))
+    assert_same_run(trained(tmp_path / "whole", SHARDED, 2), trained(tmp_path / "run", SHARDED, 2), 20)
 
 
 @pytest.mark.slow

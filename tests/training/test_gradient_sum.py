@@ -46,7 +46,7 @@ def summed(parts: list[Tensor], world_size: int, is_canonical: bool) -> list[Ten
     def work(rank: int) -> None:
         ranks = ThreadRanks(rank, world_size, barrier, board)
         weights = Weights({}, ranks)
-        total = CanonicalSum(weights, per_rank) if is_canonical else PlainSum(weights)
+        total = (CanonicalSum if is_canonical else PlainSum)(weights, per_rank)
         for part in parts[rank * per_rank : (rank + 1) * per_rank]:
             total.add(part.clone())
         results[rank] = total.finish()

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm_cli import philox
+from ldm_cli.training.task import WeightsByModule
 
 
 class ToyTask:
@@ -37,12 +38,13 @@ class ToyTask:
         x, y = data(10**6)
         return {"val_loss": (self.model(x) - y).square().mean().item()}
 
-    def picture(self, folder: Path) -> None:
-        (folder / "drawn.txt").write_text("picture")
+    def picture(self, folder: Path | None) -> None:
+        if folder is not None:
+            (folder / "drawn.txt").write_text("picture")
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, weights: WeightsByModule) -> None:
         folder.mkdir(exist_ok=True)
-        save_file(self.model.state_dict(), folder / "model.safetensors")
+        save_file(weights["model"], folder / "model.safetensors")
 
     def restore(self, folder: Path) -> None:
         self.model.load_state_dict(load_file(folder / "model.safetensors"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +21,8 @@ from ldm_cli.recipe.schema import SamplesConfig
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import requests_for
 from ldm_cli.sampling.sample_options import SampleOptions
+from ldm_cli.training.ranks import Ranks
+from ldm_cli.training.shared_work import in_turns, merged
 
 _NUM_NOISE_LEVELS = 5
 _PURPOSES = ("posterior noise", "noise", "timestep", "caption dropout")
@@ -59,18 +61,29 @@ class Denoising:
             return philox.uniform(key, epoch, position, 1)[:, 0]
         return torch.sigmoid(philox.normal(key, epoch, position, (1,))[:, 0])
 
-    def validate(self, held_out: Iterable[Encoded]) -> dict[str, float]:
-        """Held-out loss with fixed noise at fixed levels, the middles of equal ranges of u: mean and each."""
-        sums = torch.zeros(_NUM_NOISE_LEVELS, dtype=torch.float64, device=self.family.device)
-        count = 0
-        for batch, moments, condition in held_out:
+    def validate(
+        self, held_out: Sequence[Batch], encoded: Callable[[Batch], Encoded], ranks: Ranks
+    ) -> dict[str, float]:
+        """Held-out loss with fixed noise at fixed levels, the middles of equal ranges of u: mean and each.
+
+        Args:
+            held_out: the batches, which the ranks share.
+            encoded: gives a batch with its encodings.
+            ranks: those that call.
+        """
+
+        def errors(held: Batch) -> Tensor:
+            batch, moments, condition = encoded(held)
+            sums = torch.zeros(_NUM_NOISE_LEVELS, dtype=torch.float64, device=self.family.device)
             for level in range(_NUM_NOISE_LEVELS):
                 u = torch.full((len(batch),), (level + 0.5) / _NUM_NOISE_LEVELS, device=sums.device)
-                sums[level] += self._error(batch, moments, condition, u, self._fixed_keys).double().sum()
-            count += len(batch)
-        if count == 0:
+                sums[level] = self._error(batch, moments, condition, u, self._fixed_keys).double().sum()
+            return sums
+
+        if not held_out:
             return {}
-        means = (sums / count).tolist()
+        sums = torch.stack(in_turns(held_out, errors, ranks)).sum(dim=0)
+        means = (sums / sum(map(len, held_out))).tolist()
         return {"val_loss": sum(means) / len(means)} | {f"val_loss/level{i}": m for i, m in enumerate(means)}
 
     def _error(
@@ -96,7 +109,12 @@ def _normal(key: philox.Key, batch: Batch, like: Tensor) -> Tensor:
 
 
 def generate_samples(
-    family: Family, config: SamplesConfig, captions: Sequence[str], folder: Path, warn: Callable[[str], None]
+    family: Family,
+    config: SamplesConfig,
+    captions: Sequence[str],
+    folder: Path | None,
+    warn: Callable[[str], None],
+    ranks: Ranks,
 ) -> None:
     """`grid.png` of the fixed prompts and seeds, and `prompts.json` with their names.
 
@@ -104,15 +122,23 @@ def generate_samples(
         family: the model.
         config: prompts and sampling.
         captions: held-out ones, which are the prompts if `config` names none.
-        folder: where to write.
+        folder: where rank 0 writes.
         warn: is called for each picture that is not finite, and is left out.
+        ranks: those that call, and share the pictures.
     """
     prompts = list(config.prompts) or list(captions[: config.num_prompts])
     if not prompts:
         return
-    options = SampleOptions(on_nonfinite=lambda error: warn(f"{error.what}: {error.cause}"))
-    pictures = Pipeline(family).generate(requests_for(prompts, config.sampling), config.sampling, options=options)
-    if not (images := [picture.pixels for picture in pictures]):
+    problems: list[str] = []
+    options = SampleOptions(on_nonfinite=lambda error: problems.append(f"{error.what}: {error.cause}"))
+    requests = requests_for(prompts, config.sampling)
+    own = range(ranks.rank, len(requests), ranks.world_size)
+    generated = Pipeline(family).generate([requests[i] for i in own], config.sampling, options=options)
+    pixels = merged({str(own[picture.index]): picture.pixels.cpu() for picture in generated}, ranks)
+    for text in ranks.texts(json.dumps(problems)):
+        for problem in json.loads(text):
+            warn(problem)
+    if folder is None or not pixels:
         return
-    save_image(folder / "grid.png", image_grid(images))
+    save_image(folder / "grid.png", image_grid([pixels[name] for name in sorted(pixels, key=int)]))
     (folder / "prompts.json").write_text(json.dumps(prompts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

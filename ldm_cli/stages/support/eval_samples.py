@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from ldm_cli.data.to_device import sent_to_device
 from ldm_cli.errors import DataError, DivergedError
 from ldm_cli.evaluation.clip_features import CLIPFeatures
 from ldm_cli.evaluation.image_quality import psnr, ssim
-from ldm_cli.evaluation.scene_detector import SeenScene, read_scenes
+from ldm_cli.evaluation.scene_detector import SeenObject, SeenScene, read_scenes
 from ldm_cli.families.family import place
 from ldm_cli.families.open_family import open_family, resolve_model
 from ldm_cli.formats.model_folder import load_model
@@ -29,6 +31,8 @@ from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.pixels import is_sound
 from ldm_cli.sampling.request import ImageRequest
+from ldm_cli.training.ranks import Ranks
+from ldm_cli.training.shared_work import merged
 
 _METRICS_BY_MODEL = {
     "clip": {"clip_score", "zero_shot", "retrieval", "frechet_distance"},
@@ -36,6 +40,7 @@ _METRICS_BY_MODEL = {
     "pipeline": {"clip_score", "frechet_distance", "attribute_accuracy"},
 }
 _REQUESTS_PER_CALL = 256
+_MEASURED = ("image_features", "text_features", "psnr", "ssim")
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,14 @@ class Models:
 
 @dataclass
 class Gathered:
-    """What was measured on images, real or generated, in the order of the samples (N of them)."""
+    """Measurements of images, real or generated, in the order of the samples (N of them).
 
+    The ranks take turns in measuring batches; `share` gives all of them the measurements of all.
+    """
+
+    ranks: Ranks
+    num_batches: int = 0
+    """Batches so far, of all ranks."""
     captions: list[str] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     metadata: list[dict[str, Any]] = field(default_factory=list)
@@ -61,7 +72,33 @@ class Gathered:
     text_features: list[Tensor] = field(default_factory=list)
     psnr: list[Tensor] = field(default_factory=list)
     ssim: list[Tensor] = field(default_factory=list)
-    scenes: list[SeenScene] = field(default_factory=list)
+    scenes_by_batch: list[list[SeenScene]] = field(default_factory=list)
+
+    @property
+    def scenes(self) -> list[SeenScene]:
+        """The scenes of all batches."""
+        return [scene for scenes in self.scenes_by_batch for scene in scenes]
+
+    def share(self) -> None:
+        """Exchange the measurements; all ranks call."""
+        numbers = range(self.ranks.rank, self.num_batches, self.ranks.world_size)
+        own = {
+            f"{name} {number}": tensor
+            for name in _MEASURED
+            for number, tensor in zip(numbers, getattr(self, name), strict=False)
+        }
+        every = merged(own, self.ranks)
+        for name in _MEASURED:
+            names = [f"{name} {number}" for number in range(self.num_batches)]
+            setattr(self, name, [every[name] for name in names if name in every])
+        texts = self.ranks.texts(json.dumps([[asdict(scene) for scene in scenes] for scenes in self.scenes_by_batch]))
+        turns = zip_longest(*map(json.loads, texts), fillvalue=())
+        self.scenes_by_batch = [[_as_scene(scene) for scene in batch] for turn in turns for batch in turn]
+
+
+def _as_scene(fields: dict[str, Any]) -> SeenScene:
+    objects = tuple(SeenObject(**{**seen, "center": tuple(seen["center"])}) for seen in fields["objects"])
+    return SeenScene(**{**fields, "objects": objects})
 
 
 def needed_folders(config: EvalSection) -> dict[str, str]:
@@ -91,9 +128,9 @@ def load_models(config: EvalSection, device: torch.device) -> Models:
     return Models(clip, vae, pipeline, device, hashes)
 
 
-def measure_real(recipe: EvalRecipe, shards: ShardSet, models: Models, reporter: Reporter) -> Gathered:
-    """The first samples of the shards: as many as the metrics or the drawing ask for."""
-    config, gathered = recipe.eval, Gathered()
+def measure_real(recipe: EvalRecipe, shards: ShardSet, models: Models, reporter: Reporter, ranks: Ranks) -> Gathered:
+    """The first samples of the shards: as many as the metrics or the generation ask for; all ranks call."""
+    config, gathered = recipe.eval, Gathered(ranks)
     labelled = "zero_shot" in config.metrics and any(task.label == "cls" for task in config.zero_shot)
     data = recipe.data.model_copy(update={"label": "cls"}) if labelled else recipe.data
     limit = max(config.num_samples, config.num_generated if models.pipeline is not None else 0)
@@ -106,6 +143,7 @@ def measure_real(recipe: EvalRecipe, shards: ShardSet, models: Models, reporter:
             progress.update(len(gathered.keys))
     if not gathered.keys:
         raise DataError(f"no usable sample in '{recipe.data.shards}'")
+    gathered.share()
     return gathered
 
 
@@ -114,6 +152,9 @@ def _add_real(gathered: Gathered, batch: Batch, models: Models, with_scenes: boo
     gathered.keys += batch.keys
     gathered.metadata += batch.metadata or []
     gathered.labels += batch.labels.tolist() if batch.labels is not None else []
+    gathered.num_batches += 1
+    if (gathered.num_batches - 1) % gathered.ranks.world_size != gathered.ranks.rank:
+        return
     if models.clip is not None:
         gathered.image_features.append(models.clip.images(batch.images))
         gathered.text_features.append(models.clip.texts(batch.captions))
@@ -122,7 +163,7 @@ def _add_real(gathered: Gathered, batch: Batch, models: Models, with_scenes: boo
         gathered.psnr.append(psnr(again, batch.images).cpu())
         gathered.ssim.append(ssim(again, batch.images).cpu())
     if with_scenes:
-        gathered.scenes += read_scenes(batch.images.cpu())
+        gathered.scenes_by_batch.append(read_scenes(batch.images.cpu()))
 
 
 @torch.inference_mode()
@@ -139,27 +180,31 @@ def _reconstructed(vae: AutoencoderKL, images: Tensor) -> Tensor:
 
 
 def measure_generated(config: EvalSection, real: Gathered, models: Models, reporter: Reporter) -> Gathered:
-    """A picture for each of the first captions, measured and dropped."""
-    gathered = Gathered(captions=real.captions[: config.num_generated])
+    """A picture for each of the first captions, measured and dropped; all ranks call."""
+    gathered = Gathered(real.ranks, captions=real.captions[: config.num_generated])
+    gathered.num_batches = -(-len(gathered.captions) // config.batch_size)
     with_scenes = "attribute_accuracy" in config.metrics
-    for images in _generated(config, gathered.captions, models, reporter):
+    for images in _generated(config, gathered, models, reporter):
         if models.clip is not None:
             gathered.image_features.append(models.clip.images(images))
         if with_scenes:
-            gathered.scenes += read_scenes(images)
+            gathered.scenes_by_batch.append(read_scenes(images))
+    gathered.share()
     return gathered
 
 
-def _generated(config: EvalSection, captions: list[str], models: Models, reporter: Reporter) -> Iterator[Tensor]:
-    """Batches of pictures, uint8 [B, 3, H, W], one picture per caption."""
+def _generated(config: EvalSection, gathered: Gathered, models: Models, reporter: Reporter) -> Iterator[Tensor]:
+    """This rank's batches of pictures, uint8 [B, 3, H, W], one picture per caption."""
     assert models.pipeline is not None
-    requests = [ImageRequest(caption, config.sampling.seed + i) for i, caption in enumerate(captions)]
+    requests = [ImageRequest(caption, config.sampling.seed + i) for i, caption in enumerate(gathered.captions)]
+    ranks, size = gathered.ranks, config.batch_size
+    batches = [requests[start : start + size] for start in range(0, len(requests), size)][
+        ranks.rank :: ranks.world_size
+    ]
     # In portions, because text states of all prompts at once would not fit for tens of thousands of them.
-    for start in range(0, len(requests), _REQUESTS_PER_CALL):
-        portion = requests[start : start + _REQUESTS_PER_CALL]
-        batch: list[Tensor] = []
-        for picture in models.pipeline.generate(portion, config.sampling, reporter=reporter):
-            batch.append(picture.pixels)
-            if len(batch) == config.batch_size or picture.index == len(portion) - 1:
-                yield torch.stack(batch)
-                batch = []
+    num_together = max(1, _REQUESTS_PER_CALL // size)
+    for start in range(0, len(batches), num_together):
+        portion = [request for batch in batches[start : start + num_together] for request in batch]
+        pictures = models.pipeline.generate(portion, config.sampling, reporter=reporter)
+        for batch in batches[start : start + num_together]:
+            yield torch.stack([picture.pixels for picture in islice(pictures, len(batch))])

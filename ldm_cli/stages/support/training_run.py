@@ -46,15 +46,15 @@ class Workbench:
     run: RunFolder
     shards: ShardSet | Stream
     held_out: tuple[Batch, ...]
-    """The first `train.validation_samples` samples of `data.val_shards`, in order; empty without them, and on all
-    ranks but the first.
-    """
+    """The first `train.validation_samples` samples of `data.val_shards`, in order; empty without them."""
     device: torch.device
     reporter: Reporter
     cache: LatentCache | None = None
     """Encodings of the training data, which the batches then hold instead of images."""
     ranks: Ranks = field(default_factory=Ranks)
     """The processes that train together."""
+    sharing: Ranks = field(default_factory=Ranks)
+    """The processes that share validation and sample pictures: those that hold full weights."""
 
 
 def run_training(
@@ -128,13 +128,13 @@ def _train(
     validates_start: bool,
 ) -> dict[str, Any]:
     ranks = bench.ranks
-    with _nothing_to_save(stop, ranks):
-        if ranks.is_first:
-            held_out = _held_out(recipe, ranks.world_size, bench.reporter, with_captions)
-            bench = replace(bench, held_out=tuple(held_out))
-        with ranks.first_then_others(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            task = build(bench)
+    with _nothing_to_save(stop, ranks), ranks.first_then_others(), torch.random.fork_rng(devices=[]):
+        sharing = ranks if recipe.train.strategy == "replicated" else Ranks()
+        if sharing.world_size > 1 or ranks.is_first:
+            held_out = tuple(_held_out(recipe, ranks.world_size, bench.reporter, with_captions))
+            bench = replace(bench, held_out=held_out, sharing=sharing)
+        torch.manual_seed(recipe.seed)
+        task = build(bench)
     loader = Loader(
         bench.shards,
         recipe.data,
@@ -146,7 +146,10 @@ def _train(
         report_bad=BadSampleLog(bench.run.path / "bad_samples.jsonl"),
         cache=bench.cache,
     )
-    batches = lambda start, end: sent_to_device(loader.batches(start, end), bench.device, task.prepare)  # noqa: E731
+
+    def batches(start: int, end: int) -> Iterator[Batch]:
+        return sent_to_device(loader.batches(start, end), bench.device, task.prepare, loader.interrupt)
+
     return train(
         task,
         batches if options.data_trace is None else traced(batches, options.data_trace, ranks),
