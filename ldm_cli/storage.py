@@ -12,15 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ldm_cli.errors import (
-    NOT_WRITABLE,
-    CheckpointError,
-    InputNotFoundError,
-    LdmError,
-    OutputError,
-    StorageError,
-    amount,
-)
+from ldm_cli.errors import NOT_WRITABLE, InputNotFoundError, LdmError, OutputError, StorageError, amount
 
 TEMPORARY_PREFIX = ".tmp-"
 """Prefix of unfinished files and folders; the owner of their folder may delete them."""
@@ -56,18 +48,14 @@ def user_cache() -> Path:
 
 
 def resolve_model_folder(path: Path) -> Path:
-    """The folder that the path of a model means: itself, or in the Hugging Face cache the snapshot of `main`.
+    """The folder or file that the path of a model means: itself, or in the Hugging Face cache the snapshot of `main`.
 
     The root of a cached model is `models--ORG--NAME`, with `refs/main` and `snapshots/COMMIT`. Without that file, its
     only snapshot is taken.
 
     Raises:
-        CheckpointError: the path is a single file.
         InputNotFoundError: the path is the root of a cached model without that snapshot.
     """
-    if path.is_file():
-        remedy = "give a folder with config.json and its weights"
-        raise CheckpointError(f"cannot use '{path}'", "it is a single file, not a model folder", remedy)
     if not (path / "snapshots").is_dir():
         return path
     main, snapshots = path / "refs" / "main", sorted((path / "snapshots").iterdir())

@@ -9,7 +9,9 @@ from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.core.models.clip_image_processor import CLIPImageProcessor
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError
-from ldm_cli.formats.model_folder import CONFIG_NAME, load_model, read_as, read_image_processor
+from ldm_cli.families.clip_text_encoder import tokenizer_folder
+from ldm_cli.formats.model_folder import load_model, read_as, read_image_processor
+from ldm_cli.formats.weight_files import CONFIG_NAME
 from ldm_cli.storage import resolve_model_folder
 
 
@@ -20,7 +22,7 @@ def open_clip(folder: Path) -> tuple[CLIPModel, Tokenizer, CLIPImageProcessor]:
         CheckpointError: as in `open_image_processor`.
     """
     model = load_model(CLIPModel, folder)
-    return model, Tokenizer.load(folder), open_image_processor(folder)
+    return model, Tokenizer.load(tokenizer_folder(folder)), open_image_processor(folder)
 
 
 def open_image_processor(folder: Path) -> CLIPImageProcessor:

@@ -17,6 +17,7 @@ from ldm_cli.families.caption_tokens import CaptionTokens
 from ldm_cli.families.family import model_sha256
 from ldm_cli.families.prompt_weights import WeightedText, parse_weights
 from ldm_cli.formats.model_folder import load_model
+from ldm_cli.formats.model_source import outside_file, split_at_file
 from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TOKENIZER
 from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS
@@ -50,17 +51,17 @@ class CLIPTextEncoder:
 
     @classmethod
     def load(
-        cls, folder: Path, tokenizer: Path | None = None, warn: Callable[[str], None] = _ignore
+        cls, folder: Path, warn: Callable[[str], None] = _ignore, dtype: torch.dtype = torch.float32
     ) -> CLIPTextEncoder:
         """Read a CLIPTextModel folder, or the text tower of a CLIPModel folder; errors as in `load_model`.
 
         Args:
             folder: of the tower.
-            tokenizer: folder of the tokenizer; None: `tokenizer_folder`.
             warn: called once if captions are cut.
+            dtype: of the tower's weights.
         """
-        model = load_model(CLIPTextModel, folder, text_config_of, allow_extra=True)
-        return cls(model, Tokenizer.load(tokenizer or tokenizer_folder(folder)), folder, warn)
+        model = load_model(CLIPTextModel, folder, text_config_of, allow_extra=True, dtype=dtype)
+        return cls(model, Tokenizer.load(tokenizer_folder(folder)), folder, warn)
 
     def save(self, folder: Path, tokenizer: Path) -> None:
         """Write the tower and the tokenizer into their folders; errors as in `save_model`."""
@@ -133,7 +134,13 @@ class CLIPTextEncoder:
 
 
 def tokenizer_folder(text_encoder: Path) -> Path:
-    """Where the tokenizer of a tower lies: in the same folder, or in `tokenizer` beside it, as in pipelines."""
+    """Where the tokenizer of a tower lies: in the same folder, or in `tokenizer` beside it, as in pipelines.
+
+    Raises:
+        InputNotFoundError: the tower is in a single file, and there is no such folder beside that.
+    """
+    if (found := split_at_file(text_encoder)) is not None:
+        return outside_file(found[0], TOKENIZER)
     beside = text_encoder.parent / TOKENIZER
     return beside if text_encoder.name == TEXT_ENCODER and beside.is_dir() else text_encoder
 

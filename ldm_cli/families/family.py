@@ -23,8 +23,8 @@ from ldm_cli.core.cpu import tune_for_cpu
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.diffusion.process import Process, process_of
 from ldm_cli.formats.model_folder import read_config
+from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.formats.scheduler_file import SchedulerSettings
-from ldm_cli.formats.weight_files import weights_sha256
 
 
 class Encoder(Protocol):

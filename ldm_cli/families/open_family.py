@@ -1,4 +1,4 @@
-"""Which folder a path means, and which family its model belongs to."""
+"""Which model a path means, and which family it belongs to."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import nn
 from ldm_cli import families
 from ldm_cli.errors import CheckpointError, InputNotFoundError
 from ldm_cli.families.family import Family
-from ldm_cli.formats.json_file import read_json
-from ldm_cli.formats.model_folder import CONFIG_NAME
+from ldm_cli.formats.model_source import has_model_json, read_model_json, split_at_file
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
+from ldm_cli.formats.weight_files import CONFIG_NAME
 from ldm_cli.storage import resolve_model_folder
 
 
@@ -28,7 +28,7 @@ def open_family(
     precision, compiled=…)` and `outline_folder(folder)`, whose arguments and errors are those of this function.
 
     Args:
-        path: the folder.
+        path: the folder, or a single file.
         device: where to put the networks.
         precision: `fp32`, `bf16` or `fp16`.
         compiled: whether denoiser and codec are compiled.
@@ -57,15 +57,15 @@ def _module_of(folder: Path) -> Any:
         module = importlib.import_module(f"{families.__name__}.{found.name}")
         if hasattr(module, "is_mine") and module.is_mine(folder):
             return module
-    if not (folder / INDEX_NAME).is_file():
+    if not has_model_json(folder / INDEX_NAME):
         remedy = "give a Stable Diffusion folder, or a run of train-unet"
         raise InputNotFoundError(f"no pipeline in '{folder}'", f"{INDEX_NAME} is missing", remedy)
-    kind = read_json(folder / INDEX_NAME).get("_class_name")
+    kind = read_model_json(folder / INDEX_NAME).get("_class_name")
     raise CheckpointError(f"cannot use '{folder}'", f"it holds a {kind!r}, which is not supported")
 
 
 def resolve_model(path: Path) -> Path:
-    """The model folder that a path means: itself, or the model of a run, of a checkpoint or of a hub cache's root.
+    """The model folder or file that a path means: itself, or the model of a run, a checkpoint or a hub cache's root.
 
     A run's is `model/` once it is finished, before that its newest checkpoint; a checkpoint's is `ema/` where
     weights are averaged, else `model/`.
@@ -74,6 +74,8 @@ def resolve_model(path: Path) -> Path:
         InputNotFoundError: there is no such folder, or no model in it.
     """
     path = resolve_model_folder(path)
+    if split_at_file(path) is not None:
+        return path
     if not path.is_dir():
         raise InputNotFoundError(f"model folder '{path}' not found", remedy="check --model, or train it first")
     manifests = sorted((path / "checkpoints").glob("step-*/manifest.json"))

@@ -22,13 +22,13 @@ from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.core.precision import DTYPES
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError
-from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, text_config_of
+from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, text_config_of, tokenizer_folder
 from ldm_cli.families.family import Family, place
 from ldm_cli.formats import pipeline_folder as layout
-from ldm_cli.formats.json_file import read_json
 from ldm_cli.formats.model_folder import load_model, outline_model
+from ldm_cli.formats.model_source import has_model_json, read_model_json
 from ldm_cli.formats.save_model import save_model
-from ldm_cli.formats.scheduler_file import SCHEDULER_FILE, SchedulerSettings, read_scheduler, write_scheduler
+from ldm_cli.formats.scheduler_file import SchedulerSettings, read_scheduler, write_scheduler
 
 _PIPELINES = (
     layout.PIPELINE_CLASS,
@@ -83,22 +83,22 @@ class StableDiffusion(Family):
         save_model(folder / layout.VAE, weights, config.to_hugging_face())
         self.encoder.save(folder / layout.TEXT_ENCODER, folder / layout.TOKENIZER)
         write_scheduler(folder, self.settings)
-        layout.write_index(folder, self.settings)
+        layout.write_index(folder, self.settings.scheduler_class)
 
 
 def is_mine(folder: Path) -> bool:
     """Whether the folder holds a Stable Diffusion pipeline."""
     index = folder / layout.INDEX_NAME
-    return index.is_file() and read_json(index).get("_class_name") in _PIPELINES
+    return has_model_json(index) and read_model_json(index).get("_class_name") in _PIPELINES
 
 
 def open_folder(folder: Path, device: torch.device | str, precision: str, *, compiled: bool = False) -> StableDiffusion:
     """Read a folder; see `open_family`. An autoencoder with `force_upcast` is not put in fp16."""
-    settings = _read_settings(folder)
+    settings, dtype = _read_settings(folder), DTYPES[precision]
     family = StableDiffusion(
-        denoiser=load_model(UNet2DConditionModel, folder / layout.UNET),
-        codec=load_model(AutoencoderKL, folder / layout.VAE),
-        encoder=CLIPTextEncoder.load(folder / layout.TEXT_ENCODER, folder / layout.TOKENIZER),
+        denoiser=load_model(UNet2DConditionModel, folder / layout.UNET, dtype=dtype),
+        codec=load_model(AutoencoderKL, folder / layout.VAE, dtype=torch.float32 if precision == "fp16" else dtype),
+        encoder=CLIPTextEncoder.load(folder / layout.TEXT_ENCODER, dtype=dtype),
         settings=settings,
         folder=folder,
         is_compiled=compiled,
@@ -118,7 +118,7 @@ def outline_folder(folder: Path) -> dict[str, nn.Module]:
     unet = outline_model(UNet2DConditionModel, folder / layout.UNET)
     vae = outline_model(AutoencoderKL, folder / layout.VAE)
     text = outline_model(CLIPTextModel, folder / layout.TEXT_ENCODER, text_config_of, allow_extra=True)
-    num_tokens = Tokenizer.load(folder / layout.TOKENIZER).vocab_size
+    num_tokens = Tokenizer.load(tokenizer_folder(folder / layout.TEXT_ENCODER)).vocab_size
     _check_parts(folder, unet.config, vae.config.latent_channels, text.config, num_tokens)
     return {layout.UNET: unet, layout.VAE: vae, layout.TEXT_ENCODER: text}
 
@@ -135,12 +135,12 @@ def check_fit(family: StableDiffusion) -> None:
 
 
 def _read_settings(folder: Path) -> SchedulerSettings:
-    pipeline = read_json(folder / layout.INDEX_NAME).get("_class_name", layout.PIPELINE_CLASS)
+    pipeline = read_model_json(folder / layout.INDEX_NAME).get("_class_name", layout.PIPELINE_CLASS)
     settings = read_scheduler(folder, pipeline)
     try:
         DiffusionConfig.from_mapping(settings.diffusion)
     except ValidationError as error:
-        raise CheckpointError(f"cannot use '{folder / SCHEDULER_FILE}'", "; ".join(causes(error))) from error
+        raise CheckpointError(f"cannot use '{folder / layout.SCHEDULER_FILE}'", "; ".join(causes(error))) from error
     return settings
 
 

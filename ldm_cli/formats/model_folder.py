@@ -1,4 +1,4 @@
-"""A model folder in the Hugging Face layout: config.json beside its weights, in and out."""
+"""A model of a folder in the Hugging Face layout, or of a single file, as a module."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 from ldm_cli.config import causes
 from ldm_cli.errors import CheckpointError, first_line
-from ldm_cli.formats.json_file import read_json
-from ldm_cli.formats.weight_files import load_tensors, named
+from ldm_cli.formats.model_source import has_model_json, load_tensors, read_model_json
+from ldm_cli.formats.weight_files import CONFIG_NAME, named, release
 from ldm_cli.storage import resolve_model_folder
-
-CONFIG_NAME = "config.json"
 
 # Attention of autoencoders written before diffusers 0.17.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -39,8 +37,8 @@ class ModelClass(Protocol[ModuleT_co]):
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json; errors as in `read_json` and `resolve_model_folder`."""
-    return read_json(resolve_model_folder(folder) / CONFIG_NAME)
+    """The folder's config.json; errors as in `read_model_json` and `resolve_model_folder`."""
+    return read_model_json(resolve_model_folder(folder) / CONFIG_NAME)
 
 
 def load_model(
@@ -48,17 +46,19 @@ def load_model(
     folder: Path,
     parse: Callable[[Mapping[str, Any]], Any] | None = None,
     allow_extra: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> ModuleT_co:
-    """A model folder as a module, float32 on the CPU; errors as in `resolve_model_folder` and `load_weights`.
+    """A model folder as a module on the CPU; errors as in `resolve_model_folder` and `load_weights`.
 
     Args:
         model_class: the class of the module.
-        folder: the model folder.
+        folder: the model folder, or `FILE/PART` of a single file.
         parse: makes the configuration of config.json's content; None: `from_hugging_face`.
         allow_extra: as in `load_weights`.
+        dtype: of the weights; each is read in its own type and converted by itself.
     """
     module = _unfilled(model_class, folder, parse)
-    load_weights(module, folder, allow_extra=allow_extra)
+    load_weights(module, folder, allow_extra=allow_extra, dtype=dtype)
     return module
 
 
@@ -81,21 +81,35 @@ def _unfilled(
     model_class: ModelClass[ModuleT_co], folder: Path, parse: Callable[[Mapping[str, Any]], Any] | None
 ) -> ModuleT_co:
     file = resolve_model_folder(folder) / CONFIG_NAME
-    config = read_as(parse or model_class.config_class.from_hugging_face, file)
+    return unfilled(model_class, read_as(parse or model_class.config_class.from_hugging_face, file), file)
+
+
+def unfilled(model_class: ModelClass[ModuleT_co], config: Any, file: Path) -> ModuleT_co:
+    """A module on the meta device, of a configuration that was read from `file`.
+
+    Raises:
+        CheckpointError: a tensor would have more bytes than an int64 counts.
+    """
     try:
         with without_weights():
             return model_class(config)
-    except RuntimeError as error:  # a tensor of more bytes than an int64 counts
+    except RuntimeError as error:
         raise CheckpointError(f"cannot use '{file}'", first_line(error)) from error
 
 
 def read_as(parse: Callable[[Mapping[str, Any]], T], file: Path) -> T:
-    """What `parse` makes of a JSON file, such as the `from_hugging_face` of a configuration; errors as in `read_json`.
+    """What `parse` makes of a JSON file, such as the `from_hugging_face` of a configuration.
+
+    Errors are those of `read_model_json`, and:
 
     Raises:
         CheckpointError: the file is of another model, or asks for something that is not implemented.
     """
-    mapping = read_json(file)
+    return parse_as(parse, read_model_json(file), file)
+
+
+def parse_as(parse: Callable[[Mapping[str, Any]], T], mapping: Mapping[str, Any], file: Path) -> T:
+    """What `parse` makes of the content of a JSON file; errors as in `read_as`."""
     try:
         return parse(mapping)
     except ValidationError as error:
@@ -112,10 +126,10 @@ def read_image_processor(parse: Callable[[Mapping[str, Any]], T], folder: Path) 
     """
     folder = resolve_model_folder(folder)
     nested = folder / "processor_config.json"
-    if nested.is_file() and isinstance(read_json(nested).get("image_processor"), dict):
+    if has_model_json(nested) and isinstance(read_model_json(nested).get("image_processor"), dict):
         return read_as(lambda content: parse(content["image_processor"]), nested)
     file = folder / "preprocessor_config.json"
-    return read_as(parse, file) if file.is_file() else None
+    return read_as(parse, file) if has_model_json(file) else None
 
 
 @contextmanager
@@ -140,31 +154,37 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def load_weights(module: nn.Module, folder: Path, allow_extra: bool = False) -> None:
+def load_weights(
+    module: nn.Module, folder: Path, allow_extra: bool = False, dtype: torch.dtype = torch.float32
+) -> None:
     """Give a module the weights of a model folder, in the types of the module; errors as in `load_tensors`.
 
     Known other spellings of the names are understood: with or without `text_model.`, attention names of old
-    autoencoders, the `position_ids` buffer. A module on the meta device is brought to the CPU, as float32.
+    autoencoders, the `position_ids` buffer. A module on the meta device is brought to the CPU.
 
     Args:
         module: has the parameter names of the format.
         folder: the model folder.
         allow_extra: the folder may hold more than the module has (a CLIPModel, for its text tower).
+        dtype: of a module on the meta device.
 
     Raises:
         CheckpointError: the tensors are not finite; or as in `fitting_tensors`.
     """
     expected = module.state_dict()
     tensors = fitting_tensors(module, folder, allow_extra)
-    expect_finite(tensors, folder)
-    # A copy: a tensor that lies in the mapped file at any offset may take another path through a BLAS than an
-    # aligned one, and results would hang on the layout of the file.
-    on_meta = {name for name, value in expected.items() if value.is_meta}
-    converted = {
-        name: tensor.to(torch.float32 if name in on_meta else expected[name].dtype, copy=True)
-        for name, tensor in tensors.items()
-    }
-    module.load_state_dict(converted, assign=bool(on_meta))
+    converted: dict[str, Tensor] = {}
+    bad = []
+    for name, tensor in tensors.items():
+        if not _is_finite(tensor):
+            bad.append(name)
+        # A copy: a tensor that lies in the mapped file at any offset may take another path through a BLAS than an
+        # aligned one, and results would hang on the layout of the file.
+        wanted = dtype if expected[name].is_meta else expected[name].dtype
+        converted[name] = tensor.to(wanted, copy=True)
+        release(tensor)
+    _expect_none(bad, folder)
+    module.load_state_dict(converted, assign=any(value.is_meta for value in expected.values()))
 
 
 def fitting_tensors(module: nn.Module, folder: Path, allow_extra: bool = False) -> dict[str, Tensor]:
@@ -178,8 +198,15 @@ def fitting_tensors(module: nn.Module, folder: Path, allow_extra: bool = False) 
     Raises:
         CheckpointError: float8 weights have scales; or as in `check_tensors`, `load_tensors`.
     """
+    return fitted(module, load_tensors(folder), folder, allow_extra)
+
+
+def fitted(
+    module: nn.Module, tensors: Mapping[str, Tensor], folder: Path, allow_extra: bool = False
+) -> dict[str, Tensor]:
+    """The tensors of a folder under the module's names; arguments and errors as in `fitting_tensors`."""
     expected = module.state_dict()
-    tensors = _in_names_of(expected, load_tensors(folder))
+    tensors = _in_names_of(expected, tensors)
     if scales := _float8_scales(expected, tensors):
         cause = f"float8 weights with scales are not supported: {named(scales)}"
         raise CheckpointError(f"cannot use the tensors in '{folder}'", cause, "convert them to fp16")
@@ -240,7 +267,11 @@ def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor],
 
 def expect_finite(tensors: Mapping[str, Tensor], source: Path) -> None:
     """Raises CheckpointError that names up to five of the `tensors`, read from `source`, that are not finite."""
-    if bad := [name for name, tensor in tensors.items() if not _is_finite(tensor)]:
+    _expect_none([name for name, tensor in tensors.items() if not _is_finite(tensor)], source)
+
+
+def _expect_none(bad: list[str], source: Path) -> None:
+    if bad:
         raise CheckpointError(f"the tensors in '{source}' are not finite", named(bad), "take an earlier checkpoint")
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from ldm_cli.formats.json_file import write_json
-from ldm_cli.formats.scheduler_file import DIFFUSERS_VERSION, SchedulerSettings
 
+DIFFUSERS_VERSION = "0.42.1"
+"""The release of diffusers whose files we write."""
 INDEX_NAME = "model_index.json"
-UNET, VAE, TEXT_ENCODER, TOKENIZER = "unet", "vae", "text_encoder", "tokenizer"
+SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
+UNET, VAE, TEXT_ENCODER, TEXT_ENCODER_2 = "unet", "vae", "text_encoder", "text_encoder_2"
+TOKENIZER = "tokenizer"
 PIPELINE_CLASS = "StableDiffusionPipeline"
 
 
-def write_index(folder: Path, settings: SchedulerSettings) -> None:
+def write_index(folder: Path, scheduler_class: str) -> None:
     """Write model_index.json for `StableDiffusionPipeline.from_pretrained`, without safety checker.
 
     Raises:
@@ -25,7 +28,7 @@ def write_index(folder: Path, settings: SchedulerSettings) -> None:
         "image_encoder": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
-        "scheduler": ["diffusers", settings.scheduler_class],
+        "scheduler": ["diffusers", scheduler_class],
         TEXT_ENCODER: ["transformers", "CLIPTextModel"],
         TOKENIZER: ["transformers", "CLIPTokenizer"],
         UNET: ["diffusers", "UNet2DConditionModel"],

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
 from ldm_cli.formats.json_file import write_json
-from ldm_cli.formats.model_folder import CONFIG_NAME
-from ldm_cli.formats.weight_files import DIFFUSERS_WEIGHTS, shard_names, write_tensors
+from ldm_cli.formats.weight_files import CONFIG_NAME, DIFFUSERS_WEIGHTS, shard_names, write_tensors
 from ldm_cli.storage import storage_errors
 
 # What DDP, compile and FSDP put into parameter names.
@@ -45,10 +46,50 @@ def save_model(
         return
     first, second = shard_names(weights_name, 2)
     write_tensors(folder / second, {name: tensor for name, tensor in tensors.items() if name not in frozen})
-    index = {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-        "weight_map": {name: first if name in frozen else second for name in sorted(tensors)},
-    }
+    _write_index(folder, tensors, weights_name, {name: first if name in frozen else second for name in tensors})
+
+
+def save_sharded(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    weights_name: str = DIFFUSERS_WEIGHTS,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+    shard_bytes: int | None = None,
+) -> None:
+    """Write the tensors of a model folder in the types that they have.
+
+    Args:
+        folder: exists.
+        tensors: by name.
+        weights_name: as in `save_model`.
+        metadata: of each file.
+        shard_bytes: most bytes of tensors in a file, or one larger tensor; None: one file for all.
+
+    Raises:
+        OutputError, StorageError: writing failed.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    room = math.inf if shard_bytes is None else shard_bytes
+    left = room
+    for name, tensor in tensors.items():
+        if shards[-1] and tensor.nbytes > left:
+            shards.append({})
+            left = room
+        shards[-1][name] = tensor
+        left -= tensor.nbytes
+    if len(shards) == 1:
+        write_tensors(folder / weights_name, tensors, metadata)
+        return
+    names = shard_names(weights_name, len(shards))
+    for file, shard in zip(names, shards, strict=True):
+        write_tensors(folder / file, shard, metadata)
+    files = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+    _write_index(folder, tensors, weights_name, files)
+
+
+def _write_index(folder: Path, tensors: Mapping[str, Tensor], weights_name: str, weight_map: Mapping[str, str]) -> None:
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(folder / f"{weights_name}.index.json", index)
 
 

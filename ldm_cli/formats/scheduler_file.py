@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ldm_cli.errors import CheckpointError
-from ldm_cli.formats.json_file import read_json, write_json
-
-SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
-DIFFUSERS_VERSION = "0.42.1"
-"""The release of diffusers whose files we write."""
+from ldm_cli.formats.json_file import write_json
+from ldm_cli.formats.model_source import read_model_json
+from ldm_cli.formats.pipeline_folder import DIFFUSERS_VERSION, SCHEDULER_FILE
 
 # Our sampler for each scheduler: the same method, for the last three the nearest one.
 _SAMPLERS = {
@@ -177,7 +175,7 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
         CheckpointError: its class, or a field that is not neutral, is not supported (its own betas, thresholding, …).
     """
     file = folder / SCHEDULER_FILE
-    content = read_json(file)
+    content = read_model_json(file)
     found = content.get("_class_name")
     if found not in _SAMPLERS:
         raise CheckpointError(f"cannot use '{file}'", f"scheduler {found!r} is not supported", "use a DDIMScheduler's")

@@ -5,20 +5,26 @@ Nothing is ever unpickled: a pickle is refused by its content, whatever its name
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
+import mmap
 import os
+import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldm_cli.errors import CheckpointError, InputNotFoundError, StorageError
+from ldm_cli.errors import CheckpointError, InputNotFoundError, StorageError, first_line
 from ldm_cli.formats.json_file import read_json
 from ldm_cli.storage import error_number, resolve_model_folder, whole_file
 
+CONFIG_NAME = "config.json"
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRANSFORMERS_WEIGHTS = "model.safetensors"
 
@@ -27,6 +33,7 @@ _INFIXES = ("", ".fp16", ".bf16")
 _PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _NUM_NAMED = 5
+_PLAIN = {"format": "pt"}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -58,7 +65,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(
             f"no safetensors weights in '{folder}'",
             f"'{pickles[0]}' is a pickle, which could run any program",
-            "convert it to safetensors",
+            "convert it: `ldm convert --allow-pickle`",
         )
     raise InputNotFoundError(
         f"no weights in '{folder}'",
@@ -86,20 +93,8 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def load_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a model folder, by name, on the CPU; errors as in `weight_files`.
-
-    Raises:
-        CheckpointError: a file is a pickle, damaged, or a pointer to content that was not downloaded.
-    """
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(folder):
-        tensors |= read_tensors(file)
-    return tensors
-
-
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, by name, on the CPU.
+    """All tensors of a safetensors file, by name, on the CPU; they are mapped, and none is read yet.
 
     Raises:
         CheckpointError: it is a pickle, damaged, or a pointer to content that was not downloaded.
@@ -124,13 +119,67 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise StorageError(f"cannot read '{file}'", error.strerror or str(error)) from error
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+def read_pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file of `torch.save`, and `global_step` where it holds that.
+
+    torch's `weights_only` reader makes nothing but tensors and plain values, so that the file can run no program.
+
+    Raises:
+        CheckpointError: it is no such file, or holds more.
+        StorageError: it cannot be read.
+    """
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except OSError as error:
+        raise StorageError(f"cannot read '{file}'", error.strerror or str(error)) from error
+    except Exception as error:  # of any type: the file decides what is built
+        cause = f"not only tensors, or damaged: {first_line(error)}"
+        raise CheckpointError(f"cannot read '{file}'", cause, "convert it with the program that wrote it") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"cannot read '{file}'", f"a table of tensors expected, {type(content).__name__} found")
+    nested = content.get("state_dict", content)
+    tensors = {str(name).removeprefix("module."): t for name, t in nested.items() if isinstance(t, Tensor)}
+    step = content.get("global_step")
+    return tensors, {} if step is None else {"global_step": str(int(step))}
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The metadata of a safetensors file that `read_tensors` has read."""
+    with safe_open(file, framework="pt") as opened:
+        return dict(opened.metadata() or {})
+
+
+def release(tensor: Tensor) -> None:
+    """Give the memory pages of a mapped tensor back, which is not read again.
+
+    What was read of a mapped file counts as memory in use, so that a model and the file it is copied from would take
+    twice the room.
+    """
+    if sys.platform == "linux":
+        first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = (tensor.data_ptr() + tensor.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        if size > 0:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = _PLAIN) -> None:
     """Write a safetensors file as a whole, with the mode that the umask says; errors as in `whole_file`."""
     with whole_file(file) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"})
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {**_PLAIN, **metadata})
         temporary.chmod(mode)  # safetensors puts a file of mode 0600 in its place
+
+
+def is_pickle(file: Path) -> bool:
+    """Whether a file begins as those of `torch.save`; OSError: it cannot be read."""
+    start = _start(file)
+    return start.startswith(_PICKLE_STARTS) and start[8:9] != b"{"
+
+
+def _start(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return stream.read(64)
 
 
 def refuse_foreign_content(file: Path) -> None:
@@ -140,23 +189,18 @@ def refuse_foreign_content(file: Path) -> None:
         CheckpointError: a pickle, or a pointer to content that was not downloaded.
         OSError: it cannot be read.
     """
-    with file.open("rb") as stream:
-        start = stream.read(64)
-    if start.startswith(_PICKLE_STARTS) and start[8:9] != b"{":
+    if is_pickle(file):
         raise CheckpointError(
-            f"'{file}' is no safetensors file", "it is a pickle, which could run any program", "convert it"
+            f"'{file}' is no safetensors file",
+            "it is a pickle, which could run any program",
+            "convert it: `ldm convert --allow-pickle`",
         )
-    if start.startswith(b"version https://git-lfs"):
+    if _start(file).startswith(b"version https://git-lfs"):
         raise CheckpointError(
             f"'{file}' is no safetensors file",
             "it is a Git LFS pointer: the content was not downloaded",
             "git lfs pull",
         )
-
-
-def weights_sha256(folder: Path) -> str:
-    """`tensors_sha256` of a model folder's weights; errors as in `weight_files`."""
-    return tensors_sha256(weight_files(folder))
 
 
 def tensors_sha256(files: Sequence[Path]) -> str:

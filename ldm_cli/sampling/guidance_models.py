@@ -26,6 +26,7 @@ from ldm_cli.families.clip_folder import open_clip
 from ldm_cli.families.family import Family, place
 from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.model_folder import load_model
+from ldm_cli.formats.model_source import has_model_json
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
 from ldm_cli.sampling.fixed_rows import texts_per_call
 
@@ -115,7 +116,7 @@ def guidance_folders(config: GuidanceConfig, family: Family) -> dict[str, Path]:
     folders = {}
     if config.model is not None:
         folder = resolve_model(Path(config.model))
-        folders["model"] = folder / family.components[0] if (folder / INDEX_NAME).is_file() else folder
+        folders["model"] = folder / family.components[0] if has_model_json(folder / INDEX_NAME) else folder
     if config.clip is not None and config.clip.scale > 0.0:
         folders["clip"] = resolve_model(Path(config.clip.model))
     return folders

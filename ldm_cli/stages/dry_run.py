@@ -13,6 +13,7 @@ from ldm_cli.data.config import DataConfig
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.errors import InputNotFoundError
 from ldm_cli.families.open_family import outline_family, resolve_model
+from ldm_cli.formats.model_source import has_model_json
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
 from ldm_cli.recipe.schema import EvalRecipe, Recipe, SampleRecipe, StartedRecipe
 from ldm_cli.reporting import Reporter
@@ -79,7 +80,7 @@ def _pipeline(field: str, folder: str, notes: list[str]) -> dict[str, int]:
     """Parameters of a pipeline folder's models."""
     if (root := _resolved(field, folder, notes)) is None:
         return {}
-    if not (root / INDEX_NAME).is_file():
+    if not has_model_json(root / INDEX_NAME):
         notes.append(f"{field}: '{root}' is not a whole pipeline")
         return {}
     return {name: count_parameters(model) for name, model in outline_family(root).items()}

@@ -49,7 +49,7 @@ def test_stable_diffusion_settings_are_read_from_every_solvers_file(tmp_path, na
 def test_flow_settings_survive_a_round_trip_as_a_solver_that_knows_flows(tmp_path):
     settings = our_settings({"prediction_type": "flow_prediction", "flow_shift": 3.0})
     write_scheduler(tmp_path, settings)
-    write_index(tmp_path, settings)
+    write_index(tmp_path, settings.scheduler_class)
     assert read_scheduler(tmp_path) == settings
     assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"][1] == "UniPCMultistepScheduler"
     content = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())

@@ -26,9 +26,10 @@ from ldm_cli.data.tokenizer_config import TokenizerConfig
 from ldm_cli.errors import DataError, DivergedError, OutputError, RecipeError
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
 from ldm_cli.families.stable_diffusion import StableDiffusion
+from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.scheduler_file import our_settings
-from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS, weights_sha256
+from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS
 from ldm_cli.recipe.schema import EvalRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.pipeline import Pipeline

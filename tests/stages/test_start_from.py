@@ -22,7 +22,7 @@ from ldm_cli.errors import CheckpointError, InputNotFoundError, RecipeError
 from ldm_cli.evaluation.clip_features import CLIPFeatures
 from ldm_cli.evaluation.image_quality import psnr
 from ldm_cli.formats.model_folder import load_model
-from ldm_cli.formats.weight_files import load_tensors
+from ldm_cli.formats.model_source import load_tensors
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages.dry_run import dry_run

@@ -20,7 +20,7 @@ from ldm_cli.data.loader import Loader
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.scenes import write_scenes
 from ldm_cli.errors import CheckpointError, Preempted, RecipeError
-from ldm_cli.formats.weight_files import load_tensors
+from ldm_cli.formats.model_source import load_tensors
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplingConfig

@@ -25,7 +25,7 @@ from ldm_cli.evaluation.scene_detector import SeenObject, SeenScene, read_scenes
 from ldm_cli.families.family import place
 from ldm_cli.families.open_family import open_family, resolve_model
 from ldm_cli.formats.model_folder import load_model
-from ldm_cli.formats.weight_files import weights_sha256
+from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.recipe.schema import EvalRecipe, EvalSection
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.pipeline import Pipeline

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ldm_cli.core.diffusion.config import GuidanceConfig
 from ldm_cli.errors import CheckpointError, InputNotFoundError, UsageError
-from ldm_cli.formats.weight_files import refuse_foreign_content, tensors_sha256, weights_sha256
+from ldm_cli.formats.model_source import weights_sha256
+from ldm_cli.formats.weight_files import refuse_foreign_content, tensors_sha256
 from ldm_cli.pictures.job import Item
 from ldm_cli.pictures.progress import PartOfProgress
 from ldm_cli.recipe.schema import SampleRecipe

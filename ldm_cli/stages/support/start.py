@@ -16,10 +16,13 @@ from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import InputNotFoundError, RecipeError
+from ldm_cli.families.clip_text_encoder import tokenizer_folder
 from ldm_cli.families.open_family import resolve_model
-from ldm_cli.formats.model_folder import CONFIG_NAME, ModelClass, load_model, read_as
+from ldm_cli.formats.model_folder import ModelClass, load_model, read_as
+from ldm_cli.formats.model_source import has_model_json, split_at_file
 from ldm_cli.formats.pipeline_folder import INDEX_NAME, TEXT_ENCODER, UNET, VAE
 from ldm_cli.formats.scheduler_file import read_scheduler
+from ldm_cli.formats.weight_files import CONFIG_NAME
 from ldm_cli.recipe.schema import StartedRecipe, TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.training.run_identity import flatten
 
@@ -83,10 +86,11 @@ def start_folder(recipe: StartedRecipe) -> Path:
     """
     if recipe.start_from is None:
         raise ValueError("start_from is None")
-    if not Path(recipe.start_from).exists():
-        remedy = "give the folder of a model, a run or a checkpoint"
+    path = Path(recipe.start_from)
+    if not path.exists() and split_at_file(path) is None:
+        remedy = "give a model folder, a single file, a run or a checkpoint"
         raise InputNotFoundError(f"start_from: no folder '{recipe.start_from}'", remedy=remedy)
-    root = resolve_model(Path(recipe.start_from))
+    root = resolve_model(path)
     if not _is_pipeline(root) or isinstance(recipe, TrainClipRecipe):
         return root
     return root / (VAE if isinstance(recipe, TrainVaeRecipe) else UNET)
@@ -98,7 +102,7 @@ def start_uses(recipe: StartedRecipe) -> dict[str, str]:
 
 
 def _is_pipeline(folder: Path) -> bool:
-    return (folder / INDEX_NAME).is_file()
+    return has_model_json(folder / INDEX_NAME)
 
 
 def _agreed(section: str, given: Config | None, found: Config, folder: Path) -> dict[str, Any]:
@@ -122,7 +126,8 @@ def _agreed_tokenizer(recipe: TrainClipRecipe, folder: Path, text: CLIPTextConfi
     given = recipe.tokenizer.path
     chosen = None if given is None else Tokenizer.load(given)
     try:
-        own = Tokenizer.load(folder)
+        own_folder = tokenizer_folder(folder)
+        own = Tokenizer.load(own_folder)
     except InputNotFoundError as error:
         if given is None or chosen is None:
             raise InputNotFoundError(
@@ -135,7 +140,7 @@ def _agreed_tokenizer(recipe: TrainClipRecipe, folder: Path, text: CLIPTextConfi
         cause = f"its texts end with token {chosen.end_id}, those of the text tower with {end}"
         raise RecipeError(f"tokenizer.path: '{given}' does not fit '{folder}'", cause) from error
     if chosen is None or chosen.fingerprint == own.fingerprint:
-        return folder
+        return own_folder
     cause = f"the vocabulary of '{folder}' is another one, with which its text tower was trained"
     raise RecipeError(f"tokenizer.path: '{given}' cannot be used with start_from", cause, "leave tokenizer out")
 

@@ -1,0 +1,228 @@
+"""`ldm convert`: model folders to single files and back, to another type of numbers, in shards."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ldm_cli.core.precision import DTYPES
+from ldm_cli.errors import CheckpointError, InputNotFoundError, OutputError, UsageError
+from ldm_cli.families.open_family import resolve_model
+from ldm_cli.formats.json_file import write_json
+from ldm_cli.formats.model_source import outside_file, split_at_file
+from ldm_cli.formats.pipeline_folder import INDEX_NAME, SCHEDULER_FILE, TOKENIZER, UNET
+from ldm_cli.formats.save_model import save_sharded
+from ldm_cli.formats.single_file import CONFIGS_KEY, as_single_file
+from ldm_cli.formats.weight_files import CONFIG_NAME, DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, named, write_tensors
+from ldm_cli.stages.support.convertible import FoundModel, FoundModels, read_file, read_folder, tokenizer_files
+from ldm_cli.storage import TEMPORARY_PREFIX, storage_errors
+
+_PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
+# Parameters of the published U-Nets, with 4 channels of input: web interfaces know these sizes only.
+_PUBLISHED = {
+    859_520_964: "stable-diffusion-v1",
+    865_910_724: "stable-diffusion-v2",
+    2_567_463_684: "stable-diffusion-xl-v1-base",
+}
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What to read of the source, and how to write it."""
+
+    dtype: str | None = None
+    """`fp32`, `fp16` or `bf16`; None: as in the source."""
+    shard_bytes: int | None = None
+    """Most bytes in a file of a folder; None: one file for each model."""
+    config: Path | None = None
+    """Folder whose configurations a single file has; None: as its metadata say, or its shapes tell."""
+    tokenizer: Path | None = None
+    """Folder of a tokenizer, or of a pipeline with tokenizers."""
+    prediction_type: str | None = None
+    """`epsilon` or `v_prediction`; None: as the source says."""
+    ema: bool = False
+    """Take the averaged weights of a single file's U-Net."""
+    allow_pickle: bool = False
+    """Read files of `torch.save`."""
+    overwrite: bool = False
+    """Replace what is there."""
+
+
+def run(source: Path, out: Path, options: ConvertOptions) -> dict[str, Any]:
+    """Convert a model.
+
+    Args:
+        source: a folder, a run, or a single file.
+        out: a file if its name ends in `.safetensors`, else a folder.
+        options: see there.
+
+    Returns:
+        `out`, `models` (class by subfolder), `parameters`, `bytes`, `told_by`, `left_out`, `metadata`, `opens_in`.
+
+    Raises:
+        UsageError: an option does not apply.
+        InputNotFoundError, CheckpointError: the source is missing, unknown, damaged or asks for more.
+        OutputError, StorageError: `out` exists, or cannot be written.
+    """
+    is_file = out.suffix == ".safetensors"
+    if is_file and options.shard_bytes is not None:
+        raise UsageError("--shard-size is for folders", f"'{out}' is one file", "leave it out, or give a folder")
+    if not is_file and out.suffix in _PICKLE_SUFFIXES:
+        raise UsageError(f"cannot write '{out}'", "pickles are not written", "give a name that ends in .safetensors")
+    if out.exists() and not options.overwrite:
+        raise OutputError(f"'{out}' exists", remedy="choose another place, or give --overwrite")
+    if out.is_dir() and not any((out / name).is_file() for name in (INDEX_NAME, CONFIG_NAME)):
+        raise OutputError(f"'{out}' is no model folder", "--overwrite replaces only those", "choose another place")
+    models = _changed(_read(source, options), options)
+    if is_file:
+        metadata = _write_file(models, out)
+    else:
+        metadata = models.metadata
+        _write_folder(_with_tokenizers(models, source, options), out, options.shard_bytes)
+    tensors = [tensor for model in models.models.values() for tensor in model.tensors.values()]
+    return {
+        "out": str(out),
+        "models": {name or "model": model.kind for name, model in models.models.items()},
+        "parameters": sum(tensor.numel() for tensor in tensors),
+        "bytes": sum(tensor.nbytes for tensor in tensors),
+        "told_by": models.told_by,
+        "left_out": named(models.left_out),
+        "metadata": {name: value for name, value in metadata.items() if name != CONFIGS_KEY},
+        "opens_in": _programs(models, is_file),
+    }
+
+
+def _read(source: Path, options: ConvertOptions) -> FoundModels:
+    """The models of a source, all or the one that its path names."""
+    path = resolve_model(source)
+    found = split_at_file(path)
+    if found is None:
+        if options.ema or options.config is not None:
+            raise UsageError("--ema and --config are for single files", f"'{path}' is a folder", "leave them out")
+        return read_folder(path, allow_pickle=options.allow_pickle)
+    file, inside = found
+    models = read_file(file, config=options.config, ema=options.ema, allow_pickle=options.allow_pickle)
+    if inside == Path():
+        return models
+    if str(inside) not in models.models:
+        raise InputNotFoundError(f"no '{inside}' in '{file}'", f"it holds {', '.join(models.models)}")
+    return replace(models, models={"": models.models[str(inside)]}, json_files={}, metadata={})
+
+
+def _with_tokenizers(models: FoundModels, source: Path, options: ConvertOptions) -> FoundModels:
+    """The models with the tokenizers that the options name, or that a pipeline needs and does not hold."""
+    needed = [name for name in models.json_files.get(INDEX_NAME, {}) if name.startswith(TOKENIZER)]
+    if options.tokenizer is None and (models.companions or not needed):
+        return models
+    given = options.tokenizer or options.config
+    companions = dict(models.companions)
+    for name in needed or [""]:
+        companions |= tokenizer_files(outside_file(source, name) if given is None else given, name)
+    return replace(models, companions=companions)
+
+
+def _changed(models: FoundModels, options: ConvertOptions) -> FoundModels:
+    """The models in the type, and with the prediction, that the options name."""
+    json_files = dict(models.json_files)
+    if options.prediction_type is not None:
+        if str(SCHEDULER_FILE) not in json_files:
+            raise UsageError("--prediction-type is for whole pipelines", remedy="leave it out")
+        scheduler = json_files[str(SCHEDULER_FILE)] | {"prediction_type": options.prediction_type}
+        json_files[str(SCHEDULER_FILE)] = scheduler
+    changed = {name: _retyped(model, options.dtype) for name, model in models.models.items()}
+    return replace(models, models=changed, json_files=json_files)
+
+
+def _retyped(model: FoundModel, dtype: str | None) -> FoundModel:
+    tensors = model.tensors
+    if dtype is not None:
+        tensors = {n: t.to(DTYPES[dtype]) if t.is_floating_point() else t for n, t in tensors.items()}
+    elif small := [name for name, tensor in tensors.items() if tensor.element_size() == 1]:
+        raise CheckpointError(f"float8 weights: {named(small)}", remedy="give --dtype fp16, bf16 or fp32")
+    found = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    names = {name: found for name in ("dtype", "torch_dtype") if name in model.content}
+    return replace(model, tensors=tensors, content=model.content | names)
+
+
+def _write_file(models: FoundModels, out: Path) -> dict[str, str]:
+    """Write a single file; returns its metadata."""
+    parts = {name: (model.complete, model.tensors) for name, model in models.models.items()}
+    tensors = as_single_file(parts)
+    configs = {str(Path(name, CONFIG_NAME)): model.complete for name, model in models.models.items()}
+    metadata = models.metadata | _modelspec(models, out.stem) | {CONFIGS_KEY: json.dumps(configs | models.json_files)}
+    with storage_errors(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(out, tensors, metadata)
+    return metadata
+
+
+def _modelspec(models: FoundModels, title: str) -> dict[str, str]:
+    """What Stability AI's modelspec 1.0.1 asks for, of a pipeline."""
+    if INDEX_NAME not in models.json_files:
+        return {}
+    prediction = models.json_files[str(SCHEDULER_FILE)].get("prediction_type", "epsilon")
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": _published(models) or "ldm-cli-unet-v1",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": models.metadata.get("modelspec.title", title),
+        "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction,
+    }
+
+
+def _write_folder(models: FoundModels, out: Path, shard_bytes: int | None) -> None:
+    """Write a folder, which appears whole or not at all."""
+    temporary = out.with_name(TEMPORARY_PREFIX + out.name)
+    with storage_errors(out):
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            _fill(models, temporary, shard_bytes)
+            if out.exists():
+                shutil.rmtree(out)
+            temporary.rename(out)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _fill(models: FoundModels, folder: Path, shard_bytes: int | None) -> None:
+    metadata = models.metadata  # of the first model, which is the denoiser of a pipeline
+    for name, model in models.models.items():
+        (folder / name).mkdir(parents=True)
+        write_json(folder / name / CONFIG_NAME, model.content)
+        weights = DIFFUSERS_WEIGHTS if "_class_name" in model.content else TRANSFORMERS_WEIGHTS
+        save_sharded(folder / name, model.tensors, weights, metadata, shard_bytes)
+        metadata = {}
+    for path, content in models.json_files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        write_json(folder / path, content)
+    for path, file in models.companions.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / path)
+
+
+def _published(models: FoundModels) -> str | None:
+    """Name of the published architecture whose sizes the U-Net has; None if it has others."""
+    if UNET not in models.models:
+        return None
+    tensors = models.models[UNET].tensors
+    further = tensors["conv_in.weight"][:, 4:].numel()
+    return _PUBLISHED.get(sum(tensor.numel() for tensor in tensors.values()) - further)
+
+
+def _programs(models: FoundModels, is_file: bool) -> list[str]:
+    """The programs that open what was written."""
+    kind = next(iter(models.models.values())).kind
+    index = models.json_files.get(INDEX_NAME)
+    name = kind if index is None else str(index["_class_name"])
+    library = "transformers" if name.startswith("CLIP") else "diffusers"
+    if not is_file:
+        return ["ldm", f"{library} {name}.from_pretrained"]
+    if library == "transformers":
+        return ["ldm", "open_clip" if kind == "CLIPModel" else "ComfyUI"]
+    is_known = _published(models) is not None
+    theirs = f"diffusers {name}.from_single_file" + ("" if is_known or index is None else ", with config=FOLDER")
+    return ["ldm", theirs, *(["ComfyUI", "AUTOMATIC1111"] if is_known else [])]
