@@ -1,4 +1,4 @@
-"""Stable Diffusion 1 and 2 (Rombach et al. 2022, arXiv:2112.10752): a U-Net, a KL autoencoder, CLIP's text tower."""
+"""Stable Diffusion 1 and 2 (Rombach et al. 2022, arXiv:2112.10752): a U-Net, an autoencoder, CLIP's text tower."""
 
 from __future__ import annotations
 
@@ -7,118 +7,74 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 
-from ldm_cli.core.compiling import compile_whole
-from ldm_cli.core.diffusion.config import DiffusionConfig
-from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
-from ldm_cli.core.models.clip import CLIPTextModel
 from ldm_cli.core.models.clip_config import CLIPTextConfig
-from ldm_cli.core.models.latent_space import standardized
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.data.tokenizer import Tokenizer
-from ldm_cli.errors import CheckpointError
-from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, text_config_of
-from ldm_cli.families.family import DTYPES, Family, place
-from ldm_cli.formats import pipeline_folder as layout
-from ldm_cli.formats.json_file import read_json
+from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, outline_tower
+from ldm_cli.families.codec_folder import Autoencoder, open_codec, outline_codec
+from ldm_cli.families.latent_unet import LatentUNet, expect_fitting_parts, pipeline_of, read_settings
 from ldm_cli.formats.model_folder import load_model, outline_model
-from ldm_cli.formats.save_model import save_model
-from ldm_cli.formats.scheduler_file import SCHEDULER_FILE, SchedulerSettings, read_scheduler, write_scheduler
+from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, UNET, VAE, tokenizer_of
 
-_PIPELINES = (
-    layout.PIPELINE_CLASS,
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline",
-    "StableDiffusionInpaintPipelineLegacy",
-    "LatentConsistencyModelPipeline",
-)
+_TOKENIZER = tokenizer_of(TEXT_ENCODER)
 
 
 @dataclass(frozen=True, eq=False)
-class StableDiffusion(Family):
+class StableDiffusion(LatentUNet):
     """A Stable Diffusion model; `save` writes a folder that `StableDiffusionPipeline.from_pretrained` opens."""
 
-    denoiser: UNet2DConditionModel
-    codec: AutoencoderKL
     encoder: CLIPTextEncoder
 
-    components: ClassVar[tuple[str, ...]] = (layout.UNET, layout.VAE, layout.TEXT_ENCODER)
-
-    @property
-    def sample_size(self) -> tuple[int | None, int | None]:
-        """As the U-Net's `sample_size` says."""
-        size = self.denoiser.config.sample_size
-        return size if isinstance(size, tuple) else (size, size)
-
-    @property
-    def takes_mask(self) -> bool:
-        """Whether the U-Net is one for inpainting."""
-        return self.denoiser.config.in_channels == _channels_with_mask(self.codec.channels)
-
-    @property
-    def guidance_width(self) -> int | None:
-        """As the U-Net's `time_cond_proj_dim` says."""
-        return self.denoiser.config.time_cond_proj_dim
-
-    def save_denoiser(self, folder: Path) -> None:
-        """Write the U-Net; errors as in `save`."""
-        save_model(folder / layout.UNET, self.denoiser.state_dict(), self.denoiser.config.to_hugging_face())
+    components: ClassVar[tuple[str, ...]] = (UNET, VAE, TEXT_ENCODER)
+    pipelines: ClassVar[tuple[str, ...]] = (
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionInpaintPipelineLegacy",
+        "LatentConsistencyModelPipeline",
+    )
+    absent: ClassVar[tuple[str, ...]] = ("feature_extractor", "image_encoder", "safety_checker")
 
     def save_companions(self, folder: Path) -> None:
-        """Write all but the U-Net; errors as in `save`.
-
-        The autoencoder's shift, unknown to the pipeline of diffusers, is folded into the weights if they allow it.
-        """
-        weights, config = self.codec.state_dict(), self.codec.config
-        if config.shift_factor:
-            ones = torch.ones(config.latent_channels)
-            folded = standardized(weights, config.shift_factor * ones, ones)
-            if folded is not None:
-                weights, config = folded, config.model_copy(update={"shift_factor": None})
-        save_model(folder / layout.VAE, weights, config.to_hugging_face())
-        self.encoder.save(folder / layout.TEXT_ENCODER, folder / layout.TOKENIZER)
-        write_scheduler(folder, self.settings)
-        layout.write_index(folder, self.settings)
+        """Write all but the U-Net; errors as in `save`."""
+        self.save_codec(folder)
+        self.encoder.save(folder)
+        text = {TEXT_ENCODER: "CLIPTextModel", _TOKENIZER: "CLIPTokenizer"}
+        self.save_index(folder, text, requires_safety_checker=False)
 
 
 def is_mine(folder: Path) -> bool:
     """Whether the folder holds a Stable Diffusion pipeline."""
-    index = folder / layout.INDEX_NAME
-    return index.is_file() and read_json(index).get("_class_name") in _PIPELINES
+    return pipeline_of(folder) in StableDiffusion.pipelines
 
 
 def open_folder(folder: Path, device: torch.device | str, precision: str, *, compiled: bool = False) -> StableDiffusion:
-    """Read a folder; see `open_family`. An autoencoder with `force_upcast` is not put in fp16."""
-    settings = _read_settings(folder)
+    """Read a folder; see `open_family`."""
+    settings = read_settings(folder)
     family = StableDiffusion(
-        denoiser=load_model(UNet2DConditionModel, folder / layout.UNET),
-        codec=load_model(AutoencoderKL, folder / layout.VAE),
-        encoder=CLIPTextEncoder.load(folder / layout.TEXT_ENCODER, folder / layout.TOKENIZER),
+        denoiser=load_model(UNet2DConditionModel, folder / UNET),
+        codec=open_codec(folder / VAE),
+        encoder=CLIPTextEncoder.load(folder / TEXT_ENCODER, folder / _TOKENIZER),
         settings=settings,
         folder=folder,
         is_compiled=compiled,
     )
     check_fit(family)
-    is_upcast = precision == "fp16" and family.codec.config.force_upcast
-    place(device, DTYPES[precision], family.denoiser, family.encoder.model)
-    place(device, torch.float32 if is_upcast else DTYPES[precision], family.codec)
-    if compiled:
-        compile_whole(family.denoiser, family.codec.decoder, family.codec.encoder)
+    family.placed(device, precision, family.encoder.models)
     return family
 
 
 def outline_folder(folder: Path) -> dict[str, nn.Module]:
     """See `outline_family`."""
-    _read_settings(folder)
-    unet = outline_model(UNet2DConditionModel, folder / layout.UNET)
-    vae = outline_model(AutoencoderKL, folder / layout.VAE)
-    text = outline_model(CLIPTextModel, folder / layout.TEXT_ENCODER, text_config_of, allow_extra=True)
-    num_tokens = Tokenizer.load(folder / layout.TOKENIZER).vocab_size
-    _check_parts(folder, unet.config, vae.config.latent_channels, text.config, num_tokens)
-    return {layout.UNET: unet, layout.VAE: vae, layout.TEXT_ENCODER: text}
+    read_settings(folder)
+    unet = outline_model(UNet2DConditionModel, folder / UNET)
+    vae = outline_codec(folder / VAE)
+    text = outline_tower(folder / TEXT_ENCODER)
+    _check_parts(folder, unet.config, vae, text.config, Tokenizer.load(folder / _TOKENIZER))
+    return {UNET: unet, VAE: vae, TEXT_ENCODER: text}
 
 
 def check_fit(family: StableDiffusion) -> None:
@@ -128,39 +84,11 @@ def check_fit(family: StableDiffusion) -> None:
         CheckpointError: their channels, widths or vocabularies differ, or the U-Net needs conditions that none gives.
     """
     encoder = family.encoder
-    num_tokens = encoder.tokenizer.vocab_size
-    _check_parts(family.folder, family.denoiser.config, family.codec.channels, encoder.model.config, num_tokens)
-
-
-def _read_settings(folder: Path) -> SchedulerSettings:
-    pipeline = read_json(folder / layout.INDEX_NAME).get("_class_name", layout.PIPELINE_CLASS)
-    settings = read_scheduler(folder, pipeline)
-    try:
-        DiffusionConfig.from_mapping(settings.diffusion)
-    except ValidationError as error:
-        causes = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise CheckpointError(f"cannot use '{folder / SCHEDULER_FILE}'", "; ".join(causes)) from error
-    return settings
+    _check_parts(family.folder, family.denoiser.config, family.codec, encoder.model.config, encoder.tokenizer)
 
 
 def _check_parts(
-    folder: Path | None, unet: UNet2DConditionConfig, channels: int, text: CLIPTextConfig, num_tokens: int
+    folder: Path | None, unet: UNet2DConditionConfig, codec: Autoencoder, text: CLIPTextConfig, tokenizer: Tokenizer
 ) -> None:
-    """As `check_fit`, of `channels` of the latents and `num_tokens` of the tokenizer."""
-    pairs = [("unet.out_channels", unet.out_channels, "vae.latent_channels", channels)]
-    if unet.in_channels != _channels_with_mask(channels):
-        pairs.append(("unet.in_channels", unet.in_channels, "vae.latent_channels", channels))
-    if isinstance(unet.cross_attention_dim, int):
-        width = "unet.cross_attention_dim", unet.cross_attention_dim
-        pairs.append((*width, "text_encoder.hidden_size", text.hidden_size))
-    causes = [f"{a}={value}, {b}={expected}" for a, value, b, expected in pairs if value != expected]
-    causes += [f"unet.{field} asks for a condition that is not supported" for field in unet.pooled_fields]
-    if num_tokens > text.vocab_size:
-        causes.append(f"the tokenizer has {num_tokens} tokens, the text encoder {text.vocab_size}")
-    if causes:
-        raise CheckpointError(f"the parts of '{folder}' do not fit", "; ".join(causes))
-
-
-def _channels_with_mask(channels: int) -> int:
-    """Channels of noisy latents, mask and masked latents."""
-    return 2 * channels + 1
+    further = [f"unet.{field} asks for a condition that is not supported" for field in unet.pooled_fields]
+    expect_fitting_parts(folder, unet, codec, {TEXT_ENCODER: (text, tokenizer)}, further)

@@ -98,6 +98,7 @@ class Pipeline:
             config,
             prompt_conditions(family.encoder, requests, config.negative, options.weighted, reporter.warn),
             self._guidance_models(config.guidance),
+            self.image_size(config),
             None if edit is None else encode_edit_input(family.codec, edit, family.device, window),
             window,
         )
