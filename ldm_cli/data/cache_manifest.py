@@ -15,7 +15,7 @@ from ldm_cli.errors import DataError, StorageError
 from ldm_cli.reporting import Reporter
 
 MANIFEST = "cache.json"
-VERSION = 2
+VERSION = 3
 Dtype = Literal["fp32", "fp16", "bf16"]
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Facts = dict[str, Any]

@@ -22,6 +22,7 @@ from ldm_cli.data.captions import (
 )
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.decode import IMAGE_EXTENSIONS, decode_rgb, to_rectangle
+from ldm_cli.data.picture_sizes import picture_sizes
 from ldm_cli.data.shards import ShardReader, ShardSet
 from ldm_cli.data.tar_index import Member
 
@@ -53,7 +54,8 @@ class Wanted:
 @dataclass(frozen=True)
 class Sample:
     """A decoded sample: image uint8 [3, S, S], caption, class index, JSON member, remarks on its text; from a cache,
-    in place of the image, the moments of the image and the condition of the caption, tensors by name.
+    in place of the image, the moments of the image and the condition of the caption, tensors by name. `sizes` are the
+    image's `picture_sizes`.
     """
 
     image: Tensor | None
@@ -61,6 +63,7 @@ class Sample:
     label: int | None
     metadata: dict[str, Any] | None
     remarks: tuple[str, ...]
+    sizes: Tensor | None = None
     moments: dict[str, Tensor] | None = None
     condition: dict[str, Tensor] | None = None
 
@@ -125,7 +128,7 @@ class MembersDecoder:
         caption, remarks = self._caption(members, draw) if self._wanted.caption else ("", ())
         label = self._label(members) if self._wanted.label and self._config.label else None
         metadata = (members.metadata() or {}) if self._wanted.metadata else None
-        image = None
+        image = sizes = None
         if self._wanted.image:
             mirror = draw.flip < self._config.flip_probability
             shape = draw.shape or (self._config.image_size, self._config.image_size)
@@ -135,7 +138,8 @@ class MembersDecoder:
             )
             remarks += picture.remarks
             image = to_rectangle(picture.image, shape, config.crop, draw.place, mirror)
-        return Sample(image, caption, label, metadata, remarks)
+            sizes = picture_sizes(picture.size, shape, config.crop, draw.place, mirror)
+        return Sample(image, caption, label, metadata, remarks, sizes)
 
     def _caption_choices(self, members: Members) -> list[float]:
         """A number in [0, 1) for each caption of a sample."""

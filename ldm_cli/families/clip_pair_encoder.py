@@ -11,6 +11,7 @@ import torch
 from ldm_cli.core.condition import Condition
 from ldm_cli.core.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ldm_cli.data.tokenizer import Tokenizer
+from ldm_cli.errors import CheckpointError
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, encoder_key, ignore, tokenizer_folder
 from ldm_cli.formats.json_file import read_json
 from ldm_cli.formats.pipeline_folder import INDEX_NAME, TEXT_ENCODER, TEXT_ENCODER_2, ZEROES_EMPTY
@@ -24,14 +25,20 @@ class CLIPPairEncoder:
     Attributes:
         first, second: the towers, each with its own tokenizer.
         zeroes_empty: whether the condition of the empty prompt is zeros, instead of what the towers make of it.
+
+    Raises:
+        CheckpointError: the towers take different numbers of tokens.
     """
 
     def __init__(self, first: CLIPTextEncoder, second: CLIPTextEncoder, *, zeroes_empty: bool = True) -> None:
+        if first.length != second.length:
+            cause = f"the first takes {first.length} tokens, the second {second.length}"
+            raise CheckpointError("the text encoders do not fit together", cause)
         self.first, self.second, self.zeroes_empty = first, second, zeroes_empty
 
     @classmethod
     def load(cls, first: Path, second: Path, warn: Callable[[str], None] = ignore) -> Self:
-        """Read both towers and their tokenizers; errors as in `load_model`.
+        """Read both towers and their tokenizers; errors as in `load_model`, and those of the class.
 
         Args:
             first: folder of a CLIPTextModel or a CLIPModel.

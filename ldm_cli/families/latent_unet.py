@@ -14,12 +14,11 @@ from torch import nn
 from ldm_cli.core.compiling import compile_whole
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
-from ldm_cli.core.models.clip_config import CLIPTextConfig
 from ldm_cli.core.models.latent_space import standardized
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
-from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError
+from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
 from ldm_cli.families.codec_folder import Autoencoder
 from ldm_cli.families.family import DTYPES, Family, place
 from ldm_cli.formats import pipeline_folder as layout
@@ -127,7 +126,7 @@ def expect_fitting_parts(
     folder: Path | None,
     unet: UNet2DConditionConfig,
     codec: Autoencoder,
-    towers: Mapping[str, tuple[CLIPTextConfig, Tokenizer]],
+    towers: Mapping[str, CLIPTextEncoder],
     further: Sequence[str],
 ) -> None:
     """Make sure that the parts of a family belong together.
@@ -135,7 +134,7 @@ def expect_fitting_parts(
     Args:
         folder: of the family; None: of no folder.
         unet, codec: the U-Net's configuration and the autoencoder.
-        towers: configuration and tokenizer of each text encoder, by subfolder, whose states are side by side.
+        towers: text encoders by subfolder, whose states are side by side.
         further: problems that the family has found itself.
 
     Raises:
@@ -146,14 +145,15 @@ def expect_fitting_parts(
     if unet.in_channels != _channels_with_mask(channels):
         pairs.append(("unet.in_channels", unet.in_channels, "vae.latent_channels", channels))
     if isinstance(unet.cross_attention_dim, int):
-        width = sum(config.hidden_size for config, _ in towers.values())
+        width = sum(tower.width for tower in towers.values())
         names = " + ".join(f"{name}.hidden_size" for name in towers)
         pairs.append(("unet.cross_attention_dim", unet.cross_attention_dim, names, width))
     causes = [f"{a}={value}, {b}={expected}" for a, value, b, expected in pairs if value != expected]
     causes += further
-    for name, (config, tokenizer) in towers.items():
-        if tokenizer.vocab_size > config.vocab_size:
-            causes.append(f"{layout.tokenizer_of(name)} has {tokenizer.vocab_size} tokens, {name} {config.vocab_size}")
+    for name, tower in towers.items():
+        num_tokens, vocab_size = tower.tokenizer.vocab_size, tower.model.config.vocab_size
+        if num_tokens > vocab_size:
+            causes.append(f"{layout.tokenizer_of(name)} has {num_tokens} tokens, {name} {vocab_size}")
     if causes:
         what = "the parts do not fit together" if folder is None else f"the parts of '{folder}' do not fit"
         raise CheckpointError(what, "; ".join(causes))

@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ldm_cli.core.models.clip_config import CLIPTextConfig
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.data.tokenizer import Tokenizer
@@ -73,7 +72,7 @@ def outline_folder(folder: Path) -> dict[str, nn.Module]:
     unet = outline_model(UNet2DConditionModel, folder / UNET)
     vae = outline_codec(folder / VAE)
     text = outline_tower(folder / TEXT_ENCODER)
-    _check_parts(folder, unet.config, vae, text.config, Tokenizer.load(folder / _TOKENIZER))
+    _check_parts(folder, unet.config, vae, CLIPTextEncoder(text, Tokenizer.load(folder / _TOKENIZER)))
     return {UNET: unet, VAE: vae, TEXT_ENCODER: text}
 
 
@@ -83,12 +82,11 @@ def check_fit(family: StableDiffusion) -> None:
     Raises:
         CheckpointError: their channels, widths or vocabularies differ, or the U-Net needs conditions that none gives.
     """
-    encoder = family.encoder
-    _check_parts(family.folder, family.denoiser.config, family.codec, encoder.model.config, encoder.tokenizer)
+    _check_parts(family.folder, family.denoiser.config, family.codec, family.encoder)
 
 
 def _check_parts(
-    folder: Path | None, unet: UNet2DConditionConfig, codec: Autoencoder, text: CLIPTextConfig, tokenizer: Tokenizer
+    folder: Path | None, unet: UNet2DConditionConfig, codec: Autoencoder, encoder: CLIPTextEncoder
 ) -> None:
     further = [f"unet.{field} asks for a condition that is not supported" for field in unet.pooled_fields]
-    expect_fitting_parts(folder, unet, codec, {TEXT_ENCODER: (text, tokenizer)}, further)
+    expect_fitting_parts(folder, unet, codec, {TEXT_ENCODER: encoder}, further)

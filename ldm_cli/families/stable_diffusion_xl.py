@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -12,13 +11,12 @@ from torch import nn
 
 from ldm_cli.core.condition import NUM_SIZES
 from ldm_cli.core.models.clip import CLIPTextModelWithProjection
-from ldm_cli.core.models.clip_config import CLIPTextConfig
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError
 from ldm_cli.families.clip_pair_encoder import CLIPPairEncoder
-from ldm_cli.families.clip_text_encoder import outline_tower
+from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, outline_tower
 from ldm_cli.families.codec_folder import Autoencoder, open_codec, outline_codec
 from ldm_cli.families.latent_unet import LatentUNet, expect_fitting_parts, pipeline_of, read_settings
 from ldm_cli.formats.json_file import read_json
@@ -32,8 +30,6 @@ from ldm_cli.formats.pipeline_folder import (
     ZEROES_EMPTY,
     tokenizer_of,
 )
-
-_Towers = Mapping[str, tuple[CLIPTextConfig, Tokenizer]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,11 +79,7 @@ def open_folder(
         folder=folder,
         is_compiled=compiled,
     )
-    towers = {
-        name: (tower.model.config, tower.tokenizer)
-        for name, tower in ((TEXT_ENCODER, family.encoder.first), (TEXT_ENCODER_2, family.encoder.second))
-    }
-    _check_parts(folder, family.denoiser.config, family.codec, towers)
+    _check_parts(folder, family.denoiser.config, family.codec, family.encoder)
     family.placed(device, precision, family.encoder.models)
     return family
 
@@ -102,8 +94,8 @@ def outline_folder(folder: Path) -> dict[str, nn.Module]:
         TEXT_ENCODER: outline_tower(folder / TEXT_ENCODER),
         TEXT_ENCODER_2: outline_tower(folder / TEXT_ENCODER_2, CLIPTextModelWithProjection),
     }
-    towers = {name: (model.config, Tokenizer.load(folder / tokenizer_of(name))) for name, model in models.items()}
-    _check_parts(folder, unet.config, vae, towers)
+    towers = [CLIPTextEncoder(model, Tokenizer.load(folder / tokenizer_of(name))) for name, model in models.items()]
+    _check_parts(folder, unet.config, vae, CLIPPairEncoder(*towers))
     return {UNET: unet, VAE: vae, **models}
 
 
@@ -132,9 +124,7 @@ def _expect_base(folder: Path) -> None:
         raise CheckpointError(f"cannot use '{folder}'", cause, "give a base model")
 
 
-def _check_parts(folder: Path, unet: UNet2DConditionConfig, codec: Autoencoder, towers: _Towers) -> None:
-    further = size_problems(unet, towers[TEXT_ENCODER_2][0].projection_dim)
-    lengths = [min(tokenizer.model_max_length, text.max_position_embeddings) for text, tokenizer in towers.values()]
-    if lengths[0] != lengths[1]:
-        further.append(f"{TEXT_ENCODER} takes {lengths[0]} tokens, {TEXT_ENCODER_2} {lengths[1]}")
+def _check_parts(folder: Path, unet: UNet2DConditionConfig, codec: Autoencoder, encoder: CLIPPairEncoder) -> None:
+    towers = {TEXT_ENCODER: encoder.first, TEXT_ENCODER_2: encoder.second}
+    further = size_problems(unet, encoder.second.model.config.projection_dim)
     expect_fitting_parts(folder, unet, codec, towers, further)

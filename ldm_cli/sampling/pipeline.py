@@ -159,7 +159,8 @@ class Pipeline:
             progress.update(images.start, {"step": f"{calls}/{config.steps}"})
             x0 = predict(x, level)
             if on_preview is not None and every and calls % every == 0:
-                pictures = decode_pixels(self.family.codec, x0[: images.stop - images.start], options.window)
+                codec = options.preview_codec or self.family.codec
+                pictures = decode_pixels(codec, x0[: images.stop - images.start], options.window)
                 if visible := [picture for picture in pictures if picture is not None]:
                     on_preview(torch.stack(visible))
             return x0

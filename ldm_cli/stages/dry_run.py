@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
-from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.errors import InputNotFoundError
+from ldm_cli.families.clip_folder import outline_clip
+from ldm_cli.families.codec_folder import outline_codec
 from ldm_cli.families.open_family import outline_family, resolve_model
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
 from ldm_cli.recipe.schema import EvalRecipe, Recipe, SampleRecipe, StartedRecipe
@@ -94,9 +94,9 @@ def _pipeline(field: str, folder: str, notes: list[str]) -> dict[str, int]:
 
 def _evaluated(recipe: EvalRecipe, notes: list[str]) -> dict[str, int]:
     parameters = {}
-    if recipe.eval.clip is not None and (clip := model_at("eval.clip", recipe.eval.clip, CLIPModel, notes)):
+    if recipe.eval.clip is not None and (clip := model_at("eval.clip", recipe.eval.clip, outline_clip, notes)):
         parameters["clip"] = count_parameters(clip)
-    if recipe.eval.vae is not None and (vae := model_at("eval.vae", recipe.eval.vae, AutoencoderKL, notes)):
+    if recipe.eval.vae is not None and (vae := model_at("eval.vae", recipe.eval.vae, outline_codec, notes)):
         parameters["vae"] = count_parameters(vae)
     if recipe.eval.pipeline is not None:
         inside = _pipeline("eval.pipeline", recipe.eval.pipeline, notes)

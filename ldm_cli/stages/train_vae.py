@@ -23,6 +23,7 @@ from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import Loader
 from ldm_cli.errors import DivergedError, RecipeError
 from ldm_cli.evaluation.image_quality import psnr
+from ldm_cli.families.clip_folder import outline_clip
 from ldm_cli.formats.model_folder import load_model, load_weights
 from ldm_cli.formats.save_model import save_frozen, save_model
 from ldm_cli.pictures.grid import image_grid
@@ -57,7 +58,7 @@ def parameters(recipe: TrainVaeRecipe, notes: list[str]) -> Parameters:
         build = lambda: PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)  # noqa: E731
         trained |= trained_parameters("discriminator", build)[0]
     if loss.perceptual_clip is not None:
-        clip = model_at("loss.perceptual_clip", loss.perceptual_clip, CLIPModel, notes)
+        clip = model_at("loss.perceptual_clip", loss.perceptual_clip, outline_clip, notes)
         if clip is not None:
             frozen["perceptual_clip"] = count_parameters(clip.vision_model)
     return trained, frozen
