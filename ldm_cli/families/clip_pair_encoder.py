@@ -103,8 +103,8 @@ def zeroes_empty(text_encoder: Path) -> bool:
 
 def pair_key(first: Path, second: Path) -> dict[str, str]:
     """`CLIPPairEncoder.key` of the folders of two towers, which are not read."""
-    keys = [encoder_key(folder, Tokenizer.load(tokenizer_folder(folder))) for folder in (first, second)]
-    return _pair_key(*keys, zeroes_empty(first))
+    one, other = (encoder_key(folder, Tokenizer.load(tokenizer_folder(folder))) for folder in (first, second))
+    return _pair_key(one, other, zeroes_empty(first))
 
 
 def _pair_key(first: Mapping[str, str], second: Mapping[str, str], zeroes: bool) -> dict[str, str]:

@@ -17,7 +17,7 @@ from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.families.caption_tokens import CaptionTokens
 from ldm_cli.families.family import model_sha256
 from ldm_cli.families.prompt_weights import WeightedText, parse_weights
-from ldm_cli.formats.model_folder import load_model, outline_model
+from ldm_cli.formats.model_folder import ModelClass, load_model, outline_model
 from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TEXT_ENCODER_2, tokenizer_of
 from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS
@@ -60,7 +60,7 @@ class CLIPTextEncoder:
         tokenizer: Path | None = None,
         warn: Callable[[str], None] = ignore,
         *,
-        model_class: type[CLIPTextModel] = CLIPTextModel,
+        model_class: ModelClass[CLIPTextModel] = CLIPTextModel,
         is_penultimate: bool = False,
     ) -> CLIPTextEncoder:
         """Read the folder of a text tower or of a whole CLIP; errors as in `load_model`.
@@ -137,8 +137,8 @@ class CLIPTextEncoder:
         ids = ids.to(next(self.model.parameters()).device)
         output = self.model(ids, output_hidden_states=self._is_penultimate)
         tokens = output.hidden_states[-2] if self._is_penultimate else output.last_hidden_state
-        is_projecting = isinstance(self.model, CLIPTextModelWithProjection)
-        return Condition(tokens=tokens, pooled=self.model.project(output) if is_projecting else None)
+        pooled = self.model.project(output) if isinstance(self.model, CLIPTextModelWithProjection) else None
+        return Condition(tokens=tokens, pooled=pooled)
 
     def _weighted_ids(self, pieces: list[WeightedText]) -> tuple[Tensor, Tensor, str]:
         """Token ids int64 [1, L], a weight for each [L], and the text that found no room."""
@@ -157,7 +157,7 @@ class CLIPTextEncoder:
         return torch.tensor([row]), torch.tensor([1.0, *weights, 1.0, *[1.0] * rest]), cut
 
 
-def outline_tower(folder: Path, model_class: type[CLIPTextModel] = CLIPTextModel) -> CLIPTextModel:
+def outline_tower(folder: Path, model_class: ModelClass[CLIPTextModel] = CLIPTextModel) -> CLIPTextModel:
     """The `outline_model` of the tower that `CLIPTextEncoder.load` reads."""
     return outline_model(model_class, folder, text_config_of, allow_extra=True)
 

@@ -13,14 +13,13 @@ Autoencoder = AutoencoderKL | AutoencoderTiny
 
 def open_codec(folder: Path) -> Autoencoder:
     """Read an autoencoder of either class; errors as in `load_model`."""
-    return load_model(_class_of(folder), folder)
+    return load_model(AutoencoderTiny, folder) if _is_tiny(folder) else load_model(AutoencoderKL, folder)
 
 
 def outline_codec(folder: Path) -> Autoencoder:
     """The `outline_model` of either class."""
-    return outline_model(_class_of(folder), folder)
+    return outline_model(AutoencoderTiny, folder) if _is_tiny(folder) else outline_model(AutoencoderKL, folder)
 
 
-def _class_of(folder: Path) -> type[Autoencoder]:
-    is_tiny = read_config(folder).get("_class_name") == "AutoencoderTiny"
-    return AutoencoderTiny if is_tiny else AutoencoderKL
+def _is_tiny(folder: Path) -> bool:
+    return read_config(folder).get("_class_name") == AutoencoderTiny.__name__

@@ -70,7 +70,9 @@ class Chunks:
                 assert found.sizes is not None
                 images.append(found.image)
                 sizes.append(found.sizes)
-        return Pictures(*(torch.stack(rows) if rows else torch.empty(0) for rows in (images, sizes)), bad)
+        if not images:
+            return Pictures(torch.empty(0), torch.empty(0), bad)
+        return Pictures(torch.stack(images), torch.stack(sizes), bad)
 
     def ahead(self) -> AbstractContextManager[Iterator[Pictures]]:
         """All of them in order, made by a thread or by `data.num_workers` processes."""
