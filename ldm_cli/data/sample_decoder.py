@@ -137,8 +137,9 @@ class MembersDecoder:
                 members.image(self._image_extensions), config.background, config.max_pixels, max(shape)
             )
             remarks += picture.remarks
-            image = to_rectangle(picture.image, shape, config.crop, draw.place, mirror)
-            sizes = picture_sizes(picture.size, shape, config.crop, draw.place, mirror)
+            place = draw.place if config.crop == "random" else 0.5
+            image = to_rectangle(picture.image, shape, config.crop, place, mirror)
+            sizes = picture_sizes(picture.size, shape, config.crop, place, mirror)
         return Sample(image, caption, label, metadata, remarks, sizes)
 
     def _caption_choices(self, members: Members) -> list[float]:
