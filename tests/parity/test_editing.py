@@ -34,8 +34,8 @@ def ours(folder, sampler, strength, hole):
     return torch.stack([image.pixels for image in images])
 
 
-def theirs(kind, folder, monkeypatch, module, sampler, strength, **given):
-    pipeline = kind.from_pretrained(folder, safety_checker=None)
+def theirs(kind, folder, monkeypatch, module, sampler, strength, safety_checker=True, **given):
+    pipeline = kind.from_pretrained(folder, **({"safety_checker": None} if safety_checker else {}))
     monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: latents())
     monkeypatch.setattr(module, "retrieve_latents", lambda output, **_: output.latent_dist.mode())
     # Stable Diffusion's own file says clip_sample: false for the sake of DDIM; the others have no such key.
