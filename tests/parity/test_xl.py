@@ -172,6 +172,20 @@ def test_another_number_of_pooled_features_is_refused(tmp_path: Path) -> None:
         open_family(folder)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_both_text_encoders_give_the_conditions_of_diffusers(tmp_path: Path, seed: int) -> None:
+    folder = their_xl_folder(tmp_path, seed)
+    found = open_family(folder).encoder.encode(PROMPTS)
+    with torch.no_grad():
+        pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(folder)
+        tokens, _, pooled, _ = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
+    assert found.tokens is not None
+    assert found.pooled is not None
+    assert min(tokens.std(), pooled.std()) > 0.1
+    assert (found.tokens - tokens).abs().max() <= 1e-5
+    assert (found.pooled - pooled).abs().max() <= 1e-5
+
+
 def shapes(module: torch.nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in module.state_dict().items() if not name.endswith("position_ids")}
 
