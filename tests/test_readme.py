@@ -44,6 +44,7 @@ NAMES = (
     "precompute",
     "sample",
     "samplers",
+    "stable-diffusion-xl",
     "edit",
     "foreign-models",
     "eval",
