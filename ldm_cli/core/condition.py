@@ -91,7 +91,7 @@ class Condition:
         """
         if self.pooled is None:
             raise ValueError("Condition.with_sizes: pooled is None")
-        rows = sizes.to(self.pooled.device, torch.float32).expand(len(self.pooled), -1)
+        rows = sizes.to(self.pooled.device, torch.float32, non_blocking=True).expand(len(self.pooled), -1)
         return replace(self, pooled=torch.cat([self.pooled.float(), rows], dim=1))
 
     def __getitem__(self, rows: slice) -> Self:

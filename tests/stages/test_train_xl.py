@@ -14,6 +14,7 @@ from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ldm_cli.core.models.clip_config import CLIPTextConfig
+from ldm_cli.data.latent_cache import LatentCache
 from ldm_cli.data.loader import Loader
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.tokenizer import Tokenizer
@@ -27,14 +28,17 @@ from ldm_cli.formats.save_model import save_model
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages.dry_run import dry_run
+from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
 from ldm_cli.stages.support.start import resolve_start
 from ldm_cli.stages.support.training_run import Workbench
 from ldm_cli.stages.train_unet import DenoiserTask
 from ldm_cli.training.run_folder import RunFolder
+from tests.data.tars import png, write_tar
 
 from ..faults.runs import assert_same_run, metrics
 from ..sampling.tiny import randomize
 from .test_precompute import cached
+from .test_preview_vae import tiny_autoencoder
 from .tiny import lose_after, trained, unet_recipe, vae_recipe
 
 SIZES = {
@@ -130,10 +134,13 @@ def test_a_run_writes_a_folder_that_we_and_diffusers_open(scenes: Path, parts: d
     assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.unet.state_dict().items())
 
 
+@pytest.mark.parametrize("is_tiny", [False, True])
 def test_training_from_a_cache_gives_the_same_weights_and_losses(
-    scenes: Path, parts: dict[str, str], tmp_path: Path
+    scenes: Path, parts: dict[str, str], tmp_path: Path, is_tiny: bool
 ) -> None:
     recipe = xl_recipe(scenes, parts, steps=5, log_every=1, save_every=5)
+    if is_tiny:
+        recipe["vae"] = str(tiny_autoencoder(tmp_path / "tiny", latent_channels=3))
     trained(recipe, tmp_path / "plain")
     trained(cached(recipe, tmp_path / "cache"), tmp_path / "cached")
     plain, from_cache = metrics(tmp_path / "plain"), metrics(tmp_path / "cached")
@@ -159,6 +166,30 @@ def test_a_run_begins_at_a_folder_with_both_of_its_text_encoders(
     filled = resolve_start(TrainUnetRecipe.from_mapping({**recipe, "unet": None}), pytest.fail)
     assert filled.text_encoder_2 == str(tmp_path / "first/model/text_encoder_2")
     assert filled.model.addition_embed_type == "text_time"
+
+
+@pytest.mark.parametrize(("crop", "flip"), [("center", 0.5), ("center", 1.0), ("squash", 0.5)])
+def test_a_cache_keeps_the_sizes_of_training(parts: dict[str, str], tmp_path: Path, crop: str, flip: float) -> None:
+    members = [
+        (f"{i}.{kind}", data)
+        for i, size in enumerate([(25, 24), (24, 31), (60, 40), (24, 24), (33, 90)])
+        for kind, data in (("png", png(size=size)), ("txt", b"a red circle"))
+    ]
+    write_tar(tmp_path / "0.tar", members)
+    recipe = xl_recipe(tmp_path, parts, steps=1, batch_size=20)
+    recipe["data"] |= {"shards": str(tmp_path / "0.tar"), "val_shards": None, "crop": crop, "flip_probability": flip}
+    wanted = TrainUnetRecipe.from_mapping(cached(recipe, tmp_path / "cache"))
+    shards = open_shards(wanted.data.shards, wanted.data, SilentReporter())
+    cache = LatentCache(tmp_path / "cache", shards, cache_key(wanted), SilentReporter())
+    (plain,), (from_cache,) = (
+        Loader(shards, wanted.data, seed=0, batch_size=20, cache=c).batches(0, 1) for c in (None, cache)
+    )
+    assert plain.sizes is not None
+    assert from_cache.sizes is not None
+    assert torch.equal(plain.sizes, from_cache.sizes)
+    assert len(plain.sizes.unique(dim=0)) >= 5
+    moments = BatchEncoder(wanted, torch.device("cpu"), list).moments(plain.images)
+    torch.testing.assert_close(from_cache.moments, moments)
 
 
 @pytest.mark.parametrize(
