@@ -153,7 +153,7 @@ def expect_fitting_parts(
     for name, tower in towers.items():
         num_tokens, vocab_size = tower.tokenizer.vocab_size, tower.model.config.vocab_size
         if num_tokens > vocab_size:
-            causes.append(f"{layout.tokenizer_of(name)} has {num_tokens} tokens, {name} {vocab_size}")
+            causes.append(f"the {layout.tokenizer_of(name)} has {num_tokens} tokens, the {name} {vocab_size}")
     if causes:
         what = "the parts do not fit together" if folder is None else f"the parts of '{folder}' do not fit"
         raise CheckpointError(what, "; ".join(causes))
