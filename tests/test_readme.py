@@ -45,6 +45,7 @@ NAMES = (
     "convert",
     "sample",
     "samplers",
+    "stable-diffusion-xl",
     "edit",
     "foreign-models",
     "eval",

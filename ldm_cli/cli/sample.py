@@ -50,6 +50,7 @@ def command(
     interpolate: arg.Interpolate = None,
     xy: arg.XY = None,
     preview_every: arg.PreviewEvery = None,
+    preview_vae: arg.PreviewVae = None,
     image_format: arg.ImageFormat = None,
     metadata: arg.Metadata = None,
     wildcards: arg.Wildcards = None,

@@ -62,6 +62,9 @@ XY = Annotated[
 PreviewEvery = Annotated[
     int | None, option("--preview-every", metavar="N", panel=_SHOWING, text="Update preview.png every N predictions.")
 ]
+PreviewVae = Annotated[
+    str | None, option("--preview-vae", metavar="DIR", panel=_SHOWING, text="Autoencoder that decodes previews.")
+]
 ImageFormat = Annotated[str | None, option("--format", metavar="F", panel=_SHOWING, text="png, jpg or webp.")]
 Metadata = Annotated[
     bool | None, option("--metadata/--no-metadata", panel=_SHOWING, text="Store settings in the pictures.")
@@ -94,6 +97,7 @@ _FIELDS = {
     "interpolate": "interpolate",
     "xy": "xy",
     "preview_every": "preview_every",
+    "preview_vae": "preview_vae",
     "image_format": "format",
     "metadata": "metadata",
     "wildcards": "wildcards",

@@ -6,11 +6,14 @@ Letters: B batch, M tokens, D width, P width of a pooled vector, C channels, h w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Protocol, Self
 
 import torch
 from torch import Tensor
+
+NUM_SIZES = 6
+"""Numbers of `Condition.with_sizes`."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,21 @@ class Condition:
             return torch.where(is_replaced.view(-1, *[1] * (ours.ndim - 1)), theirs, ours)
 
         return self.combined(choose, [self, other])
+
+    def with_sizes(self, sizes: Tensor) -> Self:
+        """With sizes of the picture after the pooled text, as float32 (Podell et al. 2023, arXiv:2307.01952, 2.2).
+
+        Args:
+            sizes: [B, 6] or [1, 6], in pixels: height and width of the picture before it was resized; pixels cut off
+                at its top and left after that; height and width of what is left.
+
+        Raises:
+            ValueError: there is no pooled text.
+        """
+        if self.pooled is None:
+            raise ValueError("Condition.with_sizes: pooled is None")
+        rows = sizes.to(self.pooled.device, torch.float32, non_blocking=True).expand(len(self.pooled), -1)
+        return replace(self, pooled=torch.cat([self.pooled.float(), rows], dim=1))
 
 
 class Denoiser(Protocol):

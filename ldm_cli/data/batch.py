@@ -28,6 +28,7 @@ class Batch:
         epoch: int64 [B].
         position: int64 [B], within the epoch; with `epoch` the counter of all random numbers of a sample.
         metadata: B parsed JSON members, if requested; {} where a sample has none.
+        sizes: int64 [B, 6], `picture_sizes` of the images; None without images.
         moments: from a cache, in place of images: a codec's output, tensors [B, …] by name.
         condition: from a cache: an encoder's output for the captions, tensors [B, …] by name.
         tokens: of the captions, from `Task.prepare`: tensors [B, …] by name.
@@ -40,6 +41,7 @@ class Batch:
     epoch: Tensor
     position: Tensor
     metadata: list[dict[str, Any]] | None = None
+    sizes: Tensor | None = None
     moments: dict[str, Tensor] | None = None
     condition: dict[str, Tensor] | None = None
     tokens: dict[str, Tensor] = field(default_factory=dict)
@@ -127,6 +129,7 @@ def filled(
 def collate(samples: list[Sample], keys: list[str], epoch: Tensor, position: Tensor) -> Batch:
     """The batch of these samples; arguments as the attributes of `Batch`."""
     images = [sample.image for sample in samples if sample.image is not None]
+    sizes = [sample.sizes for sample in samples if sample.sizes is not None]
     labels = [sample.label for sample in samples if sample.label is not None]
     has_metadata = bool(samples) and samples[0].metadata is not None
     return Batch(
@@ -137,6 +140,7 @@ def collate(samples: list[Sample], keys: list[str], epoch: Tensor, position: Ten
         epoch=epoch,
         position=position,
         metadata=[sample.metadata or {} for sample in samples] if has_metadata else None,
+        sizes=torch.stack(sizes) if sizes else None,
         moments=_stacked([sample.moments for sample in samples]),
         condition=_stacked([sample.condition for sample in samples]),
     )

@@ -14,7 +14,7 @@ from ldm_cli.reporting import Reporter
 from ldm_cli.storage import file_sha256
 
 MANIFEST = "cache.json"
-VERSION = 2
+VERSION = 3
 Dtype = Literal["fp32", "fp16", "bf16"]
 Facts = dict[str, Any]
 _HASH_LENGTH = 16

@@ -54,10 +54,12 @@ class Picture(NamedTuple):
 
     Attributes:
         image: 8-bit RGB, in sRGB.
+        size: height and width as the file has them, upright; those of `image` may be smaller.
         remarks: conversions of its colours, to be counted: "converted to sRGB", "unusable color profile".
     """
 
     image: Image.Image
+    size: tuple[int, int]
     remarks: tuple[str, ...]
 
 
@@ -81,21 +83,23 @@ def decode_rgb(data: bytes, background: Color, max_pixels: int, min_side: int | 
             pixel format".
     """
     image = _open(data, max_pixels)
+    width, height = image.size
     try:
         if min_side is not None:
             image.draft(None, (2 * min_side, 2 * min_side))
         image.load()
-        transpose = _TRANSPOSE.get(_orientation(image))  # Pillow has already applied it to TIFFs
+        orientation = _orientation(image)  # Pillow has already applied it to TIFFs
         to_srgb = conversion(image.info.get("icc_profile"), color_mode(image.mode))
         if image.format == "PNG":
             _scale_transparent_color(image, depth=data[24])
         result = _to_rgb(image, to_srgb, background, _reduction(image.size, min_side))
-        result = result if transpose is None else result.transpose(transpose)
+        result = result.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else result
     except BadSampleError:
         raise
     except Exception as error:  # Pillow's plugins raise nearly every kind of exception on damaged files
         raise BadSampleError("damaged image", str(error)) from error
-    return Picture(result, (to_srgb.remark,) if to_srgb.remark else ())
+    size = (width, height) if orientation >= 5 else (height, width)
+    return Picture(result, size, (to_srgb.remark,) if to_srgb.remark else ())
 
 
 def image_header(data: bytes, max_pixels: int) -> tuple[str, int, int]:
@@ -136,7 +140,7 @@ def to_rectangle(
         uint8 [3, H, W].
     """
     height, width = size
-    box = (0, 0, *image.size) if crop == "squash" else _part(image.size, width, height, place)
+    box = (0, 0, *image.size) if crop == "squash" else part_of(image.size, width, height, place)
     if (box[2] - box[0]) * (box[3] - box[1]) > _MUCH_LARGER**2 * width * height:
         # Pillow averages blocks first: less to hold in memory, and quicker here.
         image = image.resize((width, height), Image.Resampling.BICUBIC, box, reducing_gap=3.0)
@@ -152,7 +156,7 @@ def to_rectangle(
     return result[0].contiguous()
 
 
-def _part(size: tuple[int, int], width: int, height: int, place: float) -> tuple[int, int, int, int]:
+def part_of(size: tuple[int, int], width: int, height: int, place: float) -> tuple[int, int, int, int]:
     """Left, top, right and bottom of the largest part of a picture that has the shape width × height.
 
     Whole source pixels, so that a picture that needs no resizing is cut, not blurred by half a pixel.

@@ -7,8 +7,9 @@ A cache is a folder of WebDataset shards and of `cache.json`, which is written l
     text-HASH-000000.tar  DIGEST.condition.safetensors  each distinct caption once, and the empty one; HASH is of the
                           DIGEST.txt                    encoder's key
 
-Moments are the tensors of `Codec.moments`, with `_mirrored` after the names for mirrored pictures; conditions are the
-fields of `Condition`. A file that exists under its name is right, whoever wrote it and when.
+Moments are the tensors of `Codec.moments`, and `sizes` those of `picture_sizes`, with `_mirrored` after the names for
+mirrored pictures; conditions are the fields of `Condition`. A file that exists under its name is right, whoever wrote
+it and when.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from ldm_cli.reporting import Reporter
 
 MOMENTS, BAD, CONDITION = "moments.safetensors", "bad.json", "condition.safetensors"
 MIRRORED = "_mirrored"
+SIZES = "sizes"
 _KNOWN_BYTES = 256 * 2**20  # conditions kept in memory
 _HEX_OF_63_BITS = 16
 _DIGEST_LENGTH = 32
@@ -90,7 +92,7 @@ class LatentCache:
         return CachedDecoder(self, self._source, config, wanted)
 
     def moments(self, shard: int, sample: int, mirrored: bool) -> dict[str, Tensor]:
-        """The codec's moments of a sample's image, each without the batch dimension.
+        """The codec's moments of a sample's image and its `sizes`, each without the batch dimension.
 
         Raises:
             BadSampleError: the picture could not be used.
@@ -138,7 +140,8 @@ class CachedDecoder:
         """As `SampleDecoder.decode`: the same caption, mirrored in the same cases, bad for the same reason."""
         plain = self._decoder.decode(shard, sample, draw)
         moments = self._cache.moments(shard, sample, draw.flip < self._flip_probability)
-        return replace(plain, moments=moments, condition=self._cache.condition(plain.caption))
+        sizes = moments.pop(SIZES)
+        return replace(plain, sizes=sizes, moments=moments, condition=self._cache.condition(plain.caption))
 
     def close(self) -> None:
         """Close the files."""

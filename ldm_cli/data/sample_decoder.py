@@ -20,6 +20,7 @@ from ldm_cli.data.captions import (
 )
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.decode import IMAGE_EXTENSIONS, decode_rgb, to_rectangle
+from ldm_cli.data.picture_sizes import picture_sizes
 from ldm_cli.data.shards import ShardReader, ShardSet
 from ldm_cli.data.tar_format import Member
 
@@ -51,7 +52,8 @@ class Wanted:
 @dataclass(frozen=True)
 class Sample:
     """A decoded sample: image uint8 [3, S, S], caption, class index, JSON member, remarks on its text; from a cache,
-    in place of the image, the moments of the image and the condition of the caption, tensors by name.
+    in place of the image, the moments of the image and the condition of the caption, tensors by name. `sizes` are the
+    image's `picture_sizes`.
     """
 
     image: Tensor | None
@@ -59,6 +61,7 @@ class Sample:
     label: int | None
     metadata: dict[str, Any] | None
     remarks: tuple[str, ...]
+    sizes: Tensor | None = None
     moments: dict[str, Tensor] | None = None
     condition: dict[str, Tensor] | None = None
 
@@ -129,15 +132,16 @@ class MembersDecoder:
         caption, remarks = self._caption(members, draw.caption) if self._wanted.caption else ("", ())
         label = self._label(members) if self._wanted.label and self._config.label else None
         metadata = (members.metadata() or {}) if self._wanted.metadata else None
-        image = None
+        image = sizes = None
         if self._wanted.image:
             config, data = self._config, members.image(self._image_extensions)
             shape = draw.shape or (config.image_size, config.image_size)
             picture = decode_rgb(data, config.background, config.max_pixels, max(shape))
             remarks += picture.remarks
-            mirror = draw.flip < config.flip_probability
-            image = to_rectangle(picture.image, shape, config.crop, draw.place, mirror)
-        return Sample(image, caption, label, metadata, remarks)
+            mirror, place = draw.flip < config.flip_probability, draw.place if config.crop == "random" else 0.5
+            image = to_rectangle(picture.image, shape, config.crop, place, mirror)
+            sizes = picture_sizes(picture.size, shape, config.crop, place, mirror)
+        return Sample(image, caption, label, metadata, remarks, sizes)
 
     def _caption(self, members: Members, choice: float) -> tuple[str, tuple[str, ...]]:
         """The caption by the recipe's rule, and remarks about it."""

@@ -42,7 +42,7 @@ class EvalConfig(Config):
     clip: str | None = None
     """CLIPModel folder: for `clip_score`, `zero_shot`, `retrieval`, `frechet_distance`."""
     vae: str | None = None
-    """AutoencoderKL folder: for `reconstruction` (PSNR, SSIM)."""
+    """AutoencoderKL or AutoencoderTiny folder: for `reconstruction` (PSNR, SSIM)."""
     pipeline: str | None = None
     """Pipeline folder that generates pictures of the captions, for `clip_score`, `frechet_distance`,
     `attribute_accuracy`."""

@@ -10,9 +10,14 @@ from ldm_cli.core.models.clip_image_processor import CLIPImageProcessor
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError
 from ldm_cli.families.clip_text_encoder import tokenizer_folder
-from ldm_cli.formats.model_folder import load_model, read_as, read_image_processor
+from ldm_cli.formats.model_folder import load_model, outline_model, read_as, read_image_processor
 from ldm_cli.formats.weight_files import CONFIG_NAME
 from ldm_cli.storage import resolve_model_folder
+
+
+def outline_clip(folder: Path) -> CLIPModel:
+    """The `outline_model` of a CLIPModel folder."""
+    return outline_model(CLIPModel, folder)
 
 
 def open_clip(folder: Path) -> tuple[CLIPModel, Tokenizer, CLIPImageProcessor]:

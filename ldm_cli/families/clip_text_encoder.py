@@ -1,8 +1,9 @@
-"""CLIP's text tower and its tokenizer: captions and prompts to the tokens that a denoiser attends to."""
+"""CLIP's text tower and its tokenizer: captions and prompts to what a denoiser is conditioned on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +11,34 @@ import torch
 from torch import Tensor
 
 from ldm_cli.core.condition import Condition
-from ldm_cli.core.models.clip import CLIPTextModel
+from ldm_cli.core.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.families.caption_tokens import CaptionTokens
 from ldm_cli.families.family import model_sha256
 from ldm_cli.families.prompt_weights import WeightedText, parse_weights
-from ldm_cli.formats.model_folder import load_model
+from ldm_cli.formats.model_folder import ModelClass, load_model, outline_model
 from ldm_cli.formats.model_source import outside_file, split_at_file
-from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TOKENIZER
+from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TEXT_ENCODER_2, tokenizer_of
 from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS
 
 
-def _ignore(message: str) -> None:
+def ignore(message: str) -> None:
     """Say nothing."""
 
 
 class CLIPTextEncoder:
-    """An `Encoder`; its conditions hold `tokens`, the tower's last hidden states [B, L, D]."""
+    """An `Encoder`; its conditions hold `tokens` [B, L, D], and `pooled` [B, P] of a tower with projection."""
 
     def __init__(
         self,
         model: CLIPTextModel,
         tokenizer: Tokenizer,
         folder: Path | None = None,
-        warn: Callable[[str], None] = _ignore,
+        warn: Callable[[str], None] = ignore,
+        *,
+        is_penultimate: bool = False,
     ) -> None:
         """Put a tower and its tokenizer together.
 
@@ -44,31 +47,52 @@ class CLIPTextEncoder:
             tokenizer: its tokenizer.
             folder: where the tower was read, for `key`.
             warn: called once if captions are cut.
+            is_penultimate: whether `tokens` are the output of the last layer but one, without the final norm, as in
+                SDXL, instead of the last hidden states.
         """
         self.model, self.tokenizer = model, tokenizer
-        self._folder = folder
+        self._folder, self._is_penultimate = folder, is_penultimate
         self._caption_tokens = CaptionTokens(tokenizer, self.length, warn)
 
     @classmethod
     def load(
-        cls, folder: Path, warn: Callable[[str], None] = _ignore, dtype: torch.dtype = torch.float32
+        cls,
+        folder: Path,
+        warn: Callable[[str], None] = ignore,
+        dtype: torch.dtype = torch.float32,
+        *,
+        model_class: ModelClass[CLIPTextModel] = CLIPTextModel,
+        is_penultimate: bool = False,
     ) -> CLIPTextEncoder:
-        """Read a CLIPTextModel folder, or the text tower of a CLIPModel folder; errors as in `load_model`.
+        """Read the folder of a text tower or of a whole CLIP; errors as in `load_model`.
 
         Args:
-            folder: of the tower.
+            folder: of a CLIPTextModel, CLIPTextModelWithProjection or CLIPModel.
             warn: called once if captions are cut.
             dtype: of the tower's weights.
+            model_class: of the tower; with projection or without.
+            is_penultimate: as for the class.
         """
-        model = load_model(CLIPTextModel, folder, text_config_of, allow_extra=True, dtype=dtype)
-        return cls(model, Tokenizer.load(tokenizer_folder(folder)), folder, warn)
+        model = load_model(model_class, folder, text_config_of, allow_extra=True, dtype=dtype)
+        return cls(model, Tokenizer.load(tokenizer_folder(folder)), folder, warn, is_penultimate=is_penultimate)
 
-    def save(self, folder: Path, tokenizer: Path) -> None:
-        """Write the tower and the tokenizer into their folders; errors as in `save_model`."""
-        save_model(folder, self.model.state_dict(), self.model.config.to_hugging_face(), TRANSFORMERS_WEIGHTS)
+    def save(self, folder: Path, component: str = TEXT_ENCODER) -> None:
+        """Write tower and tokenizer as a component of a pipeline folder; errors as in `save_model`."""
+        config = {**self.model.config.to_hugging_face(), "architectures": [type(self.model).__name__]}
+        save_model(folder / component, self.model.state_dict(), config, TRANSFORMERS_WEIGHTS)
         # diffusers pads to what the tokenizer says; the tower takes no more than it has positions.
         self.tokenizer.model_max_length = self.length
-        self.tokenizer.save(tokenizer)
+        self.tokenizer.save(folder / tokenizer_of(component))
+
+    @property
+    def models(self) -> tuple[CLIPTextModel, ...]:
+        """The tower."""
+        return (self.model,)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.model.config.hidden_size
 
     @property
     def length(self) -> int:
@@ -89,7 +113,7 @@ class CLIPTextEncoder:
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Condition:
         """B captions in one batch: B rows."""
-        return Condition(tokens=self._states(self._caption_tokens(captions)))
+        return self._condition(self._caption_tokens(captions))
 
     @torch.inference_mode()
     def encode_prompts(self, prompts: Sequence[str], *, weighted: bool, warn: Callable[[str], None]) -> Condition:
@@ -102,19 +126,23 @@ class CLIPTextEncoder:
             if cut:
                 places = self.length - 2
                 warn(f"prompt {prompt[:40]!r}… has more than {places} tokens; this was cut: {_shortened(cut)!r}")
-        states = self._states(torch.tensor(rows))
-        if all(weight == 1.0 for own in weights for weight in own):
-            return Condition(tokens=states)
+        condition = self._condition(torch.tensor(rows))
+        states = condition.tokens
+        if states is None or all(weight == 1.0 for own in weights for weight in own):
+            return condition
         # Away from the empty prompt's states and towards them, place by place: a weight of 1 changes nothing.
-        empty = self._states(self.tokenizer.encode([""], self.length).input_ids)
+        empty = self._condition(self.tokenizer.encode([""], self.length).input_ids).tokens
+        assert empty is not None
         shares = torch.tensor(weights)[..., None].to(states.device, states.dtype, non_blocking=True)
-        return Condition(tokens=torch.lerp(empty, states, shares))
+        return replace(condition, tokens=torch.lerp(empty, states, shares))
 
-    def _states(self, ids: Tensor) -> Tensor:
-        """Token ids int64 [B, L] → [B, L, D]."""
-        device = next(self.model.parameters()).device
-        states: Tensor = self.model(ids.to(device, non_blocking=True)).last_hidden_state
-        return states
+    def _condition(self, ids: Tensor) -> Condition:
+        """Of token ids int64 [B, L]."""
+        ids = ids.to(next(self.model.parameters()).device, non_blocking=True)
+        output = self.model(ids, output_hidden_states=self._is_penultimate)
+        tokens = output.hidden_states[-2] if self._is_penultimate else output.last_hidden_state
+        pooled = self.model.project(output) if isinstance(self.model, CLIPTextModelWithProjection) else None
+        return Condition(tokens=tokens, pooled=pooled)
 
     def _weighted_ids(self, pieces: list[WeightedText]) -> tuple[list[int], list[float], str]:
         """L token ids, a weight for each, and the text that found no room."""
@@ -133,16 +161,23 @@ class CLIPTextEncoder:
         return row, [1.0, *weights, 1.0, *[1.0] * rest], cut
 
 
+def outline_tower(folder: Path, model_class: ModelClass[CLIPTextModel] = CLIPTextModel) -> CLIPTextModel:
+    """The `outline_model` of the tower that `CLIPTextEncoder.load` reads."""
+    return outline_model(model_class, folder, text_config_of, allow_extra=True)
+
+
 def tokenizer_folder(text_encoder: Path) -> Path:
     """Where the tokenizer of a tower lies: in the same folder, or in `tokenizer` beside it, as in pipelines.
+
+    That of `text_encoder_2` is `tokenizer_2`.
 
     Raises:
         InputNotFoundError: the tower is in a single file, and there is no such folder beside that.
     """
     if (found := split_at_file(text_encoder)) is not None:
-        return outside_file(found[0], TOKENIZER)
-    beside = text_encoder.parent / TOKENIZER
-    return beside if text_encoder.name == TEXT_ENCODER and beside.is_dir() else text_encoder
+        return outside_file(found[0], tokenizer_of(found[1].name or TEXT_ENCODER))
+    beside = text_encoder.parent / tokenizer_of(text_encoder.name)
+    return beside if text_encoder.name in (TEXT_ENCODER, TEXT_ENCODER_2) and beside.is_dir() else text_encoder
 
 
 def encoder_key(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
@@ -153,7 +188,8 @@ def encoder_key(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
 def text_config_of(mapping: Mapping[str, Any]) -> CLIPTextConfig:
     """The text tower's configuration in a config.json of its own or of a whole CLIP."""
     if "text_config" in mapping:
-        return CLIPConfig.from_hugging_face(mapping).text_config
+        whole = CLIPConfig.from_hugging_face(mapping)
+        return whole.text_config.model_copy(update={"projection_dim": whole.projection_dim})
     return CLIPTextConfig.from_hugging_face(mapping)
 
 

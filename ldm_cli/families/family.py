@@ -100,6 +100,11 @@ class Family(ABC):
         return False
 
     @property
+    def takes_sizes(self) -> bool:
+        """Whether sizes of the picture follow the pooled text: see `Condition.with_sizes`."""
+        return False
+
+    @property
     def guidance_width(self) -> int | None:
         """Width of the guidance scale's embedding, for a denoiser that was distilled with guidance; else None."""
         return None

@@ -1,7 +1,8 @@
-"""The layout of a Stable Diffusion pipeline folder: its index and its components."""
+"""The layout of a pipeline folder of diffusers: its index and its components."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from ldm_cli.formats.json_file import write_json
@@ -9,29 +10,41 @@ from ldm_cli.formats.json_file import write_json
 DIFFUSERS_VERSION = "0.42.1"
 """The release of diffusers whose files we write."""
 INDEX_NAME = "model_index.json"
-SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
-UNET, VAE, TEXT_ENCODER, TEXT_ENCODER_2 = "unet", "vae", "text_encoder", "text_encoder_2"
-TOKENIZER = "tokenizer"
-PIPELINE_CLASS = "StableDiffusionPipeline"
+UNET, VAE, SCHEDULER, TOKENIZER = "unet", "vae", "scheduler", "tokenizer"
+SCHEDULER_FILE = Path(SCHEDULER) / "scheduler_config.json"
+TEXT_ENCODER, TEXT_ENCODER_2 = "text_encoder", "text_encoder_2"
+ZEROES_EMPTY = "force_zeros_for_empty_prompt"
+"""Setting of the index: the condition of the empty prompt is zeros."""
 
 
-def write_index(folder: Path, scheduler_class: str) -> None:
-    """Write model_index.json for `StableDiffusionPipeline.from_pretrained`, without safety checker.
+def tokenizer_of(text_encoder: str) -> str:
+    """The component with the tokenizer of a text encoder: `text_encoder_2` → `tokenizer_2`."""
+    return text_encoder.replace(TEXT_ENCODER, TOKENIZER)
+
+
+def write_index(folder: Path, pipeline: str, classes: Mapping[str, str | None], settings: Mapping[str, bool]) -> None:
+    """Write model_index.json.
+
+    Args:
+        folder: of the pipeline.
+        pipeline: its class in diffusers.
+        classes: of each component, by subfolder; None: the pipeline is without it.
+        settings: further arguments of the pipeline.
 
     Raises:
         StorageError: writing failed.
     """
     content = {
-        "_class_name": PIPELINE_CLASS,
+        "_class_name": pipeline,
         "_diffusers_version": DIFFUSERS_VERSION,
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", scheduler_class],
-        TEXT_ENCODER: ["transformers", "CLIPTextModel"],
-        TOKENIZER: ["transformers", "CLIPTokenizer"],
-        UNET: ["diffusers", "UNet2DConditionModel"],
-        VAE: ["diffusers", "AutoencoderKL"],
+        **{name: [_library(kind), kind] for name, kind in classes.items()},
+        **settings,
     }
     write_json(folder / INDEX_NAME, content)
+
+
+def _library(kind: str | None) -> str | None:
+    """The library that has a class."""
+    if kind is None:
+        return None
+    return "transformers" if kind.startswith("CLIP") else "diffusers"

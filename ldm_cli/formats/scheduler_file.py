@@ -83,6 +83,7 @@ _DEFAULTS_BY_CLASS: dict[str, dict[str, Any]] = {
     "LCMScheduler": {**_STABLE_DIFFUSION_BETAS, "beta_schedule": "scaled_linear"},
     "PNDMScheduler": {"skip_prk_steps": False},
 }
+_CLIPPING_BY_DEFAULT = ("DDIMScheduler", "DDPMScheduler")
 
 
 @dataclass(frozen=True)
@@ -162,9 +163,10 @@ def write_scheduler(folder: Path, settings: SchedulerSettings) -> None:
 
 
 def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> SchedulerSettings:
-    """What scheduler/scheduler_config.json of a Stable Diffusion folder says, for any solver of ours.
+    """What scheduler/scheduler_config.json of a pipeline folder says, for any solver of ours.
 
-    As the pipelines of Stable Diffusion, `clip_sample` is ignored and `steps_offset` is 1 whatever the file says.
+    As in the pipelines of Stable Diffusion 1 and 2, `clip_sample` is ignored and `steps_offset` is 1 whatever the file
+    says; those of Stable Diffusion XL honour both, and clipping is refused.
 
     Args:
         folder: of the pipeline.
@@ -185,7 +187,10 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
         neutral["solver_order"] = (2, 3)
     if "Inpaint" in pipeline:
         neutral.pop("skip_prk_steps", None)
-    if pipeline.startswith("LatentConsistency"):
+    is_xl = pipeline.startswith("StableDiffusionXL")
+    if is_xl:
+        content = {"clip_sample": found in _CLIPPING_BY_DEFAULT, **content}
+    if is_xl or pipeline.startswith("LatentConsistency"):
         neutral["clip_sample"] = _OFF
     if found in _FLOW_SCHEDULERS:
         # These classes say nothing of the prediction, which is always a velocity, and call its shift so.
@@ -201,6 +206,7 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
     return SchedulerSettings(
         diffusion=_diffusion(content),
         timestep_spacing=content.get("timestep_spacing"),
+        steps_offset=content.get("steps_offset", 0) if is_xl else 1,
         set_alpha_to_one=content.get("set_alpha_to_one"),
         sigmas=_sigmas(content),
         sigma_min=content.get("sigma_min"),

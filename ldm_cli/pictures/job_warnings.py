@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from ldm_cli.families.family import Family
 from ldm_cli.families.prompt_weights import parse_weights
 from ldm_cli.pictures.job import Item
-from ldm_cli.sampling.config import SamplingConfig
+from ldm_cli.sampling.config import SamplingConfig, SizesConfig
 from ldm_cli.sampling.denoising import sampler_of, takes_eta
 
 _MOST_NAMED = 3
@@ -72,6 +72,11 @@ def _unused_settings(config: SamplingConfig, family: Family) -> Iterator[tuple[s
     guidance, is_distilled = config.guidance, family.guidance_width is not None
     if config.eta is not None and not takes_eta(family.settings, config):
         yield "eta", f"sampling.eta={config.eta:g} has no effect on {sampler_of(family.settings, config)}"
+    given_sizes = {"sizes": config.sizes, "negative_sizes": config.negative_sizes}
+    if not family.takes_sizes:
+        for name, sizes in given_sizes.items():
+            if sizes not in (None, SizesConfig()):
+                yield name, f"sampling.{name} has no effect on a model that takes no sizes"
     is_perturbed = guidance.perturb is not None and guidance.perturb.scale > 0.0
     given = {
         "guidance.apg": guidance.apg is not None,

@@ -134,10 +134,14 @@ class TrainUnetRecipe(StartedRecipe):
     command: Literal["train-unet"]
     """Which command this recipe is for."""
     vae: str = ""
-    """Folder of the trained AutoencoderKL (`runs/…/model`). Empty: that of the pipeline in `start_from`."""
+    """Folder of the trained AutoencoderKL (`runs/…/model`) or AutoencoderTiny. Empty: that of the pipeline in
+    `start_from`."""
     text_encoder: str = ""
     """Folder of the trained CLIPModel or CLIPTextModel, with its tokenizer (`runs/…/model`). Empty: that of the
     pipeline in `start_from`."""
+    text_encoder_2: str = ""
+    """Stable Diffusion XL: folder of the second text encoder, a CLIPModel or CLIPTextModelWithProjection, with its
+    tokenizer. Empty: that of the pipeline in `start_from`, or none."""
     cache: str | None = None
     """Folder that `ldm precompute` wrote for this recipe, to read latents and text states from; null computes them."""
     unet: UNet2DConditionConfig | None = None
@@ -199,6 +203,9 @@ class SampleRecipe(Config):
     preview_every: Annotated[int, Field(ge=0)] = 0
     """Predictions after which `preview.png` shows the unfinished pictures again; some samplers predict twice per step.
     0: never."""
+    preview_vae: str | None = None
+    """Folder of an autoencoder of the same latents that decodes previews, such as an AutoencoderTiny, which takes a
+    fraction of the time; null: the model's own."""
 
 
 class EvalSection(EvalConfig):

@@ -31,6 +31,26 @@ SamplerName = Literal[
 ]
 
 
+Pixels = Annotated[int, Field(ge=0)]
+Extent = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+
+
+class SizesConfig(Config):
+    """Sizes that Stable Diffusion XL is conditioned on, each as [height, width] in pixels (Podell et al. 2023,
+    arXiv:2307.01952, section 2.2): of a training picture that would have looked like this one."""
+
+    original: Extent | None = None
+    """Of the picture before it was resized; small ones are blurred. null: that of the picture."""
+    crop: tuple[Pixels, Pixels] = (0, 0)
+    """Cut off at the top and at the left; 0 for whole, centred objects."""
+    target: Extent | None = None
+    """Of the picture after it was resized and cut. null: that of the picture."""
+
+    def resolved(self, height: int, width: int) -> tuple[int, ...]:
+        """The six numbers of `Condition.with_sizes` for a picture of height × width."""
+        return *(self.original or (height, width)), *self.crop, *(self.target or (height, width))
+
+
 class SamplingConfig(Config):
     """Sampler, steps, guidance and size of the pictures; every field is also an option of `ldm sample`."""
 
@@ -60,6 +80,10 @@ class SamplingConfig(Config):
     """Image width in pixels; null: the size the model was trained at."""
     height: Annotated[int, Field(ge=8)] | None = None
     """Image height in pixels; null: the size the model was trained at."""
+    sizes: SizesConfig = SizesConfig()
+    """Stable Diffusion XL: sizes that the prompt comes with."""
+    negative_sizes: SizesConfig | None = None
+    """Stable Diffusion XL: sizes that the negative prompt comes with; null: those of `sizes`."""
     batch_size: Annotated[int, Field(ge=1)] = 8
     """Most images that are denoised together on a GPU; on a CPU the image size decides. It changes pictures by no more
     than rounding, on a CPU not at all."""

@@ -16,7 +16,7 @@ from ldm_cli.core.diffusion.process import Level
 from ldm_cli.core.diffusion.samplers import CleanPredictor
 from ldm_cli.core.models.layers import guidance_embedding
 from ldm_cli.families.family import Family
-from ldm_cli.sampling.config import SamplingConfig
+from ldm_cli.sampling.config import SamplingConfig, SizesConfig
 from ldm_cli.sampling.denoising import Start, denoise
 from ldm_cli.sampling.edit_input import LatentEditInput
 from ldm_cli.sampling.fixed_rows import texts_per_call
@@ -39,6 +39,7 @@ class LatentSampler:
         config: sampler, steps, guidance.
         conditions: of every prompt, one row each.
         models: further networks of the guidance.
+        image_size: height and width of the pictures, in pixels.
         edit: the picture to work on, if any.
         window: side, in latents, of the windows that the networks see; None: they see all.
     """
@@ -47,6 +48,7 @@ class LatentSampler:
     config: SamplingConfig
     conditions: Mapping[str, Condition]
     models: GuidanceModels
+    image_size: tuple[int, int]
     edit: LatentEditInput | None = None
     window: int | None = None
 
@@ -87,8 +89,8 @@ class LatentSampler:
         network = self._network(family.denoiser)
         model = guided(
             network,
-            self._completed(conditional, len(requests)),
-            self._completed(unconditional, len(requests)),
+            self._completed(conditional, len(requests), self.config.sizes),
+            self._completed(unconditional, len(requests), self.config.negative_sizes or self.config.sizes),
             guidance,
             family.process.prediction,
             None if self.models.weaker is None else self._network(self.models.weaker),
@@ -108,9 +110,11 @@ class LatentSampler:
         ends = [condition, self.conditions[blend.prompt]]
         return Condition.combined(lambda pair: torch.lerp(pair[0], pair[1], blend.weight), ends)
 
-    def _completed(self, condition: Condition, rows: int) -> Condition:
-        """With the scale's embedding, and with mask and masked latents as channels, for a denoiser that takes them."""
+    def _completed(self, condition: Condition, rows: int, sizes: SizesConfig) -> Condition:
+        """With sizes, the scale's embedding, mask and masked latents as channels: whichever the denoiser takes."""
         edit, width = self.edit, self.family.guidance_width
+        if self.family.takes_sizes:
+            condition = condition.with_sizes(torch.tensor([sizes.resolved(*self.image_size)]))
         if width is not None:
             embedding = guidance_embedding(self.config.guidance.scale, width).to(self.family.device, non_blocking=True)
             condition = replace(condition, guidance=embedding.expand(rows, -1))
@@ -123,9 +127,9 @@ class LatentSampler:
         dtype = next(denoiser.parameters()).dtype
 
         def network(x: Tensor, level: Level, condition: Condition) -> Tensor:
-            # Times stay float32: half precision cannot tell 998 from 999.
+            # Times and sizes stay float32: half precision cannot tell 998 from 999.
             t = torch.full((1,), level.t, device=x.device)
-            cast = condition.map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+            cast = replace(condition.map(lambda tensor: tensor.to(dtype)), pooled=condition.pooled)
             prediction: Tensor = denoiser(x.to(dtype), t, cast)
             return prediction.float()
 

@@ -98,6 +98,7 @@ class Pipeline:
             config,
             prompt_conditions(family, requests, config.negative, options.weighted, reporter.warn),
             self._guidance_models(config.guidance),
+            self.image_size(config),
             None if edit is None else encode_edit_input(family.codec, edit, family.device, window),
             window,
         )
@@ -159,7 +160,8 @@ class Pipeline:
             progress.update(images.start, {"calls": calls})
             x0 = predict(x, level)
             if on_preview is not None and every and calls % every == 0:
-                pictures = decode_pixels(self.family.codec, x0[: images.stop - images.start], options.window)
+                codec = options.preview_codec or self.family.codec
+                pictures = decode_pixels(codec, x0[: images.stop - images.start], options.window)
                 if visible := [picture for picture in pictures if picture is not None]:
                     on_preview(torch.stack(visible))
             return x0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ldm_cli.core.codec import Codec
 from ldm_cli.errors import DivergedError
 from ldm_cli.sampling.edit_input import EditInput
 
@@ -30,6 +31,7 @@ class SampleOptions:
         weighted: whether `(word:1.3)` in a prompt is a weight.
         preview_every: calls of the predictor between previews; 0: none.
         on_preview: receives them.
+        preview_codec: decodes them; None: that of the family.
         on_nonfinite: is called for each picture that is not finite; it raises the error unless told otherwise.
     """
 
@@ -38,6 +40,7 @@ class SampleOptions:
     weighted: bool = False
     preview_every: int = 0
     on_preview: OnPreview | None = None
+    preview_codec: Codec | None = None
     on_nonfinite: OnNonfinite = _raise
 
 

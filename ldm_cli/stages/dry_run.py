@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
-from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.core.precision import DTYPES
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.errors import InputNotFoundError
+from ldm_cli.families.clip_folder import outline_clip
+from ldm_cli.families.codec_folder import outline_codec
 from ldm_cli.families.open_family import outline_family, resolve_model
 from ldm_cli.formats.model_source import has_model_json
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
@@ -92,10 +92,10 @@ def _evaluated(recipe: EvalRecipe, notes: list[str]) -> dict[str, int]:
         field = f"eval.{name}"
         if name == "pipeline":
             parameters |= {f"{name}.{part}": count for part, count in _pipeline(field, folder, notes).items()}
-        elif (root := _resolved(field, folder, notes)) and (
-            model := model_at(field, str(root), CLIPModel if name == "clip" else AutoencoderKL, notes)
-        ):
-            parameters[name] = count_parameters(model)
+        elif root := _resolved(field, folder, notes):
+            model = model_at(field, str(root), outline_clip if name == "clip" else outline_codec, notes)
+            if model is not None:
+                parameters[name] = count_parameters(model)
     return parameters
 
 

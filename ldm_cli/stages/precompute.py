@@ -11,7 +11,8 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
+import torch
+
 from ldm_cli.core.precision import DTYPES
 from ldm_cli.data.cache_manifest import CachedShard, CacheKey, Dtype, Manifest, differences
 from ldm_cli.data.cache_writer import (
@@ -22,7 +23,6 @@ from ldm_cli.data.cache_writer import (
     remove_orphans,
     write_manifest,
 )
-from ldm_cli.data.config import DataConfig
 from ldm_cli.data.latent_cache import caption_digest, known_captions
 from ldm_cli.data.open_shards import index_shards, open_shards
 from ldm_cli.data.prefetch import prefetched
@@ -31,7 +31,7 @@ from ldm_cli.data.shard_writer import write_shard
 from ldm_cli.data.shards import ShardSet
 from ldm_cli.data.to_device import sent_to_device
 from ldm_cli.errors import DataError, InputNotFoundError, OutputError, Preempted
-from ldm_cli.formats.model_folder import read_config
+from ldm_cli.families.codec_folder import outline_codec
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import Progress, Reporter
 from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
@@ -101,8 +101,7 @@ def dry_run(
     shards = open_shards(recipe.data.shards, recipe.data, reporter)
     folder = _folder(recipe, options, shards)
     key = _key_to_use(folder, Manifest.read(folder), cache_key(recipe), dtype, options.overwrite)
-    vae = AutoencoderKLConfig.from_hugging_face(read_config(Path(recipe.vae)))
-    size = _sample_bytes(vae, recipe.data, key)
+    size = _sample_bytes(recipe, key)
     return {
         "cache": str(folder),
         "dtype": key.dtype,
@@ -118,10 +117,12 @@ def _folder(recipe: TrainUnetRecipe, options: RunOptions, shards: ShardSet) -> P
     return options.out or Path(recipe.cache or shards.paths[0].parent / "cache")
 
 
-def _sample_bytes(vae: AutoencoderKLConfig, data: DataConfig, key: CacheKey) -> int:
+def _sample_bytes(recipe: TrainUnetRecipe, key: CacheKey) -> int:
     """What a sample takes in a latents file, about."""
-    places = (data.image_size >> (len(vae.block_out_channels) - 1)) ** 2
-    return 2 * vae.latent_channels * places * len(key.flips) * DTYPES[key.dtype].itemsize + _TAR_OVERHEAD
+    side = recipe.data.image_size
+    moments = outline_codec(Path(recipe.vae)).moments(torch.empty(1, 3, side, side, device="meta"))
+    numbers = sum(tensor.numel() for tensor in moments.values())
+    return numbers * len(key.flips) * DTYPES[key.dtype].itemsize + _TAR_OVERHEAD
 
 
 def _key_to_use(
@@ -163,7 +164,7 @@ class _Precomputation:
         self._stop, self._reporter = stop, reporter
         self._encoder = CacheEncoder(encoder, recipe, key)
         self._device = next(encoder.codec.parameters()).device
-        self._sample_bytes = _sample_bytes(encoder.codec.config, recipe.data, key)
+        self._sample_bytes = _sample_bytes(recipe, key)
 
     def run(self, before: Manifest | None) -> dict[str, int]:
         """Write the missing files; `cache.json` names a file only when it exists."""

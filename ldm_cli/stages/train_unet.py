@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +11,19 @@ import torch
 from torch import Tensor
 
 from ldm_cli.core.codec import Codec
-from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
-from ldm_cli.core.models.clip import CLIPTextModel
+from ldm_cli.core.models.clip import CLIPTextModelWithProjection
+from ldm_cli.core.models.clip_config import CLIPTextConfig
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.cache_manifest import Manifest
 from ldm_cli.data.latent_cache import LatentCache
 from ldm_cli.errors import RecipeError
-from ldm_cli.families.clip_text_encoder import text_config_of
+from ldm_cli.families.clip_pair_encoder import CLIPPairEncoder
+from ldm_cli.families.clip_text_encoder import outline_tower
+from ldm_cli.families.codec_folder import outline_codec
 from ldm_cli.families.stable_diffusion import StableDiffusion
+from ldm_cli.families.stable_diffusion_xl import StableDiffusionXL, size_problems
 from ldm_cli.formats.model_folder import load_weights
 from ldm_cli.formats.pipeline_folder import UNET
 from ldm_cli.formats.save_model import save_frozen, save_model
@@ -42,9 +47,11 @@ from ldm_cli.training.task import WeightsByModule
 
 
 def run(recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
-    """Train the denoiser of `recipe`; the result is a complete Stable Diffusion folder."""
+    """Train the denoiser of `recipe`; the result is a complete folder of Stable Diffusion, or Stable Diffusion XL."""
     recipe = with_precision(resolve_start(recipe, reporter.warn), options)
     uses = {"vae": recipe.vae, "text_encoder": recipe.text_encoder} | start_uses(recipe)
+    if recipe.text_encoder_2:
+        uses["text_encoder_2"] = recipe.text_encoder_2
     build, sizes = lambda bench: DenoiserTask(recipe, bench), parameters(recipe, [])
     if recipe.cache is None:
         return run_training(recipe, options, reporter, build, sizes, uses=uses)
@@ -62,14 +69,18 @@ def parameters(recipe: TrainUnetRecipe, notes: list[str]) -> Parameters:
     Raises:
         RecipeError: the models do not fit together.
     """
-    expect_known_conditions(recipe.model)
-    vae = model_at("vae", recipe.vae, AutoencoderKL, notes)
-    text_encoder = model_at("text_encoder", recipe.text_encoder, CLIPTextModel, notes, text_config_of, allow_extra=True)
-    if vae is not None and text_encoder is not None:
-        fitted_config(recipe, vae, text_encoder.config.hidden_size)
+    expect_known_conditions(recipe)
+    vae = model_at("vae", recipe.vae, outline_codec, notes)
+    towers = {"text_encoder": model_at("text_encoder", recipe.text_encoder, outline_tower, notes)}
+    if recipe.text_encoder_2:
+        outline = partial(outline_tower, model_class=CLIPTextModelWithProjection)
+        towers["text_encoder_2"] = model_at("text_encoder_2", recipe.text_encoder_2, outline, notes)
+    found = [tower.config for tower in towers.values() if tower is not None]
+    if vae is not None and len(found) == len(towers):
+        fitted_config(recipe, vae, found)
     trained, frozen = trained_parameters("unet", outlined(lambda: UNet2DConditionModel(recipe.model), recipe))
-    found = {"vae": vae, "text_encoder": text_encoder}
-    return trained, frozen | {n: count_parameters(model) for n, model in found.items() if model is not None}
+    used = {"vae": vae, **towers}
+    return trained, frozen | {name: count_parameters(model) for name, model in used.items() if model is not None}
 
 
 class DenoiserTask:
@@ -79,12 +90,17 @@ class DenoiserTask:
         self.recipe, self.bench = recipe, bench
         self.encoder = BatchEncoder(recipe, bench.device, bench.run.warn)
         codec, encoder = self.encoder.codec, self.encoder.encoder
-        config = fitted_config(recipe, codec, encoder.model.config.hidden_size)
+        config = fitted_config(recipe, codec, [model.config for model in encoder.models])
         denoiser = build_model(UNet2DConditionModel, config, recipe)
         self._frozen = frozen_names(denoiser)
         if recipe.train.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
-        self.family = StableDiffusion(denoiser, codec, encoder, our_settings(recipe.diffusion.to_mapping()))
+        settings = our_settings(recipe.diffusion.to_mapping())
+        self.family: StableDiffusion | StableDiffusionXL
+        if isinstance(encoder, CLIPPairEncoder):
+            self.family = StableDiffusionXL(denoiser, codec, encoder, settings)
+        else:
+            self.family = StableDiffusion(denoiser, codec, encoder, settings)
         self.modules = {"unet": denoiser}
         self.auxiliary: dict[str, torch.nn.Module] = {}
         empty = self.encoder.condition([""]) if bench.cache is None else self.encoder.cached(bench.cache, "")
@@ -141,28 +157,35 @@ class DenoiserTask:
         return {}
 
 
-def expect_known_conditions(config: UNet2DConditionConfig) -> None:
+def expect_known_conditions(recipe: TrainUnetRecipe) -> None:
     """Make sure that training has every condition that the denoiser needs.
 
     Raises:
         RecipeError: naming the fields that ask for others.
     """
-    fields = config.pooled_fields
+    config, known = recipe.model, "addition_embed_type=text_time" if recipe.text_encoder_2 else ""
+    fields = [field for field in config.pooled_fields if field != known]
     if config.time_cond_proj_dim is not None:
         fields = [*fields, f"time_cond_proj_dim={config.time_cond_proj_dim}"]
     if fields:
         problems = tuple(f"unet.{field} asks for a condition that train-unet does not have" for field in fields)
-        raise RecipeError("this U-Net cannot be trained", "; ".join(problems), "set it to null", problems=problems)
+        remedy = "set it to null" + ("" if known or config.addition_embed_type is None else ", or give text_encoder_2")
+        raise RecipeError("this U-Net cannot be trained", "; ".join(problems), remedy, problems=problems)
 
 
-def fitted_config(recipe: TrainUnetRecipe, codec: Codec, text_width: int) -> UNet2DConditionConfig:
-    """The denoiser's configuration for latents of this size, if it fits codec and text encoder.
+def fitted_config(recipe: TrainUnetRecipe, codec: Codec, texts: Sequence[CLIPTextConfig]) -> UNet2DConditionConfig:
+    """The denoiser's configuration for latents of this size, if it fits codec and text encoders.
+
+    Args:
+        recipe: of the denoiser.
+        codec: of its latents.
+        texts: configurations of the text encoders, whose states are side by side.
 
     Raises:
         RecipeError: channels or widths do not fit together.
     """
-    config = recipe.model
-    problems = []
+    config, text_width = recipe.model, sum(text.hidden_size for text in texts)
+    problems = size_problems(config, texts[-1].projection_dim) if recipe.text_encoder_2 else []
     channels = codec.channels
     if config.in_channels != channels or config.out_channels != channels:
         problems.append(
@@ -172,10 +195,13 @@ def fitted_config(recipe: TrainUnetRecipe, codec: Codec, text_width: int) -> UNe
     widths = config.cross_attention_dim
     if any(width != text_width for width in ((widths,) if isinstance(widths, int) else widths)):
         problems.append(
-            f"unet.cross_attention_dim={config.cross_attention_dim}, but '{recipe.text_encoder}' gives {text_width}"
+            f"unet.cross_attention_dim={config.cross_attention_dim}, but {_text_encoders(recipe)} {text_width}"
         )
     if recipe.data.image_size % codec.factor:
         problems.append(f"data.image_size={recipe.data.image_size} is no multiple of {codec.factor}")
+    buckets = recipe.data.aspect_buckets
+    if buckets is not None and buckets.step % codec.factor:
+        problems.append(f"data.aspect_buckets.step={buckets.step} is no multiple of {codec.factor}")
     if problems:
         raise RecipeError(
             "the parts do not fit together",
@@ -184,3 +210,10 @@ def fitted_config(recipe: TrainUnetRecipe, codec: Codec, text_width: int) -> UNe
             problems=tuple(problems),
         )
     return config.model_copy(update={"sample_size": recipe.data.image_size // codec.factor})
+
+
+def _text_encoders(recipe: TrainUnetRecipe) -> str:
+    """The folders of the text encoders, as the subject of a sentence with its verb."""
+    if not recipe.text_encoder_2:
+        return f"'{recipe.text_encoder}' gives"
+    return f"'{recipe.text_encoder}' and '{recipe.text_encoder_2}' give"

@@ -24,7 +24,7 @@ from ldm_cli.data.loader import Loader
 from ldm_cli.data.to_device import sent_to_device
 from ldm_cli.errors import DivergedError, RecipeError
 from ldm_cli.evaluation.image_quality import psnr
-from ldm_cli.families.clip_folder import open_image_processor
+from ldm_cli.families.clip_folder import open_image_processor, outline_clip
 from ldm_cli.formats.model_folder import load_model, load_weights
 from ldm_cli.formats.save_model import save_frozen, save_model
 from ldm_cli.pictures.grid import image_grid
@@ -69,7 +69,7 @@ def parameters(recipe: TrainVaeRecipe, notes: list[str]) -> Parameters:
         build = lambda: PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers)  # noqa: E731
         trained |= trained_parameters("discriminator", outlined(build))[0]
     if loss.perceptual_clip is not None:
-        clip = model_at("loss.perceptual_clip", loss.perceptual_clip, CLIPModel, notes)
+        clip = model_at("loss.perceptual_clip", loss.perceptual_clip, outline_clip, notes)
         if clip is not None:
             _vision_transformer(clip, loss.perceptual_clip)
             open_image_processor(Path(loss.perceptual_clip))

@@ -27,6 +27,7 @@ _HARMLESS = {
     "data.quarantine",
     "vae",
     "text_encoder",
+    "text_encoder_2",
     "tokenizer.path",
     "start_from",
     "cache",

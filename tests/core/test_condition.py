@@ -42,3 +42,12 @@ def test_dropped_rows_are_those_of_the_empty_condition() -> None:
     assert dropped.tokens[:, 0].tolist() == [[0.0, 1.0], [-1.0, -1.0], [4.0, 5.0]]
     assert dropped.pooled is not None
     assert dropped.pooled.tolist() == [1, 0, 3]
+
+
+def test_sizes_follow_the_pooled_text_as_float32() -> None:
+    pooled = torch.tensor([[0.5], [1.5]], dtype=torch.bfloat16)
+    condition = Condition(pooled=pooled).with_sizes(torch.tensor([[1023, 998, 3, 5, 1024, 1000]]))
+    assert condition.pooled is not None
+    assert condition.pooled.tolist() == [[0.5, 1023, 998, 3, 5, 1024, 1000], [1.5, 1023, 998, 3, 5, 1024, 1000]]
+    with pytest.raises(ValueError, match="pooled is None"):
+        Condition().with_sizes(torch.zeros(1, 6))

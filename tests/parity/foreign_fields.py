@@ -29,6 +29,8 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
+from ldm_cli.core.models.autoencoder_tiny import AutoencoderTiny
+from ldm_cli.core.models.autoencoder_tiny_config import AutoencoderTinyConfig
 from ldm_cli.core.models.clip import CLIPModel, CLIPTextModel, CLIPVisionModel
 from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from ldm_cli.core.models.clip_image_processor import CLIPImageProcessor
@@ -73,6 +75,21 @@ def vae_images(content: Content) -> tuple[Any, Any]:
         latents = (mean - shift) * scale
         found = torch.cat((ours.encode(images).flatten(), ours.decode(latents).flatten()))
         return found, torch.cat((latents.flatten(), theirs.decode(mean).sample.flatten()))
+
+
+def tiny_images(content: Content) -> tuple[Any, Any]:
+    """Latents and reconstructions of the tiny autoencoder."""
+    ours = AutoencoderTiny(AutoencoderTinyConfig.from_hugging_face(content)).eval()
+    theirs = diffusers.AutoencoderTiny.from_config(dict(content)).eval()
+    randomise(theirs)
+    ours.load_state_dict(theirs.state_dict())
+    torch.manual_seed(0)
+    images = torch.rand(2, theirs.config.in_channels, 16, 16)
+    with torch.no_grad():
+        latents = theirs.encode(images).latents
+        found = torch.cat((ours.encode(images).flatten(), ours.decode(ours.encode(images)).flatten()))
+        scaled = latents * theirs.config.scaling_factor
+        return found, torch.cat((scaled.flatten(), theirs.decode(latents).sample.flatten()))
 
 
 def text_states(content: Content) -> tuple[Tensor, Tensor]:
@@ -279,6 +296,36 @@ VAE = Foreign(
     refused={"latents_mean": [0.0, 0.1, 0.0, 0.0], "latents_std": [1.0, 1.0, 2.0, 1.0]},
     harmless={"sample_size": [64, 32]},
 )
+TINY_VAE = Foreign(
+    "AutoencoderTiny",
+    "vae/config.json",
+    parameters_of(diffusers.AutoencoderTiny.__init__) | {"block_out_channels"},
+    {
+        "encoder_block_out_channels": [8, 8],
+        "decoder_block_out_channels": [8, 8],
+        "num_encoder_blocks": [1, 2],
+        "num_decoder_blocks": [2, 1],
+    },
+    tiny_images,
+    honoured={
+        "in_channels": [1],
+        "out_channels": [4],
+        "encoder_block_out_channels": [[16, 16]],
+        "decoder_block_out_channels": [[16, 16]],
+        "act_fn": ["silu", "swish", "gelu", "mish"],
+        "latent_channels": [16],
+        "num_encoder_blocks": [[2, 0]],
+        "num_decoder_blocks": [[1, 3]],
+        "scaling_factor": [0.5],
+    },
+    refused={"upsample_fn": "bilinear", "upsampling_scaling_factor": 4, "shift_factor": 0.5},
+    harmless={
+        "latent_magnitude": 2,
+        "latent_shift": 0.25,
+        "force_upcast": True,
+        "block_out_channels": [16, 16],
+    },
+)
 SIZES = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT_SIZES = {**SIZES, "vocab_size": 60, "max_position_embeddings": 8, "eos_token_id": 59}
 VISION_SIZES = {**SIZES, "image_size": 8, "patch_size": 4}
@@ -442,4 +489,4 @@ IMAGES = Foreign(
         "return_tensors": "pt",
     },
 )
-CLASSES = (UNET, VAE, TEXT, VISION, CLIP, TOKENIZER, IMAGES, *SCHEDULERS)
+CLASSES = (UNET, VAE, TINY_VAE, TEXT, VISION, CLIP, TOKENIZER, IMAGES, *SCHEDULERS)

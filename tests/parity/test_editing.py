@@ -34,10 +34,11 @@ def ours(folder, sampler, strength, hole):
     return torch.stack([image.pixels for image in images])
 
 
-def theirs(kind, folder, monkeypatch, module, sampler, strength, **given):
-    pipeline = kind.from_pretrained(folder, safety_checker=None)
+def theirs(kind, folder, monkeypatch, module, sampler, strength, safety_checker=True, **given):
+    pipeline = kind.from_pretrained(folder, **({"safety_checker": None} if safety_checker else {}))
     monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: latents())
-    monkeypatch.setattr(module, "retrieve_latents", lambda output, **_: output.latent_dist.mode())
+    mode = lambda output, **_: output.latents if hasattr(output, "latents") else output.latent_dist.mode()  # noqa: E731
+    monkeypatch.setattr(module, "retrieve_latents", mode)
     # Stable Diffusion's own file says clip_sample: false for the sake of DDIM; the others have no such key.
     extra = {"clip_sample": False} if sampler == "ddim" else {}
     pipeline.scheduler = type(scheduler(sampler)).from_config(pipeline.scheduler.config, **extra)

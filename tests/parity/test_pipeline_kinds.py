@@ -197,5 +197,5 @@ def test_a_dry_run_refuses_parts_that_do_not_fit_together(tmp_path: Path) -> Non
     save_file(tensors | {name: tensors[name][:30].clone()}, weights, {"format": "pt"})
     change_json(folder / "text_encoder/config.json", vocab_size=30)
     asked = SampleRecipe.from_mapping({"command": "sample", "model": str(folder), "prompts": ["a"]})
-    with pytest.raises(CheckpointError, match=r"the tokenizer has \d+ tokens, the text encoder 30"):
+    with pytest.raises(CheckpointError, match=r"the tokenizer has \d+ tokens, the text_encoder 30"):
         dry_run(asked, SilentReporter())

@@ -53,6 +53,8 @@ def warnings(family: Family, sampling: dict[str, Any], edit: dict[str, Any] | No
         ({"sampler": "heun", "eta": 0.5}, None, "sampling.eta=0.5 has no effect on heun"),
         ({"sampler": "lcm", "eta": 1.0}, None, "sampling.eta=1 has no effect on lcm"),
         ({"sampler": "unipc", "eta": 0.0}, None, "sampling.eta=0 has no effect on unipc"),
+        ({"sizes": {"crop": [4, 0]}}, None, "sampling.sizes has no effect on a model that takes no sizes"),
+        ({"negative_sizes": {"crop": [4, 0]}}, None, "sampling.negative_sizes has no effect on a model"),
     ],
 )
 def test_a_setting_without_effect_is_named_once(

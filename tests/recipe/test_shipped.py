@@ -22,6 +22,7 @@ PUBLISHED = {
     "vae/sd-vae": {"vae": 83_653_863},
     "unet/sd15": {"unet": 859_520_964},
     "unet/sd21": {"unet": 865_910_724},
+    "unet/sdxl": {"unet": 2_567_463_684},
 }
 
 
@@ -30,7 +31,7 @@ def test_the_shipped_recipes_are_these() -> None:
     demo = ["demo/clip", "demo/eval", "demo/sample", "demo/unet", "demo/vae"]
     small = [f"{room}/{data}" for room in ("clip", "vae", "unet", "eval") for data in ("cifar10", "emoji")]
     assert sorted([*bench, *demo, *small, *PUBLISHED]) == NAMES
-    assert len(NAMES) == len(list(recipes_folder().rglob("*.y*ml"))) == 22
+    assert len(NAMES) == len(list(recipes_folder().rglob("*.y*ml"))) == 23
 
 
 @pytest.mark.parametrize("name", NAMES)

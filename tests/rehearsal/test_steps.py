@@ -17,7 +17,7 @@ from . import worker as work
 STEPS = {"steps": 3, "log_every": 3, "save_every": 3, "ema_decay": 0.9}
 TOUCHES: dict[str, list[str]] = {
     "unet from cache": ["send to_device.py:_sent"],
-    "unet from images": ["send to_device.py:_sent", "send clip_text_encoder.py:_states"],
+    "unet from images": ["send to_device.py:_sent", "send clip_text_encoder.py:_condition"],
     "vae": ["send to_device.py:_sent"],
     "clip": ["send to_device.py:_sent"],
 }

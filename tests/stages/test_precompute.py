@@ -349,7 +349,8 @@ def test_webdataset_and_safetensors_read_the_files(parts: Parts, tmp_path: Path)
     samples = list(webdataset.WebDataset(latents, shardshuffle=False))
     assert len(samples) == 64
     tensors = load(samples[0]["moments.safetensors"])
-    assert {name: tuple(value.shape) for name, value in tensors.items()} == {"mean": (3, 16, 16), "logvar": (3, 16, 16)}
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    assert shapes == {"mean": (3, 16, 16), "logvar": (3, 16, 16), "sizes": (6,)}
     assert tensors["mean"].dtype == torch.bfloat16
     (text,) = [str(tmp_path / "cache" / name) for name in manifest["text_files"]]
     captions = [sample["txt"].decode() for sample in webdataset.WebDataset(text, shardshuffle=False)]
@@ -377,6 +378,7 @@ def test_workers_and_ranks_change_nothing(parts: Parts, tmp_path: Path) -> None:
     halves = [batch(cache=cache, rank=rank, world_size=2) for rank in (0, 1)]
     assert (whole.keys, whole.captions, len(whole.images[0].flatten())) == (plain.keys, plain.captions, 0)
     assert torch.equal(whole.position, plain.position)
+    assert torch.equal(whole.sizes, plain.sizes)  # type: ignore[arg-type]
     for kind in ("moments", "condition"):
         tensors = getattr(whole, kind)
         assert tensors.keys() == ({"mean", "logvar"} if kind == "moments" else {"tokens"})

@@ -156,6 +156,8 @@ class UNet2DConditionModel(Checkpointable):
         if self.class_embedding is not None and (labels := condition.pooled) is not None:
             if self.config.class_embed_type == "timestep":
                 labels = self._sinusoids(labels, channels, x)
+            elif self.config.class_embed_type is not None:
+                labels = labels.to(x.dtype)
             embedding = embedding + self.class_embedding(labels)
         elif condition.pooled is not None:
             embedding = embedding + self._text_time(condition.pooled, x)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ldm_cli.core.condition import Condition
-from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.pixels import to_signed
 from ldm_cli.core.precision import autocast
 from ldm_cli.data.batch import Batch
@@ -17,9 +16,10 @@ from ldm_cli.data.cache_manifest import CacheKey
 from ldm_cli.data.latent_cache import LatentCache
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import RecipeError
+from ldm_cli.families.clip_pair_encoder import CLIPPairEncoder, pair_key
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, encoder_key, tokenizer_folder
+from ldm_cli.families.codec_folder import open_codec
 from ldm_cli.families.family import model_sha256, place
-from ldm_cli.formats.model_folder import load_model
 from ldm_cli.recipe.schema import TrainUnetRecipe
 
 # Fields of an autoencoder's config.json on which the moments do not depend.
@@ -36,9 +36,13 @@ class BatchEncoder:
     """
 
     def __init__(self, recipe: TrainUnetRecipe, device: torch.device, warn: Callable[[str], None]) -> None:
-        self.codec = load_model(AutoencoderKL, Path(recipe.vae))
-        self.encoder = CLIPTextEncoder.load(Path(recipe.text_encoder), warn=warn)
-        place(device, torch.float32, self.codec, self.encoder.model, channels_last=recipe.train.channels_last)
+        self.codec, text = open_codec(Path(recipe.vae)), Path(recipe.text_encoder)
+        self.encoder: CLIPTextEncoder | CLIPPairEncoder
+        if recipe.text_encoder_2:
+            self.encoder = CLIPPairEncoder.load(text, Path(recipe.text_encoder_2), warn)
+        else:
+            self.encoder = CLIPTextEncoder.load(text, warn=warn)
+        place(device, torch.float32, self.codec, *self.encoder.models, channels_last=recipe.train.channels_last)
         self._device, self._precision = device, recipe.train.precision
 
     def __call__(self, batch: Batch) -> tuple[dict[str, Tensor], Condition]:
@@ -85,12 +89,16 @@ def cache_key(recipe: TrainUnetRecipe) -> CacheKey:
             "set data.crop=center or squash, or train without a cache",
         )
     data, text = recipe.data, Path(recipe.text_encoder)
+    if recipe.text_encoder_2:
+        text_key = pair_key(text, Path(recipe.text_encoder_2))
+    else:
+        text_key = encoder_key(text, Tokenizer.load(tokenizer_folder(text)))
     names = ("image_size", "crop", "background", "max_pixels", "max_member_bytes")
     preparation = {f"data.{name}": value for name, value in data.to_mapping().items() if name in names}
     precision = {"train.precision": recipe.train.precision}
     probability = data.flip_probability
     return CacheKey(
         latents={"vae": model_sha256(Path(recipe.vae), _IRRELEVANT), **preparation, **precision},
-        text={**encoder_key(text, Tokenizer.load(tokenizer_folder(text))), **precision},
+        text={**text_key, **precision},
         flips=tuple(flip for flip in (False, True) if probability != (0.0 if flip else 1.0)),
     )

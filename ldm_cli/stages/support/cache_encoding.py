@@ -13,7 +13,8 @@ from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.cache_manifest import CacheKey
 from ldm_cli.data.cache_writer import moments_files
 from ldm_cli.data.config import DataConfig
-from ldm_cli.data.latent_cache import MIRRORED
+from ldm_cli.data.latent_cache import MIRRORED, SIZES
+from ldm_cli.data.picture_sizes import picture_sizes
 from ldm_cli.data.prefetch import made_ahead
 from ldm_cli.data.sample_decoder import Draw, SampleDecoder, Wanted
 from ldm_cli.data.shards import ShardSet
@@ -26,14 +27,16 @@ _NEVER = 2.0  # a draw of chance that no probability reaches
 
 @dataclass(frozen=True)
 class Pictures:
-    """Consecutive samples of a shard: images uint8 [n, 3, S, S] of the good ones, and why others are bad."""
+    """Consecutive samples of a shard: images uint8 [n, 3, S, S] and `picture_sizes` [n, 6] of the good ones, and why
+    others are bad."""
 
     images: Tensor
+    sizes: Tensor
     bad: dict[int, tuple[str, str]]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Pictures:
-        """The pictures with `change` applied to their tensor."""
-        return replace(self, images=change(self.images))
+        """The pictures with `change` applied to each of their tensors."""
+        return replace(self, images=change(self.images), sizes=change(self.sizes))
 
 
 @dataclass(frozen=True)
@@ -56,16 +59,21 @@ class Chunks:
         """Read and decode chunk `number`."""
         shard, samples = self._chunks[number]
         images: list[Tensor] = []
+        sizes: list[Tensor] = []
         bad: dict[int, tuple[str, str]] = {}
         for sample in samples:
             try:
-                image = self._decoder.decode(shard, sample, Draw(flip=_NEVER)).image
+                found = self._decoder.decode(shard, sample, Draw(flip=_NEVER))
             except BadSampleError as error:
                 bad[sample] = error.reason, error.detail
             else:
-                assert image is not None
-                images.append(image)
-        return Pictures(torch.stack(images) if images else torch.empty(0), bad)
+                assert found.image is not None
+                assert found.sizes is not None
+                images.append(found.image)
+                sizes.append(found.sizes)
+        if not images:
+            return Pictures(torch.empty(0), torch.empty(0), bad)
+        return Pictures(torch.stack(images), torch.stack(sizes), bad)
 
     def ahead(self) -> Generator[Pictures]:
         """All of them in order, made by a thread or by `data.num_workers` processes."""
@@ -85,7 +93,7 @@ class CacheEncoder:
 
     def __init__(self, encoder: BatchEncoder, recipe: TrainUnetRecipe, key: CacheKey) -> None:
         self._encoder, self._key, self._dtype = encoder, key, DTYPES[key.dtype]
-        self.size = recipe.train.part_size()
+        self._crop, self.size = recipe.data.crop, recipe.train.part_size()
 
     def chunk(self, pictures: Pictures) -> EncodedChunk:
         """The moments of a chunk of pictures.
@@ -94,7 +102,8 @@ class CacheEncoder:
             DivergedError: some are not finite.
         """
         size = len(pictures.images) + len(pictures.bad)
-        return EncodedChunk(moments_files(self._moments(pictures.images)), pictures.bad, size)
+        moments = self._moments(pictures.images) | self._sizes(pictures.sizes)
+        return EncodedChunk(moments_files(moments), pictures.bad, size)
 
     def conditions(self, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         """The fields of each caption's condition as they are kept; at most `size` captions; errors as in `chunk`."""
@@ -115,6 +124,17 @@ class CacheEncoder:
             encoded = self._encoder.moments(images.flip(-1) if mirrored else images)
             moments |= {name + suffix: tensor for name, tensor in encoded.items()}
         return {name: self._kept(tensor[:number]) for name, tensor in moments.items()}
+
+    def _sizes(self, sizes: Tensor) -> dict[str, Tensor]:
+        """The sizes [n, 6] of images, as they are and mirrored, as the recipe asks."""
+        found: dict[str, Tensor] = {}
+        for mirrored in self._key.flips if len(sizes) else ():
+            rows = [
+                picture_sizes((height, width), (new_height, new_width), self._crop, mirror=mirrored)
+                for height, width, _, _, new_height, new_width in sizes.tolist()
+            ]
+            found[SIZES + MIRRORED if mirrored else SIZES] = torch.stack(rows)
+        return found
 
     def _kept(self, tensor: Tensor) -> Tensor:
         """The numbers to write; integers stay as they are."""

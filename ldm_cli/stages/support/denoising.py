@@ -99,6 +99,8 @@ class Denoising:
         mode = family.codec.latents(moments)
         latents = family.codec.latents(moments, _normal(keys["posterior noise"], batch, mode))
         noise = _normal(keys["noise"], batch, latents)
+        if family.takes_sizes and batch.sizes is not None:
+            condition = condition.with_sizes(batch.sizes)
         a, b, time = family.process.at(u)
         output = family.denoiser(add_noise(latents, noise, a, b), time, condition)
         return diffusion_loss(family.process.prediction, output, latents, noise, a, b, self.config.snr_gamma)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.pixels import to_bytes, to_signed
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import sequential_batches
@@ -22,9 +21,9 @@ from ldm_cli.errors import DataError, DivergedError
 from ldm_cli.evaluation.clip_features import CLIPFeatures
 from ldm_cli.evaluation.image_quality import psnr, ssim
 from ldm_cli.evaluation.scene_detector import SeenObject, SeenScene, read_scenes
+from ldm_cli.families.codec_folder import Autoencoder, open_codec
 from ldm_cli.families.family import place
 from ldm_cli.families.open_family import open_family, resolve_model
-from ldm_cli.formats.model_folder import load_model
 from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.recipe.schema import EvalRecipe, EvalSection
 from ldm_cli.reporting import Reporter
@@ -48,7 +47,7 @@ class Models:
     """What the metrics of a recipe need, and the hash of every component's weights."""
 
     clip: CLIPFeatures | None
-    vae: AutoencoderKL | None
+    vae: Autoencoder | None
     pipeline: Pipeline | None
     device: torch.device
     hashes: dict[str, Any]
@@ -117,7 +116,7 @@ def load_models(config: EvalSection, device: torch.device) -> Models:
         hashes["clip"] = {"folder": str(folder), "sha256": weights_sha256(folder)}
     if "vae" in folders:
         folder = resolve_model(Path(folders["vae"]))
-        vae = load_model(AutoencoderKL, folder)
+        vae = open_codec(folder)
         place(device, torch.float32, vae)
         hashes["vae"] = {"folder": str(folder), "sha256": weights_sha256(folder)}
     if "pipeline" in folders:
@@ -167,7 +166,7 @@ def _add_real(gathered: Gathered, batch: Batch, models: Models, with_scenes: boo
 
 
 @torch.inference_mode()
-def _reconstructed(vae: AutoencoderKL, images: Tensor) -> Tensor:
+def _reconstructed(vae: Autoencoder, images: Tensor) -> Tensor:
     """uint8 [B, 3, H, W] through the latent's mean and back.
 
     Raises:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from ldm_cli.errors import InputNotFoundError, RecipeError, amount, first_line
-from ldm_cli.formats.model_folder import ModelClass, ModuleT_co, fitting_tensors, outline_model, without_weights
+from ldm_cli.formats.model_folder import fitting_tensors, without_weights
 from ldm_cli.recipe.schema import StartedRecipe, TrainRecipe
 from ldm_cli.stages.support.start import freeze, start_folder
 from ldm_cli.training.config import TrainConfig
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 FROZEN = ".frozen"
 Parameters = tuple[dict[str, int], dict[str, int]]
 """Numbers of trained parameters by module, and of those that are only used. Each trainer's stage has a function
@@ -59,17 +60,10 @@ def trained_parameters(name: str, module: nn.Module) -> Parameters:
     return {name: trained}, {f"{name}{FROZEN}": total - trained} if trained < total else {}
 
 
-def model_at(
-    field: str,
-    folder: str,
-    model_class: ModelClass[ModuleT_co],
-    notes: list[str],
-    parse: Callable[[Mapping[str, Any]], Any] | None = None,
-    allow_extra: bool = False,
-) -> ModuleT_co | None:
-    """The `outline_model` of a folder; a missing one is noted. Other errors are as there."""
+def model_at(field: str, folder: str, outline: Callable[[Path], ModuleT], notes: list[str]) -> ModuleT | None:
+    """The model of a folder on the meta device, as `outline` gives it; a missing one is noted."""
     try:
-        return outline_model(model_class, Path(folder), parse, allow_extra)
+        return outline(Path(folder))
     except InputNotFoundError as error:
         notes.append(f"{field}: {error.what}")
         return None

@@ -13,8 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ldm_cli.core.codec import Codec
 from ldm_cli.core.diffusion.config import GuidanceConfig
 from ldm_cli.errors import CheckpointError, InputNotFoundError, UsageError
+from ldm_cli.families.codec_folder import open_codec
+from ldm_cli.families.family import Family, place
+from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.formats.weight_files import refuse_foreign_content, tensors_sha256
 from ldm_cli.pictures.job import Item
@@ -61,6 +65,9 @@ class PictureGenerator:
         if recipe.tile is not None and recipe.tile < 2 * factor:
             raise UsageError(f"tile={recipe.tile} px is too small", remedy=f"give {2 * factor} or more")
         self._window = None if recipe.tile is None else recipe.tile // factor
+        self._preview_codec = (
+            None if recipe.preview_vae is None else _preview_codec(recipe.preview_vae, pipeline.family)
+        )
         if latents is not None:
             shape = pipeline.latent_shape(self._sized(recipe.sampling, self._edit_input(recipe.sampling, recipe.edit)))
             self._noise = _read_latents(latents, num_images, shape)
@@ -146,6 +153,7 @@ class PictureGenerator:
                     weighted=self.recipe.weighted_words,
                     preview_every=self.recipe.preview_every,
                     on_preview=on_preview,
+                    preview_codec=self._preview_codec,
                     on_nonfinite=on_nonfinite,
                 )
                 sized = self._sized(sampling, options.edit_input)
@@ -194,6 +202,22 @@ class PictureGenerator:
             path = provenance.pop(name)
             provenance[f"{name}_sha256"] = None if path is None else file_sha256(Path(path))
         return provenance
+
+
+def _preview_codec(folder: str, family: Family) -> Codec:
+    """The autoencoder of a folder, for the latents of a family.
+
+    Raises:
+        UsageError: it has other latents.
+        InputNotFoundError, CheckpointError: it cannot be read.
+    """
+    codec = open_codec(resolve_model(Path(folder)))
+    ours, theirs = ((one.channels, one.factor) for one in (family.codec, codec))
+    if ours != theirs:
+        shapes = [f"{channels} channels at 1/{factor} of the size" for channels, factor in (theirs, ours)]
+        raise UsageError(f"preview_vae '{folder}' cannot be used", f"its latents have {shapes[0]}, not {shapes[1]}")
+    place(family.device, torch.float32, codec)
+    return codec
 
 
 def _alike(items: Sequence[Item], indices: Sequence[int]) -> Iterator[list[int]]:

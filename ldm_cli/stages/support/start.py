@@ -20,7 +20,7 @@ from ldm_cli.families.clip_text_encoder import tokenizer_folder
 from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.model_folder import ModelClass, load_model, read_as
 from ldm_cli.formats.model_source import has_model_json, split_at_file
-from ldm_cli.formats.pipeline_folder import INDEX_NAME, TEXT_ENCODER, UNET, VAE
+from ldm_cli.formats.pipeline_folder import INDEX_NAME, TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE
 from ldm_cli.formats.scheduler_file import read_scheduler
 from ldm_cli.formats.weight_files import CONFIG_NAME
 from ldm_cli.recipe.schema import StartedRecipe, TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
@@ -73,6 +73,8 @@ def _taken_fields(recipe: StartedRecipe, folder: Path, warn: Callable[[str], Non
     if _is_pipeline(pipeline := folder.parent):
         taken["vae"] = recipe.vae or str(pipeline / VAE)
         taken["text_encoder"] = recipe.text_encoder or str(pipeline / TEXT_ENCODER)
+        if unet.addition_embed_type is not None:
+            taken["text_encoder_2"] = recipe.text_encoder_2 or str(pipeline / TEXT_ENCODER_2)
         taken["diffusion"] = recipe.diffusion.to_mapping() | _process_defaults(recipe, pipeline, warn)
     return taken
 

@@ -1,0 +1,114 @@
+"""Two CLIP text towers side by side, as in Stable Diffusion XL (Podell et al. 2023, arXiv:2307.01952, section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from ldm_cli.core.condition import Condition
+from ldm_cli.core.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from ldm_cli.data.tokenizer import Tokenizer
+from ldm_cli.errors import CheckpointError
+from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, encoder_key, ignore, tokenizer_folder
+from ldm_cli.formats.model_source import has_model_json, read_model_json
+from ldm_cli.formats.pipeline_folder import INDEX_NAME, TEXT_ENCODER, TEXT_ENCODER_2, ZEROES_EMPTY
+
+
+class CLIPPairEncoder:
+    """An `Encoder` of two towers, the second with a projection.
+
+    Its conditions hold `tokens` [B, L, D + D'], the penultimate states of both, and `pooled` [B, P] of the second.
+
+    Attributes:
+        first, second: the towers, each with its own tokenizer.
+        zeroes_empty: whether the condition of the empty prompt is zeros, instead of what the towers make of it.
+
+    Raises:
+        CheckpointError: the towers take different numbers of tokens.
+    """
+
+    def __init__(self, first: CLIPTextEncoder, second: CLIPTextEncoder, *, zeroes_empty: bool = True) -> None:
+        if first.length != second.length:
+            cause = f"the first takes {first.length} tokens, the second {second.length}"
+            raise CheckpointError("the text encoders do not fit together", cause)
+        self.first, self.second, self.zeroes_empty = first, second, zeroes_empty
+
+    @classmethod
+    def load(
+        cls, first: Path, second: Path, warn: Callable[[str], None] = ignore, dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """Read both towers and their tokenizers; errors as in `load_model`, and those of the class.
+
+        Args:
+            first: folder of a CLIPTextModel or a CLIPModel.
+            second: folder of a CLIPTextModelWithProjection or a CLIPModel.
+            warn: called once for each tower if captions are cut.
+            dtype: of the towers' weights.
+        """
+        return cls(
+            CLIPTextEncoder.load(first, warn, dtype, is_penultimate=True),
+            CLIPTextEncoder.load(second, warn, dtype, model_class=CLIPTextModelWithProjection, is_penultimate=True),
+            zeroes_empty=zeroes_empty(first),
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write both towers and tokenizers into a pipeline folder; errors as in `save_model`."""
+        self.first.save(folder, TEXT_ENCODER)
+        self.second.save(folder, TEXT_ENCODER_2)
+
+    @property
+    def models(self) -> tuple[CLIPTextModel, ...]:
+        """Both towers."""
+        return self.first.model, self.second.model
+
+    @property
+    def width(self) -> int:
+        """D + D'."""
+        return self.first.width + self.second.width
+
+    @property
+    def key(self) -> dict[str, str]:
+        """See `Encoder`."""
+        return _pair_key(self.first.key, self.second.key, self.zeroes_empty)
+
+    @property
+    def empty(self) -> Condition:
+        """The condition of the empty prompt: one row."""
+        return self.encode([""])
+
+    def encode(self, captions: Sequence[str]) -> Condition:
+        """B captions in one batch: B rows."""
+        return self._joined(captions, [tower.encode(captions) for tower in (self.first, self.second)])
+
+    def encode_prompts(self, prompts: Sequence[str], *, weighted: bool, warn: Callable[[str], None]) -> Condition:
+        """B prompts in one batch; see `Encoder`."""
+        towers = self.first, self.second
+        return self._joined(prompts, [tower.encode_prompts(prompts, weighted=weighted, warn=warn) for tower in towers])
+
+    def _joined(self, captions: Sequence[str], conditions: Sequence[Condition]) -> Condition:
+        """The conditions that the towers give for some captions, as one."""
+        tokens = torch.cat([c.tokens for c in conditions if c.tokens is not None], dim=-1)
+        joined = Condition(tokens=tokens, pooled=conditions[-1].pooled)
+        if not self.zeroes_empty or all(captions):
+            return joined
+        is_empty = torch.tensor([not caption for caption in captions], device=tokens.device)
+        return joined.replaced(is_empty, joined.map(torch.zeros_like))
+
+
+def zeroes_empty(text_encoder: Path) -> bool:
+    """Whether the pipeline in which the first text encoder lies zeroes the empty prompt; True without a pipeline."""
+    index = text_encoder.parent / INDEX_NAME
+    return not has_model_json(index) or bool(read_model_json(index).get(ZEROES_EMPTY, True))
+
+
+def pair_key(first: Path, second: Path) -> dict[str, str]:
+    """`CLIPPairEncoder.key` of the folders of two towers, which are not read."""
+    one, other = (encoder_key(folder, Tokenizer.load(tokenizer_folder(folder))) for folder in (first, second))
+    return _pair_key(one, other, zeroes_empty(first))
+
+
+def _pair_key(first: Mapping[str, str], second: Mapping[str, str], zeroes: bool) -> dict[str, str]:
+    return {**first, **{f"{name}_2": value for name, value in second.items()}, ZEROES_EMPTY: str(zeroes)}

@@ -1,0 +1,165 @@
+"""What the families with a U-Net on an autoencoder's latents share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from ldm_cli.config import causes
+from ldm_cli.core.compiling import compile_whole
+from ldm_cli.core.diffusion.config import DiffusionConfig
+from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
+from ldm_cli.core.models.latent_space import standardized
+from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
+from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
+from ldm_cli.core.precision import DTYPES
+from ldm_cli.errors import CheckpointError
+from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
+from ldm_cli.families.codec_folder import Autoencoder
+from ldm_cli.families.family import Family, place
+from ldm_cli.formats import pipeline_folder as layout
+from ldm_cli.formats.model_source import has_model_json, read_model_json
+from ldm_cli.formats.save_model import save_model
+from ldm_cli.formats.scheduler_file import SchedulerSettings, read_scheduler, write_scheduler
+
+
+@dataclass(frozen=True, eq=False)
+class LatentUNet(Family):
+    """A text-to-image model with a U-Net on the latents of an autoencoder."""
+
+    denoiser: UNet2DConditionModel
+    codec: Autoencoder
+
+    pipelines: ClassVar[tuple[str, ...]]
+    """Classes of diffusers whose folders are opened; that of the folders that are written comes first."""
+    absent: ClassVar[tuple[str, ...]]
+    """Components that these classes know and that are not written."""
+
+    @property
+    def sample_size(self) -> tuple[int | None, int | None]:
+        """As the U-Net's `sample_size` says."""
+        size = self.denoiser.config.sample_size
+        return size if isinstance(size, tuple) else (size, size)
+
+    @property
+    def takes_mask(self) -> bool:
+        """Whether the U-Net is one for inpainting."""
+        return self.denoiser.config.in_channels == _channels_with_mask(self.codec.channels)
+
+    @property
+    def guidance_width(self) -> int | None:
+        """As the U-Net's `time_cond_proj_dim` says."""
+        return self.denoiser.config.time_cond_proj_dim
+
+    def save_denoiser(self, folder: Path) -> None:
+        """Write the U-Net; errors as in `save`."""
+        save_model(folder / layout.UNET, self.denoiser.state_dict(), self.denoiser.config.to_hugging_face())
+
+    def save_codec(self, folder: Path) -> None:
+        """Write the autoencoder; errors as in `save`.
+
+        Its shift, unknown to the pipelines of diffusers, is folded into the weights if they allow it.
+        """
+        weights, config = self.codec.state_dict(), self.codec.config
+        if isinstance(self.codec, AutoencoderKL) and self.codec.config.shift_factor:
+            ones = torch.ones(self.codec.channels)
+            folded = standardized(weights, self.codec.config.shift_factor * ones, ones)
+            if folded is not None:
+                weights, config = folded, self.codec.config.model_copy(update={"shift_factor": None})
+        save_model(folder / layout.VAE, weights, config.to_hugging_face())
+
+    def save_index(self, folder: Path, text: Mapping[str, str], **settings: bool) -> None:
+        """Write the scheduler, and the index of a folder with everything that `save` writes; errors as there.
+
+        Args:
+            folder: of the pipeline.
+            text: class of each component that conditions are made with, by subfolder.
+            settings: arguments of the pipeline in diffusers.
+        """
+        write_scheduler(folder, self.settings)
+        absent = dict.fromkeys(self.absent)
+        own = {layout.UNET: type(self.denoiser).__name__, layout.VAE: type(self.codec).__name__}
+        classes = {**absent, layout.SCHEDULER: self.settings.scheduler_class, **text, **own}
+        layout.write_index(folder, self.pipelines[0], classes, settings)
+
+    def placed(self, device: torch.device | str, precision: str, text: Sequence[nn.Module]) -> None:
+        """Bring the networks to the device and compile them if asked to; `force_upcast` keeps the codec out of fp16.
+
+        Args:
+            device: of the networks.
+            precision: `fp32`, `bf16` or `fp16`.
+            text: the networks of the encoder.
+        """
+        is_upcast = precision == "fp16" and isinstance(self.codec, AutoencoderKL) and self.codec.config.force_upcast
+        place(device, DTYPES[precision], self.denoiser, *text)
+        place(device, torch.float32 if is_upcast else DTYPES[precision], self.codec)
+        if self.is_compiled:
+            compile_whole(self.denoiser, self.codec.decoder, self.codec.encoder)
+
+
+def pipeline_of(folder: Path) -> str | None:
+    """The class of diffusers that a folder's index names; None if it has no index."""
+    index = folder / layout.INDEX_NAME
+    return read_model_json(index).get("_class_name") if has_model_json(index) else None
+
+
+def read_settings(folder: Path) -> SchedulerSettings:
+    """What the scheduler of a pipeline folder says.
+
+    Raises:
+        InputNotFoundError, CheckpointError: it is missing, or asks for something that is not implemented.
+    """
+    settings = read_scheduler(folder, pipeline_of(folder) or "")
+    try:
+        DiffusionConfig.from_mapping(settings.diffusion)
+    except ValidationError as error:
+        raise CheckpointError(f"cannot use '{folder / layout.SCHEDULER_FILE}'", "; ".join(causes(error))) from error
+    return settings
+
+
+def expect_fitting_parts(
+    folder: Path | None,
+    unet: UNet2DConditionConfig,
+    codec: Autoencoder,
+    towers: Mapping[str, CLIPTextEncoder],
+    further: Sequence[str],
+) -> None:
+    """Make sure that the parts of a family belong together.
+
+    Args:
+        folder: of the family; None: of no folder.
+        unet, codec: the U-Net's configuration and the autoencoder.
+        towers: text encoders by subfolder, whose states are side by side.
+        further: problems that the family has found itself.
+
+    Raises:
+        CheckpointError: naming each problem.
+    """
+    channels = codec.channels
+    pairs = [("unet.out_channels", unet.out_channels, "vae.latent_channels", channels)]
+    if unet.in_channels != _channels_with_mask(channels):
+        pairs.append(("unet.in_channels", unet.in_channels, "vae.latent_channels", channels))
+    if isinstance(unet.cross_attention_dim, int):
+        width = sum(tower.width for tower in towers.values())
+        names = " + ".join(f"{name}.hidden_size" for name in towers)
+        pairs.append(("unet.cross_attention_dim", unet.cross_attention_dim, names, width))
+    found = [f"{a}={value}, {b}={expected}" for a, value, b, expected in pairs if value != expected]
+    found += further
+    for name, tower in towers.items():
+        num_tokens, vocab_size = tower.tokenizer.vocab_size, tower.model.config.vocab_size
+        if num_tokens > vocab_size:
+            found.append(f"the {layout.tokenizer_of(name)} has {num_tokens} tokens, the {name} {vocab_size}")
+    if found:
+        owner = "the model" if folder is None else f"'{folder}'"
+        raise CheckpointError(f"the parts of {owner} do not fit", "; ".join(found))
+
+
+def _channels_with_mask(channels: int) -> int:
+    """Channels of noisy latents, mask and masked latents."""
+    return 2 * channels + 1
