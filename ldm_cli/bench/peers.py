@@ -7,7 +7,7 @@ fastest one counts.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ldm_cli.bench.race import Runner
 from ldm_cli.bench.workload import Workload, build_model, denoising_loss, encoding_step, training_step
+from ldm_cli.core.condition import NUM_SIZES
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainVaeRecipe
 
 
@@ -36,7 +37,8 @@ def their_step(work: Workload, channels_last: bool = False) -> Runner:
     elif isinstance(recipe, TrainVaeRecipe):
         loss = partial(_autoencoder_loss, model, batch["images"], batch["noise"], recipe.loss.kl_weight)
     else:
-        loss = denoising_loss(recipe, batch, lambda x, time: model(x, time, batch["context"]).sample)
+        given = {"encoder_hidden_states": batch["context"]} | _added_conditions(batch)
+        loss = denoising_loss(recipe, batch, lambda x, time: model(x, time, **given).sample)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=train.lr,
@@ -54,6 +56,14 @@ def their_step(work: Workload, channels_last: bool = False) -> Runner:
         optimizer.zero_grad(set_to_none=True)
 
     return training_step(work, loss, update)
+
+
+def _added_conditions(batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Pooled text and sizes of Stable Diffusion XL, if the workload has them."""
+    if "pooled" not in batch:
+        return {}
+    text, sizes = batch["pooled"][:, :-NUM_SIZES], batch["pooled"][:, -NUM_SIZES:]
+    return {"added_cond_kwargs": {"text_embeds": text, "time_ids": sizes}}
 
 
 def their_encoding(work: Workload, channels_last: bool = False) -> Runner:

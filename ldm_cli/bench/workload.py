@@ -18,13 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm_cli.bench.race import Runner
 from ldm_cli.core.clip_loss import contrastive_loss
 from ldm_cli.core.compiling import compile_regions, eagerly
-from ldm_cli.core.condition import Condition
+from ldm_cli.core.condition import NUM_SIZES, Condition
 from ldm_cli.core.cpu import tune_for_cpu
 from ldm_cli.core.diffusion.loss import add_noise, diffusion_loss
 from ldm_cli.core.diffusion.process import process_of
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
+from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.core.precision import autocast
 from ldm_cli.core.vae_loss import VAELoss
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
@@ -117,12 +118,21 @@ def _random_batch(work: Workload) -> dict[str, Tensor]:
     unet = recipe.model
     height, width = unet.sample_size if isinstance(unet.sample_size, tuple) else (unet.sample_size or 64,) * 2
     shape_of_latents = (size, unet.in_channels, height, width)
-    return {
+    pooled = {} if unet.addition_embed_type is None else {"pooled": normal(size, _pooled_width(unet))}
+    return pooled | {
         "latents": normal(*shape_of_latents),
         "noise": normal(*shape_of_latents),
         "u": torch.rand(size, generator=generator),
         "context": normal(size, work.context_length, max(unet.per_level(unet.cross_attention_dim))),
     }
+
+
+def _pooled_width(unet: UNet2DConditionConfig) -> int:
+    """Numbers of pooled text and sizes that a U-Net with `text_time` takes."""
+    width, dim = unet.projection_class_embeddings_input_dim, unet.addition_time_embed_dim
+    assert width is not None  # the Config's own check
+    assert dim is not None  # the same
+    return width - NUM_SIZES * (dim - 1)
 
 
 def our_step(work: Workload) -> Runner:
@@ -182,7 +192,7 @@ def _our_loss(recipe: TrainRecipe, model: nn.Module, batch: Mapping[str, Tensor]
     if isinstance(recipe, TrainVaeRecipe):
         terms = VAELoss(recipe.loss.model_copy(update={"perceptual_weight": 0.0, "adversarial_weight": 0.0}))
         return lambda: terms(model, batch["images"], batch["noise"], 1)[0]
-    condition = Condition(tokens=batch["context"])
+    condition = Condition(tokens=batch["context"], pooled=batch.get("pooled"))
     return denoising_loss(recipe, batch, lambda x, time: model(x, time, condition))
 
 

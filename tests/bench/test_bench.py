@@ -29,17 +29,28 @@ TINY = {
 }
 
 
-def tiny(subject: str) -> Any:
+XL = [
+    "text_encoder_2=x",
+    "unet.addition_embed_type=text_time",
+    "unet.addition_time_embed_dim=8",
+    "unet.projection_class_embeddings_input_dim=58",
+]
+
+
+def tiny(subject: str, further: list[str] | None = None) -> Any:
     name, changes = TINY[subject]
-    return load_recipe(name, changes, expected_command=run.SUBJECTS[subject].command).recipe
+    return load_recipe(name, [*changes, *(further or [])], expected_command=run.SUBJECTS[subject].command).recipe
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("forked")
-@pytest.mark.parametrize("subject", ["train-clip", "train-unet"])
-def test_peers_do_the_same_work(subject: str) -> None:
+@pytest.mark.parametrize(
+    ("subject", "changes"), [("train-clip", []), ("train-unet", []), ("train-unet", XL)], ids=["clip", "unet", "xl"]
+)
+def test_peers_do_the_same_work(subject: str, changes: list[str]) -> None:
     pytest.importorskip(run.SUBJECTS[subject].peer)
-    rows = run.compare(subject, tiny(subject), run.BenchOptions(rounds=1, context_length=5), 10.0, compared=True)
+    options = run.BenchOptions(rounds=1, context_length=5)
+    rows = run.compare(subject, tiny(subject, changes), options, 10.0, compared=True)
     assert [row["contender"] for row in rows[:2]] == ["ldm", run.SUBJECTS[subject].peer]
     assert len(rows) == 2 + (subject == "train-unet")
     assert (rows[0]["speedup"], rows[0]["memory_ratio"]) == (1.0, 1.0)

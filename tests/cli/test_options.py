@@ -90,7 +90,9 @@ def test_options_of_sample_override_the_recipe(sampled: dict[str, Any], tmp_path
     ]
     assert recipe.model == "runs/demo-unet/model"
     assert recipe.sampling.guidance.scale == 2.0
-    assert recipe.sampling.model_dump(exclude={"timestep_spacing", "timesteps", "guidance"}) == {
+    assert recipe.sampling.model_dump(
+        exclude={"timestep_spacing", "timesteps", "guidance", "sizes", "negative_sizes"}
+    ) == {
         "sampler": "euler",
         "steps": 9,
         "eta": 0.5,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_cli.data.decode import to_rectangle
+from ldm_cli.data.decode import decode_rgb, to_rectangle
 from ldm_cli.data.loader import Loader
 from ldm_cli.data.picture_sizes import picture_sizes
 from tests.data.tars import opened, write_tar
@@ -68,6 +68,16 @@ def test_only_random_cuts_differ_from_sample_to_sample(tmp_path: Path, crop: str
     assert len(batch.images.flatten(1).unique(dim=0)) == len(batch.sizes.unique(dim=0)) == number
     if crop == "center":
         assert batch.images[0, 0, 0, 0] == batch.sizes[0, 3] == 96
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_the_size_of_a_file_is_upright_in_every_format(kind: str, orientation: int) -> None:
+    exif, stream = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.new("RGB", (7, 5)).save(stream, kind, exif=exif)
+    picture = decode_rgb(stream.getvalue(), (0, 0, 0), 1000)
+    assert picture.size == picture.image.size[::-1] == ((7, 5) if orientation >= 5 else (5, 7))
 
 
 def test_a_batch_says_the_upright_sizes_of_its_files(tmp_path: Path) -> None:
