@@ -89,7 +89,7 @@ def run(source: Path, out: Path, options: ConvertOptions) -> dict[str, Any]:
         "parameters": sum(tensor.numel() for tensor in tensors),
         "bytes": sum(tensor.nbytes for tensor in tensors),
         "told_by": models.told_by,
-        "left_out": named(models.left_out),
+        "left_out": named(models.left_out) or None,
         "metadata": {name: value for name, value in metadata.items() if name != CONFIGS_KEY},
         "opens_in": _programs(models, is_file),
     }
