@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from ldm_cli.config import Config
+from ldm_cli.config import Config, NamesModel
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.clip_config import CLIPConfig
@@ -21,6 +21,8 @@ from ldm_cli.sampling.edit_config import EditConfig
 from ldm_cli.training.config import TrainConfig
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+Variant = Literal["fp16", "bf16"] | None
+"""Weights of a hub's model in this precision; null: in full precision, where there are such."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 
@@ -33,6 +35,8 @@ class TrainRecipe(Config):
     """Name of the run, whose folder is `runs/NAME`."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of everything random."""
+    variant: Variant = None
+    """Precision of the weights that are fetched for models by hub name."""
     data: DataConfig
     """Shards and preprocessing."""
     train: TrainConfig
@@ -42,9 +46,9 @@ class TrainRecipe(Config):
 class StartedRecipe(TrainRecipe):
     """A recipe whose training may begin at trained weights."""
 
-    start_from: str | None = None
-    """Begin at the trained weights of this folder: a model of this kind as we, diffusers or transformers write it, a
-    run or a checkpoint. null: fresh weights."""
+    start_from: Annotated[str | None, NamesModel()] = None
+    """Begin at these trained weights: a model of this kind as we, diffusers or transformers write it, a run or a
+    checkpoint. null: fresh weights."""
     freeze: tuple[str, ...] = ()
     """Parameters that stay as they are in `start_from`, by patterns of their names such as `encoder.*`. A pattern that
     begins with `!` excepts what it matches; the last match wins."""
@@ -90,6 +94,8 @@ class TrainVaeRecipe(StartedRecipe):
 
     command: Literal["train-vae"]
     """Which command this recipe is for."""
+    start_from: Annotated[str | None, NamesModel(("vae",))] = None
+    """As in every trainer; of a pipeline its autoencoder."""
     vae: AutoencoderKLConfig | None = None
     """The model; fields as in its Hugging Face config.json. null: that of `start_from`."""
     loss: VAELossConfig = VAELossConfig()
@@ -133,10 +139,10 @@ class TrainUnetRecipe(StartedRecipe):
 
     command: Literal["train-unet"]
     """Which command this recipe is for."""
-    vae: str = ""
-    """Folder of the trained AutoencoderKL (`runs/…/model`). Empty: that of the pipeline in `start_from`."""
-    text_encoder: str = ""
-    """Folder of the trained CLIPModel or CLIPTextModel, with its tokenizer (`runs/…/model`). Empty: that of the
+    vae: Annotated[str, NamesModel(("vae",))] = ""
+    """The trained AutoencoderKL (`runs/…/model`). Empty: that of the pipeline in `start_from`."""
+    text_encoder: Annotated[str, NamesModel(("text_encoder", "tokenizer"))] = ""
+    """The trained CLIPModel or CLIPTextModel, with its tokenizer (`runs/…/model`). Empty: that of the
     pipeline in `start_from`."""
     cache: str | None = None
     """Folder that `ldm precompute` wrote for this recipe, to read latents and text states from; null computes them."""
@@ -170,8 +176,10 @@ class SampleRecipe(Config):
 
     command: Literal["sample"]
     """Which command this recipe is for."""
-    model: str
-    """Pipeline folder, a run folder, or a checkpoint of `train-unet`."""
+    model: Annotated[str, NamesModel()]
+    """A pipeline, a run or a checkpoint of `train-unet`: by its folder, or by its name on the hub."""
+    variant: Variant = None
+    """Precision of the weights that are fetched for models by hub name."""
     prompts: tuple[str | PromptEntry, ...] = ()
     """Prompts, one entry each, as text or with settings of its own; `--prompts FILE` and `-p` come on top."""
     weighted_words: bool = True
@@ -214,6 +222,8 @@ class EvalRecipe(Config):
     """Which command this recipe is for."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of everything random."""
+    variant: Variant = None
+    """Precision of the weights that are fetched for models by hub name."""
     data: DataConfig
     """Shards to measure on (`shards`; `val_shards` is not used)."""
     eval: EvalSection
