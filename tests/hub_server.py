@@ -13,6 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import close_session
+
 Headers = Mapping[str, str]
 
 
@@ -23,13 +26,13 @@ class Hub:
     Attributes:
         models: `org/name` → revision → folder.
         refused: `org/name` → status and `X-Error-Code` of every answer about it.
-        cut: file → bytes after which the next connection that sends it is closed.
+        cut: file → for its next answers, the bytes after which the connection is closed.
         requests: `METHOD path`, and ` bytes=…` where a range was asked for.
     """
 
     models: dict[str, dict[str, Path]] = field(default_factory=dict)
     refused: dict[str, tuple[int, str]] = field(default_factory=dict)
-    cut: dict[str, int] = field(default_factory=dict)
+    cut: dict[str, list[int]] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     endpoint: str = ""
 
@@ -44,7 +47,8 @@ class Hub:
 
     def answer(self, method: str, path: str, headers: Headers) -> tuple[int, dict[str, str], bytes]:
         found = re.fullmatch(r"/(api/models/)?([^/]+/[^/]+)/(revision|tree|resolve)/([^/]+)/?(.*)", path)
-        assert found is not None, path
+        if found is None:
+            return self.error(404, "")
         is_api, model, what, revision, file = found.groups()
         if model in self.refused:
             return self.error(*self.refused[model])
@@ -87,7 +91,8 @@ def served(hub: Hub) -> Iterator[Hub]:
             wanted = self.headers.get("Range")
             hub.requests.append(f"{self.command} {path}" + (f" {wanted}" if wanted else ""))
             status, headers, body = hub.answer(self.command, path, self.headers)
-            limit = hub.cut.pop(Path(path).name, None) if self.command == "GET" else None
+            limits = hub.cut.get(Path(path).name) if self.command == "GET" else None
+            limit = limits.pop(0) if limits else None
             self.send_response(status)
             for name, value in {"Content-Length": str(len(body)), **headers}.items():
                 self.send_header(name, value)
@@ -104,5 +109,18 @@ def served(hub: Hub) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        close_session()
         server.shutdown()
         server.server_close()
+
+
+def ask_only(hub: Hub, cache: Path, patch: pytest.MonkeyPatch) -> None:
+    """Make `huggingface_hub` in this process ask this hub alone, with a cache in a folder of its own."""
+    from huggingface_hub import constants, file_download
+
+    patch.setattr(constants, "ENDPOINT", hub.endpoint)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    patch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 256)
+    patch.setattr(file_download.time, "sleep", lambda seconds: None)

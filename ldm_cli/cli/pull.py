@@ -7,6 +7,7 @@ from typing import Annotated
 from ldm_cli.cli import options as given
 from ldm_cli.cli.report import make_reporter
 from ldm_cli.cli.show import show_result
+from ldm_cli.cli.startup import importing
 from ldm_cli.cli.streams import write_result
 from ldm_cli.errors import UsageError
 
@@ -20,7 +21,8 @@ def command(
     debug: given.Debug = False,
 ) -> None:
     """Download a model of the Hugging Face hub ahead of its use, and print its folder."""
-    from ldm_cli.formats.hub import HubName, fetch, recorded
+    with importing():
+        from ldm_cli.formats.hub import HubName, fetch, recorded
 
     if (model := HubName.parse(name)) is None:
         raise UsageError(f"'{name}' is no name of a model", remedy="write ORG/NAME or ORG/NAME@REVISION")

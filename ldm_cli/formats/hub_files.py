@@ -57,22 +57,23 @@ def files_of(
         CheckpointError: the weights of a component are pickles.
     """
     is_pipeline = INDEX_NAME in names
-    found, has_variant = [INDEX_NAME] if is_pipeline else [], False
+    found = [INDEX_NAME] if is_pipeline else []
+    precisions: dict[str, str | None] = {}
     for component in components:
         folder = f"{component}/" if is_pipeline else ""
         own = [name.removeprefix(folder) for name in names if name.startswith(folder) and "/" not in name[len(folder) :]]
         texts = [name for name in own if name.endswith((".json", ".txt")) and not _is_weights(name)]
         weights: list[str] = []
         if CONFIG_NAME in own and not component.startswith(TOKENIZER):
-            weights, used = _weights(own, variant, f"{model}/{component}".rstrip("/"))
-            has_variant = has_variant or used == variant
-            if used != variant and weights:
-                say(f"'{model}' has {component or 'its weights'} in {used or 'full precision'} only")
+            weights, precisions[component] = _weights(own, variant, f"{model}/{component}".rstrip("/"))
         if not texts:
             raise InputNotFoundError(f"'{model}' has no files of '{component}'" if component else _no_model(model))
         found += [folder + name for name in (*texts, *weights)]
-    if variant is not None and not has_variant:
+    others = [name for name, precision in precisions.items() if precision != variant]
+    if others and variant is not None and variant not in precisions.values():
         raise InputNotFoundError(f"'{model}' has no weights of the variant '{variant}'", remedy="leave the variant out")
+    for name in others:
+        say(f"'{model}' has {name or 'its weights'} in {precisions[name] or 'full precision'} only")
     return found
 
 
