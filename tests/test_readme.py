@@ -50,6 +50,7 @@ NAMES = (
     "spiral",
     "data",
     "recipe",
+    "pull",
     "distributed",
     "faults",
     "performance",

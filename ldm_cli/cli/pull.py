@@ -11,6 +11,7 @@ from ldm_cli.cli.startup import importing
 from ldm_cli.cli.streams import write_result
 from ldm_cli.errors import UsageError
 
+
 def command(
     name: Annotated[str, given.argument("ORG/NAME[@REVISION]", "A model of the hub; a branch, tag or commit of it.")],
     variant: given.Variant = None,

@@ -14,7 +14,7 @@ _SHOWING = "How results are shown"
 
 
 Arguments = Annotated[list[str] | None, argument("RECIPE|KEY=VALUE", "A recipe, and changes to it; both optional.")]
-Model = Annotated[Path | None, option("--model", metavar="DIR|NAME", text="Pipeline or run folder, or org/name of the hub.")]
+Model = Annotated[Path | None, option("--model", metavar="DIR|NAME", text="Folder of a pipeline or run; or ORG/NAME.")]
 Prompt = Annotated[list[str] | None, option("--prompt", "-p", text="A prompt; may be repeated.")]
 Prompts = Annotated[Path | None, option("--prompts", metavar="FILE", text="txt, json, jsonl, csv or tsv.")]
 Negative = Annotated[str | None, option("--negative", metavar="TEXT", text="What to avoid.")]

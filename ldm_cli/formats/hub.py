@@ -21,8 +21,8 @@ from ldm_cli.formats.pipeline_folder import INDEX_NAME
 from ldm_cli.reporting import Progress, Reporter
 from ldm_cli.storage import TEMPORARY_PREFIX, expect_room, megabytes, storage_errors, user_cache
 
-# `runs` is the folder of our own runs.
-_NAME = re.compile(r"(?!runs/)([A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@([\w/-][\w./-]*))?", re.ASCII)
+# `runs` and `data` are the folders that recipes write to and read from.
+_NAME = re.compile(r"(?!(?:data|runs)/)([A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@([\w/-][\w./-]*))?", re.ASCII)
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})(?:/|$)", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TRANSPORTS = ("httpx", "httpx2", "requests", "urllib3")
@@ -65,7 +65,7 @@ def hub_name(text: str, reporter: Reporter) -> HubName | None:
     """
     name = HubName.parse(text)
     if name is None or os.path.lexists(text):
-        if name is not None and _repo_folder(name.repo).is_dir():
+        if name is not None and "@" not in text and _repo_folder(name.repo).is_dir():
             reporter.info(f"'{text}' is the folder of that name; the model of the hub is '{text}@main'")
         return None
     if "@" not in text and Path(text).parent.is_dir():
@@ -77,8 +77,9 @@ def hub_name(text: str, reporter: Reporter) -> HubName | None:
 def fetch(name: HubName, components: Sequence[str], variant: str | None, reporter: Reporter) -> Path:
     """The folder of a model, all of whose files are there once this returns.
 
-    What the cache lacks is downloaded, after a line that says how much. A connection that breaks goes on where it broke;
-    after a failure, the next call downloads the missing files. Without a connection, the cache alone is used.
+    What the cache lacks is downloaded, after a line that says how much. A connection that breaks is taken up again at
+    the byte where it broke. After a failure, the next call downloads the files that are missing. Without a connection,
+    the cache alone is used.
 
     Args:
         name: of the model; a branch is resolved to its commit here, once.
@@ -185,13 +186,13 @@ def _download(name: HubName, listing: _Listing, files: Sequence[str], reporter: 
 
 def _bar(progress: Progress) -> Any:
     """A class of progress bars that show nothing, and report the bytes of all of them to ours."""
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils.tqdm import tqdm
 
     done = 0
 
-    class Bar(tqdm):  # type: ignore[misc]
+    class Bar(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **(options | {"disable": True}))
+            super().__init__(*args, **(options | {"disable": True}))  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> None:
             nonlocal done
@@ -266,5 +267,6 @@ def _is_unreachable(error: BaseException | None) -> bool:
 def _why_unreachable(error: BaseException) -> str:
     from huggingface_hub import constants
 
-    cause = error if error.__cause__ is None else error.__cause__
-    return "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else f"the hub cannot be reached ({first_line(cause)})"
+    if constants.is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    return f"the hub cannot be reached ({first_line(error.__cause__ or error)})"

@@ -1,4 +1,4 @@
-"""Which files of a hub's model are read: safetensors, configurations and tokenizers of the components, and no others."""
+"""Which files of a model on the hub are read: safetensors, configurations and tokenizers of its components."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def files_of(
     precisions: dict[str, str | None] = {}
     for component in components:
         folder = f"{component}/" if is_pipeline else ""
-        own = [name.removeprefix(folder) for name in names if name.startswith(folder) and "/" not in name[len(folder) :]]
+        own = [name.removeprefix(folder) for name in names if re.fullmatch(f"{re.escape(folder)}[^/]+", name)]
         texts = [name for name in own if name.endswith((".json", ".txt")) and not _is_weights(name)]
         weights: list[str] = []
         if CONFIG_NAME in own and not component.startswith(TOKENIZER):

@@ -22,7 +22,6 @@ from ldm_cli.training.config import TrainConfig
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 Variant = Literal["fp16", "bf16"] | None
-"""Weights of a hub's model in this precision; null: in full precision, where there are such."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 
@@ -35,12 +34,12 @@ class TrainRecipe(Config):
     """Name of the run, whose folder is `runs/NAME`."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of everything random."""
-    variant: Variant = None
-    """Precision of the weights that are fetched for models by hub name."""
     data: DataConfig
     """Shards and preprocessing."""
     train: TrainConfig
     """Optimization."""
+    variant: Variant = None
+    """Precision of the weights of models that are named by hub name; null: full, where there is such."""
 
 
 class StartedRecipe(TrainRecipe):
@@ -179,7 +178,7 @@ class SampleRecipe(Config):
     model: Annotated[str, NamesModel()]
     """A pipeline, a run or a checkpoint of `train-unet`: by its folder, or by its name on the hub."""
     variant: Variant = None
-    """Precision of the weights that are fetched for models by hub name."""
+    """Precision of the weights of models that are named by hub name; null: full, where there is such."""
     prompts: tuple[str | PromptEntry, ...] = ()
     """Prompts, one entry each, as text or with settings of its own; `--prompts FILE` and `-p` come on top."""
     weighted_words: bool = True
@@ -223,7 +222,7 @@ class EvalRecipe(Config):
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of everything random."""
     variant: Variant = None
-    """Precision of the weights that are fetched for models by hub name."""
+    """Precision of the weights of models that are named by hub name; null: full, where there is such."""
     data: DataConfig
     """Shards to measure on (`shards`; `val_shards` is not used)."""
     eval: EvalSection

@@ -34,7 +34,7 @@ from ldm_cli.formats.json_file import write_json
 from ldm_cli.recipe.schema import EvalRecipe, EvalSection
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.eval_samples import Gathered, Models, load_models, measure_generated, measure_real
-from ldm_cli.stages.support.named_models import with_fetched_models
+from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import RunOptions, resolve_device
 from ldm_cli.training.run_folder import environment
 from ldm_cli.training.run_identity import flatten
@@ -57,7 +57,7 @@ def run(recipe: EvalRecipe, options: RunOptions, reporter: Reporter) -> dict[str
         DivergedError: if a model gives values that are not finite.
     """
     target = _target(options)
-    recipe = with_fetched_models(recipe, reporter)
+    recipe = with_model_folders(recipe, reporter)
     config = recipe.eval
     shards = open_shards(recipe.data.shards, recipe.data, reporter)
     models = load_models(config, resolve_device(options.device))

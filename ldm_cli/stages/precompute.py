@@ -32,7 +32,7 @@ from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import Progress, Reporter
 from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
 from ldm_cli.stages.support.cache_encoding import NUM_AHEAD, CacheEncoder, Chunks, EncodedChunk
-from ldm_cli.stages.support.named_models import with_fetched_models
+from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import RunOptions, resolve_device
 from ldm_cli.stages.support.start import resolve_start
 from ldm_cli.storage import expect_room, file_sha256
@@ -66,7 +66,7 @@ def run(
         StuckError: the time limit left room for no file, run after run.
     """
     started = time.perf_counter()
-    recipe = resolve_start(with_fetched_models(recipe, reporter), reporter.warn)
+    recipe = resolve_start(with_model_folders(recipe, reporter), reporter.warn)
     with StopRequest(options.max_time) as stop:
         wanted = cache_key(recipe)
         shards = open_shards(recipe.data.shards, recipe.data, reporter)
@@ -87,7 +87,7 @@ def dry_run(
     recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter, dtype: Dtype | None = None
 ) -> dict[str, Any]:
     """What `run` would write: samples, and bytes for each; errors as in `run`."""
-    recipe = resolve_start(with_fetched_models(recipe, reporter), reporter.warn)
+    recipe = resolve_start(with_model_folders(recipe, reporter), reporter.warn)
     shards = open_shards(recipe.data.shards, recipe.data, reporter)
     folder = _folder(recipe, options, shards)
     key = _key_to_use(folder, Manifest.read(folder), cache_key(recipe), dtype, options.overwrite)

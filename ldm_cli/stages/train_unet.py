@@ -36,7 +36,7 @@ from ldm_cli.stages.support.model_sizes import (
     outlined,
     trained_parameters,
 )
-from ldm_cli.stages.support.named_models import with_fetched_models
+from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_uses
 from ldm_cli.stages.support.training_run import Workbench, run_training
@@ -45,7 +45,7 @@ from ldm_cli.training.checkpoint import link_folder
 
 def run(recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
     """Train the denoiser of `recipe`; the result is a complete Stable Diffusion folder."""
-    recipe = resolve_start(with_fetched_models(recipe, reporter), reporter.warn)
+    recipe = resolve_start(with_model_folders(recipe, reporter), reporter.warn)
     uses = {"vae": recipe.vae, "text_encoder": recipe.text_encoder} | start_uses(recipe)
     build, sizes = lambda bench: DenoiserTask(recipe, bench), parameters(recipe, [])
     if recipe.cache is None:

@@ -188,7 +188,7 @@ class RunFolder:
         write_whole(self.path / "recipe.yaml", source)
         write_json(self._identity, {"recipe": resolved, "fingerprints": fingerprints})
         paths = {name: Path(value) for name, value in flatten(resolved).items() if isinstance(value, str)}
-        models = {name: str(source) for name, path in paths.items() if (source := hub_source(path))}
+        models = {name: str(model) for name, path in paths.items() if (model := hub_source(path))}
         write_json(self.path / "env.json", environment() | {"models": models})
 
     def status(self, state: str, *, step: int | None = None, steps: int | None = None, **details: Any) -> None:

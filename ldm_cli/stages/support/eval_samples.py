@@ -86,6 +86,7 @@ def load_models(config: EvalSection, device: torch.device) -> Models:
         sampling = config.sampling
         family = open_family(Path(folders["pipeline"]), device, sampling.precision, compiled=sampling.compile)
         pipeline = Pipeline(family)
+        assert family.folder is not None
         hashes["pipeline"] = {"folder": recorded(family.folder), "sha256": family.weights_sha256}
     return Models(clip, vae, pipeline, device, hashes)
 

@@ -1,7 +1,8 @@
-"""The models that a recipe names: fetched from the hub before a stage begins, which then knows folders alone."""
+"""The models that a recipe names: found, or fetched from the hub, before a stage begins; it then knows paths alone."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ldm_cli.config import Config, NamesModel
@@ -14,21 +15,26 @@ RecipeT = TypeVar("RecipeT", bound=Recipe)
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
-def with_fetched_models(recipe: RecipeT, reporter: Reporter) -> RecipeT:
-    """The recipe with a folder in place of each hub name; errors as in `fetch`."""
-    return _fetched(recipe, recipe.variant, reporter)
+def with_model_folders(recipe: RecipeT, reporter: Reporter) -> RecipeT:
+    """The recipe with a folder in place of each hub name, and of a pipeline where a part of one is meant.
+
+    Errors are those of `fetch`.
+    """
+    return _with_folders(recipe, recipe.variant, reporter)
 
 
-def _fetched(config: ConfigT, variant: str | None, reporter: Reporter) -> ConfigT:
+def _with_folders(config: ConfigT, variant: str | None, reporter: Reporter) -> ConfigT:
     changes: dict[str, Any] = {}
     for field, info in type(config).model_fields.items():
         value = getattr(config, field)
         if isinstance(value, Config):
-            inner = _fetched(value, variant, reporter)
+            inner = _with_folders(value, variant, reporter)
             changes |= {field: inner} if inner is not value else {}
         for marker in info.metadata:
-            if isinstance(marker, NamesModel) and value and (name := hub_name(value, reporter)):
-                folder = fetch(name, marker.components, variant, reporter)
-                is_component = marker.components and (folder / INDEX_NAME).is_file()
-                changes[field] = str(folder / marker.components[0] if is_component else folder)
+            if isinstance(marker, NamesModel) and value:
+                name = hub_name(value, reporter)
+                folder = Path(value) if name is None else fetch(name, marker.components, variant, reporter)
+                if marker.components and (folder / INDEX_NAME).is_file():
+                    folder = folder / marker.components[0]
+                changes |= {} if folder == Path(value) else {field: str(folder)}
     return config.model_copy(update=changes) if changes else config
