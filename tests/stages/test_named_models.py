@@ -141,7 +141,10 @@ def recipes(scenes: Path) -> dict[str, tuple[Any, dict[str, Any]]]:
         "start_from": (TrainVaeRecipe, vae_recipe(scenes) | {"start_from": "org/tiny"}),
         "tokenizer.path": (TrainClipRecipe, clip_recipe(scenes) | {"tokenizer": {"path": "org/tiny"}}),
         "eval.vae": (EvalRecipe, evaluation | {"eval": evaluated | {"vae": "org/tiny"}}),
-        "eval.pipeline": (EvalRecipe, evaluation | {"eval": evaluated | {"pipeline": "org/tiny"}}),
+        "eval.pipeline": (
+            EvalRecipe,
+            evaluation | {"eval": {"metrics": ["attribute_accuracy"], "vae": "org/unused", "pipeline": "org/tiny"}},
+        ),
     }
 
 

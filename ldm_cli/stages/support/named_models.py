@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 from ldm_cli.config import Config, NamesModel
 from ldm_cli.formats.hub import fetch, hub_name
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
-from ldm_cli.recipe.schema import Recipe
+from ldm_cli.recipe.schema import EvalSection, Recipe
 from ldm_cli.reporting import Reporter
+from ldm_cli.stages.support.eval_samples import needed_folders
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -25,13 +26,14 @@ def with_model_folders(recipe: RecipeT, reporter: Reporter) -> RecipeT:
 
 def _with_folders(config: ConfigT, variant: str | None, reporter: Reporter) -> ConfigT:
     changes: dict[str, Any] = {}
+    unused = set(EvalSection.model_fields) - needed_folders(config).keys() if isinstance(config, EvalSection) else set()
     for field, info in type(config).model_fields.items():
         value = getattr(config, field)
         if isinstance(value, Config):
             inner = _with_folders(value, variant, reporter)
             changes |= {field: inner} if inner is not value else {}
         for marker in info.metadata:
-            if isinstance(marker, NamesModel) and value:
+            if isinstance(marker, NamesModel) and value and field not in unused:
                 name = hub_name(value, reporter)
                 folder = Path(value) if name is None else fetch(name, marker.components, variant, reporter)
                 if marker.components and (folder / INDEX_NAME).is_file():
