@@ -197,13 +197,14 @@ def test_after_a_download_that_failed_the_next_call_brings_the_missing_files_alo
 
 
 def test_a_disk_without_room_is_said_before_the_download(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    full = lambda patch: patch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 10**6 - 2000, 2000))  # noqa: E731
-    with monkeypatch.context() as patch, pytest.raises(StorageError, match=r"no room for 'org/tiny' .* set HF_HOME to"):
-        full(patch)
+    room = [2000]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 0, room[0]))
+    with pytest.raises(StorageError, match=r"no room for 'org/tiny' .* set HF_HOME to another disk"):
         got()
     assert downloads(hub) == ["model_index.json"]
+    room[0] = 10**6
     folder = got()
-    full(monkeypatch)
+    room[0] = 0
     assert got() == folder
 
 
