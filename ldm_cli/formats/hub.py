@@ -61,15 +61,17 @@ class _Listing:
 def hub_name(text: str, reporter: Reporter) -> HubName | None:
     """The name of the hub's model that `text` means; None if it means a path.
 
-    A folder or file of that name wins, and so does one that is missing in a folder `org`.
+    A folder or file of that name wins, and so does a path in a folder or file `org` that does not exist.
     """
     name = HubName.parse(text)
     if name is None or os.path.lexists(text):
         if name is not None and "@" not in text and _repo_folder(name.repo).is_dir():
             reporter.info(f"'{text}' is the folder of that name; the model of the hub is '{text}@main'")
         return None
-    if "@" not in text and Path(text).parent.is_dir():
-        reporter.info(f"'{text}' means a path, as there is a folder '{Path(text).parent}'; on the hub: '{text}@main'")
+    parent = Path(text).parent
+    if "@" not in text and parent.exists():
+        if parent.is_dir():
+            reporter.info(f"'{text}' means a path, as there is a folder '{parent}'; on the hub: '{text}@main'")
         return None
     return name
 

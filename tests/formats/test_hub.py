@@ -239,6 +239,8 @@ def test_a_name_means_the_hub_unless_a_path_of_that_name_or_its_folder_exists(
     for path in ("runs/demo", "data/tokenizer", "tiny", "a/b/c", "/org/tiny", "./org/tiny", "../tiny", "org/tiny@"):
         assert hub_name(path, reporter) is None
     assert reporter.messages == []
+    Path("file").touch()
+    assert (hub_name("file/unet", reporter), reporter.messages) == (None, [])
     Path("org").mkdir()
     assert hub_name("org/tiny", reporter) is None
     assert hub_name("org/tiny@main", reporter) == NAME
