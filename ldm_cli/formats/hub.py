@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm_cli.errors import InputNotFoundError, LdmError, UnavailableError, first_line
+from ldm_cli.errors import InputNotFoundError, LdmError, UnavailableError, amount, first_line
 from ldm_cli.formats.hub_files import components_of, files_of
 from ldm_cli.formats.json_file import read_json
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
 from ldm_cli.reporting import Progress, Reporter
-from ldm_cli.storage import TEMPORARY_PREFIX, expect_room, megabytes, storage_errors, user_cache
+from ldm_cli.storage import TEMPORARY_PREFIX, expect_room, storage_errors, user_cache
 
 # `runs` and `data` are the folders that recipes write to and read from.
 _NAME = re.compile(r"(?!(?:data|runs)/)([A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@([\w/-][\w./-]*))?", re.ASCII)
@@ -173,7 +173,7 @@ def _download(name: HubName, listing: _Listing, files: Sequence[str], reporter: 
         cache.mkdir(parents=True, exist_ok=True)
     expect_room(cache, total, f"'{name}'", ", set HF_HOME to another disk, and run the same command again")
     if total >= 2**20:
-        reporter.info(f"downloading {len(missing)} files of '{name}' from the hub: {megabytes(total)}")
+        reporter.info(f"downloading {len(missing)} files of '{name}' from the hub: {amount(total)}")
     # The library notes the commit of a branch where a file is asked for by the branch.
     revision = commit if commit in (name.revision, _known_commit(name)) else name.revision
     with reporter.progress(f"downloading '{name}'", total >> 20, unit="MiB") as progress, storage_errors(cache):
