@@ -80,8 +80,8 @@ def fetch(name: HubName, components: Sequence[str], variant: str | None, reporte
     """The folder of a model, all of whose files are there once this returns.
 
     What the cache lacks is downloaded, after a line that says how much. A connection that breaks is taken up again at
-    the byte where it broke. After a failure, the next call downloads the files that are missing. Without a connection,
-    the cache alone is used.
+    the last part (10 MB) that had arrived. After a failure, the next call downloads the files that are missing, each
+    from its beginning. Without a connection, the cache alone is used.
 
     Args:
         name: of the model; a branch is resolved to its commit here, once.
