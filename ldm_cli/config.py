@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
@@ -11,6 +12,18 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from ldm_cli.storage import expand_home
 
 _TEXTS = frozenset(("prompt", "prompts", "negative", "any_of"))
+
+
+@dataclass(frozen=True)
+class NamesModel:
+    """Marks a field that names a model: by a folder, a file, or a name on the Hugging Face hub.
+
+    Attributes:
+        components: subfolders that are read of a pipeline, of which the field means the first; empty: all, and the
+            field means the pipeline.
+    """
+
+    components: tuple[str, ...] = ()
 
 
 class Config(BaseModel):

@@ -4,7 +4,7 @@
     ├── UsageError               2  wrong command line
     ├── DataError               65  data damaged, too many bad samples
     ├── InputNotFoundError      66  an input file or folder is missing
-    ├── UnavailableError        69  device, compiler or backend missing
+    ├── UnavailableError        69  device, compiler, backend or network missing
     ├── OutputError             73  output not writable, exists or locked
     ├── StorageError            74  I/O error, disk full
     ├── Preempted               75  checkpoint saved: run the same command again
@@ -79,7 +79,7 @@ class InputNotFoundError(LdmError):
 
 
 class UnavailableError(LdmError):
-    """A device, a compiler or an optional backend is missing."""
+    """A device, a compiler, an optional backend or the network is missing."""
 
     code, tag = 69, "E-UNAVAILABLE"
 

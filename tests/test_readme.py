@@ -52,6 +52,7 @@ NAMES = (
     "spiral",
     "data",
     "recipe",
+    "pull",
     "distributed",
     "faults",
     "performance",

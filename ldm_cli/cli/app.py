@@ -11,7 +11,20 @@ import typer
 from typer.main import get_command
 
 from ldm_cli import __version__
-from ldm_cli.cli import bench, convert, data, evaluate, options, precompute, recipe, sample, spiral, streams, train
+from ldm_cli.cli import (
+    bench,
+    convert,
+    data,
+    evaluate,
+    options,
+    precompute,
+    pull,
+    recipe,
+    sample,
+    spiral,
+    streams,
+    train,
+)
 from ldm_cli.cli.failures import exit_code_of, report
 from ldm_cli.cli.launch import is_rank
 from ldm_cli.errors import UsageError
@@ -30,7 +43,7 @@ app = typer.Typer(
 )
 for name, text in train.COMMANDS.items():
     app.command(name, help=text, rich_help_panel="Models")(train.command)
-_MODELS = {"precompute": precompute, "sample": sample, "eval": evaluate, "convert": convert}
+_MODELS = {"precompute": precompute, "sample": sample, "eval": evaluate, "convert": convert, "pull": pull}
 _MODELS |= {"spiral": spiral, "bench": bench}
 for name, module in _MODELS.items():
     app.command(name, rich_help_panel="Models")(module.command)

@@ -27,6 +27,9 @@ def argument(metavar: str, text: str) -> Any:
 
 RecipeName = Annotated[str, argument("RECIPE", "A recipe file, or a shipped one such as demo/clip.")]
 Overrides = Annotated[list[str] | None, argument("KEY=VALUE", "Changes to the recipe: train.lr=1e-4")]
+Variant = Annotated[
+    str | None, option("--variant", metavar="fp16|bf16", text="Weights of a hub's model in this precision.")
+]
 Out = Annotated[Path | None, option("--out", metavar="DIR", text="Output folder.")]
 Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Device to compute on.")]
 Resume = Annotated[

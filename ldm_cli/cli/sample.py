@@ -26,6 +26,7 @@ def command(
     context: typer.Context,
     arguments: arg.Arguments = None,
     model: arg.Model = None,
+    variant: given.Variant = None,
     prompt: arg.Prompt = None,
     prompts: arg.Prompts = None,
     negative: arg.Negative = None,

@@ -14,7 +14,7 @@ _EDITING = "Working on a picture"
 _SHOWING = "How results are shown"
 
 Arguments = Annotated[list[str] | None, argument("RECIPE|KEY=VALUE", "A recipe, and changes to it; both optional.")]
-Model = Annotated[Path | None, option("--model", metavar="DIR", text="Pipeline or run folder.")]
+Model = Annotated[Path | None, option("--model", metavar="DIR|NAME", text="Folder of a pipeline or run; or ORG/NAME.")]
 Prompt = Annotated[list[str] | None, option("--prompt", "-p", text="A prompt; may be repeated.")]
 Prompts = Annotated[Path | None, option("--prompts", metavar="FILE", text="txt, json, jsonl, csv or tsv.")]
 Negative = Annotated[str | None, option("--negative", metavar="TEXT", text="What to avoid.")]
@@ -77,6 +77,7 @@ Repeat = Annotated[
 ]
 _FIELDS = {
     "model": "model",
+    "variant": "variant",
     "negative": "sampling.negative",
     "number": "sampling.images_per_prompt",
     "seed": "sampling.seed",

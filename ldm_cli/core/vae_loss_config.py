@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ldm_cli.config import Config
+from ldm_cli.config import Config, NamesModel
 
 Weight = Annotated[float, Field(ge=0)]
 
@@ -21,8 +21,8 @@ class VAELossConfig(Config):
     that published weights (Rombach et al. 2022: 1e-6) mean the same here."""
     perceptual_weight: Weight = 0.0
     """Weight of the distance between CLIP image-tower features."""
-    perceptual_clip: str | None = None
-    """Folder of the CLIPModel (`train-clip`) that the perceptual term uses."""
+    perceptual_clip: Annotated[str | None, NamesModel()] = None
+    """The CLIPModel (`train-clip`) that the perceptual term uses."""
     adversarial_weight: Weight = 0.0
     """Weight of the patch discriminator's verdict; times the adaptive weight if that is on."""
     adversarial_start: Annotated[int, Field(ge=0)] = 0
@@ -37,7 +37,7 @@ class VAELossConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> VAELossConfig:
         if self.perceptual_weight > 0 and self.perceptual_clip is None:
-            raise ValueError(f"perceptual_weight={self.perceptual_weight} needs perceptual_clip, a CLIPModel folder")
+            raise ValueError(f"perceptual_weight={self.perceptual_weight} needs perceptual_clip, a CLIPModel")
         return self
 
 

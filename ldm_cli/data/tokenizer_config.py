@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ldm_cli.config import Config
+from ldm_cli.config import Config, NamesModel
 
 MIN_VOCAB_SIZE = 256 + 256 + 2
 """Every byte, every word-final byte, start and end: 514."""
@@ -15,7 +15,7 @@ MIN_VOCAB_SIZE = 256 + 256 + 2
 class TokenizerConfig(Config):
     """Source of the vocabulary."""
 
-    path: str | None = None
+    path: Annotated[str | None, NamesModel(("tokenizer",))] = None
     """Folder with `vocab.json` and `merges.txt` (or `tokenizer.json`); null: train on the captions."""
     vocab_size: Annotated[int, Field(ge=MIN_VOCAB_SIZE)] = 1000
     """Largest number of tokens to train: 514 for bytes, start and end, the rest merges. Few captions may give fewer."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ldm_cli.config import Config
+from ldm_cli.config import Config, NamesModel
 
 MetricName = Literal["clip_score", "zero_shot", "retrieval", "reconstruction", "frechet_distance", "attribute_accuracy"]
 
@@ -39,12 +39,12 @@ class ZeroShotClassification(Config):
 class EvalConfig(Config):
     """Models to evaluate, and metrics."""
 
-    clip: str | None = None
-    """CLIPModel folder: for `clip_score`, `zero_shot`, `retrieval`, `frechet_distance`."""
-    vae: str | None = None
-    """AutoencoderKL or AutoencoderTiny folder: for `reconstruction` (PSNR, SSIM)."""
-    pipeline: str | None = None
-    """Pipeline folder that generates pictures of the captions, for `clip_score`, `frechet_distance`,
+    clip: Annotated[str | None, NamesModel()] = None
+    """A CLIPModel: for `clip_score`, `zero_shot`, `retrieval`, `frechet_distance`."""
+    vae: Annotated[str | None, NamesModel(("vae",))] = None
+    """An AutoencoderKL or AutoencoderTiny: for `reconstruction` (PSNR, SSIM)."""
+    pipeline: Annotated[str | None, NamesModel()] = None
+    """Pipeline that generates pictures of the captions, for `clip_score`, `frechet_distance`,
     `attribute_accuracy`."""
     metrics: Annotated[tuple[MetricName, ...], Field(min_length=1)]
     """Metrics to compute."""

@@ -11,6 +11,7 @@ import torch
 
 from ldm_cli import __version__
 from ldm_cli.errors import CheckpointError, DataError
+from ldm_cli.formats.hub import HubName
 from ldm_cli.formats.png_metadata import OURS, PARAMETERS, format_parameters
 
 _A1111_SAMPLERS = {
@@ -69,6 +70,7 @@ def recipe_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
         "prompts": [entry],
         "sampling": {**provenance["sampling"], "seed": provenance["seed"], "images_per_prompt": 1},
         "edit": edit | {name: sources[name] for name in ("image", "mask", "style") if name in sources},
+        "variant": provenance.get("variant"),
         "tile": provenance.get("tile"),
         "weighted_words": provenance.get("weighted_words", True),
     }
@@ -125,8 +127,9 @@ def _parameters(provenance: Mapping[str, Any], size: tuple[int, int]) -> str:
 
 
 def _model_name(folder: str | None) -> str | None:
-    """The run's name for a model in a run, else the folder's."""
+    """The run's name for a model in a run, else the folder's; of a hub's model its name without the commit."""
     if not folder:
         return None
-    path = Path(folder)
+    name = HubName.parse(folder)
+    path = Path(folder if name is None else name.repo)
     return path.parent.name if path.name in _FOLDERS_WITHIN_A_RUN else path.name

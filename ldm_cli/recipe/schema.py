@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from ldm_cli.config import Config
+from ldm_cli.config import Config, NamesModel
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.clip_config import CLIPConfig
@@ -21,6 +21,7 @@ from ldm_cli.sampling.edit_config import EditConfig
 from ldm_cli.training.config import TrainConfig
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+Variant = Literal["fp16", "bf16"] | None
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 
@@ -37,14 +38,16 @@ class TrainRecipe(Config):
     """Shards and preprocessing."""
     train: TrainConfig
     """Optimization."""
+    variant: Variant = None
+    """Precision of the weights of models that are named by hub name; null: full, where there is such."""
 
 
 class StartedRecipe(TrainRecipe):
     """A recipe whose training may begin at trained weights."""
 
-    start_from: str | None = None
-    """Begin at the trained weights of this folder: a model of this kind as we, diffusers or transformers write it, a
-    run or a checkpoint. null: fresh weights."""
+    start_from: Annotated[str | None, NamesModel()] = None
+    """Begin at these trained weights: a model of this kind as we, diffusers or transformers write it, a run or a
+    checkpoint. null: fresh weights."""
     freeze: tuple[str, ...] = ()
     """Parameters that stay as they are in `start_from`, by patterns of their names such as `encoder.*`. A pattern that
     begins with `!` excepts what it matches; the last match wins."""
@@ -90,6 +93,8 @@ class TrainVaeRecipe(StartedRecipe):
 
     command: Literal["train-vae"]
     """Which command this recipe is for."""
+    start_from: Annotated[str | None, NamesModel(("vae",))] = None
+    """As in every trainer; of a pipeline its autoencoder."""
     vae: AutoencoderKLConfig | None = None
     """The model; fields as in its Hugging Face config.json. null: that of `start_from`."""
     loss: VAELossConfig = VAELossConfig()
@@ -133,14 +138,13 @@ class TrainUnetRecipe(StartedRecipe):
 
     command: Literal["train-unet"]
     """Which command this recipe is for."""
-    vae: str = ""
-    """Folder of the trained AutoencoderKL (`runs/…/model`) or AutoencoderTiny. Empty: that of the pipeline in
-    `start_from`."""
-    text_encoder: str = ""
-    """Folder of the trained CLIPModel or CLIPTextModel, with its tokenizer (`runs/…/model`). Empty: that of the
+    vae: Annotated[str, NamesModel(("vae",))] = ""
+    """The trained AutoencoderKL (`runs/…/model`) or AutoencoderTiny. Empty: that of the pipeline in `start_from`."""
+    text_encoder: Annotated[str, NamesModel(("text_encoder", "tokenizer"))] = ""
+    """The trained CLIPModel or CLIPTextModel, with its tokenizer (`runs/…/model`). Empty: that of the
     pipeline in `start_from`."""
-    text_encoder_2: str = ""
-    """Stable Diffusion XL: folder of the second text encoder, a CLIPModel or CLIPTextModelWithProjection, with its
+    text_encoder_2: Annotated[str, NamesModel(("text_encoder_2", "tokenizer_2"))] = ""
+    """Stable Diffusion XL: the second text encoder, a CLIPModel or CLIPTextModelWithProjection, with its
     tokenizer. Empty: that of the pipeline in `start_from`, or none."""
     cache: str | None = None
     """Folder that `ldm precompute` wrote for this recipe, to read latents and text states from; null computes them."""
@@ -174,8 +178,10 @@ class SampleRecipe(Config):
 
     command: Literal["sample"]
     """Which command this recipe is for."""
-    model: str
-    """Pipeline folder, a run folder, or a checkpoint of `train-unet`."""
+    model: Annotated[str, NamesModel()]
+    """A pipeline, a run or a checkpoint of `train-unet`: by its folder, or by its name on the hub."""
+    variant: Variant = None
+    """Precision of the weights of models that are named by hub name; null: full, where there is such."""
     prompts: tuple[str | PromptEntry, ...] = ()
     """Prompts, one entry each, as text or with settings of its own; `--prompts FILE` and `-p` come on top."""
     weighted_words: bool = True
@@ -203,8 +209,8 @@ class SampleRecipe(Config):
     preview_every: Annotated[int, Field(ge=0)] = 0
     """Predictions after which `preview.png` shows the unfinished pictures again; some samplers predict twice per step.
     0: never."""
-    preview_vae: str | None = None
-    """Folder of an autoencoder of the same latents that decodes previews, such as an AutoencoderTiny, which takes a
+    preview_vae: Annotated[str | None, NamesModel(("vae",))] = None
+    """An autoencoder of the same latents that decodes previews, such as an AutoencoderTiny, which takes a
     fraction of the time; null: the model's own."""
 
 
@@ -222,6 +228,8 @@ class EvalRecipe(Config):
     """Which command this recipe is for."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of everything random."""
+    variant: Variant = None
+    """Precision of the weights of models that are named by hub name; null: full, where there is such."""
     data: DataConfig
     """Shards to measure on (`shards`; `val_shards` is not used)."""
     eval: EvalSection

@@ -25,6 +25,7 @@ from ldm_cli.errors import CheckpointError, UsageError
 from ldm_cli.families.clip_folder import open_clip
 from ldm_cli.families.family import Family, place
 from ldm_cli.families.open_family import resolve_model
+from ldm_cli.formats.hub import recorded
 from ldm_cli.formats.model_folder import load_model
 from ldm_cli.formats.model_source import has_model_json
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
@@ -123,11 +124,11 @@ def guidance_folders(config: GuidanceConfig, family: Family) -> dict[str, Path]:
 
 
 def with_absolute_paths(config: GuidanceConfig) -> GuidanceConfig:
-    """The same, valid in any working directory."""
+    """The same with absolute paths, and the names and commits of models of the hub: valid in any working directory."""
     clip = config.clip
     if clip is not None:
-        clip = clip.model_copy(update={"model": str(Path(clip.model).absolute())})
-    model = None if config.model is None else str(Path(config.model).absolute())
+        clip = clip.model_copy(update={"model": recorded(Path(clip.model).absolute())})
+    model = None if config.model is None else recorded(Path(config.model).absolute())
     return config.model_copy(update={"model": model, "clip": clip})
 
 

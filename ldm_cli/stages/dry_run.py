@@ -20,6 +20,7 @@ from ldm_cli.reporting import Reporter
 from ldm_cli.stages import trainer_stage
 from ldm_cli.stages.support.eval_samples import needed_folders
 from ldm_cli.stages.support.model_sizes import count_parameters, model_at, training_bytes
+from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.start import resolve_start
 from ldm_cli.training.config import TrainConfig
 
@@ -42,6 +43,7 @@ def dry_run(recipe: Recipe, reporter: Reporter, num_ranks: int = 1) -> dict[str,
         CheckpointError: a model cannot be used.
     """
     notes: list[str] = []
+    recipe = with_model_folders(recipe, reporter)
     result: dict[str, Any] = {"recipe": recipe.to_mapping()}
     if isinstance(recipe, SampleRecipe):
         parameters = _pipeline("model", recipe.model, notes)

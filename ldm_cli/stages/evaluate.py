@@ -34,6 +34,7 @@ from ldm_cli.formats.json_file import write_json
 from ldm_cli.recipe.schema import EvalRecipe, EvalSection
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.eval_samples import Gathered, Models, load_models, measure_generated, measure_real
+from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import RunOptions, resolve_device
 from ldm_cli.training.distributed import SECONDS_OF_SILENCE, joined, local_rank
 from ldm_cli.training.ranks import Ranks
@@ -57,6 +58,7 @@ def run(recipe: EvalRecipe, options: RunOptions, reporter: Reporter) -> dict[str
         DataError: if the samples lack what a metric needs.
         DivergedError: if a model gives values that are not finite.
     """
+    recipe = with_model_folders(recipe, reporter)
     target, device = _target(options), resolve_device(options.device, local_rank())
     with joined(device, SECONDS_OF_SILENCE) as ranks:
         result = _measured(recipe, device, reporter, ranks)

@@ -36,6 +36,7 @@ from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import Progress, Reporter
 from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
 from ldm_cli.stages.support.cache_encoding import CacheEncoder, Chunks, EncodedChunk
+from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import RunOptions, resolve_device, with_precision
 from ldm_cli.stages.support.start import resolve_start
 from ldm_cli.storage import expect_room
@@ -73,7 +74,7 @@ def run(
         StuckError: the time limit left room for no file, run after run.
     """
     started = time.perf_counter()
-    recipe = with_precision(resolve_start(recipe, reporter.warn), options)
+    recipe = with_precision(resolve_start(with_model_folders(recipe, reporter), reporter.warn), options)
     device = resolve_device(options.device, local_rank())
     with StopRequest(options.max_time) as stop, joined(device, SECONDS_OF_SILENCE) as ranks:
         wanted = cache_key(recipe)
@@ -97,7 +98,7 @@ def dry_run(
     recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter, dtype: Dtype | None = None
 ) -> dict[str, Any]:
     """What `run` would write: samples, and bytes for each; errors as in `run`."""
-    recipe = with_precision(resolve_start(recipe, reporter.warn), options)
+    recipe = with_precision(resolve_start(with_model_folders(recipe, reporter), reporter.warn), options)
     shards = open_shards(recipe.data.shards, recipe.data, reporter)
     folder = _folder(recipe, options, shards)
     key = _key_to_use(folder, Manifest.read(folder), cache_key(recipe), dtype, options.overwrite)

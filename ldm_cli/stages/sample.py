@@ -25,6 +25,7 @@ from ldm_cli.pictures.writer import written_meanwhile
 from ldm_cli.recipe.schema import SampleRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import RunOptions, resolve_device
 from ldm_cli.stages.support.picture_generator import Latents, PictureGenerator
 from ldm_cli.storage import storage_errors
@@ -60,6 +61,7 @@ def run(
     """
     if not recipe.prompts:
         raise UsageError("no prompts", remedy="give -p TEXT, --prompts FILE, or prompts in the recipe")
+    recipe = with_model_folders(recipe, reporter)
     job = make_job(recipe.prompts, recipe.sampling, recipe.edit, recipe.variation, recipe.interpolate, recipe.xy)
     if recipe.wildcards is not None:
         job = Wildcards(Path(recipe.wildcards)).filled_in(job)

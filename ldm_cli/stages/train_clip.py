@@ -32,6 +32,7 @@ from ldm_cli.pictures.images import save_image
 from ldm_cli.recipe.schema import TrainClipRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.model_sizes import Parameters, outlined, trained_parameters
+from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import RunOptions, with_precision
 from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_folder, start_uses
 from ldm_cli.stages.support.training_run import Workbench, run_training
@@ -47,7 +48,7 @@ _NUM_FOUND = 8
 
 def run(recipe: TrainClipRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
     """Train the CLIP of `recipe`; the result is a CLIPModel folder with its tokenizer."""
-    recipe = with_precision(resolve_start(recipe, reporter.warn), options)
+    recipe = with_precision(resolve_start(with_model_folders(recipe, reporter), reporter.warn), options)
     facts = {} if recipe.start_from is None else {"the image processor": _image_processor(recipe).model_dump_json()}
     if recipe.tokenizer.path is not None:
         facts["tokenizer"] = Tokenizer.load(recipe.tokenizer.path).fingerprint

@@ -39,6 +39,7 @@ from ldm_cli.stages.support.model_sizes import (
     outlined,
     trained_parameters,
 )
+from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import RunOptions, with_precision
 from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_uses
 from ldm_cli.stages.support.training_run import Workbench, run_training
@@ -48,7 +49,7 @@ from ldm_cli.training.task import WeightsByModule
 
 def run(recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
     """Train the denoiser of `recipe`; the result is a complete folder of Stable Diffusion, or Stable Diffusion XL."""
-    recipe = with_precision(resolve_start(recipe, reporter.warn), options)
+    recipe = with_precision(resolve_start(with_model_folders(recipe, reporter), reporter.warn), options)
     uses = {"vae": recipe.vae, "text_encoder": recipe.text_encoder} | start_uses(recipe)
     if recipe.text_encoder_2:
         uses["text_encoder_2"] = recipe.text_encoder_2

@@ -33,6 +33,7 @@ from ldm_cli.recipe.schema import TrainVaeRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.pixels import is_sound
 from ldm_cli.stages.support.model_sizes import Parameters, count_parameters, model_at, outlined, trained_parameters
+from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import RunOptions, with_precision
 from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_uses
 from ldm_cli.stages.support.training_run import Workbench, run_training
@@ -46,7 +47,7 @@ _NUM_MEASURED = 1024
 
 def run(recipe: TrainVaeRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
     """Train the autoencoder of `recipe`; the result is an AutoencoderKL folder with a measured scale."""
-    recipe = with_precision(resolve_start(recipe, reporter.warn), options)
+    recipe = with_precision(resolve_start(with_model_folders(recipe, reporter), reporter.warn), options)
     clip, uses, facts = recipe.loss.perceptual_clip, start_uses(recipe), {}
     build, sizes = lambda bench: VAETask(recipe, bench), parameters(recipe, [])
     if clip is not None:

@@ -25,6 +25,7 @@ from ldm_cli.errors import (
     as_ldm_error,
     printable,
 )
+from ldm_cli.formats.hub import hub_source
 from ldm_cli.formats.json_file import read_json, write_json
 from ldm_cli.reporting import Reporter
 from ldm_cli.storage import storage_errors, write_whole
@@ -32,7 +33,7 @@ from ldm_cli.training.checkpoint import checkpoints, commit_folder, problem_with
 from ldm_cli.training.failures import FailureJournal
 from ldm_cli.training.interruption import TIME_LIMIT
 from ldm_cli.training.metrics_file import MetricsFile
-from ldm_cli.training.run_identity import fingerprint_changes, recipe_changes
+from ldm_cli.training.run_identity import fingerprint_changes, flatten, recipe_changes
 from ldm_cli.training.run_lock import RunLock
 
 
@@ -189,7 +190,9 @@ class RunFolder:
         self._has_begun = True
         write_whole(self.path / "recipe.yaml", source)
         write_json(self._identity, {"recipe": resolved, "fingerprints": fingerprints})
-        write_json(self.path / "env.json", environment(device))
+        paths = {name: Path(value) for name, value in flatten(resolved).items() if isinstance(value, str)}
+        models = {name: str(model) for name, path in paths.items() if (model := hub_source(path))}
+        write_json(self.path / "env.json", environment(device) | {"models": models})
 
     def status(self, state: str, *, step: int | None = None, steps: int | None = None, **details: Any) -> None:
         """Write status.json.

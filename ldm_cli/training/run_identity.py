@@ -31,6 +31,7 @@ _HARMLESS = {
     "tokenizer.path",
     "start_from",
     "cache",
+    "variant",
     "loss.perceptual_clip",
 }
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ldm_cli.config import Config
+from ldm_cli.config import Config, NamesModel
 
 Scale = Annotated[float, Field(ge=0, le=1000)]
 
@@ -90,8 +90,8 @@ class PerturbationConfig(Config):
 class CLIPGuidanceConfig(Config):
     """Steering by the gradient of a CLIP score (Dhariwal & Nichol 2021, algorithm 2, with CLIP as the classifier)."""
 
-    model: str
-    """Folder of a CLIP model, such as `train-clip` writes."""
+    model: Annotated[str, NamesModel()]
+    """A CLIP model, such as `train-clip` writes."""
     scale: Annotated[float, Field(ge=0, le=1_000_000)] = 100.0
     """Multiplies the gradient of the cosine similarity of image and prompt; 0 is off."""
 
@@ -118,7 +118,7 @@ class GuidanceConfig(Config):
     """Adaptive projected guidance in place of the plain difference; null: off."""
     perturb: PerturbationConfig | None = None
     """Perturbed-attention or skip-layer guidance, in addition; null: off."""
-    model: str | None = None
+    model: Annotated[str | None, NamesModel(("unet",))] = None
     """Autoguidance (Karras et al. 2024, arXiv:2406.02507): folder of a weaker denoiser, a U-Net or a pipeline. Its
     conditional prediction takes the place of the unconditional one; null: off."""
     clip: CLIPGuidanceConfig | None = None

@@ -24,6 +24,7 @@ from ldm_cli.evaluation.scene_detector import SeenObject, SeenScene, read_scenes
 from ldm_cli.families.codec_folder import Autoencoder, open_codec
 from ldm_cli.families.family import place
 from ldm_cli.families.open_family import open_family, resolve_model
+from ldm_cli.formats.hub import recorded
 from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.recipe.schema import EvalRecipe, EvalSection
 from ldm_cli.reporting import Reporter
@@ -113,17 +114,18 @@ def load_models(config: EvalSection, device: torch.device) -> Models:
     if "clip" in folders:
         folder = resolve_model(Path(folders["clip"]))
         clip = CLIPFeatures.load(folder, device)
-        hashes["clip"] = {"folder": str(folder), "sha256": weights_sha256(folder)}
+        hashes["clip"] = {"folder": recorded(folder), "sha256": weights_sha256(folder)}
     if "vae" in folders:
         folder = resolve_model(Path(folders["vae"]))
         vae = open_codec(folder)
         place(device, torch.float32, vae)
-        hashes["vae"] = {"folder": str(folder), "sha256": weights_sha256(folder)}
+        hashes["vae"] = {"folder": recorded(folder), "sha256": weights_sha256(folder)}
     if "pipeline" in folders:
         sampling = config.sampling
         family = open_family(Path(folders["pipeline"]), device, sampling.precision, compiled=sampling.compile)
         pipeline = Pipeline(family)
-        hashes["pipeline"] = {"folder": str(family.folder), "sha256": family.weights_sha256}
+        assert family.folder is not None
+        hashes["pipeline"] = {"folder": recorded(family.folder), "sha256": family.weights_sha256}
     return Models(clip, vae, pipeline, device, hashes)
 
 

@@ -19,6 +19,7 @@ from ldm_cli.errors import CheckpointError, InputNotFoundError, UsageError
 from ldm_cli.families.codec_folder import open_codec
 from ldm_cli.families.family import Family, place
 from ldm_cli.families.open_family import resolve_model
+from ldm_cli.formats.hub import recorded
 from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.formats.weight_files import refuse_foreign_content, tensors_sha256
 from ldm_cli.pictures.job import Item
@@ -74,10 +75,10 @@ class PictureGenerator:
 
     @property
     def sources(self) -> dict[str, str]:
-        """Absolute paths of the model and the files that the pictures are made of."""
+        """Absolute paths of the model, or its name on the hub, and of the files that the pictures are made of."""
         paths = {"model": self.pipeline.family.folder, "latents": self._latents.file if self._latents else None}
         paths |= {name: getattr(self.recipe.edit, name) for name in ("image", "mask", "style")}
-        return {n: str(Path(p).expanduser().absolute()) for n, p in paths.items() if p is not None}
+        return {n: recorded(Path(p).expanduser().absolute()) for n, p in paths.items() if p is not None}
 
     def check(self, items: Sequence[Item]) -> None:
         """Find impossible sizes, steps and pictures before anything is generated.
@@ -110,6 +111,8 @@ class PictureGenerator:
         }
         if self.recipe.edit.image is not None:
             provenance["edit"] = self._edit_provenance(self.recipe.edit)
+        if self.recipe.variant is not None:
+            provenance["variant"] = self.recipe.variant
         if self.recipe.tile is not None:
             provenance["tile"] = self.recipe.tile
         if hashes := self._guidance_hashes(self.recipe.sampling):

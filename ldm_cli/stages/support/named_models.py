@@ -1,0 +1,43 @@
+"""The models that a recipe names: found, or fetched from the hub, before a stage begins; it then knows paths alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ldm_cli.config import Config, NamesModel
+from ldm_cli.formats.hub import fetch, hub_name
+from ldm_cli.formats.model_source import has_model_json
+from ldm_cli.formats.pipeline_folder import INDEX_NAME
+from ldm_cli.recipe.schema import EvalSection, Recipe
+from ldm_cli.reporting import Reporter
+from ldm_cli.stages.support.eval_samples import needed_folders
+
+RecipeT = TypeVar("RecipeT", bound=Recipe)
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def with_model_folders(recipe: RecipeT, reporter: Reporter) -> RecipeT:
+    """The recipe with a folder in place of each hub name, and of a pipeline where a part of one is meant.
+
+    Errors are those of `fetch`.
+    """
+    return _with_folders(recipe, recipe.variant, reporter)
+
+
+def _with_folders(config: ConfigT, variant: str | None, reporter: Reporter) -> ConfigT:
+    changes: dict[str, Any] = {}
+    unused = set(EvalSection.model_fields) - needed_folders(config).keys() if isinstance(config, EvalSection) else set()
+    for field, info in type(config).model_fields.items():
+        value = getattr(config, field)
+        if isinstance(value, Config):
+            inner = _with_folders(value, variant, reporter)
+            changes |= {field: inner} if inner is not value else {}
+        for marker in info.metadata:
+            if isinstance(marker, NamesModel) and value and field not in unused:
+                name = hub_name(value, reporter)
+                folder = Path(value) if name is None else fetch(name, marker.components, variant, reporter)
+                if marker.components and has_model_json(folder / INDEX_NAME):
+                    folder = folder / marker.components[0]
+                changes |= {} if folder == Path(value) else {field: str(folder)}
+    return config.model_copy(update=changes) if changes else config
