@@ -76,7 +76,8 @@ def test_every_row_has_its_own_negative_context():
     together = guided(Network(), CONDITIONAL, negatives, config, SAMPLE)(draw(), LEVEL)
     for row in (0, 1):
         one = slice(row, row + 1)
-        alone = guided(Network(), CONDITIONAL[one], negatives[one], config, SAMPLE)(draw()[one], LEVEL)
+        conditions = [condition.map(lambda tensor, one=one: tensor[one]) for condition in (CONDITIONAL, negatives)]
+        alone = guided(Network(), *conditions, config, SAMPLE)(draw()[one], LEVEL)
         torch.testing.assert_close(together[one], alone)
 
 
