@@ -15,7 +15,7 @@ from ldm_cli.data.config import DataConfig
 from ldm_cli.data.decode import decode_rgb
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages import data as stage
-from tests.data.icc import SPACES, Matrix, icc_profile
+from tests.data.icc import SPACES, Matrix, cmyk_profile, icc_profile
 from tests.data.tars import png_chunk
 
 BACKGROUND = (10, 200, 100)
@@ -87,6 +87,24 @@ def test_a_profile_is_applied_to_every_kind_of_pixels(mode: str) -> None:
     found, remarks = _decoded(data)
     assert remarks == ("converted to sRGB",)
     assert _off(found, expected) <= 2
+
+
+@pytest.mark.parametrize("form", ["TIFF", "JPEG"])
+def test_the_profile_of_printing_inks_is_applied(form: str) -> None:
+    inks = [(0, 0, 0, 0), (255, 0, 0, 0), (0, 200, 40, 0), (30, 60, 90, 120), (0, 0, 0, 255)]
+    image = Image.new("CMYK", (16 * len(inks), 16))
+    for number, ink in enumerate(inks):
+        image.paste(ink, (16 * number, 0, 16 * number + 16, 16))
+    data = _encoded(image, form, icc_profile=cmyk_profile(), **({"quality": 100} if form == "JPEG" else {}))
+    pixels = Image.open(io.BytesIO(data))
+    reference = ImageCms.profileToProfile(
+        pixels, ImageCms.ImageCmsProfile(io.BytesIO(cmyk_profile())), ImageCms.createProfile("sRGB"), outputMode="RGB"
+    )
+    found, remarks = _decoded(data)
+    assert remarks == ("converted to sRGB",)
+    assert reference is not None
+    assert found == list(reference.getdata())
+    assert _off(found, list(pixels.convert("RGB").getdata())) > 30, "the profile must matter"
 
 
 def test_transparency_is_laid_over_the_background_after_the_conversion() -> None:

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 
@@ -82,3 +83,17 @@ def test_schedulers_of_another_family_are_refused_by_name(tmp_path):
     ]:
         with pytest.raises(CheckpointError, match=message):
             read_scheduler(put_scheduler(tmp_path, **content))
+
+
+@pytest.mark.parametrize("value", [0, -1, math.inf, math.nan, "50"])
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("LCMScheduler", "original_inference_steps"),
+        ("EulerDiscreteScheduler", "sigma_min"),
+        ("UniPCMultistepScheduler", "sigma_max"),
+    ],
+)
+def test_a_field_that_must_be_positive_is_refused_by_name(tmp_path, name, field, value):
+    with pytest.raises(CheckpointError, match=f"{field}="):
+        read_scheduler(put_scheduler(tmp_path, _class_name=name, **{field: value}))
