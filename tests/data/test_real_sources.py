@@ -227,6 +227,20 @@ def test_training_takes_each_of_several_captions_in_some_epoch_and_the_same_in_e
     assert captions[0] == captions[1] != captions[2]
 
 
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"sep=;\nimage;text\na.png;x\n\nb.png;y;z\n", 5),
+        (b'image,text\na.png,"x\ny"\nb.png,y,z\n', 4),
+        (b"image\ttext\r\nb.png\ty\tz\r\n", 2),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named_by_its_line_of_the_file(tmp_path: Path, content: bytes, line: int) -> None:
+    files: Files = {"a.png": b"", "b.png": b"", "list.csv": content}
+    with pytest.raises(DataError, match=rf"list\.csv' line {line}: it has not the 2 columns"):
+        _samples(_folder(tmp_path / "in", files), tmp_path / "out")
+
+
 @pytest.mark.parametrize("value", [7, 0.5, True, {"en": "a dog"}, [{"raw": "a dog"}], [["a"], ["b"]], [1, 2]])
 def test_what_is_no_text_is_refused_with_file_and_row(tmp_path: Path, value: Any) -> None:
     lines = [{"file_name": "a.png", "caption": "x"}, {"file_name": "b.png", "caption": value}]

@@ -97,3 +97,16 @@ def test_schedulers_of_another_family_are_refused_by_name(tmp_path):
 def test_a_field_that_must_be_positive_is_refused_by_name(tmp_path, name, field, value):
     with pytest.raises(CheckpointError, match=f"{field}="):
         read_scheduler(put_scheduler(tmp_path, _class_name=name, **{field: value}))
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({"sigma_min": 6.0, "sigma_max": 5.0}, "sigma_min=6.0, sigma_max=5.0"),
+        ({"sigma_min": 5, "sigma_max": 5}, "sigma_min=5, sigma_max=5"),
+        ({"use_karras_sigmas": True, "use_exponential_sigmas": True}, "use_exponential_sigmas=True"),
+    ],
+)
+def test_fields_that_contradict_one_another_are_refused_by_name(tmp_path, content, named):
+    with pytest.raises(CheckpointError, match=f"{named} is not supported"):
+        read_scheduler(put_scheduler(tmp_path, _class_name="EulerDiscreteScheduler", **content))
