@@ -177,7 +177,7 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
     file = folder / SCHEDULER_FILE
     content = read_model_json(file)
     found = content.get("_class_name")
-    if found not in _SAMPLERS:
+    if not isinstance(found, str) or found not in _SAMPLERS:
         raise CheckpointError(f"cannot use '{file}'", f"scheduler {found!r} is not supported", "use a DDIMScheduler's")
     content = {**_DEFAULTS_BY_CLASS.get(found, {}), **content}
     neutral = {**_NEUTRAL, **_NEUTRAL_BY_CLASS.get(found, {})}

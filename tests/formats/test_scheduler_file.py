@@ -110,3 +110,9 @@ def test_a_field_that_must_be_positive_is_refused_by_name(tmp_path, name, field,
 def test_fields_that_contradict_one_another_are_refused_by_name(tmp_path, content, named):
     with pytest.raises(CheckpointError, match=f"{named} is not supported"):
         read_scheduler(put_scheduler(tmp_path, _class_name="EulerDiscreteScheduler", **content))
+
+
+@pytest.mark.parametrize("name", [None, ["DDIMScheduler"], {"a": 1}, 3, "EDMEulerScheduler"])
+def test_a_class_that_is_not_supported_is_refused_whatever_stands_there(tmp_path, name):
+    with pytest.raises(CheckpointError, match="scheduler .* is not supported"):
+        read_scheduler(put_scheduler(tmp_path, _class_name=name))
