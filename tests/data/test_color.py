@@ -129,6 +129,29 @@ def test_a_broken_profile_is_counted_and_the_pixels_stay(profile: bytes, form: s
     assert found == _decoded(_encoded(image, form))[0]
 
 
+def _png_with(kind: bytes, content: bytes) -> bytes:
+    """A PNG of one colour with a further chunk after its header."""
+    data = _encoded(Image.new("RGB", (8, 8), (40, 90, 200)))
+    return data[:33] + png_chunk(kind, content) + data[33:]
+
+
+@pytest.mark.parametrize("packed", [b"no zlib stream", zlib.compress(bytes(3000))[:20], b"x", b""])
+def test_a_profile_that_cannot_be_unpacked_is_counted_and_the_pixels_stay(packed: bytes) -> None:
+    found, remarks = _decoded(_png_with(b"iCCP", b"x\0\0" + packed))
+    assert (found, remarks) == ([(40, 90, 200)] * 64, ("unusable color profile",))
+
+
+@pytest.mark.parametrize("kind", [b"iCCP", b"zTXt"])
+def test_a_profile_or_a_text_of_some_megabytes_costs_no_picture(kind: bytes) -> None:
+    profile = icc_profile(*SPACES["Display P3"]) + bytes(5_000_000)
+    found, remarks = _decoded(_png_with(kind, b"x\0\0" + zlib.compress(profile)))
+    if kind == b"iCCP":
+        assert remarks == ("converted to sRGB",)
+        assert _off(found, [shown((40, 90, 200), *SPACES["Display P3"])] * 64) <= 2
+    else:
+        assert (found, remarks) == ([(40, 90, 200)] * 64, ())
+
+
 def test_srgb_itself_changes_nothing_and_is_not_counted() -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert _decoded(_encoded(_row("RGB", COLORS), icc_profile=profile)) == (COLORS, ())

@@ -114,5 +114,5 @@ def test_fields_that_contradict_one_another_are_refused_by_name(tmp_path, conten
 
 @pytest.mark.parametrize("name", [None, ["DDIMScheduler"], {"a": 1}, 3, "EDMEulerScheduler"])
 def test_a_class_that_is_not_supported_is_refused_whatever_stands_there(tmp_path, name):
-    with pytest.raises(CheckpointError, match="scheduler .* is not supported"):
+    with pytest.raises(CheckpointError, match=r"scheduler .* is not supported"):
         read_scheduler(put_scheduler(tmp_path, _class_name=name))
