@@ -99,8 +99,10 @@ class _Folder:
         for path in without:
             self._report.pass_over("picture that no table names", self._name(path))
         for path in self._others:
-            cause = f": {self._refused[path].cause}" if path in self._refused else ""
-            self._report.pass_over(path.suffix.lower() or "file without suffix", self._name(path) + cause)
+            suffix, name = path.suffix.lower(), self._name(path)
+            if path in self._refused and suffix in (".csv", ".tsv"):  # others need not be meant as tables
+                name += f": {self._refused[path].cause}"
+            self._report.pass_over(suffix or "file without suffix", name)
 
     def _tables(self) -> list[TableSource]:
         """The files that are tables of pictures; a `metadata.*` must be one."""
