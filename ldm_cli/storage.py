@@ -38,7 +38,7 @@ def expand_home(path: str) -> str:
 
 def user_cache() -> Path:
     """`$XDG_CACHE_HOME/ldm` or `~/.cache/ldm`; in the system's temporary folder when the user has no home."""
-    base = os.environ.get("XDG_CACHE_HOME")
+    base = expand_home(os.environ.get("XDG_CACHE_HOME", ""))
     if not base:
         try:
             base = str(Path.home() / ".cache")

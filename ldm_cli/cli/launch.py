@@ -80,11 +80,13 @@ def make_rank_reporter() -> Reporter:
 
 
 def warn_of_copies(reporter: Reporter) -> None:
-    """Warn if Slurm starts several processes that nothing joins: each would do the whole work."""
-    num_tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
+    """Warn if Slurm or MPI starts several processes that nothing joins: each would do the whole work."""
+    names = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    name = next((name for name in names if name in os.environ), "")
+    launcher, num_tasks = name.partition("_")[0], os.environ.get(name, "1")
     if num_tasks not in ("", "1") and not is_rank():
         reporter.warn(
-            f"Slurm starts {num_tasks} tasks, but RANK and WORLD_SIZE are not set: each process works alone on "
+            f"{launcher} starts {num_tasks} tasks, but RANK and WORLD_SIZE are not set: each process works alone on "
             "the same output; use torchrun, or set them as scripts/train.slurm does"
         )
 

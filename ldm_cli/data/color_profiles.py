@@ -45,12 +45,13 @@ def color_mode(mode: str) -> str:
 def conversion(profile: bytes | None, mode: str) -> Conversion:
     """The conversion for pixels of `mode` ("L", "RGB" or "CMYK") under an embedded profile, broken ones included.
 
-    A profile of three colours also serves grey pixels, as equal parts of the three.
+    A profile of three colours also serves grey pixels, as equal parts of the three. Empty: there is no profile; None:
+    there is one that cannot be read.
     """
-    if not profile:
+    if profile == b"":
         return Conversion(mode, None)
     try:
-        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile or b""))
         described = _MODES[opened.profile.xcolor_space.strip()]
         if described != mode and (mode, described) != ("L", "RGB"):
             return Conversion(mode, None, "unusable color profile")

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
-from PIL import Image, ImageMath, UnidentifiedImageError
+from PIL import Image, ImageMath, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -44,6 +44,8 @@ _WHOLE_WEIGHT = 4.0  # of WebP and AVIF: two canvases, a copy as bytes and the p
 
 # The limit is data.max_pixels, checked for every image; Pillow's own would warn or raise at another one.
 Image.MAX_IMAGE_PIXELS = None
+# Bytes of a compressed profile or text in a PNG. Pillow's own limit of 1 MiB refuses real profiles and workflows.
+PngImagePlugin.MAX_TEXT_CHUNK = 2**24
 
 Color = tuple[int, int, int]
 Crop = Literal["center", "random", "squash"]
@@ -89,7 +91,9 @@ def decode_rgb(data: bytes, background: Color, max_pixels: int, min_side: int | 
             image.draft(None, (2 * min_side, 2 * min_side))
         image.load()
         orientation = _orientation(image)  # Pillow has already applied it to TIFFs
-        to_srgb = conversion(image.info.get("icc_profile"), color_mode(image.mode))
+        # Pillow has an empty one where it could not unpack it.
+        profile = (image.info["icc_profile"] or None) if "icc_profile" in image.info else b""
+        to_srgb = conversion(profile, color_mode(image.mode))
         if image.format == "PNG":
             _scale_transparent_color(image, depth=data[24])
         result = _to_rgb(image, to_srgb, background, _reduction(image.size, min_side))

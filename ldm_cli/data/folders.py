@@ -19,6 +19,7 @@ from ldm_cli.errors import DataError, InputNotFoundError, UnavailableError
 
 _CAPTION_SUFFIXES = (".txt", ".caption")
 _KOHYA = re.compile(r"([1-9]\d{0,2})_(.*\S.*)")
+_NUMBERED = re.compile(r"\d+_")
 # Names of folders that do not describe the pictures in them.
 _NO_CLASSES = frozenset(
     (
@@ -67,6 +68,7 @@ class _Folder:
         self._name = self._files.name
         self._pictures = [path for path in self._files.paths if is_picture(path)]
         self._others = dict.fromkeys(path for path in self._files.paths if not is_picture(path))
+        self._refused: dict[Path, DataError | UnavailableError] = {}
         self._beside: dict[str, list[Path]] = {}
         for path in self._others:
             if path.suffix.lower() in (*_CAPTION_SUFFIXES, ".json"):
@@ -97,24 +99,29 @@ class _Folder:
         for path in without:
             self._report.pass_over("picture that no table names", self._name(path))
         for path in self._others:
-            self._report.pass_over(path.suffix.lower() or "file without suffix", self._name(path))
+            suffix, name = path.suffix.lower(), self._name(path)
+            if path in self._refused and suffix in (".csv", ".tsv"):  # others need not be meant as tables
+                name += f": {self._refused[path].cause}"
+            self._report.pass_over(suffix or "file without suffix", name)
 
     def _tables(self) -> list[TableSource]:
         """The files that are tables of pictures; a `metadata.*` must be one."""
         tables: list[TableSource] = []
-        refused: list[Exception] = []
         beside = {path for picture in self._pictures for path in self._beside_picture(picture)}
-        for path in [path for path in self._others if path.suffix.lower() in TABLE_SUFFIXES and path not in beside]:
+        suffixes = (*TABLE_SUFFIXES, ".txt")
+        for path in [path for path in self._others if path.suffix.lower() in suffixes and path not in beside]:
             try:
                 tables.append(TableSource(path, self._choices, self._report, self._files))
                 del self._others[path]
             except (DataError, UnavailableError) as error:
+                if path.suffix.lower() == ".txt":
+                    continue
                 if path.stem.lower() == "metadata":
                     raise
-                refused.append(error)
+                self._refused[path] = error
         named = self._choices.image_column or self._choices.caption_column
-        if refused and not tables and (named or not self._pictures):
-            raise refused[0]
+        if self._refused and not tables and (named or not self._pictures):
+            raise next(iter(self._refused.values()))
         return tables
 
     def _beside_picture(self, picture: Path) -> list[Path]:
@@ -151,6 +158,8 @@ class _Folder:
         is_kohya = bool(parents) and all(_KOHYA.fullmatch(name) for name in parents)
         are_classes = len(depths) == 1 and len(parents) > 1 and not _NO_CLASSES & {name.lower() for name in parents}
         are_classes = are_classes and not (is_kohya or has_captions or self._report.classes)
+        # A folder `10_NAME` beside one without a number is no class: its number counts repeats.
+        are_classes = are_classes and len({bool(_NUMBERED.match(name)) for name in parents}) == 1
         if are_classes:
             self._report.classes = tuple(sorted(parents))
         for path, source in sources:

@@ -23,6 +23,7 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 IMAGE_COLUMNS = (
     *("file_name", "path", "file_path", "image", "image_path", "image_file", "image_name", "image_file_name"),
     *("img", "img_path", "img_file", "img_name", "file", "local_path", "picture", "photo", "jpg", "png", "webp"),
+    *("image_id", "img_id"),
 )
 CAPTION_COLUMNS = (
     *("text", "caption", "captions", "texts", "prompt", "title", "description", "sentence", "sentences", "comment"),

@@ -71,8 +71,8 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
             for token, i in _read_object(folder / "added_tokens.json", optional=True).items()
         }
         by_id |= {entry["id"]: _added_token(entry) for entry in whole.get("added_tokens") or ()}
-    padding = whole.get("padding") or {}
-    settings = {"padding_side": padding.get("direction", "right").lower()} | settings
+    for name, side in (("padding", "padding_side"), ("truncation", "truncation_side")):
+        settings = {side: (whole.get(name) or {}).get("direction", "right").lower()} | settings
     for name, expected in _ONLY.items():
         found = settings.get(name)
         if found is not None and _content(found) != expected:

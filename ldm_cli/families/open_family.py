@@ -76,6 +76,8 @@ def resolve_model(path: Path) -> Path:
     path = resolve_model_folder(path)
     if split_at_file(path) is not None:
         return path
+    if path.is_file():
+        raise InputNotFoundError(f"'{path}' is no model", "it is one file of a folder", "give the folder")
     if not path.is_dir():
         raise InputNotFoundError(f"model folder '{path}' not found", remedy="check --model, or train it first")
     manifests = sorted((path / "checkpoints").glob("step-*/manifest.json"))

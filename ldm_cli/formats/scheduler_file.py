@@ -179,7 +179,7 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
     file = folder / SCHEDULER_FILE
     content = read_model_json(file)
     found = content.get("_class_name")
-    if found not in _SAMPLERS:
+    if not isinstance(found, str) or found not in _SAMPLERS:
         raise CheckpointError(f"cannot use '{file}'", f"scheduler {found!r} is not supported", "use a DDIMScheduler's")
     content = {**_DEFAULTS_BY_CLASS.get(found, {}), **content}
     neutral = {**_NEUTRAL, **_NEUTRAL_BY_CLASS.get(found, {})}
@@ -197,9 +197,13 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
         content = {**content, "prediction_type": "flow_prediction", "flow_shift": content.get("shift", 1.0)}
     elif found != "UniPCMultistepScheduler" or content.get("prediction_type") != "flow_prediction":
         neutral["use_flow_sigmas"] = _OFF
+    if content.get("use_karras_sigmas"):
+        neutral["use_exponential_sigmas"] = _OFF
     refused = [name for name, values in neutral.items() if name in content and content[name] not in values]
     numbers = {name: content[name] for name in _POSITIVE if content.get(name) is not None}
     refused += [n for n, x in numbers.items() if not (isinstance(x, int | float) and 0 < x < math.inf)]
+    if not refused and numbers.get("sigma_min", 0) >= numbers.get("sigma_max", math.inf):
+        refused = ["sigma_min", "sigma_max"]
     if refused:
         named = ", ".join(f"{name}={content[name]!r}" for name in refused)
         raise CheckpointError(f"cannot use '{file}'", f"{named} is not supported", "correct the file")
@@ -207,7 +211,7 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
         diffusion=_diffusion(content),
         timestep_spacing=content.get("timestep_spacing"),
         steps_offset=content.get("steps_offset", 0) if is_xl else 1,
-        set_alpha_to_one=content.get("set_alpha_to_one"),
+        set_alpha_to_one=bool(content["set_alpha_to_one"]) if "set_alpha_to_one" in content else None,
         sigmas=_sigmas(content),
         sigma_min=content.get("sigma_min"),
         sigma_max=content.get("sigma_max"),
@@ -232,6 +236,7 @@ def _sampler(scheduler_class: str, content: Mapping[str, Any]) -> str:
 def _diffusion(content: Mapping[str, Any]) -> dict[str, Any]:
     """The noise schedule and prediction type, and for a flow its shift."""
     found = {name: content.get(name, default) for name, default in _DIFFUSION_DEFAULTS.items()}
+    found["rescale_betas_zero_snr"] = found["rescale_betas_zero_snr"] or False  # null, as in diffusers
     if found["prediction_type"] == "flow_prediction":
         found["flow_shift"] = content.get("flow_shift", 1.0)
     return found

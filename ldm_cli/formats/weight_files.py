@@ -67,9 +67,11 @@ def weight_files(folder: Path) -> list[Path]:
             f"'{pickles[0]}' is a pickle, which could run any program",
             "convert it: `ldm convert --allow-pickle`",
         )
+    others = [file.name for file in sorted(folder.glob("*.safetensors"))]
     raise InputNotFoundError(
         f"no weights in '{folder}'",
-        f"neither {DIFFUSERS_WEIGHTS} nor {TRANSFORMERS_WEIGHTS}, nor an index of shards",
+        f"neither {DIFFUSERS_WEIGHTS} nor {TRANSFORMERS_WEIGHTS}, nor an index of shards"
+        + (f"; it holds {named(others)}: rename what you want" if others else ""),
         "give a folder in the Hugging Face layout",
     )
 

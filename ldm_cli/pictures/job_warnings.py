@@ -15,14 +15,15 @@ _MOST_NAMED = 3
 _ESCAPED = re.compile(r"\\.")
 _COMMANDS = re.compile(
     r"""
-      <(?:lora|lyco|lycoris|hypernet|ti):[^<>]*>        # further networks
-    | \b(?:BREAK|AND)\b                                 # several prompts in one
+      (?i:<[a-z]+(?:\[[^\[\]<>]*\])?:[^<>]*>)           # further networks, <random:this,that>
+    | \b(?:BREAK|AND|ADD(?:BASE|COMM|COL|ROW))\b       # several prompts in one
     | \[[^\[\]]*\]                                      # [less], [this|that], [this:that:8]
     | \{[^{}]*\}                                        # {more}, {this|that}
     | \(\([^()]*\)\) | \([^()]*:[^()\w]*[\d.,]+\s*\)    # ((more)), (weights:-1) that are not read
     | \bembedding:[\w./-]+ | __[\w/*-]+__               # embeddings and word lists by name
-    | \w+::-?[\d.]+ | (?<!\S)--(?:ar|no|niji|stylize|chaos|v|q|s)\b
-    | \)(?:\+{1,5}|-{1,5})(?!\w) | \)\.(?:and|blend|swap)\(
+    | \w*::-?\d[\d.]* | (?<!\S)--(?:ar|aspect|no|iw|niji|stylize|style|chaos|tile|v|q|s)\b
+    | \)(?:\+{1,5}|-{1,5}|\d?\.\d+)(?!\w) | \w{3,}\+{2,5}(?!\w) | \)\.(?:and|blend|swap)\(
+    | \b(?:Negative\ prompt|CFG\ scale):               # the settings that a picture was made with
     """,
     re.VERBOSE,
 )

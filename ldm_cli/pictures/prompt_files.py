@@ -21,7 +21,15 @@ from ldm_cli.pictures.job import PromptEntry, value_of
 _MOST_BYTES = 2**28
 _TEXT_SUFFIXES = ("", ".txt", ".text", ".prompt", ".prompts")
 _OPTION = re.compile(r"(?:^|\s)--(\w+)(?=\s|=|$)")
-_MARKUP = re.compile(r"\s*(\{\\rtf|<!doctype|<html|<\?xml|%PDF)", re.IGNORECASE)
+# What a text file of prompts does not begin with, and its kind.
+_OTHER_KINDS = {
+    "markup": re.compile(r"\s*(\{\\rtf|<!|<html|<svg|<\?|%PDF|%!PS)", re.IGNORECASE),
+    "YAML: write it as .json": re.compile(r"(---|prompts?\s*:.*)\s*$", re.IGNORECASE),
+    "a Git LFS pointer: fetch the file itself": re.compile(r"version https://git-lfs"),
+}
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
+# The settings of a picture, as web interfaces write them below its prompt.
+_SETTINGS = re.compile(r"Negative prompt:|Steps: \d+, ")
 # Two hyphens before any word; before kohya's options also one, or a dash that a text program made of two.
 _STRAY_OPTION = re.compile(r"(?:^|\s)(?:--[A-Za-z][\w-]*|[-\u2013\u2014](?:[nwhdsl]|ss|seed|steps|cfg|ar))[ =]+\S+")
 # The options of a line as kohya's sd-scripts have them.
@@ -105,14 +113,16 @@ def _from_text(path: Path, remark: Callable[[str], None]) -> Iterator[PromptEntr
 def _expect_lines_of_text(path: Path, lines: list[str]) -> None:
     """Refuse a file whose content is of another kind than its suffix says."""
     text = [line for line in lines if line.strip()]
-    kind = None
-    if any("\0" in line for line in text):
+    first = text[0] if text else ""
+    cells = [cell.strip(" \"'") for cell in re.split(r"[,;|\t]", first.lower())]
+    kind = next((kind for kind, start in _OTHER_KINDS.items() if start.match(first)), None)
+    if any(_CONTROL.search(line) for line in text):
         kind = "no text"
-    elif text and _MARKUP.match(text[0]):
-        kind = "markup"
-    elif text and (_is_json(text[0]) or _is_json("".join(text))):
+    elif any(_SETTINGS.match(line) for line in text):
+        kind = "the settings of a picture: keep its prompt alone"
+    elif _is_json(first) or _is_json("".join(text)):
         kind = "JSON: call it .json or .jsonl"
-    elif text and len(cells := re.split(r"[,;|\t]", text[0].lower())) > 1 and "prompt" in map(str.strip, cells):
+    elif len(cells) > 1 and "prompt" in cells:
         kind = "a table with a header: call it .csv"
     if kind:
         raise DataError(f"cannot read prompts '{path}'", f"its content is {kind}")

@@ -256,7 +256,12 @@ def joined(device: torch.device, timeout: float) -> Iterator[Ranks]:
 def _rendezvous(rank: int, world_size: int) -> Store:
     """The store at MASTER_ADDR:MASTER_PORT, served by rank 0 unless torchrun's agent or a launcher's socket does."""
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
-    if not (port.isascii() and port.isdecimal() and 0 < int(port) < 2**16) or not address or "/" in address:
+    if (
+        not (port.isascii() and port.isdecimal() and 0 < int(port) < 2**16)
+        or not address
+        or "/" in address
+        or address.count(":") == 1
+    ):
         cause = f"MASTER_ADDR={address}, MASTER_PORT={port}"
         raise UsageError("cannot tell where the ranks meet", cause, "give a host name and a number from 1 to 65535")
     listening = os.environ.get("LDM_STORE_FD")

@@ -194,6 +194,7 @@ def test_an_empty_path_in_a_recipe_is_refused(change: str, capsys: pytest.Captur
         "https://h/x.tar?sig=a&b=c",
         "s3://bucket/lang=en/{00..03}.tar",
         "lang=en/x-*.tar",
+        "lang=en*",
         "data/date=2024-01-01/x.tar",
         "pipe:aws s3 cp --region=eu s3://b/x.tar -",
         "a=b.tar",

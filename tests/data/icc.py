@@ -30,13 +30,39 @@ def icc_profile(matrix: Matrix, gamma: float, space: bytes = b"RGB ") -> bytes:
         for column, name in enumerate((b"r", b"g", b"b")):
             tags[name + b"XYZ"] = b"XYZ \0\0\0\0" + b"".join(_tag(row[column]) for row in matrix)
             tags[name + b"TRC"] = curve
+    return _profile(tags, space, b"XYZ ")
+
+
+def _profile(tags: dict[bytes, bytes], space: bytes, connection: bytes) -> bytes:
+    device = b"prtr" if space == b"CMYK" else b"mntr"
     table, content = struct.pack(">I", len(tags)), b""
     for name, body in tags.items():
         padded = body + bytes(-len(body) % 4)
         table += name + struct.pack(">II", 132 + 12 * len(tags) + len(content), len(body))
         content += padded
     header = struct.pack(
-        ">I4sI4s4s4s12s4s", 132 + len(table) - 4 + len(content), b"", 0x02100000, b"mntr", space, b"XYZ ", b"", b"acsp"
+        ">I4sI4s4s4s12s4s",
+        132 + len(table) - 4 + len(content),
+        b"",
+        0x02100000,
+        device,
+        space,
+        connection,
+        b"",
+        b"acsp",
     )
     header += bytes(28) + _tag(0.9642) + _tag(1.0) + _tag(0.8249)
     return header.ljust(128, b"\0") + table + content
+
+
+def cmyk_profile() -> bytes:
+    """A printer's profile by ICC.1:2010: a table (lut8) of the sixteen mixtures of full inks as CIELAB."""
+    table = b""
+    for corner in range(16):
+        c, m, y, k = (corner >> shift & 1 for shift in (3, 2, 1, 0))
+        table += bytes((max(0, 240 - 60 * c - 70 * m - 20 * y - 200 * k), 128 - 30 * c + 60 * m, 128 - 40 * c + 70 * y))
+    identity = b"".join(_tag(float(row == column)) for row in range(3) for column in range(3))
+    lut = b"mft1\0\0\0\0" + bytes((4, 3, 2, 0)) + identity + bytes(range(256)) * 4 + table + bytes(range(256)) * 3
+    text = b"desc\0\0\0\0" + struct.pack(">I", 2) + b"x\0" + bytes(78)
+    white = b"XYZ \0\0\0\0" + _tag(0.9642) + _tag(1.0) + _tag(0.8249)
+    return _profile({b"desc": text, b"cprt": b"text\0\0\0\0x\0\0\0", b"wtpt": white, b"A2B0": lut}, b"CMYK", b"Lab ")

@@ -15,7 +15,7 @@ from ldm_cli.data.config import DataConfig
 from ldm_cli.data.decode import decode_rgb
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages import data as stage
-from tests.data.icc import SPACES, Matrix, icc_profile
+from tests.data.icc import SPACES, Matrix, cmyk_profile, icc_profile
 from tests.data.tars import png_chunk
 
 BACKGROUND = (10, 200, 100)
@@ -89,6 +89,24 @@ def test_a_profile_is_applied_to_every_kind_of_pixels(mode: str) -> None:
     assert _off(found, expected) <= 2
 
 
+@pytest.mark.parametrize("form", ["TIFF", "JPEG"])
+def test_the_profile_of_printing_inks_is_applied(form: str) -> None:
+    inks = [(0, 0, 0, 0), (255, 0, 0, 0), (0, 200, 40, 0), (30, 60, 90, 120), (0, 0, 0, 255)]
+    image = Image.new("CMYK", (16 * len(inks), 16))
+    for number, ink in enumerate(inks):
+        image.paste(ink, (16 * number, 0, 16 * number + 16, 16))
+    data = _encoded(image, form, icc_profile=cmyk_profile(), **({"quality": 100} if form == "JPEG" else {}))
+    pixels = Image.open(io.BytesIO(data))
+    reference = ImageCms.profileToProfile(
+        pixels, ImageCms.ImageCmsProfile(io.BytesIO(cmyk_profile())), ImageCms.createProfile("sRGB"), outputMode="RGB"
+    )
+    found, remarks = _decoded(data)
+    assert remarks == ("converted to sRGB",)
+    assert reference is not None
+    assert found == list(reference.getdata())
+    assert _off(found, list(pixels.convert("RGB").getdata())) > 30, "the profile must matter"
+
+
 def test_transparency_is_laid_over_the_background_after_the_conversion() -> None:
     image = _row("RGBA", [(*COLORS[0], 0), (*COLORS[1], 128), (*COLORS[2], 255)])
     found, _ = _decoded(_encoded(image, icc_profile=icc_profile(*SPACES["exchanged"])))
@@ -109,6 +127,29 @@ def test_a_broken_profile_is_counted_and_the_pixels_stay(profile: bytes, form: s
     found, remarks = _decoded(_encoded(image, form, icc_profile=profile))
     assert remarks == ("unusable color profile",)
     assert found == _decoded(_encoded(image, form))[0]
+
+
+def _png_with(kind: bytes, content: bytes) -> bytes:
+    """A PNG of one colour with a further chunk after its header."""
+    data = _encoded(Image.new("RGB", (8, 8), (40, 90, 200)))
+    return data[:33] + png_chunk(kind, content) + data[33:]
+
+
+@pytest.mark.parametrize("packed", [b"no zlib stream", zlib.compress(bytes(3000))[:20], b"x", b""])
+def test_a_profile_that_cannot_be_unpacked_is_counted_and_the_pixels_stay(packed: bytes) -> None:
+    found, remarks = _decoded(_png_with(b"iCCP", b"x\0\0" + packed))
+    assert (found, remarks) == ([(40, 90, 200)] * 64, ("unusable color profile",))
+
+
+@pytest.mark.parametrize("kind", [b"iCCP", b"zTXt"])
+def test_a_profile_or_a_text_of_some_megabytes_costs_no_picture(kind: bytes) -> None:
+    profile = icc_profile(*SPACES["Display P3"]) + bytes(5_000_000)
+    found, remarks = _decoded(_png_with(kind, b"x\0\0" + zlib.compress(profile)))
+    if kind == b"iCCP":
+        assert remarks == ("converted to sRGB",)
+        assert _off(found, [shown((40, 90, 200), *SPACES["Display P3"])] * 64) <= 2
+    else:
+        assert (found, remarks) == ([(40, 90, 200)] * 64, ())
 
 
 def test_srgb_itself_changes_nothing_and_is_not_counted() -> None:

@@ -92,6 +92,7 @@ LINES = "\n".join(json.dumps(row) for row in JSON_ROWS)
         ("data.jsonl", b'{"image": "a.png", "caption": "se\\u00f1or, one"}\n{"image": "b.png", "title": "two"}'),
         ("captions_val.json", json.dumps(COCO).encode()),
         ("list.csv", _csv([[" image ", " caption "], *ROWS], lineterminator="\r")),
+        ("captions.txt", _csv([["image", "caption"], *ROWS])),
         ("data.json", json.dumps(dict(ROWS)).encode()),
         ("data.json", json.dumps({name: {"caption": text, "tags": "x"} for name, text in ROWS}).encode()),
     ],
@@ -102,6 +103,15 @@ def test_a_table_of_any_kind_is_found_in_its_folder_and_read(tmp_path: Path, nam
     samples, report = _samples(source, tmp_path / "out")
     assert _captions(samples) == {path: [text] for path, text in ROWS}
     assert (report["samples"], report["without_caption"], report["not_read"]) == (2, 0, {})
+
+
+@pytest.mark.parametrize("prefix", ["C:\\pictures\\", "p\\q\\", ".\\p\\", "/data/of/another/machine/"])
+def test_pictures_are_found_by_the_paths_of_another_machine(tmp_path: Path, prefix: str) -> None:
+    table = _csv([["image", "caption"], *([prefix + name, text] for name, text in ROWS)])
+    source = _folder(tmp_path / "in", {"p/q/a.png": b"", "b.png": b"", "list.csv": table})
+    samples, report = _samples(source, tmp_path / "out")
+    assert [sample["txt"].decode() for sample in samples] == [text for _, text in ROWS]
+    assert (report["bad"], report["not_read"]) == ({}, {})
 
 
 @pytest.mark.parametrize("folders", [("train", "test"), ("a/b", "a/c"), ("data/val", "data/train/deep")])
@@ -134,6 +144,12 @@ def test_a_caption_beside_its_picture_is_found_whatever_its_capitals(tmp_path: P
     samples, report = _samples(source, tmp_path / "out")
     assert _captions(samples) == {picture: ["a dog"]}
     assert report["not_read"] == {}
+
+
+def test_of_two_kinds_of_captions_beside_a_picture_txt_is_taken(tmp_path: Path) -> None:
+    files: Files = {"a.png": b"", "a.caption": "from caption", "a.txt": "from txt", "a.json": '{"text": "from json"}'}
+    samples, _ = _samples(_folder(tmp_path / "in", files), tmp_path / "out")
+    assert _captions(samples) == {"a.png": ["from txt"]}
 
 
 @pytest.mark.parametrize(
@@ -181,7 +197,10 @@ def test_text_in_an_unknown_encoding_is_named_and_its_picture_left_out(tmp_path:
         (float("nan"), []),
         ("  ", []),
         ("NaN", []),
+        ("<NA>", []),
+        ("#N/A", []),
         ("[]", []),
+        ("a \ud83d\udc31 and half of one: \ud83d", ["a \U0001f431 and half of one: \ufffd"]),
         ("[a|b] (red:1.2)", ["[a|b] (red:1.2)"]),
         ("{a|b}", ["{a|b}"]),
         ("""['a sign "stop" "here"', 'two']""", ['a sign "stop" "here"', "two"]),
@@ -206,6 +225,20 @@ def test_training_takes_each_of_several_captions_in_some_epoch_and_the_same_in_e
     captions = [[batch.captions[0] for batch in loader.batches(0, 40)] for loader in runs]
     assert set(captions[0]) == {"one", "two", "three"}
     assert captions[0] == captions[1] != captions[2]
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"sep=;\nimage;text\na.png;x\n\nb.png;y;z\n", 5),
+        (b'image,text\na.png,"x\ny"\nb.png,y,z\n', 4),
+        (b"image\ttext\r\nb.png\ty\tz\r\n", 2),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named_by_its_line_of_the_file(tmp_path: Path, content: bytes, line: int) -> None:
+    files: Files = {"a.png": b"", "b.png": b"", "list.csv": content}
+    with pytest.raises(DataError, match=rf"list\.csv' line {line}: it has not the 2 columns"):
+        _samples(_folder(tmp_path / "in", files), tmp_path / "out")
 
 
 @pytest.mark.parametrize("value", [7, 0.5, True, {"en": "a dog"}, [{"raw": "a dog"}], [["a"], ["b"]], [1, 2]])
@@ -271,13 +304,19 @@ def test_folders_that_are_no_classes_give_no_captions(tmp_path: Path, names: tup
     assert report["without_caption"] == len(names)
 
 
-@pytest.mark.parametrize("column", ["label", "class_name", "Category"])
-def test_a_class_column_gives_labels_and_captions(tmp_path: Path, column: str) -> None:
-    rows = [["image", column], ["a.png", "dog"], ["b.png", "cat"], ["c.png", "dog"]]
+@pytest.mark.parametrize(
+    ("image", "column"), [("image", "label"), ("img_id", "class_name"), ("image_id", "Category"), ("ImageID", "target")]
+)
+def test_a_class_column_gives_labels_and_captions(tmp_path: Path, image: str, column: str) -> None:
+    suffix = "" if image.lower().endswith("id") else ".png"
+    rows = [
+        [image, column],
+        *([f"{name}{suffix}", text] for name, text in zip("abc", ("dog", "cat", "dog"), strict=True)),
+    ]
     source = _folder(tmp_path / "in", {"a.png": b"", "b.png": b"", "c.png": b"", "labels.csv": _csv(rows)})
     samples, report = _samples(source, tmp_path / "out")
     assert _captions(samples) == {
-        f"{n}.png": [f"a photo of a {c}"] for n, c in zip("abc", ("dog", "cat", "dog"), strict=True)
+        f"{n}{suffix}": [f"a photo of a {c}"] for n, c in zip("abc", ("dog", "cat", "dog"), strict=True)
     }
     assert [sample["cls"] for sample in samples] == [b"1", b"0", b"1"]
     assert report["classes"] == {"cat": 0, "dog": 1}
@@ -315,6 +354,30 @@ def test_numbered_class_folders_from_zero_are_no_repeats(tmp_path: Path, names: 
     samples, report = _samples(_folder(tmp_path / "in", {f"{name}/1.png": b"" for name in names}), tmp_path / "out")
     assert [sample["cls"] for sample in samples] == [str(number).encode() for number in range(len(names))]
     assert (report["repeats"], report["classes"]) == ({}, {name: number for number, name in enumerate(names)})
+
+
+@pytest.mark.parametrize("names", [("10_sks dog", "x"), ("3_a", "reg", "2_b"), ("5_style", "0", "raw")])
+def test_folders_of_which_some_are_kohyas_get_no_captions(tmp_path: Path, names: tuple[str, ...]) -> None:
+    samples, report = _samples(_folder(tmp_path / "in", {f"{name}/1.png": b"" for name in names}), tmp_path / "out")
+    assert [captions for captions in _captions(samples).values() if captions] == []
+    assert (report["without_caption"], report["classes"], report["repeats"]) == (len(names), {}, {})
+
+
+@pytest.mark.parametrize(
+    ("columns", "cause"),
+    [
+        (["id", "breed"], "no column of pictures is known among 'id', 'breed'"),
+        (["image", "path_length"], "no column of captions or classes is known among 'image', 'path_length'"),
+        (["image", "text", "text"], "two columns are called 'text'"),
+    ],
+)
+def test_a_table_beside_pictures_that_is_not_read_is_named_with_its_cause(
+    tmp_path: Path, columns: list[str], cause: str
+) -> None:
+    files: Files = {"a.png": b"", "labels.csv": _csv([columns, ["a.png", "1", "2"][: len(columns)]])}
+    _, report = _samples(_folder(tmp_path / "in", files), tmp_path / "out")
+    assert report["not_read"] == {".csv": 1}
+    assert report["not_read_files"] == [f"labels.csv: {cause}"]
 
 
 @pytest.mark.parametrize("kind", [".heic", ".CR2", ".psd", ".mov", ".tar", ".xlsx"])
@@ -481,19 +544,20 @@ def test_a_damaged_table_alone_in_a_folder_is_named(tmp_path: Path, name: str) -
         _samples(source, tmp_path / "out")
 
 
-@pytest.mark.parametrize("shape", ["struct", "bytes", "path", "class"])
+@pytest.mark.parametrize("shape", ["struct", "bytes", "path", "struct of a path", "class"])
 def test_parquet_holds_pictures_or_names_them(tmp_path: Path, shape: str) -> None:
     arrow = pytest.importorskip("pyarrow")
     parquet: Any = pytest.importorskip("pyarrow.parquet")
     pictures = [png((1, 0, 0)), png((2, 0, 0))]
     source = _folder(
-        tmp_path / "in", {"a.png": pictures[0], "b.png": pictures[1]} if shape == "path" else {"x.md": "x"}
+        tmp_path / "in", {"a.png": pictures[0], "b.png": pictures[1]} if "path" in shape else {"x.md": "x"}
     )
     cells: dict[str, list[Any]] = {
         "struct": [{"bytes": data, "path": None} for data in pictures],
         "class": [{"bytes": data, "path": "p.png"} for data in pictures],
         "bytes": pictures,
         "path": ["a.png", "b.png"],
+        "struct of a path": [{"bytes": None, "path": name} for name in ("a.png", "b.png")],
     }
     columns = {
         "image": cells[shape],

@@ -29,13 +29,16 @@ def test_stats_reads_headers_and_check_decodes(tmp_path: Path) -> None:
         (["d/1", "d/1.a.b", "d/1.c"], ["a/d/1.a.b", "a/d/1.c"]),
     ],
 )
-def test_samples_hidden_by_a_dot_in_their_keys_are_named(tmp_path: Path, keys: list[str], hidden: list[str]) -> None:
-    members = [(f"{key}.{kind}", png() if kind == "png" else b"x") for key in keys for kind in ("png", "txt")]
-    shards, config = opened(write_tar(tmp_path / "a.tar", members), label=None)
+@pytest.mark.parametrize("text", ["txt", "caption"])
+def test_samples_hidden_by_a_dot_in_their_keys_are_named(
+    tmp_path: Path, keys: list[str], hidden: list[str], text: str
+) -> None:
+    members = [(f"{key}.{kind}", png() if kind == "png" else b"x") for key in keys for kind in ("png", text)]
+    shards, config = opened(write_tar(tmp_path / "a.tar", members), label=None, caption=text)
     result = report.check(shards, config, SilentReporter())
     assert (result["ok"], result["hidden_samples"]) == (False, hidden)
     # webdataset's rule is the reference: the key ends at the first dot of the name
-    names = {name for key in keys for name in (f"{key}.png", f"{key}.txt")}
+    names = {name for key in keys for name in (f"{key}.png", f"{key}.{text}")}
     assert set(result["first_not_used"]) == {f"a/{name}" for name in names if name.rpartition("/")[2].count(".") > 1}
 
 

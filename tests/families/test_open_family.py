@@ -37,3 +37,11 @@ def test_model_of_a_hub_cache_is_the_snapshot_of_its_main_branch(tmp_path):
     (tmp_path / "refs").mkdir()
     (tmp_path / "refs" / "main").write_text("def")
     assert resolve_model(tmp_path) == tmp_path / "snapshots" / "def"
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "config.json", "unet/config.json"])
+def test_a_json_file_of_a_folder_is_no_model_and_the_error_says_so(tmp_path, name):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(InputNotFoundError, match=rf"{name}' is no model: it is one file of a folder"):
+        resolve_model(tmp_path / name)

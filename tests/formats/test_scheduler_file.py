@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 
@@ -80,3 +81,36 @@ def test_schedulers_of_another_family_are_refused_by_name(tmp_path):
     ]:
         with pytest.raises(CheckpointError, match=message):
             read_scheduler(put_scheduler(tmp_path, **content))
+
+
+@pytest.mark.parametrize("value", [0, -1, math.inf, math.nan, "50"])
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("LCMScheduler", "original_inference_steps"),
+        ("EulerDiscreteScheduler", "sigma_min"),
+        ("UniPCMultistepScheduler", "sigma_max"),
+    ],
+)
+def test_a_field_that_must_be_positive_is_refused_by_name(tmp_path, name, field, value):
+    with pytest.raises(CheckpointError, match=f"{field}="):
+        read_scheduler(put_scheduler(tmp_path, _class_name=name, **{field: value}))
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({"sigma_min": 6.0, "sigma_max": 5.0}, "sigma_min=6.0, sigma_max=5.0"),
+        ({"sigma_min": 5, "sigma_max": 5}, "sigma_min=5, sigma_max=5"),
+        ({"use_karras_sigmas": True, "use_exponential_sigmas": True}, "use_exponential_sigmas=True"),
+    ],
+)
+def test_fields_that_contradict_one_another_are_refused_by_name(tmp_path, content, named):
+    with pytest.raises(CheckpointError, match=f"{named} is not supported"):
+        read_scheduler(put_scheduler(tmp_path, _class_name="EulerDiscreteScheduler", **content))
+
+
+@pytest.mark.parametrize("name", [None, ["DDIMScheduler"], {"a": 1}, 3, "EDMEulerScheduler"])
+def test_a_class_that_is_not_supported_is_refused_whatever_stands_there(tmp_path, name):
+    with pytest.raises(CheckpointError, match=r"scheduler .* is not supported"):
+        read_scheduler(put_scheduler(tmp_path, _class_name=name))

@@ -106,7 +106,7 @@ def scheduler(
 SCHEDULERS = (
     scheduler(
         "DDIMScheduler",
-        {**COMMON, "rescale_betas_zero_snr": [ZERO_SNR], "set_alpha_to_one": [False]},
+        {**COMMON, "rescale_betas_zero_snr": [ZERO_SNR, None], "set_alpha_to_one": [False, None]},
         {**TRAINED, "thresholding": True},
         {**CLIPPING, **THRESHOLDING, **OFFSET},
     ),

@@ -175,6 +175,32 @@ def test_special_tokens_map_is_read_as_transformers_reads_it(special: dict[str, 
 
 
 @pytest.mark.parametrize(
+    ("part", "content"),
+    [
+        ("truncation", {"direction": "Left", "max_length": 9, "strategy": "LongestFirst", "stride": 0}),
+        ("truncation", {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}),
+        (
+            "padding",
+            {"direction": "Left", "strategy": {"Fixed": 9}, "pad_id": 0, "pad_type_id": 0, "pad_token": "!",
+             "pad_to_multiple_of": None},
+        ),
+    ],
+)  # fmt: skip
+def test_the_sides_that_tokenizer_json_names_are_those_of_transformers_or_refused(
+    part: str, content: dict[str, Any], tmp_path: Path
+) -> None:
+    Tokenizer.train(CAPTIONS, TokenizerConfig(vocab_size=584)).save(tmp_path)
+    change(tmp_path / "tokenizer.json", **{part: content})
+    if content["direction"] == "Right":
+        assert_same_ids(tmp_path)
+        return
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    assert "left" in (theirs.padding_side, theirs.truncation_side)
+    with pytest.raises(CheckpointError, match=f"{part}_side='left'"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("settings", "cause"),
     [
         ({"padding_side": "left"}, "padding_side"),

@@ -233,6 +233,14 @@ def test_a_snapshot_that_was_not_downloaded_is_named(commit: str, vae: Path, tmp
         load_model(AutoencoderKL, root)
 
 
+@pytest.mark.parametrize("variant", ["non_ema", "fp32", "ema"])
+def test_weights_of_another_variant_are_named_where_there_are_no_others(variant: str, vae: Path) -> None:
+    name = f"diffusion_pytorch_model.{variant}.safetensors"
+    (vae / WHOLE).rename(vae / name)
+    with pytest.raises(InputNotFoundError, match=f"it holds {name}: rename"):
+        load_model(AutoencoderKL, vae)
+
+
 @pytest.mark.parametrize("name", ["x.safetensors", "model.ckpt", "config.json"])
 @pytest.mark.parametrize("read", [read_config, lambda f: load_model(AutoencoderKL, f)])
 def test_a_file_that_is_no_checkpoint_is_refused(read: Callable[[Path], Any], name: str, tmp_path: Path) -> None:

@@ -172,6 +172,7 @@ def test_training_such_a_unet_is_refused_in_the_dry_run(
         ("text_encoder/config.json", {"vocab_size": 30}, r"token_embedding.weight is \[551, 24\], not \[30, 24\]"),
         ("text_encoder/config.json", {"num_hidden_layers": 7}, "missing: text_model.encoder.layers.2"),
         ("scheduler/scheduler_config.json", {"thresholding": True}, "thresholding=True"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}, "num_train_timesteps"),
         ("model_index.json", {"_class_name": "KandinskyPipeline"}, "KandinskyPipeline"),
     ],
 )

@@ -116,7 +116,9 @@ def test_a_prompt_that_is_ignored_is_found_beside_an_empty_one(family: Family, p
     [
         "<lora:style_v2:0.8>", "<lyco:x:1>", "<hypernet:anime:0.5>", "BREAK", "AND", "[red|blue]", "[red:blue:8]",
         "[red:0.5]", "[red::4]", "[red]", "(red:-1)", "(red:1,3)", "((red))", "{red|blue}", "{red}",
-        "embedding:bad_hands", "__color__", "red::2", "--ar", "--no",
+        "embedding:bad_hands", "__color__", "red::2", "--ar", "--no", "<random:red,blue>", "<LORA:x:1>",
+        "<fromto[0.5]:a,b>", "ADDCOMM", "ADDROW", "red++", "::2", "--aspect", "--style", "--chaos", "--niji", "--v",
+        "--q", "--s", "--stylize", "Negative prompt:",
     ],
 )  # fmt: skip
 def test_a_command_of_another_program_is_named(command: str) -> None:
@@ -128,6 +130,7 @@ def test_a_command_of_another_program_is_named(command: str) -> None:
     [
         "a (red:1.3) circle (or so)", r"a \(\(red\)\) circle, \[x\]", "a <cat-toy> sks", "CATS AND DOGS",
         "a cat and a dog", "3:4 ratio, 10:30 pm", "well-known -- and old", "C++ logo", "snake_case_name",
+        "ADDED VALUE", "at <3 o'clock", "--- or so", "a (cat). 3 dogs",
     ],
 )  # fmt: skip
 def test_plain_words_and_weights_that_are_read_are_not_named(prompt: str) -> None:

@@ -114,6 +114,16 @@ def test_a_file_of_another_kind_is_refused_by_its_kind(tmp_path, name):
         (b"<!DOCTYPE html>\n<p>a cat", "markup"),
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0", "no text"),
         (b"PK\x03\x04\x14\0\x06\0\x08", "no text"),
+        (b"\x1f\x8b\x08\x01\x02", "no text"),
+        (b"<svg xmlns='x'>\n", "markup"),
+        (b"<?php echo 1;\n", "markup"),
+        (b"prompt;seed\na cat;1\n", "a table"),
+        (b"'text'|'prompt'\n'a cat'|'b'\n", "a table"),
+        (b"---\nprompts:\n  - a cat\n", "YAML"),
+        (b"prompt: a cat\nseed: 3\n", "YAML"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
+        (b"a cat\nNegative prompt: bad\nSteps: 20, Sampler: Euler a\n", "the settings of a picture"),
+        (b"a cat\nSteps: 20, Sampler: Euler a, CFG scale: 7\n", "the settings of a picture"),
     ],
 )
 def test_a_text_file_of_other_content_is_refused(tmp_path, data, kind):

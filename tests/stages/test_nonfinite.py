@@ -85,6 +85,15 @@ def test_the_other_pictures_of_the_job_are_written_and_a_second_run_tries_the_mi
         assert (tmp_path / "out" / "grid.png").is_file()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_given_latents_that_are_not_finite_are_refused(bad: float, model: Path, tmp_path: Path) -> None:
+    noise = torch.zeros(4, 4, 8, 8)
+    noise[2, 1, 3, 4] = bad
+    save_file({"latents": noise}, tmp_path / "noise.safetensors")
+    with pytest.raises(CheckpointError, match="some values are not finite"):
+        draw(model, tmp_path / "out", Latents(tmp_path / "noise.safetensors"))
+
+
 def test_a_walk_with_a_missing_frame_has_no_animation(model: Path, tmp_path: Path) -> None:
     scale_tensor(model, "vae", "decoder.conv_out.weight", 3e38)
     with pytest.raises(DivergedError, match="3 of 3"):

@@ -11,6 +11,7 @@ from ldm_cli.reporting import SilentReporter
 from ldm_cli.training.distributed import joined, local_rank
 
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS")
+_NAMES += ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def _set(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
@@ -57,10 +58,14 @@ class _Listening(SilentReporter):
         ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, 0),
         ({"SLURM_NTASKS": "1"}, 0),
         ({"SLURM_NTASKS": "2", "RANK": "0", "WORLD_SIZE": "2"}, 0),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, 1),
+        ({"PMI_SIZE": "4"}, 1),
+        ({"PMI_SIZE": "4", "SLURM_STEP_NUM_TASKS": "1"}, 0),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "RANK": "0", "WORLD_SIZE": "2"}, 0),
         ({}, 0),
     ],
 )
-def test_copies_that_slurm_starts_and_nothing_joins_are_told_of(
+def test_copies_that_slurm_or_mpi_starts_and_nothing_joins_are_told_of(
     environment: dict[str, str], num_warnings: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _set(monkeypatch, environment)
@@ -78,6 +83,7 @@ def test_copies_that_slurm_starts_and_nothing_joins_are_told_of(
         {"MASTER_PORT": ""},
         {"MASTER_PORT": "-1"},
         {"MASTER_ADDR": "tcp://10.0.0.1"},
+        {"MASTER_ADDR": "10.0.0.1:29500"},
         {"MASTER_ADDR": ""},
     ],
 )

@@ -16,7 +16,7 @@ Scale = Annotated[float, Field(ge=0, le=1000)]
 class DiffusionConfig(Config):
     """Noise schedule, prediction type, and how training chooses and weighs noise levels."""
 
-    num_train_timesteps: Annotated[int, Field(ge=2)] = 1000
+    num_train_timesteps: Annotated[int, Field(ge=2, le=2**20)] = 1000
     """Number of discrete noise levels T."""
     beta_start: Annotated[float, Field(gt=0, lt=1)] = 0.00085
     """First variance β_1."""
