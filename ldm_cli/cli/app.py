@@ -11,7 +11,7 @@ import typer
 from typer.main import get_command
 
 from ldm_cli import __version__
-from ldm_cli.cli import bench, data, evaluate, options, precompute, recipe, sample, spiral, streams, train
+from ldm_cli.cli import bench, compare, data, evaluate, options, precompute, recipe, sample, spiral, streams, train
 from ldm_cli.cli.failures import exit_code_of, report
 from ldm_cli.cli.launch import is_rank
 from ldm_cli.errors import UsageError
@@ -30,7 +30,14 @@ app = typer.Typer(
 )
 for name, text in train.COMMANDS.items():
     app.command(name, help=text, rich_help_panel="Models")(train.command)
-_MODELS = {"precompute": precompute, "sample": sample, "eval": evaluate, "spiral": spiral, "bench": bench}
+_MODELS = {
+    "precompute": precompute,
+    "sample": sample,
+    "eval": evaluate,
+    "compare": compare,
+    "spiral": spiral,
+    "bench": bench,
+}
 for name, module in _MODELS.items():
     app.command(name, rich_help_panel="Models")(module.command)
 for name, group in {"data": data.commands, "recipe": recipe.commands}.items():

@@ -29,14 +29,17 @@ _Step = list[tuple[str, int, _Size]]
 
 
 class _Convolution(nn.Module):
-    """Convolution, normalisation with fixed statistics, ReLU; the size is kept where the stride is 1 and it is padded."""
+    """Convolution, normalisation with fixed statistics, ReLU; `padded` keeps the size at a stride of 1."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: _Size, stride: int = 1, padded: bool = True) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: _Size, stride: int = 1, padded: bool = True
+    ) -> None:
         super().__init__()
         height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
         padding = (height // 2, width // 2) if padded else (0, 0)
         self.conv = nn.Conv2d(in_channels, out_channels, (height, width), stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(out_channels, eps=1e-3)
+        self.bn.num_batches_tracked = None  # some of the published files lack it
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)))
@@ -68,7 +71,7 @@ class _Mixed(nn.Module):
             for step in branch:
                 last = self._halves and step is branch[-1]
                 for name, out_channels, kernel in step:
-                    layer = _Convolution(channels, out_channels, kernel, 2 if last else 1, padded=not last)
+                    layer = _Convolution(channels, out_channels, kernel, stride=2 if last else 1, padded=not last)
                     self.add_module(name, layer)
                 channels = sum(out_channels for _, out_channels, _ in step)
         self.branch_pool = None if pool_channels is None else _Convolution(in_channels, pool_channels, 1)
