@@ -6,9 +6,10 @@ arXiv:1706.08500, eq. 6. It depends on the feature network and on the number of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -22,6 +23,16 @@ class Gaussian:
 
     mean: Tensor
     covariance: Tensor
+
+    @cached_property
+    def root(self) -> Tensor:
+        """R [D, rank] with R Rᵀ = covariance.
+
+        Eigenvalues within rounding of 0 are left out: their roots would be as large as √ε.
+        """
+        values, vectors = torch.linalg.eigh(self.covariance)
+        is_real = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
+        return vectors[:, is_real] * values[is_real].sqrt()
 
 
 def fit_gaussian(features: Tensor) -> Gaussian:
@@ -41,17 +52,22 @@ def fit_gaussian(features: Tensor) -> Gaussian:
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁^½ Σ₂ Σ₁^½)^½), at least 0.
 
-    The last trace is the nuclear norm of Σ₁^½ Σ₂^½, since (Σ₁^½ Σ₂^½)(Σ₁^½ Σ₂^½)ᵀ is the product under the
-    root; singular values need no square root of a nearly singular matrix, and cannot turn complex.
+    The last trace is the nuclear norm of R₁ᵀ R₂ for any R with R Rᵀ = Σ: singular values need no square root of a
+    nearly singular matrix, and cannot turn complex.
 
     Raises:
         ValueError: if the numbers of features differ.
     """
     if first.mean.shape != second.mean.shape:
         raise ValueError(f"frechet_distance: {len(first.mean)} features against {len(second.mean)}")
-    cross = torch.linalg.svdvals(_square_root(first.covariance) @ _square_root(second.covariance)).sum()
+    cross = torch.linalg.svdvals(first.root.T @ second.root).sum()
+    return max(0.0, _squared_shift(first, second) - 2 * float(cross))
+
+
+def _squared_shift(first: Gaussian, second: Gaussian) -> float:
+    """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂)."""
     traces = first.covariance.trace() + second.covariance.trace()
-    return max(0.0, float((first.mean - second.mean).square().sum() + traces - 2 * cross))
+    return float((first.mean - second.mean).square().sum() + traces)
 
 
 @dataclass(frozen=True)
@@ -72,8 +88,16 @@ class Moments:
     def __add__(self, other: Moments) -> Moments:
         """Those of both sets together (Chan, Golub, LeVeque 1983, doi:10.1080/00031305.1983.10483115, eq. 2.1)."""
         count, step = self.count + other.count, other.mean - self.mean
-        scatter = self.scatter + other.scatter + torch.outer(step, step) * (self.count * other.count / count)
+        scatter = (self.scatter + other.scatter).addr_(step, step, alpha=self.count * other.count / count)
         return Moments(count, self.mean + step * (other.count / count), scatter)
+
+    def __sub__(self, part: Moments) -> Moments:
+        """Those of the rest, where `part` are those of a true subset."""
+        count = self.count - part.count
+        mean = self.mean + (self.mean - part.mean) * (part.count / count)
+        step = mean - part.mean
+        scatter = (self.scatter - part.scatter).addr_(step, step, alpha=-part.count * count / self.count)
+        return Moments(count, mean, scatter)
 
     @property
     def gaussian(self) -> Gaussian:
@@ -98,16 +122,24 @@ class FeatureMoments:
                 self._groups[number] = Moments.of(own) if before is None else before + Moments.of(own)
         self.count += len(features)
 
-    def gaussian(self, without: int | None = None) -> Gaussian:
-        """The Gaussian of all vectors, or of all but one group's.
+    def gaussian(self) -> Gaussian:
+        """The Gaussian of all vectors.
 
         Raises:
             ValueError: there are fewer than two.
         """
-        groups = [moments for number, moments in enumerate(self._groups) if moments and number != without]
-        if sum(moments.count for moments in groups) < 2:
+        if self.count < 2:
             raise ValueError(f"{self.count} feature vectors have no covariance; at least 2 are needed")
-        return reduce(Moments.__add__, groups).gaussian
+        return self._whole.gaussian
+
+    def gaussians_without_a_group(self) -> Iterator[Gaussian]:
+        """For each group, the Gaussian of the vectors of all others; of 20 vectors or more."""
+        whole = self._whole
+        return ((whole - group).gaussian for group in self._groups if group is not None)
+
+    @property
+    def _whole(self) -> Moments:
+        return reduce(Moments.__add__, (group for group in self._groups if group is not None))
 
 
 def frechet_inception_distance(
@@ -135,7 +167,7 @@ def frechet_inception_distance(
         return {"fid": distance, "fid_interval": None, "fid_infinity": None, "fid_infinity_interval": None}
     differences = []
     for moments, own, other in sampled:
-        first, *rest = _distances(other, (own, *(moments.gaussian(without=group) for group in range(NUM_GROUPS))))
+        first, *rest = _distances(other, chain((own,), moments.gaussians_without_a_group()))
         differences.append([distance - first for distance in rest])
     bias, error = jackknife(differences)
     return {
@@ -147,12 +179,11 @@ def frechet_inception_distance(
 
 
 def _distances(fixed: Gaussian, others: Iterable[Gaussian]) -> list[float]:
-    """Distances of several Gaussians to one, whose root is taken once; rounding is that of √ε, as for all roots."""
-    root, found = _square_root(fixed.covariance), []
+    """Distances of several Gaussians to one, whose root alone is taken."""
+    found = []
     for other in others:
-        cross = torch.linalg.eigvalsh(root @ other.covariance @ root).clamp(min=0).sqrt().sum()
-        traces = fixed.covariance.trace() + other.covariance.trace()
-        found.append(float((fixed.mean - other.mean).square().sum() + traces - 2 * cross))
+        roots = torch.linalg.eigvalsh(fixed.root.T @ other.covariance @ fixed.root).clamp(min=0).sqrt()
+        found.append(_squared_shift(fixed, other) - 2 * float(roots.sum()))
     return found
 
 
@@ -162,10 +193,3 @@ def frechet_name(weights_sha256: str) -> str:
     Only the features of one specific Inception network give the number known as FID.
     """
     return f"fd[{weights_sha256[:8]}]"
-
-
-def _square_root(covariance: Tensor) -> Tensor:
-    """The symmetric root of a positive semi-definite matrix; negative eigenvalues come from rounding and count as 0."""
-    values, vectors = torch.linalg.eigh(covariance)
-    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    return root
