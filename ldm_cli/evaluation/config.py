@@ -78,6 +78,11 @@ class EvalConfig(Config):
     batch_size: Annotated[int, Field(ge=1)] = 64
     """Samples per model call."""
 
+    @property
+    def picture_metrics(self) -> tuple[PictureMetric, ...]:
+        """The metrics that `ldm compare` has as well."""
+        return tuple(metric for metric in PICTURE_METRICS if metric in self.metrics)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         for metric in self.metrics:

@@ -32,7 +32,8 @@ class Gaussian:
         """
         values, vectors = torch.linalg.eigh(self.covariance)
         is_real = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
-        return vectors[:, is_real] * values[is_real].sqrt()
+        root: Tensor = vectors[:, is_real] * values[is_real].sqrt()
+        return root
 
 
 def fit_gaussian(features: Tensor) -> Gaussian:

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm_cli.core.models.inception import NUM_FEATURES
 from ldm_cli.errors import DataError
 from ldm_cli.evaluation.frechet import Gaussian
 from ldm_cli.formats.npz import read_npz, write_npz
-
-NUM_FEATURES = 2048
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,10 @@ def read_statistics(file: Path) -> Statistics:
     mean, covariance, count = arrays.get("mu"), arrays.get("sigma"), arrays.get("n")
     if not isinstance(mean, Tensor) or not isinstance(covariance, Tensor):
         raise DataError(f"cannot use '{file}'", "it lacks mu or sigma", "give statistics of pytorch-fid or clean-fid")
-    if mean.shape != (NUM_FEATURES,) or covariance.shape != (NUM_FEATURES, NUM_FEATURES):
+    width = NUM_FEATURES["2048"]
+    if mean.shape != (width,) or covariance.shape != (width, width):
         found = f"mu is {list(mean.shape)}, sigma {list(covariance.shape)}"
-        raise DataError(f"cannot use '{file}'", f"{found}, but FID takes {NUM_FEATURES} features")
+        raise DataError(f"cannot use '{file}'", f"{found}, but FID takes {width} features")
     if not bool(torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
         raise DataError(f"cannot use '{file}'", "its statistics are not finite")
     try:

@@ -29,11 +29,19 @@ from ldm_cli.evaluation.metrics import (
     summarize_clip_score,
     zero_shot_accuracy,
 )
+from ldm_cli.evaluation.picture_metrics import measure_pictures
 from ldm_cli.evaluation.scene_detector import WORKING_SIZE
 from ldm_cli.formats.json_file import write_json
 from ldm_cli.recipe.schema import EvalRecipe, EvalSection
 from ldm_cli.reporting import Reporter
-from ldm_cli.stages.support.eval_samples import Gathered, Models, load_models, measure_generated, measure_real
+from ldm_cli.stages.support.eval_samples import (
+    Gathered,
+    Models,
+    load_models,
+    measure_generated,
+    measure_real,
+    picture_features,
+)
 from ldm_cli.stages.support.options import RunOptions, resolve_device
 from ldm_cli.training.run_folder import environment
 from ldm_cli.training.run_identity import flatten
@@ -154,6 +162,12 @@ def _metrics_of_generated(
         if "frechet_distance" in config.metrics:
             images = torch.cat(real.image_features)[: config.num_samples]
             result["frechet_distance"] = _frechet(images, pictures, models, reporter)
+    if config.picture_metrics:
+        ours = picture_features(config, generated, config.num_generated, models.device)
+        theirs = picture_features(config, real, config.num_samples, models.device)
+        counts = {"num_real": theirs.count, "num_generated": ours.count}
+        found = measure_pictures(config.picture_metrics, ours, theirs, reporter.warn)
+        result |= {name: {**values, **counts} for name, values in found.items()}
     if "attribute_accuracy" in config.metrics:
         truths = real.metadata[: len(generated.scenes)]
         result["attribute_accuracy"] = {

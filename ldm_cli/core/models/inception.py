@@ -23,6 +23,9 @@ Tap = Literal["64", "192", "768", "2048", "logits"]
 """A place where features are taken, by their number; the spatial mean of `64`, `192` and `768` is taken. `logits` are
 2048 features times the last layer's weights, without its bias, as the Inception score takes them."""
 
+NUM_FEATURES: dict[Tap, int] = {"64": 64, "192": 192, "768": 768, "2048": 2048, "logits": 1008}
+"""Features of each tap."""
+
 _Size = int | tuple[int, int]
 _Step = list[tuple[str, int, _Size]]
 """Convolutions of one input, by name, output channels and kernel size; their outputs are concatenated."""
@@ -169,7 +172,7 @@ class InceptionV3(nn.Module):
             taps: which features.
 
         Returns:
-            For each of `taps` [B, N], N the number of its name, 1008 for `logits`.
+            For each of `taps` [B, N], N as in `NUM_FEATURES`.
         """
         found, wanted = dict[Tap, Tensor](), set(taps)
         for tap, features in self._features(pixels):

@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
+from ldm_cli.core.models.inception import NUM_FEATURES
 from ldm_cli.core.pixels import to_bytes, to_signed
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import sequential_batches
 from ldm_cli.data.shards import ShardSet
 from ldm_cli.errors import DataError, DivergedError
 from ldm_cli.evaluation.clip_features import CLIPFeatures
+from ldm_cli.evaluation.config import PICTURE_METRICS
 from ldm_cli.evaluation.image_quality import psnr, ssim
+from ldm_cli.evaluation.inception_features import InceptionFeatures
+from ldm_cli.evaluation.picture_metrics import CLIP, PictureFeatures, needed_taps
 from ldm_cli.evaluation.scene_detector import SeenScene, read_scenes
 from ldm_cli.families.family import place
 from ldm_cli.families.open_family import open_family, resolve_model
@@ -30,9 +34,9 @@ from ldm_cli.sampling.pixels import is_sound
 from ldm_cli.sampling.request import ImageRequest
 
 _METRICS_BY_MODEL = {
-    "clip": {"clip_score", "zero_shot", "retrieval", "frechet_distance"},
+    "clip": {"clip_score", "zero_shot", "retrieval", "frechet_distance", "cmmd"},
     "vae": {"reconstruction"},
-    "pipeline": {"clip_score", "frechet_distance", "attribute_accuracy"},
+    "pipeline": {"clip_score", "frechet_distance", "attribute_accuracy", *PICTURE_METRICS},
 }
 _REQUESTS_PER_CALL = 256
 
@@ -44,6 +48,7 @@ class Models:
     clip: CLIPFeatures | None
     vae: AutoencoderKL | None
     pipeline: Pipeline | None
+    inception: InceptionFeatures | None
     device: torch.device
     hashes: dict[str, Any]
 
@@ -58,6 +63,8 @@ class Gathered:
     labels: list[int] = field(default_factory=list)
     image_features: list[Tensor] = field(default_factory=list)
     text_features: list[Tensor] = field(default_factory=list)
+    inception_features: list[Tensor] = field(default_factory=list)
+    """Those of `needed_taps`, side by side."""
     psnr: list[Tensor] = field(default_factory=list)
     ssim: list[Tensor] = field(default_factory=list)
     scenes: list[SeenScene] = field(default_factory=list)
@@ -87,7 +94,11 @@ def load_models(config: EvalSection, device: torch.device) -> Models:
         family = open_family(Path(folders["pipeline"]), device, sampling.precision, compiled=sampling.compile)
         pipeline = Pipeline(family)
         hashes["pipeline"] = {"folder": str(family.folder), "sha256": family.weights_sha256}
-    return Models(clip, vae, pipeline, device, hashes)
+    inception = None
+    if config.inception is not None and needed_taps(config.picture_metrics):
+        inception = InceptionFeatures.load(Path(config.inception), device, config.preprocessing)
+        hashes["inception"] = inception.provenance
+    return Models(clip, vae, pipeline, inception, device, hashes)
 
 
 def measure_real(recipe: EvalRecipe, shards: ShardSet, models: Models, reporter: Reporter) -> Gathered:
@@ -96,18 +107,17 @@ def measure_real(recipe: EvalRecipe, shards: ShardSet, models: Models, reporter:
     labelled = "zero_shot" in config.metrics and any(task.label == "cls" for task in config.zero_shot)
     data = recipe.data.model_copy(update={"label": "cls"}) if labelled else recipe.data
     limit = max(config.num_samples, config.num_generated if models.pipeline is not None else 0)
-    with_scenes = "attribute_accuracy" in config.metrics
     total = min(limit, shards.num_samples)
     with reporter.progress("measuring samples", total, unit="sample") as progress:
         for batch in sequential_batches(shards, data, config.batch_size, limit, with_json=True):
-            _add_real(gathered, batch, models, with_scenes)
+            _add_real(gathered, batch, config, models)
             progress.update(len(gathered.keys))
     if not gathered.keys:
         raise DataError(f"no usable sample in '{recipe.data.shards}'")
     return gathered
 
 
-def _add_real(gathered: Gathered, batch: Batch, models: Models, with_scenes: bool) -> None:
+def _add_real(gathered: Gathered, batch: Batch, config: EvalSection, models: Models) -> None:
     gathered.captions += batch.captions
     gathered.keys += batch.keys
     gathered.metadata += batch.metadata or []
@@ -115,11 +125,12 @@ def _add_real(gathered: Gathered, batch: Batch, models: Models, with_scenes: boo
     if models.clip is not None:
         gathered.image_features.append(models.clip.images(batch.images))
         gathered.text_features.append(models.clip.texts(batch.captions))
+    _add_inception_features(gathered, batch.images, config, models)
     if models.vae is not None:
         again = _reconstructed(models.vae, batch.images.to(models.device)).cpu()
         gathered.psnr.append(psnr(again, batch.images))
         gathered.ssim.append(ssim(again, batch.images))
-    if with_scenes:
+    if "attribute_accuracy" in config.metrics:
         gathered.scenes += read_scenes(batch.images)
 
 
@@ -143,9 +154,29 @@ def measure_generated(config: EvalSection, real: Gathered, models: Models, repor
     for images in _generated(config, gathered.captions, models, reporter):
         if models.clip is not None:
             gathered.image_features.append(models.clip.images(images))
+        _add_inception_features(gathered, images, config, models)
         if with_scenes:
             gathered.scenes += read_scenes(images)
     return gathered
+
+
+def _add_inception_features(gathered: Gathered, images: Tensor, config: EvalSection, models: Models) -> None:
+    if models.inception is not None:
+        taps = needed_taps(config.picture_metrics)
+        found = models.inception(images, taps)
+        gathered.inception_features.append(torch.cat([found[tap] for tap in taps], 1).cpu())
+
+
+def picture_features(config: EvalSection, gathered: Gathered, count: int, device: torch.device) -> PictureFeatures:
+    """The first `count` pictures' features for the metrics of `PICTURE_METRICS`."""
+    features, found = PictureFeatures(config.picture_metrics, device), dict[str, Tensor]()
+    if taps := needed_taps(config.picture_metrics):
+        parts = torch.split(torch.cat(gathered.inception_features)[:count], [NUM_FEATURES[tap] for tap in taps], 1)
+        found |= dict(zip(taps, parts, strict=True))
+    if "cmmd" in config.metrics:
+        found[CLIP] = torch.cat(gathered.image_features)[:count]
+    features.add(found)
+    return features
 
 
 def _generated(config: EvalSection, captions: list[str], models: Models, reporter: Reporter) -> Iterator[Tensor]:
