@@ -47,6 +47,7 @@ NAMES = (
     "edit",
     "foreign-models",
     "eval",
+    "compare",
     "spiral",
     "data",
     "recipe",
