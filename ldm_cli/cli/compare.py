@@ -70,4 +70,6 @@ def command(
 def _for_people(result: dict[str, Any]) -> dict[str, Any]:
     """The numbers and the sets; the JSON holds the whole provenance."""
     provenance = result.pop("provenance")
-    return {**result, "measured": {name: provenance[name] for name in ("generated", "real") if name in provenance}}
+    sets = {name: provenance[name] for name in ("generated", "real") if name in provenance}
+    shown = ("source", "num_pictures", "sha256")
+    return {**result, "measured": {name: {key: one.get(key) for key in shown} for name, one in sets.items()}}

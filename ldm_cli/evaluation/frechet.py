@@ -36,20 +36,6 @@ class Gaussian:
         return root
 
 
-def fit_gaussian(features: Tensor) -> Gaussian:
-    """The Gaussian of features [N, D], in float64 on the CPU.
-
-    Raises:
-        ValueError: a feature is not finite, or there are fewer than two.
-    """
-    features = features.detach().to(device="cpu", dtype=torch.float64)
-    if not bool(torch.isfinite(features).all()):
-        raise ValueError("fit_gaussian: a feature is not finite")
-    if len(features) < 2:
-        raise ValueError(f"fit_gaussian: {len(features)} features have no covariance; at least 2 are needed")
-    return Gaussian(features.mean(0), torch.cov(features.T).reshape(features.shape[1], -1))
-
-
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁^½ Σ₂ Σ₁^½)^½), at least 0.
 
@@ -102,7 +88,13 @@ class Moments:
 
     @property
     def gaussian(self) -> Gaussian:
-        """The Gaussian of two or more vectors."""
+        """The Gaussian of the vectors, with the unbiased covariance.
+
+        Raises:
+            ValueError: there are fewer than two.
+        """
+        if self.count < 2:
+            raise ValueError(f"{self.count} feature vectors have no covariance; at least 2 are needed")
         return Gaussian(self.mean, self.scatter / (self.count - 1))
 
 
@@ -123,23 +115,14 @@ class FeatureMoments:
                 self._groups[number] = Moments.of(own) if before is None else before + Moments.of(own)
         self.count += len(features)
 
-    def gaussian(self) -> Gaussian:
-        """The Gaussian of all vectors.
-
-        Raises:
-            ValueError: there are fewer than two.
-        """
-        if self.count < 2:
-            raise ValueError(f"{self.count} feature vectors have no covariance; at least 2 are needed")
-        return self._whole.gaussian
-
     def gaussians_without_a_group(self) -> Iterator[Gaussian]:
         """For each group, the Gaussian of the vectors of all others; of 20 vectors or more."""
-        whole = self._whole
+        whole = self.whole
         return ((whole - group).gaussian for group in self._groups if group is not None)
 
     @property
-    def _whole(self) -> Moments:
+    def whole(self) -> Moments:
+        """Those of all vectors, at least one."""
         return reduce(Moments.__add__, (group for group in self._groups if group is not None))
 
 
@@ -159,7 +142,7 @@ def frechet_inception_distance(
         `fid_infinity_interval`, for endless numbers of pictures. The last three are None where a set has fewer than 20
         pictures, or both are Gaussians.
     """
-    whole = [one if isinstance(one, Gaussian) else one.gaussian() for one in (generated, real)]
+    whole = [one if isinstance(one, Gaussian) else one.whole.gaussian for one in (generated, real)]
     distance = frechet_distance(*whole)
     sampled = [
         (one, whole[n], whole[1 - n]) for n, one in enumerate((generated, real)) if not isinstance(one, Gaussian)

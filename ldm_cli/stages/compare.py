@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,8 +55,8 @@ class _Measured:
 
     features: PictureFeatures | Gaussian
     about: dict[str, Any]
-    extractor: Mapping[str, Any]
-    """`sha256` and `preprocessing` of the Inception features; empty where they are not known or not used."""
+    """`source`, `num_pictures`, `sha256` of the pictures, and `inception`, the network and preparation; the last two
+    are missing where they are not known."""
 
 
 def run(generated: str, real: str | None, options: CompareOptions, reporter: Reporter) -> dict[str, Any]:
@@ -163,39 +162,31 @@ def _of_pictures(pictures: PictureSet, options: CompareOptions, networks: _Netwo
             features.add(found)
             progress.update(features.count)
     about = {"source": pictures.name, "num_pictures": features.count, "sha256": digest.hexdigest()}
-    return _Measured(features, about, _extractor(networks.provenance.get("inception", {})))
+    inception = {"inception": networks.inception.provenance} if networks.inception else {}
+    return _Measured(features, {**about, **inception})
 
 
 def _of_file(name: str, statistics: Statistics, device: torch.device) -> _Measured:
-    known = statistics.provenance
-    about = {"source": name, "num_pictures": statistics.count, **{k: known[k] for k in ("sha256",) if k in known}}
     gaussian = Gaussian(statistics.gaussian.mean.to(device), statistics.gaussian.covariance.to(device))
-    return _Measured(gaussian, about, _extractor(known.get("inception", {})))
-
-
-def _extractor(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: provenance[name] for name in ("sha256", "preprocessing") if name in provenance}
+    return _Measured(gaussian, {**statistics.provenance, "source": name, "num_pictures": statistics.count})
 
 
 def _check_comparable(measured: list[_Measured], reporter: Reporter) -> None:
     """Refuse features of two kinds; warn where a file does not say of which kind it is."""
-    first, last = measured[0], measured[-1]
-    for name in ("preprocessing", "sha256"):
-        ours, theirs = first.extractor.get(name), last.extractor.get(name)
-        if ours is not None and theirs is not None and ours != theirs:
-            what = "preprocessing" if name == "preprocessing" else "weights of the Inception network"
+    known = [one.about for one in measured if "inception" in one.about]
+    for name, what in (("preprocessing", "preprocessing"), ("sha256", "weights of the Inception network")):
+        if len(found := {about["inception"][name]: about["source"] for about in known}) > 1:
             raise DataError(
-                f"'{first.about['source']}' and '{last.about['source']}' cannot be compared",
-                f"their {what} differ: {ours} and {theirs}",
+                f"{' and '.join(map(repr, found.values()))} cannot be compared",
+                f"their {what} differ: {' and '.join(found)}",
                 "measure both in the same way",
             )
     for one in measured:
-        if isinstance(one.features, Gaussian) and not one.extractor:
+        if isinstance(one.features, Gaussian) and one.about not in known:
             reporter.warn(f"'{one.about['source']}' does not say with which preprocessing it was measured")
 
 
 def _save(file: Path, measured: _Measured) -> None:
     features = measured.features
     assert isinstance(features, PictureFeatures)
-    provenance = {**measured.about, "inception": measured.extractor, "environment": environment()}
-    write_statistics(file, features.moments.gaussian(), features.count, provenance)
+    write_statistics(file, features.moments.whole.gaussian, features.count, measured.about)

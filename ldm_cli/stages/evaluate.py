@@ -21,7 +21,7 @@ from ldm_cli.errors import DataError, DivergedError, OutputError, RecipeError
 from ldm_cli.evaluation.attribute_accuracy import score_scenes
 from ldm_cli.evaluation.clip_features import CLIPFeatures
 from ldm_cli.evaluation.config import ZeroShotClassification
-from ldm_cli.evaluation.frechet import fit_gaussian, frechet_distance, frechet_name
+from ldm_cli.evaluation.frechet import Moments, frechet_distance, frechet_name
 from ldm_cli.evaluation.image_quality import SSIM_WINDOW
 from ldm_cli.evaluation.metrics import (
     class_embeddings,
@@ -217,7 +217,7 @@ def _frechet(real: Tensor, generated: Tensor, models: Models, reporter: Reporter
                 f"frechet_distance: {len(features)} {name} images for {features.shape[1]} features; "
                 "compare only with distances of as many images"
             )
-        gaussians.append(fit_gaussian(features))
+        gaussians.append(Moments.of(features).gaussian)
     assert models.clip is not None
     return {
         frechet_name(models.hashes["clip"]["sha256"]): frechet_distance(*gaussians),

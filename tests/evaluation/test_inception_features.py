@@ -58,7 +58,7 @@ def test_clean_resizes_each_channel_as_pillow_does_in_float(size: tuple[int, int
 class Means(InceptionV3):
     """Takes the mean of each channel for features."""
 
-    def forward(self, pixels: Tensor, taps: object = None) -> dict:  # type: ignore[override, type-arg]
+    def forward(self, pixels: Tensor, taps: object = None) -> dict:  # type: ignore[type-arg]
         return {"2048": pixels.mean((2, 3))}
 
 
@@ -71,7 +71,7 @@ def test_pictures_of_several_sizes_keep_their_order() -> None:
 
 def test_features_that_are_not_finite_are_refused() -> None:
     network = InceptionFeatures(Means(), torch.device("cpu"), "clean")
-    network._model.forward = lambda pixels, taps: {"2048": torch.full((1, 3), torch.nan)}  # type: ignore[method-assign]
+    network._model.forward = lambda pixels, taps: {"2048": torch.full((1, 3), torch.nan)}  # type: ignore
     with pytest.raises(DivergedError, match="not finite"):
         network(noise(8, 8))
 

@@ -24,7 +24,7 @@ from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.data.tokenizer_config import TokenizerConfig
 from ldm_cli.errors import DataError, InputNotFoundError, OutputError, UsageError
 from ldm_cli.evaluation.config import PICTURE_METRICS
-from ldm_cli.evaluation.frechet import fit_gaussian, frechet_distance
+from ldm_cli.evaluation.frechet import Moments, frechet_distance
 from ldm_cli.evaluation.kernel_distances import clip_maximum_mean_discrepancy, kernel_inception_distance
 from ldm_cli.formats.npz import read_npz, write_npz
 from ldm_cli.formats.save_model import save_model
@@ -90,7 +90,7 @@ def own_features(home: Path, name: str) -> Tensor:
 def test_every_metric_is_that_of_the_pictures_features(home: Path) -> None:
     found = compare(home, "a", "b", *PICTURE_METRICS, preprocessing="pytorch-fid", clip=home / "clip", batch_size=7)
     a, b = own_features(home, "a"), own_features(home, "b")
-    assert found["fid"] == pytest.approx(frechet_distance(fit_gaussian(a), fit_gaussian(b)), rel=1e-4)
+    assert found["fid"] == pytest.approx(frechet_distance(Moments.of(a).gaussian, Moments.of(b).gaussian), rel=1e-4)
     assert found["kid"] == pytest.approx(kernel_inception_distance(a, b)["kid"], rel=1e-4)
     low, high = found["fid_interval"]
     assert low < found["fid"] < high
@@ -133,7 +133,7 @@ def test_of_a_folder_of_ours_the_grid_is_no_picture(home: Path, tmp_path: Path) 
 def test_saved_statistics_stand_for_the_pictures(home: Path, tmp_path: Path) -> None:
     file = tmp_path / "b.npz"
     found = compare(home, "a", "b", save_statistics=file, preprocessing="pytorch-fid")
-    expected = fit_gaussian(own_features(home, "b"))
+    expected = Moments.of(own_features(home, "b")).gaussian
     with numpy.load(file) as arrays:
         assert numpy.allclose(arrays["mu"], expected.mean.numpy(), atol=1e-6)
         assert numpy.allclose(arrays["sigma"], expected.covariance.numpy(), atol=1e-6)

@@ -26,16 +26,19 @@ Tap = Literal["64", "192", "768", "2048", "logits"]
 NUM_FEATURES: dict[Tap, int] = {"64": 64, "192": 192, "768": 768, "2048": 2048, "logits": 1008}
 """Features of each tap."""
 
-_Size = int | tuple[int, int]
-_Step = list[tuple[str, int, _Size]]
-"""Convolutions of one input, by name, output channels and kernel size; their outputs are concatenated."""
+_Kernel = int | tuple[int, int]
+_Branches = dict[str, list[tuple[int, *tuple[_Kernel, ...]]]]
+"""The steps of each branch: output channels and one or two kernels. Outputs of two are concatenated."""
+
+_ROW, _COLUMN = (1, 7), (7, 1)
+_FORK = ((1, 3), (3, 1))
 
 
 class _Convolution(nn.Module):
     """Convolution, normalisation with fixed statistics, ReLU; `padded` keeps the size at a stride of 1."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: _Size, stride: int = 1, padded: bool = True
+        self, in_channels: int, out_channels: int, kernel: _Kernel, *, stride: int = 1, padded: bool = True
     ) -> None:
         super().__init__()
         height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
@@ -51,100 +54,77 @@ class _Convolution(nn.Module):
 class _Mixed(nn.Module):
     """Branches of convolutions beside a pooled one, concatenated along the channels.
 
+    The convolutions are called after their branch: `branch5x5_2` is the second of several, `branch3x3_2a` has the first
+    kernel of two.
+
     Args:
         in_channels: C.
-        branches: the steps of each branch.
-        pool: the pool of the last branch.
+        branches: all but the pooled one.
         pool_channels: outputs of the convolution behind the pool; None: no convolution, and all branches halve the
             size with a stride of 2 in their last step.
+        maximum: the pool takes maxima instead of means.
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        branches: list[list[_Step]],
-        pool: Literal["average", "maximum"] = "average",
-        pool_channels: int | None = None,
+        self, in_channels: int, branches: _Branches, pool_channels: int | None = None, maximum: bool = False
     ) -> None:
         super().__init__()
-        self._pool, self._halves = pool, pool_channels is None
-        self._branches = [[[name for name, _, _ in step] for step in branch] for branch in branches]
-        for branch in branches:
-            channels = in_channels
-            for step in branch:
-                last = self._halves and step is branch[-1]
-                for name, out_channels, kernel in step:
-                    layer = _Convolution(channels, out_channels, kernel, stride=2 if last else 1, padded=not last)
-                    self.add_module(name, layer)
-                channels = sum(out_channels for _, out_channels, _ in step)
+        self._names, self._maximum = list[list[list[str]]](), maximum
+        for branch, steps in branches.items():
+            channels, found = in_channels, list[list[str]]()
+            for number, (width, *kernels) in enumerate(steps, start=1):
+                name = branch if len(steps) == 1 else f"{branch}_{number}"
+                names = [name] if len(kernels) == 1 else [f"{name}a", f"{name}b"]
+                halves = pool_channels is None and number == len(steps)
+                for own, kernel in zip(names, kernels, strict=True):
+                    layer = _Convolution(channels, width, kernel, stride=2 if halves else 1, padded=not halves)
+                    self.add_module(own, layer)
+                channels = width * len(kernels)
+                found.append(names)
+            self._names.append(found)
         self.branch_pool = None if pool_channels is None else _Convolution(in_channels, pool_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         outputs = []
-        for branch in self._branches:
+        for steps in self._names:
             hidden = x
-            for names in branch:
+            for names in steps:
                 hidden = torch.cat([self.get_submodule(name)(hidden) for name in names], 1)
             outputs.append(hidden)
-        return torch.cat([*outputs, self._pooled(x)], 1)
-
-    def _pooled(self, x: Tensor) -> Tensor:
         if self.branch_pool is None:
-            return F.max_pool2d(x, 3, 2)
-        if self._pool == "maximum":
-            pooled = F.max_pool2d(x, 3, 1, padding=1)
+            outputs.append(F.max_pool2d(x, 3, 2))
+        elif self._maximum:
+            outputs.append(self.branch_pool(F.max_pool2d(x, 3, 1, padding=1)))
         else:
-            pooled = F.avg_pool2d(x, 3, 1, padding=1, count_include_pad=False)
-        result: Tensor = self.branch_pool(pooled)
-        return result
+            outputs.append(self.branch_pool(F.avg_pool2d(x, 3, 1, padding=1, count_include_pad=False)))
+        return torch.cat(outputs, 1)
 
 
 def _mixed_5(in_channels: int, pool_channels: int) -> _Mixed:
-    dense: list[_Step] = [[("branch3x3dbl_1", 64, 1)], [("branch3x3dbl_2", 96, 3)], [("branch3x3dbl_3", 96, 3)]]
-    wide: list[_Step] = [[("branch5x5_1", 48, 1)], [("branch5x5_2", 64, 5)]]
-    return _Mixed(in_channels, [[[("branch1x1", 64, 1)]], wide, dense], pool_channels=pool_channels)
-
-
-def _mixed_6a() -> _Mixed:
-    dense: list[_Step] = [[("branch3x3dbl_1", 64, 1)], [("branch3x3dbl_2", 96, 3)], [("branch3x3dbl_3", 96, 3)]]
-    return _Mixed(288, [[[("branch3x3", 384, 3)]], dense])
+    branches: _Branches = {
+        "branch1x1": [(64, 1)],
+        "branch5x5": [(48, 1), (64, 5)],
+        "branch3x3dbl": [(64, 1), (96, 3), (96, 3)],
+    }
+    return _Mixed(in_channels, branches, pool_channels)
 
 
 def _mixed_6(middle: int) -> _Mixed:
-    row, column = (1, 7), (7, 1)
-    single: list[_Step] = [
-        [("branch7x7_1", middle, 1)],
-        [("branch7x7_2", middle, row)],
-        [("branch7x7_3", 192, column)],
-    ]
-    double: list[_Step] = [
-        [("branch7x7dbl_1", middle, 1)],
-        [("branch7x7dbl_2", middle, column)],
-        [("branch7x7dbl_3", middle, row)],
-        [("branch7x7dbl_4", middle, column)],
-        [("branch7x7dbl_5", 192, row)],
-    ]
-    return _Mixed(768, [[[("branch1x1", 192, 1)]], single, double], pool_channels=192)
+    branches: _Branches = {
+        "branch1x1": [(192, 1)],
+        "branch7x7": [(middle, 1), (middle, _ROW), (192, _COLUMN)],
+        "branch7x7dbl": [(middle, 1), (middle, _COLUMN), (middle, _ROW), (middle, _COLUMN), (192, _ROW)],
+    }
+    return _Mixed(768, branches, 192)
 
 
-def _mixed_7a() -> _Mixed:
-    single: list[_Step] = [[("branch3x3_1", 192, 1)], [("branch3x3_2", 320, 3)]]
-    long: list[_Step] = [
-        [("branch7x7x3_1", 192, 1)],
-        [("branch7x7x3_2", 192, (1, 7))],
-        [("branch7x7x3_3", 192, (7, 1))],
-        [("branch7x7x3_4", 192, 3)],
-    ]
-    return _Mixed(768, [single, long])
-
-
-def _mixed_7(in_channels: int, pool: Literal["average", "maximum"]) -> _Mixed:
-    def fork(name: str) -> _Step:
-        return [(f"{name}a", 384, (1, 3)), (f"{name}b", 384, (3, 1))]
-
-    single: list[_Step] = [[("branch3x3_1", 384, 1)], fork("branch3x3_2")]
-    double: list[_Step] = [[("branch3x3dbl_1", 448, 1)], [("branch3x3dbl_2", 384, 3)], fork("branch3x3dbl_3")]
-    return _Mixed(in_channels, [[[("branch1x1", 320, 1)]], single, double], pool, 192)
+def _mixed_7(in_channels: int, maximum: bool) -> _Mixed:
+    branches: _Branches = {
+        "branch1x1": [(320, 1)],
+        "branch3x3": [(384, 1), (384, *_FORK)],
+        "branch3x3dbl": [(448, 1), (384, 3), (384, *_FORK)],
+    }
+    return _Mixed(in_channels, branches, 192, maximum)
 
 
 class InceptionV3(nn.Module):
@@ -158,9 +138,11 @@ class InceptionV3(nn.Module):
         self.Conv2d_3b_1x1 = _Convolution(64, 80, 1)
         self.Conv2d_4a_3x3 = _Convolution(80, 192, 3, padded=False)
         self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _mixed_5(192, 32), _mixed_5(256, 64), _mixed_5(288, 64)
-        self.Mixed_6a, self.Mixed_6b, self.Mixed_6c = _mixed_6a(), _mixed_6(128), _mixed_6(160)
-        self.Mixed_6d, self.Mixed_6e = _mixed_6(160), _mixed_6(192)
-        self.Mixed_7a, self.Mixed_7b, self.Mixed_7c = _mixed_7a(), _mixed_7(1280, "average"), _mixed_7(2048, "maximum")
+        self.Mixed_6a = _Mixed(288, {"branch3x3": [(384, 3)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3)]})
+        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = map(_mixed_6, (128, 160, 160, 192))
+        long: _Branches = {"branch7x7x3": [(192, 1), (192, _ROW), (192, _COLUMN), (192, 3)]}
+        self.Mixed_7a = _Mixed(768, {"branch3x3": [(192, 1), (320, 3)], **long})
+        self.Mixed_7b, self.Mixed_7c = _mixed_7(1280, maximum=False), _mixed_7(2048, maximum=True)
         self.fc = nn.Linear(2048, 1008)
         self.eval()
 
