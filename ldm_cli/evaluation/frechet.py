@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ldm_cli.evaluation.intervals import NUM_GROUPS, interval, jackknife
 
+_CHUNK = 2048
+
 
 @dataclass(frozen=True)
 class Gaussian:
@@ -107,13 +109,24 @@ class FeatureMoments:
     def __init__(self) -> None:
         self.count = 0
         self._groups: list[Moments | None] = [None] * NUM_GROUPS
+        self._waiting: list[Tensor] = []
 
     def add(self, features: Tensor) -> None:
         """Count further vectors [B, D]."""
-        for number, before in enumerate(self._groups):
-            if len(own := features[(number - self.count) % NUM_GROUPS :: NUM_GROUPS]):
-                self._groups[number] = Moments.of(own) if before is None else before + Moments.of(own)
+        self._waiting.append(features)
         self.count += len(features)
+        if sum(map(len, self._waiting)) >= _CHUNK:
+            self._merge()
+
+    def _merge(self) -> None:
+        """Bring the waiting vectors into their groups; of many at once this costs little beside their features."""
+        if not self._waiting:
+            return
+        features, self._waiting = torch.cat(self._waiting), []
+        start = self.count - len(features)
+        for number, before in enumerate(self._groups):
+            if len(own := features[(number - start) % NUM_GROUPS :: NUM_GROUPS]):
+                self._groups[number] = Moments.of(own) if before is None else before + Moments.of(own)
 
     def gaussians_without_a_group(self) -> Iterator[Gaussian]:
         """For each group, the Gaussian of the vectors of all others; of 20 vectors or more."""
@@ -123,6 +136,7 @@ class FeatureMoments:
     @property
     def whole(self) -> Moments:
         """Those of all vectors, at least one."""
+        self._merge()
         return reduce(Moments.__add__, (group for group in self._groups if group is not None))
 
 

@@ -55,8 +55,8 @@ class _Measured:
 
     features: PictureFeatures | Gaussian
     about: dict[str, Any]
-    """`source`, `num_pictures`, `sha256` of the pictures, and `inception`, the network and preparation; the last two
-    are missing where they are not known."""
+    """`source` and `num_pictures`; where they are known, `sha256` of the pictures, `inception` (network, preparation) and
+    `job` (of pictures of `ldm sample`)."""
 
 
 def run(generated: str, real: str | None, options: CompareOptions, reporter: Reporter) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def _check(names: list[str], options: CompareOptions) -> None:
         raise UsageError(
             f"{', '.join(m for m in options.metrics if m != 'cmmd')} needs --inception FILE",
             "the weights of FID's network are not part of this program",
-            HOW_TO_GET_INCEPTION,
+            f"{HOW_TO_GET_INCEPTION}; cmmd takes a CLIP instead",
         )
     if "cmmd" in options.metrics and options.clip is None:
         raise UsageError("cmmd needs --clip DIR", remedy="give a CLIPModel folder: published numbers take ViT-L/14-336")
@@ -163,7 +163,7 @@ def _of_pictures(pictures: PictureSet, options: CompareOptions, networks: _Netwo
             progress.update(features.count)
     about = {"source": pictures.name, "num_pictures": features.count, "sha256": digest.hexdigest()}
     inception = {"inception": networks.inception.provenance} if networks.inception else {}
-    return _Measured(features, {**about, **inception})
+    return _Measured(features, {**about, **inception, **({"job": pictures.job} if pictures.job else {})})
 
 
 def _of_file(name: str, statistics: Statistics, device: torch.device) -> _Measured:

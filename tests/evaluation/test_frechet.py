@@ -103,14 +103,16 @@ def moments(x: Tensor, batch: int = 1000) -> FeatureMoments:
 
 
 @pytest.mark.parametrize("batch", [1, 7, 1000])
-def test_moments_in_batches_are_those_of_the_whole(batch: int) -> None:
+def test_moments_in_batches_are_those_of_the_whole(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldm_cli.evaluation.frechet._CHUNK", 20)
     x = features(103, 5) + 1e4
     found, expected = moments(x, batch).whole.gaussian, fit_gaussian(x)
     assert torch.allclose(found.mean, expected.mean, rtol=1e-13)
     assert torch.allclose(found.covariance, expected.covariance, rtol=1e-8)
 
 
-def test_a_group_left_out_is_every_tenth_vector() -> None:
+def test_a_group_left_out_is_every_tenth_vector(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldm_cli.evaluation.frechet._CHUNK", 20)
     x = features(103, 5)
     for group, found in enumerate(moments(x, 7).gaussians_without_a_group()):
         expected = fit_gaussian(x[torch.arange(103) % 10 != group])

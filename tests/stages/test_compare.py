@@ -125,8 +125,13 @@ def test_shards_and_a_folder_of_the_same_pictures_are_one_set(home: Path, tmp_pa
 def test_of_a_folder_of_ours_the_grid_is_no_picture(home: Path, tmp_path: Path) -> None:
     folder = write_pictures(tmp_path / "job", 5, 2)
     (folder / "004.png").rename(folder / "grid.png")
-    (folder / "images.json").write_text(json.dumps({"images": [{"file": f"{i:03d}.png"} for i in range(4)]}))
-    assert compare(home, str(folder), "b")["provenance"]["generated"]["num_pictures"] == 4
+    job = {"sampling": {"steps": 3}}
+    listed = [{"file": f"{i:03d}.png", "seed": i} for i in range(4)]
+    (folder / "images.json").write_text(json.dumps({"job": job, "images": listed}))
+    about = compare(home, str(folder), "b")["provenance"]["generated"]
+    assert (about["num_pictures"], about["job"]) == (4, job)
+    (folder / "images.json").write_text(json.dumps({"images": [{"file_name": "000.png"}]}))  # of another program
+    assert compare(home, str(folder), "b")["provenance"]["generated"]["num_pictures"] == 5
 
 
 @pytest.mark.usefixtures("small_inception")
@@ -212,9 +217,11 @@ def test_sets_that_are_missing_damaged_or_too_small_are_named(home: Path, tmp_pa
     write_pictures(tmp_path / "few", 5, 0)
     with pytest.raises(DataError, match="prdc cannot be measured: 5 generated pictures, but at least 6 are needed"):
         compare(home, str(tmp_path / "few"), "b", "prdc")
-    (tmp_path / "few" / "003.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"cannot read picture '003\.png' of '.*few'"):
-        compare(home, str(tmp_path / "few"), "b")
+    whole = (tmp_path / "few" / "003.png").read_bytes()
+    for damaged in (b"no picture", whole[: len(whole) // 2]):
+        (tmp_path / "few" / "003.png").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"cannot read picture '003\.png' of '.*few'"):
+            compare(home, str(tmp_path / "few"), "b")
 
 
 def test_pictures_of_every_mode_are_read_as_rgb(home: Path, tmp_path: Path) -> None:

@@ -5,22 +5,22 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
-from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.decode import from_pillow, image_header
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.prefetch import prefetched
 from ldm_cli.data.sample_decoder import SampleDecoder, Wanted
 from ldm_cli.data.tables import is_picture
-from ldm_cli.errors import DataError, InputNotFoundError
+from ldm_cli.errors import DataError, InputNotFoundError, LdmError
 from ldm_cli.pictures.job_folder import IMAGES_FILE
 from ldm_cli.reporting import Reporter
 
@@ -35,10 +35,12 @@ class PictureSet:
     Attributes:
         name: as the user gave it.
         files: the name of each picture, and a function that reads its file.
+        job: model and settings that all pictures of `ldm sample` share; else empty.
     """
 
     name: str
     files: Sequence[tuple[str, Callable[[], bytes]]]
+    job: Mapping[str, Any] = field(default_factory=dict)
 
     def batches(self, size: int, digest: hashlib._Hash) -> Iterator[list[Tensor]]:
         """The pictures, uint8 [3, H, W] each, in lists of `size`; read ahead by threads.
@@ -73,7 +75,9 @@ class PictureSet:
             image_header(data, _MAX_PIXELS)
             with Image.open(io.BytesIO(data)) as image:
                 return from_pillow(image.convert("RGB"))[0], hashlib.sha256(data).digest()
-        except (BadSampleError, OSError, SyntaxError) as error:
+        except LdmError:
+            raise
+        except Exception as error:  # Pillow's plugins raise nearly every kind of exception on damaged files
             raise DataError(f"cannot read picture '{name}' of '{self.name}'", str(error)) from error
 
 
@@ -91,14 +95,11 @@ def open_pictures(source: str, reporter: Reporter) -> PictureSet:
     """
     folder = Path(source)
     if folder.is_dir() and not any(folder.glob("*.tar")):
-        if (folder / IMAGES_FILE).is_file():
-            images = json.loads((folder / IMAGES_FILE).read_bytes())["images"]
-            paths = [folder / image["file"] for image in images]
-        else:
-            paths = sorted(path for path in folder.rglob("*") if is_picture(path))
+        paths, job = _listed(folder)
+        paths = paths or sorted(path for path in folder.rglob("*") if is_picture(path))
         if not paths:
             raise InputNotFoundError(f"there are no pictures in '{source}'")
-        return PictureSet(source, [(str(path.relative_to(folder)), path.read_bytes) for path in paths])
+        return PictureSet(source, [(str(path.relative_to(folder)), path.read_bytes) for path in paths], job)
     config = DataConfig(shards=source)
     shards = open_shards(source, config, reporter)
     decoder = SampleDecoder(shards, config, Wanted(caption=False))
@@ -108,3 +109,12 @@ def open_pictures(source: str, reporter: Reporter) -> PictureSet:
 
     places = ((shard, number) for shard, size in enumerate(shards.sizes) for number in range(size))
     return PictureSet(source, [(shards.name(*place), reader(*place)) for place in places])
+
+
+def _listed(folder: Path) -> tuple[list[Path], Mapping[str, Any]]:
+    """The pictures and the job of images.json; both empty where there is none, or that of another program."""
+    try:
+        content = json.loads((folder / IMAGES_FILE).read_bytes())
+        return [folder / image["file"] for image in content["images"]], content["job"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return [], {}
