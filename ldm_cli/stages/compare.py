@@ -55,7 +55,7 @@ class _Measured:
 
     features: PictureFeatures | Gaussian
     about: dict[str, Any]
-    """`source` and `num_pictures`; where they are known, `sha256` of the pictures, `inception` (network, preparation) and
+    """`source` and `num_pictures`; where they are known, `sha256` of the pictures, `inception` (network, preparation),
     `job` (of pictures of `ldm sample`)."""
 
 

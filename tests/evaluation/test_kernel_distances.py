@@ -47,7 +47,8 @@ def test_two_halves_of_one_set_are_no_distance_apart_on_average() -> None:
     assert abs(float(found.mean())) < 3 * float(found.std()) / math.sqrt(50)
 
 
-def test_the_interval_covers_the_distance_as_often_as_it_says() -> None:
+def test_the_interval_covers_the_distance_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldm_cli.evaluation.kernel_distances.KID_SUBSETS", 30)  # which the interval takes into account
     # For independent standard normal x, x' of D = 4: E (x·x'/4 + 1)³ = 1 + 3 E(x·x')²/16 = 1.75. With y = y₀ + s,
     # s = (1, 1, 1, 1): E k(y, y') = E(u + 1)³ and E k(x, y) = E(v + 1)³, u = y·y'/4 and v = x·y/4, where
     # v | y is normal of variance |y|²/16, so E = 1 + 3 E|y|²/16 = 1 + 3·8/16 = 2.5, and
