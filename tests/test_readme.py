@@ -49,6 +49,7 @@ NAMES = (
     "edit",
     "foreign-models",
     "eval",
+    "compare",
     "spiral",
     "data",
     "recipe",

@@ -13,6 +13,7 @@ from typer.main import get_command
 from ldm_cli import __version__
 from ldm_cli.cli import (
     bench,
+    compare,
     convert,
     data,
     evaluate,
@@ -43,8 +44,16 @@ app = typer.Typer(
 )
 for name, text in train.COMMANDS.items():
     app.command(name, help=text, rich_help_panel="Models")(train.command)
-_MODELS = {"precompute": precompute, "sample": sample, "eval": evaluate, "convert": convert, "pull": pull}
-_MODELS |= {"spiral": spiral, "bench": bench}
+_MODELS = {
+    "precompute": precompute,
+    "sample": sample,
+    "eval": evaluate,
+    "compare": compare,
+    "convert": convert,
+    "pull": pull,
+    "spiral": spiral,
+    "bench": bench,
+}
 for name, module in _MODELS.items():
     app.command(name, rich_help_panel="Models")(module.command)
 for name, group in {"data": data.commands, "recipe": recipe.commands}.items():

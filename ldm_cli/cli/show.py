@@ -122,7 +122,7 @@ def _cell(value: Any) -> Any:
     elif isinstance(value, list | tuple | Mapping) and not value:
         text = "-"
     elif isinstance(value, list | tuple):
-        text = ", ".join(str(entry) for entry in value)
+        text = ", ".join(f"{entry:.4g}" if isinstance(entry, float) else str(entry) for entry in value)
     else:
         text = str(value)
     return Text(printable(text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Self
 
@@ -47,6 +48,12 @@ class CLIPFeatures:
         features = self._model.get_image_features(self._processor(images.to(self._device)))
         return _finite(features.float().cpu(), "images")
 
+    def squares(self, images: Sequence[Tensor]) -> Tensor:
+        """Pictures uint8 [3, H, W], of any sizes, cut to their central squares first; else as `images`."""
+        squares = [_central_square(image) for image in images]
+        groups = [torch.stack(list(group)) for _, group in groupby(squares, lambda image: image.shape)]
+        return torch.cat([self.images(group) for group in groups])
+
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """B texts → float32 [B, P] on the CPU; longer texts than the context are truncated. Raises as `images`."""
@@ -54,6 +61,13 @@ class CLIPFeatures:
         self.num_truncated += len(tokens.truncated)
         features = self._model.get_text_features(tokens.input_ids.to(self._device))
         return _finite(features.float().cpu(), "texts")
+
+
+def _central_square(image: Tensor) -> Tensor:
+    height, width = image.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return image[:, top : top + side, left : left + side]
 
 
 def _finite(features: Tensor, of_what: str) -> Tensor:

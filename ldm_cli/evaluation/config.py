@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
 from ldm_cli.config import Config, NamesModel
 
-MetricName = Literal["clip_score", "zero_shot", "retrieval", "reconstruction", "frechet_distance", "attribute_accuracy"]
+PictureMetric = Literal["fid", "kid", "prdc", "is", "cmmd"]
+"""A metric of two sets of pictures, or (`is`) of the generated ones, that other programs have as well."""
+PICTURE_METRICS: tuple[PictureMetric, ...] = get_args(PictureMetric)
 
+MetricName = Literal[
+    "clip_score", "zero_shot", "retrieval", "reconstruction", "frechet_distance", "attribute_accuracy", PictureMetric
+]
+
+Preprocessing = Literal["pytorch-fid", "clean", "torch-fidelity"]
+"""The program whose preparation of pictures for the Inception network is taken; `clean` is clean-fid's default mode."""
+PREPROCESSINGS: tuple[Preprocessing, ...] = get_args(Preprocessing)
 
 _NEEDS: dict[str, tuple[str, ...]] = {
     "clip_score": ("clip",),
@@ -18,7 +27,14 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "reconstruction": ("vae",),
     "frechet_distance": ("clip", "pipeline"),
     "attribute_accuracy": ("pipeline",),
+    **dict.fromkeys(PICTURE_METRICS, ("inception", "pipeline")),
+    "cmmd": ("clip", "pipeline"),
 }
+HOW_TO_GET_INCEPTION = (
+    "take pt_inception-2015-12-05-6726825d.pth of the releases of pytorch-fid or torch-fidelity, and convert it once: "
+    "ldm convert FILE.pth inception.safetensors --allow-pickle"
+)
+"""Remedy where the weights of the Inception network are missing."""
 
 
 class ZeroShotClassification(Config):
@@ -40,12 +56,16 @@ class EvalConfig(Config):
     """Models to evaluate, and metrics."""
 
     clip: Annotated[str | None, NamesModel()] = None
-    """A CLIPModel: for `clip_score`, `zero_shot`, `retrieval`, `frechet_distance`."""
+    """A CLIPModel: for `clip_score`, `zero_shot`, `retrieval`, `frechet_distance`, `cmmd`."""
+    inception: str | None = None
+    """File with the weights of FID's Inception network, in safetensors: for `fid`, `kid`, `prdc`, `is`."""
+    preprocessing: Preprocessing = "torch-fidelity"
+    """Program whose preparation of pictures for the Inception network is taken."""
     vae: Annotated[str | None, NamesModel(("vae",))] = None
     """An AutoencoderKL or AutoencoderTiny: for `reconstruction` (PSNR, SSIM)."""
     pipeline: Annotated[str | None, NamesModel()] = None
     """Pipeline that generates pictures of the captions, for `clip_score`, `frechet_distance`,
-    `attribute_accuracy`."""
+    `attribute_accuracy`, `fid`, `kid`, `prdc`, `is`, `cmmd`."""
     metrics: Annotated[tuple[MetricName, ...], Field(min_length=1)]
     """Metrics to compute."""
     num_samples: Annotated[int, Field(ge=1)] = 1000
@@ -58,10 +78,17 @@ class EvalConfig(Config):
     batch_size: Annotated[int, Field(ge=1)] = 64
     """Samples per model call."""
 
+    @property
+    def picture_metrics(self) -> tuple[PictureMetric, ...]:
+        """The metrics that `ldm compare` has as well."""
+        return tuple(metric for metric in PICTURE_METRICS if metric in self.metrics)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         for metric in self.metrics:
             missing = [name for name in _NEEDS[metric] if not getattr(self, name)]
             if missing:
-                raise ValueError(f"the metric {metric} needs {' and '.join(f'eval.{name}' for name in missing)}")
+                remedy = f": {HOW_TO_GET_INCEPTION}; or measure frechet_distance" if "inception" in missing else ""
+                needed = " and ".join(f"eval.{name}" for name in missing)
+                raise ValueError(f"the metric {metric} needs {needed}{remedy}")
         return self

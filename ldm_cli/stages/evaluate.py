@@ -21,7 +21,7 @@ from ldm_cli.errors import DataError, DivergedError, OutputError, RecipeError
 from ldm_cli.evaluation.attribute_accuracy import score_scenes
 from ldm_cli.evaluation.clip_features import CLIPFeatures
 from ldm_cli.evaluation.config import ZeroShotClassification
-from ldm_cli.evaluation.frechet import fit_gaussian, frechet_distance, frechet_name
+from ldm_cli.evaluation.frechet import Moments, frechet_distance, frechet_name
 from ldm_cli.evaluation.image_quality import SSIM_WINDOW
 from ldm_cli.evaluation.metrics import (
     class_embeddings,
@@ -29,11 +29,19 @@ from ldm_cli.evaluation.metrics import (
     summarize_clip_score,
     zero_shot_accuracy,
 )
+from ldm_cli.evaluation.picture_metrics import measure_pictures
 from ldm_cli.evaluation.scene_detector import WORKING_SIZE
 from ldm_cli.formats.json_file import write_json
 from ldm_cli.recipe.schema import EvalRecipe, EvalSection
 from ldm_cli.reporting import Reporter
-from ldm_cli.stages.support.eval_samples import Gathered, Models, load_models, measure_generated, measure_real
+from ldm_cli.stages.support.eval_samples import (
+    Gathered,
+    Models,
+    load_models,
+    measure_generated,
+    measure_real,
+    picture_features,
+)
 from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import RunOptions, resolve_device
 from ldm_cli.training.distributed import SECONDS_OF_SILENCE, joined, local_rank
@@ -167,6 +175,12 @@ def _metrics_of_generated(
         if "frechet_distance" in config.metrics:
             images = torch.cat(real.image_features)[: config.num_samples]
             result["frechet_distance"] = _frechet(images, pictures, models, reporter)
+    if config.picture_metrics:
+        ours = picture_features(config, generated, config.num_generated, models.device)
+        theirs = picture_features(config, real, config.num_samples, models.device)
+        counts = {"num_real": theirs.count, "num_generated": ours.count}
+        found = measure_pictures(config.picture_metrics, ours, theirs, reporter.warn)
+        result |= {name: {**values, **counts} for name, values in found.items()}
     if "attribute_accuracy" in config.metrics:
         truths = real.metadata[: len(generated.scenes)]
         result["attribute_accuracy"] = {
@@ -216,7 +230,7 @@ def _frechet(real: Tensor, generated: Tensor, models: Models, reporter: Reporter
                 f"frechet_distance: {len(features)} {name} images for {features.shape[1]} features; "
                 "compare only with distances of as many images"
             )
-        gaussians.append(fit_gaussian(features))
+        gaussians.append(Moments.of(features).gaussian)
     assert models.clip is not None
     return {
         frechet_name(models.hashes["clip"]["sha256"]): frechet_distance(*gaussians),

@@ -44,3 +44,8 @@ def test_untrusted_text_cannot_steer_the_terminal(capfd: pytest.CaptureFixture[s
     out = capfd.readouterr().out
     assert "\x1b" not in out
     assert "\\x1b]0;x\\x07b\\u202e" in out
+
+
+def test_numbers_in_a_list_have_as_many_digits_as_others(capfd: pytest.CaptureFixture[str]) -> None:
+    show_result({"interval": [1.234567, 22.0], "sizes": [1024, 7]}, as_json=False)
+    assert [line.split(maxsplit=1)[1] for line in capfd.readouterr().out.splitlines()] == ["1.235, 22", "1024, 7"]

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from ldm_cli.core.models.inception import NUM_FEATURES
 from ldm_cli.data.scenes import write_scenes
+from ldm_cli.evaluation.inception_features import InceptionFeatures, prepared
 from ldm_cli.reporting import SilentReporter
 
 from .tiny import clip_recipe, trained, unet_recipe, vae_recipe
@@ -40,3 +46,17 @@ def unet_run(scenes: Path, clip_run: Path, vae_run: Path, tmp_path_factory: pyte
     recipe = unet_recipe(scenes, clip_run / "model", vae_run / "model", steps=40, lr=5e-3, log_every=10, ema_decay=0.9)
     trained(recipe, out)
     return out
+
+
+@pytest.fixture
+def small_inception(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve features and four classes in place of the Inception network's."""
+
+    def features(self: InceptionFeatures, images: Any, taps: Any = ("2048",)) -> dict[str, Tensor]:
+        pixels = torch.cat([prepared(image[None], self._preprocessing) for image in images])
+        pooled = F.adaptive_avg_pool2d(pixels, 2).flatten(1)
+        return {tap: pooled if tap == "2048" else 5 * pooled[:, :4] for tap in taps}
+
+    monkeypatch.setattr(InceptionFeatures, "__call__", features)
+    monkeypatch.setitem(NUM_FEATURES, "2048", 12)
+    monkeypatch.setitem(NUM_FEATURES, "logits", 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
@@ -20,21 +22,30 @@ from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisi
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.data import scene_vocabulary as words
+from ldm_cli.data.loader import sequential_batches
+from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.scenes import scene, write_scenes
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.data.tokenizer_config import TokenizerConfig
 from ldm_cli.errors import DataError, DivergedError, OutputError, RecipeError
+from ldm_cli.evaluation.config import PICTURE_METRICS
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
+from ldm_cli.families.open_family import open_family
 from ldm_cli.families.stable_diffusion import StableDiffusion
 from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.scheduler_file import our_settings
 from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS
+from ldm_cli.pictures.images import save_image
 from ldm_cli.recipe.schema import EvalRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.sampling.request import ImageRequest
+from ldm_cli.stages import compare
+from ldm_cli.stages.compare import CompareOptions
 from ldm_cli.stages.evaluate import run
 from ldm_cli.stages.support.options import RunOptions
+from tests.evaluation.inception_weights import inception_weights
 
 from ..training.forked import ForkedRanks
 
@@ -175,6 +186,44 @@ def test_numbers_depend_neither_on_the_batch_size_nor_on_the_run(home: Path) -> 
         return [] if value is None else [value]
 
     assert numbers(first) == pytest.approx(numbers(second), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.usefixtures("small_inception")
+def test_metrics_of_pictures_are_those_of_the_kept_pictures(home: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "inception.safetensors"
+    save_file(inception_weights(), weights)
+    given = {"inception": str(weights), "preprocessing": "clean", "num_generated": 10}
+    result = evaluate(home, [*PICTURE_METRICS], **given)
+    for name, pictures in {"generated": _generated(home, 10), "real": _real(home, 20)}.items():
+        for number, picture in enumerate(pictures):
+            save_image(tmp_path / name / f"{number:02d}.png", picture)
+    options = CompareOptions(PICTURE_METRICS, weights, home / "clip", "clean", device="cpu")
+    expected = compare.run(str(tmp_path / "generated"), str(tmp_path / "real"), options, SilentReporter())
+    provenance = expected.pop("provenance")
+    found = {name: value for values in result["metrics"].values() for name, value in values.items()}
+    assert (found.pop("num_real"), found.pop("num_generated")) == (20, 10)
+    assert found.keys() == expected.keys()
+    numbers = {name: value for name, value in expected.items() if isinstance(value, float)}
+    assert {name: found[name] for name in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-6)
+    assert result["provenance"]["models"]["inception"] == provenance["networks"]["inception"]
+
+
+def _real(home: Path, count: int) -> Iterator[Tensor]:
+    data = recipe(home, ["reconstruction"]).data
+    for batch in sequential_batches(open_shards(data.shards, data, SilentReporter()), data, count, count):
+        yield from batch.images
+
+
+def _generated(home: Path, count: int) -> Iterator[Tensor]:
+    requests = [ImageRequest(scene(0, i, "val", 32).caption, i) for i in range(count)]
+    sampling = recipe(home, ["clip_score"]).eval.sampling
+    pipeline = Pipeline(open_family(home / "pipeline"))
+    return (picture.pixels for picture in pipeline.generate(requests, sampling, reporter=SilentReporter()))
+
+
+def test_a_metric_without_weights_says_where_they_come_from(home: Path) -> None:
+    with pytest.raises(ValidationError, match=r"fid needs eval.inception: take .*; or measure frechet_distance"):
+        recipe(home, ["fid"])
 
 
 def test_models_that_no_metric_needs_are_not_loaded(home: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm_cli.core.models.inception import NUM_FEATURES
 from ldm_cli.core.pixels import to_bytes, to_signed
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import sequential_batches
@@ -19,7 +20,10 @@ from ldm_cli.data.shards import ShardSet
 from ldm_cli.data.to_device import sent_to_device
 from ldm_cli.errors import DataError, DivergedError
 from ldm_cli.evaluation.clip_features import CLIPFeatures
+from ldm_cli.evaluation.config import PICTURE_METRICS
 from ldm_cli.evaluation.image_quality import psnr, ssim
+from ldm_cli.evaluation.inception_features import InceptionFeatures
+from ldm_cli.evaluation.picture_metrics import CLIP, PictureFeatures, needed_taps
 from ldm_cli.evaluation.scene_detector import SeenObject, SeenScene, read_scenes
 from ldm_cli.families.codec_folder import Autoencoder, open_codec
 from ldm_cli.families.family import place
@@ -35,12 +39,12 @@ from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.shared_work import merged
 
 _METRICS_BY_MODEL = {
-    "clip": {"clip_score", "zero_shot", "retrieval", "frechet_distance"},
+    "clip": {"clip_score", "zero_shot", "retrieval", "frechet_distance", "cmmd"},
     "vae": {"reconstruction"},
-    "pipeline": {"clip_score", "frechet_distance", "attribute_accuracy"},
+    "pipeline": {"clip_score", "frechet_distance", "attribute_accuracy", *PICTURE_METRICS},
 }
 _REQUESTS_PER_CALL = 256
-_MEASURED = ("image_features", "text_features", "psnr", "ssim")
+_MEASURED = ("image_features", "text_features", "inception_features", "psnr", "ssim")
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Models:
     clip: CLIPFeatures | None
     vae: Autoencoder | None
     pipeline: Pipeline | None
+    inception: InceptionFeatures | None
     device: torch.device
     hashes: dict[str, Any]
 
@@ -70,6 +75,8 @@ class Gathered:
     labels: list[int] = field(default_factory=list)
     image_features: list[Tensor] = field(default_factory=list)
     text_features: list[Tensor] = field(default_factory=list)
+    inception_features: list[Tensor] = field(default_factory=list)
+    """Those of `needed_taps`, side by side."""
     psnr: list[Tensor] = field(default_factory=list)
     ssim: list[Tensor] = field(default_factory=list)
     scenes_by_batch: list[list[SeenScene]] = field(default_factory=list)
@@ -126,7 +133,11 @@ def load_models(config: EvalSection, device: torch.device) -> Models:
         pipeline = Pipeline(family)
         assert family.folder is not None
         hashes["pipeline"] = {"folder": recorded(family.folder), "sha256": family.weights_sha256}
-    return Models(clip, vae, pipeline, device, hashes)
+    inception = None
+    if config.inception is not None and needed_taps(config.picture_metrics):
+        inception = InceptionFeatures.load(Path(config.inception), device, config.preprocessing)
+        hashes["inception"] = inception.provenance
+    return Models(clip, vae, pipeline, inception, device, hashes)
 
 
 def measure_real(recipe: EvalRecipe, shards: ShardSet, models: Models, reporter: Reporter, ranks: Ranks) -> Gathered:
@@ -135,12 +146,11 @@ def measure_real(recipe: EvalRecipe, shards: ShardSet, models: Models, reporter:
     labelled = "zero_shot" in config.metrics and any(task.label == "cls" for task in config.zero_shot)
     data = recipe.data.model_copy(update={"label": "cls"}) if labelled else recipe.data
     limit = max(config.num_samples, config.num_generated if models.pipeline is not None else 0)
-    with_scenes = "attribute_accuracy" in config.metrics
     total = min(limit, shards.num_samples)
     with reporter.progress("measuring samples", total, unit="sample") as progress:
         batches = sequential_batches(shards, data, config.batch_size, limit, with_json=True)
         for batch in sent_to_device(batches, models.device):
-            _add_real(gathered, batch, models, with_scenes)
+            _add_real(gathered, batch, config, models)
             progress.update(len(gathered.keys))
     if not gathered.keys:
         raise DataError(f"no usable sample in '{recipe.data.shards}'")
@@ -148,7 +158,7 @@ def measure_real(recipe: EvalRecipe, shards: ShardSet, models: Models, reporter:
     return gathered
 
 
-def _add_real(gathered: Gathered, batch: Batch, models: Models, with_scenes: bool) -> None:
+def _add_real(gathered: Gathered, batch: Batch, config: EvalSection, models: Models) -> None:
     gathered.captions += batch.captions
     gathered.keys += batch.keys
     gathered.metadata += batch.metadata or []
@@ -159,11 +169,12 @@ def _add_real(gathered: Gathered, batch: Batch, models: Models, with_scenes: boo
     if models.clip is not None:
         gathered.image_features.append(models.clip.images(batch.images))
         gathered.text_features.append(models.clip.texts(batch.captions))
+    _add_inception_features(gathered, batch.images, config, models)
     if models.vae is not None:
         again = _reconstructed(models.vae, batch.images)
         gathered.psnr.append(psnr(again, batch.images).cpu())
         gathered.ssim.append(ssim(again, batch.images).cpu())
-    if with_scenes:
+    if "attribute_accuracy" in config.metrics:
         gathered.scenes_by_batch.append(read_scenes(batch.images.cpu()))
 
 
@@ -188,10 +199,30 @@ def measure_generated(config: EvalSection, real: Gathered, models: Models, repor
     for images in _generated(config, gathered, models, reporter):
         if models.clip is not None:
             gathered.image_features.append(models.clip.images(images))
+        _add_inception_features(gathered, images, config, models)
         if with_scenes:
             gathered.scenes_by_batch.append(read_scenes(images))
     gathered.share()
     return gathered
+
+
+def _add_inception_features(gathered: Gathered, images: Tensor, config: EvalSection, models: Models) -> None:
+    if models.inception is not None:
+        taps = needed_taps(config.picture_metrics)
+        found = models.inception(images, taps)
+        gathered.inception_features.append(torch.cat([found[tap] for tap in taps], 1).cpu())
+
+
+def picture_features(config: EvalSection, gathered: Gathered, count: int, device: torch.device) -> PictureFeatures:
+    """The first `count` pictures' features for the metrics of `PICTURE_METRICS`."""
+    features, found = PictureFeatures(config.picture_metrics, device), dict[str, Tensor]()
+    if taps := needed_taps(config.picture_metrics):
+        parts = torch.split(torch.cat(gathered.inception_features)[:count], [NUM_FEATURES[tap] for tap in taps], 1)
+        found |= dict(zip(taps, parts, strict=True))
+    if "cmmd" in config.metrics:
+        found[CLIP] = torch.cat(gathered.image_features)[:count]
+    features.add(found)
+    return features
 
 
 def _generated(config: EvalSection, gathered: Gathered, models: Models, reporter: Reporter) -> Iterator[Tensor]:

@@ -1,0 +1,119 @@
+"""Sets of pictures to measure: a folder of files, or shards; read as the programs do that compute FID."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from ldm_cli.data.config import DataConfig
+from ldm_cli.data.decode import from_pillow, image_header
+from ldm_cli.data.open_shards import open_shards
+from ldm_cli.data.prefetch import prefetched
+from ldm_cli.data.sample_decoder import SampleDecoder, Wanted
+from ldm_cli.data.tables import is_picture
+from ldm_cli.errors import DataError, InputNotFoundError, LdmError
+from ldm_cli.pictures.job_folder import IMAGES_FILE
+from ldm_cli.reporting import Reporter
+
+_MAX_PIXELS = DataConfig.model_fields["max_pixels"].default
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """Pictures in a fixed order.
+
+    Attributes:
+        name: as the user gave it.
+        files: the name of each picture, and a function that reads its file.
+        job: model and settings that all pictures of `ldm sample` share; else empty.
+    """
+
+    name: str
+    files: Sequence[tuple[str, Callable[[], bytes]]]
+    job: Mapping[str, Any] = field(default_factory=dict)
+
+    def batches(self, size: int, digest: hashlib._Hash) -> Iterator[list[Tensor]]:
+        """The pictures, uint8 [3, H, W] each, in lists of `size`; read ahead by threads.
+
+        Pillow converts them to RGB. Colour profiles and orientations have no effect, as in the programs that compute
+        FID.
+
+        Args:
+            size: of a list; the last one may be shorter.
+            digest: takes the SHA-256 of each file.
+
+        Raises:
+            DataError: a picture cannot be read.
+            StorageError: reading failed.
+        """
+
+        def decoded() -> Generator[list[tuple[Tensor, bytes]]]:
+            with ThreadPoolExecutor(thread_name_prefix="ldm-decode") as pool:
+                for start in range(0, len(self.files), size):
+                    yield list(pool.map(self._decoded, self.files[start : start + size]))
+
+        with prefetched(decoded(), alone=True) as batches:
+            for batch in batches:
+                for _, own in batch:
+                    digest.update(own)
+                yield [picture for picture, _ in batch]
+
+    def _decoded(self, file: tuple[str, Callable[[], bytes]]) -> tuple[Tensor, bytes]:
+        name, read = file
+        try:
+            data = read()
+            image_header(data, _MAX_PIXELS)
+            with Image.open(io.BytesIO(data)) as image:
+                return from_pillow(image.convert("RGB"))[0], hashlib.sha256(data).digest()
+        except LdmError:
+            raise
+        except Exception as error:  # Pillow's plugins raise nearly every kind of exception on damaged files
+            raise DataError(f"cannot read picture '{name}' of '{self.name}'", str(error)) from error
+
+
+def open_pictures(source: str, reporter: Reporter) -> PictureSet:
+    """The pictures of a folder and all below it, sorted by path; or those of shards.
+
+    Of a folder that `ldm sample` wrote, the pictures that its images.json names.
+
+    Args:
+        source: a folder of pictures, or a path, glob or brace pattern of shards, or a folder of shards.
+        reporter: as in `open_shards`.
+
+    Raises:
+        InputNotFoundError: there is none; other errors as in `open_shards`.
+    """
+    folder = Path(source)
+    if folder.is_dir() and not any(folder.glob("*.tar")):
+        paths, job = _listed(folder)
+        paths = paths or sorted(path for path in folder.rglob("*") if is_picture(path))
+        if not paths:
+            raise InputNotFoundError(f"there are no pictures in '{source}'")
+        return PictureSet(source, [(str(path.relative_to(folder)), path.read_bytes) for path in paths], job)
+    config = DataConfig(shards=source)
+    shards = open_shards(source, config, reporter)
+    decoder = SampleDecoder(shards, config, Wanted(caption=False))
+
+    def reader(shard: int, number: int) -> Callable[[], bytes]:
+        return lambda: decoder.image_bytes(shard, number)
+
+    places = ((shard, number) for shard, size in enumerate(shards.sizes) for number in range(size))
+    return PictureSet(source, [(shards.name(*place), reader(*place)) for place in places])
+
+
+def _listed(folder: Path) -> tuple[list[Path], Mapping[str, Any]]:
+    """The pictures and the job of images.json; both empty where there is none, or that of another program."""
+    try:
+        content = json.loads((folder / IMAGES_FILE).read_bytes())
+        return [folder / image["file"] for image in content["images"]], content["job"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return [], {}
