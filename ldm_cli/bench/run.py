@@ -192,36 +192,34 @@ def measure(subject: str, recipe: TrainRecipe | None, options: BenchOptions, gfl
 
 
 def _peers_of_training(subject: str, recipe: TrainRecipe, device: str) -> list[Contender]:
-    """The peer as it comes, in channels-last order, and compiled if the recipe says so."""
+    """The peer as it comes, in channels-last order, and compiled if ours is."""
     peer, has_convolutions = SUBJECTS[subject].peer, subject != "train-clip"
     field = [Contender(peer, peers.train, (recipe, device))]
     if has_convolutions:
         field.append(Contender(f"{peer} channels_last", peers.train, (recipe, device, True)))
-    if recipe.train.compile:
+    if recipe.train.compile is True or (recipe.train.compile == "auto" and device == "cuda"):
         field.append(Contender(f"{peer} compiled", peers.train, (recipe, device, has_convolutions, True)))
     return field
 
 
 def _sample(recipe: TrainUnetRecipe, scratch: Path, options: BenchOptions, is_compared: bool) -> list[dict[str, Any]]:
-    """Pictures of one prompt, DDIM, guidance 7.5, in a process with a loaded model."""
+    """Pictures of one prompt, DDIM, guidance 7.5, in a process with a loaded model; on CUDA also compiled."""
     folder, images = options.model or str(scratch / "model"), options.images or 8
     if options.model is None:
         random_family(recipe).save(Path(folder))
-    arguments = (folder, images, options.steps, options.device)
-    field = [Contender("ldm", generate, arguments)]
-    if is_compared:
-        field += [
-            Contender(name, peers.generate, (*arguments, is_compiled, PROMPT, GUIDANCE))
-            for name, is_compiled in (("diffusers", False), ("diffusers compiled", True))
-            if options.device == "cuda" or not is_compiled
-        ]
+    field = []
+    for is_compiled in (False, True) if options.device == "cuda" else (False,):
+        arguments, suffix = (folder, images, options.steps, options.device, is_compiled), " compiled" * is_compiled
+        field.append(Contender(f"ldm{suffix}", generate, arguments))
+        if is_compared:
+            field.append(Contender(f"diffusers{suffix}", peers.generate, (*arguments, PROMPT, GUIDANCE)))
     return speed_and_memory(race(field, rounds=options.rounds, device=options.device))
 
 
-def generate(turns: Turns, folder: str, images: int, steps: int, device: str) -> None:
+def generate(turns: Turns, folder: str, images: int, steps: int, device: str, compiled: bool) -> None:
     """Our pipeline, loaded, as `ldm sample` runs it; a turn generates all pictures."""
     precision = "fp32" if device == "cpu" else "fp16"
     settings = {"sampler": "ddim", "steps": steps, "guidance": GUIDANCE, "images_per_prompt": images}
     config = SamplingConfig.from_mapping(settings | {"batch_size": min(images, 16), "precision": precision})
-    pipeline = Pipeline(open_family(Path(folder), device, precision))
+    pipeline = Pipeline(open_family(Path(folder), device, precision, compiled=compiled))
     turns.repeat(images, lambda: [*pipeline.generate(requests_for([PROMPT], config), config)])

@@ -29,9 +29,7 @@ def command(
     rounds: Annotated[
         int, typer.Option("--rounds", metavar="N", min=1, help="Turns of each contender after warm-up.")
     ] = 5,
-    model: Annotated[
-        str | None, given.option("--model", metavar="DIR", text="Pipeline folder of sample.")
-    ] = None,
+    model: Annotated[str | None, given.option("--model", metavar="DIR", text="Pipeline folder of sample.")] = None,
     images: Annotated[int | None, given.option("-n", metavar="N", least=1, text="Images of sample and data.")] = None,
     steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Steps of sample.")] = 50,
     out: Annotated[Path | None, given.option("--out", metavar="FILE", text="Also write the JSON here.")] = None,

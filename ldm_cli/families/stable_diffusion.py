@@ -108,7 +108,8 @@ def open_folder(folder: Path, device: torch.device | str, precision: str, *, com
     place(device, DTYPES[precision], family.denoiser, family.encoder.model)
     place(device, torch.float32 if is_upcast else DTYPES[precision], family.codec)
     if compiled:
-        compile_whole(family.denoiser, family.codec.decoder, family.codec.encoder)
+        compile_whole(family.denoiser, replayed=family.device.type == "cuda")
+        compile_whole(family.codec.decoder, family.codec.encoder)
     return family
 
 

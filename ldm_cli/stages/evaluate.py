@@ -34,7 +34,7 @@ from ldm_cli.formats.json_file import write_json
 from ldm_cli.recipe.schema import EvalRecipe, EvalSection
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.eval_samples import Gathered, Models, load_models, measure_generated, measure_real
-from ldm_cli.stages.support.options import RunOptions, resolve_device
+from ldm_cli.stages.support.options import RunOptions, resolve_device, with_compile
 from ldm_cli.training.distributed import SECONDS_OF_SILENCE, joined, local_rank
 from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.run_folder import environment
@@ -69,7 +69,9 @@ def run(recipe: EvalRecipe, options: RunOptions, reporter: Reporter) -> dict[str
 
 def _measured(recipe: EvalRecipe, device: torch.device, reporter: Reporter, ranks: Ranks) -> dict[str, Any]:
     """The result of `run`; empty on all ranks but the first."""
-    config = recipe.eval
+    sampling = with_compile(recipe.eval.sampling, recipe.eval.num_generated, device, reporter.info)
+    config = recipe.eval.model_copy(update={"sampling": sampling})
+    recipe = recipe.model_copy(update={"eval": config})
     with ranks.first_then_others():
         shards = open_shards(recipe.data.shards, recipe.data, reporter)
     models = load_models(config, device)

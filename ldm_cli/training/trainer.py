@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ldm_cli.core.compiling import compile_regions, eagerly
+from ldm_cli.core.compiling import compile_regions, eagerly, should_compile
 from ldm_cli.core.cpu import tune_for_cpu
 from ldm_cli.core.precision import autocast
 from ldm_cli.errors import DivergedError, WorkerError
@@ -27,6 +27,9 @@ from ldm_cli.training.task import Task, sample_names
 from ldm_cli.training.weights import Weights
 
 T = TypeVar("T")
+
+_WORTH_COMPILING = 1000
+"""Steps of a run from which on compiling, which takes minutes, is expected to pay off."""
 
 
 class Trainer:
@@ -49,7 +52,7 @@ class Trainer:
         self.task, self.config, self.run, self.device, self.ranks = task, config, run, device, ranks
         self.parts_per_rank = config.parts_per_rank(ranks.world_size)
         self.modules: Mapping[str, nn.Module] = {**task.modules, **task.auxiliary}
-        self.weights = _placed(task, config, device, ranks)
+        self.weights = _placed(task, config, device, ranks, run.log)
         self._frozen = [part for module in self.modules.values() for part in module.modules() if _is_frozen(part)]
         self.optimizers = GuardedOptimizers(self.weights, config, device)
         self.ema: ExponentialMovingAverage | None = None
@@ -171,13 +174,17 @@ def _is_frozen(module: nn.Module) -> bool:
     return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
-def _placed(task: Task[Any], config: TrainConfig, device: torch.device, ranks: Ranks) -> Weights:
+def _placed(
+    task: Task[Any], config: TrainConfig, device: torch.device, ranks: Ranks, tell: Callable[[str], None]
+) -> Weights:
     """Bring the task's modules to the device, as the recipe says."""
     trained = {**task.modules, **task.auxiliary}
-    if device.type == "cpu" and not config.compile:
+    is_sharded = config.strategy == "sharded" and ranks.world_size > 1
+    is_compiled = not is_sharded and should_compile(config.compile, device, config.steps >= _WORTH_COMPILING, tell)
+    if device.type == "cpu" and not is_compiled:
         for module in trained.values():
             tune_for_cpu(module)
-    if config.strategy == "sharded" and ranks.world_size > 1:
+    if is_sharded:
         from ldm_cli.training.sharded_weights import ShardedWeights  # takes seconds to import
 
         return ShardedWeights(task.modules, task.auxiliary, device, ranks)
@@ -185,6 +192,6 @@ def _placed(task: Task[Any], config: TrainConfig, device: torch.device, ranks: R
         module.to(device)
         if config.channels_last:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if config.compile:
+        if is_compiled:
             compile_regions(module)
     return Weights(trained, ranks)

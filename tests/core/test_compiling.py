@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 
 from ldm_cli.bench.workload import new_model, random_batch, simple_loss
+from ldm_cli.core import compiling
 from ldm_cli.core.compiling import compile_regions, eagerly
 from ldm_cli.core.condition import Condition
 from ldm_cli.core.models.clip_resnet import Bottleneck
@@ -29,7 +31,10 @@ from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import ImageRequest
+from ldm_cli.training import trainer
 from ldm_cli.training.config import TrainConfig
+from ldm_cli.training.ranks import Ranks
+from ldm_cli.training.run_folder import RunFolder
 
 from ..conftest import REPOSITORY
 from ..faults.matrix import different
@@ -164,6 +169,69 @@ def test_a_compiled_pipeline_draws_the_same_pictures_in_any_company(
     assert len(traced) > 0
     assert (pictures - plain).abs().max() <= 1
     assert torch.equal(drawn(compiled, requests[2:3]), pictures[2:3])
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "pays_off", "problem", "expected", "told"),
+    [
+        ("auto", "cuda", True, None, True, [compiling.NOTICE]),
+        ("auto", "cuda", True, "no triton", False, ["not compiled, which is slower: no triton"]),
+        ("auto", "cuda", False, None, False, []),
+        ("auto", "cpu", True, None, False, []),
+        (True, "cpu", False, "no triton", True, [compiling.NOTICE]),  # whoever asks for it is told by an error
+        (False, "cuda", True, None, False, []),
+    ],
+)
+def test_auto_compiles_long_work_on_a_gpu_that_has_a_compiler(
+    monkeypatch: pytest.MonkeyPatch,
+    setting: Any,
+    device: str,
+    pays_off: bool,
+    problem: str | None,
+    expected: bool,
+    told: list[str],
+) -> None:
+    monkeypatch.setattr(compiling, "compiler_problem", lambda _: problem)
+    lines: list[str] = []
+    assert compiling.should_compile(setting, torch.device(device), pays_off, lines.append) is expected
+    assert lines == told
+
+
+def test_a_compiler_that_fails_is_a_line(traced: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def backend(*_: Any) -> Any:
+        raise RuntimeError("cannot find triton\nmore about it")
+
+    compiled = torch.compile
+    compiling.compiler_problem.cache_clear()
+    monkeypatch.setattr(torch, "compile", lambda function: compiled(function, backend=backend))
+    problem = compiling.compiler_problem(torch.device("cpu"))
+    assert problem == "RuntimeError: cannot find triton"
+    compiling.compiler_problem.cache_clear()
+    monkeypatch.setattr(torch, "compile", lambda function: compiled(function, backend=aot_eager))
+    assert compiling.compiler_problem(torch.device("cpu")) is None
+    compiling.compiler_problem.cache_clear()
+
+
+@pytest.mark.parametrize(("steps", "is_compiled"), [(999, False), (1000, True)])
+def test_a_trainer_compiles_long_runs_by_itself(
+    steps: int, is_compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(trainer, "compile_regions", compiled.append)
+    monkeypatch.setattr(trainer, "should_compile", lambda setting, _, pays_off, __: setting == "auto" and pays_off)
+    task: Any = SimpleNamespace(modules={"model": nn.Linear(2, 2)}, auxiliary={})
+    run = RunFolder(tmp_path, SilentReporter())
+    trainer.Trainer(task, TrainConfig(steps=steps, batch_size=1), run, torch.device("cpu"), Ranks())
+    assert compiled == [task.modules["model"]] * is_compiled
+
+
+def test_replayed_networks_are_captured_as_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[Any] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: modes.append(how["mode"]))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")
+    compiling.compile_whole(nn.Linear(2, 2), replayed=True)
+    compiling.compile_whole(nn.Linear(2, 2))
+    assert modes == ["reduce-overhead", None]
 
 
 def test_a_sharded_run_is_not_compiled() -> None:

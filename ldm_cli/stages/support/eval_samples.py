@@ -122,7 +122,7 @@ def load_models(config: EvalSection, device: torch.device) -> Models:
         hashes["vae"] = {"folder": str(folder), "sha256": weights_sha256(folder)}
     if "pipeline" in folders:
         sampling = config.sampling
-        family = open_family(Path(folders["pipeline"]), device, sampling.precision, compiled=sampling.compile)
+        family = open_family(Path(folders["pipeline"]), device, sampling.precision, compiled=sampling.compile is True)
         pipeline = Pipeline(family)
         hashes["pipeline"] = {"folder": str(family.folder), "sha256": family.weights_sha256}
     return Models(clip, vae, pipeline, device, hashes)
