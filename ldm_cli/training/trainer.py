@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from ldm_cli.training.config import TrainConfig
 from ldm_cli.training.ema import ExponentialMovingAverage
 from ldm_cli.training.figure_means import FigureMeans
 from ldm_cli.training.gradient_sum import gradient_sum
+from ldm_cli.training.host_copy import host_copy, mark
 from ldm_cli.training.optim import GuardedOptimizers, learning_rate
 from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.run_folder import RunFolder
@@ -130,21 +132,36 @@ class Trainer:
                 "continue from the last checkpoint on machines of one kind",
             )
 
-    def check_finite(self) -> None:
-        """Report skipped steps, and stop when too many follow one another; all ranks call.
+    def begin_reading(self, with_means: bool) -> Callable[[], dict[str, float]]:
+        """Begin to copy what the host has to know of the steps since the last call; all ranks call.
 
-        Raises:
-            DivergedError: more than `max_nonfinite` steps.
+        Args:
+            with_means: whether the means of the figures since the last line are part of it.
+
+        Returns:
+            A function that waits for the copy, reports skipped steps, and gives the means; all ranks call it, in the
+            order in which they were begun. It raises `DivergedError` after more than `max_nonfinite` skipped steps.
         """
-        self.ranks.wait_for_device()
-        self.skipped.report(self.run, self.ranks, is_expected=self.config.precision == "fp16")
-        bad = int(self.optimizers.nonfinite_run.item())
-        if bad > self.config.max_nonfinite:
-            raise DivergedError(
-                f"step {self.step} of '{self.run.path}'",
-                f"loss or gradient was not finite in {bad} steps in a row",
-                "lower train.lr or raise train.warmup_steps; the last checkpoint is sound, log.txt names the samples",
-            )
+        step, means = self.step, self.means.take() if with_means else {}
+        skipped, self.skipped = self.skipped, SkippedSteps()
+        values = [*means.values(), *skipped.kept, self.optimizers.nonfinite_run]
+        copy, arrived = host_copy(torch.stack([value.double() for value in values])), mark(self.device)
+
+        def read() -> dict[str, float]:
+            self.ranks.wait_for(arrived)
+            *known, bad = copy.tolist()
+            is_expected = self.config.precision == "fp16"
+            skipped.report(known[len(means) :], self.run, self.ranks, is_expected)
+            if bad > self.config.max_nonfinite:
+                raise DivergedError(
+                    f"step {step} of '{self.run.path}'",
+                    f"loss or gradient was not finite in {int(bad)} steps in a row",
+                    "lower train.lr or raise train.warmup_steps; the last checkpoint is sound, "
+                    "log.txt names the samples",
+                )
+            return {name: value for name, value in zip(means, known, strict=False) if not math.isnan(value)}
+
+        return read
 
     def on_first_rank(self, act: Callable[[], T], *, averaged: bool = False, shared: bool = False) -> T | None:
         """Call `act` on rank 0, while the task's modules hold their full weights there, uncompiled; all ranks call.
