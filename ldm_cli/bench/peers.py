@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ldm_cli.bench.race import Turns
 from ldm_cli.bench.workload import random_batch
 from ldm_cli.core.precision import autocast
-from ldm_cli.recipe.schema import TrainClipRecipe, TrainRecipe, TrainVaeRecipe
+from ldm_cli.recipe.schema import TrainClipRecipe, TrainRecipe, TrainUnetRecipe, TrainVaeRecipe
 
 
 def train(turns: Turns, recipe: TrainRecipe, device: str, channels_last: bool = False, compiled: bool = False) -> None:
@@ -33,8 +33,14 @@ def train(turns: Turns, recipe: TrainRecipe, device: str, channels_last: bool = 
     if compiled:
         model.compile(dynamic=False)  # the whole model, as in its documentation
     compute_loss = loss_of(recipe, model, random_batch(recipe, config.batch_size, device))
-    adamw = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
-    optimizer = torch.optim.AdamW(model.parameters(), **adamw, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
 
     def step() -> None:
         with autocast(device, config.precision):
@@ -53,8 +59,12 @@ def peer_model(recipe: TrainRecipe) -> Any:
     if isinstance(recipe, TrainClipRecipe):
         transformers = importlib.import_module("transformers")
         return transformers.CLIPModel(transformers.CLIPConfig(**recipe.model.to_hugging_face())).train()
-    kind = "AutoencoderKL" if isinstance(recipe, TrainVaeRecipe) else "UNet2DConditionModel"
-    return getattr(importlib.import_module("diffusers"), kind)(**recipe.model.to_mapping()).train()
+    diffusers = importlib.import_module("diffusers")
+    if isinstance(recipe, TrainVaeRecipe):
+        return diffusers.AutoencoderKL(**recipe.model.to_mapping()).train()
+    if isinstance(recipe, TrainUnetRecipe):
+        return diffusers.UNet2DConditionModel(**recipe.model.to_mapping()).train()
+    raise TypeError(f"no peer of a {type(recipe).__name__}")
 
 
 def loss_of(recipe: TrainRecipe, model: Any, batch: Mapping[str, Tensor]) -> Callable[[], Tensor]:

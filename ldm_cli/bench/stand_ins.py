@@ -94,10 +94,11 @@ def random_family(
     side = unet.sample_size[0] if isinstance(unet.sample_size, tuple) else (unet.sample_size or 64)
     levels = max(1, (recipe.data.image_size // side).bit_length())
     narrow = max(32, unet.block_out_channels[0] * 2 // 5 // 32 * 32)
+    down, up = AutoencoderKLConfig().down_block_types, AutoencoderKLConfig().up_block_types
     vae = AutoencoderKLConfig(
         block_out_channels=tuple(narrow * min(4, 2**level) for level in range(levels)),
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
+        down_block_types=down * levels,
+        up_block_types=up * levels,
         layers_per_block=2,
         latent_channels=unet.out_channels,
         sample_size=recipe.data.image_size,

@@ -13,7 +13,7 @@ from ldm_cli.cli.show import show_result
 from ldm_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from ldm_cli.recipe.schema import TrainRecipe
+    from ldm_cli.recipe.schema import StartedRecipe, TrainRecipe
 
 _SUBJECTS = "train-clip|train-vae|train-unet|precompute|sample|data|published|all"
 
@@ -55,7 +55,7 @@ def command(
     recipes: dict[str, TrainRecipe] = {}
     for name, known in models.items():
         loaded = load_recipe(recipe or known.recipe, changes, expected_command=known.command)
-        recipes[name] = resolve_start(cast("TrainRecipe", loaded.recipe), reporter.warn)
+        recipes[name] = resolve_start(cast("StartedRecipe", loaded.recipe), reporter.warn)
     options = bench.BenchOptions(peers, rounds, where.type, model, images, steps)
     result = bench.run(subject, recipes, options, reporter)
     if out is not None:

@@ -56,7 +56,7 @@ def compiler_problem(device: torch.device) -> str | None:
 
     _keep_code()
     try:
-        square(torch.ones(8, device=device, requires_grad=True)).backward()
+        square(torch.ones(8, device=device, requires_grad=True)).backward()  # type: ignore[no-untyped-call]
     except Exception as error:  # of a missing or unsuitable triton or C compiler; there are many kinds
         cause = getattr(error, "inner_exception", error)
         return f"{type(cause).__name__}: {first_line(cause)}"

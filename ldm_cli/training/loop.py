@@ -77,8 +77,8 @@ class _Line:
         """Log the figures, if there are any."""
         if self.figures and trainer.ranks.is_first:
             _log_figures(trainer, self.step, self.figures)
-            shown = {name: self.figures[name] for name in ("loss", "images_per_second") if name in self.figures}
-            progress.update(self.step, shown)
+            shown = ("loss", "images_per_second")
+            progress.update(self.step, {name: value for name, value in self.figures.items() if name in shown})
 
 
 def train(

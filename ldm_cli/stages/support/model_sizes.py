@@ -128,10 +128,10 @@ def expect_memory(
             )
     share, side = recipe.train.batch_size // world_size, recipe.data.image_size
     # All images of a step wait in main memory, a byte per colour.
-    if reads_images and (needed := share * 3 * side * side) > (room := memory_bytes(torch.device("cpu"))):
+    if reads_images and (size := share * 3 * side * side) > (room := memory_bytes(torch.device("cpu"))):
         raise RecipeError(
             f"train.batch_size={recipe.train.batch_size} images of data.image_size={side} do not fit into memory",
-            f"{amount(needed)}; there are {amount(room)}",
+            f"{amount(size)}; there are {amount(room)}",
             "lower one of them",
         )
 
