@@ -69,12 +69,11 @@ def run(recipe: EvalRecipe, options: RunOptions, reporter: Reporter) -> dict[str
 
 def _measured(recipe: EvalRecipe, device: torch.device, reporter: Reporter, ranks: Ranks) -> dict[str, Any]:
     """The result of `run`; empty on all ranks but the first."""
-    sampling = with_compile(recipe.eval.sampling, recipe.eval.num_generated, device, reporter.info)
-    config = recipe.eval.model_copy(update={"sampling": sampling})
-    recipe = recipe.model_copy(update={"eval": config})
+    config = recipe.eval
+    sampling = with_compile(config.sampling, config.num_generated, device, reporter.info)
     with ranks.first_then_others():
         shards = open_shards(recipe.data.shards, recipe.data, reporter)
-    models = load_models(config, device)
+    models = load_models(config.model_copy(update={"sampling": sampling}), device)
     _check_sizes(recipe, models)
     real = measure_real(recipe, shards, models, reporter, ranks)
     metrics = _metrics_of_real(config, models, real) if ranks.is_first else {}

@@ -124,7 +124,8 @@ def load_models(config: EvalSection, device: torch.device) -> Models:
         sampling = config.sampling
         family = open_family(Path(folders["pipeline"]), device, sampling.precision, compiled=sampling.compile is True)
         pipeline = Pipeline(family)
-        hashes["pipeline"] = {"folder": str(family.folder), "sha256": family.weights_sha256}
+        shown = {"folder": str(family.folder), "sha256": family.weights_sha256, "compile": sampling.compile}
+        hashes["pipeline"] = shown
     return Models(clip, vae, pipeline, device, hashes)
 
 
