@@ -9,14 +9,19 @@ import argparse
 import json
 import math
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import linear_regression, median
 from typing import Any, cast
 
-from ldm_cli.bench.race import Contender, race
-from ldm_cli.bench.workload import CONTEXT_LENGTH, TrainRecipe, Workload, our_step
+from ldm_cli.bench import stages
+from ldm_cli.bench.race import Contender, Turns, race
+from ldm_cli.bench.stand_ins import CONTEXT_LENGTH, with_stand_ins
+from ldm_cli.bench.workload import size_of
 from ldm_cli.recipe.load import load_recipe
+from ldm_cli.recipe.schema import TrainRecipe
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,10 @@ def _image(side: int) -> list[str]:
     return [f"data.image_size={side}", f"clip.vision_config.image_size={side}"]
 
 
+def _latent(side: int) -> list[str]:
+    return [f"unet.sample_size={side}", f"data.image_size={4 * side}"]
+
+
 def _levels(model: str) -> Callable[[int], list[str]]:
     return lambda width: [f"{model}.block_out_channels=[{width},{2 * width},{4 * width}]"]
 
@@ -75,7 +84,7 @@ WORKS: Mapping[str, Work] = {
         (
             _batch(4, 8, 16, 32),
             Axis("text tokens", (32, 77, 154, 308), lambda _: [], tokens=int),
-            Axis("latent pixels", (8, 16, 24, 32), lambda side: [f"unet.sample_size={side}"], size=_square),
+            Axis("latent pixels", (8, 16, 24, 32), _latent, size=_square),
             Axis("parameters", (32, 64, 96, 128), _levels("unet")),
         ),
     ),
@@ -124,13 +133,19 @@ def growth(rounds: int, device: str, works: Mapping[str, Work] = WORKS) -> list[
 
 
 def _series(name: str, work: Work, axis: Axis, rounds: int, device: str) -> dict[str, Any]:
-    field = [Contender(str(value), our_step, (_workload(work, axis, value, device),)) for value in axis.values]
-    laps = race(field, rounds=rounds, device=device).values()
+    recipes = [_recipe(work, axis, value) for value in axis.values]
+    field = [
+        Contender(str(value), train, (recipe, device, axis.tokens(value)))
+        for value, recipe in zip(axis.values, recipes, strict=True)
+    ]
+    results = race(field, rounds=rounds, device=device).values()
+    sizes = [size_of(recipe, axis.tokens(value)) for value, recipe in zip(axis.values, recipes, strict=True)]
     points = [axis.size(value) for value in axis.values]
     if axis.against == "parameters":
-        points = [lap.facts["parameters"] for lap in laps]
-    seconds, processor = [median(lap.seconds) for lap in laps], [median(lap.cpu_seconds) for lap in laps]
-    gflop = [lap.facts["flops"] / 1e9 for lap in laps]
+        points = [parameters for parameters, _ in sizes]
+    seconds = [median(lap.seconds / stages.STEPS for lap in laps) for laps in results]
+    processor = [median(lap.cpu_seconds / stages.STEPS for lap in laps) for laps in results]
+    gflop = [recipe.train.batch_size * flops / 1e9 for recipe, (_, flops) in zip(recipes, sizes, strict=True)]
     return {
         "work": name,
         "against": axis.against,
@@ -145,9 +160,14 @@ def _series(name: str, work: Work, axis: Axis, rounds: int, device: str) -> dict
     }
 
 
-def _workload(work: Work, axis: Axis, value: int, device: str) -> Workload:
-    recipe = load_recipe(work.recipe, [*work.changes, *axis.changes(value)]).recipe
-    return Workload(cast("TrainRecipe", recipe), device, axis.tokens(value))
+def train(turns: Turns, recipe: TrainRecipe, device: str, context_length: int) -> None:
+    """The trainer of a recipe, on random data."""
+    with tempfile.TemporaryDirectory() as scratch:
+        stages.train(turns, with_stand_ins(recipe, Path(scratch), device, context_length=context_length), device)
+
+
+def _recipe(work: Work, axis: Axis, value: int) -> TrainRecipe:
+    return cast("TrainRecipe", load_recipe(work.recipe, [*work.changes, *axis.changes(value)]).recipe)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -22,13 +24,11 @@ from typing import Any, cast
 
 import torch
 
-from ldm_cli.bench.race import Contender, Runner, race
-from ldm_cli.bench.workload import TrainRecipe
 from ldm_cli.data.scenes import write_scenes
 from ldm_cli.recipe.load import load_recipe
-from ldm_cli.recipe.schema import TrainClipRecipe, TrainVaeRecipe
+from ldm_cli.recipe.schema import TrainRecipe
 from ldm_cli.reporting import Figure, SilentReporter
-from ldm_cli.stages import train_clip, train_unet, train_vae
+from ldm_cli.stages import trainer_stage
 from ldm_cli.stages.support.options import RunOptions
 
 _SMALL: Mapping[str, tuple[str, ...]] = {
@@ -61,20 +61,12 @@ _LARGE_PAGE = 2.125
 _MIB = 2**20
 
 
-def long_run(recipe: str, changes: Sequence[str], folder: str, device: str) -> Runner:
-    """A whole training run; its one step trains from beginning to end. The facts are the readings of memory."""
+def readings_of(recipe: str, changes: Sequence[str], folder: str, device: str) -> Mapping[str, list[tuple[int, int]]]:
+    """Train from beginning to end in this process: the readings of its memory."""
     loaded = cast("TrainRecipe", load_recipe(recipe, changes).recipe)
-    options, readings = RunOptions(out=Path(folder), device=device), Readings(loaded.name, device)
-
-    def train() -> None:
-        if isinstance(loaded, TrainClipRecipe):
-            train_clip.run(loaded, options, readings)
-        elif isinstance(loaded, TrainVaeRecipe):
-            train_vae.run(loaded, options, readings)
-        else:
-            train_unet.run(loaded, options, readings)
-
-    return Runner(train, 1, lambda: readings.points)
+    readings = Readings(loaded.name, device)
+    trainer_stage(loaded.command).run(loaded, RunOptions(out=Path(folder), device=device), readings)
+    return readings.points
 
 
 class Readings(SilentReporter):
@@ -154,9 +146,9 @@ def memory(steps: int, device: str) -> list[dict[str, Any]]:
             words = [*changes, *_shared(folder, steps)]
             if recipe == "demo/unet":
                 words += [f"vae={folder / 'demo/vae/model'}", f"text_encoder={folder / 'demo/clip/model'}"]
-            run = Contender(recipe, long_run, (recipe, words, str(folder / recipe), device))
-            (lap,) = race([run], rounds=1, warmup=0, device=device).values()
-            for kind, points in lap.facts.items():
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                found = process.submit(readings_of, recipe, words, str(folder / recipe), device).result()
+            for kind, points in found.items():
                 rows.append({"work": recipe, "memory": kind} | trend(points))
     return rows
 

@@ -1,7 +1,7 @@
 """The same work by diffusers, transformers and webdataset. Only this file imports them, and only for comparisons.
 
 Each peer runs as in its own documentation. A faster setting of it (memory order) is a further contender, and the
-fastest one counts.
+fastest one counts. A peer's batch is in memory already: it reads and decodes nothing, and keeps no average.
 """
 
 from __future__ import annotations
@@ -15,92 +15,91 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm_cli.bench.race import Runner
-from ldm_cli.bench.workload import Workload, build_model, denoising_loss, encoding_step, training_step
+from ldm_cli.bench.race import Turns
+from ldm_cli.bench.workload import random_batch
 from ldm_cli.core.condition import NUM_SIZES
-from ldm_cli.recipe.schema import TrainClipRecipe, TrainVaeRecipe
+from ldm_cli.core.precision import autocast
+from ldm_cli.recipe.schema import TrainClipRecipe, TrainRecipe, TrainUnetRecipe, TrainVaeRecipe
 
 
-def their_step(work: Workload, channels_last: bool = False) -> Runner:
-    """A peer's training step on the workload's weights and batch, with clipping and AdamW as in its scripts."""
-    recipe, train = work.recipe, work.recipe.train
-    model = _their_model(work, channels_last)
-    if train.gradient_checkpointing:
+def train(turns: Turns, recipe: TrainRecipe, device: str, channels_last: bool = False, compiled: bool = False) -> None:
+    """Training steps of the recipe's model, with clipping and AdamW as in the peer's scripts."""
+    config = recipe.train
+    model = peer_model(recipe).to(device)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    if config.gradient_checkpointing:
         enable = getattr(model, "gradient_checkpointing_enable", None) or model.enable_gradient_checkpointing
         enable()
-    if train.compile:
+    if compiled:
         model.compile(dynamic=False)  # the whole model, as in its documentation
-    batch = work.random_batch()
-    loss: Callable[[], Tensor]
-    if isinstance(recipe, TrainClipRecipe):
-        loss = lambda: model(batch["ids"], batch["pixels"], return_loss=True).loss  # noqa: E731
-    elif isinstance(recipe, TrainVaeRecipe):
-        loss = partial(_autoencoder_loss, model, batch["images"], batch["noise"], recipe.loss.kl_weight)
-    else:
-        given = {"encoder_hidden_states": batch["context"]} | _added_conditions(batch)
-        loss = denoising_loss(recipe, batch, lambda x, time: model(x, time, **given).sample)
+    compute_loss = loss_of(recipe, model, random_batch(recipe, config.batch_size, device))
     optimizer = torch.optim.AdamW(
         model.parameters(),
-        lr=train.lr,
-        betas=train.betas,
-        eps=train.eps,
-        weight_decay=train.weight_decay,
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
         fused=True,
     )
 
-    def update(loss: Tensor) -> None:
+    def step() -> None:
+        with autocast(device, config.precision):
+            loss = compute_loss()
         loss.backward()  # type: ignore[no-untyped-call]
-        if train.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)
+        if config.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return training_step(work, loss, update)
+    turns.repeat(config.batch_size, step)
 
 
-def _added_conditions(batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Pooled text and sizes of Stable Diffusion XL, if the workload has them."""
-    if "pooled" not in batch:
-        return {}
-    text, sizes = batch["pooled"][:, :-NUM_SIZES], batch["pooled"][:, -NUM_SIZES:]
-    return {"added_cond_kwargs": {"text_embeds": text, "time_ids": sizes}}
+def peer_model(recipe: TrainRecipe) -> Any:
+    """The peer's class of the recipe's model, with random weights."""
+    if isinstance(recipe, TrainClipRecipe):
+        transformers = importlib.import_module("transformers")
+        return transformers.CLIPModel(transformers.CLIPConfig(**recipe.model.to_hugging_face())).train()
+    diffusers = importlib.import_module("diffusers")
+    if isinstance(recipe, TrainVaeRecipe):
+        return diffusers.AutoencoderKL(**recipe.model.to_mapping()).train()
+    if isinstance(recipe, TrainUnetRecipe):
+        return diffusers.UNet2DConditionModel(**recipe.model.to_mapping()).train()
+    raise TypeError(f"no peer of a {type(recipe).__name__}")
 
 
-def their_encoding(work: Workload, channels_last: bool = False) -> Runner:
-    """diffusers' encoder on the workload's images."""
-    model = _their_model(work, channels_last)
-    images = work.random_batch()["images"]
-    return encoding_step(work, lambda: model.encode(images).latent_dist.mean)
+def loss_of(recipe: TrainRecipe, model: Any, batch: Mapping[str, Tensor]) -> Callable[[], Tensor]:
+    """Computes the loss of the model on the batch, each time with other noise."""
+    if isinstance(recipe, TrainClipRecipe):
+        return lambda: model(batch["ids"], batch["pixels"], return_loss=True).loss
+    if isinstance(recipe, TrainVaeRecipe):
+        return partial(_autoencoder_loss, model, batch["images"], recipe.loss.kl_weight)
+    added = {}
+    if "pooled" in batch:
+        sizes = {"text_embeds": batch["pooled"][:, :-NUM_SIZES], "time_ids": batch["pooled"][:, -NUM_SIZES:]}
+        added["added_cond_kwargs"] = sizes
+    scheduler = importlib.import_module("diffusers").DDPMScheduler()
+
+    def denoising_loss() -> Tensor:
+        noise = torch.randn_like(batch["latents"])
+        times = torch.randint_like(batch["timesteps"], scheduler.config.num_train_timesteps)
+        noisy = scheduler.add_noise(batch["latents"], noise, times)
+        return F.mse_loss(model(noisy, times, batch["tokens"], **added).sample.float(), noise)
+
+    return denoising_loss
 
 
-def _autoencoder_loss(model: Any, images: Tensor, noise: Tensor, kl_weight: float) -> Tensor:
+def _autoencoder_loss(model: Any, images: Tensor, kl_weight: float) -> Tensor:
     posterior = model.encode(images).latent_dist
-    reconstruction = model.decode(posterior.mean + posterior.std * noise).sample
+    reconstruction = model.decode(posterior.sample()).sample
     kl: Tensor = posterior.kl().mean() / images[0].numel()
     return F.l1_loss(reconstruction.float(), images) + kl_weight * kl
 
 
-def _their_model(work: Workload, channels_last: bool) -> Any:
-    """The peer's class of the recipe's model on the device, with our weights."""
-    recipe = work.recipe
-    if isinstance(recipe, TrainClipRecipe):
-        transformers = importlib.import_module("transformers")
-        their = transformers.CLIPModel(transformers.CLIPConfig(**recipe.model.to_hugging_face()))
-    else:
-        kind = "AutoencoderKL" if isinstance(recipe, TrainVaeRecipe) else "UNet2DConditionModel"
-        their = getattr(importlib.import_module("diffusers"), kind)(**recipe.model.to_mapping())
-    missing, unexpected = their.load_state_dict(build_model(recipe).state_dict(), strict=False)
-    lost = [name for name in missing if not name.endswith("position_ids")] + list(unexpected)
-    if lost:
-        raise ValueError(f"weights without counterpart in {type(their).__name__}: {lost[:3]}")
-    order = torch.channels_last if channels_last else torch.preserve_format
-    return their.train().to(work.device, memory_format=order)
-
-
-def their_pictures(
-    folder: str, images: int, steps: int, device: str, compiled: bool, prompt: str, guidance: float
-) -> Runner:
-    """diffusers' pipeline, loaded, with DDIM; a step generates all pictures."""
+def generate(
+    turns: Turns, folder: str, images: int, steps: int, device: str, compiled: bool, prompt: str, guidance: float
+) -> None:
+    """diffusers' pipeline, loaded, with DDIM; a turn generates all pictures."""
     diffusers = importlib.import_module("diffusers")
     dtype = torch.float32 if device == "cpu" else torch.float16
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, torch_dtype=dtype)
@@ -112,18 +111,7 @@ def their_pictures(
         pipeline.vae.to(memory_format=torch.channels_last)
         pipeline.vae.decode = torch.compile(pipeline.vae.decode, fullgraph=True, dynamic=False)
     settings = {"num_inference_steps": steps, "guidance_scale": guidance, "num_images_per_prompt": images}
-    return Runner(lambda: pipeline(prompt, **settings), images)
-
-
-def script(folder: str, prompt: str, steps: int, guidance: float) -> str:
-    """The shortest diffusers program that generates one picture, into the file that its argument names."""
-    return (
-        "import sys\n"
-        "from diffusers import DDIMScheduler, StableDiffusionPipeline\n"
-        f"p = StableDiffusionPipeline.from_pretrained({folder!r}, safety_checker=None)\n"
-        "p.scheduler = DDIMScheduler.from_config(p.scheduler.config)\n"
-        f"p({prompt!r}, num_inference_steps={steps}, guidance_scale={guidance}).images[0].save(sys.argv[1])\n"
-    )
+    turns.repeat(images, lambda: pipeline(prompt, **settings))
 
 
 def _square(image: Any, size: int) -> Tensor:
@@ -134,8 +122,8 @@ def _square(image: Any, size: int) -> Tensor:
     return torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
 
 
-def their_loader(shards: list[str], size: int, batch_size: int, images: int, workers: int) -> Runner:
-    """webdataset's pipeline with PIL: decode, central square, bicubic resize, uint8 batches; a step is an epoch."""
+def load(turns: Turns, shards: list[str], size: int, batch_size: int, images: int, workers: int) -> None:
+    """webdataset's pipeline with PIL: decode, central square, bicubic resize, uint8 batches; a turn is an epoch."""
     webdataset = importlib.import_module("webdataset")
     data = webdataset.WebDataset(shards, shardshuffle=False).decode("pil").to_tuple("jpg", "txt")
     data = data.map_tuple(partial(_square, size=size), str).batched(batch_size)
@@ -143,13 +131,13 @@ def their_loader(shards: list[str], size: int, batch_size: int, images: int, wor
     loader = webdataset.WebLoader(
         data, batch_size=None, num_workers=workers, persistent_workers=True, multiprocessing_context="fork"
     )
-    return Runner(lambda: _exhaust(loader), images)
+    turns.repeat(images, lambda: _exhaust(loader))
 
 
-def their_reader(shards: list[str], images: int) -> Runner:
-    """webdataset reads tars without decoding; a step is an epoch."""
+def read(turns: Turns, shards: list[str], images: int) -> None:
+    """webdataset reads tars without decoding; a turn is an epoch."""
     data = importlib.import_module("webdataset").WebDataset(shards, shardshuffle=False)
-    return Runner(lambda: _exhaust(data), images)
+    turns.repeat(images, lambda: _exhaust(data))
 
 
 def _exhaust(data: Any) -> None:

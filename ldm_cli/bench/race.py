@@ -10,34 +10,69 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
 from ldm_cli.errors import LdmError, UnavailableError, WorkerError
 
 
-@dataclass(frozen=True)
-class Runner:
-    """The work to time.
+class Lap(NamedTuple):
+    """The measurements of one turn.
 
     Attributes:
-        step: does the work once; the caller waits for the device.
-        units: images, pairs or samples of a step.
-        facts: other facts about the work, computed after the last step.
+        units: images, pairs or samples.
+        seconds: wall time.
+        cpu_seconds: processor time of the contender's process, all threads together.
+        peak_bytes: most memory held so far: resident, of the whole process, on a CPU; allocated on a GPU.
     """
 
-    step: Callable[[], object]
     units: int
-    facts: Callable[[], dict[str, Any]] = dict
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+
+
+class RaceOver(Exception):
+    """There are no more turns. It ends the work of a contender."""
+
+
+class Turns:
+    """The turns of one contender, in its own process."""
+
+    def __init__(self, connection: Connection, device: str) -> None:
+        self._connection, self._device = connection, device
+        self._begin()
+
+    def _begin(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def done(self, units: int) -> None:
+        """A turn of so many units is done; return when the next one begins.
+
+        Raises:
+            RaceOver: there is none.
+        """
+        wait_for(self._device)
+        wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
+        self._connection.send(Lap(units, wall, cpu, _peak_bytes(self._device)))
+        with suppress(EOFError):
+            if self._connection.recv():
+                self._begin()
+                return
+        raise RaceOver
+
+    def repeat(self, units: int, work: Callable[[], object]) -> NoReturn:
+        """Do the work, which has so many units, once in each turn; raises as `done`."""
+        while True:
+            work()
+            self.done(units)
 
 
 @dataclass(frozen=True)
@@ -46,48 +81,24 @@ class Contender:
 
     Attributes:
         name: unique, for the results.
-        build: a function of a module, `build(*arguments)` → `Runner`; called in the contender's own process.
-        arguments: of `build`; they must be picklable.
+        run: a function of a module, `run(turns, *arguments)`, called in the contender's own process. It works until
+            `turns` raises `RaceOver`. The first turn, with all that comes before it, is not timed.
+        arguments: of `run`; they must be picklable.
     """
 
     name: str
-    build: Callable[..., Runner]
+    run: Callable[..., None]
     arguments: tuple[Any, ...] = ()
 
 
-@dataclass
-class Lap:
-    """The measurements of one contender.
-
-    Attributes:
-        units: of one step.
-        seconds: of every timed step, in order.
-        cpu_seconds: processor time of the same steps, all threads together.
-        peak_bytes: most memory held: resident, of the whole process, on a CPU; allocated on a GPU.
-        facts: from the runner.
-    """
-
-    units: int = 1
-    seconds: list[float] = field(default_factory=list)
-    cpu_seconds: list[float] = field(default_factory=list)
-    peak_bytes: int = 0
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
 def race(
-    contenders: Sequence[Contender],
-    *,
-    rounds: int,
-    warmup: int = 2,
-    device: str = "cpu",
-    one_processor: bool = False,
-) -> dict[str, Lap]:
+    contenders: Sequence[Contender], *, rounds: int, device: str = "cpu", one_processor: bool = False
+) -> dict[str, list[Lap]]:
     """Run all contenders in turn; the first one begins every round.
 
     Args:
         contenders: with different names.
-        rounds: timed steps of each.
-        warmup: steps of each before the first round, not timed.
+        rounds: timed turns of each.
         device: where the work is done: `cpu` or `cuda`.
         one_processor: run all on the same processor, where the system allows it. Single-threaded work otherwise stays
             on the processor it began on, and one with a busy hyperthread sibling is slower by half.
@@ -95,85 +106,48 @@ def race(
     Raises:
         LdmError: of a contender.
         UnavailableError: another exception of a contender.
-        WorkerError: a contender's process died.
+        WorkerError: a contender's process died, or its work ended before the race.
     """
-    laps = {contender.name: Lap() for contender in contenders}
+    laps: dict[str, list[Lap]] = {contender.name: [] for contender in contenders}
     context, threads = multiprocessing.get_context("spawn"), 1 if one_processor else torch.get_num_threads()
     with ExitStack() as stack:
-        processes: dict[str, partial[Any]] = {}
+        connections: dict[str, Connection] = {}
         for contender in contenders:
-            pool = stack.enter_context(ProcessPoolExecutor(1, context))
-            processes[contender.name] = call = partial(_call, contender.name, pool)
-            laps[contender.name].units = call(_prepare, contender, device, threads, one_processor)
-        for call in processes.values():
-            for _ in range(warmup):
-                call(_timed_step)
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_contend, args=(contender, theirs, device, threads, one_processor))
+            process.start()
+            theirs.close()
+            stack.callback(process.join)
+            connections[contender.name] = stack.enter_context(ours)
+            _next_lap(contender.name, ours)
         for _ in range(rounds):
-            for name, call in processes.items():
-                wall, cpu = call(_timed_step)
-                laps[name].seconds.append(wall)
-                laps[name].cpu_seconds.append(cpu)
-        for name, call in processes.items():
-            laps[name].peak_bytes = call(_peak_bytes)
-            laps[name].facts = call(_facts)  # last: counting operations takes memory of its own
+            for name, connection in connections.items():
+                connection.send(True)
+                laps[name].append(_next_lap(name, connection))
     return laps
 
 
-def speed(name: str, lap: Lap, ours: Lap) -> dict[str, Any]:
+def speed(name: str, laps: Sequence[Lap], ours: Sequence[Lap]) -> dict[str, Any]:
     """The speed of one contender; `speedup` is ours against it, the median over the rounds: above 1 we are faster."""
-    seconds = median(lap.seconds)
     return {
         "contender": name,
-        "per_second": lap.units / seconds,
-        "step_ms": 1e3 * seconds,
-        "speedup": median(b / a for a, b in zip(ours.seconds, lap.seconds, strict=True)),
+        "per_second": median(lap.units / lap.seconds for lap in laps),
+        "speedup": median(_rate(a) / _rate(b) for a, b in zip(ours, laps, strict=True)),
     }
 
 
-def speed_and_memory(name: str, lap: Lap, ours: Lap) -> dict[str, Any]:
-    """`speed`, and what the process itself takes; `memory_ratio` is ours against it."""
-    return speed(name, lap, ours) | {
-        "cpu_ms": 1e3 * median(lap.cpu_seconds),
-        "peak_mib": lap.peak_bytes / 2**20,
-        "memory_ratio": ours.peak_bytes / lap.peak_bytes,
-    }
-
-
-def _call(name: str, pool: ProcessPoolExecutor, function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a function in a contender's process."""
-    try:
-        return pool.submit(function, *arguments).result()
-    except LdmError:
-        raise
-    except BrokenProcessPool as error:
-        raise WorkerError(f"benchmark process '{name}' died", str(error)) from None
-    except Exception as error:
-        raise UnavailableError(f"'{name}' cannot do this work", f"{type(error).__name__}: {error}") from error
-
-
-_running: tuple[Runner, str]
-"""The runner and the device of a contender's process."""
-
-
-def _prepare(contender: Contender, device: str, num_threads: int, one_processor: bool) -> int:
-    """Build the runner of this process: its units."""
-    global _running
-    if one_processor and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    torch.set_num_threads(num_threads)
-    runner = contender.build(*contender.arguments)
-    _running = runner, device
-    return runner.units
-
-
-def _timed_step() -> tuple[float, float]:
-    """(wall, processor) seconds of one step."""
-    runner, device = _running
-    wait_for(device)
-    wall, cpu = time.perf_counter(), time.process_time()
-    runner.step()
-    wait_for(device)
-    return time.perf_counter() - wall, time.process_time() - cpu
+def speed_and_memory(results: Mapping[str, Sequence[Lap]]) -> list[dict[str, Any]]:
+    """One row per contender, ours first: `speed`, and what the process itself takes; `memory_ratio` is ours to it."""
+    ours = next(iter(results.values()))
+    return [
+        speed(name, laps, ours)
+        | {
+            "cpu_ms_per_unit": median(1e3 * lap.cpu_seconds / lap.units for lap in laps),
+            "peak_mib": laps[-1].peak_bytes / 2**20,
+            "memory_ratio": ours[-1].peak_bytes / laps[-1].peak_bytes,
+        }
+        for name, laps in results.items()
+    ]
 
 
 def wait_for(device: str) -> None:
@@ -182,13 +156,41 @@ def wait_for(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _facts() -> dict[str, Any]:
-    return _running[0].facts()
+def _rate(lap: Lap) -> float:
+    return lap.units / lap.seconds
 
 
-def _peak_bytes() -> int:
+def _next_lap(name: str, connection: Connection) -> Lap:
+    try:
+        result = connection.recv()
+    except (EOFError, ConnectionError):
+        raise WorkerError(f"benchmark process '{name}' died", "it ended without a result") from None
+    if isinstance(result, Exception):
+        raise result
+    assert isinstance(result, Lap)
+    return result
+
+
+def _contend(contender: Contender, connection: Connection, device: str, num_threads: int, one_processor: bool) -> None:
+    """The process of a contender: send its laps, or the error that ended it."""
+    if one_processor and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    torch.set_num_threads(num_threads)
+    try:
+        contender.run(Turns(connection, device), *contender.arguments)
+        error: LdmError = WorkerError(f"'{contender.name}' has no more work", "there is less of it than the race takes")
+    except RaceOver:
+        return
+    except LdmError as raised:
+        error = raised
+    except Exception as raised:
+        error = UnavailableError(f"'{contender.name}' cannot do this work", f"{type(raised).__name__}: {raised}")
+    connection.send(error)
+
+
+def _peak_bytes(device: str) -> int:
     """Peak of this process, from /proc where it exists, as `ru_maxrss` includes the peak of the parent process."""
-    if _running[1] == "cuda":
+    if device == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="ascii", errors="replace").splitlines() if status.exists() else []

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from statistics import median
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 
-from ldm_cli.bench import input_pipeline, peers, picture
+from ldm_cli.bench import data, peers, stages
 from ldm_cli.bench.machine import describe, matmul_gflops
-from ldm_cli.bench.race import Contender, race, speed_and_memory
-from ldm_cli.bench.workload import TrainRecipe, Workload, our_encoding, our_step, with_known_ids
+from ldm_cli.bench.race import Contender, Turns, race, speed_and_memory
+from ldm_cli.bench.stand_ins import is_complete, random_family, with_stand_ins
+from ldm_cli.bench.workload import size_of
 from ldm_cli.core.precision import precision_on
 from ldm_cli.errors import UnavailableError, UsageError
+from ldm_cli.families.open_family import open_family
 from ldm_cli.recipe.load import load_recipe
+from ldm_cli.recipe.schema import TrainRecipe, TrainUnetRecipe
 from ldm_cli.reporting import Reporter
+from ldm_cli.sampling.config import SamplingConfig
+from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.sampling.request import requests_for
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: the peer that does the same work; of a model, the command and its default recipe."""
+    """What is measured: the peer that does the same work, if any; the command whose recipes it takes, and the default
+    one."""
 
-    peer: str
+    peer: str = ""
     command: str = ""
     recipe: str = ""
 
@@ -34,28 +41,33 @@ class Subject:
 SUBJECTS = {
     "train-clip": Subject("transformers", "train-clip", "bench/clip"),
     "train-vae": Subject("diffusers", "train-vae", "bench/vae"),
-    "encode-vae": Subject("diffusers", "train-vae", "bench/vae"),
     "train-unet": Subject("diffusers", "train-unet", "bench/unet"),
-    "sample": Subject("diffusers"),
+    "precompute": Subject("", "train-unet", "bench/unet"),
+    "sample": Subject("diffusers", "train-unet", "bench/unet"),
     "data": Subject("webdataset"),
-    "start": Subject("diffusers"),
 }
 """The single subjects; `all` measures each, `published` some of them at published sizes."""
 
-PUBLISHED = (
-    ("train-unet", "unet/sd15", {"train.batch_size": 32}),
-    ("train-unet", "unet/sd21", {"train.batch_size": 32, "unet.sample_size": 64}),
-    ("train-clip", "clip/vit-b-32", {"train.batch_size": 1024}),
-    ("train-clip", "clip/vit-l-14", {"train.batch_size": 128}),
-    ("encode-vae", "vae/sd-vae", {"train.batch_size": 16, "data.image_size": 512}),
-)
-"""Training of published sizes: subject, recipe, changes to it; U-Nets at 512 px, as in published measurements."""
-PUBLISHED_PIPELINE = ("unet/sd15", "vae/sd-vae")
-"""Recipes of the U-Net and the autoencoder for sampling at a published size."""
-_PUBLISHED_PICTURES = (1, 16)
 _AT_ONCE = {"train.micro_batch": "null", "train.gradient_checkpointing": "false"}
+_CACHED = {**_AT_ONCE, "train.batch_size": 32, "cache": "none", "data.image_size": 512, "unet.sample_size": 64}
+PUBLISHED: tuple[tuple[str, str, Mapping[str, Any], int | None], ...] = (
+    ("sample", "unet/sd15", {}, 1),
+    ("sample", "unet/sd15", {}, 16),
+    ("train-unet", "unet/sd15", {**_AT_ONCE, "train.batch_size": 32}, None),
+    (
+        "train-unet",
+        "unet/sd21",
+        {**_AT_ONCE, "train.batch_size": 32, "data.image_size": 512, "unet.sample_size": 64},
+        None,
+    ),
+    ("train-clip", "clip/vit-b-32", {**_AT_ONCE, "train.batch_size": 1024}, None),
+    ("train-clip", "clip/vit-l-14", {**_AT_ONCE, "train.batch_size": 128}, None),
+    ("precompute", "unet/sd15", {}, None),
+)
+"""Subject, recipe, changes to it and images; U-Nets train at 512 px from a cache, as in published measurements."""
 _PUBLISHED_SECONDS = 480.0
 """Seconds after which no further measurement of published sizes begins, so that all take less than ten minutes."""
+PROMPT, GUIDANCE = "a red circle", 7.5
 
 
 @dataclass(frozen=True)
@@ -66,21 +78,17 @@ class BenchOptions:
         against: peers to run beside us.
         rounds: turns of each contender.
         device: `cpu` or `cuda`.
-        context_length: text tokens per picture of a U-Net.
-        model: pipeline folder for `sample` and `start`; None: random weights.
-        images: pictures of `sample`, or samples of `data`.
-        steps: denoising steps of `sample` and `start`.
-        compiled: whether each contender, ours or a peer, also runs compiled where possible.
+        model: pipeline folder for `sample`; None: random weights.
+        images: pictures of `sample`, or samples of `data`; None: 8 and 2,048.
+        steps: denoising steps of `sample`.
     """
 
     against: frozenset[str] = frozenset()
     rounds: int = 5
     device: str = "cpu"
-    context_length: int = 77
     model: str | None = None
     images: int | None = None
     steps: int = 50
-    compiled: bool = False
 
 
 def check_peers(subject: str, against: Sequence[str]) -> frozenset[str]:
@@ -90,13 +98,14 @@ def check_peers(subject: str, against: Sequence[str]) -> frozenset[str]:
         UsageError: no such peer, or it does not do this work.
         UnavailableError: it is not installed.
     """
-    known = {each.peer for each in SUBJECTS.values()}
-    useful = {SUBJECTS[subject].peer} if subject in SUBJECTS else known
+    known = {each.peer for each in SUBJECTS.values()} - {""}
+    useful = {SUBJECTS[subject].peer} - {""} if subject in SUBJECTS else known
     wanted = useful if "all" in against else set(against)
     if unknown := wanted - known:
         raise UsageError(f"unknown peer '{min(unknown)}'", remedy=f"--against takes {', '.join(sorted(known))} or all")
     if other := wanted - useful:
-        raise UsageError(f"'{min(other)}' does not do the work of {subject}", remedy=f"use --against {min(useful)}")
+        remedy = f"use --against {min(useful)}" if useful else "leave out --against"
+        raise UsageError(f"'{min(other)}' does not do the work of {subject}", remedy=remedy)
     for package in sorted(wanted):
         if importlib.util.find_spec(package) is None:
             remedy = f"pip install {package}, or leave out --against"
@@ -109,7 +118,7 @@ def run(subject: str, recipes: Mapping[str, TrainRecipe], options: BenchOptions,
 
     Args:
         subject: one of `SUBJECTS`, `published` or `all`.
-        recipes: subject → recipe of a model.
+        recipes: subject → recipe, `start_from` resolved.
         options: the settings.
         reporter: receives the name of each subject as it starts.
 
@@ -120,31 +129,15 @@ def run(subject: str, recipes: Mapping[str, TrainRecipe], options: BenchOptions,
         LdmError: a peer is missing, a process died, a recipe cannot be used.
     """
     device = torch.device(options.device)
-    precision = next(iter(recipes.values())).train.precision if recipes else "fp32"
-    gflops = matmul_gflops(device, "bf16" if subject == "published" else precision_on(device, precision))
+    precision = next(iter(recipes.values())).train.precision if recipes else None
+    gflops = matmul_gflops(device, precision_on(device, precision))
     result: dict[str, Any] = {"machine": describe(device), "matmul_gflops": gflops}
     if subject == "published":
         return result | published(options, gflops, reporter)
     for name in SUBJECTS if subject == "all" else [subject]:
         reporter.info(f"measuring {name}")
-        result[name] = _measure(name, recipes.get(name), options, gflops)
+        result[name] = measure(name, recipes.get(name), options, gflops)
     return result
-
-
-def _measure(subject: str, recipe: TrainRecipe | None, options: BenchOptions, gflops: float) -> list[dict[str, Any]]:
-    compared = SUBJECTS[subject].peer in options.against
-    if recipe is not None:
-        return compare(subject, recipe, options, gflops, compared)
-    if subject == "data":
-        return input_pipeline.measure(options.images or 2048, options.rounds, compared)
-    with nullcontext(options.model) if options.model else picture.random_pipeline() as folder:
-        if subject == "start":
-            return picture.start(folder, options.steps, options.rounds, compared)
-        return _sample(folder, options.images or 8, options, compared)
-
-
-def _sample(folder: str, images: int, options: BenchOptions, compared: bool) -> list[dict[str, Any]]:
-    return picture.sample(folder, images, options.steps, options.rounds, compared, options.device, options.compiled)
 
 
 def published(options: BenchOptions, gflops: float, reporter: Reporter) -> dict[str, Any]:
@@ -153,56 +146,80 @@ def published(options: BenchOptions, gflops: float, reporter: Reporter) -> dict[
     Only sampling is compared, as the models and optimizers of two trainers would not fit into one device.
 
     Args:
-        gflops: as in `compare`.
+        gflops: as in `measure`.
     """
     deadline, result = time.monotonic() + _PUBLISHED_SECONDS, {}
-
-    def begins(name: str) -> bool:
+    for subject, recipe, changes, images in PUBLISHED:
+        name = f"{subject} {recipe}" + (f", {images} at a time" if images else "")
         if time.monotonic() > deadline:
             reporter.warn(f"no time is left for {name}")
-            return False
+            continue
         reporter.info(f"measuring {name}")
-        return True
-
-    with picture.random_pipeline(*PUBLISHED_PIPELINE) as folder:
-        for n in _PUBLISHED_PICTURES:
-            if begins(f"sample {n}"):
-                result[f"sample {n}"] = _sample(folder, n, options, "diffusers" in options.against)
-    for subject, recipe, changes in PUBLISHED:
-        if begins(name := f"{subject} {recipe}"):
-            words = [f"{key}={value}" for key, value in {**_AT_ONCE, **changes}.items()]
-            loaded: Any = load_recipe(recipe, words, expected_command=SUBJECTS[subject].command).recipe
-            result[name] = compare(subject, loaded, options, gflops, compared=False)
+        words = [f"{key}={value}" for key, value in changes.items()]
+        loaded = load_recipe(recipe, words, expected_command=SUBJECTS[subject].command).recipe
+        against = options.against if subject == "sample" else frozenset()
+        own = BenchOptions(against, options.rounds, options.device, images=images, steps=options.steps)
+        result[name] = measure(subject, cast("TrainRecipe", loaded), own, gflops)
     return result
 
 
-def compare(
-    subject: str, recipe: TrainRecipe, options: BenchOptions, gflops: float, compared: bool
-) -> list[dict[str, Any]]:
-    """One row per contender: ours; with `compared` the peer in its default and in channels-last order; with
-    `options.compiled` ours compiled, and the peer compiled in its best order.
+def measure(subject: str, recipe: TrainRecipe | None, options: BenchOptions, gflops: float) -> list[dict[str, Any]]:
+    """One row per contender: ours, and with its name in `options.against` the peer.
 
     Args:
         gflops: speed of a matrix product on this machine.
     """
-    recipe, peer = with_known_ids(recipe), SUBJECTS[subject].peer
-    work = Workload(recipe, options.device, options.context_length)
-    ours, theirs = (our_encoding, peers.their_encoding) if subject == "encode-vae" else (our_step, peers.their_step)
-    field = [Contender("ldm", ours, (work,))]
-    if compared:
-        field.append(Contender(peer, theirs, (work,)))
-        if subject != "train-clip":  # CLIP has almost no convolutions
-            field.append(Contender(f"{peer} channels_last", theirs, (work, True)))
-    if options.compiled and subject != "encode-vae":
-        train = recipe.train.model_copy(update={"compile": True})
-        work = replace(work, recipe=recipe.model_copy(update={"train": train}))
-        field.append(Contender("ldm compiled", ours, (work,)))
-        if compared:
-            field.append(Contender(f"{peer} compiled", theirs, (work, subject != "train-clip")))
-    laps = race(field, rounds=options.rounds, device=options.device)
-    flops, rows = laps["ldm"].facts["flops"], []
-    for name, lap in laps.items():
-        row = speed_and_memory(name, lap, laps["ldm"]) | {"gflop_per_unit": flops / lap.units / 1e9}
-        row["fraction_of_matmul"] = flops / median(lap.seconds) / 1e9 / gflops
-        rows.append(row | {key: value for key, value in lap.facts.items() if key == "first_loss"})
-    return rows
+    is_compared = SUBJECTS[subject].peer in options.against
+    if recipe is None:
+        return data.measure(options.images or 2048, options.rounds, is_compared)
+    with tempfile.TemporaryDirectory() as scratch:
+        if subject == "sample":
+            return _sample(cast("TrainUnetRecipe", recipe), Path(scratch), options, is_compared)
+        has_all = is_complete(recipe)
+        if not has_all:
+            num_images = stages.ENCODED_IMAGES * (options.rounds + 1) if subject == "precompute" else 256
+            recipe = with_stand_ins(recipe, Path(scratch), options.device, num_images)
+        work = stages.encode if subject == "precompute" else stages.train
+        field = [Contender("ldm", work, (recipe, options.device))]
+        if is_compared:
+            field += _peers_of_training(subject, recipe, options.device)
+        rows = speed_and_memory(race(field, rounds=options.rounds, device=options.device))
+    if subject != "precompute":
+        flops = size_of(recipe)[1]
+        for row in rows:
+            row |= {"gflop_per_unit": flops / 1e9, "fraction_of_matmul": row["per_second"] * flops / 1e9 / gflops}
+    return [row | {"data": "the recipe's" if has_all else "random"} for row in rows]
+
+
+def _peers_of_training(subject: str, recipe: TrainRecipe, device: str) -> list[Contender]:
+    """The peer as it comes, in channels-last order, and compiled if ours is."""
+    peer, has_convolutions = SUBJECTS[subject].peer, subject != "train-clip"
+    field = [Contender(peer, peers.train, (recipe, device))]
+    if has_convolutions:
+        field.append(Contender(f"{peer} channels_last", peers.train, (recipe, device, True)))
+    if recipe.train.compile is True or (recipe.train.compile == "auto" and device == "cuda"):
+        field.append(Contender(f"{peer} compiled", peers.train, (recipe, device, has_convolutions, True)))
+    return field
+
+
+def _sample(recipe: TrainUnetRecipe, scratch: Path, options: BenchOptions, is_compared: bool) -> list[dict[str, Any]]:
+    """Pictures of one prompt, DDIM, guidance 7.5, in a process with a loaded model; on CUDA also compiled."""
+    folder, images = options.model or str(scratch / "model"), options.images or 8
+    if options.model is None:
+        random_family(recipe).save(Path(folder))
+    field = []
+    for is_compiled in (False, True) if options.device == "cuda" else (False,):
+        arguments, suffix = (folder, images, options.steps, options.device, is_compiled), " compiled" * is_compiled
+        field.append(Contender(f"ldm{suffix}", generate, arguments))
+        if is_compared:
+            field.append(Contender(f"diffusers{suffix}", peers.generate, (*arguments, PROMPT, GUIDANCE)))
+    return speed_and_memory(race(field, rounds=options.rounds, device=options.device))
+
+
+def generate(turns: Turns, folder: str, images: int, steps: int, device: str, compiled: bool) -> None:
+    """Our pipeline, loaded, as `ldm sample` runs it; a turn generates all pictures."""
+    precision = "fp32" if device == "cpu" else "fp16"
+    settings = {"sampler": "ddim", "steps": steps, "guidance": GUIDANCE, "images_per_prompt": images}
+    config = SamplingConfig.from_mapping(settings | {"batch_size": min(images, 16), "precision": precision})
+    pipeline = Pipeline(open_family(Path(folder), device, precision, compiled=compiled))
+    turns.repeat(images, lambda: [*pipeline.generate(requests_for([PROMPT], config), config)])

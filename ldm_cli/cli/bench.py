@@ -13,9 +13,9 @@ from ldm_cli.cli.show import show_result
 from ldm_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from ldm_cli.bench.workload import TrainRecipe
+    from ldm_cli.recipe.schema import StartedRecipe, TrainRecipe
 
-_SUBJECTS = "train-clip|train-vae|train-unet|encode-vae|sample|data|start|published|all"
+_SUBJECTS = "train-clip|train-vae|train-unet|precompute|sample|data|published|all"
 
 
 def command(
@@ -29,13 +29,9 @@ def command(
     rounds: Annotated[
         int, typer.Option("--rounds", metavar="N", min=1, help="Turns of each contender after warm-up.")
     ] = 5,
-    model: Annotated[
-        str | None, given.option("--model", metavar="DIR", text="Pipeline folder for sample and start.")
-    ] = None,
+    model: Annotated[str | None, given.option("--model", metavar="DIR", text="Pipeline folder of sample.")] = None,
     images: Annotated[int | None, given.option("-n", metavar="N", least=1, text="Images of sample and data.")] = None,
-    steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Steps of sample and start.")] = 50,
-    tokens: Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="Text tokens of train-unet.")] = 77,
-    compiled: Annotated[bool, given.option("--compile", text="Also run each contender compiled.")] = False,
+    steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Steps of sample.")] = 50,
     out: Annotated[Path | None, given.option("--out", metavar="FILE", text="Also write the JSON here.")] = None,
     device: given.Device = "auto",
     json: given.Json = False,
@@ -59,8 +55,8 @@ def command(
     recipes: dict[str, TrainRecipe] = {}
     for name, known in models.items():
         loaded = load_recipe(recipe or known.recipe, changes, expected_command=known.command)
-        recipes[name] = resolve_start(cast("TrainRecipe", loaded.recipe), reporter.warn)
-    options = bench.BenchOptions(peers, rounds, where.type, tokens, model, images, steps, compiled)
+        recipes[name] = resolve_start(cast("StartedRecipe", loaded.recipe), reporter.warn)
+    options = bench.BenchOptions(peers, rounds, where.type, model, images, steps)
     result = bench.run(subject, recipes, options, reporter)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

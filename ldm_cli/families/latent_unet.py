@@ -100,7 +100,8 @@ class LatentUNet(Family):
         place(device, DTYPES[precision], self.denoiser, *text)
         place(device, torch.float32 if is_upcast else DTYPES[precision], self.codec)
         if self.is_compiled:
-            compile_whole(self.denoiser, self.codec.decoder, self.codec.encoder)
+            compile_whole(self.denoiser, replayed=self.device.type == "cuda")
+            compile_whole(self.codec.decoder, self.codec.encoder)
 
 
 def pipeline_of(folder: Path) -> str | None:

@@ -89,9 +89,10 @@ class SamplingConfig(Config):
     than rounding, on a CPU not at all."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of weights and activations."""
-    compile: bool = False
+    compile: bool | Literal["auto"] = "auto"
     """Compile the U-Net and the autoencoder by torch.compile: minutes at the first start, seconds at later ones, then
-    less time per picture. Changes pictures by rounding."""
+    less time per picture. Changes pictures by rounding. auto: on CUDA, for 500 pictures or more, where a compiler is
+    there."""
 
     @field_validator("guidance", mode="before")
     @classmethod

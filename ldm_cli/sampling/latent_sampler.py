@@ -131,7 +131,7 @@ class LatentSampler:
             t = torch.full((1,), level.t, device=x.device)
             cast = replace(condition.map(lambda tensor: tensor.to(dtype)), pooled=condition.pooled)
             prediction: Tensor = denoiser(x.to(dtype), t, cast)
-            return prediction.float()
+            return prediction.to(torch.float32, copy=True)  # a replayed network writes the next one into its place
 
         return network if self.window is None else in_windows(network, self.window)
 

@@ -35,8 +35,9 @@ def dry_run(recipe: Recipe, reporter: Reporter, num_ranks: int = 1) -> dict[str,
 
     Returns:
         `recipe` (every field), `parameters` (module → count), `bytes` (what stays in the memory of each rank,
-        activations not counted: `weights`, `gradients`, `optimizer`, `ema`), and where they apply `shards`,
-        `steps_per_epoch`, `epochs`, `images`; `notes` says what could not be found yet, and what `bytes` leaves out.
+        activations not counted: `weights`, `gradients`, `optimizer`, `ema`; `save`: in main memory, while rank 0 writes
+        a checkpoint), and where they apply `shards`, `steps_per_epoch`, `epochs`, `images`; `notes` says what could not
+        be found yet, and what `bytes` leaves out.
 
     Raises:
         RecipeError: the models that the recipe names do not fit together, or the ranks cannot share the batch.

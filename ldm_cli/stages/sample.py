@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm_cli.core.compiling import NOTICE
 from ldm_cli.errors import DivergedError, UsageError
 from ldm_cli.families.open_family import open_family
 from ldm_cli.pictures.images import slug
@@ -26,7 +25,7 @@ from ldm_cli.recipe.schema import SampleRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.stages.support.named_models import with_model_folders
-from ldm_cli.stages.support.options import RunOptions, resolve_device
+from ldm_cli.stages.support.options import RunOptions, resolve_device, with_compile
 from ldm_cli.stages.support.picture_generator import Latents, PictureGenerator
 from ldm_cli.storage import storage_errors
 from ldm_cli.training.distributed import SECONDS_OF_SILENCE, joined, local_rank
@@ -62,15 +61,12 @@ def run(
     if not recipe.prompts:
         raise UsageError("no prompts", remedy="give -p TEXT, --prompts FILE, or prompts in the recipe")
     recipe = with_model_folders(recipe, reporter)
-    job = make_job(recipe.prompts, recipe.sampling, recipe.edit, recipe.variation, recipe.interpolate, recipe.xy)
-    if recipe.wildcards is not None:
-        job = Wildcards(Path(recipe.wildcards)).filled_in(job)
-    device = resolve_device(options.device, local_rank())
+    job, device = _job(recipe), resolve_device(options.device, local_rank())
     with joined(device, SECONDS_OF_SILENCE) as ranks:
-        sampling = recipe.sampling
-        family = open_family(Path(recipe.model), device, sampling.precision, compiled=sampling.compile)
-        if sampling.compile:
-            reporter.info(NOTICE)
+        sampling = with_compile(recipe.sampling, len(job.items), device, reporter.info)
+        recipe = recipe.model_copy(update={"sampling": sampling})
+        job = _job(recipe)
+        family = open_family(Path(recipe.model), device, sampling.precision, compiled=sampling.compile is True)
         generator = PictureGenerator(Pipeline(family), recipe, latents, len(job.items))
         generator.check(job.items)
         for message in job_warnings(job.items, family, recipe.weighted_words):
@@ -91,6 +87,11 @@ def run(
         raise _of_several(failures, len(missing))
     result = _result(folder, images, animations)
     return result | {"generated": len(missing), "seconds": round(time.monotonic() - started, 3)}
+
+
+def _job(recipe: SampleRecipe) -> Job:
+    job = make_job(recipe.prompts, recipe.sampling, recipe.edit, recipe.variation, recipe.interpolate, recipe.xy)
+    return job if recipe.wildcards is None else Wildcards(Path(recipe.wildcards)).filled_in(job)
 
 
 def _result(folder: JobFolder, images: Sequence[Mapping[str, Any]], animations: Sequence[Path]) -> dict[str, Any]:

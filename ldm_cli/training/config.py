@@ -63,9 +63,10 @@ class TrainConfig(Config):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     channels_last: bool = True
     """Keep convolution weights and activations in NHWC memory order."""
-    compile: bool = False
+    compile: bool | Literal["auto"] = "auto"
     """Compile residual blocks, Transformers and layers by torch.compile: minutes at the first start, seconds at later
-    ones. Meant for GPUs: on a CPU it gains nothing. Validation and sample pictures run uncompiled."""
+    ones. Validation and sample pictures run uncompiled. auto: on CUDA, for 1,000 steps or more, where a compiler is
+    there; on a CPU it gains nothing."""
     log_every: Positive = 10
     """Steps between lines in metrics.jsonl."""
     save_every: Positive = 500
@@ -87,7 +88,7 @@ class TrainConfig(Config):
             raise ValueError(f"micro_batch={self.micro_batch} does not divide batch_size={self.batch_size}")
         if self.strategy == "sharded" and self.deterministic == "elastic":
             raise ValueError("strategy=sharded adds up gradients as parts, not in the order of deterministic=elastic")
-        if self.strategy == "sharded" and self.compile:
+        if self.strategy == "sharded" and self.compile is True:
             raise ValueError("strategy=sharded does not work with compile=true yet")
         if self.strategy == "sharded" and self.optimizer == "muon":
             raise ValueError("strategy=sharded cuts the matrices that optimizer=muon needs whole")

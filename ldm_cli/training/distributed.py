@@ -104,13 +104,9 @@ class _ConnectedRanks(Ranks):
             work = start()
         self._finish(work, tensor)
 
-    def wait_for_device(self) -> None:
-        """By an event, which can be asked without waiting."""
-        if self._device.type != "cuda":
-            return
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        while not _within(POLL.total_seconds(), event.query):
+    def wait_for(self, event: torch.cuda.Event | None) -> None:
+        """An event can be asked without waiting."""
+        while event is not None and not _within(POLL.total_seconds(), event.query):
             if self._watch.asked() is not None:
                 raise self._loss(None)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -30,11 +29,8 @@ class FigureMeans:
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0.0) + counts.double()
 
-    def take(self) -> dict[str, float]:
-        """The means, without figures that no step had, in one copy to the host; the next line starts empty."""
-        if not self.sums:
-            return {}
-        means = torch.stack([value / self.counts[name] for name, value in self.sums.items()]).tolist()
-        named = dict(zip(self.sums, means, strict=True))
+    def take(self) -> dict[str, Tensor]:
+        """The means, on the device, NaN for figures that no step had; the next line starts empty."""
+        means = {name: value / self.counts[name] for name, value in self.sums.items()}
         self.sums, self.counts = {}, {}
-        return {name: value for name, value in named.items() if not math.isnan(value)}
+        return means

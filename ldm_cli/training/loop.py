@@ -62,6 +62,25 @@ class _Due(NamedTuple):
         return cls(*(step == config.steps or (every > 0 and step % every == 0) for every in periods))
 
 
+class _Line:
+    """A line of metrics.jsonl that is being read from the device."""
+
+    def __init__(self, trainer: Trainer, has_figures: bool) -> None:
+        self.step, self.figures = trainer.step, dict[str, float]()
+        self._read = trainer.begin_reading(has_figures)
+
+    def wait(self) -> None:
+        """Wait for the figures; errors as of the function of `Trainer.begin_reading`."""
+        self.figures = self._read() | self.figures
+
+    def write(self, trainer: Trainer, progress: Progress) -> None:
+        """Log the figures, if there are any."""
+        if self.figures and trainer.ranks.is_first:
+            _log_figures(trainer, self.step, self.figures)
+            shown = ("loss", "images_per_second")
+            progress.update(self.step, {name: value for name, value in self.figures.items() if name in shown})
+
+
 def train(
     task: Task[BatchT],
     batches: Callable[[int, int], Iterator[BatchT]],
@@ -102,10 +121,13 @@ def train(
         stack.enter_context(trainer.saves)
         progress = stack.enter_context(reporter.progress(title, config.steps, trainer.step))
         stream = stack.enter_context(closing(batches(trainer.step, config.steps)))  # type: ignore[type-var]
-        throughput = _Throughput()
+        throughput, earlier = _Throughput(), list[_Line]()
         while trainer.step < config.steps:
             trainer.saves.check()
             if reason := stop_reason(trainer.ranks.largest(stop.code)):
+                for line in earlier:
+                    line.wait()
+                    line.write(trainer, progress)
                 _preempt(trainer, reason, trainer.step > first_step)
             trainer.set_training(True)
             run.begin_step(trainer.step + 1)
@@ -113,14 +135,7 @@ def train(
             throughput.num_images += config.batch_size
             due = _Due.after(trainer.step, config)
             if device.type == "cpu" or any(due):
-                trainer.check_finite()  # waits for the device
-                run.begin_step(None)
-            figures: dict[str, float] = {}
-            if due.log:
-                figures |= trainer.means.take()
-                figures |= {"lr": learning_rate(config, trainer.step), "images_per_second": throughput.rate()}
-            with throughput.paused():
-                _follow_up(trainer, due, figures, progress)
+                earlier = _after_step(trainer, due, earlier, throughput, progress)
     return _finish(trainer)
 
 
@@ -136,29 +151,54 @@ def _begin(trainer: Trainer, start: Path | None, validates_start: bool) -> None:
     if validates_start and trainer.step == 0:
         figures = _validate(trainer)
         if figures and is_first:
-            _log_figures(trainer, figures)
+            _log_figures(trainer, trainer.step, figures)
 
 
-def _follow_up(trainer: Trainer, due: _Due, figures: dict[str, float], progress: Progress) -> None:
-    """Validate, log, draw and save after a step; saving comes last, when all else is done."""
-    is_first = trainer.ranks.is_first
+def _after_step(
+    trainer: Trainer, due: _Due, earlier: list[_Line], throughput: _Throughput, progress: Progress
+) -> list[_Line]:
+    """Read the figures of the steps before, and do what is due.
+
+    Args:
+        earlier: lines that are not written yet: at most one.
+
+    Returns:
+        The lines that are not written yet. Where a line alone is due, a GPU is not waited for: its figures are read
+        when the next one is begun.
+    """
+    line, config = _Line(trainer, due.log), trainer.config
+    waits = trainer.device.type == "cpu" or due.validate or due.picture or due.save
+    for awaited in [*earlier, line] if waits else earlier:
+        awaited.wait()
+    if due.log:
+        line.figures |= {"lr": learning_rate(config, trainer.step), "images_per_second": throughput.rate()}
+    with throughput.paused():
+        for read in earlier:
+            read.write(trainer, progress)
+        if not waits:
+            return [line]
+        trainer.run.begin_step(None)
+        _follow_up(trainer, due, line, progress)
+    return []
+
+
+def _follow_up(trainer: Trainer, due: _Due, line: _Line, progress: Progress) -> None:
+    """Validate, log, generate pictures and save after a step; saving comes last, when all else is done."""
     if due.save:
         trainer.expect_same_weights()
     if due.validate:
-        figures |= _validate(trainer)
-    if figures and is_first:
-        _log_figures(trainer, figures)
-        progress.update(trainer.step, {k: figures[k] for k in ("loss", "images_per_second") if k in figures})
+        line.figures |= _validate(trainer)
+    line.write(trainer, progress)
     if due.picture:
         _picture(trainer)
     if due.save:
         save(trainer)
 
 
-def _log_figures(trainer: Trainer, figures: Mapping[str, float]) -> None:
+def _log_figures(trainer: Trainer, step: int, figures: Mapping[str, float]) -> None:
     if bad := [name for name, value in figures.items() if not math.isfinite(value)]:
-        trainer.run.warn(f"step {trainer.step}: {', '.join(bad)} not finite, written as null")
-    trainer.run.metrics.append({"step": trainer.step, **{name: _rounded(value) for name, value in figures.items()}})
+        trainer.run.warn(f"step {step}: {', '.join(bad)} not finite, written as null")
+    trainer.run.metrics.append({"step": step, **{name: _rounded(value) for name, value in figures.items()}})
 
 
 def _resume(trainer: Trainer, start: Path | None) -> None:

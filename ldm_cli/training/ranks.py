@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -87,14 +88,16 @@ class Ranks:
         """
         start()
 
-    def wait_for_device(self) -> None:
-        """Wait until the device has done the work given to it so far, as long as the other ranks are well.
+    def wait_for(self, event: torch.cuda.Event | None) -> None:
+        """Wait until the device has come to an event of `mark`, as long as the other ranks are well.
 
         A read of a value on CUDA waits, too, but for ever if that value depends on a lost rank.
 
         Raises:
             WorkerError: one of them failed or is gone.
         """
+        if event is not None:
+            event.synchronize()
 
     def watched(self, work: Callable[[dist.ProcessGroup | None], T]) -> T:
         """The result of `work`, whose blocking collectives end when another rank is gone.

@@ -17,7 +17,7 @@ from ldm_cli.formats.model_folder import check_tensors, expect_finite
 from ldm_cli.formats.weight_files import read_tensors, write_tensors
 from ldm_cli.storage import expect_room, storage_errors
 from ldm_cli.training.checkpoint import checkpoint_name, checkpoints, commit_folder, prune, temporary_folder
-from ldm_cli.training.host_copy import host_copy
+from ldm_cli.training.host_copy import host_copy, mark
 from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.task import Task, WeightsByModule
 from ldm_cli.training.trainer import Trainer
@@ -120,10 +120,9 @@ def export_current(trainer: Trainer, folder: Path) -> None:
 
 def _arrival(device: torch.device) -> Callable[[], None]:
     """A function that waits until the copies begun so far are in the host's memory."""
-    if device.type != "cuda":
+    event = mark(device)
+    if event is None:
         return lambda: None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(device))
 
     def wait() -> None:
         torch.cuda.set_device(device)  # a new thread would take the first one

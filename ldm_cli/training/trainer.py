@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, TypeVar
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ldm_cli.core.compiling import compile_regions, eagerly
+from ldm_cli.core.compiling import compile_regions, eagerly, should_compile
 from ldm_cli.core.cpu import tune_for_cpu
 from ldm_cli.core.precision import autocast
 from ldm_cli.errors import DivergedError, WorkerError
@@ -18,6 +19,7 @@ from ldm_cli.training.config import TrainConfig
 from ldm_cli.training.ema import ExponentialMovingAverage
 from ldm_cli.training.figure_means import FigureMeans
 from ldm_cli.training.gradient_sum import gradient_sum
+from ldm_cli.training.host_copy import host_copy, mark
 from ldm_cli.training.optim import GuardedOptimizers, learning_rate
 from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.run_folder import RunFolder
@@ -27,6 +29,9 @@ from ldm_cli.training.task import Task, sample_names
 from ldm_cli.training.weights import Weights
 
 T = TypeVar("T")
+
+_WORTH_COMPILING = 1000
+"""Steps of a run from which on compiling, which takes minutes, is expected to pay off."""
 
 
 class Trainer:
@@ -49,7 +54,7 @@ class Trainer:
         self.task, self.config, self.run, self.device, self.ranks = task, config, run, device, ranks
         self.parts_per_rank = config.parts_per_rank(ranks.world_size)
         self.modules: Mapping[str, nn.Module] = {**task.modules, **task.auxiliary}
-        self.weights = _placed(task, config, device, ranks)
+        self.weights = _placed(task, config, device, ranks, run.log)
         self._frozen = [part for module in self.modules.values() for part in module.modules() if _is_frozen(part)]
         self.optimizers = GuardedOptimizers(self.weights, config, device)
         self.ema: ExponentialMovingAverage | None = None
@@ -127,21 +132,36 @@ class Trainer:
                 "continue from the last checkpoint on machines of one kind",
             )
 
-    def check_finite(self) -> None:
-        """Report skipped steps, and stop when too many follow one another; all ranks call.
+    def begin_reading(self, with_means: bool) -> Callable[[], dict[str, float]]:
+        """Begin to copy what the host has to know of the steps since the last call; all ranks call.
 
-        Raises:
-            DivergedError: more than `max_nonfinite` steps.
+        Args:
+            with_means: whether the means of the figures since the last line are part of it.
+
+        Returns:
+            A function that waits for the copy, reports skipped steps, and gives the means; all ranks call it, in the
+            order in which they were begun. It raises `DivergedError` after more than `max_nonfinite` skipped steps.
         """
-        self.ranks.wait_for_device()
-        self.skipped.report(self.run, self.ranks, is_expected=self.config.precision == "fp16")
-        bad = int(self.optimizers.nonfinite_run.item())
-        if bad > self.config.max_nonfinite:
-            raise DivergedError(
-                f"step {self.step} of '{self.run.path}'",
-                f"loss or gradient was not finite in {bad} steps in a row",
-                "lower train.lr or raise train.warmup_steps; the last checkpoint is sound, log.txt names the samples",
-            )
+        step, means = self.step, self.means.take() if with_means else {}
+        skipped, self.skipped = self.skipped, SkippedSteps()
+        values = [*means.values(), *skipped.kept, self.optimizers.nonfinite_run]
+        copy, arrived = host_copy(torch.stack([value.double() for value in values])), mark(self.device)
+
+        def read() -> dict[str, float]:
+            self.ranks.wait_for(arrived)
+            *known, bad = copy.tolist()
+            is_expected = self.config.precision == "fp16"
+            skipped.report(known[len(means) :], self.run, self.ranks, is_expected)
+            if bad > self.config.max_nonfinite:
+                raise DivergedError(
+                    f"step {step} of '{self.run.path}'",
+                    f"loss or gradient was not finite in {int(bad)} steps in a row",
+                    "lower train.lr or raise train.warmup_steps; the last checkpoint is sound, "
+                    "log.txt names the samples",
+                )
+            return {name: value for name, value in zip(means, known, strict=False) if not math.isnan(value)}
+
+        return read
 
     def on_first_rank(self, act: Callable[[], T], *, averaged: bool = False, shared: bool = False) -> T | None:
         """Call `act` on rank 0, while the task's modules hold their full weights there, uncompiled; all ranks call.
@@ -171,13 +191,17 @@ def _is_frozen(module: nn.Module) -> bool:
     return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
-def _placed(task: Task[Any], config: TrainConfig, device: torch.device, ranks: Ranks) -> Weights:
+def _placed(
+    task: Task[Any], config: TrainConfig, device: torch.device, ranks: Ranks, tell: Callable[[str], None]
+) -> Weights:
     """Bring the task's modules to the device, as the recipe says."""
     trained = {**task.modules, **task.auxiliary}
-    if device.type == "cpu" and not config.compile:
+    is_sharded = config.strategy == "sharded" and ranks.world_size > 1
+    is_compiled = not is_sharded and should_compile(config.compile, device, config.steps >= _WORTH_COMPILING, tell)
+    if device.type == "cpu" and not is_compiled:
         for module in trained.values():
             tune_for_cpu(module)
-    if config.strategy == "sharded" and ranks.world_size > 1:
+    if is_sharded:
         from ldm_cli.training.sharded_weights import ShardedWeights  # takes seconds to import
 
         return ShardedWeights(task.modules, task.auxiliary, device, ranks)
@@ -185,6 +209,6 @@ def _placed(task: Task[Any], config: TrainConfig, device: torch.device, ranks: R
         module.to(device)
         if config.channels_last:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if config.compile:
+        if is_compiled:
             compile_regions(module)
     return Weights(trained, ranks)

@@ -13,5 +13,5 @@ from ldm_cli.bench import race
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     context = multiprocessing.context.ForkServerContext()
     peers = "diffusers.models.unets.unet_2d_condition", "transformers.models.clip.modeling_clip"
-    context.set_forkserver_preload(["tests.bench.test_bench", *peers])
+    context.set_forkserver_preload(["tests.bench.test_bench", "tests.bench.test_race", *peers])
     monkeypatch.setattr(race.multiprocessing, "get_context", lambda _: context)

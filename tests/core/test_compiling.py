@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from PIL import Image, ImageChops
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 
-from ldm_cli.bench.workload import Workload, our_training
+from ldm_cli.bench.workload import new_model, random_batch, simple_loss
+from ldm_cli.core import compiling
 from ldm_cli.core.compiling import compile_regions, eagerly
 from ldm_cli.core.condition import Condition
 from ldm_cli.core.models.clip_resnet import Bottleneck
@@ -29,7 +31,10 @@ from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import ImageRequest
+from ldm_cli.training import trainer
 from ldm_cli.training.config import TrainConfig
+from ldm_cli.training.ranks import Ranks
+from ldm_cli.training.run_folder import RunFolder
 
 from ..conftest import REPOSITORY
 from ..faults.matrix import different
@@ -67,11 +72,21 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return graphs
 
 
-def one_step(subject: str, changes: list[str]) -> tuple[float, dict[str, Tensor]]:
+def one_step(subject: str, checkpointing: bool, compiled: bool) -> tuple[float, dict[str, Tensor]]:
     """Loss of one batch, and the gradients by name."""
-    recipe: Any = load_recipe(SMALL[subject][0], [*SMALL[subject][1], *changes], expected_command=subject).recipe
-    model, compute_loss = our_training(Workload(recipe))
-    loss = compute_loss()
+    recipe: Any = load_recipe(*SMALL[subject], expected_command=subject).recipe
+    torch.manual_seed(0)
+    model = new_model(recipe)
+    batch = random_batch(recipe, recipe.train.batch_size, "cpu", 7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():  # the last layers of residual branches start at zero
+                parameter.normal_(std=0.02)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    if compiled:
+        compile_regions(model)
+    loss = simple_loss(model, batch)
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -80,21 +95,20 @@ def one_step(subject: str, changes: list[str]) -> tuple[float, dict[str, Tensor]
 @pytest.mark.parametrize(
     ("subject", "checkpointing"),
     [
-        ("train-vae", "true"),
-        pytest.param("train-vae", "false", marks=pytest.mark.exhaustive),
-        pytest.param("train-unet", "true", marks=pytest.mark.exhaustive),
-        pytest.param("train-unet", "false", marks=pytest.mark.exhaustive),
-        pytest.param("train-clip", "true", marks=pytest.mark.exhaustive),
-        pytest.param("train-clip", "false", marks=pytest.mark.exhaustive),
+        ("train-vae", True),
+        pytest.param("train-vae", False, marks=pytest.mark.exhaustive),
+        pytest.param("train-unet", True, marks=pytest.mark.exhaustive),
+        pytest.param("train-unet", False, marks=pytest.mark.exhaustive),
+        pytest.param("train-clip", True, marks=pytest.mark.exhaustive),
+        pytest.param("train-clip", False, marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_compiled_step_has_the_loss_and_gradients_of_a_plain_one(
-    traced: list[Any], subject: str, checkpointing: str
+    traced: list[Any], subject: str, checkpointing: bool
 ) -> None:
-    changes = [f"train.gradient_checkpointing={checkpointing}"]
-    loss, gradients = one_step(subject, changes)
+    loss, gradients = one_step(subject, checkpointing, compiled=False)
     assert traced == []
-    compiled_loss, compiled_gradients = one_step(subject, [*changes, "train.compile=true"])
+    compiled_loss, compiled_gradients = one_step(subject, checkpointing, compiled=True)
     assert len(traced) >= 2
     assert compiled_loss == pytest.approx(loss, rel=1e-5)
     assert list(compiled_gradients) == list(gradients)
@@ -155,6 +169,69 @@ def test_a_compiled_pipeline_draws_the_same_pictures_in_any_company(
     assert len(traced) > 0
     assert (pictures - plain).abs().max() <= 1
     assert torch.equal(drawn(compiled, requests[2:3]), pictures[2:3])
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "pays_off", "problem", "expected", "told"),
+    [
+        ("auto", "cuda", True, None, True, [compiling.NOTICE]),
+        ("auto", "cuda", True, "no triton", False, ["not compiled, which is slower: no triton"]),
+        ("auto", "cuda", False, None, False, []),
+        ("auto", "cpu", True, None, False, []),
+        (True, "cpu", False, "no triton", True, [compiling.NOTICE]),  # whoever asks for it is told by an error
+        (False, "cuda", True, None, False, []),
+    ],
+)
+def test_auto_compiles_long_work_on_a_gpu_that_has_a_compiler(
+    monkeypatch: pytest.MonkeyPatch,
+    setting: Any,
+    device: str,
+    pays_off: bool,
+    problem: str | None,
+    expected: bool,
+    told: list[str],
+) -> None:
+    monkeypatch.setattr(compiling, "compiler_problem", lambda _: problem)
+    lines: list[str] = []
+    assert compiling.should_compile(setting, torch.device(device), pays_off, lines.append) is expected
+    assert lines == told
+
+
+def test_a_compiler_that_fails_is_a_line(traced: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def backend(*_: Any) -> Any:
+        raise RuntimeError("cannot find triton\nmore about it")
+
+    compiled = torch.compile
+    compiling.compiler_problem.cache_clear()
+    monkeypatch.setattr(torch, "compile", lambda function: compiled(function, backend=backend))
+    problem = compiling.compiler_problem(torch.device("cpu"))
+    assert problem == "RuntimeError: cannot find triton"
+    compiling.compiler_problem.cache_clear()
+    monkeypatch.setattr(torch, "compile", lambda function: compiled(function, backend=aot_eager))
+    assert compiling.compiler_problem(torch.device("cpu")) is None
+    compiling.compiler_problem.cache_clear()
+
+
+@pytest.mark.parametrize(("steps", "is_compiled"), [(999, False), (1000, True)])
+def test_a_trainer_compiles_long_runs_by_itself(
+    steps: int, is_compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(trainer, "compile_regions", compiled.append)
+    monkeypatch.setattr(trainer, "should_compile", lambda setting, _, pays_off, __: setting == "auto" and pays_off)
+    task: Any = SimpleNamespace(modules={"model": nn.Linear(2, 2)}, auxiliary={})
+    run = RunFolder(tmp_path, SilentReporter())
+    trainer.Trainer(task, TrainConfig(steps=steps, batch_size=1), run, torch.device("cpu"), Ranks())
+    assert compiled == [task.modules["model"]] * is_compiled
+
+
+def test_replayed_networks_are_captured_as_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[Any] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: modes.append(how["mode"]))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")
+    compiling.compile_whole(nn.Linear(2, 2), replayed=True)
+    compiling.compile_whole(nn.Linear(2, 2))
+    assert modes == ["reduce-overhead", None]
 
 
 def test_a_sharded_run_is_not_compiled() -> None:

@@ -48,6 +48,18 @@ def test_a_step_touches_the_host_for_its_batch_alone(
     assert rehearsed["losses"] == pytest.approx(losses(tmp_path / "on the CPU"), rel=1e-6)
 
 
+def test_figures_are_copied_once_for_a_line_and_read_with_the_next(
+    parts: Path, worker: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    recipe = recipe_of("vae", parts, steps=5, log_every=1)
+    rehearsed = worker.submit(work.train, recipe, tmp_path / "run", None).result()
+    assert rehearsed["touches"] == ["fetch host_copy.py:host_copy", *TOUCHES["vae"]]
+    trained(recipe, tmp_path / "on the CPU")
+    assert rehearsed["losses"] == pytest.approx(losses(tmp_path / "on the CPU"), rel=1e-6)
+    assert len(rehearsed["losses"]) == 5
+    assert rehearsed["lines_after_each_step"] == [0, 0, 1, 3, 3], "the save after step 3 waits"
+
+
 def test_a_run_goes_on_with_the_kind_of_device_that_it_began_with(
     parts: Path, worker: ProcessPoolExecutor, tmp_path: Path
 ) -> None:

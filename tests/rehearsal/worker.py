@@ -35,14 +35,18 @@ def train(recipe: Mapping[str, Any], out: Path, plant: Callable[[pytest.MonkeyPa
         plant: changes the code before, and the run ends after the second step.
 
     Returns:
-        `touches` between the ends of the first and the second step, and the logged `losses`.
+        `touches` between the ends of the first and the second step, the logged `losses`, and `lines_after_each_step`
+        of metrics.jsonl, before the loop goes on.
     """
     ends: list[int] = []
+    lines: list[int] = []
     advance = Trainer.advance
 
     def counted(trainer: Trainer, batch: Any) -> None:
         advance(trainer, batch)
         ends.append(len(device.touches))
+        metrics = out / "metrics.jsonl"
+        lines.append(len(metrics.read_text(encoding="utf-8").splitlines()) if metrics.exists() else 0)
         if plant is not None and trainer.step == PLAIN_STEP:
             raise Lost
 
@@ -55,7 +59,11 @@ def train(recipe: Mapping[str, Any], out: Path, plant: Callable[[pytest.MonkeyPa
         with suppress(Lost):
             trained(recipe, out)
     made = [] if plant is not None else losses(out)
-    return {"touches": device.touches[ends[PLAIN_STEP - 2] : ends[PLAIN_STEP - 1]], "losses": made}
+    return {
+        "touches": device.touches[ends[PLAIN_STEP - 2] : ends[PLAIN_STEP - 1]],
+        "losses": made,
+        "lines_after_each_step": lines,
+    }
 
 
 def sample(folder: Path, plant: Callable[[pytest.MonkeyPatch], None] | None = None, **sampling: Any) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def test_memory_is_counted_per_weight_and_shards_per_sample(tmp_path: Path) -> N
         "gradients": 4 * count,
         "optimizer": 8 * count,
         "ema": 4 * count,
+        "save": 16 * count,
     }
     assert result["shards"] == {"num_shards": 1, "num_samples": 20, "num_val_shards": 1, "num_val_samples": 3}
     assert (result["steps_per_epoch"], result["epochs"]) == (2.5, 12.0)

@@ -171,6 +171,7 @@ def test_every_metric_is_measured_and_carries_its_provenance(home: Path, tmp_pat
     assert (groups["seen"]["num_images"], groups["held_out"]["num_images"]) == (6, 0)
     assert provenance["models"]["clip"]["sha256"] == digest
     assert set(provenance["models"]["pipeline"]["sha256"]) == {"unet", "vae", "text_encoder"}
+    assert provenance["models"]["pipeline"]["compile"] is False
     assert provenance["data"]["shards"] == ["val-000000.tar", "val-000001.tar", "val-000002.tar"]
     assert (provenance["data"]["num_samples"], provenance["data"]["num_generated"]) == (20, 6)
     assert EvalRecipe.from_mapping(provenance["recipe"]) == asked

@@ -15,14 +15,17 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ldm_cli.errors import CheckpointError, DataError, OutputError, UsageError
+from ldm_cli.families.open_family import open_family
 from ldm_cli.formats.png_metadata import read_provenance
 from ldm_cli.pictures.images import read_image, save_image
 from ldm_cli.pictures.provenance import recipe_of
 from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import SampleRecipe
 from ldm_cli.reporting import SilentReporter
-from ldm_cli.sampling.config import SamplerName
+from ldm_cli.sampling.config import SamplerName, SamplingConfig
+from ldm_cli.stages import sample
 from ldm_cli.stages.sample import run
+from ldm_cli.stages.support import options
 from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.stages.support.picture_generator import Latents
 from tests.conftest import REPOSITORY
@@ -72,6 +75,29 @@ def repeat(picture, out, **changes):
     reporter = SilentReporter()
     result = run(loaded.recipe, RunOptions(out, "cpu"), reporter, latents, record)
     return result["images"][0]["file"], reporter.messages
+
+
+@pytest.mark.parametrize("asked", ["auto", True])
+def test_a_job_records_whether_its_model_was_compiled(model, tmp_path, monkeypatch, asked):
+    loaded = []
+
+    def noted(path, device, precision, *, compiled):
+        loaded.append(compiled)
+        return open_family(path, device, precision)
+
+    monkeypatch.setattr(sample, "open_family", noted)
+    draw(model, tmp_path / "out", sampling={"compile": asked})
+    record = read_provenance(next((tmp_path / "out").glob("0*.png")))
+    assert [record["sampling"]["compile"]] == loaded == [asked is True]
+
+
+def test_a_job_is_compiled_by_itself_if_it_is_large(monkeypatch):
+    asked = []
+    monkeypatch.setattr(options, "should_compile", lambda setting, _, pays_off, __: asked.append(pays_off) or pays_off)
+    for num_pictures in (499, 500):
+        sampling = options.with_compile(SamplingConfig(), num_pictures, torch.device("cuda"), print)
+        assert sampling.compile is asked[-1]
+    assert asked == [False, True]
 
 
 @pytest.mark.parametrize("axis", ["precision=fp32,bf16", "compile=false,true"])

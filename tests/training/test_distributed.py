@@ -154,35 +154,25 @@ def test_a_stopped_rank_is_missed_after_the_time_out(tmp_path: Path, victim: int
         assert f"rank {victim} of 2 is lost: it gave no sign of life for 2 s" in job.words()[1 - victim]
 
 
-def test_a_wait_for_the_device_ends_when_another_rank_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wait_for_the_device_ends_when_another_rank_is_lost(tmp_path: Path) -> None:
     """The device is busy with a sum that the lost rank never sends."""
 
     class Event:
-        def __init__(self) -> None:
-            self.asked = 0
-
-        def record(self) -> None:
-            """Of a stream that does not get on."""
+        def __init__(self, is_done_after: int) -> None:
+            self.asked, self.is_done_after = 0, is_done_after
 
         def query(self) -> bool:
             self.asked += 1
-            return self.asked > is_done_after
-
-    is_done_after = 5
-    monkeypatch.setattr(torch.cuda, "Event", Event)
+            return self.asked > self.is_done_after
 
     def work(rank: int) -> int:
-        nonlocal is_done_after
         try:
             with joined(CPU, 2.0) as ranks:
-                assert isinstance(ranks, distributed._ConnectedRanks)
-                ranks._device = torch.device("cuda")
-                ranks.wait_for_device()
+                ranks.wait_for(Event(5))  # type: ignore[arg-type]
                 ranks.wait()
                 if rank == 1:
                     os.kill(os.getpid(), signal.SIGKILL)
-                is_done_after = 10**9
-                ranks.wait_for_device()
+                ranks.wait_for(Event(10**9))  # type: ignore[arg-type]
         except LdmError as error:
             os.write(2, str(error).encode())
             return error.code

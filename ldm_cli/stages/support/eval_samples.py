@@ -129,10 +129,11 @@ def load_models(config: EvalSection, device: torch.device) -> Models:
         hashes["vae"] = {"folder": recorded(folder), "sha256": weights_sha256(folder)}
     if "pipeline" in folders:
         sampling = config.sampling
-        family = open_family(Path(folders["pipeline"]), device, sampling.precision, compiled=sampling.compile)
+        family = open_family(Path(folders["pipeline"]), device, sampling.precision, compiled=sampling.compile is True)
         pipeline = Pipeline(family)
         assert family.folder is not None
-        hashes["pipeline"] = {"folder": recorded(family.folder), "sha256": family.weights_sha256}
+        shown = {"folder": recorded(family.folder), "sha256": family.weights_sha256, "compile": sampling.compile}
+        hashes["pipeline"] = shown
     inception = None
     if config.inception is not None and needed_taps(config.picture_metrics):
         inception = InceptionFeatures.load(Path(config.inception), device, config.preprocessing)

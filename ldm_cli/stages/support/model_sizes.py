@@ -77,17 +77,22 @@ def training_bytes(
 
     AdamW keeps two numbers per trained weight. The discriminator is not averaged. With `strategy: sharded` the ranks
     share the trained models, frozen parameters included, but not the discriminator; each holds all other models.
+    `save` is what rank 0 copies into main memory while it writes a checkpoint: whole weights and averages, frozen ones
+    included, and its own moments.
     """
     num_parts = num_ranks if train.strategy == "sharded" else 1
     held = {name: count if name == "discriminator" else -(-count // num_parts) for name, count in trained.items()}
     used = {name: -(-count // num_parts) if name.endswith(FROZEN) else count for name, count in frozen.items()}
     num_trained = sum(held.values())
     num_averaged = sum(count for name, count in held.items() if name != "discriminator")
+    num_saved = sum(trained.values()) + sum(count for name, count in frozen.items() if name.endswith(FROZEN))
+    num_copies = 1 if train.ema_decay is None else 2
     return {
         "weights": 4 * (num_trained + sum(used.values())),
         "gradients": 4 * num_trained,
         "optimizer": 8 * num_trained,
         "ema": 4 * num_averaged if train.ema_decay is not None else 0,
+        "save": 4 * (num_copies * num_saved - (num_copies - 1) * trained.get("discriminator", 0)) + 8 * num_trained,
     }
 
 
@@ -102,23 +107,25 @@ def expect_memory(
         RecipeError: model or batch are larger than the memory there is.
     """
     trained, frozen = parameters
-    room = memory_bytes(device)
     sizes = training_bytes(trained, frozen, recipe.train, world_size)
     if recipe.train.optimizer == "muon":
+        sizes["save"] -= sizes["optimizer"] // 2
         sizes["optimizer"] //= 2
-    if sum(sizes.values()) > room:
-        listed = ", ".join(f"{name} {amount(size)}" for name, size in sizes.items() if size)
-        raise RecipeError(
-            f"{' and '.join(trained)} with {sum(trained.values()):,} parameters cannot be trained on {device}",
-            f"{listed}; there are {amount(room)}",
-            "give the model smaller sizes; --dry-run shows what a recipe takes",
-        )
+    on_host = sizes if device.type == "cpu" else {"save": sizes.pop("save")}
+    for where, needed in ((device, sizes), (torch.device("cpu"), on_host)):
+        if sum(needed.values()) > (room := memory_bytes(where)):
+            listed = ", ".join(f"{name} {amount(size)}" for name, size in needed.items() if size)
+            raise RecipeError(
+                f"{' and '.join(trained)} with {sum(trained.values()):,} parameters cannot be trained on {device}",
+                f"{listed}; there are {amount(room)} on {where}",
+                "give the model smaller sizes; --dry-run shows what a recipe takes",
+            )
     share, side = recipe.train.batch_size // world_size, recipe.data.image_size
     # All images of a step wait in main memory, a byte per colour.
-    if reads_images and (needed := share * 3 * side * side) > (room := memory_bytes(torch.device("cpu"))):
+    if reads_images and (size := share * 3 * side * side) > (room := memory_bytes(torch.device("cpu"))):
         raise RecipeError(
             f"train.batch_size={recipe.train.batch_size} images of data.image_size={side} do not fit into memory",
-            f"{amount(needed)}; there are {amount(room)}",
+            f"{amount(size)}; there are {amount(room)}",
             "lower one of them",
         )
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from ldm_cli.core.compiling import should_compile
 from ldm_cli.core.precision import precision_on
 from ldm_cli.errors import UnavailableError, UsageError
 from ldm_cli.recipe.schema import TrainRecipe
+from ldm_cli.sampling.config import SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,18 @@ def with_precision(recipe: TrainRecipeT, options: RunOptions) -> TrainRecipeT:
     """
     precision = precision_on(resolve_device(options.device), recipe.train.precision)
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
+
+
+_WORTH_COMPILING = 500
+"""Pictures of a job from which on compiling, which takes a minute or more, is expected to pay off."""
+
+
+def with_compile(
+    sampling: SamplingConfig, num_pictures: int, device: torch.device, tell: Callable[[str], None]
+) -> SamplingConfig:
+    """The settings with true or false for `compile: auto`, which depends on machine and job; `tell` receives a line."""
+    compiled = should_compile(sampling.compile, device, num_pictures >= _WORTH_COMPILING, tell)
+    return sampling.model_copy(update={"compile": compiled})
 
 
 def resolve_device(device: str, local_rank: int = 0) -> torch.device:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from ldm_cli import __version__
-from ldm_cli.core.compiling import NOTICE
 from ldm_cli.data.bad_samples import BadSampleLog
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.config import DataConfig
@@ -177,8 +176,6 @@ def _compute_alike(device: torch.device) -> None:
 def _say_what_is_slow(recipe: TrainRecipe, device: torch.device, reporter: Reporter) -> None:
     if device.type == "cpu" and recipe.train.precision != "fp32":
         reporter.warn(f"{recipe.train.precision} is slower than fp32 on most CPUs: see train.precision=fp32")
-    if recipe.train.compile:
-        reporter.info(NOTICE)
 
 
 def open_data(config: DataConfig, reporter: Reporter) -> ShardSet | Stream:
