@@ -76,6 +76,8 @@ def with_stand_ins(
         return recipe.model_copy(update=named)
     recipe = recipe.model_copy(update=named | {"cache": str(folder / "cache")})
     precompute.run(recipe, RunOptions(device=device), SilentReporter())
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the contenders' processes need the memory
     return recipe
 
 
