@@ -110,10 +110,18 @@ class CLIPTextEncoder:
         """The condition of the empty prompt: one row."""
         return self.encode([""])
 
-    @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Condition:
         """B captions in one batch: B rows."""
-        return self._condition(self._caption_tokens(captions))
+        return self.encode_tokens(self.tokens(captions))
+
+    def tokens(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Of B captions, on the host: `ids`, int64 [B, L]."""
+        return {"ids": self._caption_tokens(captions)}
+
+    @torch.no_grad()
+    def encode_tokens(self, tokens: Mapping[str, Tensor]) -> Condition:
+        """B rows from the `tokens` of captions, on any device."""
+        return self._condition(tokens["ids"])
 
     @torch.inference_mode()
     def encode_prompts(self, prompts: Sequence[str], *, weighted: bool, warn: Callable[[str], None]) -> Condition:

@@ -27,6 +27,12 @@ def test_steps_do_not_touch_the_host(sampler: str, pipeline: Path, worker: Proce
     assert len(made["rows"]) >= 4
 
 
+def test_steps_with_sizes_do_not_touch_the_host(parts: Path, worker: ProcessPoolExecutor) -> None:
+    made = worker.submit(work.sample, parts / "xl", sampler="euler_ancestral", steps=4, images_per_prompt=2).result()
+    assert made["touches"] == []
+    assert made["rows"] == [4] * 4
+
+
 @pytest.mark.parametrize("kind", ["thresholded", "projected", "perturbed", "away from a weaker model", "along a score"])
 def test_guidance_does_not_touch_the_host(kind: str, pipeline: Path, parts: Path, worker: ProcessPoolExecutor) -> None:
     settings: dict[str, dict[str, Any]] = {
