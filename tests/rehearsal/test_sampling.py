@@ -53,7 +53,7 @@ def test_guidance_does_not_touch_the_host(kind: str, pipeline: Path, parts: Path
 def test_a_picture_costs_one_row_or_two_guided(
     count: int, scale: float, rows: int, pipeline: Path, worker: ProcessPoolExecutor
 ) -> None:
-    sampling = {"steps": 4, "images_per_prompt": count, "batch_size": 16, "guidance": {"scale": scale}}
+    sampling = {"steps": 4, "images_per_prompt": count, "guidance": {"scale": scale}}
     made = worker.submit(work.sample, pipeline, **sampling).result()
     assert made["rows"] == [count * rows] * 4
 

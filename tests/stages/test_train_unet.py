@@ -182,7 +182,7 @@ def test_min_snr_weights_each_sample_by_its_level(parts: tuple[Path, Path, Path]
             batch, images=batch.images[i : i + 1], captions=batch.captions[i : i + 1],
             keys=batch.keys[i : i + 1], epoch=batch.epoch[i : i + 1], position=batch.position[i : i + 1],
         )  # fmt: skip
-        (a, _), (b, _) = plain.loss(one, 1), weighted.loss(one, 1)
+        (a, _), (b, _) = (task.loss(task.prepare(one), 1) for task in (plain, weighted))
         alpha = plain.family.process.alphas_cumprod[spy.seen[-1][0].long()].double()
         snr = alpha / (1 - alpha)
         assert (b / a).item() == pytest.approx((snr.clamp(max=5.0) / snr).item(), rel=1e-5)
