@@ -30,7 +30,7 @@ from ldm_cli.training.ranks import Ranks
 T = TypeVar("T")
 
 _PATIENCE = timedelta(hours=12)
-"""How long the others wait for rank 0 while it validates, draws or saves. The rank watch tells whether it is well."""
+"""How long ranks wait for one that is slow, as rank 0 is at a save. The rank watch notices one that is lost."""
 SECONDS_OF_SILENCE = 60.0
 """The `timeout` of `joined` where no recipe says another."""
 _JOINING = timedelta(minutes=5)
