@@ -75,15 +75,6 @@ class CLIPPairEncoder:
         """See `Encoder`."""
         return _pair_key(self.first.key, self.second.key, self.zeroes_empty)
 
-    @property
-    def empty(self) -> Condition:
-        """The condition of the empty prompt: one row."""
-        return self.encode([""])
-
-    def encode(self, captions: Sequence[str]) -> Condition:
-        """B captions in one batch: B rows."""
-        return self.encode_tokens(self.tokens(captions))
-
     def tokens(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Of B captions, on the host: `ids` and `ids_2`, int64 [B, L]; `is_empty`, bool [B]."""
         second = self.second.tokens(captions)["ids"]

@@ -105,15 +105,6 @@ class CLIPTextEncoder:
         assert self._folder is not None
         return encoder_key(self._folder, self.tokenizer)
 
-    @property
-    def empty(self) -> Condition:
-        """The condition of the empty prompt: one row."""
-        return self.encode([""])
-
-    def encode(self, captions: Sequence[str]) -> Condition:
-        """B captions in one batch: B rows."""
-        return self.encode_tokens(self.tokens(captions))
-
     def tokens(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Of B captions, on the host: `ids`, int64 [B, L]."""
         return {"ids": self._caption_tokens(captions)}
