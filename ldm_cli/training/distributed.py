@@ -48,6 +48,7 @@ class _ConnectedRanks(Ranks):
         self._device_group = dist.new_group(backend="nccl", timeout=_PATIENCE) if is_cuda else None
         self._host_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self._watch = RankWatch(_own_connection(store), rank, world_size, timeout)
+        self._watch.ends_process = is_cuda
         self._watch.start()
 
     def sum_in_place(self, tensors: Sequence[Tensor]) -> None:
@@ -135,6 +136,7 @@ class _ConnectedRanks(Ranks):
 
     def announce(self, error: BaseException) -> None:
         """Leave the reason why this rank ends where the others find it, unless another has failed before."""
+        self._watch.is_answered.set()
         if isinstance(error, LdmError):
             reason = error.what + (f": {error.cause}" if error.cause else "")
         else:
