@@ -140,7 +140,7 @@ def _begin(trainer: Trainer, start: Path | None, validates_start: bool) -> None:
 
 
 def _follow_up(trainer: Trainer, due: _Due, figures: dict[str, float], progress: Progress) -> None:
-    """Validate, log, generate pictures and save after a step; saving comes last, when all else is done."""
+    """Validate, log, draw and save after a step; saving comes last, when all else is done."""
     is_first = trainer.ranks.is_first
     if due.save:
         trainer.expect_same_weights()
