@@ -49,17 +49,6 @@ def test_a_step_touches_the_host_for_its_batch_alone(
     assert rehearsed["losses"] == pytest.approx(losses(tmp_path / "on the CPU"), rel=1e-6)
 
 
-def test_precompute_waits_for_nothing_but_the_encodings_that_it_writes(
-    parts: Path, worker: ProcessPoolExecutor, tmp_path: Path
-) -> None:
-    touches = worker.submit(work.precomputed, recipe_of("unet from images", parts), tmp_path / "cache").result()
-    assert {touch for touch in touches if touch != "send, blocking family.py:place"} == {
-        "send to_device.py:_sent",
-        "send clip_text_encoder.py:_condition",
-        "fetch, blocking cache_encoding.py:_kept",
-    }
-
-
 def test_a_run_goes_on_with_the_kind_of_device_that_it_began_with(
     parts: Path, worker: ProcessPoolExecutor, tmp_path: Path
 ) -> None:
@@ -74,3 +63,14 @@ def test_a_step_in_half_precision_touches_the_host_no_more(
 ) -> None:
     rehearsed = worker.submit(work.train, recipe_of(trainer, parts, precision="bf16"), tmp_path / "run", None).result()
     assert rehearsed["touches"] == TOUCHES
+
+
+def test_precompute_waits_for_nothing_but_the_encodings_that_it_writes(
+    parts: Path, worker: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    touches = worker.submit(work.precomputed, recipe_of("unet from images", parts), tmp_path / "cache").result()
+    assert {touch for touch in touches if touch != "send, blocking family.py:place"} == {
+        "send to_device.py:_sent",
+        "send clip_text_encoder.py:_condition",
+        "fetch, blocking cache_encoding.py:_kept",
+    }
