@@ -230,7 +230,7 @@ def _outcome(ranks: list[_Rank], forwarding: _Forwarding) -> int:
         return 128 + forwarding.second
     if not failed:
         return 0
-    # The rank whose failure caused the others: one that only lost another rank is not to blame.
+    # The rank whose end caused that of the others: one that only lost another rank is not to blame.
     return _report(min(failed, key=lambda rank: _blame(rank.process.returncode)), len(ranks))
 
 
@@ -240,7 +240,7 @@ def _is_stopped(child: int) -> bool:
 
 
 def _blame(code: int) -> int:
-    return 0 if code < 0 else 2 if code == WorkerError.code else 3 if code == Preempted.code else 1
+    return 0 if code < 0 else 3 if code == WorkerError.code else 2 if code == Preempted.code else 1
 
 
 def _report(rank: _Rank, num_ranks: int) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
 import torch
+from torch import Tensor
 
 from ldm_cli.core.condition import Condition
 from ldm_cli.core.models.clip import CLIPTextModel, CLIPTextModelWithProjection
@@ -74,28 +75,35 @@ class CLIPPairEncoder:
         """See `Encoder`."""
         return _pair_key(self.first.key, self.second.key, self.zeroes_empty)
 
-    @property
-    def empty(self) -> Condition:
-        """The condition of the empty prompt: one row."""
-        return self.encode([""])
+    def tokens(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Of B captions, on the host: `ids` and `ids_2`, int64 [B, L]; `is_empty`, bool [B]."""
+        second = self.second.tokens(captions)["ids"]
+        return {**self.first.tokens(captions), "ids_2": second, "is_empty": _are_empty(captions)}
 
-    def encode(self, captions: Sequence[str]) -> Condition:
-        """B captions in one batch: B rows."""
-        return self._joined(captions, [tower.encode(captions) for tower in (self.first, self.second)])
+    def encode_tokens(self, tokens: Mapping[str, Tensor]) -> Condition:
+        """B rows from the `tokens` of captions, on any device."""
+        towers = {"ids": self.first, "ids_2": self.second}
+        conditions = [tower.encode_tokens({"ids": tokens[name]}) for name, tower in towers.items()]
+        return self._joined(conditions, tokens["is_empty"])
 
     def encode_prompts(self, prompts: Sequence[str], *, weighted: bool, warn: Callable[[str], None]) -> Condition:
         """B prompts in one batch; see `Encoder`."""
         towers = self.first, self.second
-        return self._joined(prompts, [tower.encode_prompts(prompts, weighted=weighted, warn=warn) for tower in towers])
+        conditions = [tower.encode_prompts(prompts, weighted=weighted, warn=warn) for tower in towers]
+        return self._joined(conditions, _are_empty(prompts))
 
-    def _joined(self, captions: Sequence[str], conditions: Sequence[Condition]) -> Condition:
-        """The conditions that the towers give for some captions, as one."""
+    def _joined(self, conditions: Sequence[Condition], is_empty: Tensor) -> Condition:
+        """The conditions that the towers give for some captions, as one; `is_empty` says which captions are empty."""
         tokens = torch.cat([c.tokens for c in conditions if c.tokens is not None], dim=-1)
         joined = Condition(tokens=tokens, pooled=conditions[-1].pooled)
-        if not self.zeroes_empty or all(captions):
+        if not self.zeroes_empty:
             return joined
-        is_empty = torch.tensor([not caption for caption in captions], device=tokens.device)
-        return joined.replaced(is_empty, joined.map(torch.zeros_like))
+        return joined.replaced(is_empty.to(tokens.device, non_blocking=True), joined.map(torch.zeros_like))
+
+
+def _are_empty(captions: Iterable[str]) -> Tensor:
+    """bool [B]."""
+    return torch.tensor([not caption for caption in captions])
 
 
 def zeroes_empty(text_encoder: Path) -> bool:

@@ -105,15 +105,14 @@ class CLIPTextEncoder:
         assert self._folder is not None
         return encoder_key(self._folder, self.tokenizer)
 
-    @property
-    def empty(self) -> Condition:
-        """The condition of the empty prompt: one row."""
-        return self.encode([""])
+    def tokens(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Of B captions, on the host: `ids`, int64 [B, L]."""
+        return {"ids": self._caption_tokens(captions)}
 
     @torch.no_grad()
-    def encode(self, captions: Sequence[str]) -> Condition:
-        """B captions in one batch: B rows."""
-        return self._condition(self._caption_tokens(captions))
+    def encode_tokens(self, tokens: Mapping[str, Tensor]) -> Condition:
+        """B rows from the `tokens` of captions, on any device."""
+        return self._condition(tokens["ids"])
 
     @torch.inference_mode()
     def encode_prompts(self, prompts: Sequence[str], *, weighted: bool, warn: Callable[[str], None]) -> Condition:

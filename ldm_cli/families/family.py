@@ -34,13 +34,6 @@ class Encoder(Protocol):
     def key(self) -> dict[str, str]:
         """What decides the conditions (hashes of weights, configuration and tokenizer), by names that users know."""
 
-    @property
-    def empty(self) -> Condition:
-        """The condition of the empty prompt: one row."""
-
-    def encode(self, captions: Sequence[str]) -> Condition:
-        """B captions in one batch: B rows."""
-
     def encode_prompts(self, prompts: Sequence[str], *, weighted: bool, warn: Callable[[str], None]) -> Condition:
         """B prompts in one batch: B rows.
 

@@ -84,7 +84,7 @@ class SamplingConfig(Config):
     """Stable Diffusion XL: sizes that the prompt comes with."""
     negative_sizes: SizesConfig | None = None
     """Stable Diffusion XL: sizes that the negative prompt comes with; null: those of `sizes`."""
-    batch_size: Annotated[int, Field(ge=1)] = 8
+    batch_size: Annotated[int, Field(ge=1)] = 16
     """Most images that are denoised together on a GPU; on a CPU the image size decides. It changes pictures by no more
     than rounding, on a CPU not at all."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

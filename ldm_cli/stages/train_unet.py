@@ -110,8 +110,8 @@ class DenoiserTask:
         bench.run.share(self._save_unchanged)
 
     def prepare(self, batch: Batch) -> Batch:
-        """Nothing is to be done."""
-        return batch
+        """With the tokens of its captions, unless it is out of a cache."""
+        return self.encoder.prepare(batch)
 
     def parts(self, batch: Batch, num_parts: int) -> list[Batch]:
         """Samples do not depend on one another."""
@@ -124,7 +124,7 @@ class DenoiserTask:
     def _encoded(self, batch: Batch) -> Encoded:
         """A held-out batch; encoded once, for codec and encoder do not change."""
         if id(batch) not in self._held_out:
-            sent = batch.map(lambda tensor: tensor.to(self.bench.device))
+            sent = self.prepare(batch).map(lambda tensor: tensor.to(self.bench.device))
             self._held_out[id(batch)] = (sent, *self.encoder(sent))
         return self._held_out[id(batch)]
 

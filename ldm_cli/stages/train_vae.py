@@ -118,9 +118,10 @@ class VAETask:
         """PSNR and mean absolute error of held-out reconstructions (from the posterior's mean)."""
 
         def figures(batch: Batch) -> Tensor:
-            images = to_signed(batch.images, self.bench.device)
+            pixels = batch.images.to(self.bench.device)
+            images = to_signed(pixels, self.bench.device)
             again = self.reconstruct(images)
-            ratio = psnr(to_bytes(again), batch.images.to(self.bench.device))
+            ratio = psnr(to_bytes(again), pixels)
             return torch.stack([ratio.where(is_sound(again), torch.nan), (again - images).abs().mean(dim=(1, 2, 3))])
 
         if not self.bench.held_out:

@@ -30,7 +30,7 @@ from ldm_cli.training.ranks import Ranks
 T = TypeVar("T")
 
 _PATIENCE = timedelta(hours=12)
-"""How long the others wait for rank 0 while it validates, draws or saves. The rank watch tells whether it is well."""
+"""How long ranks wait for one that is slow, as rank 0 is at a save. The rank watch notices one that is lost."""
 SECONDS_OF_SILENCE = 60.0
 """The `timeout` of `joined` where no recipe says another."""
 _JOINING = timedelta(minutes=5)
@@ -48,6 +48,7 @@ class _ConnectedRanks(Ranks):
         self._device_group = dist.new_group(backend="nccl", timeout=_PATIENCE) if is_cuda else None
         self._host_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self._watch = RankWatch(_own_connection(store), rank, world_size, timeout)
+        self._watch.ends_process = is_cuda
         self._watch.start()
 
     def sum_in_place(self, tensors: Sequence[Tensor]) -> None:
@@ -131,6 +132,7 @@ class _ConnectedRanks(Ranks):
 
     def announce(self, error: BaseException) -> None:
         """Leave the reason why this rank ends where the others find it, unless another has failed before."""
+        self._watch.is_answered.set()
         if isinstance(error, LdmError):
             reason = error.what + (f": {error.cause}" if error.cause else "")
         else:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from contextlib import suppress
 from datetime import timedelta
 
 from torch.distributed import Store  # type: ignore[attr-defined]  # exported without a word
+
+from ldm_cli.errors import WorkerError
 
 POLL = timedelta(milliseconds=500)
 """Time between two looks at the watch, of a thread that waits for other ranks."""
@@ -25,6 +28,9 @@ class RankWatch(threading.Thread):
 
     Attributes:
         verdict: what failed, and why; None while all are well.
+        ends_process: whether the process ends with 82 when no thread has asked for `timeout` seconds after the verdict.
+            While a GPU waits for a lost rank, its queue fills up, and the thread that fills it cannot ask.
+        is_answered: set when the process is about to end on its own.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int, timeout: float) -> None:
@@ -38,6 +44,7 @@ class RankWatch(threading.Thread):
         self._beats = 0
         self._asker = _Asker()
         self.verdict: tuple[str, str] | None = None
+        self.ends_process, self.is_answered = False, threading.Event()
         self._beat()
 
     def run(self) -> None:
@@ -52,6 +59,8 @@ class RankWatch(threading.Thread):
                 beats = [self._last_seen.get(rank, (b"", 0))[0] for rank in self._watched]
             for rank, beat in zip(self._watched, beats, strict=True):
                 self._judge(rank, beat)
+        if self.verdict is not None and self.ends_process and not self.is_answered.wait(self._timeout):
+            os._exit(WorkerError.code)
 
     def asked(self) -> tuple[str, str] | None:
         """The verdict. A thread that waits for other ranks asks every `POLL`; the calls measure the store's silence."""
@@ -62,6 +71,8 @@ class RankWatch(threading.Thread):
             asker.silence += POLL.total_seconds()
         if asker.silence > self._timeout + self._interval:
             self.verdict = self.verdict or self._lost(0)
+        if self.verdict is not None:
+            self.is_answered.set()
         return self.verdict
 
     def end(self) -> None:

@@ -31,7 +31,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which alone reports, writes, validates and draws."""
+        """Whether this is rank 0, which alone reports and writes."""
         return self.rank == 0
 
     def sum_in_place(self, tensors: Sequence[Tensor]) -> None:
@@ -123,7 +123,7 @@ class Ranks:
         """Make sure that the ranks agree.
 
         Args:
-            facts: what is compared → what it is on this rank.
+            facts: name → value on this rank.
 
         Raises:
             UsageError: two ranks differ; both values are named.

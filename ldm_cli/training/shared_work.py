@@ -15,8 +15,8 @@ T = TypeVar("T")
 
 def in_turns(items: Sequence[T], work: Callable[[T], Tensor], ranks: Ranks) -> list[Tensor]:
     """The result of each item, in order, bit for bit that of one rank, on the CPU of every rank; all ranks call."""
-    own = {str(i): work(items[i]).cpu() for i in range(ranks.rank, len(items), ranks.world_size)}
-    every = merged(own, ranks)
+    own = {str(i): work(items[i]) for i in range(ranks.rank, len(items), ranks.world_size)}
+    every = merged({name: result.cpu() for name, result in own.items()}, ranks)
     return [every[str(i)] for i in range(len(items))]
 
 

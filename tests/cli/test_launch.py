@@ -132,6 +132,16 @@ def test_a_signal_reaches_every_rank_and_a_preempted_job_is_preempted(tmp_path: 
     assert ended(process) == (75, ["ldm: error: stopped [E-PREEMPTED]"])
 
 
+def test_a_job_is_preempted_though_a_rank_that_waits_for_the_preempted_one_loses_it(tmp_path: Path) -> None:
+    script = """
+    ready()
+    time.sleep(0.3 * rank)
+    send_to_launcher(["ldm: error: " + ("lost another rank [E-WORKER]" if rank else "stopped [E-PREEMPTED]")])
+    os._exit(82 if rank else 75)
+    """
+    assert ended(start(script, tmp_path)) == (75, ["ldm: error: stopped [E-PREEMPTED]"])
+
+
 def test_a_signal_before_the_ranks_are_ready_waits_for_them(tmp_path: Path) -> None:
     script = """
     ready()

@@ -33,10 +33,11 @@ def states(encoder: CLIPPairEncoder, prompt: str, warn: Callable[[str], None] = 
 
 
 def test_only_empty_captions_of_a_batch_are_zeros() -> None:
-    condition = pair().encode(["a blue square", "", "a red circle"])
+    captions = ["a blue square", "", "a red circle"]
+    condition = pair().encode_tokens(pair().tokens(captions))
     for tensor in condition.tensors.values():
         assert tensor.flatten(1).any(dim=1).tolist() == [True, False, True]
-    encoded = pair(zeroes_empty=False).encode(["a blue square", "", "a red circle"])
+    encoded = pair(zeroes_empty=False).encode_tokens(pair().tokens(captions))
     assert all(tensor.flatten(1).any(dim=1).all() for tensor in encoded.tensors.values())
     assert torch.equal(encoded.tokens[::2], condition.tokens[::2])  # type: ignore[index]
 

@@ -49,16 +49,9 @@ class ClassNames:
 
     key: ClassVar[dict[str, str]] = {}
 
-    @property
-    def empty(self) -> Condition:
-        return self.encode([""])
-
-    def encode(self, captions: Sequence[str]) -> Condition:
-        classes = {"red": 1, "blue": 2}
-        return Condition(pooled=torch.tensor([classes.get(caption, 0) for caption in captions]))
-
     def encode_prompts(self, prompts: Sequence[str], *, weighted: bool, warn: Callable[[str], None]) -> Condition:
-        return self.encode(prompts)
+        classes = {"red": 1, "blue": 2}
+        return Condition(pooled=torch.tensor([classes.get(prompt, 0) for prompt in prompts]))
 
 
 @dataclass(frozen=True, eq=False)

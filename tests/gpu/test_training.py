@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from ldm_cli.training.trainer import Trainer
 
 from ..rehearsal.conftest import parts as parts  # a fixture
-from ..rehearsal.test_steps import TOUCHES, recipe_of
+from ..rehearsal.test_steps import TRAINERS, recipe_of
 from ..stages.tiny import lose_after, losses, trained, vae_recipe
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.usefixtures("exact_products")
-@pytest.mark.parametrize("trainer", TOUCHES)
+@pytest.mark.parametrize("trainer", TRAINERS)
 def test_losses_are_those_of_the_cpu(trainer: str, parts: Path, tmp_path: Path) -> None:
     recipe = recipe_of(trainer, parts, steps=6, log_every=1, precision="fp32")
     for device in ("cuda", "cpu"):
@@ -30,7 +30,7 @@ def test_losses_are_those_of_the_cpu(trainer: str, parts: Path, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("cuda")
-@pytest.mark.parametrize("trainer", TOUCHES)
+@pytest.mark.parametrize("trainer", TRAINERS)
 def test_no_step_waits_for_the_device(
     trainer: str, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,19 +17,26 @@ from ldm_cli.stages.support.options import RunOptions
 
 from ..sampling.tiny import tiny_pipeline
 from ..stages.tiny import clip_recipe, trained, unet_recipe, vae_recipe
+from ..stages.tiny_xl import save_tiny_xl, xl_recipe
 from . import device
 
 
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of `scenes`, `clip` and `vae` models that were hardly trained, and a `cache` of their encodings."""
+    """Folder of `scenes`, `clip` and `vae` models that were hardly trained, an `xl` pipeline, and `cache` and
+    `xl cache` of their encodings."""
     folder = tmp_path_factory.mktemp("rehearsal")
     scenes = folder / "scenes"
     write_scenes(scenes, 40, 32, 0, SilentReporter(), val_samples=8, shard_samples=20)
     trained(clip_recipe(scenes, steps=1), folder / "clip")
     trained(vae_recipe(scenes, steps=1), folder / "vae")
-    recipe = unet_recipe(scenes, folder / "clip/model", folder / "vae/model") | {"cache": str(folder / "cache")}
-    precompute.run(TrainUnetRecipe.from_mapping(recipe), RunOptions(device="cpu"), SilentReporter(), "fp32")
+    recipes = {
+        "cache": unet_recipe(scenes, folder / "clip/model", folder / "vae/model"),
+        "xl cache": xl_recipe(scenes, save_tiny_xl(folder / "xl")),
+    }
+    for name, recipe in recipes.items():
+        cached = TrainUnetRecipe.from_mapping(recipe | {"cache": str(folder / name)})
+        precompute.run(cached, RunOptions(device="cpu"), SilentReporter(), "fp32")
     return folder
 
 

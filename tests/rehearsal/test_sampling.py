@@ -27,6 +27,12 @@ def test_steps_do_not_touch_the_host(sampler: str, pipeline: Path, worker: Proce
     assert len(made["rows"]) >= 4
 
 
+def test_steps_with_sizes_do_not_touch_the_host(parts: Path, worker: ProcessPoolExecutor) -> None:
+    made = worker.submit(work.sample, parts / "xl", sampler="euler_ancestral", steps=4, images_per_prompt=2).result()
+    assert made["touches"] == []
+    assert made["rows"] == [4] * 4
+
+
 @pytest.mark.parametrize("kind", ["thresholded", "projected", "perturbed", "away from a weaker model", "along a score"])
 def test_guidance_does_not_touch_the_host(kind: str, pipeline: Path, parts: Path, worker: ProcessPoolExecutor) -> None:
     settings: dict[str, dict[str, Any]] = {
@@ -47,7 +53,7 @@ def test_guidance_does_not_touch_the_host(kind: str, pipeline: Path, parts: Path
 def test_a_picture_costs_one_row_or_two_guided(
     count: int, scale: float, rows: int, pipeline: Path, worker: ProcessPoolExecutor
 ) -> None:
-    sampling = {"steps": 4, "images_per_prompt": count, "batch_size": 16, "guidance": {"scale": scale}}
+    sampling = {"steps": 4, "images_per_prompt": count, "guidance": {"scale": scale}}
     made = worker.submit(work.sample, pipeline, **sampling).result()
     assert made["rows"] == [count * rows] * 4
 

@@ -12,15 +12,12 @@ import pytest
 from ldm_cli.errors import CheckpointError
 
 from ..stages.tiny import clip_recipe, losses, trained, unet_recipe, vae_recipe
+from ..stages.tiny_xl import xl_recipe
 from . import worker as work
 
 STEPS = {"steps": 3, "log_every": 3, "save_every": 3, "ema_decay": 0.9}
-TOUCHES: dict[str, list[str]] = {
-    "unet from cache": ["send to_device.py:_sent"],
-    "unet from images": ["send to_device.py:_sent", "send clip_text_encoder.py:_condition"],
-    "vae": ["send to_device.py:_sent"],
-    "clip": ["send to_device.py:_sent"],
-}
+TRAINERS = ("unet from cache", "unet from images", "xl from cache", "xl from images", "vae", "clip")
+TOUCHES = ["send to_device.py:_sent"]
 
 
 def recipe_of(trainer: str, parts: Path, **train: Any) -> Mapping[str, Any]:
@@ -32,18 +29,22 @@ def recipe_of(trainer: str, parts: Path, **train: Any) -> Mapping[str, Any]:
         return vae_recipe(
             scenes, loss | {"perceptual_weight": 0.1, "perceptual_clip": str(parts / "clip/model")}, **train
         )
-    recipe = unet_recipe(
-        scenes, parts / "clip/model", parts / "vae/model", {"caption_dropout": 0.1, "snr_gamma": 5.0}, **train
-    )
-    return recipe | ({"cache": str(parts / "cache")} if trainer == "unet from cache" else {})
+    model, _, source = trainer.partition(" from ")
+    diffusion = {"caption_dropout": 0.1, "snr_gamma": 5.0}
+    if model == "xl":
+        models = {name: str(parts / "xl" / name) for name in ("vae", "text_encoder", "text_encoder_2")}
+        recipe, cache = xl_recipe(scenes, models, diffusion, **train), "xl cache"
+    else:
+        recipe, cache = unet_recipe(scenes, parts / "clip/model", parts / "vae/model", diffusion, **train), "cache"
+    return recipe | ({"cache": str(parts / cache)} if source == "cache" else {})
 
 
-@pytest.mark.parametrize("trainer", TOUCHES)
+@pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_step_touches_the_host_for_its_batch_alone(
     trainer: str, parts: Path, worker: ProcessPoolExecutor, tmp_path: Path
 ) -> None:
     rehearsed = worker.submit(work.train, recipe_of(trainer, parts), tmp_path / "run", None).result()
-    assert rehearsed["touches"] == TOUCHES[trainer]
+    assert rehearsed["touches"] == TOUCHES
     trained(recipe_of(trainer, parts), tmp_path / "on the CPU")
     assert rehearsed["losses"] == pytest.approx(losses(tmp_path / "on the CPU"), rel=1e-6)
 
@@ -68,9 +69,20 @@ def test_a_run_goes_on_with_the_kind_of_device_that_it_began_with(
         worker.submit(work.train, recipe_of("clip", parts, steps=1), tmp_path / "run", None).result()
 
 
-@pytest.mark.parametrize("trainer", ["unet from images", "vae", "clip"])
+@pytest.mark.parametrize("trainer", ["xl from images", "vae", "clip"])
 def test_a_step_in_half_precision_touches_the_host_no_more(
     trainer: str, parts: Path, worker: ProcessPoolExecutor, tmp_path: Path
 ) -> None:
     rehearsed = worker.submit(work.train, recipe_of(trainer, parts, precision="bf16"), tmp_path / "run", None).result()
-    assert rehearsed["touches"] == TOUCHES[trainer]
+    assert rehearsed["touches"] == TOUCHES
+
+
+def test_precompute_waits_for_nothing_but_the_encodings_that_it_writes(
+    parts: Path, worker: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    touches = worker.submit(work.precomputed, recipe_of("unet from images", parts), tmp_path / "cache").result()
+    assert {touch for touch in touches if touch != "send, blocking family.py:place"} == {
+        "send to_device.py:_sent",
+        "send clip_text_encoder.py:_condition",
+        "fetch, blocking cache_encoding.py:_kept",
+    }

@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 
 from ldm_cli.families.open_family import open_family
+from ldm_cli.recipe.schema import TrainUnetRecipe
+from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import requests_for
+from ldm_cli.stages import precompute
 from ldm_cli.stages.support import training_run
+from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.training.trainer import Trainer
 
 from ..stages.tiny import Lost, losses, trained
@@ -64,6 +68,16 @@ def train(recipe: Mapping[str, Any], out: Path, plant: Callable[[pytest.MonkeyPa
         "losses": made,
         "lines_after_each_step": lines,
     }
+
+
+def precomputed(recipe: Mapping[str, Any], folder: Path) -> list[str]:
+    """Write the cache of a recipe on the device; returns the touches."""
+    wanted = TrainUnetRecipe.from_mapping({**recipe, "cache": str(folder)})
+    device.touches.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precompute, "resolve_device", lambda *_: torch.device(device.NAME, 0))
+        precompute.run(wanted, RunOptions(), SilentReporter(), "fp32")
+    return list(device.touches)
 
 
 def sample(folder: Path, plant: Callable[[pytest.MonkeyPatch], None] | None = None, **sampling: Any) -> dict[str, Any]:

@@ -384,7 +384,8 @@ def test_workers_and_ranks_change_nothing(parts: Parts, tmp_path: Path) -> None:
         assert tensors.keys() == ({"mean", "logvar"} if kind == "moments" else {"tokens"})
         for name, tensor in tensors.items():
             assert torch.equal(torch.cat([getattr(half, kind)[name] for half in halves]), tensor)
-    moments, condition = BatchEncoder(wanted, torch.device("cpu"), list)(plain)
+    encoder = BatchEncoder(wanted, torch.device("cpu"), list)
+    moments, condition = encoder(encoder.prepare(plain))
     torch.testing.assert_close(whole.moments, moments)
     torch.testing.assert_close(whole.condition, condition.tensors)
 

@@ -58,7 +58,7 @@ def make_task(parts: tuple[Path, Path, Path], path: Path, **changes: Any) -> tup
 def backward(task: DenoiserTask, batch: Batch, num_parts: int) -> tuple[float, dict[str, Tensor]]:
     task.family.denoiser.zero_grad()
     total = 0.0
-    for part in task.parts(batch, num_parts):
+    for part in task.parts(task.prepare(batch), num_parts):
         loss, _ = task.loss(part, 1)
         (loss / num_parts).backward()  # type: ignore[no-untyped-call]
         total += loss.item() / num_parts
@@ -156,7 +156,7 @@ def test_caption_dropout_drops_its_fraction_and_leaves_the_rest_alone(
     captions = []
     for batch in loader.batches(0, num_steps):
         captions += batch.captions
-        task.loss(batch, 1)
+        task.loss(task.prepare(batch), 1)
     given = torch.cat([tokens for _, tokens in spy.seen])
     dropped = (given == task.denoising.empty.tokens).flatten(1).all(dim=1)
     sigma = math.sqrt(fraction * (1 - fraction) / (8 * num_steps))
@@ -182,7 +182,7 @@ def test_min_snr_weights_each_sample_by_its_level(parts: tuple[Path, Path, Path]
             batch, images=batch.images[i : i + 1], captions=batch.captions[i : i + 1],
             keys=batch.keys[i : i + 1], epoch=batch.epoch[i : i + 1], position=batch.position[i : i + 1],
         )  # fmt: skip
-        (a, _), (b, _) = plain.loss(one, 1), weighted.loss(one, 1)
+        (a, _), (b, _) = (task.loss(task.prepare(one), 1) for task in (plain, weighted))
         alpha = plain.family.process.alphas_cumprod[spy.seen[-1][0].long()].double()
         snr = alpha / (1 - alpha)
         assert (b / a).item() == pytest.approx((snr.clamp(max=5.0) / snr).item(), rel=1e-5)
@@ -232,7 +232,7 @@ def test_ranks_that_share_validation_and_pictures_get_the_figures_and_pictures_o
 
 def test_the_loss_of_a_sample_does_not_depend_on_its_neighbours(parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
     task, loader = make_task(parts, tmp_path)
-    batch = next(loader.batches(0, 1))
+    batch = task.prepare(next(loader.batches(0, 1)))
     together = [task.loss(part, 1)[0].item() for part in task.parts(batch, 8)]
     whole, _ = task.loss(batch, 1)
     assert sum(together) / 8 == pytest.approx(whole.item(), rel=1e-5)

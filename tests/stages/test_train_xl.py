@@ -10,21 +10,12 @@ import torch
 from torch import Tensor
 
 from ldm_cli.core.condition import Condition
-from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
-from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
-from ldm_cli.core.models.clip import CLIPTextModel, CLIPTextModelWithProjection
-from ldm_cli.core.models.clip_config import CLIPTextConfig
 from ldm_cli.data.latent_cache import LatentCache
 from ldm_cli.data.loader import Loader
 from ldm_cli.data.open_shards import open_shards
-from ldm_cli.data.tokenizer import Tokenizer
-from ldm_cli.data.tokenizer_config import TokenizerConfig
 from ldm_cli.errors import RecipeError
-from ldm_cli.families.clip_pair_encoder import CLIPPairEncoder
-from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
 from ldm_cli.families.open_family import open_family
 from ldm_cli.families.stable_diffusion_xl import StableDiffusionXL
-from ldm_cli.formats.save_model import save_model
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages.dry_run import dry_run
@@ -37,52 +28,16 @@ from ldm_cli.training.run_folder import RunFolder
 from tests.data.tars import png, write_tar
 
 from ..faults.runs import assert_same_run, metrics
-from ..sampling.tiny import randomize
 from .test_precompute import cached
 from .test_preview_vae import tiny_autoencoder
-from .tiny import lose_after, trained, unet_recipe, vae_recipe
-
-SIZES = {
-    "cross_attention_dim": 24,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 12 + 6 * 8,
-}
-
-
-def encoder(pad: str, second: bool) -> CLIPTextEncoder:
-    learnt = Tokenizer.train(["a red circle", "a blue square"], TokenizerConfig(vocab_size=540))
-    tokenizer = Tokenizer(learnt._vocab, learnt._merges, pad)
-    config = CLIPTextConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=16 if second else 8,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=12,
-        projection_dim=12,
-        bos_token_id=tokenizer.start_id,
-        eos_token_id=tokenizer.end_id,
-    )
-    model = (CLIPTextModelWithProjection if second else CLIPTextModel)(config)
-    return CLIPTextEncoder(randomize(model, 7 + second), tokenizer)
+from .tiny import lose_after, trained
+from .tiny_xl import encoder, save_tiny_xl, xl_recipe
 
 
 @pytest.fixture(scope="module")
-def parts(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """An autoencoder and two text encoders, untrained."""
-    folder = tmp_path_factory.mktemp("xl")
-    vae = randomize(AutoencoderKL(AutoencoderKLConfig.from_mapping(vae_recipe(scenes)["vae"])), 5)
-    save_model(folder / "vae", vae.state_dict(), vae.config.to_hugging_face())
-    CLIPPairEncoder(encoder("<|endoftext|>", False), encoder("!", True)).save(folder)
-    return {name: str(folder / name) for name in ("vae", "text_encoder", "text_encoder_2")}
-
-
-def xl_recipe(scenes: Path, parts: dict[str, str], **train: Any) -> dict[str, Any]:
-    recipe = unet_recipe(scenes, Path(), Path(), **train) | parts
-    recipe["unet"] |= SIZES
-    recipe["data"] |= {"flip_probability": 0.5, "image_size": 24}
-    return recipe
+    return save_tiny_xl(tmp_path_factory.mktemp("xl"))
 
 
 def make_task(recipe: dict[str, Any], path: Path) -> tuple[DenoiserTask, Loader]:
@@ -107,7 +62,7 @@ def test_a_dropped_caption_is_zeros_and_the_sizes_stay(
         return torch.zeros_like(x)
 
     object.__setattr__(task.family, "denoiser", watched)
-    task.loss(batch, 0)
+    task.loss(task.prepare(batch), 0)
     (condition,) = seen
     assert condition.tokens is not None
     assert condition.pooled is not None

@@ -185,6 +185,23 @@ def test_a_wait_for_the_device_ends_when_another_rank_is_lost(tmp_path: Path) ->
     assert time.monotonic() - began < 20
 
 
+def test_a_process_that_cannot_ask_ends_when_another_rank_is_lost(tmp_path: Path) -> None:
+    def work(rank: int) -> int:
+        with joined(CPU, 2.0) as ranks:
+            assert isinstance(ranks, distributed._ConnectedRanks)
+            ranks._watch.ends_process = True
+            ranks.wait()
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)  # stands for a launch that waits for room in the GPU's queue
+        return 0
+
+    began = time.monotonic()
+    with ForkedRanks(work, tmp_path) as job:
+        assert job.wait() == [WorkerError.code, -signal.SIGKILL]
+    assert time.monotonic() - began < 30
+
+
 def test_two_threads_that_ask_do_not_make_the_store_silent_for_twice_as_long() -> None:
     watch = RankWatch(HashStore(), rank=0, world_size=1, timeout=2.0)  # does not run: its beats stand still
     for ask in (0, 1):

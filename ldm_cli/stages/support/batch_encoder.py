@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -45,10 +46,14 @@ class BatchEncoder:
         place(device, torch.float32, self.codec, *self.encoder.models, channels_last=recipe.train.channels_last)
         self._device, self._precision = device, recipe.train.precision
 
+    def prepare(self, batch: Batch) -> Batch:
+        """With the tokens of its captions, unless it is out of a cache; on the host."""
+        return batch if batch.condition is not None else replace(batch, tokens=self.encoder.tokens(batch.captions))
+
     def __call__(self, batch: Batch) -> tuple[dict[str, Tensor], Condition]:
-        """Moments and conditions of a batch on the device: out of the cache, or computed."""
+        """Moments and conditions of a prepared batch on the device: out of the cache, or computed."""
         if batch.moments is None or batch.condition is None:
-            return self.moments(batch.images), self.condition(batch.captions)
+            return self.moments(batch.images), self._condition(batch.tokens)
         moments = {name: tensor.float() for name, tensor in batch.moments.items()}
         return moments, Condition(**batch.condition).map(_as_float32)
 
@@ -58,11 +63,14 @@ class BatchEncoder:
         with autocast(self._device, self._precision):
             return self.codec.moments(to_signed(images, self._device))
 
-    @torch.no_grad()
     def condition(self, captions: Sequence[str]) -> Condition:
         """B captions → B rows."""
+        return self._condition(self.encoder.tokens(captions))
+
+    @torch.no_grad()
+    def _condition(self, tokens: Mapping[str, Tensor]) -> Condition:
         with autocast(self._device, self._precision):
-            condition = self.encoder.encode(captions)
+            condition = self.encoder.encode_tokens(tokens)
         return condition.map(_as_float32)
 
     def cached(self, cache: LatentCache, caption: str) -> Condition:

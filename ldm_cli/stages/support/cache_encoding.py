@@ -22,7 +22,7 @@ from ldm_cli.errors import DivergedError
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.stages.support.batch_encoder import BatchEncoder
 
-_NEVER = 2.0  # a draw of chance that no probability reaches
+_NEVER = 2.0  # a random number above every probability
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Pictures:
     bad: dict[int, tuple[str, str]]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Pictures:
-        """The pictures with `change` applied to each of their tensors."""
-        return replace(self, images=change(self.images), sizes=change(self.sizes))
+        """The pictures with `change` applied to the images; the sizes are needed on the host."""
+        return replace(self, images=change(self.images))
 
 
 @dataclass(frozen=True)

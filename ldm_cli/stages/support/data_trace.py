@@ -16,7 +16,7 @@ def traced(
 ) -> Callable[[int, int], Iterator[Batch]]:
     """`batches` (first step, end step), and a line `step shard key` in `file` for each sample they give.
 
-    Steps count from 1, as in metrics.jsonl. Lines of an earlier life after the first step are dropped. Rank 0 writes
+    Steps count from 1, as in metrics.jsonl. Lines of an earlier process for these steps are dropped. Rank 0 writes
     the samples of all ranks, so the file is the same for any number of them.
 
     Raises:
