@@ -54,7 +54,7 @@ def test_figures_are_copied_once_for_a_line_and_read_with_the_next(
 ) -> None:
     recipe = recipe_of("vae", parts, steps=5, log_every=1)
     rehearsed = worker.submit(work.train, recipe, tmp_path / "run", None).result()
-    assert rehearsed["touches"] == ["fetch host_copy.py:host_copy", *TOUCHES["vae"]]
+    assert rehearsed["touches"] == ["fetch host_copy.py:host_copy", *TOUCHES]
     trained(recipe, tmp_path / "on the CPU")
     assert rehearsed["losses"] == pytest.approx(losses(tmp_path / "on the CPU"), rel=1e-6)
     assert len(rehearsed["losses"]) == 5
