@@ -12,6 +12,7 @@ from ldm_cli.core.precision import DTYPES
 from ldm_cli.errors import CheckpointError, InputNotFoundError, OutputError, UsageError
 from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.json_file import write_json
+from ldm_cli.formats.model_folder import is_finite
 from ldm_cli.formats.model_source import outside_file, split_at_file
 from ldm_cli.formats.pipeline_folder import INDEX_NAME, SCHEDULER_FILE, TOKENIZER, UNET
 from ldm_cli.formats.save_model import save_sharded
@@ -74,8 +75,10 @@ def run(source: Path, out: Path, options: ConvertOptions) -> dict[str, Any]:
         raise UsageError(f"cannot write '{out}'", "pickles are not written", "give a name that ends in .safetensors")
     if out.exists() and not options.overwrite:
         raise OutputError(f"'{out}' exists", remedy="choose another place, or give --overwrite")
-    if out.is_dir() and not any((out / name).is_file() for name in (INDEX_NAME, CONFIG_NAME)):
-        raise OutputError(f"'{out}' is no model folder", "--overwrite replaces only those", "choose another place")
+    is_replaced = out.is_file() if is_file else any((out / name).is_file() for name in (INDEX_NAME, CONFIG_NAME))
+    if out.exists() and not is_replaced:
+        kind = "file" if is_file else "model folder"
+        raise OutputError(f"'{out}' is no {kind}", "--overwrite replaces only those", "choose another place")
     models = _changed(_read(source, options), options)
     if is_file:
         metadata = _write_file(models, out)
@@ -140,6 +143,8 @@ def _retyped(model: FoundModel, dtype: str | None) -> FoundModel:
     tensors = model.tensors
     if dtype is not None:
         tensors = {n: t.to(DTYPES[dtype]) if t.is_floating_point() else t for n, t in tensors.items()}
+        if infinite := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
+            raise CheckpointError(f"not finite in {dtype}: {named(infinite)}", remedy="give --dtype bf16 or fp32")
     elif small := [name for name, tensor in tensors.items() if tensor.element_size() == 1]:
         raise CheckpointError(f"float8 weights: {named(small)}", remedy="give --dtype fp16, bf16 or fp32")
     found = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
@@ -217,7 +222,7 @@ def _programs(models: FoundModels, is_file: bool) -> list[str]:
     """The programs that open what was written."""
     kind = next(iter(models.models.values())).kind
     index = models.json_files.get(INDEX_NAME)
-    name = kind if index is None else str(index["_class_name"])
+    name = kind if index is None else str(index.get("_class_name"))
     library = "transformers" if name.startswith("CLIP") else "diffusers"
     if not is_file:
         return ["ldm", f"{library} {name}.from_pretrained"]
