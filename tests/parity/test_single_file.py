@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,20 @@ from ldm_cli.families.clip_folder import open_clip
 from ldm_cli.formats.json_file import read_json
 from ldm_cli.formats.model_source import load_tensors, weights_sha256
 from ldm_cli.formats.scheduler_file import read_scheduler
+from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.edit_input import EditInput
 from ldm_cli.sampling.request import ImageRequest
 from ldm_cli.sampling.sample_options import SampleOptions
-from ldm_cli.stages.convert import ConvertOptions, run
+from ldm_cli.stages import convert
+from ldm_cli.stages.convert import ConvertOptions
 from tests.parity import original_names
 from tests.sampling.tiny import loaded_pipeline, randomize, special_ids, tiny_tokenizer
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
+run = partial(convert.run, reporter=SilentReporter())
 PROMPTS, NEGATIVE = ["a small red circle at the top left", "a blue square"], "green"
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 KINDS = {

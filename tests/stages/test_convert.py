@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,14 @@ from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.single_file import CONFIGS_KEY
 from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS, read_metadata, write_tensors
 from ldm_cli.recipe.schema import TrainUnetRecipe, TrainVaeRecipe
-from ldm_cli.stages.convert import ConvertOptions, run
+from ldm_cli.reporting import SilentReporter
+from ldm_cli.stages import convert
+from ldm_cli.stages.convert import ConvertOptions
 from ldm_cli.stages.support.batch_encoder import BatchEncoder
 from ldm_cli.stages.support.start import resolve_start, start_uses
 from tests.sampling.tiny import loaded_pipeline, tiny_pipeline
 
+run = partial(convert.run, reporter=SilentReporter())
 TRAINED = {
     "name": "x",
     "data": {"shards": "x.tar", "image_size": 16},
