@@ -22,7 +22,9 @@ from ldm_cli.reporting import Progress, Reporter
 from ldm_cli.storage import TEMPORARY_PREFIX, expect_room, storage_errors, user_cache
 
 # `runs` and `data` are the folders that recipes write to and read from; a file of weights is no name either.
-_NAME = re.compile(r"(?!(?:data|runs)/|.*\.(?:safetensors|ckpt)(?:/|$))([A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@([\w/-][\w./-]*))?", re.ASCII)
+_NAME = re.compile(
+    r"(?!(?:data|runs)/|.*\.(?:safetensors|ckpt)(?:/|$))([A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@([\w/-][\w./-]*))?", re.ASCII
+)
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})(?:/|$)", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TRANSPORTS = ("httpx", "httpx2", "requests", "urllib3")

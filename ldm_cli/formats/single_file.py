@@ -99,6 +99,8 @@ def single_file(
     parts = {}
     try:
         given = json.loads(metadata.get(CONFIGS_KEY, "{}")) | (configs or {})
+        if len(found) == 1 and CONFIG_NAME in given:
+            given |= {str(Path(folder, CONFIG_NAME)): given[CONFIG_NAME] for folder in found}
         files |= {name: dict(content) for name, content in given.items() if name in files}
         for folder, (prefix, kind) in found.items():
             config = files[str(Path(folder, CONFIG_NAME))]

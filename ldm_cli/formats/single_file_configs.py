@@ -110,13 +110,13 @@ def text_config(shapes: Shapes, activation: str = "gelu", *, is_projected: bool 
     Args:
         shapes: of its tensors.
         activation: `gelu` or `quick_gelu`.
-        is_projected: whether the pooled feature is used; else only the states before the last layer are.
+        is_projected: whether the pooled feature is used, if there is one; else only the states before the last layer.
     """
     vocab_size, width = shapes["token_embedding.weight"]
     layers = _num_blocks(shapes, "transformer.resblocks")
     inner = shapes["transformer.resblocks.0.mlp.c_fc.weight"][0]
     vocabulary = vocab_size, shapes["positional_embedding"][0]
-    if not is_projected:
+    if not is_projected or "text_projection" not in shapes:
         return _text_config(vocabulary, width, inner, _LAYERS_IN_USE.get(layers, layers), activation)
     config = _text_config(vocabulary, width, inner, layers, activation)
     return config | _projection(shapes["text_projection"][1])

@@ -116,15 +116,14 @@ def _read(source: Path, options: ConvertOptions) -> FoundModels:
     file, inside = found
     models = read_file(file, config=options.config, ema=options.ema, allow_pickle=options.allow_pickle)
     if inside == Path():
-        return models
+        is_alone = len(models.models) == 1
+        return replace(models, models={"": next(iter(models.models.values()))}) if is_alone else models
     if str(inside) not in models.models:
         raise InputNotFoundError(f"no '{inside}' in '{file}'", f"it holds {', '.join(models.models)}")
     return replace(models, models={"": models.models[str(inside)]}, json_files={}, metadata={})
 
 
-def _with_tokenizers(
-    models: FoundModels, source: Path, options: ConvertOptions, reporter: Reporter
-) -> FoundModels:
+def _with_tokenizers(models: FoundModels, source: Path, options: ConvertOptions, reporter: Reporter) -> FoundModels:
     """The models with the tokenizers that the options name, or that a pipeline needs and does not hold."""
     needed = [name for name in models.json_files.get(INDEX_NAME, {}) if name.startswith(TOKENIZER)]
     if options.tokenizer is None and (models.companions or not needed):

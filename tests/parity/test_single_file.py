@@ -187,6 +187,16 @@ def test_folder_to_file_to_folder_keeps_each_tensor_and_the_file_opens_in_diffus
             assert all(torch.equal(before[n], after[n]) for n in before)
             assert weights_sha256(source / name) == weights_sha256(back / name)
         assert configs_of(back, parts) == configs_of(tmp_path / "their", parts)
+    for name in parts:
+        alone = tmp_path / f"{name}.safetensors"
+        run(tmp_path / "their" / name, alone, ConvertOptions())
+        run(alone, tmp_path / name, ConvertOptions())
+        before, after = load_tensors(tmp_path / "their" / name), load_tensors(tmp_path / name)
+        assert set(before) == {n if n in before else n.removeprefix("text_model.") for n in after}
+        assert weights_sha256(tmp_path / "their" / name) == weights_sha256(tmp_path / name)
+        theirs, ours = (read_json(folder / name / "config.json") for folder in (tmp_path / "their", tmp_path))
+        not_in_shapes = ("attention_head_dim", "num_attention_heads", "hidden_act", "scaling_factor")
+        assert [ours.get(field) for field in not_in_shapes] == [theirs.get(field) for field in not_in_shapes]
 
 
 def configs_of(folder: Path, parts: list[str]) -> dict[str, Any]:

@@ -330,7 +330,7 @@ def test_float8_is_widened_exactly(home: Path) -> None:
         ("model", "tokenizer", {"overwrite": True}, OutputError("'tokenizer' is no model folder")),
         ("model", "folder.safetensors", {"overwrite": True}, OutputError("'folder.safetensors' is no file")),
         ("model", "x.txt", {"overwrite": True}, OutputError("'x.txt' is no model folder")),
-        ("gone", "new", {}, InputNotFoundError("model folder 'gone' not found")),
+        ("gone", "new", {}, InputNotFoundError("model 'gone' not found")),
     ],
 )
 def test_what_does_not_apply_is_refused(source: str, out: str, options: Any, error: LdmError, home: Path) -> None:
