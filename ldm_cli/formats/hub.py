@@ -79,7 +79,7 @@ def hub_name(text: str, reporter: Reporter) -> HubName | None:
 
 
 def model_path(text: str, components: Sequence[str], variant: str | None, reporter: Reporter) -> Path:
-    """The path that `text` means, which for a name of the hub is the folder of `fetch`; arguments and errors as there."""
+    """The path that `text` means; for a name of the hub the folder of `fetch`, with its arguments and errors."""
     name = hub_name(text, reporter)
     return Path(text) if name is None else fetch(name, components, variant, reporter)
 

@@ -216,7 +216,7 @@ def test_a_pickle_without_tensors_is_refused(content: Any, message: str, home: P
 def test_a_pickle_is_cut(home: Path) -> None:
     file = as_lightning(home)
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="it is damaged, or not of torch.save; convert"):
+    with pytest.raises(CheckpointError, match=r"it is damaged, or not of torch.save; convert"):
         run(file, home / "y", ConvertOptions(allow_pickle=True))
 
 
@@ -308,7 +308,7 @@ def test_a_file_that_cannot_be_converted_gives_one_clear_line(
 
 def test_numbers_too_large_for_a_type_are_refused(home: Path) -> None:
     too_large(home)
-    with pytest.raises(CheckpointError, match="not finite in fp16: conv_out.bias; give --dtype bf16 or fp32"):
+    with pytest.raises(CheckpointError, match=r"not finite in fp16: conv_out.bias; give --dtype bf16 or fp32"):
         run(home / "x.safetensors", home / "out", ConvertOptions(dtype="fp16"))
     run(home / "x.safetensors", home / "out", ConvertOptions(dtype="bf16"))
 
