@@ -77,7 +77,7 @@ def resolve_model(path: Path) -> Path:
     if split_at_file(path) is not None:
         return path
     if not path.is_dir():
-        raise InputNotFoundError(f"model '{path}' not found", remedy="check --model, or train it first")
+        raise InputNotFoundError(f"model '{path}' not found", remedy="check the path, or train it first")
     manifests = sorted((path / "checkpoints").glob("step-*/manifest.json"))
     newest = [manifests[-1].parent / name for name in ("ema", "model")] if manifests else []
     for folder in (path, path / "ema", path / "model", *newest):

@@ -253,8 +253,8 @@ def _as_ldm_error(error: BaseException, name: HubName) -> LdmError | None:
     if isinstance(error, errors.RevisionNotFoundError):
         return InputNotFoundError(f"'{name.repo}' has no revision '{name.revision}'")
     if _is_unreachable(error):
-        cause = f"{_why_unreachable(error)}, the cache does not have it, and there is no such folder"
-        return UnavailableError(what, cause, "check the name, or connect and run the same command again")
+        cause = f"{_why_unreachable(error)}, and neither the cache nor a folder of that name has it"
+        return UnavailableError(what, cause, "connect and run the same command again, or name another folder")
     if isinstance(error, errors.HfHubHTTPError):
         return UnavailableError(what, f"it answered: {first_line(error)}", "check HF_TOKEN, or try again later")
     if isinstance(error, OSError) and error.errno is None:
