@@ -9,17 +9,19 @@ from typing import Annotated
 import typer
 
 from ldm_cli.cli import options as given
+from ldm_cli.cli.report import make_reporter
 from ldm_cli.cli.show import show_result
 from ldm_cli.cli.startup import importing
 from ldm_cli.errors import UsageError
 
 _DTYPES = ("fp32", "fp16", "bf16")
 _PREDICTIONS = ("epsilon", "v_prediction")
+_VARIANTS = ("fp16", "bf16")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 def command(
-    source: Annotated[Path, given.argument("IN", "A folder, a run, or a single file.")],
+    source: Annotated[Path, given.argument("IN", "A folder, a run, a single file, or ORG/NAME on the hub.")],
     out: Annotated[Path, given.argument("OUT", "A folder, or FILE.safetensors.")],
     dtype: Annotated[
         str | None, given.option("--dtype", metavar="fp32|fp16|bf16", text="Type of the numbers; as they are.")
@@ -38,6 +40,7 @@ def command(
         str | None,
         given.option("--prediction-type", metavar="epsilon|v_prediction", text="What the U-Net predicts."),
     ] = None,
+    variant: given.Variant = None,
     ema: Annotated[bool, typer.Option("--ema", help="Take the averaged weights of a single file.")] = False,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read .ckpt and .bin, of which only tensors are taken.")
@@ -47,15 +50,18 @@ def command(
     debug: given.Debug = False,
 ) -> None:
     """Convert a model between folders and single files, to another type of numbers, or into shards."""
-    for name, value, allowed in (("--dtype", dtype, _DTYPES), ("--prediction-type", prediction, _PREDICTIONS)):
+    choices = ("--dtype", dtype, _DTYPES), ("--prediction-type", prediction, _PREDICTIONS)
+    for name, value, allowed in (*choices, ("--variant", variant, _VARIANTS)):
         if value not in (None, *allowed):
             raise UsageError(f"unknown {name} '{value}'", remedy="it takes " + ", ".join(allowed))
     shard_bytes = None if shard_size is None else _num_bytes(shard_size)
     with importing():
         from ldm_cli.stages import convert
 
-    options = convert.ConvertOptions(dtype, shard_bytes, config, tokenizer, prediction, ema, allow_pickle, overwrite)
-    show_result(convert.run(source, out, options), json)
+    options = convert.ConvertOptions(
+        dtype, shard_bytes, config, tokenizer, prediction, ema, allow_pickle, overwrite, variant
+    )
+    show_result(convert.run(source, out, options, make_reporter()), json)
 
 
 def _num_bytes(text: str) -> int:

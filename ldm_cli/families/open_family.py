@@ -79,7 +79,7 @@ def resolve_model(path: Path) -> Path:
     if path.is_file():
         raise InputNotFoundError(f"'{path}' is no model", "it is one file of a folder", "give the folder")
     if not path.is_dir():
-        raise InputNotFoundError(f"model folder '{path}' not found", remedy="check --model, or train it first")
+        raise InputNotFoundError(f"model '{path}' not found", remedy="check the path, or train it first")
     manifests = sorted((path / "checkpoints").glob("step-*/manifest.json"))
     newest = [manifests[-1].parent / name for name in ("ema", "model")] if manifests else []
     for folder in (path, path / "ema", path / "model", *newest):

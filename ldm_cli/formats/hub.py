@@ -21,8 +21,10 @@ from ldm_cli.formats.pipeline_folder import INDEX_NAME
 from ldm_cli.reporting import Progress, Reporter
 from ldm_cli.storage import TEMPORARY_PREFIX, expect_room, storage_errors, user_cache
 
-# `runs` and `data` are the folders that recipes write to and read from.
-_NAME = re.compile(r"(?!(?:data|runs)/)([A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@([\w/-][\w./-]*))?", re.ASCII)
+# `runs` and `data` are the folders that recipes write to and read from; a file of weights is no name either.
+_NAME = re.compile(
+    r"(?!(?:data|runs)/|.*\.(?:safetensors|ckpt)(?:/|$))([A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@([\w/-][\w./-]*))?", re.ASCII
+)
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})(?:/|$)", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TRANSPORTS = ("httpx", "httpx2", "requests", "urllib3")
@@ -74,6 +76,12 @@ def hub_name(text: str, reporter: Reporter) -> HubName | None:
             reporter.info(f"'{text}' means a path, as there is a folder '{parent}'; on the hub: '{text}@main'")
         return None
     return name
+
+
+def model_path(text: str, components: Sequence[str], variant: str | None, reporter: Reporter) -> Path:
+    """The path that `text` means; for a name of the hub the folder of `fetch`, with its arguments and errors."""
+    name = hub_name(text, reporter)
+    return Path(text) if name is None else fetch(name, components, variant, reporter)
 
 
 def fetch(name: HubName, components: Sequence[str], variant: str | None, reporter: Reporter) -> Path:
@@ -245,8 +253,8 @@ def _as_ldm_error(error: BaseException, name: HubName) -> LdmError | None:
     if isinstance(error, errors.RevisionNotFoundError):
         return InputNotFoundError(f"'{name.repo}' has no revision '{name.revision}'")
     if _is_unreachable(error):
-        remedy = "connect and run the same command again, or name a folder"
-        return UnavailableError(what, f"{_why_unreachable(error)}, and the cache does not have it", remedy)
+        cause = f"{_why_unreachable(error)}, and neither the cache nor a folder of that name has it"
+        return UnavailableError(what, cause, "connect and run the same command again, or name another folder")
     if isinstance(error, errors.HfHubHTTPError):
         return UnavailableError(what, f"it answered: {first_line(error)}", "check HF_TOKEN, or try again later")
     if isinstance(error, OSError) and error.errno is None:

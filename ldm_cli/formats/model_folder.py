@@ -176,7 +176,7 @@ def load_weights(
     converted: dict[str, Tensor] = {}
     bad = []
     for name, tensor in tensors.items():
-        if not _is_finite(tensor):
+        if not is_finite(tensor):
             bad.append(name)
         # A copy: a tensor that lies in the mapped file at any offset may take another path through a BLAS than an
         # aligned one, and results would hang on the layout of the file.
@@ -267,7 +267,7 @@ def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor],
 
 def expect_finite(tensors: Mapping[str, Tensor], source: Path) -> None:
     """Raises CheckpointError that names up to five of the `tensors`, read from `source`, that are not finite."""
-    _expect_none([name for name, tensor in tensors.items() if not _is_finite(tensor)], source)
+    _expect_none([name for name, tensor in tensors.items() if not is_finite(tensor)], source)
 
 
 def _expect_none(bad: list[str], source: Path) -> None:
@@ -275,7 +275,7 @@ def _expect_none(bad: list[str], source: Path) -> None:
         raise CheckpointError(f"the tensors in '{source}' are not finite", named(bad), "take an earlier checkpoint")
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Whether all numbers are finite.
 
     Only the extremes are tested, which are NaN where any number is: 17 times as fast as a test of each number.

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm_cli.errors import CheckpointError, first_line
+from ldm_cli.errors import CheckpointError
 from ldm_cli.formats import single_file_configs as measured
 from ldm_cli.formats import single_file_names as names
 from ldm_cli.formats.pipeline_folder import SCHEDULER_FILE, TEXT_ENCODER, TEXT_ENCODER_2, UNET
@@ -92,16 +92,21 @@ def single_file(
     own = {folder: _below(tensors, prefix) for folder, (prefix, _) in found.items()}
     try:
         files = _measured({folder: kind for folder, (_, kind) in found.items()}, own, tensors, metadata)
-        given = {**json.loads(metadata.get(CONFIGS_KEY, "{}")), **(configs or {})}
-        files |= {name: content for name, content in given.items() if name in files}
-        parts = {}
+    except KeyError as error:
+        raise CheckpointError(f"cannot use '{source}'", f"the tensor {error} is missing") from error
+    except (IndexError, TypeError, ValueError) as error:
+        raise CheckpointError(f"cannot use '{source}'", "the shape of a tensor is not that of its name") from error
+    parts = {}
+    try:
+        given = json.loads(metadata.get(CONFIGS_KEY, "{}")) | (configs or {})
+        if len(found) == 1 and CONFIG_NAME in given:
+            given |= {str(Path(folder, CONFIG_NAME)): given[CONFIG_NAME] for folder in found}
+        files |= {name: dict(content) for name, content in given.items() if name in files}
         for folder, (prefix, kind) in found.items():
             config = files[str(Path(folder, CONFIG_NAME))]
             parts[folder] = Part(prefix, config, KINDS[kind].table(config), _in_use(own[folder], kind, config))
-    except KeyError as error:
-        raise CheckpointError(f"cannot use '{source}'", f"the tensor {error} is missing") from error
-    except ValueError as error:
-        raise CheckpointError(f"cannot use '{source}'", first_line(error), "give `ldm convert` a --config") from error
+    except (LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"cannot use '{source}'", f"{CONFIGS_KEY} in its metadata is damaged") from error
     taken = {part.prefix + name for part in parts.values() for name in part.tensors}
     left_out = [name for name in tensors if name not in taken]
     _expect_no_foreign(left_out, found, source)

@@ -16,6 +16,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 _HEAD_WIDTH = 64
 _HEADS_OF_STABLE_DIFFUSION_1 = 8
 _SIZE_IDS = 6
+# Text towers of OpenAI's CLIP have this width at most; the wider ones are of open_clip, with the exact GELU.
+_WIDEST_OF_OPENAI = 768
 # Stable Diffusion 2 takes the states before the last of OpenCLIP H's layers, which its files hold all the same.
 _LAYERS_IN_USE = {24: 23}
 
@@ -97,7 +99,9 @@ def transformers_config(shapes: Shapes) -> dict[str, Any]:
     vocab_size, width = shapes["embeddings.token_embedding.weight"]
     positions = shapes["embeddings.position_embedding.weight"][0]
     inner = shapes["encoder.layers.0.mlp.fc1.weight"][0]
-    return _text_config((vocab_size, positions), width, inner, _num_blocks(shapes, "encoder.layers"), "quick_gelu")
+    activation = "quick_gelu" if width <= _WIDEST_OF_OPENAI else "gelu"
+    config = _text_config((vocab_size, positions), width, inner, _num_blocks(shapes, "encoder.layers"), activation)
+    return config | _projection(shapes["text_projection.weight"][0]) if "text_projection.weight" in shapes else config
 
 
 def text_config(shapes: Shapes, activation: str = "gelu", *, is_projected: bool = True) -> dict[str, Any]:
@@ -106,19 +110,16 @@ def text_config(shapes: Shapes, activation: str = "gelu", *, is_projected: bool 
     Args:
         shapes: of its tensors.
         activation: `gelu` or `quick_gelu`.
-        is_projected: whether the pooled feature is used; else only the states before the last layer are.
+        is_projected: whether the pooled feature is used, if there is one; else only the states before the last layer.
     """
     vocab_size, width = shapes["token_embedding.weight"]
     layers = _num_blocks(shapes, "transformer.resblocks")
     inner = shapes["transformer.resblocks.0.mlp.c_fc.weight"][0]
     vocabulary = vocab_size, shapes["positional_embedding"][0]
-    if not is_projected:
+    if not is_projected or "text_projection" not in shapes:
         return _text_config(vocabulary, width, inner, _LAYERS_IN_USE.get(layers, layers), activation)
     config = _text_config(vocabulary, width, inner, layers, activation)
-    return config | {
-        "architectures": ["CLIPTextModelWithProjection"],
-        "projection_dim": shapes["text_projection"][1],
-    }
+    return config | _projection(shapes["text_projection"][1])
 
 
 def clip_config(shapes: Shapes, activation: str) -> dict[str, Any]:
@@ -164,6 +165,10 @@ def _text_config(vocabulary: tuple[int, int], width: int, inner: int, layers: in
         "eos_token_id": 2,
         "pad_token_id": 1,
     }
+
+
+def _projection(width: int) -> dict[str, Any]:
+    return {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": width}
 
 
 def _num_blocks(shapes: Shapes, path: str) -> int:

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import mmap
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldm_cli.errors import CheckpointError, InputNotFoundError, StorageError, first_line
+from ldm_cli.errors import CheckpointError, InputNotFoundError, StorageError
 from ldm_cli.formats.json_file import read_json
 from ldm_cli.storage import error_number, resolve_model_folder, whole_file
 
@@ -130,19 +131,24 @@ def read_pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         CheckpointError: it is no such file, or holds more.
         StorageError: it cannot be read.
     """
+    # torch reads a path that ends so as safetensors, whatever the content.
+    is_misnamed = file.suffix == ".safetensors"
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        with file.open("rb") as stream:
+            source, is_mapped = (stream, False) if is_misnamed else (file, zipfile.is_zipfile(file))
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=is_mapped)
     except OSError as error:
         raise StorageError(f"cannot read '{file}'", error.strerror or str(error)) from error
     except Exception as error:  # of any type: the file decides what is built
-        cause = f"not only tensors, or damaged: {first_line(error)}"
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        cause = f"it asks for {asked[1]}, which is no tensor" if asked else "it is damaged, or not of torch.save"
         raise CheckpointError(f"cannot read '{file}'", cause, "convert it with the program that wrote it") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"cannot read '{file}'", f"a table of tensors expected, {type(content).__name__} found")
-    nested = content.get("state_dict", content)
+    nested = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(nested, dict):
+        raise CheckpointError(f"cannot read '{file}'", f"a table of tensors expected, {type(nested).__name__} found")
     tensors = {str(name).removeprefix("module."): t for name, t in nested.items() if isinstance(t, Tensor)}
     step = content.get("global_step")
-    return tensors, {} if step is None else {"global_step": str(int(step))}
+    return tensors, {"global_step": str(step)} if isinstance(step, int) else {}
 
 
 def read_metadata(file: Path) -> dict[str, str]:

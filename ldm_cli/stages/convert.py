@@ -11,12 +11,15 @@ from typing import Any
 from ldm_cli.core.precision import DTYPES
 from ldm_cli.errors import CheckpointError, InputNotFoundError, OutputError, UsageError
 from ldm_cli.families.open_family import resolve_model
+from ldm_cli.formats.hub import model_path
 from ldm_cli.formats.json_file import write_json
+from ldm_cli.formats.model_folder import is_finite
 from ldm_cli.formats.model_source import outside_file, split_at_file
 from ldm_cli.formats.pipeline_folder import INDEX_NAME, SCHEDULER_FILE, TOKENIZER, UNET
 from ldm_cli.formats.save_model import save_sharded
 from ldm_cli.formats.single_file import CONFIGS_KEY, as_single_file
 from ldm_cli.formats.weight_files import CONFIG_NAME, DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, named, write_tensors
+from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.convertible import FoundModel, FoundModels, read_file, read_folder, tokenizer_files
 from ldm_cli.storage import TEMPORARY_PREFIX, storage_errors
 
@@ -40,7 +43,7 @@ class ConvertOptions:
     config: Path | None = None
     """Folder whose configurations a single file has; None: as its metadata say, or its shapes tell."""
     tokenizer: Path | None = None
-    """Folder of a tokenizer, or of a pipeline with tokenizers."""
+    """Folder of a tokenizer, or of a pipeline with tokenizers; or a name on the hub."""
     prediction_type: str | None = None
     """`epsilon` or `v_prediction`; None: as the source says."""
     ema: bool = False
@@ -49,15 +52,18 @@ class ConvertOptions:
     """Read files of `torch.save`."""
     overwrite: bool = False
     """Replace what is there."""
+    variant: str | None = None
+    """`fp16` or `bf16`: which weights of a model on the hub; None: those in full precision."""
 
 
-def run(source: Path, out: Path, options: ConvertOptions) -> dict[str, Any]:
+def run(source: Path, out: Path, options: ConvertOptions, reporter: Reporter) -> dict[str, Any]:
     """Convert a model.
 
     Args:
-        source: a folder, a run, or a single file.
+        source: a folder, a run, a single file, or a name on the hub.
         out: a file if its name ends in `.safetensors`, else a folder.
         options: see there.
+        reporter: receives the progress of downloads.
 
     Returns:
         `out`, `models` (class by subfolder), `parameters`, `bytes`, `told_by`, `left_out`, `metadata`, `opens_in`.
@@ -65,6 +71,7 @@ def run(source: Path, out: Path, options: ConvertOptions) -> dict[str, Any]:
     Raises:
         UsageError: an option does not apply.
         InputNotFoundError, CheckpointError: the source is missing, unknown, damaged or asks for more.
+        UnavailableError: the hub cannot be reached.
         OutputError, StorageError: `out` exists, or cannot be written.
     """
     is_file = out.suffix == ".safetensors"
@@ -74,14 +81,17 @@ def run(source: Path, out: Path, options: ConvertOptions) -> dict[str, Any]:
         raise UsageError(f"cannot write '{out}'", "pickles are not written", "give a name that ends in .safetensors")
     if out.exists() and not options.overwrite:
         raise OutputError(f"'{out}' exists", remedy="choose another place, or give --overwrite")
-    if out.is_dir() and not any((out / name).is_file() for name in (INDEX_NAME, CONFIG_NAME)):
-        raise OutputError(f"'{out}' is no model folder", "--overwrite replaces only those", "choose another place")
+    is_replaced = out.is_file() if is_file else any((out / name).is_file() for name in (INDEX_NAME, CONFIG_NAME))
+    if out.exists() and not is_replaced:
+        kind = "file" if is_file else "model folder"
+        raise OutputError(f"'{out}' is no {kind}", "--overwrite replaces only those", "choose another place")
+    source = model_path(str(source), (), options.variant, reporter)
     models = _changed(_read(source, options), options)
     if is_file:
         metadata = _write_file(models, out)
     else:
         metadata = models.metadata
-        _write_folder(_with_tokenizers(models, source, options), out, options.shard_bytes)
+        _write_folder(_with_tokenizers(models, source, options, reporter), out, options.shard_bytes)
     tensors = [tensor for model in models.models.values() for tensor in model.tensors.values()]
     return {
         "out": str(out),
@@ -106,18 +116,21 @@ def _read(source: Path, options: ConvertOptions) -> FoundModels:
     file, inside = found
     models = read_file(file, config=options.config, ema=options.ema, allow_pickle=options.allow_pickle)
     if inside == Path():
-        return models
+        is_alone = len(models.models) == 1
+        return replace(models, models={"": next(iter(models.models.values()))}) if is_alone else models
     if str(inside) not in models.models:
         raise InputNotFoundError(f"no '{inside}' in '{file}'", f"it holds {', '.join(models.models)}")
     return replace(models, models={"": models.models[str(inside)]}, json_files={}, metadata={})
 
 
-def _with_tokenizers(models: FoundModels, source: Path, options: ConvertOptions) -> FoundModels:
+def _with_tokenizers(models: FoundModels, source: Path, options: ConvertOptions, reporter: Reporter) -> FoundModels:
     """The models with the tokenizers that the options name, or that a pipeline needs and does not hold."""
     needed = [name for name in models.json_files.get(INDEX_NAME, {}) if name.startswith(TOKENIZER)]
     if options.tokenizer is None and (models.companions or not needed):
         return models
-    given = options.tokenizer or options.config
+    given = options.config
+    if options.tokenizer is not None:
+        given = model_path(str(options.tokenizer), needed or [TOKENIZER], None, reporter)
     companions = dict(models.companions)
     for name in needed or [""]:
         companions |= tokenizer_files(outside_file(source, name) if given is None else given, name)
@@ -140,6 +153,8 @@ def _retyped(model: FoundModel, dtype: str | None) -> FoundModel:
     tensors = model.tensors
     if dtype is not None:
         tensors = {n: t.to(DTYPES[dtype]) if t.is_floating_point() else t for n, t in tensors.items()}
+        if infinite := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
+            raise CheckpointError(f"not finite in {dtype}: {named(infinite)}", remedy="give --dtype bf16 or fp32")
     elif small := [name for name, tensor in tensors.items() if tensor.element_size() == 1]:
         raise CheckpointError(f"float8 weights: {named(small)}", remedy="give --dtype fp16, bf16 or fp32")
     found = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
@@ -217,7 +232,7 @@ def _programs(models: FoundModels, is_file: bool) -> list[str]:
     """The programs that open what was written."""
     kind = next(iter(models.models.values())).kind
     index = models.json_files.get(INDEX_NAME)
-    name = kind if index is None else str(index["_class_name"])
+    name = kind if index is None else str(index.get("_class_name"))
     library = "transformers" if name.startswith("CLIP") else "diffusers"
     if not is_file:
         return ["ldm", f"{library} {name}.from_pretrained"]

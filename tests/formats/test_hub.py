@@ -101,7 +101,7 @@ def test_offline_what_the_cache_lacks_is_named(hub: Hub, monkeypatch: pytest.Mon
     assert got(NAME, "vae").is_dir()
     with pytest.raises(InputNotFoundError, match="'org/tiny' has no files of 'unet'"):
         got()
-    with pytest.raises(UnavailableError, match="HF_HUB_OFFLINE is set, and the cache does not have it"):
+    with pytest.raises(UnavailableError, match="HF_HUB_OFFLINE is set, and neither the cache nor a folder of that name has it"):
         got(HubName("org/other"))
 
 
@@ -236,7 +236,8 @@ def test_a_name_means_the_hub_unless_a_path_of_that_name_or_its_folder_exists(
     reporter = SilentReporter()
     assert hub_name("org/tiny", reporter) == NAME
     assert hub_name("org/tiny@v1", reporter) == HubName("org/tiny", "v1")
-    for path in ("runs/demo", "data/tokenizer", "tiny", "a/b/c", "/org/tiny", "./org/tiny", "../tiny", "org/tiny@"):
+    paths = ("runs/demo", "data/tokenizer", "tiny", "a/b/c", "/org/tiny", "./org/tiny", "../tiny", "org/tiny@")
+    for path in (*paths, "models/x.safetensors", "x.safetensors/vae", "models/x.ckpt"):
         assert hub_name(path, reporter) is None
     assert reporter.messages == []
     Path("file").touch()

@@ -164,6 +164,17 @@ def test_stable_diffusion_2_keeps_23_of_24_layers_and_no_projection() -> None:
     assert not any("layers.23" in name for name in found.parts["text_encoder"].as_in_folder())
 
 
+@pytest.mark.parametrize(("width", "activation"), [(64, "quick_gelu"), (1280, "gelu")])
+def test_a_text_tower_with_names_of_transformers_may_have_a_projection(width: int, activation: str) -> None:
+    config = CLIPTextConfig(**TEXT | {"hidden_size": width, "hidden_act": activation}, projection_dim=24)
+    with without_weights():
+        content, tensors = filled(CLIPTextModelWithProjection(config))
+    found = opened(tensors).parts[""]
+    assert found.as_in_folder().keys() == tensors.keys()
+    told = ("architectures", "projection_dim", "hidden_act")
+    assert [found.config[name] for name in told] == [content[name] for name in told]
+
+
 def test_prediction_type_is_what_the_file_says_else_as_diffusers_decides() -> None:
     first, second = pipeline(), pipeline("gelu", use_linear_projection=True, attention_head_dim=(1, 1))
     inpainting = pipeline("gelu", use_linear_projection=True, attention_head_dim=(1, 1), in_channels=9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,20 @@ from ldm_cli.families.clip_folder import open_clip
 from ldm_cli.formats.json_file import read_json
 from ldm_cli.formats.model_source import load_tensors, weights_sha256
 from ldm_cli.formats.scheduler_file import read_scheduler
+from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplingConfig
+from ldm_cli.sampling.edit_input import EditInput
 from ldm_cli.sampling.request import ImageRequest
-from ldm_cli.stages.convert import ConvertOptions, run
+from ldm_cli.sampling.sample_options import SampleOptions
+from ldm_cli.stages import convert
+from ldm_cli.stages.convert import ConvertOptions
 from tests.parity import original_names
 from tests.sampling.tiny import loaded_pipeline, randomize, special_ids, tiny_tokenizer
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
+run = partial(convert.run, reporter=SilentReporter())
 PROMPTS, NEGATIVE = ["a small red circle at the top left", "a blue square"], "green"
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 KINDS = {
@@ -90,7 +96,8 @@ def their_pipeline(kind: str, seed: int, folder: Path) -> Any:
     if kind == "xl":
         models["text_encoder_2"] = randomize(transformers.CLIPTextModelWithProjection(second), 4)
         models["tokenizer_2"] = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer_2")
-        return diffusers.StableDiffusionXLPipeline(**models, scheduler=diffusers.EulerDiscreteScheduler(**BETAS))
+        scheduler = diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="leading")
+        return diffusers.StableDiffusionXLPipeline(**models, scheduler=scheduler)
     if kind == "sd2":
         solver = {"prediction_type": "v_prediction", "clip_sample": False, "set_alpha_to_one": False}
         scheduler = diffusers.DDIMScheduler(**BETAS, **solver)
@@ -105,27 +112,47 @@ def noise() -> torch.Tensor:
     return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
 
 
-def our_images(path: Path, factor: int) -> torch.Tensor:
-    config = SamplingConfig(steps=4, guidance=7.5, negative=NEGATIVE, width=8 * factor, height=8 * factor)
+def hole(side: int) -> torch.Tensor:
+    found = torch.zeros(side, side, dtype=torch.bool)
+    found[side // 4 : side // 2, : side // 2] = True
+    return found
+
+
+def our_images(path: Path, side: int, picture: torch.Tensor | None) -> torch.Tensor:
+    """Pictures of side x side px; `picture` [3, H, W] is the one whose hole is filled."""
+    config = SamplingConfig(steps=4, guidance=7.5, negative=NEGATIVE, width=side, height=side)
+    edit = None if picture is None else EditInput(picture, hole(side), (side, side), 1.0)
     requests = [ImageRequest(prompt, 0) for prompt in PROMPTS]
-    return torch.stack([image.pixels for image in loaded_pipeline(path).generate(requests, config, noise())])
+    images = loaded_pipeline(path).generate(requests, config, noise(), options=SampleOptions(edit_input=edit))
+    return torch.stack([image.pixels for image in images])
 
 
-def their_images(pipeline: Any) -> torch.Tensor:
+def their_images(pipeline: Any, side: int, picture: torch.Tensor | None) -> torch.Tensor:
+    """The same of diffusers."""
     pipeline.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 4, "guidance_scale": 7.5, "latents": noise(), "output_type": "np"}
-    size = 8 * pipeline.vae_scale_factor
-    result = pipeline(PROMPTS, negative_prompt=[NEGATIVE] * 2, height=size, width=size, **options)
+    if picture is not None:
+        image = (picture[None].float() / 127.5 - 1).expand(2, -1, -1, -1)
+        options |= {"image": image, "mask_image": hole(side)[None, None].float(), "strength": 1.0}
+    result = pipeline(PROMPTS, negative_prompt=[NEGATIVE] * 2, height=side, width=side, **options)
     return (torch.from_numpy(result.images).permute(0, 3, 1, 2) * 255).round().to(torch.uint8)
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("kind", ["sd1", "sd2"])
-def test_a_single_file_gives_the_pictures_that_diffusers_draws(kind: str, seed: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_single_file_gives_the_pictures_that_diffusers_generates(
+    kind: str, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipeline = their_pipeline(kind, seed, tmp_path)
     file = original_names.write(pipeline, tmp_path / "model.safetensors")
-    expected = their_images(pipeline)
-    found = our_images(file, pipeline.vae_scale_factor)
+    side, picture, inside = 8 * pipeline.vae_scale_factor, None, slice(None)
+    if kind == "inpainting":
+        picture = torch.randint(256, (3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(9))
+        module = diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint
+        monkeypatch.setattr(module, "retrieve_latents", lambda output, **_: output.latent_dist.mode())
+        inside = hole(side)
+    expected = their_images(pipeline, side, picture)[..., inside]
+    found = our_images(file, side, picture)[..., inside]
     assert expected.float().std() > 10
     assert (found.int() - expected.int()).abs().max() <= 2
 
@@ -160,6 +187,16 @@ def test_folder_to_file_to_folder_keeps_each_tensor_and_the_file_opens_in_diffus
             assert all(torch.equal(before[n], after[n]) for n in before)
             assert weights_sha256(source / name) == weights_sha256(back / name)
         assert configs_of(back, parts) == configs_of(tmp_path / "their", parts)
+    for name in parts:
+        alone = tmp_path / f"{name}.safetensors"
+        run(tmp_path / "their" / name, alone, ConvertOptions())
+        run(alone, tmp_path / name, ConvertOptions())
+        before, after = load_tensors(tmp_path / "their" / name), load_tensors(tmp_path / name)
+        assert set(before) == {n if n in before else n.removeprefix("text_model.") for n in after}
+        assert weights_sha256(tmp_path / "their" / name) == weights_sha256(tmp_path / name)
+        theirs, ours = (read_json(folder / name / "config.json") for folder in (tmp_path / "their", tmp_path))
+        not_in_shapes = ("attention_head_dim", "num_attention_heads", "hidden_act", "scaling_factor")
+        assert [ours.get(field) for field in not_in_shapes] == [theirs.get(field) for field in not_in_shapes]
 
 
 def configs_of(folder: Path, parts: list[str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,14 @@ from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.single_file import CONFIGS_KEY
 from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS, read_metadata, write_tensors
 from ldm_cli.recipe.schema import TrainUnetRecipe, TrainVaeRecipe
-from ldm_cli.stages.convert import ConvertOptions, run
+from ldm_cli.reporting import SilentReporter
+from ldm_cli.stages import convert
+from ldm_cli.stages.convert import ConvertOptions
 from ldm_cli.stages.support.batch_encoder import BatchEncoder
 from ldm_cli.stages.support.start import resolve_start, start_uses
 from tests.sampling.tiny import loaded_pipeline, tiny_pipeline
 
+run = partial(convert.run, reporter=SilentReporter())
 TRAINED = {
     "name": "x",
     "data": {"shards": "x.tar", "image_size": 16},
@@ -154,6 +158,10 @@ def as_plain(home: Path) -> Path:
     return home / "x.bin"
 
 
+def as_misnamed(home: Path) -> Path:
+    return as_lightning(home).rename(home / "x.safetensors")
+
+
 def as_folder(home: Path) -> Path:
     shutil.copytree(home / "model", home / "pickled")
     for part in PARTS:
@@ -164,7 +172,7 @@ def as_folder(home: Path) -> Path:
     return home / "pickled"
 
 
-@pytest.mark.parametrize("write", [as_lightning, as_plain, as_folder])
+@pytest.mark.parametrize("write", [as_lightning, as_plain, as_misnamed, as_folder])
 def test_pickles_are_read_only_where_they_are_allowed(write: Callable[[Path], Path], home: Path) -> None:
     source = write(home)
     with pytest.raises(CheckpointError, match=r"could run any program.*--allow-pickle"):
@@ -185,9 +193,31 @@ def test_a_pickle_that_holds_more_than_tensors_is_refused_and_runs_nothing(
     home: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     torch.save({"state_dict": {}, "callbacks": Program()}, home / "x.ckpt")
-    with pytest.raises(CheckpointError, match=r"cannot read '.*x.ckpt': not only tensors, or damaged"):
+    message = r"cannot read '.*x.ckpt': it asks for print, which is no tensor; convert"
+    with pytest.raises(CheckpointError, match=message):
         run(home / "x.ckpt", home / "y", ConvertOptions(allow_pickle=True))
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": None}, "a table of tensors expected, NoneType found"),
+        ([1], "a table of tensors expected, list found"),
+        ({"global_step": "seven"}, "cannot tell the architecture"),
+    ],
+)
+def test_a_pickle_without_tensors_is_refused(content: Any, message: str, home: Path) -> None:
+    torch.save(content, home / "x.ckpt")
+    with pytest.raises(CheckpointError, match=message):
+        run(home / "x.ckpt", home / "y", ConvertOptions(allow_pickle=True))
+
+
+def test_a_pickle_is_cut(home: Path) -> None:
+    file = as_lightning(home)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"it is damaged, or not of torch.save; convert"):
+        run(file, home / "y", ConvertOptions(allow_pickle=True))
 
 
 def test_averages_become_the_weights_where_asked_for(home: Path) -> None:
@@ -230,6 +260,25 @@ def scaled_float8(home: Path) -> None:
     write_tensors(home / "x.safetensors", tensors, read_metadata(home / "model.safetensors"))
 
 
+def too_large(home: Path) -> None:
+    tensors = load_file(home / "model.safetensors")
+    tensors["model.diffusion_model.out.2.bias"] *= 1e9
+    write_tensors(home / "x.safetensors", tensors, read_metadata(home / "model.safetensors"))
+
+
+def misshapen(home: Path) -> None:
+    tensors = load_file(home / "model.safetensors")
+    tensors["first_stage_model.decoder.conv_in.weight"] = torch.ones(3)
+    write_tensors(home / "x.safetensors", tensors, read_metadata(home / "model.safetensors"))
+
+
+def with_damaged_configurations(content: str) -> Callable[[Path], None]:
+    def damage(home: Path) -> None:
+        write_tensors(home / "x.safetensors", load_file(home / "model.safetensors"), {CONFIGS_KEY: content})
+
+    return damage
+
+
 def cut(home: Path) -> None:
     (home / "x.safetensors").write_bytes((home / "model.safetensors").read_bytes()[:-100])
 
@@ -239,6 +288,11 @@ def cut(home: Path) -> None:
     [
         (float8, "float8 weights: .*; give --dtype fp16, bf16 or fp32"),
         (scaled_float8, "float8 weights with scales are not supported"),
+        (misshapen, "cannot use '.*x.safetensors': the shape of a tensor is not that of its name"),
+        *(
+            (with_damaged_configurations(content), "ldm_cli.configs in its metadata is damaged")
+            for content in ("{", "[1]", '{"unet/config.json": 3}', '{"unet/config.json": {}}')
+        ),
         (cut, "cannot read '.*x.safetensors': damaged safetensors"),
     ],
 )
@@ -250,6 +304,13 @@ def test_a_file_that_cannot_be_converted_gives_one_clear_line(
         run(home / "x.safetensors", home / "out", ConvertOptions())
     assert not (home / "out").exists()
     assert not list(home.glob(".tmp-*"))
+
+
+def test_numbers_too_large_for_a_type_are_refused(home: Path) -> None:
+    too_large(home)
+    with pytest.raises(CheckpointError, match=r"not finite in fp16: conv_out.bias; give --dtype bf16 or fp32"):
+        run(home / "x.safetensors", home / "out", ConvertOptions(dtype="fp16"))
+    run(home / "x.safetensors", home / "out", ConvertOptions(dtype="bf16"))
 
 
 def test_float8_is_widened_exactly(home: Path) -> None:
@@ -267,10 +328,14 @@ def test_float8_is_widened_exactly(home: Path) -> None:
         ("model/vae", "new", {"prediction_type": "epsilon"}, UsageError("--prediction-type is for whole pipelines")),
         ("model", "tokenizer", {}, OutputError("'tokenizer' exists")),
         ("model", "tokenizer", {"overwrite": True}, OutputError("'tokenizer' is no model folder")),
-        ("gone", "new", {}, InputNotFoundError("model folder 'gone' not found")),
+        ("model", "folder.safetensors", {"overwrite": True}, OutputError("'folder.safetensors' is no file")),
+        ("model", "x.txt", {"overwrite": True}, OutputError("'x.txt' is no model folder")),
+        ("gone", "new", {}, InputNotFoundError("model 'gone' not found")),
     ],
 )
 def test_what_does_not_apply_is_refused(source: str, out: str, options: Any, error: LdmError, home: Path) -> None:
+    (home / "folder.safetensors").mkdir()
+    (home / "x.txt").touch()
     with pytest.raises(type(error)) as caught:
         run(Path(source), Path(out), ConvertOptions(**options))
     assert caught.value.what == error.what

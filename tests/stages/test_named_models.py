@@ -121,6 +121,19 @@ def test_pull_prints_the_folder_and_sample_then_downloads_nothing(hub: Hub, capf
     assert hub.requests == ["GET /api/models/org/tiny/revision/main"]
 
 
+def test_convert_takes_a_model_and_a_tokenizer_by_name(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    other_weights(folder, tmp_path / "both", 0.5, UNET.replace(".safe", ".fp16.safe"))
+    hub.models["org/both"] = {"main": tmp_path / "both"}
+    assert ldm(["convert", "org/both", "full.safetensors"]) == 0
+    assert ldm(["convert", "org/both", "half.safetensors", "--variant", "fp16"]) == 0
+    full, half = load_file("full.safetensors"), load_file("half.safetensors")
+    assert {name for name in full if not torch.equal(full[name], half[name])} == {n for n in full if "model.diff" in n}
+    assert ldm(["convert", "full.safetensors", "back", "--tokenizer", "org/tiny"]) == 0
+    assert torch.equal(sampled("converted", "--model", "back"), sampled("named", "--model", "org/both"))
+    snapshot = tmp_path / "cache/models--org--tiny/snapshots" / str(hub.commit("org/tiny", "main"))
+    assert {path.name for path in snapshot.iterdir()} == {"model_index.json", "tokenizer"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "code"), [(["org/tiny", "--variant", "fp8"], 2), (["runs/x"], 2), (["a/b/c"], 2), (["org/none"], 66)]
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ldm_cli.config import Config, NamesModel
-from ldm_cli.formats.hub import fetch, hub_name
+from ldm_cli.formats.hub import model_path
 from ldm_cli.formats.model_source import has_model_json
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
 from ldm_cli.recipe.schema import EvalSection, Recipe
@@ -35,8 +35,7 @@ def _with_folders(config: ConfigT, variant: str | None, reporter: Reporter) -> C
             changes |= {field: inner} if inner is not value else {}
         for marker in info.metadata:
             if isinstance(marker, NamesModel) and value and field not in unused:
-                name = hub_name(value, reporter)
-                folder = Path(value) if name is None else fetch(name, marker.components, variant, reporter)
+                folder = model_path(value, marker.components, variant, reporter)
                 if marker.components and has_model_json(folder / INDEX_NAME):
                     folder = folder / marker.components[0]
                 changes |= {} if folder == Path(value) else {field: str(folder)}
