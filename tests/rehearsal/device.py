@@ -104,7 +104,7 @@ def _touch(kind: str) -> None:
     frame = sys._getframe(1)
     while frame.f_back is not None:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(_ROOT) and path != Path(__file__):
+        if path.is_relative_to(_ROOT) and "site-packages" not in path.parts and path != Path(__file__):
             break
         frame = frame.f_back
     touches.append(f"{kind} {Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}")
