@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ldm_cli.core.precision import DTYPES
 from ldm_cli.errors import CheckpointError, InputNotFoundError, OutputError, UsageError
+from ldm_cli.evaluation.inception_features import inception_tensors
 from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.hub import model_path
 from ldm_cli.formats.json_file import write_json
@@ -18,7 +22,15 @@ from ldm_cli.formats.model_source import outside_file, split_at_file
 from ldm_cli.formats.pipeline_folder import INDEX_NAME, SCHEDULER_FILE, TOKENIZER, UNET
 from ldm_cli.formats.save_model import save_sharded
 from ldm_cli.formats.single_file import CONFIGS_KEY, as_single_file
-from ldm_cli.formats.weight_files import CONFIG_NAME, DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, named, write_tensors
+from ldm_cli.formats.weight_files import (
+    CONFIG_NAME,
+    DIFFUSERS_WEIGHTS,
+    TRANSFORMERS_WEIGHTS,
+    is_pickle,
+    named,
+    read_pickle,
+    write_tensors,
+)
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.convertible import FoundModel, FoundModels, read_file, read_folder, tokenizer_files
 from ldm_cli.storage import TEMPORARY_PREFIX, storage_errors
@@ -86,6 +98,9 @@ def run(source: Path, out: Path, options: ConvertOptions, reporter: Reporter) ->
         kind = "file" if is_file else "model folder"
         raise OutputError(f"'{out}' is no {kind}", "--overwrite replaces only those", "choose another place")
     source = model_path(str(source), (), options.variant, reporter)
+    if is_file and (network := _inception(source, options)) is not None:
+        write_tensors(out, network, {})
+        return _result(out, {"model": "InceptionV3"}, network.values()) | {"opens_in": "ldm compare, ldm eval"}
     models = _changed(_read(source, options), options)
     if is_file:
         metadata = _write_file(models, out)
@@ -93,16 +108,30 @@ def run(source: Path, out: Path, options: ConvertOptions, reporter: Reporter) ->
         metadata = models.metadata
         _write_folder(_with_tokenizers(models, source, options, reporter), out, options.shard_bytes)
     tensors = [tensor for model in models.models.values() for tensor in model.tensors.values()]
-    return {
-        "out": str(out),
-        "models": {name or "model": model.kind for name, model in models.models.items()},
-        "parameters": sum(tensor.numel() for tensor in tensors),
-        "bytes": sum(tensor.nbytes for tensor in tensors),
+    kinds = {name or "model": model.kind for name, model in models.models.items()}
+    return _result(out, kinds, tensors) | {
         "told_by": models.told_by,
         "left_out": named(models.left_out) or None,
         "metadata": {name: value for name, value in metadata.items() if name != CONFIGS_KEY},
         "opens_in": _programs(models, is_file),
     }
+
+
+def _result(out: Path, kinds: dict[str, str], tensors: Collection[Tensor]) -> dict[str, Any]:
+    return {
+        "out": str(out),
+        "models": kinds,
+        "parameters": sum(tensor.numel() for tensor in tensors),
+        "bytes": sum(tensor.nbytes for tensor in tensors),
+    }
+
+
+def _inception(source: Path, options: ConvertOptions) -> dict[str, Tensor] | None:
+    """The Inception network of FID, if the source is the published file of it."""
+    if not (options.allow_pickle and source.is_file() and is_pickle(source)):
+        return None
+    tensors, _ = read_pickle(source)
+    return inception_tensors(tensors, source) if "Mixed_5b.branch1x1.conv.weight" in tensors else None
 
 
 def _read(source: Path, options: ConvertOptions) -> FoundModels:

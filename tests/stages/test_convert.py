@@ -27,6 +27,7 @@ from ldm_cli.stages import convert
 from ldm_cli.stages.convert import ConvertOptions
 from ldm_cli.stages.support.batch_encoder import BatchEncoder
 from ldm_cli.stages.support.start import resolve_start, start_uses
+from tests.evaluation.inception_weights import inception_weights
 from tests.sampling.tiny import loaded_pipeline, tiny_pipeline
 
 run = partial(convert.run, reporter=SilentReporter())
@@ -363,3 +364,16 @@ def test_a_clip_with_a_resnet_has_no_single_file(home: Path) -> None:
     save_model(home / "clip", model.state_dict(), model.config.to_hugging_face(), TRANSFORMERS_WEIGHTS)
     with pytest.raises(CheckpointError, match="'CLIPModelWithModifiedResNet'"):
         run(home / "clip", home / "x.safetensors", ConvertOptions())
+
+
+def test_the_published_file_of_fids_network_becomes_safetensors(tmp_path: Path) -> None:
+    weights = inception_weights()
+    counted = weights | {"Mixed_5b.branch1x1.bn.num_batches_tracked": torch.tensor(0)}
+    torch.save(counted, tmp_path / "pt_inception.pth")
+    result = run(tmp_path / "pt_inception.pth", tmp_path / "x.safetensors", ConvertOptions(allow_pickle=True))
+    assert (result["models"], result["opens_in"]) == ({"model": "InceptionV3"}, "ldm compare, ldm eval")
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
+    with pytest.raises(CheckpointError):
+        run(tmp_path / "pt_inception.pth", tmp_path / "y.safetensors", ConvertOptions())
