@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ldm_cli import families
+from ldm_cli.core.precision import precision_on
 from ldm_cli.errors import CheckpointError, InputNotFoundError
 from ldm_cli.families.family import Family
 from ldm_cli.formats.model_source import has_model_json, read_model_json, split_at_file
@@ -20,7 +21,7 @@ from ldm_cli.storage import resolve_model_folder
 
 
 def open_family(
-    path: Path, device: torch.device | str = "cpu", precision: str = "fp32", *, compiled: bool = False
+    path: Path, device: torch.device | str = "cpu", precision: str | None = None, *, compiled: bool = False
 ) -> Family:
     """Read a model: a folder of a known kind from anywhere, a run of `train-unet` or one of its checkpoints.
 
@@ -30,7 +31,7 @@ def open_family(
     Args:
         path: the folder, or a single file.
         device: where to put the networks.
-        precision: `fp32`, `bf16` or `fp16`.
+        precision: `fp32`, `bf16` or `fp16`; None: as in `precision_on`.
         compiled: whether denoiser and codec are compiled.
 
     Raises:
@@ -38,7 +39,7 @@ def open_family(
         CheckpointError: it is of an unknown kind, damaged, or asks for something that is not implemented.
     """
     folder = resolve_model(path)
-    family: Family = _module_of(folder).open_folder(folder, device, precision, compiled=compiled)
+    family: Family = _module_of(folder).open_folder(folder, device, precision_on(device, precision), compiled=compiled)
     return family
 
 

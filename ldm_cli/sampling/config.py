@@ -87,8 +87,8 @@ class SamplingConfig(Config):
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Most images that are denoised together on a GPU; on a CPU the image size decides. It changes pictures by no more
     than rounding, on a CPU not at all."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Type of weights and activations."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Type of weights and activations; null: bf16 on CUDA, fp32 elsewhere."""
     compile: bool | Literal["auto"] = "auto"
     """Compile the U-Net and the autoencoder by torch.compile: minutes at the first start, seconds at later ones, then
     less time per picture. Changes pictures by rounding. auto: on CUDA, for 500 pictures or more, where a compiler is

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm_cli.core.precision import DTYPES
+from ldm_cli.core.precision import DTYPES, precision_on
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.errors import InputNotFoundError
@@ -21,6 +21,7 @@ from ldm_cli.stages import trainer_stage
 from ldm_cli.stages.support.eval_samples import needed_folders
 from ldm_cli.stages.support.model_sizes import count_parameters, model_at, training_bytes
 from ldm_cli.stages.support.named_models import with_model_folders
+from ldm_cli.stages.support.options import resolve_device
 from ldm_cli.stages.support.start import resolve_start
 from ldm_cli.training.config import TrainConfig
 
@@ -48,7 +49,7 @@ def dry_run(recipe: Recipe, reporter: Reporter, num_ranks: int = 1) -> dict[str,
     result: dict[str, Any] = {"recipe": recipe.to_mapping()}
     if isinstance(recipe, SampleRecipe):
         parameters = _pipeline("model", recipe.model, notes)
-        result |= _memory(parameters, DTYPES[recipe.sampling.precision].itemsize)
+        result |= _memory(parameters, DTYPES[precision_on(resolve_device("auto"), recipe.sampling.precision)].itemsize)
         result["images"] = len(recipe.prompts) * recipe.sampling.images_per_prompt
     elif isinstance(recipe, EvalRecipe):
         result |= _memory(_evaluated(recipe, notes))

@@ -43,7 +43,7 @@ from ldm_cli.stages.support.eval_samples import (
     picture_features,
 )
 from ldm_cli.stages.support.named_models import with_model_folders
-from ldm_cli.stages.support.options import RunOptions, resolve_device, with_compile
+from ldm_cli.stages.support.options import RunOptions, resolve_device, settled
 from ldm_cli.training.distributed import SECONDS_OF_SILENCE, joined, local_rank
 from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.run_folder import environment
@@ -80,7 +80,7 @@ def run(recipe: EvalRecipe, options: RunOptions, reporter: Reporter) -> dict[str
 def _measured(recipe: EvalRecipe, device: torch.device, reporter: Reporter, ranks: Ranks) -> dict[str, Any]:
     """The result of `run`; empty on all ranks but the first."""
     config = recipe.eval
-    sampling = with_compile(config.sampling, config.num_generated, device, reporter.info)
+    sampling = settled(config.sampling, config.num_generated, device, reporter.info)
     with ranks.first_then_others():
         shards = open_shards(recipe.data.shards, recipe.data, reporter)
     models = load_models(config.model_copy(update={"sampling": sampling}), device)

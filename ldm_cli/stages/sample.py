@@ -25,7 +25,7 @@ from ldm_cli.recipe.schema import SampleRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.stages.support.named_models import with_model_folders
-from ldm_cli.stages.support.options import RunOptions, resolve_device, with_compile
+from ldm_cli.stages.support.options import RunOptions, resolve_device, settled
 from ldm_cli.stages.support.picture_generator import Latents, PictureGenerator
 from ldm_cli.storage import storage_errors
 from ldm_cli.training.distributed import SECONDS_OF_SILENCE, joined, local_rank
@@ -63,7 +63,7 @@ def run(
     recipe = with_model_folders(recipe, reporter)
     job, device = _job(recipe), resolve_device(options.device, local_rank())
     with joined(device, SECONDS_OF_SILENCE) as ranks:
-        sampling = with_compile(recipe.sampling, len(job.items), device, reporter.info)
+        sampling = settled(recipe.sampling, len(job.items), device, reporter.info)
         recipe = recipe.model_copy(update={"sampling": sampling})
         job = _job(recipe)
         family = open_family(Path(recipe.model), device, sampling.precision, compiled=sampling.compile is True)

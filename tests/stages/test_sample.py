@@ -95,9 +95,10 @@ def test_a_job_is_compiled_by_itself_if_it_is_large(monkeypatch):
     asked = []
     monkeypatch.setattr(options, "should_compile", lambda setting, _, pays_off, __: asked.append(pays_off) or pays_off)
     for num_pictures in (499, 500):
-        sampling = options.with_compile(SamplingConfig(), num_pictures, torch.device("cuda"), print)
-        assert sampling.compile is asked[-1]
+        sampling = options.settled(SamplingConfig(), num_pictures, torch.device("cuda"), print)
+        assert (sampling.compile, sampling.precision) == (asked[-1], "bf16")
     assert asked == [False, True]
+    assert options.settled(SamplingConfig(), 1, torch.device("cpu"), print).precision == "fp32"
 
 
 @pytest.mark.parametrize("axis", ["precision=fp32,bf16", "compile=false,true"])

@@ -53,12 +53,19 @@ _WORTH_COMPILING = 500
 """Pictures of a job from which on compiling, which takes a minute or more, is expected to pay off."""
 
 
-def with_compile(
+def settled(
     sampling: SamplingConfig, num_pictures: int, device: torch.device, tell: Callable[[str], None]
 ) -> SamplingConfig:
-    """The settings with true or false for `compile: auto`, which depends on machine and job; `tell` receives a line."""
+    """The settings with what `compile: auto` and `precision: null` stand for on this machine, in a job of this size.
+
+    Args:
+        sampling: as in the recipe.
+        num_pictures: of the job.
+        device: where they are generated.
+        tell: receives a line if models are compiled, or cannot be.
+    """
     compiled = should_compile(sampling.compile, device, num_pictures >= _WORTH_COMPILING, tell)
-    return sampling.model_copy(update={"compile": compiled})
+    return sampling.model_copy(update={"compile": compiled, "precision": precision_on(device, sampling.precision)})
 
 
 def resolve_device(device: str, local_rank: int = 0) -> torch.device:
