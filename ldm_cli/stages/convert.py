@@ -66,7 +66,8 @@ def run(source: Path, out: Path, options: ConvertOptions, reporter: Reporter) ->
         reporter: receives the progress of downloads.
 
     Returns:
-        `out`, `models` (class by subfolder), `parameters`, `bytes`, `told_by`, `left_out`, `metadata`, `opens_in`.
+        `out`, `models` (class by subfolder), `parameters`, `bytes`, `recognised_by`, `left_out`, `metadata`,
+        `opens_in`.
 
     Raises:
         UsageError: an option does not apply.
@@ -98,7 +99,7 @@ def run(source: Path, out: Path, options: ConvertOptions, reporter: Reporter) ->
         "models": {name or "model": model.kind for name, model in models.models.items()},
         "parameters": sum(tensor.numel() for tensor in tensors),
         "bytes": sum(tensor.nbytes for tensor in tensors),
-        "told_by": models.told_by,
+        "recognised_by": models.recognised_by,
         "left_out": named(models.left_out) or None,
         "metadata": {name: value for name, value in metadata.items() if name != CONFIGS_KEY},
         "opens_in": _programs(models, is_file),
