@@ -1,7 +1,7 @@
 """Where the JSON files and the tensors of a model come from: a folder, or a single file that stands for one.
 
 A path goes on inside a single file: `sd15.safetensors/unet` is its U-Net, `sd15.safetensors/unet/config.json` that
-model's configuration. So whoever reads a model folder through these functions reads single files, too.
+model's configuration. Code that reads model folders by these functions therefore reads single files as well.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _json_file(file: Path, inside: Path) -> dict[str, Any] | None:
 
 def _part(file: Path, inside: Path) -> Part:
     """The model that the rest of a path names, or the only one."""
-    # Not those that are kept: whoever reads these tensors gives their memory back.
+    # Not the cached tensors of `_opened`: the reader of these releases their pages.
     parts = single_file(read_tensors(file), read_metadata(file), file).parts
     if inside == Path() and len(parts) == 1:
         return next(iter(parts.values()))

@@ -55,13 +55,13 @@ class SingleFile:
     Attributes:
         parts: its models by the subfolder of a pipeline; a model by itself is at "".
         json_files: content of each JSON file of the folder, by relative path.
-        told_by: up to five names that told the architecture.
+        recognised_by: up to five names of tensors that only this architecture has.
         left_out: names of tensors that no folder holds.
     """
 
     parts: dict[str, Part]
     json_files: dict[str, dict[str, Any]]
-    told_by: list[str]
+    recognised_by: list[str]
     left_out: list[str]
 
 
@@ -111,15 +111,15 @@ def single_file(
     left_out = [name for name in tensors if name not in taken]
     _expect_no_foreign(left_out, found, source)
     marks = [[prefix + mark for mark in KINDS[kind].marks] for prefix, kind in found.values()]
-    told_by = [mark for rank in zip_longest(*marks) for mark in rank if mark is not None]
-    return SingleFile(parts, files, told_by[:5], left_out)
+    recognised_by = [mark for rank in zip_longest(*marks) for mark in rank if mark is not None]
+    return SingleFile(parts, files, recognised_by[:5], left_out)
 
 
 def _recognised(tensors: Mapping[str, Tensor], source: Path) -> dict[str, tuple[str, str]]:
     """Prefix and kind of each model, by subfolder."""
     for sign, architecture in OTHERS.items():
-        if told := [name for name in tensors if sign in name]:
-            raise CheckpointError(f"cannot use '{source}'", f"its names are those of {architecture}: {named(told)}")
+        if foreign := [name for name in tensors if sign in name]:
+            raise CheckpointError(f"cannot use '{source}'", f"its names are those of {architecture}: {named(foreign)}")
     found: dict[str, tuple[str, str]] = {}
     for folder, prefix, kind in (*PLACES, *ALONE):
         is_free = folder not in found if folder else not found

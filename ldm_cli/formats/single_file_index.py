@@ -1,4 +1,4 @@
-"""What a pipeline's folder says beside its models, told from a single file: its index and its scheduler."""
+"""Index and scheduler of the pipeline in a single file, which holds neither."""
 
 from __future__ import annotations
 

@@ -78,7 +78,8 @@ def run(source: Path, out: Path, options: ConvertOptions, reporter: Reporter) ->
         reporter: receives the progress of downloads.
 
     Returns:
-        `out`, `models` (class by subfolder), `parameters`, `bytes`, `told_by`, `left_out`, `metadata`, `opens_in`.
+        `out`, `models` (class by subfolder), `parameters`, `bytes`, `recognised_by`, `left_out`, `metadata`,
+        `opens_in`.
 
     Raises:
         UsageError: an option does not apply.
@@ -110,7 +111,7 @@ def run(source: Path, out: Path, options: ConvertOptions, reporter: Reporter) ->
     tensors = [tensor for model in models.models.values() for tensor in model.tensors.values()]
     kinds = {name or "model": model.kind for name, model in models.models.items()}
     return _result(out, kinds, tensors) | {
-        "told_by": models.told_by,
+        "recognised_by": models.recognised_by,
         "left_out": named(models.left_out) or None,
         "metadata": {name: value for name, value in metadata.items() if name != CONFIGS_KEY},
         "opens_in": _programs(models, is_file),

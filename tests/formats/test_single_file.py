@@ -131,7 +131,7 @@ def test_schedule_tables_and_averages_are_left_out_and_the_five_keys_name_each_m
     further = {"betas": torch.zeros(3), "model_ema.decay": torch.zeros(()), "first_stage_model.loss.x": torch.zeros(1)}
     found = opened(tensors | further)
     assert found.left_out == list(further)
-    assert found.told_by == [
+    assert found.recognised_by == [
         f"{UNET_PREFIX}input_blocks.0.0.weight",
         "first_stage_model.encoder.conv_in.weight",
         f"{OLD_TEXT}embeddings.token_embedding.weight",

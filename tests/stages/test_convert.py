@@ -73,7 +73,7 @@ def test_folder_to_file_to_folder_is_the_same_folder(home: Path) -> None:
     assert result["opens_in"] == ["ldm", "diffusers StableDiffusionPipeline.from_pretrained"]
     assert result["models"] == {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
     assert result["bytes"] == 4 * result["parameters"]
-    assert len(result["told_by"]) == 5
+    assert len(result["recognised_by"]) == 5
 
 
 def test_a_single_file_generates_the_pictures_of_its_folder(home: Path) -> None:

@@ -62,7 +62,7 @@ class FoundModels:
         json_files: index and scheduler of a pipeline, by relative path.
         companions: files of tokenizers and image processors, by relative path.
         metadata: of the weights' files.
-        told_by: names that told what a single file is.
+        recognised_by: names of tensors by which a single file was recognised.
         left_out: tensors and components that are not converted.
     """
 
@@ -70,7 +70,7 @@ class FoundModels:
     json_files: dict[str, dict[str, Any]]
     companions: dict[str, Path]
     metadata: dict[str, str]
-    told_by: list[str]
+    recognised_by: list[str]
     left_out: list[str]
 
 
@@ -94,7 +94,7 @@ def read_file(file: Path, *, config: Path | None, ema: bool, allow_pickle: bool)
         model = _model(part.config, part.as_in_folder(), file / folder)
         models[folder] = replace(model, content=model.complete)
     json_files = {name: content for name, content in opened.json_files.items() if Path(name).name != CONFIG_NAME}
-    return FoundModels(models, json_files, {}, metadata, opened.told_by, opened.left_out)
+    return FoundModels(models, json_files, {}, metadata, opened.recognised_by, opened.left_out)
 
 
 def read_folder(folder: Path, *, allow_pickle: bool) -> FoundModels:
