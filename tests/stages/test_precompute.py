@@ -55,6 +55,18 @@ def cached(
     return wanted
 
 
+def assert_a_cache_changes_nothing(recipe: Mapping[str, Any], folder: Path) -> None:
+    """Train with a cache and without one: the losses of all steps and the weights are the same."""
+    steps = recipe["train"]["steps"]
+    trained(recipe, folder / "plain")
+    trained(cached(recipe, folder / "cache"), folder / "cached")
+    plain, from_cache = metrics(folder / "plain"), metrics(folder / "cached")
+    assert len(plain) == steps
+    for one, other in zip(plain, from_cache, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    assert_same_run(folder / "plain", folder / "cached", steps)
+
+
 def result_of(recipe: Mapping[str, Any], **options: Any) -> dict[str, Any]:
     chosen = RunOptions(device="cpu", **options)
     return precompute.run(TrainUnetRecipe.from_mapping(recipe), chosen, SilentReporter())
@@ -83,13 +95,7 @@ def without_encoders(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_training_from_a_cache_gives_the_same_weights_and_losses(parts: Parts, tmp_path: Path, flip: float) -> None:
     recipe = unet_recipe(*parts, steps=9, ema_decay=0.9, log_every=1, save_every=9, micro_batch=4)
     recipe["data"]["flip_probability"] = flip
-    trained(recipe, tmp_path / "plain")
-    trained(cached(recipe, tmp_path / "cache"), tmp_path / "cached")
-    plain, from_cache = metrics(tmp_path / "plain"), metrics(tmp_path / "cached")
-    assert len(plain) == 9
-    for one, other in zip(plain, from_cache, strict=True):
-        assert other["loss"] == pytest.approx(one["loss"], abs=1e-5)
-    assert_same_run(tmp_path / "plain", tmp_path / "cached", 9)
+    assert_a_cache_changes_nothing(recipe, tmp_path)
 
 
 def test_no_encoder_runs_in_a_step_from_a_cache(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

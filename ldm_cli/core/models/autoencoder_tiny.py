@@ -111,10 +111,10 @@ class AutoencoderTiny(nn.Module):
         return {"z": self.encoder(images.to(weight.dtype)).float()}
 
     def latents(self, moments: Mapping[str, Tensor], noise: Tensor | None = None) -> Tensor:
-        """z · scale; there is nothing to draw. See `Codec`."""
+        """z · scale, whatever the noise: there is one latent for an image. See `Codec`."""
         return moments["z"] * self.config.scaling_factor
 
-    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+    def encode(self, images: Tensor) -> Tensor:
         """Images to latents; raises as `moments`. See `Codec`."""
         return self.latents(self.moments(images))
 
