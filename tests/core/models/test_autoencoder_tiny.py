@@ -37,7 +37,7 @@ def test_latents_are_smaller_by_the_factor(levels: int, factor: int) -> None:
 def test_noise_changes_nothing_and_the_scale_multiplies_the_latents() -> None:
     model, image = tiny(2), torch.rand(1, 3, 8, 8)
     latents = model.encode(image)
-    assert torch.equal(model.encode(image, torch.randn_like(latents)), latents)
+    assert torch.equal(model.latents(model.moments(image), torch.randn_like(latents)), latents)
     scaled = AutoencoderTiny(model.config.model_copy(update={"scaling_factor": 0.5}))
     scaled.load_state_dict(model.state_dict())
     torch.testing.assert_close(scaled.encode(image), latents / 2)
