@@ -49,5 +49,5 @@ class LowRank:
         if self.magnitude is None:
             return updated
         rows = updated.flatten(1)
-        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        return (self.magnitude.float().view(-1, 1) * rows / norms).view_as(updated)
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        return self.magnitude.float().view(-1, 1).mul(rows).div(norms).view_as(updated)
