@@ -1,4 +1,4 @@
-"""T5's tokenizer: a unigram model (Kudo 2018, arXiv:1804.10959), read from the files of transformers or SentencePiece."""
+"""T5's tokenizer: a unigram model (Kudo 2018, arXiv:1804.10959), from files of transformers or SentencePiece."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class UnigramTokenizer:
     def __init__(self, encoder: tokenizers.Tokenizer) -> None:
         if not isinstance(encoder.model, models.Unigram):
             raise ValueError(f"its model is {type(encoder.model).__name__}, not Unigram")
-        ids = {token: encoder.token_to_id(token) for token in (_PAD, _END)}
-        if missing := [token for token, i in ids.items() if i is None]:
+        vocab: dict[str, int] = encoder.get_vocab(with_added_tokens=True)
+        if missing := [token for token in (_PAD, _END) if token not in vocab]:
             raise ValueError(f"it has no token {' and no '.join(missing)}")
         encoder.no_padding()
         encoder.no_truncation()
         self._encoder = encoder
-        self.pad_id, self.end_id = ids[_PAD], ids[_END]
-        self.vocab_size: int = max(encoder.get_vocab(with_added_tokens=True).values()) + 1
+        self.pad_id, self.end_id = vocab[_PAD], vocab[_END]
+        self.vocab_size = max(vocab.values()) + 1
 
     @classmethod
     def load(cls, folder: Path) -> UnigramTokenizer:
@@ -83,8 +83,11 @@ class UnigramTokenizer:
         settings = {
             "tokenizer_class": "T5TokenizerFast",
             "model_max_length": length,
-            **{"pad_token": _PAD, "eos_token": _END, "unk_token": _UNKNOWN},
-            **{"extra_ids": 0, "additional_special_tokens": []},
+            "pad_token": _PAD,
+            "eos_token": _END,
+            "unk_token": _UNKNOWN,
+            "extra_ids": 0,
+            "additional_special_tokens": [],
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +131,7 @@ def _of_sentencepiece(content: bytes) -> tokenizers.Tokenizer:
         elif field == 3:
             charsmap = dict(_fields(value)).get(2, b"")
     tokenizer = tokenizers.Tokenizer(models.Unigram(pieces, unknown, False))
-    steps = [normalizers.Precompiled(charsmap)] if charsmap else []
+    steps: list[normalizers.Normalizer] = [normalizers.Precompiled(charsmap)] if charsmap else []
     steps += [normalizers.Strip(left=False, right=True), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
     tokenizer.normalizer = normalizers.Sequence(steps)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always")

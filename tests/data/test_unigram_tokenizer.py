@@ -71,7 +71,8 @@ def test_a_long_text_is_cut_ended_and_reported(folder: Path) -> None:
     assert (tokens.input_ids[1, tokens.num_tokens[1] :] == tokenizer.pad_id).all()
     ((index, rest),) = tokens.truncated
     assert index == 0
-    assert rest and CAPTIONS[0].endswith(rest)
+    assert rest
+    assert CAPTIONS[0].endswith(rest)
 
 
 def test_a_caption_cannot_end_itself(folder: Path) -> None:
@@ -80,7 +81,7 @@ def test_a_caption_cannot_end_itself(folder: Path) -> None:
 
 
 def test_what_is_no_t5_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputNotFoundError, match="neither tokenizer.json nor spiece.model"):
+    with pytest.raises(InputNotFoundError, match=r"neither tokenizer.json nor spiece.model"):
         UnigramTokenizer.load(tmp_path)
     whole = (folder / "spiece.model").read_bytes()
     for damaged in (whole[:-7], whole[:900], b"\xff" * 50, b""):
