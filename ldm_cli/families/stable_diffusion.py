@@ -15,15 +15,16 @@ from ldm_cli.core.precision import DTYPES
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, outline_tower, tokenizer_folder
 from ldm_cli.families.codec_folder import Autoencoder, codec_dtype, open_codec, outline_codec
-from ldm_cli.families.latent_unet import LatentUNet, expect_fitting_parts, pipeline_of, read_settings
+from ldm_cli.families.latent_diffusion import LatentDiffusion, expect_fitting_parts, pipeline_of, read_settings
 from ldm_cli.formats.model_folder import load_model, outline_model
 from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, UNET, VAE, tokenizer_of
 
 
 @dataclass(frozen=True, eq=False)
-class StableDiffusion(LatentUNet):
+class StableDiffusion(LatentDiffusion):
     """A Stable Diffusion model; `save` writes a folder that `StableDiffusionPipeline.from_pretrained` opens."""
 
+    denoiser: UNet2DConditionModel
     encoder: CLIPTextEncoder
 
     components: ClassVar[tuple[str, ...]] = (UNET, VAE, TEXT_ENCODER)

@@ -19,7 +19,7 @@ from ldm_cli.errors import CheckpointError
 from ldm_cli.families.clip_pair_encoder import CLIPPairEncoder
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, outline_tower, tokenizer_folder
 from ldm_cli.families.codec_folder import Autoencoder, codec_dtype, open_codec, outline_codec
-from ldm_cli.families.latent_unet import LatentUNet, expect_fitting_parts, pipeline_of, read_settings
+from ldm_cli.families.latent_diffusion import LatentDiffusion, expect_fitting_parts, pipeline_of, read_settings
 from ldm_cli.formats.model_folder import load_model, outline_model
 from ldm_cli.formats.model_source import read_model_json
 from ldm_cli.formats.pipeline_folder import (
@@ -34,9 +34,10 @@ from ldm_cli.formats.pipeline_folder import (
 
 
 @dataclass(frozen=True, eq=False)
-class StableDiffusionXL(LatentUNet):
+class StableDiffusionXL(LatentDiffusion):
     """A Stable Diffusion XL model; `save` writes a folder that `StableDiffusionXLPipeline.from_pretrained` opens."""
 
+    denoiser: UNet2DConditionModel
     encoder: CLIPPairEncoder
 
     components: ClassVar[tuple[str, ...]] = (UNET, VAE, TEXT_ENCODER, TEXT_ENCODER_2)

@@ -10,9 +10,9 @@ from ldm_cli.formats.json_file import write_json
 DIFFUSERS_VERSION = "0.42.1"
 """The release of diffusers whose files we write."""
 INDEX_NAME = "model_index.json"
-UNET, VAE, SCHEDULER, TOKENIZER = "unet", "vae", "scheduler", "tokenizer"
+UNET, TRANSFORMER, VAE, SCHEDULER, TOKENIZER = "unet", "transformer", "vae", "scheduler", "tokenizer"
 SCHEDULER_FILE = Path(SCHEDULER) / "scheduler_config.json"
-TEXT_ENCODER, TEXT_ENCODER_2 = "text_encoder", "text_encoder_2"
+TEXT_ENCODER, TEXT_ENCODER_2, TEXT_ENCODER_3 = "text_encoder", "text_encoder_2", "text_encoder_3"
 ZEROES_EMPTY = "force_zeros_for_empty_prompt"
 """Setting of the index: the condition of the empty prompt is zeros."""
 
@@ -47,4 +47,4 @@ def _library(kind: str | None) -> str | None:
     """The library that has a class."""
     if kind is None:
         return None
-    return "transformers" if kind.startswith("CLIP") else "diffusers"
+    return "transformers" if kind.startswith(("CLIP", "T5")) else "diffusers"

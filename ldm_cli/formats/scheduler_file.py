@@ -136,15 +136,30 @@ def our_settings(diffusion: Mapping[str, Any]) -> SchedulerSettings:
     return replace(settings, sampler="flow_euler" if settings.is_flow else "ddim")
 
 
-def write_scheduler(folder: Path, settings: SchedulerSettings) -> None:
-    """Write scheduler/scheduler_config.json as a complete DDIMScheduler's, or of a flow as a UniPCMultistepScheduler's.
+def write_scheduler(folder: Path, settings: SchedulerSettings, scheduler_class: str) -> None:
+    """Write a complete scheduler/scheduler_config.json.
+
+    Args:
+        folder: of the pipeline.
+        settings: what the file says.
+        scheduler_class: of the file: `settings.scheduler_class`, or FlowMatchEulerDiscreteScheduler for a flow.
 
     Raises:
         StorageError: writing failed.
     """
+    content: dict[str, Any] = {"_class_name": scheduler_class, "_diffusers_version": DIFFUSERS_VERSION}
+    if scheduler_class in _FLOW_SCHEDULERS:
+        content["num_train_timesteps"] = settings.diffusion["num_train_timesteps"]
+        content["shift"] = settings.diffusion["flow_shift"]
+    else:
+        content |= _solver_fields(settings)
+    (folder / SCHEDULER_FILE).parent.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SCHEDULER_FILE, content)
+
+
+def _solver_fields(settings: SchedulerSettings) -> dict[str, Any]:
+    """The fields of a DDIMScheduler, or of a flow's UniPCMultistepScheduler."""
     content = {
-        "_class_name": settings.scheduler_class,
-        "_diffusers_version": DIFFUSERS_VERSION,
         **settings.diffusion,
         "trained_betas": None,
         "steps_offset": settings.steps_offset,
@@ -154,12 +169,9 @@ def write_scheduler(folder: Path, settings: SchedulerSettings) -> None:
         "timestep_spacing": settings.timestep_spacing or "leading",
     }
     if settings.is_flow:
-        content["use_flow_sigmas"] = True
-    else:
-        set_alpha_to_one = True if settings.set_alpha_to_one is None else settings.set_alpha_to_one
-        content |= {"clip_sample": False, "clip_sample_range": 1.0, "set_alpha_to_one": set_alpha_to_one}
-    (folder / SCHEDULER_FILE).parent.mkdir(parents=True, exist_ok=True)
-    write_json(folder / SCHEDULER_FILE, content)
+        return {**content, "use_flow_sigmas": True}
+    set_alpha_to_one = True if settings.set_alpha_to_one is None else settings.set_alpha_to_one
+    return {**content, "clip_sample": False, "clip_sample_range": 1.0, "set_alpha_to_one": set_alpha_to_one}
 
 
 def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> SchedulerSettings:

@@ -20,6 +20,7 @@ from ldm_cli.core.diffusion.process import Level
 from ldm_cli.core.models.attention import Attention, BasicTransformerBlock
 from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.core.models.clip_image_processor import CLIPImageProcessor
+from ldm_cli.core.models.joint_transformer import JointTransformerBlock
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError, UsageError
 from ldm_cli.families.clip_folder import open_clip
@@ -138,12 +139,13 @@ def perturbed_layers(denoiser: nn.Module, config: PerturbationConfig) -> Iterato
     blocks do nothing.
 
     Raises:
-        UsageError: `config` names no block.
+        UsageError: `config` names no block, or asks for the attention of blocks that have text tokens among the others.
     """
-    blocks = {name: block for name, block in denoiser.named_modules() if isinstance(block, BasicTransformerBlock)}
+    kinds = BasicTransformerBlock, JointTransformerBlock
+    blocks = {name: block for name, block in denoiser.named_modules() if isinstance(block, kinds)}
     chosen = [b for name, b in blocks.items() if any(name == p or name.startswith(p + ".") for p in config.layers)]
     if not chosen:
-        stems = sorted({name.split(".transformer_blocks")[0] for name in blocks})
+        stems = sorted({name.split(".transformer_blocks.")[0] for name in blocks})
         raise UsageError(
             f"guidance.perturb.layers {', '.join(config.layers)} name no transformer block",
             f"the denoiser has them in {', '.join(stems) or 'no place'}",
@@ -152,7 +154,11 @@ def perturbed_layers(denoiser: nn.Module, config: PerturbationConfig) -> Iterato
     if config.kind == "layer":
         handles = [block.register_forward_hook(_skipped) for block in chosen]
     else:
-        handles = [block.attn1.register_forward_hook(_own_value) for block in chosen]
+        own = [block.attn1 for block in chosen if isinstance(block, BasicTransformerBlock)]
+        if len(own) < len(chosen):
+            remedy = "set guidance.perturb.kind to layer"
+            raise UsageError("guidance.perturb.kind attention is not possible", "the denoiser attends jointly", remedy)
+        handles = [attention.register_forward_hook(_own_value) for attention in own]
     try:
         yield
     finally:
@@ -173,8 +179,8 @@ def perturbed_network(
     return perturbed
 
 
-def _skipped(block: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Any:
-    return inputs[0]
+def _skipped(block: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    return inputs[:2] if isinstance(block, JointTransformerBlock) else inputs[0]
 
 
 def _own_value(attention: Attention, inputs: tuple[Any, ...], output: Tensor) -> Any:

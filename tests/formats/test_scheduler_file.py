@@ -31,7 +31,7 @@ def test_scheduler_settings_survive_a_round_trip(tmp_path, zero_snr):
     )
     assert settings.timestep_spacing == ("trailing" if zero_snr else "leading")
     assert "snr_gamma" not in settings.diffusion
-    write_scheduler(tmp_path, settings)
+    write_scheduler(tmp_path, settings, settings.scheduler_class)
     assert read_scheduler(tmp_path) == settings
 
 
@@ -48,7 +48,7 @@ def test_stable_diffusion_settings_are_read_from_every_solvers_file(tmp_path, na
 
 def test_flow_settings_survive_a_round_trip_as_a_solver_that_knows_flows(tmp_path):
     settings = our_settings({"prediction_type": "flow_prediction", "flow_shift": 3.0})
-    write_scheduler(tmp_path, settings)
+    write_scheduler(tmp_path, settings, settings.scheduler_class)
     assert read_scheduler(tmp_path) == settings
     assert settings.scheduler_class == "UniPCMultistepScheduler"
     content = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())

@@ -193,8 +193,8 @@ def test_parts_that_do_not_fit_together_are_named(tmp_path):
         with pytest.raises(CheckpointError, match=message):
             loaded_pipeline(folder)
     write_json(scheduler, good)
-    write_json(folder / "model_index.json", {"_class_name": "StableDiffusion3Pipeline"})
-    with pytest.raises(CheckpointError, match="StableDiffusion3Pipeline"):
+    write_json(folder / "model_index.json", {"_class_name": "FluxPipeline"})
+    with pytest.raises(CheckpointError, match="FluxPipeline"):
         loaded_pipeline(folder)
     wider = UNet2DConditionModel(UNet2DConditionConfig(**(UNET | {"cross_attention_dim": 32})))
     with pytest.raises(CheckpointError, match=r"cross_attention_dim=32, text_encoder.hidden_size=24"):

@@ -1,4 +1,4 @@
-"""What the families with a U-Net on an autoencoder's latents share."""
+"""What the families with a denoiser of an autoencoder's latents share."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ldm_cli.core.compiling import compile_whole
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.latent_space import standardized
+from ldm_cli.core.models.sd3_transformer_2d import SD3Transformer2DModel
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.core.precision import DTYPES
@@ -30,10 +31,10 @@ from ldm_cli.formats.scheduler_file import SchedulerSettings, read_scheduler, wr
 
 
 @dataclass(frozen=True, eq=False)
-class LatentUNet(Family):
-    """A text-to-image model with a U-Net on the latents of an autoencoder."""
+class LatentDiffusion(Family):
+    """A text-to-image model with a denoiser of the latents of an autoencoder."""
 
-    denoiser: UNet2DConditionModel
+    denoiser: UNet2DConditionModel | SD3Transformer2DModel
     codec: Autoencoder
 
     pipelines: ClassVar[tuple[str, ...]]
@@ -43,23 +44,28 @@ class LatentUNet(Family):
 
     @property
     def sample_size(self) -> tuple[int | None, int | None]:
-        """As the U-Net's `sample_size` says."""
+        """As the denoiser's `sample_size` says."""
         size = self.denoiser.config.sample_size
         return size if isinstance(size, tuple) else (size, size)
 
     @property
     def takes_mask(self) -> bool:
-        """Whether the U-Net is one for inpainting."""
+        """Whether the denoiser is one for inpainting."""
         return self.denoiser.config.in_channels == _channels_with_mask(self.codec.channels)
 
     @property
+    def scheduler_class(self) -> str:
+        """The class of diffusers whose scheduler file is written."""
+        return self.settings.scheduler_class
+
+    @property
     def guidance_width(self) -> int | None:
-        """As the U-Net's `time_cond_proj_dim` says."""
-        return self.denoiser.config.time_cond_proj_dim
+        """As a U-Net's `time_cond_proj_dim` says."""
+        return self.denoiser.config.time_cond_proj_dim if isinstance(self.denoiser, UNet2DConditionModel) else None
 
     def save_denoiser(self, folder: Path) -> None:
-        """Write the U-Net; errors as in `save`."""
-        save_model(folder / layout.UNET, self.denoiser.state_dict(), self.denoiser.config.to_hugging_face())
+        """See `Family`."""
+        save_model(folder / self.components[0], self.denoiser.state_dict(), self.denoiser.config.to_hugging_face())
 
     def save_codec(self, folder: Path) -> None:
         """Write the autoencoder; errors as in `save`.
@@ -82,10 +88,10 @@ class LatentUNet(Family):
             text: class of each component that conditions are made with, by subfolder.
             settings: arguments of the pipeline in diffusers.
         """
-        write_scheduler(folder, self.settings)
+        write_scheduler(folder, self.settings, self.scheduler_class)
         absent = dict.fromkeys(self.absent)
-        own = {layout.UNET: type(self.denoiser).__name__, layout.VAE: type(self.codec).__name__}
-        classes = {**absent, layout.SCHEDULER: self.settings.scheduler_class, **text, **own}
+        own = {self.components[0]: type(self.denoiser).__name__, layout.VAE: type(self.codec).__name__}
+        classes = {**absent, layout.SCHEDULER: self.scheduler_class, **text, **own}
         layout.write_index(folder, self.pipelines[0], classes, settings)
 
     def placed(self, device: torch.device | str, precision: str, text: Sequence[nn.Module]) -> None:

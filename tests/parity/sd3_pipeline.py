@@ -1,0 +1,79 @@
+"""A Stable Diffusion 3 folder that diffusers wrote, small enough for tests, with shapes drawn by a seed."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from ldm_cli.data.unigram_tokenizer import UnigramTokenizer
+from tests.parity.xl_pipeline import change, tower
+from tests.sampling.tiny import VAE, randomize, tiny_tokenizer
+
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+
+
+def tiny_t5_tokenizer() -> UnigramTokenizer:
+    tokenizer = tokenizers.Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace("▁", prepend_scheme="always")
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>", show_progress=False)
+    captions = ["a small red circle at the top left", "a blue square", "a green triangle left of a red circle"]
+    tokenizer.train_from_iterator(captions * 5, trainer)
+    return UnigramTokenizer(tokenizer)
+
+
+def their_sd3_folder(folder: Path, seed: int = 0, *, has_t5: bool = True, scheduler: Any = None) -> Path:
+    """Write a pipeline into a subfolder; returns that."""
+    choose, tokenizer, t5_tokenizer = random.Random(seed), tiny_tokenizer(), tiny_t5_tokenizer()
+    tokenizer.save(folder / "tokenizer")
+    tokenizer.save(folder / "tokenizer_2")
+    change(folder / "tokenizer_2/tokenizer_config.json", pad_token="!")
+    change(folder / "tokenizer_2/special_tokens_map.json", pad_token="!")
+    t5_tokenizer.save(folder / "tokenizer_3", 256)
+    first, second = tower(choose, tokenizer), tower(choose, tokenizer)
+    width = first.hidden_size + second.hidden_size + choose.choice([0, 4])
+    heads, head_dim, layers = choose.choice([1, 2]), choose.choice([8, 12]), choose.choice([2, 3])
+    t5 = transformers.T5Config(
+        vocab_size=t5_tokenizer.vocab_size,
+        d_model=width,
+        d_kv=4,
+        d_ff=20,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=layers,
+        attention_head_dim=head_dim,
+        num_attention_heads=heads,
+        caption_projection_dim=heads * head_dim,
+        joint_attention_dim=width,
+        pooled_projection_dim=first.projection_dim + second.projection_dim,
+        pos_embed_max_size=12,
+        qk_norm=choose.choice([None, "rms_norm"]),
+        dual_attention_layers=choose.choice([(), (0,)]),
+    )
+    t5_model = randomize(transformers.T5EncoderModel(t5), 5) if has_t5 else None
+    pipeline = diffusers.StableDiffusion3Pipeline(
+        transformer=randomize(transformer, 1),
+        scheduler=scheduler or diffusers.FlowMatchEulerDiscreteScheduler(shift=choose.choice([1.0, 3.0])),
+        vae=randomize(diffusers.AutoencoderKL(**VAE, scaling_factor=1.5305, shift_factor=0.0609), 2),
+        text_encoder=randomize(transformers.CLIPTextModelWithProjection(first), 3),
+        text_encoder_2=randomize(transformers.CLIPTextModelWithProjection(second), 4),
+        text_encoder_3=t5_model,
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        tokenizer_2=transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
+        tokenizer_3=transformers.T5TokenizerFast.from_pretrained(folder / "tokenizer_3") if has_t5 else None,
+    )
+    pipeline.save_pretrained(folder / "pipeline")
+    return folder / "pipeline"

@@ -1,0 +1,74 @@
+"""Stable Diffusion 3 against diffusers: its folders in ours, ours in its pipelines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm_cli.families.open_family import open_family, outline_family
+from ldm_cli.sampling.config import SamplingConfig
+from ldm_cli.sampling.request import ImageRequest
+from tests.parity.sd3_pipeline import their_sd3_folder
+from tests.parity.test_xl import assert_alike
+from tests.parity.their_pipeline import NEGATIVE, PROMPTS, latents
+from tests.sampling.tiny import loaded_pipeline
+
+diffusers = pytest.importorskip("diffusers")
+
+
+def ours(folder: Path, **fields: Any) -> Tensor:
+    config = SamplingConfig.from_mapping({"steps": 5, "guidance": 4.0} | fields)
+    requests = [ImageRequest(prompt, 0) for prompt in PROMPTS]
+    return torch.stack([image.pixels for image in loaded_pipeline(folder).generate(requests, config, latents())])
+
+
+def theirs(folder: Path, **given: Any) -> Tensor:
+    has_t5 = (folder / "text_encoder_3").is_dir()
+    absent = {} if has_t5 else {"text_encoder_3": None, "tokenizer_3": None}
+    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(folder, **absent)
+    pipeline.set_progress_bar_config(disable=True)
+    given = {"num_inference_steps": 5, "guidance_scale": 4.0, "height": 16, "width": 16} | given
+    images = pipeline(PROMPTS, latents=latents(), output_type="np", **given).images
+    return (torch.from_numpy(images).permute(0, 3, 1, 2) * 255).round().to(torch.uint8)
+
+
+@pytest.mark.parametrize("has_t5", [True, False])
+@pytest.mark.parametrize("seed", range(4))
+def test_their_folder_is_sampled_as_their_pipeline_samples_it(tmp_path: Path, seed: int, has_t5: bool) -> None:
+    folder = their_sd3_folder(tmp_path, seed, has_t5=has_t5)
+    assert_alike(ours(folder), theirs(folder))
+
+
+def test_a_negative_prompt_is_that_of_all_encoders(tmp_path: Path) -> None:
+    folder = their_sd3_folder(tmp_path)
+    found = ours(folder, negative=NEGATIVE)
+    assert_alike(found, theirs(folder, negative_prompt=[NEGATIVE] * len(PROMPTS)))
+    assert not torch.equal(found, ours(folder))
+
+
+@pytest.mark.parametrize("has_t5", [True, False])
+def test_a_folder_that_we_write_opens_in_diffusers_and_gives_the_same_pictures(tmp_path: Path, has_t5: bool) -> None:
+    given = their_sd3_folder(tmp_path, seed=1, has_t5=has_t5)
+    open_family(given).save(tmp_path / "ours")
+    assert_alike(ours(tmp_path / "ours"), theirs(tmp_path / "ours"))
+    assert torch.equal(ours(tmp_path / "ours"), ours(given))
+
+
+def test_layers_are_skipped_as_by_their_pipeline(tmp_path: Path) -> None:
+    folder = their_sd3_folder(tmp_path, seed=3)
+    perturb = {"kind": "layer", "scale": 2.8, "layers": ["transformer_blocks.0"]}
+    given = {"skip_guidance_layers": [0], "skip_layer_guidance_start": -1.0, "skip_layer_guidance_stop": 2.0}
+    found = ours(folder, guidance={"scale": 4.0, "perturb": perturb})
+    assert_alike(found, theirs(folder, **given))
+    assert not torch.equal(found, ours(folder))
+
+
+def test_an_outline_names_the_parts(tmp_path: Path) -> None:
+    folder = their_sd3_folder(tmp_path)
+    parts = outline_family(folder)
+    assert set(parts) == {"transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"}
+    assert set(parts) == set(open_family(folder).weights_sha256)
