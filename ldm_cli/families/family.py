@@ -72,6 +72,10 @@ class Family(ABC):
         """The noise levels that the denoiser was trained at."""
         return process_of(DiffusionConfig.from_mapping(self.settings.diffusion))
 
+    def process_at(self, latent_size: tuple[int, int]) -> Process:
+        """The noise levels to sample at, for latents of a height and width."""
+        return self.process
+
     @cached_property
     def weights_sha256(self) -> dict[str, str]:
         """Hex sha256 of each component's tensors; empty if the model was not read from a folder."""

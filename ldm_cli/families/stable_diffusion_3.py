@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from ldm_cli.core.diffusion.process import Flow, Process
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPTextModelWithProjection
 from ldm_cli.core.models.sd3_transformer_2d import SD3Transformer2DModel
@@ -64,6 +65,14 @@ class StableDiffusion3(LatentDiffusion):
         if self.folder is not None and self.encoder.third is not None:
             found[TEXT_ENCODER_3] = weights_sha256(self.folder / TEXT_ENCODER_3)
         return found
+
+    def process_at(self, latent_size: tuple[int, int]) -> Process:
+        """With a shift by the number of patches, where the scheduler file asks for it."""
+        shift, process = self.settings.dynamic_shift, self.process
+        if shift is None or not isinstance(process, Flow):
+            return process
+        rows, columns = (side // self.denoiser.config.patch_size for side in latent_size)
+        return replace(process, shift=shift.at(rows * columns), is_shifted_once=True)
 
     @property
     def scheduler_class(self) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ldm_cli.errors import CheckpointError
+from ldm_cli.formats.dynamic_shift import DynamicShift, read_dynamic_shift
 from ldm_cli.formats.json_file import write_json
 from ldm_cli.formats.model_source import read_model_json
 from ldm_cli.formats.pipeline_folder import DIFFUSERS_VERSION, SCHEDULER_FILE
@@ -99,6 +100,7 @@ class SchedulerSettings:
         sigma_min, sigma_max: the ends of these levels; None: those of the spacing, or of training.
         num_distilled: levels at which a latent consistency model was distilled.
         sampler: ours for the scheduler's class, by its name in recipes; the one to take where none is asked for.
+        dynamic_shift: takes the place of the shift in `diffusion`, in sampling; None: that one is for all sizes.
     """
 
     diffusion: dict[str, Any]
@@ -110,6 +112,7 @@ class SchedulerSettings:
     sigma_max: float | None = None
     num_distilled: int = 50
     sampler: str = "ddim"
+    dynamic_shift: DynamicShift | None = None
 
     @property
     def is_flow(self) -> bool:
@@ -151,6 +154,8 @@ def write_scheduler(folder: Path, settings: SchedulerSettings, scheduler_class: 
     if scheduler_class in _FLOW_SCHEDULERS:
         content["num_train_timesteps"] = settings.diffusion["num_train_timesteps"]
         content["shift"] = settings.diffusion["flow_shift"]
+        if settings.dynamic_shift is not None:
+            content |= {"use_dynamic_shifting": True, **vars(settings.dynamic_shift)}
     else:
         content |= _solver_fields(settings)
     (folder / SCHEDULER_FILE).parent.mkdir(parents=True, exist_ok=True)
@@ -207,6 +212,8 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
     if found in _FLOW_SCHEDULERS:
         # These classes say nothing of the prediction, which is always a velocity, and call its shift so.
         content = {**content, "prediction_type": "flow_prediction", "flow_shift": content.get("shift", 1.0)}
+        if pipeline.startswith("StableDiffusion3"):
+            neutral.pop("use_dynamic_shifting")
     elif found != "UniPCMultistepScheduler" or content.get("prediction_type") != "flow_prediction":
         neutral["use_flow_sigmas"] = _OFF
     if content.get("use_karras_sigmas"):
@@ -229,6 +236,7 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
         sigma_max=content.get("sigma_max"),
         num_distilled=content.get("original_inference_steps") or 50,
         sampler=_sampler(found, content),
+        dynamic_shift=read_dynamic_shift(content, file) if content.get("use_dynamic_shifting") else None,
     )
 
 

@@ -70,7 +70,7 @@ class LatentSampler:
         x0 = denoise(
             predictor,
             noise,
-            self.family.process,
+            self.family.process_at((noise.shape[2], noise.shape[3])),
             self.family.settings,
             self.config,
             step_noise(requests, tuple(noise.shape[1:]), device),

@@ -15,6 +15,7 @@ from ldm_cli.sampling.request import ImageRequest
 from tests.parity.sd3_pipeline import their_sd3_folder
 from tests.parity.test_xl import assert_alike
 from tests.parity.their_pipeline import NEGATIVE, PROMPTS, latents
+from tests.parity.xl_pipeline import change
 from tests.sampling.tiny import loaded_pipeline
 
 diffusers = pytest.importorskip("diffusers")
@@ -56,6 +57,19 @@ def test_a_folder_that_we_write_opens_in_diffusers_and_gives_the_same_pictures(t
     open_family(given).save(tmp_path / "ours")
     assert_alike(ours(tmp_path / "ours"), theirs(tmp_path / "ours"))
     assert torch.equal(ours(tmp_path / "ours"), ours(given))
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_a_shift_by_the_size_of_the_picture_is_theirs(tmp_path: Path, kind: str) -> None:
+    fields = {"base_image_seq_len": 4, "max_image_seq_len": 30, "base_shift": 0.5, "max_shift": 1.5}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind, **fields)
+    folder = their_sd3_folder(tmp_path, scheduler=scheduler)
+    found = ours(folder)
+    assert_alike(found, theirs(folder))
+    open_family(folder).save(tmp_path / "ours")
+    assert torch.equal(ours(tmp_path / "ours"), found)
+    change(folder / "scheduler/scheduler_config.json", max_shift=0.5)
+    assert not torch.equal(ours(folder), found)
 
 
 def test_layers_are_skipped_as_by_their_pipeline(tmp_path: Path) -> None:

@@ -221,11 +221,14 @@ class Flow:
         num_timesteps: T, the time of pure noise.
         shift: k > 0; above 1 moves the levels towards noise.
         prediction: what the network predicts.
+        is_shifted_once: whether `levels` shifts evenly spaced levels once, as diffusers does with a dynamic shift; else
+            it spaces them between the shifted ends and shifts them again, as diffusers does with a fixed one.
     """
 
     num_timesteps: int
     shift: float
     prediction: Prediction
+    is_shifted_once: bool = False
 
     @property
     def is_straight(self) -> bool:
@@ -254,8 +257,10 @@ class Flow:
         return level
 
     def levels(self, num_steps: int, spacing: LinearSpacing, offset: int, cut: Cut) -> list[Level]:
-        """From the last to the first training level, both shifted already, and shifted again: so it is in diffusers."""
+        """From the last to the first training level; see `is_shifted_once`."""
         last, first = (self.training_level(i).noise for i in (self.num_timesteps - 1, 0))
+        if self.is_shifted_once:
+            last, first = 1.0, 1.0 / self.num_timesteps
         return [self._level(self._shifted(b)) for b in from_to(last, first, num_steps)]
 
     def ddim_ends(self, starts: Sequence[Level], last: Level) -> list[Level]:

@@ -96,8 +96,8 @@ class PictureGenerator:
                         "give them a command of their own",
                     )
             sized = self._sized(sampling, self._edit_input(sampling, edit))
-            self.pipeline.image_size(sized)
-            visited_timesteps(self.pipeline.family.process, self.pipeline.family.settings, sized)
+            family, (_, *latent_size) = self.pipeline.family, self.pipeline.latent_shape(sized)
+            visited_timesteps(family.process_at((latent_size[0], latent_size[1])), family.settings, sized)
 
     @cached_property
     def shared(self) -> dict[str, Any]:
