@@ -76,6 +76,15 @@ class Family(ABC):
         """The noise levels to sample at, for latents of a height and width."""
         return self.process
 
+    def num_edit_steps(self, strength: float, num_steps: int) -> int:
+        """How many of the steps change a picture.
+
+        Args:
+            strength: share of the steps in [0, 1]; rounded down as in the pipelines of Stable Diffusion.
+            num_steps: all steps.
+        """
+        return int(strength * num_steps)
+
     @cached_property
     def weights_sha256(self) -> dict[str, str]:
         """Hex sha256 of each component's tensors; empty if the model was not read from a folder."""

@@ -74,6 +74,10 @@ class StableDiffusion3(LatentDiffusion):
         rows, columns = (side // self.denoiser.config.patch_size for side in latent_size)
         return replace(process, shift=shift.at(rows * columns), is_shifted_once=True)
 
+    def num_edit_steps(self, strength: float, num_steps: int) -> int:
+        """Rounded up, as in the pipelines of this family."""
+        return num_steps - int(num_steps - strength * num_steps)
+
     @property
     def scheduler_class(self) -> str:
         """Always a flow's."""

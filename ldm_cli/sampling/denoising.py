@@ -95,12 +95,12 @@ class Start:
 
     Attributes:
         latents: the picture to change, [B, …] like the noise.
-        strength: share of the steps that are taken, 0 … 1: the last ⌊strength · steps⌋. 1 takes all steps from pure
-            noise, and so forgets `latents`; 0 takes no step and returns them.
+        num_steps: the last steps, which are taken. All of them begin at pure noise, and so forget `latents`; none
+            returns them.
     """
 
     latents: Tensor
-    strength: float
+    num_steps: int
 
 
 def denoise(
@@ -121,17 +121,17 @@ def denoise(
         settings: of the model's scheduler file.
         config: sampler, steps, η, and a spacing other than the model's.
         step_noise: fresh noise of every step.
-        start: latents to begin with, noised to the level that their strength names; None: pure noise.
+        start: latents to begin with, noised to the level of the first step that is taken; None: pure noise.
 
     Raises:
         UsageError: more steps than the network has levels.
     """
     timesteps = visited_timesteps(process, settings, config)
     x = timesteps.start_scale * noise
-    if start is not None and start.strength < 1.0:
-        timesteps = timesteps.last(int(start.strength * config.steps))
-        if len(timesteps) == 0:
-            return start.latents
+    if start is not None and start.num_steps == 0:
+        return start.latents
+    if start is not None and start.num_steps < config.steps:
+        timesteps = timesteps.last(start.num_steps)
         first = timesteps.steps[0][0]
         x = first.signal * start.latents + first.noise * noise
     sampler = _SAMPLERS[sampler_of(settings, config)]

@@ -74,9 +74,13 @@ class LatentSampler:
             self.family.settings,
             self.config,
             step_noise(requests, tuple(noise.shape[1:]), device),
-            None if edit is None else Start(edit.latents.expand_as(noise), edit.strength),
+            None if edit is None else self._start(edit, noise),
         )
         return x0 if edit is None or mask is None else torch.where(mask > 0, x0, edit.latents)
+
+    def _start(self, edit: LatentEditInput, noise: Tensor) -> Start:
+        num_steps = self.family.num_edit_steps(edit.strength, self.config.steps)
+        return Start(edit.latents.expand_as(noise), num_steps)
 
     def predictor(self, requests: Sequence[ImageRequest]) -> CleanPredictor:
         """x_t [N, C, h, w] and its level → guided x_0, of some requests."""

@@ -29,7 +29,9 @@ def tiny_t5_tokenizer() -> UnigramTokenizer:
     return UnigramTokenizer(tokenizer)
 
 
-def their_sd3_folder(folder: Path, seed: int = 0, *, has_t5: bool = True, scheduler: Any = None) -> Path:
+def their_sd3_folder(
+    folder: Path, seed: int = 0, *, has_t5: bool = True, scheduler: Any = None, channels: int = 4
+) -> Path:
     """Write a pipeline into a subfolder; returns that."""
     choose, tokenizer, t5_tokenizer = random.Random(seed), tiny_tokenizer(), tiny_t5_tokenizer()
     tokenizer.save(folder / "tokenizer")
@@ -51,8 +53,8 @@ def their_sd3_folder(folder: Path, seed: int = 0, *, has_t5: bool = True, schedu
     )
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=8,
-        in_channels=4,
-        out_channels=4,
+        in_channels=channels,
+        out_channels=channels,
         num_layers=layers,
         attention_head_dim=head_dim,
         num_attention_heads=heads,
@@ -67,7 +69,9 @@ def their_sd3_folder(folder: Path, seed: int = 0, *, has_t5: bool = True, schedu
     pipeline = diffusers.StableDiffusion3Pipeline(
         transformer=randomize(transformer, 1),
         scheduler=scheduler or diffusers.FlowMatchEulerDiscreteScheduler(shift=choose.choice([1.0, 3.0])),
-        vae=randomize(diffusers.AutoencoderKL(**VAE, scaling_factor=1.5305, shift_factor=0.0609), 2),
+        vae=randomize(
+            diffusers.AutoencoderKL(**VAE, latent_channels=channels, scaling_factor=1.5305, shift_factor=0.0609), 2
+        ),
         text_encoder=randomize(transformers.CLIPTextModelWithProjection(first), 3),
         text_encoder_2=randomize(transformers.CLIPTextModelWithProjection(second), 4),
         text_encoder_3=t5_model,

@@ -26,11 +26,11 @@ def mask():
     return hole
 
 
-def ours(folder, sampler, strength, hole):
+def ours(folder, sampler, strength, hole, noise=None):
     config = SamplingConfig(sampler=sampler, steps=STEPS, guidance=4.0, negative=NEGATIVE)
     options = SampleOptions(edit_input=EditInput(picture(), hole, (16, 16), strength))
     requests = [ImageRequest(prompt, 0) for prompt in PROMPTS]
-    images = loaded_pipeline(folder).generate(requests, config, latents(), options=options)
+    images = loaded_pipeline(folder).generate(requests, config, latents() if noise is None else noise, options=options)
     return torch.stack([image.pixels for image in images])
 
 

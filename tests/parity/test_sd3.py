@@ -12,6 +12,7 @@ from torch import Tensor
 from ldm_cli.families.open_family import open_family, outline_family
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.request import ImageRequest
+from tests.parity import test_editing as editing
 from tests.parity.sd3_pipeline import their_sd3_folder
 from tests.parity.test_xl import assert_alike
 from tests.parity.their_pipeline import NEGATIVE, PROMPTS, latents
@@ -79,6 +80,52 @@ def test_layers_are_skipped_as_by_their_pipeline(tmp_path: Path) -> None:
     found = ours(folder, guidance={"scale": 4.0, "perturb": perturb})
     assert_alike(found, theirs(folder, **given))
     assert not torch.equal(found, ours(folder))
+
+
+def theirs_edited(
+    kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch, strength: float, noise: Tensor, **given: Any
+) -> Tensor:
+    module = getattr(diffusers.pipelines.stable_diffusion_3, f"pipeline_stable_diffusion_3_{kind.lower()}")
+    pipeline = getattr(diffusers, f"StableDiffusion3{kind}Pipeline").from_pretrained(folder)
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: noise)
+    monkeypatch.setattr(module, "retrieve_latents", lambda output, **_: output.latent_dist.mode())
+    pipeline.set_progress_bar_config(disable=True)
+    found = pipeline(
+        PROMPTS,
+        negative_prompt=[NEGATIVE] * 2,
+        image=(editing.picture()[None].float() / 127.5 - 1).expand(2, -1, -1, -1),
+        strength=strength,
+        num_inference_steps=editing.STEPS,
+        guidance_scale=4.0,
+        height=16,
+        width=16,
+        output_type="latent",
+        **given,
+    ).images
+    # The inpainting pipeline of diffusers 0.42 decodes without the shift.
+    codec = pipeline.vae
+    with torch.no_grad():
+        images = codec.decode(found / codec.config.scaling_factor + codec.config.shift_factor).sample
+    return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+@pytest.mark.parametrize("strength", [0.5, 0.9])
+def test_a_picture_is_worked_on_as_by_the_img2img_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strength: float
+) -> None:
+    folder = their_sd3_folder(tmp_path)
+    expected = theirs_edited("Img2Img", folder, monkeypatch, strength, latents())
+    assert_alike(editing.ours(folder, None, strength, None), expected)
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_a_hole_is_filled_as_by_the_inpainting_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strength: float
+) -> None:
+    folder, hole, noise = their_sd3_folder(tmp_path, channels=16), editing.mask(), latents(16)
+    expected = theirs_edited("Inpaint", folder, monkeypatch, strength, noise, mask_image=hole[None, None].float())
+    found = editing.ours(folder, None, strength, hole, noise)
+    assert_alike(found[:, :, hole], expected[:, :, hole])
 
 
 def test_an_outline_names_the_parts(tmp_path: Path) -> None:

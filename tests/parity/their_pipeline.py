@@ -44,6 +44,6 @@ def their_folder(folder, the_scheduler, **unet):
     return folder / "pipeline"
 
 
-def latents():
+def latents(channels=4):
     """Initial noise for both prompts."""
-    return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    return torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(7))
