@@ -46,6 +46,7 @@ NAMES = (
     "sample",
     "samplers",
     "stable-diffusion-xl",
+    "stable-diffusion-3",
     "edit",
     "foreign-models",
     "eval",
