@@ -49,7 +49,6 @@ SUBJECTS = {
 """The single subjects; `all` measures each, `published` some of them at published sizes."""
 
 _AT_ONCE = {"train.micro_batch": "null", "train.gradient_checkpointing": "false"}
-_CACHED = {**_AT_ONCE, "train.batch_size": 32, "cache": "none", "data.image_size": 512, "unet.sample_size": 64}
 PUBLISHED: tuple[tuple[str, str, Mapping[str, Any], int | None], ...] = (
     ("sample", "unet/sd15", {}, 1),
     ("sample", "unet/sd15", {}, 16),

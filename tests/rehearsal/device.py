@@ -103,11 +103,16 @@ class _Module(registration._DummyBackendModule if IS_POSSIBLE else object):  # t
 def _touch(kind: str) -> None:
     frame = sys._getframe(1)
     while frame.f_back is not None:
-        path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(_ROOT) and "site-packages" not in path.parts and path != Path(__file__):
+        if _is_of_the_repository(frame.f_code.co_filename):
             break
         frame = frame.f_back
     touches.append(f"{kind} {Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}")
+
+
+@cache
+def _is_of_the_repository(file: str) -> bool:
+    path = Path(file)
+    return path.is_relative_to(_ROOT) and "site-packages" not in path.parts and path != Path(__file__)
 
 
 def _inner(value: Any) -> Any:

@@ -15,7 +15,7 @@ from ..stages.tiny import clip_recipe, losses, trained, unet_recipe, vae_recipe
 from ..stages.tiny_xl import xl_recipe
 from . import worker as work
 
-STEPS = {"steps": 3, "log_every": 3, "save_every": 3, "ema_decay": 0.9}
+STEPS = {"steps": 3, "log_every": 3, "save_every": 3, "ema_decay": 0.9, "validation_samples": 4}
 TRAINERS = ("unet from cache", "unet from images", "xl from cache", "xl from images", "vae", "clip")
 TOUCHES = ["send to_device.py:_sent"]
 
@@ -36,6 +36,7 @@ def recipe_of(trainer: str, parts: Path, **train: Any) -> Mapping[str, Any]:
         recipe, cache = xl_recipe(scenes, models, diffusion, **train), "xl cache"
     else:
         recipe, cache = unet_recipe(scenes, parts / "clip/model", parts / "vae/model", diffusion, **train), "cache"
+    recipe["samples"] |= {"num_prompts": 1}
     return recipe | ({"cache": str(parts / cache)} if source == "cache" else {})
 
 

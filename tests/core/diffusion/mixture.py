@@ -17,7 +17,6 @@ WEIGHTS = torch.tensor([0.3, 0.7], dtype=torch.float64)
 MEANS = torch.tensor([-1.0, 0.8], dtype=torch.float64)
 DEVIATIONS = torch.tensor([0.3, 0.4], dtype=torch.float64)
 MEAN = float((WEIGHTS * MEANS).sum())
-VARIANCE = float((WEIGHTS * (DEVIATIONS**2 + MEANS**2)).sum()) - MEAN**2
 SIGMA_MAX, SIGMA_MIN = 80.0, 0.1
 
 DIFFUSION = process_of(DiffusionConfig())
