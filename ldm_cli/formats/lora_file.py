@@ -1,4 +1,4 @@
-"""Files of adapters: low-rank updates of the weights of some models, for one or more components of a family."""
+"""Files of adapters, written: low-rank updates of the weights of one or more components of a pipeline."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ldm_cli.core.low_rank import LowRank
-from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TEXT_ENCODER_2, UNET
+from ldm_cli.formats.lora_names import kohya_prefix
 from ldm_cli.formats.weight_files import write_tensors
 from ldm_cli.storage import storage_errors
 
@@ -63,14 +63,9 @@ def _diffusers(component: str, module: str, update: LowRank) -> dict[str, Tensor
     if update.magnitude is not None:
         is_convolution = update.down.ndim == 4
         magnitude = update.magnitude.view(1, -1, 1, 1) if is_convolution else update.magnitude
-        tensors[f"{name}.lora_magnitude_vector"] = magnitude
+        # Transformers 5 passes over the name without `.weight`.
+        tensors[f"{name}.lora_magnitude_vector.weight"] = magnitude
     return tensors
-
-
-def kohya_prefix(component: str, components: Mapping[str, object]) -> str:
-    """What the names of a component begin with: two text encoders are numbered."""
-    first = "lora_te1" if TEXT_ENCODER_2 in components else "lora_te"
-    return {UNET: "lora_unet", TEXT_ENCODER: first, TEXT_ENCODER_2: "lora_te2"}.get(component, f"lora_{component}")
 
 
 def _kohya(prefix: str, module: str, update: LowRank) -> dict[str, Tensor]:
