@@ -84,6 +84,15 @@ def lora_file(path: Path) -> Path:
     raise InputNotFoundError(f"no adapters in '{path}'", cause, "give a .safetensors file")
 
 
+def lora_name(path: Path) -> str:
+    """What a file of adapters is called: its name without the ending, or that of its folder or run."""
+    path = path.absolute()
+    if path.suffix == ".safetensors" and path.name not in (DIFFUSERS_LORA, _PEFT_WEIGHTS):
+        return path.stem
+    folder = path.parent if path.suffix == ".safetensors" else path
+    return folder.parent.name if folder.name == "model" else folder.name
+
+
 def lora_sha256(path: Path) -> str:
     """Hex sha256 of a file of adapters; of PEFT's, of the file followed by its configuration.
 

@@ -16,6 +16,7 @@ from ldm_cli.data.config import DataConfig
 from ldm_cli.data.tokenizer_config import TokenizerConfig
 from ldm_cli.evaluation.config import EvalConfig
 from ldm_cli.pictures.job import PromptEntry
+from ldm_cli.pictures.prompt_adapters import LoraEntry
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.edit_config import EditConfig
 from ldm_cli.training.config import TrainConfig
@@ -186,6 +187,10 @@ class SampleRecipe(Config):
     """Prompts, one entry each, as text or with settings of its own; `--prompts FILE` and `-p` come on top."""
     weighted_words: bool = True
     """Whether `(word:1.3)` in a prompt is a weight, or text like all else."""
+    loras: tuple[LoraEntry, ...] = ()
+    """Adapters: LoRA, LoHa, LoKr, DoRA. `<lora:NAME:WEIGHT>` in a prompt adds to the weight in its pictures."""
+    lora_dir: str | None = None
+    """Folder of further adapters that prompts may name; null: none."""
     wildcards: str | None = None
     """Folder of word lists: `__color__` in a prompt becomes a line of `color.txt`, by the seed; null: it is text."""
     out: str | None = None
