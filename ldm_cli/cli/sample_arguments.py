@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ldm_cli.cli.options import argument, option, size
+from ldm_cli.cli.options import argument, option, size, weighted_path
 from ldm_cli.errors import UsageError
 
 _EDITING = "Working on a picture"
@@ -136,19 +136,6 @@ def recipe_fields(context: typer.Context) -> list[tuple[str, str, Any]]:
 def readable(text: str) -> str:
     """An argument with U+FFFD in place of bytes that are not UTF-8."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-def weighted_path(text: str) -> tuple[str, float]:
-    """`FILE` or `FILE=WEIGHT`; the weight is 1 if none is given.
-
-    >>> weighted_path("a.safetensors=0.7"), weighted_path("a=b.safetensors")
-    (('a.safetensors', 0.7), ('a=b.safetensors', 1.0))
-    """
-    path, _, weight = text.rpartition("=")
-    try:
-        return (path, float(weight)) if path else (text, 1.0)
-    except ValueError:
-        return text, 1.0
 
 
 def _weighted(text: str) -> dict[str, Any]:
