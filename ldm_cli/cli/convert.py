@@ -40,6 +40,10 @@ def command(
         str | None,
         given.option("--prediction-type", metavar="epsilon|v_prediction", text="What the U-Net predicts."),
     ] = None,
+    merge_lora: Annotated[
+        list[str] | None,
+        given.option("--merge-lora", metavar="FILE[=W]", text="Put adapters into the weights; may be repeated."),
+    ] = None,
     variant: given.Variant = None,
     ema: Annotated[bool, typer.Option("--ema", help="Take the averaged weights of a single file.")] = False,
     allow_pickle: Annotated[
@@ -58,8 +62,9 @@ def command(
     with importing():
         from ldm_cli.stages import convert
 
+    loras = tuple((Path(path), weight) for path, weight in map(given.weighted_path, merge_lora or ()))
     options = convert.ConvertOptions(
-        dtype, shard_bytes, config, tokenizer, prediction, ema, allow_pickle, overwrite, variant
+        dtype, shard_bytes, config, tokenizer, prediction, ema, allow_pickle, overwrite, variant, loras
     )
     show_result(convert.run(source, out, options, make_reporter()), json)
 

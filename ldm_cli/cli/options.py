@@ -85,6 +85,19 @@ def _number(text: str) -> float:
     return float(text) if re.fullmatch(r"[0-9]+(\.[0-9]+)?|\.[0-9]+", text) else 0.0
 
 
+def weighted_path(text: str) -> tuple[str, float]:
+    """`FILE` or `FILE=WEIGHT`; the weight is 1 if none is given.
+
+    >>> weighted_path("a.safetensors=0.7"), weighted_path("a=b.safetensors")
+    (('a.safetensors', 0.7), ('a=b.safetensors', 1.0))
+    """
+    path, _, weight = text.rpartition("=")
+    try:
+        return (path, float(weight)) if path else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
 def size(text: str | None) -> tuple[int, int] | None:
     """Width and height in pixels from `640x480`, or from `512` for a square.
 

@@ -54,6 +54,8 @@ def command(
     preview_vae: arg.PreviewVae = None,
     image_format: arg.ImageFormat = None,
     metadata: arg.Metadata = None,
+    lora: arg.Lora = None,
+    lora_dir: arg.LoraDir = None,
     wildcards: arg.Wildcards = None,
     repeat: arg.Repeat = None,
     out: given.Out = None,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ldm_cli.cli.options import argument, option, size
+from ldm_cli.cli.options import argument, option, size, weighted_path
 from ldm_cli.errors import UsageError
 
 _EDITING = "Working on a picture"
@@ -69,6 +69,11 @@ ImageFormat = Annotated[str | None, option("--format", metavar="F", panel=_SHOWI
 Metadata = Annotated[
     bool | None, option("--metadata/--no-metadata", panel=_SHOWING, text="Store settings in the pictures.")
 ]
+Lora = Annotated[
+    list[str] | None,
+    option("--lora", metavar="FILE[=W]", text="Adapters, and their weight; <lora:NAME:W> in a prompt adds to it."),
+]
+LoraDir = Annotated[str | None, option("--lora-dir", metavar="DIR", text="Folder of adapters that prompts may name.")]
 Wildcards = Annotated[
     str | None, option("--wildcards", metavar="DIR", text="Folder of word lists for __name__ in prompts.")
 ]
@@ -101,6 +106,8 @@ _FIELDS = {
     "preview_vae": "preview_vae",
     "image_format": "format",
     "metadata": "metadata",
+    "lora": "loras",
+    "lora_dir": "lora_dir",
     "wildcards": "wildcards",
 }
 
@@ -114,8 +121,9 @@ def recipe_fields(context: typer.Context) -> list[tuple[str, str, Any]]:
     Raises:
         UsageError: the value of an option cannot be read.
     """
+    loras = [_weighted(text) for text in context.params["lora"] or ()]
     options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
-    values = {**context.params, "extend": _edges(context.params["extend"])}
+    values = {**context.params, "extend": _edges(context.params["extend"]), "lora": loras}
     for name, convert in (("model", str), ("negative", readable)):
         if values[name] is not None:
             values[name] = convert(values[name])
@@ -128,6 +136,11 @@ def recipe_fields(context: typer.Context) -> list[tuple[str, str, Any]]:
 def readable(text: str) -> str:
     """An argument with U+FFFD in place of bytes that are not UTF-8."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _weighted(text: str) -> dict[str, Any]:
+    path, weight = weighted_path(text)
+    return {"path": path, "weight": weight}
 
 
 def _edges(text: str | None) -> list[int] | None:

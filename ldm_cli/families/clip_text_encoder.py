@@ -109,7 +109,6 @@ class CLIPTextEncoder:
         """Of B captions, on the host: `ids`, int64 [B, L]."""
         return {"ids": self._caption_tokens(captions)}
 
-    @torch.no_grad()
     def encode_tokens(self, tokens: Mapping[str, Tensor]) -> Condition:
         """B rows from the `tokens` of captions, on any device."""
         return self._condition(tokens["ids"])

@@ -8,7 +8,7 @@ which open_clip shares.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -30,6 +30,11 @@ class Place:
 
     path: str
     form: Form = "same"
+
+    @property
+    def third(self) -> int | None:
+        """Which third of the rows it is; None: all."""
+        return _THIRDS.index(self.form) if self.form in _THIRDS else None
 
 
 Table = Mapping[str, Place]
@@ -172,6 +177,12 @@ def _clip_layers(ours: str, theirs: str, num_layers: int) -> dict[str, Place]:
     return table
 
 
+def place_of(name: str, table: Table) -> Place | None:
+    """Where a single file holds a tensor of a model folder; None: single files have no name for it."""
+    path = next((p for p in _ancestors(name) if p in table), None)
+    return None if path is None else replace(table[path], path=table[path].path + name[len(path) :])
+
+
 def from_file(tensors: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
     """The tensors of a single file under the names of a model folder, as views; unknown names stay as they are."""
     entries: dict[str, list[tuple[str, Form]]] = {}
@@ -194,16 +205,17 @@ def to_file(tensors: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     thirds: dict[str, dict[Form, Tensor]] = {}
     for name, tensor in tensors.items():
-        path = next((p for p in _ancestors(name) if p in table), None)
-        if path is None:
+        place = place_of(name, table)
+        if place is None:
             raise ValueError(name)
-        place, target = table[path], table[path].path + name[len(path) :]
         if place.form in _THIRDS:
-            thirds.setdefault(target, {})[place.form] = tensor
+            thirds.setdefault(place.path, {})[place.form] = tensor
         elif place.form == "transposed":
-            renamed[target] = tensor.T
+            renamed[place.path] = tensor.T
         else:
-            renamed[target] = tensor[:, :, None, None] if place.form == "convolution" and tensor.ndim == 2 else tensor
+            renamed[place.path] = (
+                tensor[:, :, None, None] if place.form == "convolution" and tensor.ndim == 2 else tensor
+            )
     return renamed | {name: torch.cat([parts[third] for third in _THIRDS]) for name, parts in thirds.items()}
 
 

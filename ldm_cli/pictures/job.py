@@ -32,11 +32,19 @@ class PromptEntry(Config):
 
 @dataclass(frozen=True)
 class Item:
-    """One picture of a job: what, how, and on what."""
+    """One picture of a job: what, how, and on what.
+
+    Attributes:
+        request: prompt and seed.
+        sampling: sampler, guidance, size.
+        edit: the picture to work on.
+        loras: names and weights of adapters, sorted, none 0.
+    """
 
     request: ImageRequest
     sampling: SamplingConfig
     edit: EditConfig
+    loras: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)

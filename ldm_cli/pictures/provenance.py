@@ -39,6 +39,11 @@ _FOLDERS_WITHIN_A_RUN = ("model", "ema")
 VERSIONS = {"ldm": __version__, "torch": torch.__version__}
 
 
+def lora_source(name: str) -> str:
+    """The key of `sources` under which the path of some adapters is."""
+    return f"lora {name}"
+
+
 def full_provenance(job: Mapping[str, Any], image: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
     """The complete provenance of one picture.
 
@@ -73,6 +78,7 @@ def recipe_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
         "variant": provenance.get("variant"),
         "tile": provenance.get("tile"),
         "weighted_words": provenance.get("weighted_words", True),
+        "loras": [{"path": sources[lora_source(n)], "weight": w} for n, w in provenance.get("loras", {}).items()],
     }
 
 
@@ -85,7 +91,7 @@ def check_repeatable(shared: Mapping[str, Any], repeated: Mapping[str, Any], war
         warn: receives a message for each version that differs.
 
     Raises:
-        CheckpointError: the model, or one that guides it, has changed.
+        CheckpointError: the model, one that guides it, or adapters have changed.
         DataError: a picture to work on, or the latents, have changed.
     """
     for name in ("weights", "scheduler"):
@@ -94,6 +100,10 @@ def check_repeatable(shared: Mapping[str, Any], repeated: Mapping[str, Any], war
     for name, digest in repeated.get("guidance_models", {}).items():
         if shared.get("guidance_models", {}).get(name, digest) != digest:
             raise CheckpointError("cannot repeat the picture", f"the weights of guidance.{name} have changed since")
+    for name in repeated.get("loras", {}):
+        digest = repeated.get("lora_sha256", {}).get(name)
+        if shared.get("lora_sha256", {}).get(name, digest) != digest:
+            raise CheckpointError("cannot repeat the picture", f"the adapters '{name}' have changed since")
     ours, theirs = shared.get("edit") or {}, repeated.get("edit") or {}
     for name in ("image", "mask", "style"):
         if theirs.get(f"{name}_sha256") != ours.get(f"{name}_sha256"):
@@ -109,6 +119,8 @@ def check_repeatable(shared: Mapping[str, Any], repeated: Mapping[str, Any], war
 def _parameters(provenance: Mapping[str, Any], size: tuple[int, int]) -> str:
     sampling, edit, blend = provenance["sampling"], provenance.get("edit"), provenance.get("blend") or {}
     variation = blend if blend.get("prompt") == provenance["prompt"] else {}
+    loras: Mapping[str, float] = provenance.get("loras", {})
+    hashes = [f"{name}: {provenance['lora_sha256'][name][:8]}" for name in loras]
     fields = {
         "Steps": sampling["steps"],
         "Sampler": _A1111_SAMPLERS[sampling["sampler"]],
@@ -121,9 +133,11 @@ def _parameters(provenance: Mapping[str, Any], size: tuple[int, int]) -> str:
         "Variation seed": variation.get("seed"),
         "Variation seed strength": variation.get("weight"),
         "Denoising strength": None if edit is None else edit["strength"],
+        "Lora hashes": ", ".join(hashes) or None,
         "Version": f"ldm_cli {VERSIONS['ldm']}",
     }
-    return format_parameters(provenance["prompt"], sampling["negative"], fields)
+    prompt = " ".join([provenance["prompt"], *(f"<lora:{name}:{weight:g}>" for name, weight in loras.items())])
+    return format_parameters(prompt, sampling["negative"], fields)
 
 
 def _model_name(folder: str | None) -> str | None:

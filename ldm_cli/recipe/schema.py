@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from ldm_cli.config import Config, NamesModel
 from ldm_cli.core.diffusion.config import DiffusionConfig
+from ldm_cli.core.lora_config import LoRAConfig
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
@@ -16,6 +17,7 @@ from ldm_cli.data.config import DataConfig
 from ldm_cli.data.tokenizer_config import TokenizerConfig
 from ldm_cli.evaluation.config import EvalConfig
 from ldm_cli.pictures.job import PromptEntry
+from ldm_cli.pictures.prompt_adapters import LoraEntry
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.edit_config import EditConfig
 from ldm_cli.training.config import TrainConfig
@@ -153,6 +155,8 @@ class TrainUnetRecipe(StartedRecipe):
     diffusion: DiffusionConfig = DiffusionConfig()
     """Noise schedule, prediction, loss weights, caption dropout. A pipeline in `start_from` gives the defaults of
     schedule and prediction."""
+    lora: LoRAConfig | None = None
+    """Train low-rank adapters of the denoiser in `start_from`, and of the text encoders, in place of the weights."""
     samples: SamplesConfig = SamplesConfig()
     """Pictures generated on the way."""
 
@@ -164,7 +168,21 @@ class TrainUnetRecipe(StartedRecipe):
     @model_validator(mode="after")
     def _check(self) -> Self:
         self._check_start("unet", "vae", "text_encoder")
+        if self.lora is not None:
+            self._check_lora(self.lora)
         return self
+
+    def _check_lora(self, lora: LoRAConfig) -> None:
+        if self.start_from is None:
+            raise ValueError("lora needs start_from: adapters belong to trained weights")
+        if self.freeze:
+            raise ValueError("lora freezes all weights: leave freeze out; a target with '!' excepts layers")
+        if self.train.strategy == "sharded":
+            raise ValueError("lora does not work with train.strategy=sharded: adapters are small, use replicated")
+        if lora.text_encoder and self.cache is not None:
+            raise ValueError("lora.text_encoder changes the text states of captions: leave cache out")
+        if lora.base_precision == "bf16" and self.train.precision in ("fp32", "fp16"):
+            raise ValueError("lora.base_precision=bf16 needs train.precision=bf16")
 
 
 def _known(config: ConfigT | None, section: str) -> ConfigT:
@@ -186,6 +204,10 @@ class SampleRecipe(Config):
     """Prompts, one entry each, as text or with settings of its own; `--prompts FILE` and `-p` come on top."""
     weighted_words: bool = True
     """Whether `(word:1.3)` in a prompt is a weight, or text like all else."""
+    loras: tuple[LoraEntry, ...] = ()
+    """Adapters: LoRA, LoHa, LoKr, DoRA. `<lora:NAME:WEIGHT>` in a prompt adds to the weight in its pictures."""
+    lora_dir: str | None = None
+    """Folder of further adapters that prompts may name; null: none."""
     wildcards: str | None = None
     """Folder of word lists: `__color__` in a prompt becomes a line of `color.txt`, by the seed; null: it is text."""
     out: str | None = None

@@ -33,6 +33,7 @@ from ldm_cli.formats.weight_files import (
 )
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.convertible import FoundModel, FoundModels, read_file, read_folder, tokenizer_files
+from ldm_cli.stages.support.merged_adapters import merged
 from ldm_cli.storage import TEMPORARY_PREFIX, storage_errors
 
 _PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
@@ -66,6 +67,8 @@ class ConvertOptions:
     """Replace what is there."""
     variant: str | None = None
     """`fp16` or `bf16`: which weights of a model on the hub; None: those in full precision."""
+    loras: tuple[tuple[Path, float], ...] = ()
+    """Files of adapters and their weights, which become part of the model."""
 
 
 def run(source: Path, out: Path, options: ConvertOptions, reporter: Reporter) -> dict[str, Any]:
@@ -102,7 +105,7 @@ def run(source: Path, out: Path, options: ConvertOptions, reporter: Reporter) ->
     if is_file and (network := _inception(source, options)) is not None:
         write_tensors(out, network, {})
         return _result(out, {"model": "InceptionV3"}, network.values()) | {"opens_in": "ldm compare, ldm eval"}
-    models = _changed(_read(source, options), options)
+    models = _changed(merged(_read(source, options), options.loras, options.dtype), options)
     if is_file:
         metadata = _write_file(models, out)
     else:

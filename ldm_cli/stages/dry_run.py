@@ -19,7 +19,7 @@ from ldm_cli.recipe.schema import EvalRecipe, Recipe, SampleRecipe, StartedRecip
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages import trainer_stage
 from ldm_cli.stages.support.eval_samples import needed_folders
-from ldm_cli.stages.support.model_sizes import count_parameters, model_at, training_bytes
+from ldm_cli.stages.support.model_sizes import count_parameters, halved_models, model_at, training_bytes
 from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import resolve_device
 from ldm_cli.stages.support.start import resolve_start
@@ -60,7 +60,7 @@ def dry_run(recipe: Recipe, reporter: Reporter, num_ranks: int = 1) -> dict[str,
             result["recipe"] = recipe.to_mapping()
         recipe.train.parts_per_rank(num_ranks)
         trained, frozen = trainer_stage(recipe.command).parameters(recipe, notes)
-        sizes = training_bytes(trained, frozen, recipe.train, num_ranks)
+        sizes = training_bytes(trained, frozen, recipe.train, num_ranks, halved_models(recipe))
         result |= {"parameters": trained | frozen, "bytes": sizes}
         notes += _about_ranks(recipe.train, num_ranks)
         result |= _shards(recipe.data, notes, reporter)

@@ -17,6 +17,7 @@ from ldm_cli.pictures.images import slug
 from ldm_cli.pictures.job import Job, make_job
 from ldm_cli.pictures.job_folder import GRID, JobFolder
 from ldm_cli.pictures.job_warnings import job_warnings
+from ldm_cli.pictures.prompt_adapters import LoraFiles
 from ldm_cli.pictures.provenance import check_repeatable
 from ldm_cli.pictures.sheets import Sheets
 from ldm_cli.pictures.wildcards import Wildcards
@@ -24,6 +25,7 @@ from ldm_cli.pictures.writer import written_meanwhile
 from ldm_cli.recipe.schema import SampleRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.stages.support.job_adapters import JobAdapters
 from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import RunOptions, resolve_device, settled
 from ldm_cli.stages.support.picture_generator import Latents, PictureGenerator
@@ -61,13 +63,15 @@ def run(
     if not recipe.prompts:
         raise UsageError("no prompts", remedy="give -p TEXT, --prompts FILE, or prompts in the recipe")
     recipe = with_model_folders(recipe, reporter)
-    job, device = _job(recipe), resolve_device(options.device, local_rank())
+    loras = LoraFiles(recipe.loras, None if recipe.lora_dir is None else Path(recipe.lora_dir))
+    job, device = _job(recipe, loras), resolve_device(options.device, local_rank())
     with joined(device, SECONDS_OF_SILENCE) as ranks:
         sampling = settled(recipe.sampling, len(job.items), device, reporter.info)
         recipe = recipe.model_copy(update={"sampling": sampling})
-        job = _job(recipe)
+        job = _job(recipe, loras)
         family = open_family(Path(recipe.model), device, sampling.precision, compiled=sampling.compile is True)
-        generator = PictureGenerator(Pipeline(family), recipe, latents, len(job.items))
+        adapters = JobAdapters(family, job.items, loras.paths)
+        generator = PictureGenerator(Pipeline(family), recipe, latents, len(job.items), adapters)
         generator.check(job.items)
         for message in job_warnings(job.items, family, recipe.weighted_words):
             reporter.warn(message)
@@ -89,9 +93,9 @@ def run(
     return result | {"generated": len(missing), "seconds": round(time.monotonic() - started, 3)}
 
 
-def _job(recipe: SampleRecipe) -> Job:
+def _job(recipe: SampleRecipe, loras: LoraFiles) -> Job:
     job = make_job(recipe.prompts, recipe.sampling, recipe.edit, recipe.variation, recipe.interpolate, recipe.xy)
-    return job if recipe.wildcards is None else Wildcards(Path(recipe.wildcards)).filled_in(job)
+    return loras.read_tags(job if recipe.wildcards is None else Wildcards(Path(recipe.wildcards)).filled_in(job))
 
 
 def _result(folder: JobFolder, images: Sequence[Mapping[str, Any]], animations: Sequence[Path]) -> dict[str, Any]:

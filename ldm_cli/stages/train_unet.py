@@ -32,6 +32,7 @@ from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
 from ldm_cli.stages.support.denoising import Denoising, Encoded, generate_samples
+from ldm_cli.stages.support.lora_task import LoRATask, lora_parameters
 from ldm_cli.stages.support.model_sizes import (
     Parameters,
     count_parameters,
@@ -44,7 +45,7 @@ from ldm_cli.stages.support.options import RunOptions, with_precision
 from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_uses
 from ldm_cli.stages.support.training_run import Workbench, run_training
 from ldm_cli.training.checkpoint import link_folder
-from ldm_cli.training.task import WeightsByModule
+from ldm_cli.training.task import Task, WeightsByModule
 
 
 def run(recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def run(recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter) -> dic
     uses = {"vae": recipe.vae, "text_encoder": recipe.text_encoder} | start_uses(recipe)
     if recipe.text_encoder_2:
         uses["text_encoder_2"] = recipe.text_encoder_2
-    build, sizes = lambda bench: DenoiserTask(recipe, bench), parameters(recipe, [])
+    build, sizes = partial(_build, recipe), parameters(recipe, [])
     if recipe.cache is None:
         return run_training(recipe, options, reporter, build, sizes, uses=uses)
     folder = Path(recipe.cache)
@@ -79,9 +80,20 @@ def parameters(recipe: TrainUnetRecipe, notes: list[str]) -> Parameters:
     found = [tower.config for tower in towers.values() if tower is not None]
     if vae is not None and len(found) == len(towers):
         fitted_config(recipe, vae, found)
-    trained, frozen = trained_parameters("unet", outlined(lambda: UNet2DConditionModel(recipe.model), recipe))
+    unet = outlined(lambda: UNet2DConditionModel(recipe.model), recipe)
     used = {"vae": vae, **towers}
+    if recipe.lora is not None:
+        return lora_parameters(recipe.lora, recipe.train, {UNET: unet, **used}, notes)
+    trained, frozen = trained_parameters("unet", unet)
     return trained, frozen | {name: count_parameters(model) for name, model in used.items() if model is not None}
+
+
+def _build(recipe: TrainUnetRecipe, bench: Workbench) -> Task[Batch]:
+    task = DenoiserTask(recipe, bench)
+    if recipe.lora is not None:
+        return LoRATask(task, recipe, recipe.lora, bench)
+    bench.run.share(task.save_unchanged)
+    return task
 
 
 class DenoiserTask:
@@ -107,7 +119,6 @@ class DenoiserTask:
         empty = self.encoder.condition([""]) if bench.cache is None else self.encoder.cached(bench.cache, "")
         self.denoising = Denoising(self.family, recipe.diffusion, recipe.seed, empty)
         self._held_out: dict[int, Encoded] = {}
-        bench.run.share(self._save_unchanged)
 
     def prepare(self, batch: Batch) -> Batch:
         """With the tokens of its captions, unless it is out of a cache."""
@@ -122,8 +133,8 @@ class DenoiserTask:
         return self.denoising.loss(part, *self.encoder(part)), {}
 
     def _encoded(self, batch: Batch) -> Encoded:
-        """A held-out batch; encoded once, for codec and encoder do not change."""
-        if id(batch) not in self._held_out:
+        """A held-out batch; encoded once, unless the encoder is trained."""
+        if id(batch) not in self._held_out or self.encoder.adapts_text:
             sent = self.prepare(batch).map(lambda tensor: tensor.to(self.bench.device))
             self._held_out[id(batch)] = (sent, *self.encoder(sent))
         return self._held_out[id(batch)]
@@ -138,7 +149,7 @@ class DenoiserTask:
         samples, warn = self.recipe.samples, self.bench.run.warn
         generate_samples(self.family, samples, captions, folder, warn, self.bench.sharing)
 
-    def _save_unchanged(self, folder: Path) -> None:
+    def save_unchanged(self, folder: Path) -> None:
         """Write the parts of the model folder that training does not change."""
         self.family.save_companions(folder)
         save_frozen(folder / UNET, self.family.denoiser.state_dict(), self._frozen)

@@ -191,13 +191,18 @@ def _is_frozen(module: nn.Module) -> bool:
     return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
+def is_compiled_on(device: torch.device, config: TrainConfig, tell: Callable[[str], None]) -> bool:
+    """Whether models are compiled; see `should_compile`."""
+    return should_compile(config.compile, device, config.steps >= _WORTH_COMPILING, tell)
+
+
 def _placed(
     task: Task[Any], config: TrainConfig, device: torch.device, ranks: Ranks, tell: Callable[[str], None]
 ) -> Weights:
     """Bring the task's modules to the device, as the recipe says."""
     trained = {**task.modules, **task.auxiliary}
     is_sharded = config.strategy == "sharded" and ranks.world_size > 1
-    is_compiled = not is_sharded and should_compile(config.compile, device, config.steps >= _WORTH_COMPILING, tell)
+    is_compiled = not is_sharded and is_compiled_on(device, config, tell)
     if device.type == "cpu" and not is_compiled:
         for module in trained.values():
             tune_for_cpu(module)

@@ -34,6 +34,9 @@ class BatchEncoder:
         recipe: names the folders, the precision and the memory order.
         device: where the networks compute.
         warn: called once if captions are cut.
+
+    Attributes:
+        adapts_text: whether conditions have gradients, of adapters on the text encoders.
     """
 
     def __init__(self, recipe: TrainUnetRecipe, device: torch.device, warn: Callable[[str], None]) -> None:
@@ -45,6 +48,7 @@ class BatchEncoder:
             self.encoder = CLIPTextEncoder.load(text, warn=warn)
         place(device, torch.float32, self.codec, *self.encoder.models, channels_last=recipe.train.channels_last)
         self._device, self._precision = device, recipe.train.precision
+        self.adapts_text = False
 
     def prepare(self, batch: Batch) -> Batch:
         """With the tokens of its captions, unless it is out of a cache; on the host."""
@@ -53,7 +57,7 @@ class BatchEncoder:
     def __call__(self, batch: Batch) -> tuple[dict[str, Tensor], Condition]:
         """Moments and conditions of a prepared batch on the device: out of the cache, or computed."""
         if batch.moments is None or batch.condition is None:
-            return self.moments(batch.images), self._condition(batch.tokens)
+            return self.moments(batch.images), self.condition_of(batch.tokens)
         moments = {name: tensor.float() for name, tensor in batch.moments.items()}
         return moments, Condition(**batch.condition).map(_as_float32)
 
@@ -65,11 +69,12 @@ class BatchEncoder:
 
     def condition(self, captions: Sequence[str]) -> Condition:
         """B captions → B rows."""
-        return self._condition(self.encoder.tokens(captions))
+        return self.condition_of(self.encoder.tokens(captions))
 
-    @torch.no_grad()
-    def _condition(self, tokens: Mapping[str, Tensor]) -> Condition:
-        with autocast(self._device, self._precision):
+    def condition_of(self, tokens: Mapping[str, Tensor]) -> Condition:
+        """The conditions of captions from their tokens, on any device."""
+        has_gradient = self.adapts_text and torch.is_grad_enabled()
+        with torch.set_grad_enabled(has_gradient), autocast(self._device, self._precision):
             condition = self.encoder.encode_tokens(tokens)
         return condition.map(_as_float32)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -14,7 +14,8 @@ from torch import nn
 
 from ldm_cli.errors import InputNotFoundError, RecipeError, amount, first_line
 from ldm_cli.formats.model_folder import fitting_tensors, without_weights
-from ldm_cli.recipe.schema import StartedRecipe, TrainRecipe
+from ldm_cli.formats.pipeline_folder import UNET
+from ldm_cli.recipe.schema import StartedRecipe, TrainRecipe, TrainUnetRecipe
 from ldm_cli.stages.support.start import freeze, start_folder
 from ldm_cli.training.config import TrainConfig
 
@@ -69,11 +70,21 @@ def model_at(field: str, folder: str, outline: Callable[[Path], ModuleT], notes:
         return None
 
 
+def halved_models(recipe: TrainRecipe) -> tuple[str, ...]:
+    """The models whose weights are bf16 in memory: the denoiser of a LoRA recipe that says so."""
+    is_halved = isinstance(recipe, TrainUnetRecipe) and recipe.lora is not None and recipe.lora.base_precision == "bf16"
+    return (UNET,) if is_halved else ()
+
+
 def training_bytes(
-    trained: dict[str, int], frozen: dict[str, int], train: TrainConfig, num_ranks: int = 1
+    trained: dict[str, int],
+    frozen: dict[str, int],
+    train: TrainConfig,
+    num_ranks: int = 1,
+    halved: Collection[str] = (),
 ) -> dict[str, int]:
     """What stays in the memory of each of `num_ranks` ranks while so many parameters are trained or used; weights and
-    optimizer state are in fp32.
+    optimizer state are in fp32, but the weights of `halved` models.
 
     AdamW keeps two numbers per trained weight. The discriminator is not averaged. With `strategy: sharded` the ranks
     share the trained models, frozen parameters included, but not the discriminator; each holds all other models.
@@ -88,7 +99,7 @@ def training_bytes(
     num_saved = sum(trained.values()) + sum(count for name, count in frozen.items() if name.endswith(FROZEN))
     num_copies = 1 if train.ema_decay is None else 2
     return {
-        "weights": 4 * (num_trained + sum(used.values())),
+        "weights": 4 * (num_trained + sum(used.values())) - 2 * sum(frozen.get(name, 0) for name in halved),
         "gradients": 4 * num_trained,
         "optimizer": 8 * num_trained,
         "ema": 4 * num_averaged if train.ema_decay is not None else 0,
@@ -107,7 +118,7 @@ def expect_memory(
         RecipeError: model or batch are larger than the memory there is.
     """
     trained, frozen = parameters
-    sizes = training_bytes(trained, frozen, recipe.train, world_size)
+    sizes = training_bytes(trained, frozen, recipe.train, world_size, halved_models(recipe))
     if recipe.train.optimizer == "muon":
         sizes["save"] -= sizes["optimizer"] // 2
         sizes["optimizer"] //= 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.formats.weight_files import refuse_foreign_content, tensors_sha256
 from ldm_cli.pictures.job import Item
 from ldm_cli.pictures.progress import PartOfProgress
+from ldm_cli.pictures.provenance import lora_source
 from ldm_cli.recipe.schema import SampleRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.config import SamplingConfig
@@ -32,7 +33,9 @@ from ldm_cli.sampling.edit_config import EditConfig
 from ldm_cli.sampling.edit_input import EditInput, open_edit_input
 from ldm_cli.sampling.guidance_models import guidance_folders, with_absolute_paths
 from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.sampling.request import ImageRequest
 from ldm_cli.sampling.sample_options import OnNonfinite, OnPreview, SampleOptions
+from ldm_cli.stages.support.job_adapters import JobAdapters
 from ldm_cli.storage import file_sha256
 
 _MOST_TOGETHER = 256
@@ -54,10 +57,17 @@ class Latents:
 
 
 class PictureGenerator:
-    """The model of a job, the pictures to work on and the initial noise."""
+    """The model of a job, its adapters, the pictures to work on and the initial noise."""
 
-    def __init__(self, pipeline: Pipeline, recipe: SampleRecipe, latents: Latents | None, num_images: int) -> None:
-        self.pipeline, self.recipe = pipeline, recipe
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        recipe: SampleRecipe,
+        latents: Latents | None,
+        num_images: int,
+        adapters: JobAdapters,
+    ) -> None:
+        self.pipeline, self.recipe, self._adapters = pipeline, recipe, adapters
         self._edit_inputs: dict[tuple[EditConfig, int | None, int | None], EditInput] = {}
         self._hashes: dict[GuidanceConfig, dict[str, str]] = {}
         self._sha256 = cache(weights_sha256)
@@ -78,6 +88,7 @@ class PictureGenerator:
         """Absolute paths of the model, or its name on the hub, and of the files that the pictures are made of."""
         paths = {"model": self.pipeline.family.folder, "latents": self._latents.file if self._latents else None}
         paths |= {name: getattr(self.recipe.edit, name) for name in ("image", "mask", "style")}
+        paths |= {lora_source(name): path for name, path in self._adapters.paths.items()}
         return {n: recorded(Path(p).expanduser().absolute()) for n, p in paths.items() if p is not None}
 
     def check(self, items: Sequence[Item]) -> None:
@@ -117,6 +128,8 @@ class PictureGenerator:
             provenance["tile"] = self.recipe.tile
         if hashes := self._guidance_hashes(self.recipe.sampling):
             provenance["guidance_models"] = hashes
+        if self._adapters.sha256:
+            provenance["lora_sha256"] = self._adapters.sha256
         if self._latents is not None:
             provenance["latents_sha256"] = tensors_sha256([self._latents.file])
         return provenance
@@ -124,6 +137,8 @@ class PictureGenerator:
     def provenance(self, item: Item, index: int) -> dict[str, Any]:
         """The provenance that one picture has beside `shared`, as JSON."""
         own: dict[str, Any] = {"prompt": item.request.prompt, "seed": item.request.seed}
+        if item.loras:
+            own["loras"] = dict(item.loras)
         if item.request.blend is not None:
             own["blend"] = item.request.blend.to_mapping()
         sampling = self._sampling_provenance(item.sampling, item.edit)
@@ -149,6 +164,7 @@ class PictureGenerator:
         with reporter.progress("sampling", len(indices), unit="image") as progress:
             done = 0
             for part in _alike(items, indices):
+                self._adapters.use_for(items[part[0]])
                 sampling, edit = items[part[0]].sampling, items[part[0]].edit
                 options = SampleOptions(
                     edit_input=self._edit_input(sampling, edit),
@@ -225,9 +241,9 @@ def _preview_codec(folder: str, family: Family) -> Codec:
 
 def _alike(items: Sequence[Item], indices: Sequence[int]) -> Iterator[list[int]]:
     """Indices of pictures that one call of the pipeline generates; not too many, for conditions take memory."""
-    groups: dict[tuple[SamplingConfig, EditConfig], list[int]] = {}
+    groups: dict[Item, list[int]] = {}
     for i in indices:
-        groups.setdefault((items[i].sampling, items[i].edit), []).append(i)
+        groups.setdefault(replace(items[i], request=ImageRequest("", 0)), []).append(i)
     for group in groups.values():
         yield from (group[start : start + _MOST_TOGETHER] for start in range(0, len(group), _MOST_TOGETHER))
 

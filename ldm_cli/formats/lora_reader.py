@@ -1,0 +1,261 @@
+"""Files of adapters, read: in the layouts of kohya and LyCORIS, of diffusers old and new, and of PEFT."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm_cli.core.low_rank import Hadamard, Kronecker, LowRank, WeightUpdate
+from ldm_cli.errors import CheckpointError, InputNotFoundError
+from ldm_cli.formats.json_file import read_json
+from ldm_cli.formats.lora_file import DIFFUSERS_LORA
+from ldm_cli.formats.lora_names import Adaptable, ModuleNames, Target
+from ldm_cli.formats.model_folder import expect_finite
+from ldm_cli.formats.weight_files import named, read_metadata, read_tensors
+
+Adapters = dict[str, dict[str, WeightUpdate]]
+"""Component → path of a module in it → its update."""
+
+_PEFT_CONFIG, _PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PEFT_TYPES = ("LORA", "LOHA", "LOKR")
+_NO_ADAPTERS = re.compile("scheduler|optimizer|checkpoint")
+# How the names of tensors end, and what such a tensor is; what precedes names the module.
+_ROLES = {
+    "down": r"\.lora_down\.weight|\.lora_A(?:\.default)?\.weight|\.lora\.down\.weight|"
+    r"\.lora_linear_layer\.down\.weight|(?<=_lora)\.down\.weight",
+    "up": r"\.lora_up\.weight|\.lora_B(?:\.default)?\.weight|\.lora\.up\.weight|"
+    r"\.lora_linear_layer\.up\.weight|(?<=_lora)\.up\.weight",
+    "alpha": r"\.alpha",
+    "magnitude": r"\.lora_magnitude_vector(?:\.default)?(?:\.weight)?",
+    "dora_scale": r"\.dora_scale",
+    **{name: rf"\.{name}" for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")},
+    **{name: rf"\.{name}" for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")},
+}
+_NAMES = re.compile(r"(?P<module>.+?)(?:" + "|".join(f"(?P<{role}>{end})" for role, end in _ROLES.items()) + ")")
+_NUMBERED = re.compile(r"(unet|text_encoder):\d+:(up|down)")
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """Ranks and alphas of PEFT's configuration, for modules whose tensors do not say theirs."""
+
+    config: Mapping[str, Any]
+
+    def rank(self, module: str) -> int | None:
+        value = self._of(module, "rank_pattern", self.config.get("r"))
+        return None if value is None else int(value)
+
+    def alpha(self, module: str, rank: int) -> float:
+        """What is divided by the rank to give the scale; without a configuration the rank."""
+        alpha = self._of(module, "alpha_pattern", self.config.get("lora_alpha", self.config.get("alpha")))
+        if alpha is None:
+            return float(rank)
+        return float(alpha) * (rank**0.5 if self.config.get("use_rslora") else 1.0)
+
+    def _of(self, module: str, field: str, default: Any) -> Any:
+        patterns: Mapping[str, Any] = self.config.get(field) or {}
+        found = (value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", module))
+        return next(found, default)
+
+
+def lora_file(path: Path) -> Path:
+    """The file of adapters that a path means: itself, or that of a folder or of a run.
+
+    Raises:
+        InputNotFoundError: there is none, or more than one.
+    """
+    if path.is_file():
+        return path
+    for folder in (path, path / "model"):
+        for name in (DIFFUSERS_LORA, _PEFT_WEIGHTS):
+            if (folder / name).is_file():
+                return folder / name
+    found = [file for file in sorted(path.glob("*.safetensors")) if not _NO_ADAPTERS.search(file.name)]
+    if len(found) == 1:
+        return found[0]
+    cause = f"it holds {named([file.name for file in found])}" if found else "no such file, nor a folder with one"
+    raise InputNotFoundError(f"no adapters in '{path}'", cause, "give a .safetensors file")
+
+
+def lora_name(path: Path) -> str:
+    """What a file of adapters is called: its name without the ending, or that of its folder or run."""
+    path = path.absolute()
+    if path.suffix == ".safetensors" and path.name not in (DIFFUSERS_LORA, _PEFT_WEIGHTS):
+        return path.stem
+    folder = path.parent if path.suffix == ".safetensors" else path
+    return folder.parent.name if folder.name == "model" else folder.name
+
+
+def lora_sha256(path: Path) -> str:
+    """Hex sha256 of a file of adapters; of PEFT's, of the file followed by its configuration.
+
+    Raises:
+        InputNotFoundError: as in `lora_file`.
+    """
+    file = lora_file(path)
+    digest = hashlib.sha256()
+    for part in (file, file.with_name(_PEFT_CONFIG)):
+        if part is file or file.name == _PEFT_WEIGHTS:
+            with part.open("rb") as stream:
+                while block := stream.read(2**20):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def read_lora(path: Path, models: Mapping[str, Adaptable]) -> Adapters:
+    """The adapters in a file, or in a folder of diffusers or PEFT, in the types that they have, on the CPU.
+
+    Args:
+        path: as in `lora_file`.
+        models: those that may be adapted, by component, the denoiser first.
+
+    Raises:
+        InputNotFoundError: as in `lora_file`.
+        CheckpointError: it is damaged, of a kind that is not supported, or does not fit the models.
+    """
+    file = lora_file(path)
+    tensors = read_tensors(file)
+    expect_finite(tensors, path)
+    parts = _by_module(tensors, path)
+    names, configs = ModuleNames(models), _peft_configs(file, models)
+    adapters: Adapters = {}
+    unknown, misfits = [], []
+    for name, roles in parts.items():
+        targets = names.targets(name)
+        if not targets:
+            unknown.append(name)
+        for target in targets:
+            weight = models[target.component].weight(target.module)
+            update = _update(name, roles, target, weight, configs.get(target.component, _Scales({})), path)
+            expected = weight.shape[0], weight[0].numel()
+            if update.shape != expected:
+                misfits.append(f"{name} is for {list(update.shape)}, not {list(expected)}")
+            adapters.setdefault(target.component, {})[target.module] = update
+    problems = [f"no such module: {named(unknown)}"] if unknown else []
+    problems += [f"of another shape: {named(misfits)}"] if misfits else []
+    if problems:
+        raise CheckpointError(f"the adapters in '{path}' do not fit the model", "; ".join(problems))
+    return adapters
+
+
+def _by_module(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each module by their role."""
+    if any(_NUMBERED.fullmatch(name) for name in tensors):
+        cause = "its modules are numbered, as cloneofsimo's lora_diffusion wrote them"
+        raise CheckpointError(f"cannot use '{path}'", cause, "convert it to diffusers' or kohya's layout")
+    parts: dict[str, dict[str, Tensor]] = {}
+    strange = []
+    for name, tensor in tensors.items():
+        found = _NAMES.fullmatch(name)
+        if found is None:
+            strange.append(name)
+        else:
+            parts.setdefault(found["module"], {})[str(found.lastgroup)] = tensor
+    if strange:
+        cause = f"tensors of no supported kind of adapter: {named(strange)}"
+        raise CheckpointError(f"cannot use '{path}'", cause, "LoRA, DoRA, LoHa and LoKr are read")
+    return parts
+
+
+def _peft_configs(file: Path, models: Mapping[str, Adaptable]) -> dict[str, _Scales]:
+    """PEFT's configuration of each component, from the file beside it or from its metadata."""
+    if file.name == _PEFT_WEIGHTS:
+        config = read_json(file.with_name(_PEFT_CONFIG))
+        if (kind := config.get("peft_type")) not in _PEFT_TYPES:
+            cause = f"adapters of PEFT's type {kind} are not supported"
+            raise CheckpointError(f"cannot use '{file.parent}'", cause, f"{', '.join(_PEFT_TYPES)} are read")
+        return dict.fromkeys(models, _Scales(config))
+    flat = json.loads(read_metadata(file).get("lora_adapter_metadata", "{}"))
+    return {
+        component: _Scales(
+            {key.removeprefix(f"{component}."): value for key, value in flat.items() if key.startswith(f"{component}.")}
+        )
+        for component in models
+    }
+
+
+def _update(
+    name: str, roles: Mapping[str, Tensor], target: Target, weight: Tensor, scales: _Scales, path: Path
+) -> WeightUpdate:
+    """The update of one module from the tensors that a file has for it."""
+    for kind, make in _KINDS.items():
+        tensors = dict(roles)
+        alpha, magnitude = tensors.pop("alpha", None), _magnitude(tensors, weight, name, path)
+        if kind <= tensors.keys() and (update := make(tensors, alpha, target.module, scales, weight)) is not None:
+            update = replace(update, magnitude=magnitude)  # type: ignore[type-var]
+            return update if target.third is None else _third(update, target.third, name, path)
+    raise CheckpointError(f"cannot use '{path}'", f"the tensors of {name} are incomplete: {named(list(roles))}")
+
+
+def _magnitude(tensors: dict[str, Tensor], weight: Tensor, name: str, path: Path) -> Tensor | None:
+    """The norms of DoRA [O], taken out of `tensors`."""
+    found = tensors.pop("magnitude", None)
+    if (scale := tensors.pop("dora_scale", None)) is not None:
+        if scale.shape[0] != scale.numel():
+            cause = f"the DoRA of {name} has norms of columns, as old versions of LyCORIS wrote them"
+            raise CheckpointError(f"cannot use '{path}'", cause, "norms of rows are supported")
+        found = scale
+    if found is not None and found.numel() != len(weight):
+        raise CheckpointError(f"cannot use '{path}'", f"{name} has {found.numel()} norms for {len(weight)} rows")
+    return None if found is None else found.flatten()
+
+
+def _low_rank(
+    tensors: Mapping[str, Tensor], alpha: Tensor | None, module: str, scales: _Scales, weight: Tensor
+) -> WeightUpdate:
+    rank = len(tensors["down"])
+    return LowRank(tensors["down"], tensors["up"], scales.alpha(module, rank) if alpha is None else float(alpha))
+
+
+def _hadamard(
+    tensors: Mapping[str, Tensor], alpha: Tensor | None, module: str, scales: _Scales, weight: Tensor
+) -> WeightUpdate:
+    rank = len(tensors["hada_w1_b"])
+    own = scales.alpha(module, rank) if alpha is None else float(alpha)
+    return Hadamard(tensors["hada_w1_b"], tensors["hada_w1_a"], tensors["hada_w2_b"], tensors["hada_w2_a"], own)
+
+
+def _kronecker(
+    tensors: Mapping[str, Tensor], alpha: Tensor | None, module: str, scales: _Scales, weight: Tensor
+) -> WeightUpdate | None:
+    """LyCORIS scales by alpha / R where the file shows R, in a factor of two parts, and else by 1; PEFT always."""
+    factors = []
+    ranks = [] if (rank := scales.rank(module)) is None else [rank]
+    for number in "12":
+        whole, first, second = (tensors.get(f"lokr_w{number}{part}") for part in ("", "_a", "_b"))
+        if whole is None:
+            if first is None or second is None:
+                return None
+            ranks.append(len(second))
+            whole = first.float() @ second.float().flatten(1)
+        factors.append(whole)
+    left, right = factors
+    if weight.ndim == 4 and weight.shape[1] % left.shape[1] == 0 and right.ndim == 2:
+        right = right.view(len(right), -1, *weight.shape[2:])
+    scale = 1.0
+    if ranks:
+        scale = (scales.alpha(module, ranks[-1]) if alpha is None else float(alpha)) / ranks[-1]
+    return Kronecker(left, right, scale)
+
+
+_Make = Callable[[Mapping[str, Tensor], Tensor | None, str, _Scales, Tensor], WeightUpdate | None]
+_KINDS: dict[frozenset[str], _Make] = {
+    frozenset({"down", "up"}): _low_rank,
+    frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}): _hadamard,
+    frozenset(): _kronecker,
+}
+
+
+def _third(update: WeightUpdate, third: int, name: str, path: Path) -> WeightUpdate:
+    """The part of the update of a module that holds queries, keys and values: exact, as these are its rows."""
+    if not isinstance(update, LowRank):
+        raise CheckpointError(f"cannot use '{path}'", f"{name} updates three modules of ours, which only LoRA can")
+    magnitude = None if update.magnitude is None else update.magnitude.tensor_split(3)[third]
+    return replace(update, up=update.up.tensor_split(3)[third], magnitude=magnitude)

@@ -1,0 +1,70 @@
+"""`ldm convert --merge-lora`: the merged model generates the pictures of the adapted one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from ldm_cli.errors import CheckpointError
+from ldm_cli.families.adapted import AdaptedNetworks, adaptable_models, adaptable_networks
+from ldm_cli.families.open_family import open_family
+from ldm_cli.formats.lora_reader import read_lora
+from ldm_cli.reporting import SilentReporter
+from ldm_cli.stages.convert import ConvertOptions, run
+from tests.conftest import Ldm
+from tests.sampling.tiny import tiny_pipeline
+from tests.stages.test_sample_loras import write_adapters
+from tests.stages.tiny_xl import save_tiny_xl
+
+
+def adapted_states(folder: Path, files: dict[Path, float]) -> dict[str, dict[str, torch.Tensor]]:
+    networks = adaptable_networks(open_family(folder))
+    models = adaptable_models(networks)
+    adapted = AdaptedNetworks(networks, {str(file): read_lora(file, models) for file in files})
+    adapted.use({str(file): weight for file, weight in files.items()})
+    return {name: network.state_dict() for name, network in networks.items()}
+
+
+@pytest.mark.parametrize(("is_xl", "out"), [(False, "folder"), (False, "file.safetensors"), (True, "folder")])
+def test_merged_weights_are_the_adapted_ones(is_xl: bool, out: str, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    save_tiny_xl(model) if is_xl else tiny_pipeline().family.save(model)
+    files = {
+        write_adapters(model, tmp_path / f"{n}.safetensors", i): w for i, (n, w) in enumerate([("a", 0.7), ("b", -2)])
+    }
+    run(model, tmp_path / out, ConvertOptions(loras=tuple(files.items())), SilentReporter())
+    if out.endswith(".safetensors"):
+        with safe_open(tmp_path / out, "pt") as opened:
+            assert opened.metadata()["modelspec.merged_from"] == "a.safetensors=0.7, b.safetensors=-2"
+        run(tmp_path / out, tmp_path / "folder", ConvertOptions(tokenizer=model), SilentReporter())
+    found = adapted_states(tmp_path / "folder", {})
+    for component, state in adapted_states(model, files).items():
+        for name, tensor in state.items():
+            torch.testing.assert_close(found[component][name], tensor, atol=1e-6, rtol=0)
+    base = open_family(model).denoiser.state_dict()
+    assert not all(torch.equal(found["unet"][name], base[name]) for name in base)
+
+
+def test_weights_of_another_type_are_rounded_once(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    tiny_pipeline().family.save(model)
+    file = write_adapters(model, tmp_path / "a.safetensors", 0)
+    run(model, tmp_path / "half", ConvertOptions(dtype="fp16"), SilentReporter())
+    run(tmp_path / "half", tmp_path / "whole", ConvertOptions(dtype="fp32", loras=((file, 1.0),)), SilentReporter())
+    found, expected = adapted_states(tmp_path / "whole", {}), adapted_states(tmp_path / "half", {file: 1.0})
+    assert all(torch.equal(found["unet"][name], tensor) for name, tensor in expected["unet"].items())
+
+
+def test_a_model_by_itself_takes_its_own_adapters(tmp_path: Path, ldm: Ldm) -> None:
+    model = tmp_path / "model"
+    tiny_pipeline().family.save(model)
+    file = write_adapters(model, tmp_path / "a.safetensors", 0)
+    with pytest.raises(CheckpointError, match="do not fit the model: no such module: lora_te_text_model"):
+        run(model / "unet", tmp_path / "unet", ConvertOptions(loras=((file, 1.0),)), SilentReporter())
+    done = ldm("convert", str(model), "merged", "--merge-lora", f"{file}=0.5", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["metadata"]["modelspec.merged_from"] == "a.safetensors=0.5"
