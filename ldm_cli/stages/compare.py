@@ -15,7 +15,7 @@ from ldm_cli.evaluation.clip_features import CLIPFeatures
 from ldm_cli.evaluation.config import HOW_TO_GET_INCEPTION, PictureMetric, Preprocessing
 from ldm_cli.evaluation.frechet import Gaussian
 from ldm_cli.evaluation.inception_features import InceptionFeatures
-from ldm_cli.evaluation.picture_metrics import CLIP, PictureFeatures, measure_pictures, needed_taps
+from ldm_cli.evaluation.picture_metrics import CLIP, POOLED, PictureFeatures, measure_pictures, needed_taps
 from ldm_cli.evaluation.statistics_files import Statistics, read_statistics, write_statistics
 from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.model_source import weights_sha256
@@ -189,4 +189,4 @@ def _check_comparable(measured: list[_Measured], reporter: Reporter) -> None:
 def _save(file: Path, measured: _Measured) -> None:
     features = measured.features
     assert isinstance(features, PictureFeatures)
-    write_statistics(file, features.moments.whole.gaussian, features.count, measured.about)
+    write_statistics(file, features.moments[POOLED].whole.gaussian, features.count, measured.about)

@@ -162,8 +162,9 @@ def test_statistics_that_were_measured_otherwise_are_not_compared(home: Path, tm
     arrays = {name: value for name, value in read_npz(file).items() if name in ("mu", "sigma")}
     write_npz(file, arrays)
     reporter = SilentReporter()
-    run(str(home / "a"), str(file), options(home), reporter)
-    assert any("fid: 30 generated pictures for 2048 features" in message for message in reporter.messages)
+    few = write_pictures(tmp_path / "few", 5, 0)
+    run(str(few), str(file), options(home), reporter)
+    assert any("fid: 5 generated pictures for 12 features" in message for message in reporter.messages)
     assert any("does not say with which preprocessing" in message for message in reporter.messages)
     write_npz(file, {"mu": torch.zeros(3), "sigma": torch.zeros(3, 3)})
     with pytest.raises(DataError, match=r"mu is \[3\], sigma \[3, 3\], but FID takes 12 features"):

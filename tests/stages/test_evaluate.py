@@ -183,7 +183,9 @@ def test_numbers_depend_neither_on_the_batch_size_nor_on_the_run(home: Path) -> 
 
     def numbers(value: Any) -> list[float]:
         if isinstance(value, dict):
-            return [number for inner in value.values() for number in numbers(inner)]
+            return numbers(list(value.values()))
+        if isinstance(value, list):
+            return [number for inner in value for number in numbers(inner)]
         return [] if value is None else [value]
 
     assert numbers(first) == pytest.approx(numbers(second), rel=1e-4, abs=1e-6)
@@ -222,6 +224,39 @@ def _generated(home: Path, count: int) -> Iterator[Tensor]:
     return (picture.pixels for picture in pipeline.generate(requests, sampling, reporter=SilentReporter()))
 
 
+def test_each_point_of_a_sweep_is_what_is_measured_alone(home: Path) -> None:
+    metrics = ["clip_score", "frechet_distance", "attribute_accuracy"]
+    folders = {"a": str(home / "pipeline"), "b": str(home / "pipeline")}
+    sweep = {"guidance.scale": [1.0, 3.0], "steps": [1, 2]}
+    swept = evaluate(home, metrics, pipeline=None, pipelines=folders, sweep=sweep)
+    settings = [{"guidance.scale": scale, "steps": steps} for scale in (1.0, 3.0) for steps in (1, 2)]
+    assert [(one["pipeline"], one["settings"]) for one in swept["points"]] == [
+        (name, values) for name in "ab" for values in settings
+    ]
+    alone = evaluate(home, metrics, sampling={"steps": 1, "guidance": 3.0})["metrics"]
+    found = swept["points"][6]["metrics"]
+    assert found["frechet_distance"] == alone["frechet_distance"] != swept["points"][7]["metrics"]["frechet_distance"]
+    for name in ("clip_score", "attribute_accuracy"):
+        assert {**swept["metrics"][name], **found[name]} == alone[name]
+    assert set(swept["provenance"]["models"]["pipelines"]["b"]["sha256"]) == {"unet", "vae", "text_encoder"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sweep": {"guidance.size": [1]}}, "eval.sweep: there is no field 'guidance.size'"),
+        ({"sweep": {"steps": [5, 0]}}, "eval.sweep cannot be: steps"),
+        ({"sweep": {"precision": ["fp32"]}}, "eval.sweep has no precision"),
+        ({"sweep": {"steps": [1]}, "pipeline": None}, "eval.sweep needs eval.pipeline"),
+        ({"pipelines": {"other": "x"}}, "exclude each other"),
+        ({"pipelines": {"no/name": "x"}, "pipeline": None}, "should match pattern"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_a_recipe_error(home: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        recipe(home, ["retrieval"], **changes)
+
+
 def test_a_metric_without_weights_says_where_they_come_from(home: Path) -> None:
     with pytest.raises(ValidationError, match=r"fid needs eval.inception: take .*; or measure frechet_distance"):
         recipe(home, ["fid"])
@@ -246,7 +281,7 @@ def test_the_ith_caption_is_drawn_with_the_ith_seed(home: Path, monkeypatch: pyt
         return generate(self, requests, *args, **options)
 
     monkeypatch.setattr(Pipeline, "generate", watched)
-    monkeypatch.setattr("ldm_cli.stages.support.eval_samples._REQUESTS_PER_CALL", 4)
+    monkeypatch.setattr("ldm_cli.stages.support.eval_samples._PICTURES_PER_ROUND", 4)
     found = evaluate(home, ["attribute_accuracy"], sampling={"steps": 1, "seed": 40})["metrics"]
     assert seen == [(scene(0, i, "val", 32).caption, 40 + i) for i in range(6)]
     assert found["attribute_accuracy"]["generated"]["all"]["num_images"] == 6
@@ -259,12 +294,12 @@ def test_an_autoencoder_that_returns_its_input_is_perfect(home: Path, monkeypatc
 
 
 def test_a_pipeline_that_draws_the_truth_is_perfect(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def draw(config: Any, gathered: Any, models: Any, reporter: Any) -> Any:
-        captions = gathered.captions
-        pictures = [scene(0, i, "val", 32) for i in range(len(captions))]
-        assert captions == [picture.caption for picture in pictures]
-        flat = [torch.frombuffer(bytearray(p.image.tobytes()), dtype=torch.uint8) for p in pictures]
-        yield torch.stack([pixels.view(32, 32, 3).permute(2, 0, 1) for pixels in flat])
+    def draw(pipeline: Any, requests: Any, *_: Any) -> Any:
+        for request in requests:
+            picture = scene(0, request.seed, "val", 32)
+            assert request.prompt == picture.caption
+            flat = torch.frombuffer(bytearray(picture.image.tobytes()), dtype=torch.uint8)
+            yield flat.view(32, 32, 3).permute(2, 0, 1)
 
     monkeypatch.setattr("ldm_cli.stages.support.eval_samples._generated", draw)
     found = evaluate(home, ["attribute_accuracy", "frechet_distance"], num_generated=20)["metrics"]
@@ -353,4 +388,4 @@ def test_a_model_that_overflows_is_named_and_gives_no_numbers(
     asked = recipe(tmp_path / "home", metrics, sampling={"steps": 2, "guidance": 3.0})
     with pytest.raises(DivergedError, match=culprit):
         run(asked, RunOptions(device="cpu", out=tmp_path / "out"), SilentReporter())
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "eval.json").exists()
