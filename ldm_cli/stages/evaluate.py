@@ -84,6 +84,12 @@ class _Evaluation:
             result = self._measured(place.measured)
             if self.ranks.is_first:
                 place.write(result)
+                if "points" in result:
+                    # It imports matplotlib, which takes long.
+                    from ldm_cli.stages.support.eval_curve import save_curve
+
+                    for file in save_curve(result["points"], place.curve):
+                        self.reporter.info(f"the curve is in {file}")
             return result
         finally:
             place.release()

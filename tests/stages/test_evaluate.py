@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ldm_cli.cli.app import run as run_program
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.clip import CLIPModel, CLIPTextModel
@@ -239,6 +240,23 @@ def test_each_point_of_a_sweep_is_what_is_measured_alone(home: Path) -> None:
     for name in ("clip_score", "attribute_accuracy"):
         assert {**swept["metrics"][name], **found[name]} == alone[name]
     assert set(swept["provenance"]["models"]["pipelines"]["b"]["sha256"]) == {"unet", "vae", "text_encoder"}
+
+
+def test_a_sweep_leaves_a_curve_and_a_table_of_its_points(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = {"guidance.scale": [1.0, 2.5], "steps": [1, 2]}
+    asked = recipe(home, ["clip_score", "frechet_distance"], sweep=sweep).to_mapping()
+    (tmp_path / "recipe.json").write_text(json.dumps(asked))
+    out = tmp_path / "out"
+    assert run_program(["eval", str(tmp_path / "recipe.json"), "--out", str(out), "--device", "cpu"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    head = next(row for row in rows if row[:1] == ["pipeline"])
+    assert head[:2] == ["pipeline", "guidance.scale"]
+    assert sum(row[:1] == ["pipeline"] for row in rows) == 1 + 4
+    assert sorted(path.name for path in out.iterdir()) == ["eval-curve.png", "eval-curve.svg", "eval.json"]
+    vector = (out / "eval-curve.svg").read_text()
+    assert all(f">{text}</text>" in vector for text in ("pipeline, steps 1", "pipeline, steps 2", "2.5"))
 
 
 @pytest.mark.parametrize(

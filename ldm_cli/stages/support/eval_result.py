@@ -29,11 +29,13 @@ class EvalResult:
 
     Attributes:
         measured: folder of measurements.
+        curve: of a sweep, without the suffix.
     """
 
     def __init__(self, out: Path, provenance: Mapping[str, Any], reporter: Reporter) -> None:
         self._file = out if out.suffix == ".json" else out / RESULT_NAME
         self.measured = self._file.with_name(f"{self._file.stem}-measured")
+        self.curve = self._file.with_name(f"{self._file.stem}-curve")
         self._provenance, self._reporter = provenance, reporter
         self._lock = RunLock(self.measured / ".lock")
 
