@@ -79,6 +79,9 @@ class EvalConfig(Config):
     num_generated: Annotated[int, Field(ge=1)] = 256
     """Number of pictures to generate: one for each of the first captions, the i-th (from 0) with seed
     `sampling.seed + i`."""
+    keep_pictures: bool = False
+    """Whether the generated pictures are kept beside the result, each point of a sweep in a folder as of `ldm sample`;
+    that takes `--out`."""
     zero_shot: tuple[ZeroShotClassification, ...] = ()
     """Classifications for `zero_shot`."""
     batch_size: Annotated[int, Field(ge=1)] = 64

@@ -10,13 +10,12 @@ import math
 from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ldm_cli.data.open_shards import open_shards
-from ldm_cli.errors import DivergedError, RecipeError
+from ldm_cli.errors import DivergedError, RecipeError, UsageError
 from ldm_cli.evaluation.config import MetricName
 from ldm_cli.evaluation.image_quality import SSIM_WINDOW
 from ldm_cli.evaluation.scene_detector import WORKING_SIZE
@@ -27,6 +26,7 @@ from ldm_cli.stages.support.eval_metrics import check_truths, metrics_of_generat
 from ldm_cli.stages.support.eval_models import Models, Pipelines
 from ldm_cli.stages.support.eval_result import EvalResult
 from ldm_cli.stages.support.eval_samples import RealSamples, measure_generated, measure_real
+from ldm_cli.stages.support.kept_pictures import kept_pictures
 from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import RunOptions, resolve_device, settled
 from ldm_cli.training.distributed import SECONDS_OF_SILENCE, joined, local_rank
@@ -75,13 +75,15 @@ class _Evaluation:
     def result(self, options: RunOptions) -> dict[str, Any]:
         """That of `run`."""
         if options.out is None:
+            if self.config.keep_pictures:
+                raise UsageError("eval.keep_pictures has no place for the pictures", remedy="give --out")
             return self._measured(None)
         place = EvalResult(options.out, self.provenance, self.reporter)
         found = place.claim(options.overwrite) if self.ranks.is_first else None
         if self.ranks.from_first("found" if found else ""):
             return found or {}
         try:
-            result = self._measured(place.measured)
+            result = self._measured(place)
             if self.ranks.is_first:
                 place.write(result)
                 if "points" in result:
@@ -119,16 +121,16 @@ class _Evaluation:
         same = {"precision": self.settled.precision, "compile": self.settled.compile}
         return point.sampling.model_copy(update=same)
 
-    def _measured(self, folder: Path | None) -> dict[str, Any]:
+    def _measured(self, place: EvalResult | None) -> dict[str, Any]:
         """The result; empty on all ranks but the first."""
         config, models, warn = self.config, self.models, self.reporter.warn
-        own = None if folder is None else folder / "real"
+        own = None if place is None else place.measured / "real"
         real = measure_real(self.recipe, self.shards, models, self.reporter, self.ranks, own)
         if "attribute_accuracy" in config.metrics:
             check_truths(real, config.num_generated)
         metrics = _finite(metrics_of_real(config, models, real)) if self.ranks.is_first else {}
         captions = real.captions[: config.num_generated]
-        points = list(self._points(real, captions, folder))
+        points = list(self._points(real, captions, place))
         if not self.ranks.is_first:
             return {}
         if real.measured.num_truncated:
@@ -144,16 +146,22 @@ class _Evaluation:
             metrics[name] = {**metrics.get(name, {}), **values}
         return {"metrics": {name: metrics[name] for name in config.metrics}, "provenance": provenance}
 
-    def _points(self, real: RealSamples, captions: list[str], folder: Path | None) -> Iterator[dict[str, Any]]:
+    def _points(self, real: RealSamples, captions: list[str], place: EvalResult | None) -> Iterator[dict[str, Any]]:
         """What is measured of every pipeline at every point of the sweep."""
         config, reporter, ranks = self.config, self.reporter, self.ranks
         for number, (name, point) in enumerate(product(self.pipelines.names, self.points)):
             pipeline = self.pipelines.load(name)
             if config.pipelines or config.sweep:
                 reporter.info(f"measuring {name}" + "".join(f", {n} {value}" for n, value in point.settings.items()))
-            own = None if folder is None else folder / f"{number:03d}-{name}"
-            sampling = self._sampling(point)
-            generated = measure_generated(config, sampling, captions, pipeline, self.models, reporter, ranks, own)
+            sampling, measured, keep = self._sampling(point), None, None
+            if place is not None:
+                part = f"{number:03d}-{name}"
+                measured = place.measured / part
+                if config.keep_pictures:
+                    keep = kept_pictures(place.pictures / part, pipeline, sampling, captions, ranks)
+            generated = measure_generated(
+                config, sampling, captions, pipeline, self.models, reporter, ranks, measured, keep
+            )
             if ranks.is_first:
                 metrics = _finite(metrics_of_generated(config, self.models, real, generated, reporter.warn))
                 yield {"pipeline": name, "settings": dict(point.settings), "metrics": metrics}

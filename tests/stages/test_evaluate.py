@@ -19,11 +19,11 @@ from ldm_cli.cli.app import run as run_program
 from ldm_cli.data.loader import sequential_batches
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.scenes import scene
-from ldm_cli.errors import DataError, DivergedError, OutputError, RecipeError
+from ldm_cli.errors import DataError, DivergedError, OutputError, RecipeError, UsageError
 from ldm_cli.evaluation.config import PICTURE_METRICS
 from ldm_cli.families.open_family import open_family
 from ldm_cli.formats.model_source import weights_sha256
-from ldm_cli.pictures.images import save_image
+from ldm_cli.pictures.images import read_image, save_image
 from ldm_cli.recipe.schema import EvalRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.pipeline import Pipeline
@@ -111,13 +111,16 @@ def test_numbers_depend_neither_on_the_batch_size_nor_on_the_run(home: Path) -> 
 def test_metrics_of_pictures_are_those_of_the_kept_pictures(home: Path, tmp_path: Path) -> None:
     weights = tmp_path / "inception.safetensors"
     save_file(inception_weights(), weights)
-    given = {"inception": str(weights), "preprocessing": "clean", "num_generated": 10}
-    result = evaluate(home, [*PICTURE_METRICS], **given)
-    for name, pictures in {"generated": _generated(home, 10), "real": _real(home, 20)}.items():
-        for number, picture in enumerate(pictures):
-            save_image(tmp_path / name / f"{number:02d}.png", picture)
+    given = {"inception": str(weights), "preprocessing": "clean", "num_generated": 10, "keep_pictures": True}
+    asked = recipe(home, [*PICTURE_METRICS], **given)
+    result = run(asked, RunOptions(device="cpu", out=tmp_path / "out"), SilentReporter())
+    kept = tmp_path / "out" / "eval-pictures" / "000-pipeline"
+    for file, picture in zip(sorted(kept.glob("*.png")), _generated(home, 10), strict=True):
+        assert torch.equal(read_image(file), picture)
+    for number, picture in enumerate(_real(home, 20)):
+        save_image(tmp_path / "real" / f"{number:02d}.png", picture)
     options = CompareOptions(PICTURE_METRICS, weights, home / "clip", "clean", device="cpu")
-    expected = compare.run(str(tmp_path / "generated"), str(tmp_path / "real"), options, SilentReporter())
+    expected = compare.run(str(kept), str(tmp_path / "real"), options, SilentReporter())
     provenance = expected.pop("provenance")
     found = {name: value for values in result["metrics"].values() for name, value in values.items()}
     assert (found.pop("num_real"), found.pop("num_generated")) == (20, 10)
@@ -125,6 +128,17 @@ def test_metrics_of_pictures_are_those_of_the_kept_pictures(home: Path, tmp_path
     numbers = {name: value for name, value in expected.items() if isinstance(value, float)}
     assert {name: found[name] for name in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-6)
     assert result["provenance"]["models"]["inception"] == provenance["networks"]["inception"]
+
+
+def test_a_kept_picture_is_repeated_by_sample(home: Path, tmp_path: Path) -> None:
+    asked = recipe(home, ["attribute_accuracy"], keep_pictures=True, sweep={"steps": [1, 2]})
+    run(asked, RunOptions(device="cpu", out=tmp_path / "out"), SilentReporter())
+    picture = sorted((tmp_path / "out" / "eval-pictures" / "001-pipeline").glob("00003-*.png"))[0]
+    assert run_program(["sample", "--repeat", str(picture), "--out", str(tmp_path / "again"), "--device", "cpu"]) == 0
+    again = next((tmp_path / "again").glob("00000-*.png"))
+    assert torch.equal(read_image(again), read_image(picture))
+    with pytest.raises(UsageError, match="keep_pictures"):
+        run(asked, RunOptions(device="cpu"), SilentReporter())
 
 
 def _real(home: Path, count: int) -> Iterator[Tensor]:

@@ -29,12 +29,14 @@ class EvalResult:
 
     Attributes:
         measured: folder of measurements.
+        pictures: folder of the pictures that are kept.
         curve: of a sweep, without the suffix.
     """
 
     def __init__(self, out: Path, provenance: Mapping[str, Any], reporter: Reporter) -> None:
         self._file = out if out.suffix == ".json" else out / RESULT_NAME
         self.measured = self._file.with_name(f"{self._file.stem}-measured")
+        self.pictures = self._file.with_name(f"{self._file.stem}-pictures")
         self.curve = self._file.with_name(f"{self._file.stem}-curve")
         self._provenance, self._reporter = provenance, reporter
         self._lock = RunLock(self.measured / ".lock")
@@ -63,6 +65,7 @@ class EvalResult:
             self._lock.acquire(self._reporter.warn)
             if overwrite:
                 self._clear()
+                shutil.rmtree(self.pictures, ignore_errors=True)
         if (file := self.measured / _PROVENANCE).exists():
             self._expect_same(_content(file), self.measured)
             self._reporter.info(f"going on with the measurements in {self.measured}")

@@ -25,6 +25,7 @@ from ldm_cli.evaluation.picture_metrics import CLIP, PictureFeatures, needed_tap
 from ldm_cli.evaluation.scene_detector import SeenObject, SeenScene, read_scenes
 from ldm_cli.families.codec_folder import Autoencoder
 from ldm_cli.pictures.progress import PartOfProgress
+from ldm_cli.pictures.writer import Write, written_meanwhile
 from ldm_cli.recipe.schema import EvalRecipe, EvalSection
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.config import SamplingConfig
@@ -206,8 +207,9 @@ def measure_generated(
     reporter: Reporter,
     ranks: Ranks,
     folder: Path | None,
+    keep: Write | None,
 ) -> Measurements:
-    """A picture for each caption, measured and dropped; all ranks call."""
+    """A picture for each caption, measured, and kept by `keep` or dropped; all ranks call."""
     kept = [COSINE] if "clip_score" in config.metrics else []
     measured = Measurements(config.metrics, kept, len(captions), models.device)
     requests = [ImageRequest(caption, sampling.seed + i) for i, caption in enumerate(captions)]
@@ -218,9 +220,12 @@ def measure_generated(
         # Together, because prompts and pictures of several batches share calls of the models.
         part = PartOfProgress(reporter, progress, done)
         pictures = _generated(pipeline, [request for batch in own for request in batch], sampling, part)
-        for batch in own:
-            images = torch.stack(list(islice(pictures, len(batch))))
-            yield _of_pictures(images, [request.prompt for request in batch], config, models)
+        with written_meanwhile(keep or _drop) as hand_over:  # written before their measurements are kept
+            for batch in own:
+                images = torch.stack(list(islice(pictures, len(batch))))
+                for request, image in zip(batch, images, strict=True):
+                    hand_over(request.seed - sampling.seed, image)
+                yield _of_pictures(images, [request.prompt for request in batch], config, models)
 
     with reporter.progress("measuring pictures", len(requests), unit="image") as progress:
         for number, found in enumerate(measured_in_rounds(batches, measure, ranks, _batches_per_round(config), folder)):
@@ -228,6 +233,10 @@ def measure_generated(
             done += len(batches[number])
             progress.update(done)
     return measured
+
+
+def _drop(index: int, pixels: Tensor) -> None:
+    """Keep no picture."""
 
 
 def _generated(
