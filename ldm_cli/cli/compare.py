@@ -8,17 +8,22 @@ from typing import Annotated, Any, cast
 import typer
 
 from ldm_cli.cli import options as given
-from ldm_cli.cli.report import make_reporter
+from ldm_cli.cli.launch import become_ranks, is_first_rank, make_rank_reporter
 from ldm_cli.cli.show import show_result
 from ldm_cli.cli.startup import importing
 from ldm_cli.errors import UsageError
 
-_SET = "A folder of pictures, shards, or a .npz file of statistics"
-
 
 def command(
-    generated: Annotated[str, given.argument("A", f"{_SET}: the pictures that are judged.")],
-    real: Annotated[str | None, given.argument("B", f"{_SET}: the reference.")] = None,
+    context: typer.Context,
+    sets: Annotated[
+        list[str],
+        given.argument(
+            "A [B]",
+            "A, the pictures that are judged, and B, the reference: folders of pictures, shards, or .npz files of "
+            "statistics. Or any number of results of ldm eval (.json), side by side.",
+        ),
+    ],
     metrics: Annotated[str, typer.Option("--metrics", metavar="fid,kid,prdc,is,cmmd", help="What to measure.")] = "fid",
     inception: Annotated[
         Path | None, given.option("--inception", metavar="FILE", text="Weights of FID's network, in safetensors.")
@@ -37,10 +42,20 @@ def command(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Pictures per call.")] = 50,
     device: given.Device = "auto",
     overwrite: given.Overwrite = False,
+    nproc: given.NumProcesses = None,
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:
     """Measure how far a set of pictures is from another: FID, KID, precision, recall, CMMD; and Inception scores."""
+    if all(name.endswith(".json") for name in sets):
+        from ldm_cli.stages import compare_results
+
+        table = compare_results.run([Path(name) for name in sets])
+        show_result(table if json else _as_columns(table), json)
+        return
+    if len(sets) > 2:
+        raise UsageError(f"{len(sets)} sets are given", remedy="compare two, or .json results of ldm eval")
+    become_ranks(context.obj, nproc)
     from ldm_cli.evaluation.config import PICTURE_METRICS, PREPROCESSINGS
 
     wanted = tuple(dict.fromkeys(name.strip() for name in metrics.split(",")))
@@ -63,8 +78,9 @@ def command(
         save_statistics,
         overwrite,
     )
-    result = compare.run(generated, real, options, make_reporter())
-    show_result(result if json else _for_people(result), json)
+    result = compare.run(sets[0], sets[1] if len(sets) == 2 else None, options, make_rank_reporter())
+    if is_first_rank():
+        show_result(result if json else _for_people(result), json)
 
 
 def _for_people(result: dict[str, Any]) -> dict[str, Any]:
@@ -73,3 +89,11 @@ def _for_people(result: dict[str, Any]) -> dict[str, Any]:
     sets = {name: provenance[name] for name in ("generated", "real") if name in provenance}
     shown = ("source", "num_pictures", "sha256")
     return {**result, "measured": {name: {key: one.get(key) for key in shown} for name, one in sets.items()}}
+
+
+def _as_columns(table: dict[str, Any]) -> dict[str, Any]:
+    """A row for each number, a column for each result."""
+    results = table["results"]
+    names = [name for name in results[0]["numbers"] if not name.endswith("_interval")]
+    rows = [{"number": name, **{one["name"]: one["numbers"].get(name) for one in results}} for name in names]
+    return {"numbers": rows, "not_compared": table["not_compared"]}
