@@ -48,23 +48,13 @@ def command(
 ) -> None:
     """Measure how far a set of pictures is from another: FID, KID, precision, recall, CMMD; and Inception scores."""
     if all(name.endswith(".json") for name in sets):
-        from ldm_cli.stages import compare_results
-
-        table = compare_results.run([Path(name) for name in sets])
-        show_result(table if json else _as_columns(table), json)
+        _show_results(sets, json)
         return
     if len(sets) > 2:
         raise UsageError(f"{len(sets)} sets are given", remedy="compare two, or .json results of ldm eval")
     become_ranks(context.obj, nproc)
-    from ldm_cli.evaluation.config import PICTURE_METRICS, PREPROCESSINGS
-
     wanted = tuple(dict.fromkeys(name.strip() for name in metrics.split(",")))
-    for name, values, allowed in (
-        ("--metrics", wanted, PICTURE_METRICS),
-        ("--preprocessing", (preprocessing,), PREPROCESSINGS),
-    ):
-        if unknown := [value for value in values if value not in allowed]:
-            raise UsageError(f"unknown {name} '{unknown[0]}'", remedy=f"it takes {', '.join(allowed)}")
+    _check_words(wanted, preprocessing)
     with importing():
         from ldm_cli.stages import compare
 
@@ -91,9 +81,24 @@ def _for_people(result: dict[str, Any]) -> dict[str, Any]:
     return {**result, "measured": {name: {key: one.get(key) for key in shown} for name, one in sets.items()}}
 
 
-def _as_columns(table: dict[str, Any]) -> dict[str, Any]:
-    """A row for each number, a column for each result."""
+def _check_words(metrics: tuple[str, ...], preprocessing: str) -> None:
+    """Refuse unknown names of metrics and programs."""
+    from ldm_cli.evaluation.config import PICTURE_METRICS, PREPROCESSINGS
+
+    for name, values, allowed in (
+        ("--metrics", metrics, PICTURE_METRICS),
+        ("--preprocessing", (preprocessing,), PREPROCESSINGS),
+    ):
+        if unknown := [value for value in values if value not in allowed]:
+            raise UsageError(f"unknown {name} '{unknown[0]}'", remedy=f"it takes {', '.join(allowed)}")
+
+
+def _show_results(files: list[str], json: bool) -> None:
+    """Results of `ldm eval`: for people a row for each number and a column for each result."""
+    from ldm_cli.stages import compare_results
+
+    table = compare_results.run([Path(file) for file in files])
     results = table["results"]
     names = [name for name in results[0]["numbers"] if not name.endswith("_interval")]
     rows = [{"number": name, **{one["name"]: one["numbers"].get(name) for one in results}} for name in names]
-    return {"numbers": rows, "not_compared": table["not_compared"]}
+    show_result(table if json else {"numbers": rows, "not_compared": table["not_compared"]}, json)

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm_cli.evaluation.intervals import NUM_GROUPS, interval
+from ldm_cli.evaluation.intervals import NORMAL_QUANTILE, interval
 
 _CHUNK = 1024
+_FEWEST_FOR_INTERVAL = 20
 
 
 def clip_score(image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -42,11 +43,13 @@ def summarize_clip_score(cosines: Tensor) -> dict[str, object]:
         arXiv:2104.08718, eq. 1); `num_samples`.
     """
     scores = 100 * cosines.double().clamp(min=0)
-    score, is_many = float(scores.mean()), len(scores) >= 2 * NUM_GROUPS
+    score, found = float(scores.mean()), None
+    if len(scores) >= _FEWEST_FOR_INTERVAL:
+        found = interval(score, float(scores.std()) / len(scores) ** 0.5, NORMAL_QUANTILE)
     return {
         "mean_cosine": float(cosines.double().mean()),
         "clip_score": score,
-        "clip_score_interval": interval(score, float(scores.std()) / len(scores) ** 0.5) if is_many else None,
+        "clip_score_interval": found,
         "clipscore_hessel": score / 40,
         "num_samples": len(cosines),
     }

@@ -95,9 +95,8 @@ def measure_pictures(
     found: dict[PictureMetric, dict[str, object]] = {}
     for metric in metrics:
         for which, one in (("generated", generated), ("real", None if metric == "is" else real)):
-            if isinstance(one, PictureFeatures) and one.count < _FEWEST[metric]:
-                cause = f"{one.count} {which} pictures, but at least {_FEWEST[metric]} are needed"
-                raise DataError(f"{metric} cannot be measured", cause)
+            if isinstance(one, PictureFeatures):
+                _expect_enough(one.count, which, _FEWEST[metric], metric)
         if metric == "fid":
             found[metric] = frechet_of(POOLED, "fid", generated, real, warn)
             continue
@@ -124,15 +123,31 @@ def frechet_of(
         features: `2048` or `CLIP`.
         name: of the distance.
         generated, real, warn: as in `measure_pictures`.
+
+    Raises:
+        DataError: a set is too small.
     """
     sides = []
     for which, one in (("generated", generated), ("real", real)):
         assert one is not None
         moments = one.moments[features] if isinstance(one, PictureFeatures) else one
-        if isinstance(moments, FeatureMoments) and moments.count <= moments.width:
-            warn(
-                f"{name}: {moments.count} {which} pictures for {moments.width} features; "
-                "compare only with distances of as many pictures"
-            )
+        if isinstance(moments, FeatureMoments):
+            _expect_enough(moments.count, which, _FEWEST["fid"], name)
+            if moments.count <= moments.width:
+                warn(
+                    f"{name}: {moments.count} {which} pictures for {moments.width} features; "
+                    "compare only with distances of as many pictures"
+                )
         sides.append(moments)
     return frechet_estimates(sides[0], sides[1], name)
+
+
+def _expect_enough(count: int, which: str, fewest: int, metric: str) -> None:
+    """Refuse fewer pictures than a metric needs.
+
+    Raises:
+        DataError: naming both numbers.
+    """
+    if count < fewest:
+        cause = f"{count} {which} pictures, but at least {fewest} are needed"
+        raise DataError(f"{metric} cannot be measured", cause)

@@ -19,7 +19,7 @@ from ldm_cli.formats.pipeline_folder import INDEX_NAME
 from ldm_cli.recipe.schema import EvalRecipe, Recipe, SampleRecipe, StartedRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages import trainer_stage
-from ldm_cli.stages.support.eval_models import needed_models
+from ldm_cli.stages.support.eval_models import Pipelines, needed_models
 from ldm_cli.stages.support.model_sizes import count_parameters, model_at, outlined, training_bytes
 from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import resolve_device
@@ -53,7 +53,10 @@ def dry_run(recipe: Recipe, reporter: Reporter, num_ranks: int = 1) -> dict[str,
         result |= _memory(parameters, DTYPES[precision_on(resolve_device("auto"), recipe.sampling.precision)].itemsize)
         result["images"] = len(recipe.prompts) * recipe.sampling.images_per_prompt
     elif isinstance(recipe, EvalRecipe):
+        config = recipe.eval
         result |= _memory(_evaluated(recipe, notes))
+        num_pipelines = len(Pipelines(config, config.sampling, resolve_device("cpu")).names)
+        result["images"] = config.num_generated * len(config.sweep_points()) * num_pipelines
         result |= _shards(recipe.data, notes, reporter)
     else:
         if isinstance(recipe, StartedRecipe):

@@ -266,6 +266,8 @@ def test_the_command_prints_the_distance_of_the_network(
     assert run_program(["compare", *names, *asked]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["kid"] > 0, found["kid_subset_size"]) == (True, 3)
+    assert run_program(["compare", *names, names[0]]) == 2
+    assert "3 sets are given" in capsys.readouterr().err
     for wrong in (["--metrics", "fid,lpips"], ["--preprocessing", "tf"]):
         assert run_program(["compare", *names, *wrong]) == 2
         assert f"unknown {wrong[0]} '{wrong[1].split(',')[-1]}'" in capsys.readouterr().err
