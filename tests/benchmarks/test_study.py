@@ -94,12 +94,8 @@ def test_table_and_plates_replace_what_stands_between_the_marks(
     study.publish(text, plates, tmp_path / "docs")
     study.publish(text, plates, tmp_path / "docs")
     published = page.read_text()
-    assert published.startswith("before
-<!-- study-numbers -->
-|")
-    assert published.endswith("<!-- /study-numbers -->
-after
-")
+    assert published.startswith("before\n<!-- study-numbers -->\n|")
+    assert published.endswith("<!-- /study-numbers -->\nafter\n")
     assert "old" not in published
     assert "| Fréchet distance | 4.1 ± 0.1 | 1 ± 0 | 3.1 (2.85 to 3.35) | confirmed |" in published
     names = {plate.name for plate in plates}
