@@ -1,5 +1,6 @@
 # make demo   pictures drawn from text by models trained on this machine, in minutes on two CPU cores
 # make test   the tests;  make check   style, types and the fast tests;  make exhaustive   what `make test` leaves out
+# make study  what helps pictures more, a larger text encoder or a larger denoiser: docs/study.md, in 90 minutes
 # make faults kills, signals, full disks, damaged files: everything a run must survive, in a table
 #
 # Where PyPI's torch would bring CUDA along and is not wanted:
@@ -24,7 +25,7 @@ TESTED := $(VENV)/.installed-test
 
 SHELL := /bin/bash -o pipefail
 
-.PHONY: faults setup demo test exhaustive check lint bench gpu-check clean
+.PHONY: faults setup demo study test exhaustive check lint bench gpu-check clean
 
 setup: $(TESTED)
 
@@ -54,6 +55,10 @@ demo: $(INSTALLED)
 	$(LDM) sample demo/sample
 	$(LDM) eval demo/eval --out runs/demo-eval
 	@echo "Look at runs/demo-samples/grid.png; runs/demo-eval/eval.json has the numbers."
+
+# Goes on after an interruption: every part is a command that does.
+study: $(INSTALLED)
+	$(BIN)/python benchmarks/study.py
 
 # One thread per process: the processes share the cores, and results do not depend on the machine.
 test: $(TESTED)

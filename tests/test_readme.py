@@ -51,6 +51,7 @@ NAMES = (
     "foreign-models",
     "eval",
     "compare",
+    "study",
     "spiral",
     "data",
     "recipe",

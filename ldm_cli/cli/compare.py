@@ -8,17 +8,22 @@ from typing import Annotated, Any, cast
 import typer
 
 from ldm_cli.cli import options as given
-from ldm_cli.cli.report import make_reporter
+from ldm_cli.cli.launch import become_ranks, is_first_rank, make_rank_reporter
 from ldm_cli.cli.show import show_result
 from ldm_cli.cli.startup import importing
 from ldm_cli.errors import UsageError
 
-_SET = "A folder of pictures, shards, or a .npz file of statistics"
-
 
 def command(
-    generated: Annotated[str, given.argument("A", f"{_SET}: the pictures that are judged.")],
-    real: Annotated[str | None, given.argument("B", f"{_SET}: the reference.")] = None,
+    context: typer.Context,
+    sets: Annotated[
+        list[str],
+        given.argument(
+            "A [B]",
+            "A, the pictures that are judged, and B, the reference: folders of pictures, shards, or .npz files of "
+            "statistics. Or any number of results of ldm eval (.json), side by side.",
+        ),
+    ],
     metrics: Annotated[str, typer.Option("--metrics", metavar="fid,kid,prdc,is,cmmd", help="What to measure.")] = "fid",
     inception: Annotated[
         Path | None, given.option("--inception", metavar="FILE", text="Weights of FID's network, in safetensors.")
@@ -37,19 +42,19 @@ def command(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Pictures per call.")] = 50,
     device: given.Device = "auto",
     overwrite: given.Overwrite = False,
+    nproc: given.NumProcesses = None,
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:
     """Measure how far a set of pictures is from another: FID, KID, precision, recall, CMMD; and Inception scores."""
-    from ldm_cli.evaluation.config import PICTURE_METRICS, PREPROCESSINGS
-
+    if all(name.endswith(".json") for name in sets):
+        _show_results(sets, json)
+        return
+    if len(sets) > 2:
+        raise UsageError(f"{len(sets)} sets are given", remedy="compare two, or .json results of ldm eval")
+    become_ranks(context.obj, nproc)
     wanted = tuple(dict.fromkeys(name.strip() for name in metrics.split(",")))
-    for name, values, allowed in (
-        ("--metrics", wanted, PICTURE_METRICS),
-        ("--preprocessing", (preprocessing,), PREPROCESSINGS),
-    ):
-        if unknown := [value for value in values if value not in allowed]:
-            raise UsageError(f"unknown {name} '{unknown[0]}'", remedy=f"it takes {', '.join(allowed)}")
+    _check_words(wanted, preprocessing)
     with importing():
         from ldm_cli.stages import compare
 
@@ -63,8 +68,9 @@ def command(
         save_statistics,
         overwrite,
     )
-    result = compare.run(generated, real, options, make_reporter())
-    show_result(result if json else _for_people(result), json)
+    result = compare.run(sets[0], sets[1] if len(sets) == 2 else None, options, make_rank_reporter())
+    if is_first_rank():
+        show_result(result if json else _for_people(result), json)
 
 
 def _for_people(result: dict[str, Any]) -> dict[str, Any]:
@@ -73,3 +79,26 @@ def _for_people(result: dict[str, Any]) -> dict[str, Any]:
     sets = {name: provenance[name] for name in ("generated", "real") if name in provenance}
     shown = ("source", "num_pictures", "sha256")
     return {**result, "measured": {name: {key: one.get(key) for key in shown} for name, one in sets.items()}}
+
+
+def _check_words(metrics: tuple[str, ...], preprocessing: str) -> None:
+    """Refuse unknown names of metrics and programs."""
+    from ldm_cli.evaluation.config import PICTURE_METRICS, PREPROCESSINGS
+
+    for name, values, allowed in (
+        ("--metrics", metrics, PICTURE_METRICS),
+        ("--preprocessing", (preprocessing,), PREPROCESSINGS),
+    ):
+        if unknown := [value for value in values if value not in allowed]:
+            raise UsageError(f"unknown {name} '{unknown[0]}'", remedy=f"it takes {', '.join(allowed)}")
+
+
+def _show_results(files: list[str], json: bool) -> None:
+    """Results of `ldm eval`: for people a row for each number and a column for each result."""
+    from ldm_cli.stages import compare_results
+
+    table = compare_results.run([Path(file) for file in files])
+    results = table["results"]
+    names = [name for name in results[0]["numbers"] if not name.endswith("_interval")]
+    rows = [{"number": name, **{one["name"]: one["numbers"].get(name) for one in results}} for name in names]
+    show_result(table if json else {"numbers": rows, "not_compared": table["not_compared"]}, json)

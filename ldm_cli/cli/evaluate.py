@@ -50,5 +50,17 @@ def command(
 
 def _for_people(result: dict[str, Any]) -> dict[str, Any]:
     """The metrics and the data they were measured on; the JSON holds the whole provenance."""
-    others = {name: value for name, value in result.items() if name not in ("metrics", "provenance")}
-    return {**others, **result["metrics"], "measured_on": result["provenance"]["data"]}
+    shown = dict(result["metrics"])
+    if points := result.get("points"):
+        shown["points"] = [{"pipeline": one["pipeline"], **one["settings"], **_numbers(one)} for one in points]
+    return {**shown, "measured_on": result["provenance"]["data"]}
+
+
+def _numbers(point: dict[str, Any]) -> dict[str, Any]:
+    """The main numbers of a point of a sweep, by short names."""
+    metrics = point["metrics"]
+    found = {"clip_score": metrics["clip_score"]["generated"]["clip_score"]} if "clip_score" in metrics else {}
+    for values in (values for name, values in metrics.items() if name not in ("clip_score", "attribute_accuracy")):
+        found |= {n: v for n, v in values.items() if isinstance(v, float) and not n.endswith(("_std", "_infinity"))}
+    rates = metrics.get("attribute_accuracy", {}).get("generated", {}).get("all", {})
+    return found | {name: rates[name] for name in ("shape_and_color", "pair_shape_and_color") if name in rates}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
@@ -37,6 +38,9 @@ HOW_TO_GET_INCEPTION = (
 """Remedy where the weights of the Inception network are missing."""
 
 
+PipelineName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
+
+
 class ZeroShotClassification(Config):
     """One classification by class prompts."""
 
@@ -66,6 +70,8 @@ class EvalConfig(Config):
     pipeline: Annotated[str | None, NamesModel()] = None
     """Pipeline that generates pictures of the captions, for `clip_score`, `frechet_distance`,
     `attribute_accuracy`, `fid`, `kid`, `prdc`, `is`, `cmmd`."""
+    pipelines: Annotated[dict[PipelineName, str], NamesModel()] = Field(default_factory=dict)
+    """Several such pipelines by names of your choice, in place of `pipeline`: each is measured."""
     metrics: Annotated[tuple[MetricName, ...], Field(min_length=1)]
     """Metrics to compute."""
     num_samples: Annotated[int, Field(ge=1)] = 1000
@@ -73,6 +79,9 @@ class EvalConfig(Config):
     num_generated: Annotated[int, Field(ge=1)] = 256
     """Number of pictures to generate: one for each of the first captions, the i-th (from 0) with seed
     `sampling.seed + i`."""
+    keep_pictures: bool = False
+    """Whether the generated pictures are kept beside the result, each point of a sweep in a folder as of `ldm sample`;
+    that takes `--out`."""
     zero_shot: tuple[ZeroShotClassification, ...] = ()
     """Classifications for `zero_shot`."""
     batch_size: Annotated[int, Field(ge=1)] = 64
@@ -83,10 +92,18 @@ class EvalConfig(Config):
         """The metrics that `ldm compare` has as well."""
         return tuple(metric for metric in PICTURE_METRICS if metric in self.metrics)
 
+    @property
+    def named_pipelines(self) -> Mapping[str, str]:
+        """The folders of `pipelines`, or that of `pipeline` as the only one, by name."""
+        return {"pipeline": self.pipeline} if self.pipeline else self.pipelines
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.pipeline and self.pipelines:
+            raise ValueError("eval.pipeline and eval.pipelines exclude each other")
         for metric in self.metrics:
-            missing = [name for name in _NEEDS[metric] if not getattr(self, name)]
+            given = {name: getattr(self, name) for name in _NEEDS[metric]} | {"pipeline": self.named_pipelines}
+            missing = [name for name in _NEEDS[metric] if not given[name]]
             if missing:
                 remedy = f": {HOW_TO_GET_INCEPTION}; or measure frechet_distance" if "inception" in missing else ""
                 needed = " and ".join(f"eval.{name}" for name in missing)

@@ -118,6 +118,11 @@ class FeatureMoments:
         if sum(map(len, self._waiting)) >= _CHUNK:
             self._merge()
 
+    @property
+    def width(self) -> int:
+        """Number of features of a vector, of which there is at least one."""
+        return len(self.whole.mean)
+
     def _merge(self) -> None:
         """Bring the waiting vectors into their groups; of many at once this costs little beside their features."""
         if not self._waiting:
@@ -140,39 +145,43 @@ class FeatureMoments:
         return reduce(Moments.__add__, (group for group in self._groups if group is not None))
 
 
-def frechet_inception_distance(
-    generated: FeatureMoments | Gaussian, real: FeatureMoments | Gaussian
+def frechet_estimates(
+    generated: FeatureMoments | Gaussian, real: FeatureMoments | Gaussian, name: str = "fid"
 ) -> dict[str, object]:
-    """The Fréchet distance of Inception features, with its sampling error and its limit of many pictures.
+    """The Fréchet distance, with its sampling error and its limit of many pictures.
 
     The distance of N pictures is too large by about a constant / N (Chong & Forsyth 2020, arXiv:1911.07023, section 3).
     A jackknife that leaves out a tenth of the pictures measures this and the standard error.
 
     Args:
         generated, real: of two vectors or more. A Gaussian is taken as exact.
+        name: of the distance: `fid`, or that of `frechet_name`.
 
     Returns:
-        `fid`; `fid_interval`, 95 % for the distance at these numbers of pictures; `fid_infinity` and
-        `fid_infinity_interval`, for endless numbers of pictures. The last three are None where a set has fewer than 20
-        pictures, or both are Gaussians.
+        With `fid` for the name: `fid`; `fid_interval`, 95 % for the distance at these numbers of pictures;
+        `fid_infinity` and `fid_infinity_interval`, for endless numbers of pictures. The last three are None where a set
+        has fewer than 20 pictures, or both are Gaussians.
     """
     whole = [one if isinstance(one, Gaussian) else one.whole.gaussian for one in (generated, real)]
     distance = frechet_distance(*whole)
+    found: dict[str, object] = dict.fromkeys(
+        (name, f"{name}_interval", f"{name}_infinity", f"{name}_infinity_interval")
+    )
+    found[name] = distance
     sampled = [
         (one, whole[n], whole[1 - n]) for n, one in enumerate((generated, real)) if not isinstance(one, Gaussian)
     ]
     if not sampled or min(moments.count for moments, _, _ in sampled) < 2 * NUM_GROUPS:
-        return {"fid": distance, "fid_interval": None, "fid_infinity": None, "fid_infinity_interval": None}
+        return found
     differences = []
     for moments, own, other in sampled:
         first, *rest = _distances(other, chain((own,), moments.gaussians_without_a_group()))
         differences.append([distance - first for distance in rest])
     bias, error = jackknife(differences)
-    return {
-        "fid": distance,
-        "fid_interval": interval(distance, error),
-        "fid_infinity": distance - bias,
-        "fid_infinity_interval": interval(distance - bias, error),
+    return found | {
+        f"{name}_interval": interval(distance, error),
+        f"{name}_infinity": distance - bias,
+        f"{name}_infinity_interval": interval(distance - bias, error),
     }
 
 

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 NUM_GROUPS = 10
 """Groups of a jackknife."""
 
-_QUANTILE = 2.262  # 97.5 % of Student's t with NUM_GROUPS - 1 degrees of freedom
+STUDENT_QUANTILE = 2.262
+"""97.5 % of Student's t with NUM_GROUPS − 1 degrees of freedom."""
+NORMAL_QUANTILE = 1.960
+"""97.5 % of the normal distribution."""
 
 
 def jackknife(differences: Sequence[Sequence[float]]) -> tuple[float, float]:
@@ -27,6 +30,6 @@ def jackknife(differences: Sequence[Sequence[float]]) -> tuple[float, float]:
     return bias, variance**0.5
 
 
-def interval(value: float, standard_error: float) -> list[float]:
-    """Both ends of the 95 % interval around a value, with a standard error of `NUM_GROUPS` groups or more."""
-    return [value - _QUANTILE * standard_error, value + _QUANTILE * standard_error]
+def interval(value: float, standard_error: float, quantile: float = STUDENT_QUANTILE) -> list[float]:
+    """Both ends of the 95 % interval around a value, whose standard error is that of `NUM_GROUPS` groups or more."""
+    return [value - quantile * standard_error, value + quantile * standard_error]

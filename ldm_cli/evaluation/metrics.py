@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm_cli.evaluation.intervals import NORMAL_QUANTILE, interval
+
 _CHUNK = 1024
+_FEWEST_FOR_INTERVAL = 20
 
 
 def clip_score(image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -28,20 +31,27 @@ def clip_score(image_features: Tensor, text_features: Tensor) -> Tensor:
     return (F.normalize(image_features, dim=-1) * F.normalize(text_features, dim=-1)).sum(-1)
 
 
-def summarize_clip_score(image_features: Tensor, text_features: Tensor) -> dict[str, float | int]:
+def summarize_clip_score(cosines: Tensor) -> dict[str, object]:
     """The mean of `clip_score` in the conventions of publications.
 
+    Args:
+        cosines: float [N], of one picture or more.
+
     Returns:
-        `mean_cosine`; `clip_score`, the mean of 100 · max(cos, 0), as mostly reported; `clipscore_hessel`,
-        that of 2.5 · max(cos, 0) (Hessel et al. 2021, arXiv:2104.08718, eq. 1); `num_samples`.
+        `mean_cosine`; `clip_score`, the mean of 100 · max(cos, 0), as mostly reported, with `clip_score_interval`, 95 %
+        (None of fewer than 20 pictures); `clipscore_hessel`, the mean of 2.5 · max(cos, 0) (Hessel et al. 2021,
+        arXiv:2104.08718, eq. 1); `num_samples`.
     """
-    cosine = clip_score(image_features, text_features)
-    positive = float(cosine.clamp(min=0).mean())
+    scores = 100 * cosines.double().clamp(min=0)
+    score, found = float(scores.mean()), None
+    if len(scores) >= _FEWEST_FOR_INTERVAL:
+        found = interval(score, float(scores.std()) / len(scores) ** 0.5, NORMAL_QUANTILE)
     return {
-        "mean_cosine": float(cosine.mean()),
-        "clip_score": 100 * positive,
-        "clipscore_hessel": 2.5 * positive,
-        "num_samples": len(cosine),
+        "mean_cosine": float(cosines.double().mean()),
+        "clip_score": score,
+        "clip_score_interval": found,
+        "clipscore_hessel": score / 40,
+        "num_samples": len(cosines),
     }
 
 

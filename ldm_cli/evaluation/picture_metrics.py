@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ldm_cli.core.models.inception import Tap
 from ldm_cli.errors import DataError
-from ldm_cli.evaluation.config import PictureMetric
-from ldm_cli.evaluation.frechet import FeatureMoments, Gaussian, frechet_inception_distance
+from ldm_cli.evaluation.config import MetricName, PictureMetric
+from ldm_cli.evaluation.frechet import FeatureMoments, Gaussian, frechet_estimates
 from ldm_cli.evaluation.inception_score import NUM_SPLITS, inception_score
 from ldm_cli.evaluation.kernel_distances import clip_maximum_mean_discrepancy, kernel_inception_distance
 from ldm_cli.evaluation.manifolds import DENSITY_NEIGHBOR, precision_recall_density_coverage
@@ -18,28 +18,34 @@ from ldm_cli.evaluation.manifolds import DENSITY_NEIGHBOR, precision_recall_dens
 CLIP = "clip"
 """Name of CLIP embeddings among the features of a set."""
 
-_POOLED: Tap = "2048"
+POOLED: Tap = "2048"
+"""Name of the features that distances take."""
 _LOGITS: Tap = "logits"
 
 
-def needed_taps(metrics: Collection[PictureMetric]) -> list[Tap]:
+def needed_taps(metrics: Collection[MetricName]) -> list[Tap]:
     """The Inception features that the metrics take."""
-    pooled = [_POOLED] if {"fid", "kid", "prdc"} & set(metrics) else []
+    pooled = [POOLED] if {"fid", "kid", "prdc"} & set(metrics) else []
     return [*pooled, _LOGITS] if "is" in metrics else pooled
 
 
 _FEWEST: dict[PictureMetric, int] = {"fid": 2, "kid": 2, "prdc": DENSITY_NEIGHBOR + 1, "is": NUM_SPLITS, "cmmd": 1}
 _OF_PAIRS: dict[PictureMetric, tuple[Callable[[Tensor, Tensor], dict[str, object]], str]] = {
-    "kid": (kernel_inception_distance, _POOLED),
-    "prdc": (precision_recall_density_coverage, _POOLED),
+    "kid": (kernel_inception_distance, POOLED),
+    "prdc": (precision_recall_density_coverage, POOLED),
     "cmmd": (clip_maximum_mean_discrepancy, CLIP),
 }
+
+
+_KEPT_FOR = {POOLED: {"kid", "prdc"}, _LOGITS: {"is"}, CLIP: {"cmmd"}}
+_MOMENTS_FOR = {POOLED: "fid", CLIP: "frechet_distance"}
 
 
 class PictureFeatures:
     """The features of one set of pictures that the metrics need.
 
-    For `fid` alone this takes the same memory for any number of pictures; the others keep 3 to 8 KiB of each.
+    For `fid` and `frechet_distance` this takes the same memory for any number of pictures. Of each picture, `kid` and
+    `prdc` together keep 8 KiB, `is` 4 KiB, `cmmd` 2 to 4 KiB, in main memory.
 
     Args:
         metrics: which.
@@ -47,23 +53,22 @@ class PictureFeatures:
 
     Attributes:
         count: number of pictures.
-        moments: of the features that the distances take.
+        moments: by kind of features.
     """
 
-    def __init__(self, metrics: Collection[PictureMetric], device: torch.device) -> None:
-        self.count, self.moments = 0, FeatureMoments()
-        self._device, self._has_fid = device, "fid" in metrics
-        kept = [_POOLED] if {"kid", "prdc"} & set(metrics) else []
-        self._kept: dict[str, list[Tensor]] = {name: [] for name in (*kept, _LOGITS, CLIP)}
+    def __init__(self, metrics: Collection[MetricName], device: torch.device) -> None:
+        self.count, self._device = 0, device
+        self.moments = {name: FeatureMoments() for name, metric in _MOMENTS_FOR.items() if metric in metrics}
+        self._kept: dict[str, list[Tensor]] = {name: [] for name, users in _KEPT_FOR.items() if users & set(metrics)}
 
-    def add(self, features: Mapping[str, Tensor]) -> None:
-        """Count further pictures by their features [B, N], of `needed_taps` and `CLIP`."""
-        for name, values in features.items():
-            if name == _POOLED and self._has_fid:
-                self.moments.add(values.to(self._device))
+    def add(self, measured: Mapping[str, Tensor]) -> None:
+        """Count further pictures by their features [B, N], of `needed_taps` and `CLIP`; others are passed over."""
+        for name, features in measured.items():
+            if name in self.moments:
+                self.moments[name].add(features.to(self._device))
             if name in self._kept:
-                self._kept[name].append(values.cpu())
-        self.count += len(next(iter(features.values())))
+                self._kept[name].append(features.cpu())
+        self.count += len(next(iter(measured.values())))
 
     def kept(self, name: str) -> Tensor:
         """All features of one kind: float32 [N, D]."""
@@ -90,11 +95,10 @@ def measure_pictures(
     found: dict[PictureMetric, dict[str, object]] = {}
     for metric in metrics:
         for which, one in (("generated", generated), ("real", None if metric == "is" else real)):
-            if isinstance(one, PictureFeatures) and one.count < _FEWEST[metric]:
-                cause = f"{one.count} {which} pictures, but at least {_FEWEST[metric]} are needed"
-                raise DataError(f"{metric} cannot be measured", cause)
+            if isinstance(one, PictureFeatures):
+                _expect_enough(one.count, which, _FEWEST[metric], metric)
         if metric == "fid":
-            found[metric] = _distance(generated, real, warn)
+            found[metric] = frechet_of(POOLED, "fid", generated, real, warn)
             continue
         assert isinstance(generated, PictureFeatures)
         if metric == "is":
@@ -106,16 +110,44 @@ def measure_pictures(
     return found
 
 
-def _distance(
-    generated: PictureFeatures | Gaussian, real: PictureFeatures | Gaussian | None, warn: Callable[[str], None]
+def frechet_of(
+    features: str,
+    name: str,
+    generated: PictureFeatures | Gaussian,
+    real: PictureFeatures | Gaussian | None,
+    warn: Callable[[str], None],
 ) -> dict[str, object]:
+    """The Fréchet distance of one kind of features, as `frechet_estimates` returns it.
+
+    Args:
+        features: `2048` or `CLIP`.
+        name: of the distance.
+        generated, real, warn: as in `measure_pictures`.
+
+    Raises:
+        DataError: a set is too small.
+    """
     sides = []
     for which, one in (("generated", generated), ("real", real)):
         assert one is not None
-        if isinstance(one, PictureFeatures) and one.count <= int(_POOLED):
-            warn(
-                f"fid: {one.count} {which} pictures for {_POOLED} features; compare only with distances of as many "
-                "pictures"
-            )
-        sides.append(one.moments if isinstance(one, PictureFeatures) else one)
-    return frechet_inception_distance(*sides)
+        moments = one.moments[features] if isinstance(one, PictureFeatures) else one
+        if isinstance(moments, FeatureMoments):
+            _expect_enough(moments.count, which, _FEWEST["fid"], name)
+            if moments.count <= moments.width:
+                warn(
+                    f"{name}: {moments.count} {which} pictures for {moments.width} features; "
+                    "compare only with distances of as many pictures"
+                )
+        sides.append(moments)
+    return frechet_estimates(sides[0], sides[1], name)
+
+
+def _expect_enough(count: int, which: str, fewest: int, metric: str) -> None:
+    """Refuse fewer pictures than a metric needs.
+
+    Raises:
+        DataError: naming both numbers.
+    """
+    if count < fewest:
+        cause = f"{count} {which} pictures, but at least {fewest} are needed"
+        raise DataError(f"{metric} cannot be measured", cause)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ldm_cli.core.diffusion.process import Level
 from ldm_cli.lesson.experiment import Lesson, Walk
-from ldm_cli.lesson.plotting import LIGHT, Panel, dots, line
 from ldm_cli.lesson.spiral import NUM_CLASSES, nearest
+from ldm_cli.plots.panels import LIGHT, Panel, dots, line
 
 NUM_COLOURS = 6
 _CLASS_COLOURS = ("arm0", "arm3", "arm5")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm_cli.lesson.experiment import GRID_SIZE, Lesson
 from ldm_cli.lesson.figures import LessonFigure, colour_groups, field_opacity
-from ldm_cli.lesson.plotting import DARK, LIGHT, svg
+from ldm_cli.plots.panels import DARK, LIGHT, svg
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _NUM_TIMES = 34

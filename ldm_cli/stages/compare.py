@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ldm_cli.errors import DataError, OutputError, UsageError
 from ldm_cli.evaluation.clip_features import CLIPFeatures
 from ldm_cli.evaluation.config import HOW_TO_GET_INCEPTION, PictureMetric, Preprocessing
 from ldm_cli.evaluation.frechet import Gaussian
 from ldm_cli.evaluation.inception_features import InceptionFeatures
-from ldm_cli.evaluation.picture_metrics import CLIP, PictureFeatures, measure_pictures, needed_taps
+from ldm_cli.evaluation.picture_metrics import CLIP, POOLED, PictureFeatures, measure_pictures, needed_taps
 from ldm_cli.evaluation.statistics_files import Statistics, read_statistics, write_statistics
 from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.options import resolve_device
 from ldm_cli.stages.support.picture_sets import PictureSet, open_pictures
+from ldm_cli.stages.support.rounds import Measured, measured_in_rounds
+from ldm_cli.training.distributed import SECONDS_OF_SILENCE, joined, local_rank
+from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.run_folder import environment
 
 STATISTICS_SUFFIX = ".npz"
+_HASHES = "sha256"
+_BATCHES_PER_ROUND = 8
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ def run(generated: str, real: str | None, options: CompareOptions, reporter: Rep
         reporter: receives progress and warnings.
 
     Returns:
-        The numbers of all metrics by their names, and `provenance`.
+        The numbers of all metrics by their names, and `provenance`. Empty on all ranks but the first.
 
     Raises:
         UsageError: an option is missing or does not fit the sets.
@@ -79,20 +88,34 @@ def run(generated: str, real: str | None, options: CompareOptions, reporter: Rep
     """
     names = [generated] if real is None else [generated, real]
     _check(names, options)
-    device = resolve_device(options.device)
-    sets = [read_statistics(Path(name)) if _is_file(name) else open_pictures(name, reporter) for name in names]
-    networks = _Networks(options, device, is_used=any(isinstance(one, PictureSet) for one in sets))
-    measured = [
-        _of_file(name, one, device) if isinstance(one, Statistics) else _of_pictures(one, options, networks, reporter)
-        for name, one in zip(names, sets, strict=True)
-    ]
-    _check_comparable(measured, reporter)
-    reference = measured[1].features if real is not None else None
-    metrics = options.metrics if real is not None else tuple(metric for metric in options.metrics if metric == "is")
+    device = resolve_device(options.device, local_rank())
+    with joined(device, SECONDS_OF_SILENCE) as ranks:
+        with ranks.first_then_others():
+            sets = [read_statistics(Path(name)) if _is_file(name) else open_pictures(name, reporter) for name in names]
+        networks = _Networks(options, device, is_used=any(isinstance(one, PictureSet) for one in sets))
+        measured = [
+            _of_file(name, one, device)
+            if isinstance(one, Statistics)
+            else _of_pictures(one, options, networks, reporter, ranks)
+            for name, one in zip(names, sets, strict=True)
+        ]
+        _check_comparable(measured, reporter)
+        if not ranks.is_first:
+            return {}
+        result = _result(measured, options, networks, reporter)
+        if options.save_statistics is not None:
+            _save(options.save_statistics, measured[-1])
+            reporter.info(f"statistics of '{names[-1]}' are in {options.save_statistics}")
+    return result
+
+
+def _result(
+    measured: list[_Measured], options: CompareOptions, networks: _Networks, reporter: Reporter
+) -> dict[str, Any]:
+    reference = measured[1].features if len(measured) == 2 else None
+    metrics = options.metrics if reference is not None else tuple(m for m in options.metrics if m == "is")
     found = measure_pictures(metrics, measured[0].features, reference, reporter.warn)
-    if options.save_statistics is not None:
-        _save(options.save_statistics, measured[-1])
-        reporter.info(f"statistics of '{names[-1]}' are in {options.save_statistics}")
+    device = networks.device
     return {
         **{name: value for values in found.values() for name, value in values.items()},
         "provenance": {
@@ -149,16 +172,32 @@ class _Networks:
             self.clip = CLIPFeatures.load(folder, device)
             self.provenance[CLIP] = {"folder": str(folder), "sha256": weights_sha256(folder)}
 
+    def __call__(self, pictures: list[Tensor]) -> Measured:
+        """Features of pictures uint8 [3, H, W], by name."""
+        found: Measured = {}
+        if self.inception is not None:
+            found |= {name: features.cpu() for name, features in self.inception(pictures, self.taps).items()}
+        if self.clip is not None:
+            found[CLIP] = self.clip.squares(pictures)
+        return found
 
-def _of_pictures(pictures: PictureSet, options: CompareOptions, networks: _Networks, reporter: Reporter) -> _Measured:
+
+def _of_pictures(
+    pictures: PictureSet, options: CompareOptions, networks: _Networks, reporter: Reporter, ranks: Ranks
+) -> _Measured:
     features, digest = PictureFeatures(options.metrics, networks.device), hashlib.sha256()
-    with reporter.progress(f"measuring {pictures.name}", len(pictures.files), unit="picture") as progress:
-        for batch in pictures.batches(options.batch_size, digest):
-            found: dict[str, torch.Tensor] = {}
-            if networks.inception is not None:
-                found |= networks.inception(batch, networks.taps)
-            if networks.clip is not None:
-                found[CLIP] = networks.clip.squares(batch)
+    own = pictures.batches(options.batch_size, ranks.rank, ranks.world_size)
+    numbers = range(-(-len(pictures.files) // options.batch_size))
+    with (
+        closing(own),
+        reporter.progress(f"measuring {pictures.name}", len(pictures.files), unit="picture") as progress,
+    ):
+
+        def measure(numbers: list[int]) -> Iterator[Measured]:
+            return (networks(batch) | {_HASHES: hashes} for batch, hashes in islice(own, len(numbers)))
+
+        for found in measured_in_rounds(numbers, measure, ranks, _BATCHES_PER_ROUND):
+            digest.update(bytes(found.pop(_HASHES).flatten().tolist()))
             features.add(found)
             progress.update(features.count)
     about = {"source": pictures.name, "num_pictures": features.count, "sha256": digest.hexdigest()}
@@ -189,4 +228,4 @@ def _check_comparable(measured: list[_Measured], reporter: Reporter) -> None:
 def _save(file: Path, measured: _Measured) -> None:
     features = measured.features
     assert isinstance(features, PictureFeatures)
-    write_statistics(file, features.moments.whole.gaussian, features.count, measured.about)
+    write_statistics(file, features.moments[POOLED].whole.gaussian, features.count, measured.about)

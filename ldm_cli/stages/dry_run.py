@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm_cli.core.models.inception import InceptionV3
 from ldm_cli.core.precision import DTYPES, precision_on
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.open_shards import open_shards
@@ -18,8 +19,8 @@ from ldm_cli.formats.pipeline_folder import INDEX_NAME
 from ldm_cli.recipe.schema import EvalRecipe, Recipe, SampleRecipe, StartedRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages import trainer_stage
-from ldm_cli.stages.support.eval_samples import needed_folders
-from ldm_cli.stages.support.model_sizes import count_parameters, halved_models, model_at, training_bytes
+from ldm_cli.stages.support.eval_models import Pipelines, needed_models
+from ldm_cli.stages.support.model_sizes import count_parameters, halved_models, model_at, outlined, training_bytes
 from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import resolve_device
 from ldm_cli.stages.support.start import resolve_start
@@ -52,7 +53,10 @@ def dry_run(recipe: Recipe, reporter: Reporter, num_ranks: int = 1) -> dict[str,
         result |= _memory(parameters, DTYPES[precision_on(resolve_device("auto"), recipe.sampling.precision)].itemsize)
         result["images"] = len(recipe.prompts) * recipe.sampling.images_per_prompt
     elif isinstance(recipe, EvalRecipe):
+        config = recipe.eval
         result |= _memory(_evaluated(recipe, notes))
+        num_pipelines = len(Pipelines(config, config.sampling, resolve_device("cpu")).names)
+        result["images"] = config.num_generated * len(config.sweep_points()) * num_pipelines
         result |= _shards(recipe.data, notes, reporter)
     else:
         if isinstance(recipe, StartedRecipe):
@@ -92,14 +96,19 @@ def _pipeline(field: str, folder: str, notes: list[str]) -> dict[str, int]:
 
 def _evaluated(recipe: EvalRecipe, notes: list[str]) -> dict[str, int]:
     parameters: dict[str, int] = {}
-    for name, folder in needed_folders(recipe.eval).items():
-        field = f"eval.{name}"
-        if name == "pipeline":
-            parameters |= {f"{name}.{part}": count for part, count in _pipeline(field, folder, notes).items()}
-        elif root := _resolved(field, folder, notes):
-            model = model_at(field, str(root), outline_clip if name == "clip" else outline_codec, notes)
-            if model is not None:
-                parameters[name] = count_parameters(model)
+    for field, folders in needed_models(recipe.eval).items():
+        for name, folder in folders.items():
+            place = f"eval.{field}" if field == name else f"eval.{field}.{name}"
+            if field in ("pipeline", "pipelines"):
+                parameters |= {f"{name}.{part}": count for part, count in _pipeline(place, folder, notes).items()}
+            elif field == "inception":
+                parameters[name] = count_parameters(outlined(InceptionV3))
+                if not Path(folder).is_file():
+                    notes.append(f"{place}: '{folder}' not found")
+            elif root := _resolved(place, folder, notes):
+                model = model_at(place, str(root), outline_clip if name == "clip" else outline_codec, notes)
+                if model is not None:
+                    parameters[name] = count_parameters(model)
     return parameters
 
 

@@ -1,47 +1,32 @@
 """`ldm eval`: metrics of trained models on shards.
 
-One pass over the samples measures everything real, one pass over as many captions draws pictures and
-measures those; then the metrics are computed from what was gathered. Pictures are never kept.
+One pass over the samples measures everything real. Then pictures of as many captions are generated and measured, for
+every pipeline and every point of the sweep.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ldm_cli.data.captions import field_of
 from ldm_cli.data.open_shards import open_shards
-from ldm_cli.data.shards import ShardSet
-from ldm_cli.errors import DataError, DivergedError, OutputError, RecipeError
-from ldm_cli.evaluation.attribute_accuracy import score_scenes
-from ldm_cli.evaluation.clip_features import CLIPFeatures
-from ldm_cli.evaluation.config import ZeroShotClassification
-from ldm_cli.evaluation.frechet import Moments, frechet_distance, frechet_name
+from ldm_cli.errors import DivergedError, RecipeError, UsageError
+from ldm_cli.evaluation.config import MetricName
 from ldm_cli.evaluation.image_quality import SSIM_WINDOW
-from ldm_cli.evaluation.metrics import (
-    class_embeddings,
-    retrieval_recall,
-    summarize_clip_score,
-    zero_shot_accuracy,
-)
-from ldm_cli.evaluation.picture_metrics import measure_pictures
 from ldm_cli.evaluation.scene_detector import WORKING_SIZE
-from ldm_cli.formats.json_file import write_json
-from ldm_cli.recipe.schema import EvalRecipe, EvalSection
+from ldm_cli.recipe.schema import EvalRecipe, SweepPoint
 from ldm_cli.reporting import Reporter
-from ldm_cli.stages.support.eval_samples import (
-    Gathered,
-    Models,
-    load_models,
-    measure_generated,
-    measure_real,
-    picture_features,
-)
+from ldm_cli.sampling.config import SamplingConfig
+from ldm_cli.stages.support.eval_metrics import check_truths, metrics_of_generated, metrics_of_real
+from ldm_cli.stages.support.eval_models import Models, Pipelines
+from ldm_cli.stages.support.eval_result import EvalResult
+from ldm_cli.stages.support.eval_samples import RealSamples, measure_generated, measure_real
+from ldm_cli.stages.support.kept_pictures import kept_pictures
 from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import RunOptions, resolve_device, settled
 from ldm_cli.training.distributed import SECONDS_OF_SILENCE, joined, local_rank
@@ -49,222 +34,173 @@ from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.run_folder import environment
 from ldm_cli.training.run_identity import flatten
 
-RESULT_NAME = "eval.json"
-
 
 def run(recipe: EvalRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
     """Measure the models of `recipe`.
 
     Returns:
-        `metrics`: by name, each with the number of samples it was measured on; `provenance`: date, versions,
-        hashes of the models' weights, fingerprint of the data, and every setting. Written to `options.out`
-        too, where given: into `eval.json` of that folder, or the file itself where the name ends in `.json`.
+        `metrics`: by name, each with the number of samples it was measured on; with `eval.sweep` or `eval.pipelines`
+        those of pictures are in `points` instead, a list of `pipeline`, `settings`, `metrics`. `provenance`: date,
+        versions, hashes of the models' weights, fingerprint of the data, and every setting. Empty on all ranks but the
+        first. With `options.out`, written to `eval.json` in that folder, or to the file itself where the name ends in
+        `.json`; an interrupted evaluation goes on, and the result of a finished one is read.
 
     Raises:
-        OutputError: if the results exist already and are not to be overwritten.
-        InputNotFoundError, CheckpointError: if a model cannot be loaded.
-        DataError: if the samples lack what a metric needs.
-        DivergedError: if a model gives values that are not finite.
+        OutputError: another result exists already and is not to be overwritten.
+        InputNotFoundError, CheckpointError: a model cannot be loaded.
+        DataError: the samples lack what a metric needs.
+        DivergedError: a model gives values that are not finite.
     """
     recipe = with_model_folders(recipe, reporter)
-    target, device = _target(options), resolve_device(options.device, local_rank())
+    device = resolve_device(options.device, local_rank())
     with joined(device, SECONDS_OF_SILENCE) as ranks:
-        result = _measured(recipe, device, reporter, ranks)
-        if target is not None and ranks.is_first:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_json(target, result)
-            reporter.info(f"results are in {target}")
-    return result
+        return _Evaluation(recipe, device, reporter, ranks).result(options)
 
 
-def _measured(recipe: EvalRecipe, device: torch.device, reporter: Reporter, ranks: Ranks) -> dict[str, Any]:
-    """The result of `run`; empty on all ranks but the first."""
-    config = recipe.eval
-    sampling = settled(config.sampling, config.num_generated, device, reporter.info)
-    with ranks.first_then_others():
-        shards = open_shards(recipe.data.shards, recipe.data, reporter)
-    models = load_models(config.model_copy(update={"sampling": sampling}), device)
-    _check_sizes(recipe, models)
-    real = measure_real(recipe, shards, models, reporter, ranks)
-    metrics = _metrics_of_real(config, models, real) if ranks.is_first else {}
-    if "attribute_accuracy" in config.metrics:
-        _check_truths(real, config.num_generated)
-    generated = measure_generated(config, real, models, reporter) if models.pipeline is not None else None
-    truncated = ranks.texts(str(models.clip.num_truncated if models.clip is not None else 0))
-    if not ranks.is_first:
-        return {}
-    if generated is not None:
-        for name, values in _metrics_of_generated(config, models, real, generated, reporter).items():
-            metrics[name] = metrics.get(name, {}) | values
-    if models.clip is not None and (num_cut := models.clip.num_truncated + sum(map(int, truncated[1:]))):
-        reporter.warn(f"{num_cut} texts were too long for the CLIP and were cut")
-    numbers = flatten(metrics)
-    if bad := [name for name, value in numbers.items() if isinstance(value, float) and not math.isfinite(value)]:
-        raise DivergedError(f"{', '.join(bad)} cannot be measured", "the values are not finite")
-    return {
-        "metrics": {name: metrics[name] for name in config.metrics},
-        "provenance": _provenance(recipe, shards, models, real, generated),
-    }
+class _Evaluation:
+    """The models, the data, and what is measured of them."""
+
+    def __init__(self, recipe: EvalRecipe, device: torch.device, reporter: Reporter, ranks: Ranks) -> None:
+        config = recipe.eval
+        self.recipe, self.config, self.reporter, self.ranks = recipe, config, reporter, ranks
+        self.points = config.sweep_points()
+        num_pictures = config.num_generated * len(self.points)
+        self.settled = settled(config.sampling, num_pictures, device, reporter.info)
+        with ranks.first_then_others():
+            self.shards = open_shards(recipe.data.shards, recipe.data, reporter)
+        self.models = Models.load(config, device)
+        self.pipelines = Pipelines(config, self.settled, device)
+        self.provenance = self._checked_provenance()
+
+    def result(self, options: RunOptions) -> dict[str, Any]:
+        """That of `run`."""
+        if options.out is None:
+            if self.config.keep_pictures:
+                raise UsageError("eval.keep_pictures has no place for the pictures", remedy="give --out")
+            return self._measured(None)
+        place = EvalResult(options.out, self.provenance, self.reporter)
+        found = place.claim(options.overwrite) if self.ranks.is_first else None
+        if self.ranks.from_first("found" if found else ""):
+            return found or {}
+        try:
+            result = self._measured(place)
+            if self.ranks.is_first:
+                place.write(result)
+                if "points" in result:
+                    # It imports matplotlib, which takes long.
+                    from ldm_cli.stages.support.eval_curve import save_curve
+
+                    for file in save_curve(result["points"], place.curve):
+                        self.reporter.info(f"the curve is in {file}")
+            return result
+        finally:
+            place.release()
+
+    def _checked_provenance(self) -> dict[str, Any]:
+        """Where the numbers come from; sizes that a metric cannot use are refused, before anything is measured."""
+        _check_scenes("data.image_size", (self.recipe.data.image_size,) * 2, self.config.metrics)
+        _check_reconstruction(self.recipe.data.image_size, self.models)
+        of_pipelines = {}
+        for name in self.pipelines.names:
+            for point in self.points:
+                size = self.pipelines.load(name).image_size(self._sampling(point))
+                _check_scenes("eval.sampling", size, self.config.metrics)
+            of_pipelines[name] = self.pipelines.provenance(name)
+        if self.config.pipelines and of_pipelines:
+            of_pipelines = {"pipelines": of_pipelines}
+        return {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "environment": environment(self.models.device),
+            "device": str(self.models.device),
+            "models": self.models.provenance | of_pipelines,
+            "data": {"shards": [path.name for path in self.shards.paths], "fingerprint": self.shards.fingerprint},
+            "recipe": self.recipe.to_mapping(),
+        }
+
+    def _sampling(self, point: SweepPoint) -> SamplingConfig:
+        same = {"precision": self.settled.precision, "compile": self.settled.compile}
+        return point.sampling.model_copy(update=same)
+
+    def _measured(self, place: EvalResult | None) -> dict[str, Any]:
+        """The result; empty on all ranks but the first."""
+        config, models, warn = self.config, self.models, self.reporter.warn
+        own = None if place is None else place.measured / "real"
+        real = measure_real(self.recipe, self.shards, models, self.reporter, self.ranks, own)
+        if "attribute_accuracy" in config.metrics:
+            check_truths(real, config.num_generated)
+        metrics = _finite(metrics_of_real(config, models, real)) if self.ranks.is_first else {}
+        captions = real.captions[: config.num_generated]
+        points = list(self._points(real, captions, place))
+        if not self.ranks.is_first:
+            return {}
+        if real.measured.num_truncated:
+            warn(f"{real.measured.num_truncated} texts were too long for the CLIP and were cut")
+        counts = {
+            "num_samples": min(config.num_samples, len(real.keys)),
+            "num_generated": len(captions) if points else 0,
+        }
+        provenance = {**self.provenance, "data": {**self.provenance["data"], **counts}}
+        if config.pipelines or config.sweep:
+            return {"metrics": metrics, "points": points, "provenance": provenance}
+        for name, values in points[0]["metrics"].items() if points else ():
+            metrics[name] = {**metrics.get(name, {}), **values}
+        return {"metrics": {name: metrics[name] for name in config.metrics}, "provenance": provenance}
+
+    def _points(self, real: RealSamples, captions: list[str], place: EvalResult | None) -> Iterator[dict[str, Any]]:
+        """What is measured of every pipeline at every point of the sweep."""
+        config, reporter, ranks = self.config, self.reporter, self.ranks
+        for number, (name, point) in enumerate(product(self.pipelines.names, self.points)):
+            pipeline = self.pipelines.load(name)
+            if config.pipelines or config.sweep:
+                reporter.info(f"measuring {name}" + "".join(f", {n} {value}" for n, value in point.settings.items()))
+            sampling, measured, keep = self._sampling(point), None, None
+            if place is not None:
+                part = f"{number:03d}-{name}"
+                measured = place.measured / part
+                if config.keep_pictures:
+                    keep = kept_pictures(place.pictures / part, pipeline, sampling, captions, ranks)
+            generated = measure_generated(
+                config, sampling, captions, pipeline, self.models, reporter, ranks, measured, keep
+            )
+            if ranks.is_first:
+                metrics = _finite(metrics_of_generated(config, self.models, real, generated, reporter.warn))
+                yield {"pipeline": name, "settings": dict(point.settings), "metrics": metrics}
 
 
-def _target(options: RunOptions) -> Path | None:
-    if options.out is None:
-        return None
-    target = options.out if options.out.suffix == ".json" else options.out / RESULT_NAME
-    if target.exists() and not options.overwrite:
-        raise OutputError(f"'{target}' exists already", remedy="choose another --out, or pass --overwrite")
-    return target
-
-
-def _check_sizes(recipe: EvalRecipe, models: Models) -> None:
-    """Refuse image sizes that a metric cannot use, before anything is measured.
+def _check_scenes(field: str, size: tuple[int, int], metrics: Collection[MetricName]) -> None:
+    """Refuse a height and width, given by a field of the recipe, at which scenes cannot be read.
 
     Raises:
-        RecipeError: naming the size and what it should be.
+        RecipeError: naming both.
     """
-    size = recipe.data.image_size
-    sizes = {"data.image_size": (size, size)}
-    if models.pipeline is not None:
-        sizes["eval.sampling"] = models.pipeline.image_size(recipe.eval.sampling)
+    height, width = size
+    if "attribute_accuracy" in metrics and (height != width or height < WORKING_SIZE):
+        raise RecipeError(
+            f"attribute_accuracy cannot be measured at {field}: {width}x{height}",
+            f"squares of at least {WORKING_SIZE} pixels are needed",
+        )
+
+
+def _check_reconstruction(size: int, models: Models) -> None:
+    """Refuse images that the autoencoder cannot take, or that are too small for SSIM.
+
+    Raises:
+        RecipeError: naming the size.
+    """
     if models.vae is not None and (size % models.vae.factor or size < SSIM_WINDOW):
         raise RecipeError(
             f"reconstruction cannot be measured at data.image_size={size}",
             f"a multiple of {models.vae.factor}, at least {SSIM_WINDOW}, is needed",
         )
-    for name, (height, width) in sizes.items():
-        if "attribute_accuracy" in recipe.eval.metrics and (height != width or height < WORKING_SIZE):
-            raise RecipeError(
-                f"attribute_accuracy cannot be measured at {name}: {width}x{height}",
-                f"squares of at least {WORKING_SIZE} pixels are needed",
-            )
 
 
-def _metrics_of_real(config: EvalSection, models: Models, real: Gathered) -> dict[str, Any]:
-    """What the first `num_samples` samples tell by themselves."""
-    count = min(config.num_samples, len(real.keys))
-    result: dict[str, Any] = {}
-    if models.clip is not None:
-        images, texts = torch.cat(real.image_features)[:count], torch.cat(real.text_features)[:count]
-        captions = real.captions[:count]
-        if "clip_score" in config.metrics:
-            result["clip_score"] = {"real": summarize_clip_score(images, texts)}
-        if "zero_shot" in config.metrics:
-            tasks = config.zero_shot
-            result["zero_shot"] = {task.name: _zero_shot(task, models.clip, images, real) for task in tasks}
-        if "retrieval" in config.metrics:
-            recall = retrieval_recall(images, texts, captions)
-            result["retrieval"] = {**recall, "num_samples": count, "num_captions": len(set(captions))}
-    if "reconstruction" in config.metrics:
-        result["reconstruction"] = {
-            "psnr": float(torch.cat(real.psnr)[:count].mean()),
-            "ssim": float(torch.cat(real.ssim)[:count].mean()),
-            "num_samples": count,
-        }
-    return result
+def _finite(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The metrics.
 
-
-def _metrics_of_generated(
-    config: EvalSection, models: Models, real: Gathered, generated: Gathered, reporter: Reporter
-) -> dict[str, Any]:
-    """What all the pictures tell, beside the real samples."""
-    result: dict[str, Any] = {}
-    if models.clip is not None:
-        pictures = torch.cat(generated.image_features)
-        if "clip_score" in config.metrics:
-            texts = torch.cat(real.text_features)[: len(pictures)]
-            result["clip_score"] = {"generated": summarize_clip_score(pictures, texts)}
-        if "frechet_distance" in config.metrics:
-            images = torch.cat(real.image_features)[: config.num_samples]
-            result["frechet_distance"] = _frechet(images, pictures, models, reporter)
-    if config.picture_metrics:
-        ours = picture_features(config, generated, config.num_generated, models.device)
-        theirs = picture_features(config, real, config.num_samples, models.device)
-        counts = {"num_real": theirs.count, "num_generated": ours.count}
-        found = measure_pictures(config.picture_metrics, ours, theirs, reporter.warn)
-        result |= {name: {**values, **counts} for name, values in found.items()}
-    if "attribute_accuracy" in config.metrics:
-        truths = real.metadata[: len(generated.scenes)]
-        result["attribute_accuracy"] = {
-            "generated": score_scenes(generated.scenes, truths, stated_only=True),
-            # How well real images of the same samples are read, in everything: how far to trust the above.
-            "detector": score_scenes(real.scenes[: len(truths)], truths),
-        }
-    return result
-
-
-def _zero_shot(task: ZeroShotClassification, clip: CLIPFeatures, images: Tensor, real: Gathered) -> dict[str, Any]:
-    prompts = [template.replace("{}", name) for name in task.classes for template in task.templates]
-    classes = class_embeddings(clip.texts(prompts).view(len(task.classes), len(task.templates), -1))
-    labels = [_label(task, real, i) for i in range(len(images))]
-    known = [i for i, label in enumerate(labels) if label is not None]
-    if not known:
-        raise DataError(
-            f"zero-shot task '{task.name}' cannot be measured",
-            f"none of {len(labels)} samples has '{task.label}'",
-            "correct eval.zero_shot",
-        )
-    accuracy = zero_shot_accuracy(images[known], classes, torch.tensor([labels[i] for i in known]))
-    return {**accuracy, "num_samples": len(known), "num_classes": len(task.classes)}
-
-
-def _label(task: ZeroShotClassification, real: Gathered, i: int) -> int | None:
-    """The class index of a sample, None where it has none."""
-    value = real.labels[i] if task.label == "cls" else field_of(real.metadata[i], task.label.removeprefix("json:"))
-    if value is None:
-        return None
-    if isinstance(value, str) and value in task.classes:
-        return task.classes.index(value)
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(task.classes):
-        return value
-    raise DataError(
-        f"sample '{real.keys[i]}' is of no class of the zero-shot task '{task.name}'",
-        f"its '{task.label}' is {value!r:.80}",
-        "correct eval.zero_shot",
-    )
-
-
-def _frechet(real: Tensor, generated: Tensor, models: Models, reporter: Reporter) -> dict[str, Any]:
-    gaussians = []
-    for name, features in (("real", real), ("generated", generated)):
-        if len(features) <= features.shape[1]:
-            reporter.warn(
-                f"frechet_distance: {len(features)} {name} images for {features.shape[1]} features; "
-                "compare only with distances of as many images"
-            )
-        gaussians.append(Moments.of(features).gaussian)
-    assert models.clip is not None
-    return {
-        frechet_name(models.hashes["clip"]["sha256"]): frechet_distance(*gaussians),
-        "num_real": len(real),
-        "num_generated": len(generated),
-        "num_features": real.shape[1],
-    }
-
-
-def _check_truths(real: Gathered, num_generated: int) -> None:
-    """Refuse samples without a scene's truth before hours are spent on drawing."""
-    for key, truth in zip(real.keys[:num_generated], real.metadata, strict=False):
-        if not {"objects", "stated", "relation", "background", "held_out"} <= truth.keys():
-            raise DataError(
-                f"attribute_accuracy cannot be measured on sample '{key}'",
-                "its json member is not the truth of a drawn scene",
-                "take shards of `ldm data synth`, or leave the metric out",
-            )
-
-
-def _provenance(
-    recipe: EvalRecipe, shards: ShardSet, models: Models, real: Gathered, generated: Gathered | None
-) -> dict[str, Any]:
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment(models.device),
-        "device": str(models.device),
-        "models": models.hashes,
-        "data": {
-            "shards": [path.name for path in shards.paths],
-            "fingerprint": shards.fingerprint,
-            "num_samples": min(recipe.eval.num_samples, len(real.keys)),
-            "num_generated": len(generated.captions) if generated is not None else 0,
-        },
-        "recipe": recipe.to_mapping(),
-    }
+    Raises:
+        DivergedError: a number is not finite.
+    """
+    numbers = flatten(metrics)
+    if bad := [name for name, value in numbers.items() if isinstance(value, float) and not math.isfinite(value)]:
+        raise DivergedError(f"{', '.join(bad)} cannot be measured", "the values are not finite")
+    return metrics

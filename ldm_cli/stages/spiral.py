@@ -15,8 +15,8 @@ from ldm_cli.lesson.experiment import experiment, facts
 from ldm_cli.lesson.figures import lesson_figures
 from ldm_cli.lesson.network import Trained, train
 from ldm_cli.lesson.page import page
-from ldm_cli.lesson.plotting import save_png
 from ldm_cli.lesson.spiral import Points, data_set
+from ldm_cli.plots.panels import save_png
 from ldm_cli.reporting import Reporter
 from ldm_cli.storage import storage_errors, whole_file, write_whole
 

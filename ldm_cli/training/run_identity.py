@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# Fields that an interrupted run may change: none of them changes a weight.
+# Fields that an interrupted run may change: none of them changes a weight or a metric.
 _HARMLESS = {
     "train.log_every",
     "train.save_every",
@@ -33,6 +33,10 @@ _HARMLESS = {
     "cache",
     "variant",
     "loss.perceptual_clip",
+    "eval.clip",
+    "eval.inception",
+    "eval.vae",
+    "eval.pipeline",
 }
 
 
@@ -53,7 +57,8 @@ def recipe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list
     harmless: list[str] = []
     harmful: list[str] = []
     for name in _differing(before, after):
-        is_harmless = name in _HARMLESS or _is_extension(name, before, after) or _is_other_parts(name, after)
+        is_listed = name in _HARMLESS or name.startswith("eval.pipelines.")
+        is_harmless = is_listed or _is_extension(name, before, after) or _is_other_parts(name, after)
         (harmless if is_harmless else harmful).append(_change(name, before, after))
     return harmless, harmful
 

@@ -14,7 +14,7 @@ from ldm_cli.evaluation.frechet import (
     Gaussian,
     Moments,
     frechet_distance,
-    frechet_inception_distance,
+    frechet_estimates,
     frechet_name,
 )
 from ldm_cli.evaluation.intervals import jackknife
@@ -123,10 +123,10 @@ def test_a_group_left_out_is_every_tenth_vector(monkeypatch: pytest.MonkeyPatch)
 def test_fid_is_the_distance_whatever_the_batches() -> None:
     x, y = features(60, 8), features(70, 8, seed=1)
     expected = frechet_distance(fit_gaussian(x), fit_gaussian(y))
-    assert frechet_inception_distance(moments(x, 9), moments(y, 64))["fid"] == pytest.approx(expected, rel=1e-9)
-    with_file = frechet_inception_distance(moments(x), fit_gaussian(y))
+    assert frechet_estimates(moments(x, 9), moments(y, 64))["fid"] == pytest.approx(expected, rel=1e-9)
+    with_file = frechet_estimates(moments(x), fit_gaussian(y))
     assert with_file["fid"] == pytest.approx(expected, rel=1e-9)
-    assert with_file["fid_interval"] != frechet_inception_distance(moments(x), moments(y))["fid_interval"]
+    assert with_file["fid_interval"] != frechet_estimates(moments(x), moments(y))["fid_interval"]
 
 
 def test_jackknife_of_a_mean_has_no_bias_and_the_known_error() -> None:
@@ -143,7 +143,7 @@ def test_intervals_cover_the_known_distance_as_often_as_they_say() -> None:
     generator = torch.Generator().manual_seed(3)
     for _ in range(200):
         x, y = torch.randn(300, 4, generator=generator), 1.5 * torch.randn(400, 4, generator=generator) + 0.3
-        found: dict[str, Any] = frechet_inception_distance(moments(x), moments(y))
+        found: dict[str, Any] = frechet_estimates(moments(x), moments(y))
         low, high = found["fid_infinity_interval"]
         hits += low <= truth <= high
         above += found["fid"] > found["fid_infinity"]
@@ -155,7 +155,7 @@ def test_distances_of_few_pictures_shrink_towards_the_limit() -> None:
     # Two sets of one distribution are no distance apart; those of 40 pictures in 10 dimensions seem to be.
     generator = torch.Generator().manual_seed(0)
     found = [
-        frechet_inception_distance(
+        frechet_estimates(
             moments(torch.randn(40, 10, generator=generator)), moments(torch.randn(4000, 10, generator=generator))
         )
         for _ in range(30)
@@ -169,7 +169,7 @@ def test_there_is_no_interval_of_a_handful_of_pictures_or_of_two_files() -> None
     x, y = features(19, 3), features(50, 3)
     none = {"fid_interval": None, "fid_infinity": None, "fid_infinity_interval": None}
     for found in (
-        frechet_inception_distance(moments(x), moments(y)),
-        frechet_inception_distance(fit_gaussian(x), fit_gaussian(y)),
+        frechet_estimates(moments(x), moments(y)),
+        frechet_estimates(fit_gaussian(x), fit_gaussian(y)),
     ):
         assert found == none | {"fid": found["fid"]}

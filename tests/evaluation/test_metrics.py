@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_cli.evaluation.metrics import class_embeddings, clip_score, retrieval_recall, zero_shot_accuracy
+from ldm_cli.evaluation.metrics import (
+    class_embeddings,
+    clip_score,
+    retrieval_recall,
+    summarize_clip_score,
+    zero_shot_accuracy,
+)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -22,6 +28,26 @@ def test_clip_score_is_the_cosine_whatever_the_lengths() -> None:
     assert clip_score(x, y) == pytest.approx(angles)
     with pytest.raises(ValueError, match="clip_score"):
         clip_score(x, y[:5])
+
+
+def test_the_summary_has_every_convention() -> None:
+    found = summarize_clip_score(torch.tensor([0.5, -0.3, 0.1]))
+    assert found == {
+        "mean_cosine": pytest.approx(0.1),
+        "clip_score": pytest.approx(20.0),
+        "clip_score_interval": None,
+        "clipscore_hessel": pytest.approx(0.5),
+        "num_samples": 3,
+    }
+
+
+def test_the_interval_of_the_score_covers_the_mean_as_often_as_it_says() -> None:
+    # Of cosines uniform in [0, 0.6]: 30.
+    generator, hits = torch.Generator().manual_seed(0), 0
+    for _ in range(200):
+        low, high = summarize_clip_score(0.6 * torch.rand(40, generator=generator))["clip_score_interval"]  # type: ignore[misc]
+        hits += low <= 30 <= high
+    assert 180 <= hits <= 198
 
 
 def test_templates_are_averaged_after_normalisation() -> None:

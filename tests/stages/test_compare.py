@@ -33,6 +33,8 @@ from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages.compare import CompareOptions, run
 from tests.evaluation.inception_weights import inception_weights
 
+from ..training.forked import ForkedRanks
+
 SIDE = 24
 
 
@@ -162,8 +164,9 @@ def test_statistics_that_were_measured_otherwise_are_not_compared(home: Path, tm
     arrays = {name: value for name, value in read_npz(file).items() if name in ("mu", "sigma")}
     write_npz(file, arrays)
     reporter = SilentReporter()
-    run(str(home / "a"), str(file), options(home), reporter)
-    assert any("fid: 30 generated pictures for 2048 features" in message for message in reporter.messages)
+    few = write_pictures(tmp_path / "few", 5, 0)
+    run(str(few), str(file), options(home), reporter)
+    assert any("fid: 5 generated pictures for 12 features" in message for message in reporter.messages)
     assert any("does not say with which preprocessing" in message for message in reporter.messages)
     write_npz(file, {"mu": torch.zeros(3), "sigma": torch.zeros(3, 3)})
     with pytest.raises(DataError, match=r"mu is \[3\], sigma \[3, 3\], but FID takes 12 features"):
@@ -176,6 +179,25 @@ def test_statistics_that_were_measured_otherwise_are_not_compared(home: Path, tm
 @pytest.mark.usefixtures("small_inception")
 def test_the_score_of_one_set_needs_no_other(home: Path) -> None:
     assert set(compare(home, "a", None, "is")) == {"inception_score", "inception_score_std", "provenance"}
+
+
+@pytest.mark.usefixtures("small_inception")
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_several_ranks_measure_what_one_measures(home: Path, tmp_path: Path, world_size: int) -> None:
+    def work(rank: int) -> int:
+        found = compare(home, "a", "b", *PICTURE_METRICS, clip=home / "clip", batch_size=7)
+        if rank == 0:
+            (tmp_path / "found.json").write_text(json.dumps(found))
+        return int((not found) != (rank > 0))
+
+    with ForkedRanks(work, tmp_path, world_size) as job:
+        assert job.wait() == [0] * world_size, job.words()
+    one = compare(home, "a", "b", *PICTURE_METRICS, clip=home / "clip", batch_size=7)
+    several = json.loads((tmp_path / "found.json").read_text())
+    assert several["provenance"]["generated"] == one["provenance"]["generated"]
+    assert {name: value for name, value in several.items() if name != "provenance"} == {
+        name: value for name, value in one.items() if name != "provenance"
+    }
 
 
 def test_cmmd_takes_the_central_squares(home: Path, tmp_path: Path) -> None:
@@ -244,6 +266,8 @@ def test_the_command_prints_the_distance_of_the_network(
     assert run_program(["compare", *names, *asked]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["kid"] > 0, found["kid_subset_size"]) == (True, 3)
+    assert run_program(["compare", *names, names[0]]) == 2
+    assert "3 sets are given" in capsys.readouterr().err
     for wrong in (["--metrics", "fid,lpips"], ["--preprocessing", "tf"]):
         assert run_program(["compare", *names, *wrong]) == 2
         assert f"unknown {wrong[0]} '{wrong[1].split(',')[-1]}'" in capsys.readouterr().err

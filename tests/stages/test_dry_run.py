@@ -135,6 +135,15 @@ def test_evaluation_and_sampling_have_plans_too() -> None:
     assert result["parameters"] == {"clip": count_parameters(clip), "vae": count_parameters(vae)}
     assert not [note for note in result["notes"] if "eval." in note]
     assert "eval.vae" in planned("eval", shards, "eval={metrics: [reconstruction], vae: runs/x}")["notes"][0]
+    swept = "sweep: {steps: [1, 2, 3]}, num_generated: 10, pipelines: {a: runs/x, b: runs/y}"
+    result = planned("eval", shards, f"eval={{metrics: [fid], inception: weights, {swept}}}")
+    assert result["parameters"] == {"inception": 21_785_568 + 1008 * 2049}  # torchvision's trunk, and 1008 classes
+    assert result["images"] == 60
+    assert [note.partition(":")[0] for note in result["notes"][:3]] == [
+        "eval.pipelines.a",
+        "eval.pipelines.b",
+        "eval.inception",
+    ]
     result = planned("sample", "model=nowhere", "prompts=[a, b]", "sampling.images_per_prompt=3")
     assert result["images"] == 6
     assert result["parameters"] == {}

@@ -15,28 +15,15 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
-from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
-from ldm_cli.core.models.clip import CLIPModel, CLIPTextModel
-from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
-from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
-from ldm_cli.data import scene_vocabulary as words
+from ldm_cli.cli.app import run as run_program
 from ldm_cli.data.loader import sequential_batches
 from ldm_cli.data.open_shards import open_shards
-from ldm_cli.data.scenes import scene, write_scenes
-from ldm_cli.data.tokenizer import Tokenizer
-from ldm_cli.data.tokenizer_config import TokenizerConfig
-from ldm_cli.errors import DataError, DivergedError, OutputError, RecipeError
+from ldm_cli.data.scenes import scene
+from ldm_cli.errors import DataError, DivergedError, OutputError, RecipeError, UsageError
 from ldm_cli.evaluation.config import PICTURE_METRICS
-from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
 from ldm_cli.families.open_family import open_family
-from ldm_cli.families.stable_diffusion import StableDiffusion
 from ldm_cli.formats.model_source import weights_sha256
-from ldm_cli.formats.save_model import save_model
-from ldm_cli.formats.scheduler_file import our_settings
-from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS
-from ldm_cli.pictures.images import save_image
+from ldm_cli.pictures.images import read_image, save_image
 from ldm_cli.recipe.schema import EvalRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.pipeline import Pipeline
@@ -48,6 +35,7 @@ from ldm_cli.stages.support.options import RunOptions
 from tests.evaluation.inception_weights import inception_weights
 
 from ..training.forked import ForkedRanks
+from .tiny_eval import recipe, write_home
 
 ALL = ["clip_score", "zero_shot", "retrieval", "reconstruction", "frechet_distance", "attribute_accuracy"]
 
@@ -55,79 +43,7 @@ ALL = ["clip_score", "zero_shot", "retrieval", "reconstruction", "frechet_distan
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `scenes`, `clip`, `vae` and `pipeline`."""
-    home = tmp_path_factory.mktemp("eval")
-    write_scenes(home / "scenes", 1, 32, 0, SilentReporter(), val_samples=24, shard_samples=10)
-    tokenizer = Tokenizer.train([scene(0, i, "val", 32).caption for i in range(24)], TokenizerConfig())
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        text = CLIPTextConfig(
-            vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-            num_attention_heads=2, max_position_embeddings=32, bos_token_id=tokenizer.start_id,
-            eos_token_id=tokenizer.end_id, pad_token_id=tokenizer.pad_id,
-        )  # fmt: skip
-        vision = CLIPVisionConfig(
-            image_size=16, patch_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-            num_attention_heads=2,
-        )  # fmt: skip
-        clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
-        vae = AutoencoderKL(
-            AutoencoderKLConfig(
-                block_out_channels=(8, 8),
-                norm_num_groups=4,
-                latent_channels=3,
-                down_block_types=("DownEncoderBlock2D",) * 2,
-                up_block_types=("UpDecoderBlock2D",) * 2,
-            )
-        )
-        unet = UNet2DConditionModel(
-            UNet2DConditionConfig(
-                sample_size=16,
-                in_channels=3,
-                out_channels=3,
-                block_out_channels=(8,),
-                layers_per_block=1,
-                down_block_types=("CrossAttnDownBlock2D",),
-                up_block_types=("CrossAttnUpBlock2D",),
-                cross_attention_dim=16,
-                attention_head_dim=2,
-                norm_num_groups=4,
-            )
-        )
-        text_encoder = CLIPTextModel(text)
-    save_model(home / "clip", clip.state_dict(), clip.config.to_hugging_face(), TRANSFORMERS_WEIGHTS)
-    tokenizer.save(home / "clip")
-    save_model(home / "vae", vae.state_dict(), vae.config.to_hugging_face())
-    StableDiffusion(unet, vae, CLIPTextEncoder(text_encoder, tokenizer), our_settings({})).save(home / "pipeline")
-    return home
-
-
-def recipe(home: Path, metrics: list[str], data: dict[str, Any] | None = None, **changes: Any) -> EvalRecipe:
-    values = {
-        "clip": str(home / "clip"),
-        "vae": str(home / "vae"),
-        "pipeline": str(home / "pipeline"),
-        "metrics": metrics,
-        "num_samples": 20,
-        "num_generated": 6,
-        "batch_size": 7,
-        "sampling": {"steps": 2, "guidance": 1.0},
-        "zero_shot": [
-            {
-                "name": "color",
-                "label": "json:color",
-                "classes": words.COLOR_NAMES,
-                "templates": ["a {} circle", "{}"],
-            },
-            {"name": "held out", "label": "json:num_objects", "classes": ["none", "one", "two"]},
-        ],
-    }
-    return EvalRecipe.from_mapping(
-        {
-            "command": "eval",
-            "data": {"shards": str(home / "scenes" / "val-*.tar"), "image_size": 32} | (data or {}),
-            "eval": values | changes,
-        }
-    )
+    return write_home(tmp_path_factory.mktemp("eval"))
 
 
 def evaluate(home: Path, metrics: list[str], **changes: Any) -> dict[str, Any]:
@@ -183,7 +99,9 @@ def test_numbers_depend_neither_on_the_batch_size_nor_on_the_run(home: Path) -> 
 
     def numbers(value: Any) -> list[float]:
         if isinstance(value, dict):
-            return [number for inner in value.values() for number in numbers(inner)]
+            return numbers(list(value.values()))
+        if isinstance(value, list):
+            return [number for inner in value for number in numbers(inner)]
         return [] if value is None else [value]
 
     assert numbers(first) == pytest.approx(numbers(second), rel=1e-4, abs=1e-6)
@@ -193,13 +111,16 @@ def test_numbers_depend_neither_on_the_batch_size_nor_on_the_run(home: Path) -> 
 def test_metrics_of_pictures_are_those_of_the_kept_pictures(home: Path, tmp_path: Path) -> None:
     weights = tmp_path / "inception.safetensors"
     save_file(inception_weights(), weights)
-    given = {"inception": str(weights), "preprocessing": "clean", "num_generated": 10}
-    result = evaluate(home, [*PICTURE_METRICS], **given)
-    for name, pictures in {"generated": _generated(home, 10), "real": _real(home, 20)}.items():
-        for number, picture in enumerate(pictures):
-            save_image(tmp_path / name / f"{number:02d}.png", picture)
+    given = {"inception": str(weights), "preprocessing": "clean", "num_generated": 10, "keep_pictures": True}
+    asked = recipe(home, [*PICTURE_METRICS], **given)
+    result = run(asked, RunOptions(device="cpu", out=tmp_path / "out"), SilentReporter())
+    kept = tmp_path / "out" / "eval-pictures" / "000-pipeline"
+    for file, picture in zip(sorted(kept.glob("*.png")), _generated(home, 10), strict=True):
+        assert torch.equal(read_image(file), picture)
+    for number, picture in enumerate(_real(home, 20)):
+        save_image(tmp_path / "real" / f"{number:02d}.png", picture)
     options = CompareOptions(PICTURE_METRICS, weights, home / "clip", "clean", device="cpu")
-    expected = compare.run(str(tmp_path / "generated"), str(tmp_path / "real"), options, SilentReporter())
+    expected = compare.run(str(kept), str(tmp_path / "real"), options, SilentReporter())
     provenance = expected.pop("provenance")
     found = {name: value for values in result["metrics"].values() for name, value in values.items()}
     assert (found.pop("num_real"), found.pop("num_generated")) == (20, 10)
@@ -207,6 +128,17 @@ def test_metrics_of_pictures_are_those_of_the_kept_pictures(home: Path, tmp_path
     numbers = {name: value for name, value in expected.items() if isinstance(value, float)}
     assert {name: found[name] for name in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-6)
     assert result["provenance"]["models"]["inception"] == provenance["networks"]["inception"]
+
+
+def test_a_kept_picture_is_repeated_by_sample(home: Path, tmp_path: Path) -> None:
+    asked = recipe(home, ["attribute_accuracy"], keep_pictures=True, sweep={"steps": [1, 2]})
+    run(asked, RunOptions(device="cpu", out=tmp_path / "out"), SilentReporter())
+    picture = sorted((tmp_path / "out" / "eval-pictures" / "001-pipeline").glob("00003-*.png"))[0]
+    assert run_program(["sample", "--repeat", str(picture), "--out", str(tmp_path / "again"), "--device", "cpu"]) == 0
+    again = next((tmp_path / "again").glob("00000-*.png"))
+    assert torch.equal(read_image(again), read_image(picture))
+    with pytest.raises(UsageError, match="keep_pictures"):
+        run(asked, RunOptions(device="cpu"), SilentReporter())
 
 
 def _real(home: Path, count: int) -> Iterator[Tensor]:
@@ -220,6 +152,56 @@ def _generated(home: Path, count: int) -> Iterator[Tensor]:
     sampling = recipe(home, ["clip_score"]).eval.sampling
     pipeline = Pipeline(open_family(home / "pipeline"))
     return (picture.pixels for picture in pipeline.generate(requests, sampling, reporter=SilentReporter()))
+
+
+def test_each_point_of_a_sweep_is_what_is_measured_alone(home: Path) -> None:
+    metrics = ["clip_score", "frechet_distance", "attribute_accuracy"]
+    folders = {"a": str(home / "pipeline"), "b": str(home / "pipeline")}
+    sweep = {"guidance.scale": [1.0, 3.0], "steps": [1, 2]}
+    swept = evaluate(home, metrics, pipeline=None, pipelines=folders, sweep=sweep)
+    settings = [{"guidance.scale": scale, "steps": steps} for scale in (1.0, 3.0) for steps in (1, 2)]
+    assert [(one["pipeline"], one["settings"]) for one in swept["points"]] == [
+        (name, values) for name in "ab" for values in settings
+    ]
+    alone = evaluate(home, metrics, sampling={"steps": 1, "guidance": 3.0})["metrics"]
+    found = swept["points"][6]["metrics"]
+    assert found["frechet_distance"] == alone["frechet_distance"] != swept["points"][7]["metrics"]["frechet_distance"]
+    for name in ("clip_score", "attribute_accuracy"):
+        assert {**swept["metrics"][name], **found[name]} == alone[name]
+    assert set(swept["provenance"]["models"]["pipelines"]["b"]["sha256"]) == {"unet", "vae", "text_encoder"}
+
+
+def test_a_sweep_leaves_a_curve_and_a_table_of_its_points(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = {"guidance.scale": [1.0, 2.5], "steps": [1, 2]}
+    asked = recipe(home, ["clip_score", "frechet_distance"], sweep=sweep).to_mapping()
+    (tmp_path / "recipe.json").write_text(json.dumps(asked))
+    out = tmp_path / "out"
+    assert run_program(["eval", str(tmp_path / "recipe.json"), "--out", str(out), "--device", "cpu"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    head = next(row for row in rows if row[:1] == ["pipeline"])
+    assert head[:2] == ["pipeline", "guidance.scale"]
+    assert sum(row[:1] == ["pipeline"] for row in rows) == 1 + 4
+    assert sorted(path.name for path in out.iterdir()) == ["eval-curve.png", "eval-curve.svg", "eval.json"]
+    vector = (out / "eval-curve.svg").read_text()
+    assert all(f">{text}</text>" in vector for text in ("pipeline, steps 1", "pipeline, steps 2", "2.5"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sweep": {"guidance.size": [1]}}, "eval.sweep: there is no field 'guidance.size'"),
+        ({"sweep": {"steps": [5, 0]}}, "eval.sweep cannot be: steps"),
+        ({"sweep": {"precision": ["fp32"]}}, "eval.sweep has no precision"),
+        ({"sweep": {"steps": [1]}, "pipeline": None}, "eval.sweep needs eval.pipeline"),
+        ({"pipelines": {"other": "x"}}, "exclude each other"),
+        ({"pipelines": {"no/name": "x"}, "pipeline": None}, "should match pattern"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_a_recipe_error(home: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        recipe(home, ["retrieval"], **changes)
 
 
 def test_a_metric_without_weights_says_where_they_come_from(home: Path) -> None:
@@ -246,7 +228,7 @@ def test_the_ith_caption_is_drawn_with_the_ith_seed(home: Path, monkeypatch: pyt
         return generate(self, requests, *args, **options)
 
     monkeypatch.setattr(Pipeline, "generate", watched)
-    monkeypatch.setattr("ldm_cli.stages.support.eval_samples._REQUESTS_PER_CALL", 4)
+    monkeypatch.setattr("ldm_cli.stages.support.eval_samples._PICTURES_PER_ROUND", 4)
     found = evaluate(home, ["attribute_accuracy"], sampling={"steps": 1, "seed": 40})["metrics"]
     assert seen == [(scene(0, i, "val", 32).caption, 40 + i) for i in range(6)]
     assert found["attribute_accuracy"]["generated"]["all"]["num_images"] == 6
@@ -259,12 +241,12 @@ def test_an_autoencoder_that_returns_its_input_is_perfect(home: Path, monkeypatc
 
 
 def test_a_pipeline_that_draws_the_truth_is_perfect(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def draw(config: Any, gathered: Any, models: Any, reporter: Any) -> Any:
-        captions = gathered.captions
-        pictures = [scene(0, i, "val", 32) for i in range(len(captions))]
-        assert captions == [picture.caption for picture in pictures]
-        flat = [torch.frombuffer(bytearray(p.image.tobytes()), dtype=torch.uint8) for p in pictures]
-        yield torch.stack([pixels.view(32, 32, 3).permute(2, 0, 1) for pixels in flat])
+    def draw(pipeline: Any, requests: Any, *_: Any) -> Any:
+        for request in requests:
+            picture = scene(0, request.seed, "val", 32)
+            assert request.prompt == picture.caption
+            flat = torch.frombuffer(bytearray(picture.image.tobytes()), dtype=torch.uint8)
+            yield flat.view(32, 32, 3).permute(2, 0, 1)
 
     monkeypatch.setattr("ldm_cli.stages.support.eval_samples._generated", draw)
     found = evaluate(home, ["attribute_accuracy", "frechet_distance"], num_generated=20)["metrics"]
@@ -353,4 +335,4 @@ def test_a_model_that_overflows_is_named_and_gives_no_numbers(
     asked = recipe(tmp_path / "home", metrics, sampling={"steps": 2, "guidance": 3.0})
     with pytest.raises(DivergedError, match=culprit):
         run(asked, RunOptions(device="cpu", out=tmp_path / "out"), SilentReporter())
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "eval.json").exists()

@@ -11,7 +11,7 @@ from ldm_cli.formats.model_source import has_model_json
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
 from ldm_cli.recipe.schema import EvalSection, Recipe
 from ldm_cli.reporting import Reporter
-from ldm_cli.stages.support.eval_samples import needed_folders
+from ldm_cli.stages.support.eval_models import needed_models
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -27,16 +27,25 @@ def with_model_folders(recipe: RecipeT, reporter: Reporter) -> RecipeT:
 
 def _with_folders(config: ConfigT, variant: str | None, reporter: Reporter) -> ConfigT:
     changes: dict[str, Any] = {}
-    unused = set(EvalSection.model_fields) - needed_folders(config).keys() if isinstance(config, EvalSection) else set()
+    unused = set(EvalSection.model_fields) - needed_models(config).keys() if isinstance(config, EvalSection) else set()
     for field, info in type(config).model_fields.items():
         value = getattr(config, field)
         if isinstance(value, Config):
             inner = _with_folders(value, variant, reporter)
             changes |= {field: inner} if inner is not value else {}
         for marker in info.metadata:
-            if isinstance(marker, NamesModel) and value and field not in unused:
-                folder = model_path(value, marker.components, variant, reporter)
-                if marker.components and has_model_json(folder / INDEX_NAME):
-                    folder = folder / marker.components[0]
-                changes |= {} if folder == Path(value) else {field: str(folder)}
+            if not isinstance(marker, NamesModel) or not value or field in unused:
+                continue
+            if isinstance(value, dict):
+                found: Any = {name: _folder(one, marker, variant, reporter) for name, one in value.items()}
+            else:
+                found = _folder(value, marker, variant, reporter)
+            changes |= {} if found == value else {field: found}
     return config.model_copy(update=changes) if changes else config
+
+
+def _folder(value: str, marker: NamesModel, variant: str | None, reporter: Reporter) -> str:
+    folder = model_path(value, marker.components, variant, reporter)
+    if marker.components and has_model_json(folder / INDEX_NAME):
+        folder = folder / marker.components[0]
+    return value if folder == Path(value) else str(folder)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -41,15 +42,18 @@ class PictureSet:
     files: Sequence[tuple[str, Callable[[], bytes]]]
     job: Mapping[str, Any] = field(default_factory=dict)
 
-    def batches(self, size: int, digest: hashlib._Hash) -> Iterator[list[Tensor]]:
-        """The pictures, uint8 [3, H, W] each, in lists of `size`; read ahead by threads.
+    def batches(self, size: int, first: int = 0, step: int = 1) -> Generator[tuple[list[Tensor], Tensor]]:
+        """The pictures, uint8 [3, H, W] each, in lists, with the SHA-256 of their files; read ahead by threads.
 
         Pillow converts them to RGB. Colour profiles and orientations have no effect, as in the programs that compute
         FID.
 
         Args:
             size: of a list; the last one may be shorter.
-            digest: takes the SHA-256 of each file.
+            first, step: yield the list of this number, and each that is a multiple of `step` after it.
+
+        Yields:
+            A list, and uint8 [B, 32].
 
         Raises:
             DataError: a picture cannot be read.
@@ -58,14 +62,13 @@ class PictureSet:
 
         def decoded() -> Generator[list[tuple[Tensor, bytes]]]:
             with ThreadPoolExecutor(thread_name_prefix="ldm-decode") as pool:
-                for start in range(0, len(self.files), size):
+                for start in range(first * size, len(self.files), step * size):
                     yield list(pool.map(self._decoded, self.files[start : start + size]))
 
         with prefetched(decoded(), alone=True) as batches:
             for batch in batches:
-                for _, own in batch:
-                    digest.update(own)
-                yield [picture for picture, _ in batch]
+                hashes = torch.tensor([list(own) for _, own in batch], dtype=torch.uint8)
+                yield [picture for picture, _ in batch], hashes
 
     def _decoded(self, file: tuple[str, Callable[[], bytes]]) -> tuple[Tensor, bytes]:
         name, read = file

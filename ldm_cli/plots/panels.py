@@ -51,11 +51,13 @@ DARK = {
 }
 
 _UNITS_PER_INCH = 72
-_PNG_DPI = 2 * _UNITS_PER_INCH
+PNG_DPI = 2 * _UNITS_PER_INCH
+"""Dots per inch of a PNG: two pixels per point."""
 _GAP, _TITLE_HEIGHT, _MARGIN = 16.0, 30.0, 8.0
 # No random identifiers, text that takes the page's fonts, and every point of a path.
 _SETTINGS: Any = {"svg.hashsalt": "ldm spiral", "svg.fonttype": "none", "path.simplify": False}
-_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+"""For an SVG that is the same whenever it is made."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def save_png(panels: Sequence[Panel], columns: int, path: Path) -> None:
     total_width = 2 * _MARGIN + columns * (width + _GAP) - _GAP
     total_height = 2 * _MARGIN + rows * (height + _TITLE_HEIGHT + _GAP) - _GAP
     pixels = io.BytesIO()
-    with _fixed_style():
+    with fixed_style():
         figure = _figure(total_width, total_height, LIGHT["paper"])
         for i, panel in enumerate(panels):
             left = _MARGIN + i % columns * (width + _GAP)
@@ -121,10 +123,10 @@ def svg(panel: Panel, name: str) -> str:
         name: unique on the page, of letters, digits and hyphens.
     """
     text = io.StringIO()
-    with _fixed_style():
+    with fixed_style():
         figure = _figure(*panel.size, "none")
         panel.draw(_axes(figure, (0.0, 0.0, 1.0, 1.0)))
-        figure.savefig(text, format="svg", metadata=_NO_METADATA)
+        figure.savefig(text, format="svg", metadata=NO_METADATA)
     width, height = panel.size
     # Before it are the XML header and a style that would hold for the whole page.
     body = text.getvalue().partition("</defs>")[2]
@@ -141,7 +143,7 @@ def _shortened(path: re.Match[str]) -> str:
 
 
 @contextmanager
-def _fixed_style() -> Iterator[None]:
+def fixed_style() -> Iterator[None]:
     """matplotlib's defaults in place of the user's settings, so that the output is the same everywhere."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -150,7 +152,7 @@ def _fixed_style() -> Iterator[None]:
 
 
 def _figure(width: float, height: float, colour: str) -> Figure:
-    return Figure((width / _UNITS_PER_INCH, height / _UNITS_PER_INCH), dpi=_PNG_DPI, facecolor=colour)
+    return Figure((width / _UNITS_PER_INCH, height / _UNITS_PER_INCH), dpi=PNG_DPI, facecolor=colour)
 
 
 def _axes(figure: Figure, place: tuple[float, float, float, float]) -> Axes:

@@ -4,7 +4,7 @@ import matplotlib
 import torch
 from PIL import Image
 
-from ldm_cli.lesson.plotting import DARK, LIGHT, Panel, dots, line, save_png, svg
+from ldm_cli.plots.panels import DARK, LIGHT, Panel, dots, line, save_png, svg
 
 
 def panel(draw, title="a < b"):

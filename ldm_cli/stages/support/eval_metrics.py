@@ -1,0 +1,124 @@
+"""The metrics of `ldm eval`, computed from what was measured of real and of generated pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_cli.data.captions import field_of
+from ldm_cli.errors import DataError
+from ldm_cli.evaluation.attribute_accuracy import score_scenes
+from ldm_cli.evaluation.clip_features import CLIPFeatures
+from ldm_cli.evaluation.config import ZeroShotClassification
+from ldm_cli.evaluation.frechet import frechet_name
+from ldm_cli.evaluation.metrics import (
+    class_embeddings,
+    retrieval_recall,
+    summarize_clip_score,
+    zero_shot_accuracy,
+)
+from ldm_cli.evaluation.picture_metrics import CLIP, frechet_of, measure_pictures
+from ldm_cli.recipe.schema import EvalSection
+from ldm_cli.stages.support.eval_models import Models
+from ldm_cli.stages.support.eval_samples import COSINE, TEXTS, Measurements, RealSamples
+
+
+def metrics_of_real(config: EvalSection, models: Models, real: RealSamples) -> dict[str, Any]:
+    """What the first `num_samples` samples tell by themselves, by metric.
+
+    Raises:
+        DataError: labels are missing or unknown.
+    """
+    measured, count = real.measured, min(config.num_samples, len(real.keys))
+    result: dict[str, Any] = {}
+    if "clip_score" in config.metrics:
+        result["clip_score"] = {"real": summarize_clip_score(measured.kept(COSINE))}
+    if "zero_shot" in config.metrics and models.clip is not None:
+        images = measured.kept(CLIP)
+        result["zero_shot"] = {task.name: _zero_shot(task, models.clip, images, real) for task in config.zero_shot}
+    if "retrieval" in config.metrics:
+        captions = real.captions[:count]
+        recall = retrieval_recall(measured.kept(CLIP), measured.kept(TEXTS), captions)
+        result["retrieval"] = {**recall, "num_samples": count, "num_captions": len(set(captions))}
+    if "reconstruction" in config.metrics:
+        means = {name: float(measured.kept(name).mean()) for name in ("psnr", "ssim")}
+        result["reconstruction"] = {**means, "num_samples": count}
+    if "attribute_accuracy" in config.metrics:
+        # How well real images of the same samples are read, in everything: how far to trust the generated ones' rates.
+        truths = real.metadata[: config.num_generated]
+        result["attribute_accuracy"] = {"detector": score_scenes(measured.scenes[: len(truths)], truths)}
+    return result
+
+
+def metrics_of_generated(
+    config: EvalSection, models: Models, real: RealSamples, generated: Measurements, warn: Callable[[str], None]
+) -> dict[str, Any]:
+    """What the pictures of one model tell, beside the real samples, by metric.
+
+    Raises:
+        DataError: there are too few pictures for a metric.
+    """
+    result: dict[str, Any] = {}
+    counts = {"num_real": real.measured.features.count, "num_generated": generated.features.count}
+    if "clip_score" in config.metrics:
+        result["clip_score"] = {"generated": summarize_clip_score(generated.kept(COSINE))}
+    if "frechet_distance" in config.metrics:
+        name = frechet_name(models.provenance["clip"]["sha256"])
+        found = frechet_of(CLIP, name, generated.features, real.measured.features, warn)
+        result["frechet_distance"] = {**found, **counts}
+    found_by_metric = measure_pictures(config.picture_metrics, generated.features, real.measured.features, warn)
+    result |= {name: {**values, **counts} for name, values in found_by_metric.items()}
+    if "attribute_accuracy" in config.metrics:
+        truths = real.metadata[: len(generated.scenes)]
+        scores = score_scenes(generated.scenes, truths, stated_only=True)
+        result["attribute_accuracy"] = {"generated": scores}
+    return result
+
+
+def check_truths(real: RealSamples, num_generated: int) -> None:
+    """Refuse samples without a scene's truth before pictures are generated.
+
+    Raises:
+        DataError: naming the first one.
+    """
+    for key, truth in zip(real.keys[:num_generated], real.metadata, strict=False):
+        if not {"objects", "stated", "relation", "background", "held_out"} <= truth.keys():
+            raise DataError(
+                f"attribute_accuracy cannot be measured on sample '{key}'",
+                "its json member is not the truth of a synthetic scene",
+                "take shards of `ldm data synth`, or leave the metric out",
+            )
+
+
+def _zero_shot(task: ZeroShotClassification, clip: CLIPFeatures, images: Tensor, real: RealSamples) -> dict[str, Any]:
+    prompts = [template.replace("{}", name) for name in task.classes for template in task.templates]
+    classes = class_embeddings(clip.texts(prompts).view(len(task.classes), len(task.templates), -1))
+    labels = [_label(task, real, i) for i in range(len(images))]
+    known = [i for i, label in enumerate(labels) if label is not None]
+    if not known:
+        raise DataError(
+            f"zero-shot task '{task.name}' cannot be measured",
+            f"none of {len(labels)} samples has '{task.label}'",
+            "correct eval.zero_shot",
+        )
+    accuracy = zero_shot_accuracy(images[known], classes, torch.tensor([labels[i] for i in known]))
+    return {**accuracy, "num_samples": len(known), "num_classes": len(task.classes)}
+
+
+def _label(task: ZeroShotClassification, real: RealSamples, i: int) -> int | None:
+    """The class index of a sample, None where it has none."""
+    value = real.labels[i] if task.label == "cls" else field_of(real.metadata[i], task.label.removeprefix("json:"))
+    if value is None:
+        return None
+    if isinstance(value, str) and value in task.classes:
+        return task.classes.index(value)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(task.classes):
+        return value
+    raise DataError(
+        f"sample '{real.keys[i]}' is of no class of the zero-shot task '{task.name}'",
+        f"its '{task.label}' is {value!r:.80}",
+        "correct eval.zero_shot",
+    )
