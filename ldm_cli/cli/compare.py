@@ -19,8 +19,8 @@ def command(
     sets: Annotated[
         list[str],
         given.argument(
-            "A [B]",
-            "A, the pictures that are judged, and B, the reference: folders of pictures, shards, or .npz files of "
+            "SET",
+            "A, the pictures that are judged, then B, the reference: folders of pictures, shards, or .npz files of "
             "statistics. Or any number of results of ldm eval (.json), side by side.",
         ),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -44,11 +45,11 @@ def finished(home: Path, **changes: Any) -> dict[str, Any]:
     return run(asked(home, **changes), RunOptions(device="cpu"), SilentReporter())
 
 
-def started(home: Path, out: Path, **changes: Any) -> Life:
+def started(home: Path, out: Path, *more: str, **changes: Any) -> Life:
     """The program in a process of its own."""
     file = out.parent / "recipe.json"
     file.write_text(json.dumps(asked(home, **changes).to_mapping()))
-    return Life(["eval", str(file), "--out", str(out), "--device", "cpu"], out.parent / "log")
+    return Life(["eval", str(file), "--out", str(out), "--device", "cpu", *more], out.parent / "log")
 
 
 def kill_when(life: Life, moment: Callable[[], bool]) -> None:
@@ -73,7 +74,7 @@ def test_killed_while_it_measures_it_goes_on_and_ends_in_the_same_numbers(
     out = tmp_path / "out"
     for part in ("real", "000-pipeline", "001-pipeline"):
         rounds = out / "eval-measured" / part
-        kill_when(started(home, out), lambda folder=rounds: len(list(folder.glob("*.safetensors"))) >= 2)  # type: ignore[misc]
+        kill_when(started(home, out), lambda folder=rounds: len(list(folder.glob("[0-9]*"))) >= 2)  # type: ignore[misc]
         assert not (out / "eval.json").exists()
     seeds: list[int] = []
     generate = Pipeline.generate
@@ -141,7 +142,21 @@ def test_a_finished_evaluation_is_read_and_another_one_is_refused(home: Path, tm
     for changes, message in (({"num_generated": 10}, "eval.num_generated: 12 → 10"), ({"sweep": {}}, "eval.sweep")):
         with pytest.raises(OutputError, match=f"of another evaluation: {message}"):
             run(asked(home, **changes), options, reporter)
-    run(asked(home, num_generated=10), RunOptions(device="cpu", out=tmp_path, overwrite=True), reporter)
+
+
+def test_overwriting_begins_anew_and_goes_on_when_it_was_killed(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(asked(home, num_generated=10), RunOptions(device="cpu", out=out), SilentReporter())
+    rounds = out / "eval-measured" / "001-pipeline"
+    kill_when(started(home, out, "--overwrite"), lambda: len(list(rounds.glob("[0-9]*"))) > 0)
+    kept = {path: path.stat().st_mtime_ns for path in (out / "eval-measured" / "real").iterdir()}
+    again = started(home, out, "--overwrite")
+    while again.lasts(0.0005):
+        for path, time in kept.items():
+            with suppress(FileNotFoundError):
+                assert path.stat().st_mtime_ns == time
+    assert again.end() == 0, again.errors
+    assert_same_result(out, finished(home))
 
 
 def test_measurements_of_other_models_are_refused(home: Path, tmp_path: Path) -> None:

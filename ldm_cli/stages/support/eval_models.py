@@ -88,6 +88,11 @@ class Pipelines:
         self._sampling, self._device = sampling, device
         self._loaded: dict[str, Pipeline] = {}
 
+    @staticmethod
+    def are_needed(config: EvalConfig) -> bool:
+        """Whether a metric takes generated pictures."""
+        return bool({"pipeline", "pipelines"} & needed_models(config).keys())
+
     @property
     def names(self) -> list[str]:
         """In the order of the recipe."""

@@ -45,28 +45,26 @@ class EvalResult:
         """The result, if this evaluation is finished; else its place is taken, and `None`.
 
         Args:
-            overwrite: delete what is there.
+            overwrite: delete a result that is there, and measurements of another evaluation.
 
         Raises:
             OutputError: another evaluation's result or measurements are there, another process measures, or it cannot
                 be written.
             StorageError: writing failed.
         """
-        if overwrite:
-            with storage_errors(self._file):
-                self._file.unlink(missing_ok=True)
-        elif self._file.exists():
+        if self._file.exists() and not overwrite:
             result = _content(self._file)
             self._expect_same(result.get("provenance"), self._file)
             self._reporter.info(f"the result is in {self._file} already")
             return result
+        file = self.measured / _PROVENANCE
         with storage_errors(self.measured):
             self.measured.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(self._reporter.warn)
-            if overwrite:
+            if overwrite and (self._file.exists() or self._changes(_content(file))):
+                self._file.unlink(missing_ok=True)
                 self._clear()
-                shutil.rmtree(self.pictures, ignore_errors=True)
-        if (file := self.measured / _PROVENANCE).exists():
+        if file.exists():
             self._expect_same(_content(file), self.measured)
             self._reporter.info(f"going on with the measurements in {self.measured}")
         write_json(file, self._provenance)
@@ -88,10 +86,11 @@ class EvalResult:
         self._lock.release()
 
     def _clear(self) -> None:
-        for path in self.measured.iterdir():
+        """Delete measurements and pictures."""
+        for path in [self.pictures, *self.measured.iterdir()]:
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path != self._lock.file:
+            elif path.exists() and path != self._lock.file:
                 path.unlink()
 
     def _expect_same(self, before: Any, place: Path) -> None:
@@ -100,13 +99,16 @@ class EvalResult:
         Raises:
             OutputError: naming what differs.
         """
-        changes = ["it has no provenance"]
-        if isinstance(before, dict) and isinstance(before.get("recipe"), dict):
-            changes = recipe_changes(before["recipe"], self._provenance["recipe"])[1]
-            changes += fingerprint_changes(_fingerprints(before), _fingerprints(self._provenance))
-        if changes:
+        if changes := self._changes(before):
             remedy = "choose another --out, or pass --overwrite"
             raise OutputError(f"'{place}' exists already, of another evaluation", "; ".join(changes), remedy)
+
+    def _changes(self, before: Any) -> list[str]:
+        """In what this evaluation differs from that of another provenance."""
+        if not isinstance(before, dict) or not isinstance(before.get("recipe"), dict):
+            return ["it has no provenance"]
+        changes = recipe_changes(before["recipe"], self._provenance["recipe"])[1]
+        return changes + fingerprint_changes(_fingerprints(before), _fingerprints(self._provenance))
 
 
 def _fingerprints(provenance: Mapping[str, Any]) -> dict[str, str]:

@@ -32,7 +32,7 @@ from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.pixels import is_sound
 from ldm_cli.sampling.request import ImageRequest
-from ldm_cli.stages.support.eval_models import Models
+from ldm_cli.stages.support.eval_models import Models, Pipelines
 from ldm_cli.stages.support.rounds import Measured, measured_in_rounds
 from ldm_cli.training.ranks import Ranks
 
@@ -50,7 +50,7 @@ _PICTURES_PER_ROUND = 256
 
 
 class Measurements:
-    """Measurements of a set of pictures; those of the first rank alone are complete.
+    """Measurements of a set of pictures; only the first rank has any.
 
     Args:
         metrics: for which they are.
@@ -118,7 +118,7 @@ def measure_real(
     config = recipe.eval
     kept = [name for name, metrics in _KEPT_OF_REAL.items() if metrics & set(config.metrics)]
     real = RealSamples(Measurements(config.metrics, kept, config.num_samples, models.device))
-    limit = max(config.num_samples, config.num_generated if config.named_pipelines else 0)
+    limit = max(config.num_samples, config.num_generated if Pipelines.are_needed(config) else 0)
 
     def measure(batches: list[Batch]) -> Iterator[Measured]:
         return (_of_real(batch, config, models) for batch in sent_to_device((one for one in batches), models.device))

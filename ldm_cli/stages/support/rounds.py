@@ -28,11 +28,10 @@ def measured_in_rounds(
     batches_per_rank: int,
     folder: Path | None = None,
 ) -> Iterator[Measured]:
-    """The measurements of each batch, in order, on every rank; all ranks call.
+    """The measurements of each batch, in order, on the first rank; none on the others, which iterate as well.
 
     In a round every rank measures some batches, then all exchange them. So no more than a round is in memory. What a
-    killed process had measured in finished rounds is read again, on the first rank alone, whatever the number of ranks
-    is now.
+    killed process had measured in finished rounds is read again, whatever the number of ranks is now.
 
     Args:
         batches: the same on every rank.
@@ -57,7 +56,8 @@ def measured_in_rounds(
         every = merged({f"{i} {name}": tensor for i, found in own for name, tensor in found.items()}, ranks)
         if folder is not None and ranks.is_first:
             _keep(folder / f"{done:08d}.safetensors", every)
-        yield from _by_batch(every).values()
+        if ranks.is_first:
+            yield from _by_batch(every).values()
         done += len(together)
 
 
@@ -80,7 +80,7 @@ def _keep(file: Path, tensors: Mapping[str, Tensor]) -> None:
 def _kept_rounds(folder: Path) -> Iterator[dict[int, Measured]]:
     """The rounds from the first one on, up to one that is missing or damaged."""
     expected = 0
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.glob("[0-9]*.safetensors")):
         try:
             kept = _by_batch(load(file.read_bytes()))
         except (OSError, SafetensorError, ValueError):
