@@ -1,4 +1,4 @@
-"""Sets of pictures to measure: a folder of files, or shards; read as the programs do that compute FID."""
+"""Sets of pictures: a picture, a folder of files, or shards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_cli.data.config import DataConfig
-from ldm_cli.data.decode import from_pillow, image_header
+from ldm_cli.data.decode import decode_rgb, from_pillow, image_header
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.prefetch import prefetched
 from ldm_cli.data.sample_decoder import SampleDecoder, Wanted
@@ -25,6 +25,7 @@ from ldm_cli.pictures.job_folder import IMAGES_FILE
 from ldm_cli.reporting import Reporter
 
 _MAX_PIXELS = DataConfig.model_fields["max_pixels"].default
+_BACKGROUND = DataConfig.model_fields["background"].default
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,17 @@ class PictureSet:
     Attributes:
         name: as the user gave it.
         files: the name of each picture, and a function that reads its file.
+        decode: a file's content to uint8 [3, H, W].
         job: model and settings that all pictures of `ldm sample` share; else empty.
     """
 
     name: str
     files: Sequence[tuple[str, Callable[[], bytes]]]
+    decode: Callable[[bytes], Tensor]
     job: Mapping[str, Any] = field(default_factory=dict)
 
     def batches(self, size: int, digest: hashlib._Hash) -> Iterator[list[Tensor]]:
         """The pictures, uint8 [3, H, W] each, in lists of `size`; read ahead by threads.
-
-        Pillow converts them to RGB. Colour profiles and orientations have no effect, as in the programs that compute
-        FID.
 
         Args:
             size: of a list; the last one may be shorter.
@@ -71,34 +71,47 @@ class PictureSet:
         name, read = file
         try:
             data = read()
-            image_header(data, _MAX_PIXELS)
-            with Image.open(io.BytesIO(data)) as image:
-                return from_pillow(image.convert("RGB"))[0], hashlib.sha256(data).digest()
+            return self.decode(data), hashlib.sha256(data).digest()
         except LdmError:
             raise
         except Exception as error:  # Pillow's plugins raise nearly every kind of exception on damaged files
             raise DataError(f"cannot read picture '{name}' of '{self.name}'", str(error)) from error
 
 
-def open_pictures(source: str, reporter: Reporter) -> PictureSet:
+def as_stored(data: bytes) -> Tensor:
+    """The pixels as the programs decode them that compute FID: colour profiles and orientations have no effect."""
+    image_header(data, _MAX_PIXELS)
+    with Image.open(io.BytesIO(data)) as image:
+        return from_pillow(image.convert("RGB"))[0]
+
+
+def upright(data: bytes) -> Tensor:
+    """The picture as people see it and training reads it: sRGB, upright, transparent parts over white."""
+    return from_pillow(decode_rgb(data, _BACKGROUND, _MAX_PIXELS).image)[0]
+
+
+def open_pictures(source: str, reporter: Reporter, decode: Callable[[bytes], Tensor] = as_stored) -> PictureSet:
     """The pictures of a folder and all below it, sorted by path; or those of shards.
 
     Of a folder that `ldm sample` wrote, the pictures that its images.json names.
 
     Args:
-        source: a folder of pictures, or a path, glob or brace pattern of shards, or a folder of shards.
+        source: a picture, a folder of pictures, or a path, glob or brace pattern of shards, or a folder of shards.
         reporter: as in `open_shards`.
+        decode: as in `PictureSet`.
 
     Raises:
         InputNotFoundError: there is none; other errors as in `open_shards`.
     """
     folder = Path(source)
+    if folder.is_file() and is_picture(folder):
+        return PictureSet(source, [(folder.name, folder.read_bytes)], decode)
     if folder.is_dir() and not any(folder.glob("*.tar")):
         paths, job = _listed(folder)
         paths = paths or sorted(path for path in folder.rglob("*") if is_picture(path))
         if not paths:
             raise InputNotFoundError(f"there are no pictures in '{source}'")
-        return PictureSet(source, [(str(path.relative_to(folder)), path.read_bytes) for path in paths], job)
+        return PictureSet(source, [(str(path.relative_to(folder)), path.read_bytes) for path in paths], decode, job)
     config = DataConfig(shards=source)
     shards = open_shards(source, config, reporter)
     decoder = SampleDecoder(shards, config, Wanted(caption=False))
@@ -107,7 +120,7 @@ def open_pictures(source: str, reporter: Reporter) -> PictureSet:
         return lambda: decoder.image_bytes(shard, number)
 
     places = ((shard, number) for shard, size in enumerate(shards.sizes) for number in range(size))
-    return PictureSet(source, [(shards.name(*place), reader(*place)) for place in places])
+    return PictureSet(source, [(shards.name(*place), reader(*place)) for place in places], decode)
 
 
 def _listed(folder: Path) -> tuple[list[Path], Mapping[str, Any]]:
