@@ -28,7 +28,7 @@ _YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -
 Part = tuple[float, float, float]
 """Left edge, upper edge and side of a square part, in picture sides."""
 WHOLE: Part = (0.0, 0.0, 1.0)
-View = Callable[[Tensor], Tensor]
+Signer = Callable[[Tensor], Tensor]
 """Thumbnails uint8 [B, 3, SIDE, SIDE] → signatures float32 [B, D]."""
 
 
@@ -51,7 +51,7 @@ def signatures(thumbnails: Tensor, part: Part = WHOLE, mirror: bool = False) -> 
     return F.normalize(torch.cat((waves[:, 0].flatten(1), chroma.flatten(1), blank), 1))
 
 
-def views() -> Sequence[View]:
+def views() -> Sequence[Signer]:
     """The signatures under which a picture is looked up: of the whole and of nine crops by 5 %, also mirrored.
 
     The first is that of the picture as it is.
