@@ -49,6 +49,28 @@ def embed(
     show_result(result, json)
 
 
+@commands.command()
+def dedup(
+    embeddings: Annotated[Path, given.argument("EMBEDDINGS", "A file of `ldm clip embed`.")],
+    out: Annotated[Path, given.option("--out", metavar="FILE", text="List of samples to leave out.")],
+    against: Annotated[
+        Path | None,
+        given.option("--against", metavar="EMBEDDINGS", text="Also find pictures that are in this set, as validation."),
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option("--threshold", metavar="F", min=0, max=1, help="Cosine from which two are duplicates.")
+    ] = 0.97,
+    overwrite: given.Overwrite = False,
+    json: given.Json = False,
+    debug: given.Debug = False,
+) -> None:
+    """Find near-duplicates, and write those to leave out as a file for data.quarantine."""
+    with importing():
+        from ldm_cli.stages import clip_dedup
+
+    show_result(clip_dedup.run(embeddings, against, threshold, out, make_reporter(), overwrite=overwrite), json)
+
+
 def _options(model: str, device: str, batch_size: int) -> ClipOptions:
     with importing():
         from ldm_cli.stages.support.clip_inputs import ClipOptions  # imports torch

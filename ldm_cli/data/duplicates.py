@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from ldm_cli.data.config import DataConfig
 from ldm_cli.data.loader import sequential_batches
 from ldm_cli.data.near_pairs import Pairs, near_pairs
 from ldm_cli.data.open_shards import open_shards
+from ldm_cli.data.shards import ShardSet
 from ldm_cli.data.signatures import SIDE, Signer, signatures, views
 from ldm_cli.errors import InputNotFoundError, OutputError
 from ldm_cli.reporting import Reporter
@@ -40,16 +41,30 @@ def find_duplicates(
     if file.exists():
         raise OutputError(f"'{file}' exists already", remedy="name another file")
     sets = [open_shards(shards, config, reporter) for shards in (against, config.shards) if shards]
-    thumbnails, names, num_other = list[Tensor](), list[str](), 0
+    names, pairs = picture_pairs(sets, config, threshold, reporter)
+    num_other = len(names[0]) if against else 0
+    every = [name for own in names for name in own]
+    return report_duplicates(every.__getitem__, (num_other, len(every) - num_other), pairs, threshold, file)
+
+
+def picture_pairs(
+    sets: Sequence[ShardSet], config: DataConfig, threshold: float, reporter: Reporter
+) -> tuple[list[list[str]], Pairs]:
+    """The names of the pictures of each set that can be decoded, and the near pairs among all of them, by signatures.
+
+    Raises:
+        InputNotFoundError: no picture can be decoded; other errors as in `sequential_batches`.
+    """
+    thumbnails, names, done = list[Tensor](), list[list[str]](), 0
     reading = config.model_copy(update={"image_size": SIDE, "crop": "squash", "max_bad_fraction": 1.0})
-    with reporter.progress("reading pictures", sum(one.num_samples for one in sets), unit="sample") as done:
+    with reporter.progress("reading pictures", sum(one.num_samples for one in sets), unit="sample") as progress:
         for one in sets:
-            num_other = len(names)
+            names.append([])
             for batch in sequential_batches(one, reading, _BATCH, with_captions=False):
                 thumbnails.append(batch.images)
-                names += batch.keys
-                done.update(len(names))
-    if not names:
+                names[-1] += batch.keys
+                progress.update(done := done + len(batch))
+    if not thumbnails:
         raise InputNotFoundError("there are no pictures to compare", "none can be decoded", "see `ldm data check`")
     pictures = torch.cat(thumbnails)
 
@@ -57,8 +72,7 @@ def find_duplicates(
         return sign(pictures[rows])
 
     vectors = torch.cat([signatures(part) for part in thumbnails])
-    pairs = near_pairs(vectors, [partial(seen, sign) for sign in views()], threshold, reporter)
-    return report_duplicates(names.__getitem__, (num_other, len(names) - num_other), pairs, threshold, file)
+    return names, near_pairs(vectors, [partial(seen, sign) for sign in views()], threshold, reporter)
 
 
 def report_duplicates(

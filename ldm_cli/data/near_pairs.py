@@ -1,9 +1,9 @@
 """Pairs of vectors with a cosine above a threshold, found without comparing all with all.
 
-The vectors are shared out among about √N cells, each around one of them (the inverted file of Jégou, Douze, Schmid 2011,
-doi:10.1109/TPAMI.2010.57, section IV). A vector is compared with those in the cells nearest to it, so that time grows
-as N^1.5 and memory as N. Each comparison is exact. A pair is missed where its cell is not looked into; a sample of
-the vectors, compared with all others, tells how often.
+The vectors are shared out among about √N cells, each around one of them (the inverted file of Jégou, Douze, Schmid
+2011, doi:10.1109/TPAMI.2010.57, section IV). A vector is compared with those in the cells nearest to it, so that
+time grows as N^1.5 and memory as N. Each comparison is exact. A pair is missed where its cell is not looked into; a
+sample of the vectors, compared with all others, tells how often.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Signatures of pictures: vectors whose cosine is near 1 for copies of one picture, without a model.
 
 A signature holds the low frequencies of a picture, as the perceptual hash of Zauner 2010, "Implementation and
-benchmarking of perceptual image hash functions", section 3.2.1: coefficients of its cosine transform. Unlike that hash it
-keeps colours, and numbers instead of signs: a sign is random where a coefficient is near 0, as in symmetric pictures.
+benchmarking of perceptual image hash functions", section 3.2.1: coefficients of its cosine transform. Unlike that
+hash it keeps colours, and numbers instead of signs: in symmetric pictures many coefficients are near 0, and their signs
+random.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from ldm_cli.evaluation.clip_features import CLIPFeatures
 from ldm_cli.evaluation.config import ZeroShotClassification
 from ldm_cli.evaluation.frechet import Moments, frechet_distance, frechet_name
 from ldm_cli.evaluation.image_quality import SSIM_WINDOW
+from ldm_cli.evaluation.linear_probe import linear_probe
 from ldm_cli.evaluation.metrics import (
     class_embeddings,
     retrieval_recall,
@@ -39,6 +40,7 @@ from ldm_cli.stages.support.eval_samples import (
     Models,
     load_models,
     measure_generated,
+    measure_probe,
     measure_real,
     picture_features,
 )
@@ -83,10 +85,15 @@ def _measured(recipe: EvalRecipe, device: torch.device, reporter: Reporter, rank
     sampling = settled(config.sampling, config.num_generated, device, reporter.info)
     with ranks.first_then_others():
         shards = open_shards(recipe.data.shards, recipe.data, reporter)
+        is_probed = "linear_probe" in config.metrics and config.probe_shards is not None
+        probe_shards = open_shards(config.probe_shards, recipe.data, reporter) if is_probed else None
     models = load_models(config.model_copy(update={"sampling": sampling}), device)
     _check_sizes(recipe, models)
     real = measure_real(recipe, shards, models, reporter, ranks)
+    probe = measure_probe(recipe, probe_shards, models, reporter, ranks) if probe_shards is not None else None
     metrics = _metrics_of_real(config, models, real) if ranks.is_first else {}
+    if probe is not None and ranks.is_first:
+        metrics["linear_probe"] = {task.name: _linear_probe(task, probe, real, config) for task in config.zero_shot}
     if "attribute_accuracy" in config.metrics:
         _check_truths(real, config.num_generated)
     generated = measure_generated(config, real, models, reporter) if models.pipeline is not None else None
@@ -103,7 +110,8 @@ def _measured(recipe: EvalRecipe, device: torch.device, reporter: Reporter, rank
         raise DivergedError(f"{', '.join(bad)} cannot be measured", "the values are not finite")
     return {
         "metrics": {name: metrics[name] for name in config.metrics},
-        "provenance": _provenance(recipe, shards, models, real, generated),
+        "provenance": _provenance(recipe, shards, models, real, generated)
+        | ({"probe_shards": _described(probe_shards)} if probe_shards is not None else {}),
     }
 
 
@@ -144,8 +152,8 @@ def _metrics_of_real(config: EvalSection, models: Models, real: Gathered) -> dic
     count = min(config.num_samples, len(real.keys))
     result: dict[str, Any] = {}
     if models.clip is not None:
-        images, texts = torch.cat(real.image_features)[:count], torch.cat(real.text_features)[:count]
-        captions = real.captions[:count]
+        images, captions = torch.cat(real.image_features)[:count], real.captions[:count]
+        texts = torch.cat(real.text_features)[:count] if real.text_features else images
         if "clip_score" in config.metrics:
             result["clip_score"] = {"real": summarize_clip_score(images, texts)}
         if "zero_shot" in config.metrics:
@@ -195,16 +203,30 @@ def _metrics_of_generated(
 def _zero_shot(task: ZeroShotClassification, clip: CLIPFeatures, images: Tensor, real: Gathered) -> dict[str, Any]:
     prompts = [template.replace("{}", name) for name in task.classes for template in task.templates]
     classes = class_embeddings(clip.texts(prompts).view(len(task.classes), len(task.templates), -1))
-    labels = [_label(task, real, i) for i in range(len(images))]
+    known, labels = _labels(task, real, len(images))
+    accuracy = zero_shot_accuracy(images[known], classes, labels)
+    return {**accuracy, "num_samples": len(known), "num_classes": len(task.classes)}
+
+
+def _linear_probe(task: ZeroShotClassification, train: Gathered, real: Gathered, config: EvalSection) -> dict[str, Any]:
+    known, labels = _labels(task, train, min(config.num_probe_samples, len(train.keys)))
+    own, truths = _labels(task, real, min(config.num_samples, len(real.keys)))
+    features = torch.cat(train.image_features)[known]
+    accuracy = linear_probe(features, labels, torch.cat(real.image_features)[own], truths)
+    return {**accuracy, "num_samples": len(own), "num_classes": len(task.classes)}
+
+
+def _labels(task: ZeroShotClassification, real: Gathered, count: int) -> tuple[list[int], Tensor]:
+    """Those of the first `count` samples that have a class, and their classes."""
+    labels = [_label(task, real, i) for i in range(count)]
     known = [i for i, label in enumerate(labels) if label is not None]
     if not known:
         raise DataError(
-            f"zero-shot task '{task.name}' cannot be measured",
+            f"task '{task.name}' of eval.zero_shot cannot be measured",
             f"none of {len(labels)} samples has '{task.label}'",
             "correct eval.zero_shot",
         )
-    accuracy = zero_shot_accuracy(images[known], classes, torch.tensor([labels[i] for i in known]))
-    return {**accuracy, "num_samples": len(known), "num_classes": len(task.classes)}
+    return known, torch.tensor([labels[i] for i in known])
 
 
 def _label(task: ZeroShotClassification, real: Gathered, i: int) -> int | None:
@@ -261,10 +283,13 @@ def _provenance(
         "device": str(models.device),
         "models": models.hashes,
         "data": {
-            "shards": [path.name for path in shards.paths],
-            "fingerprint": shards.fingerprint,
+            **_described(shards),
             "num_samples": min(recipe.eval.num_samples, len(real.keys)),
             "num_generated": len(generated.captions) if generated is not None else 0,
         },
         "recipe": recipe.to_mapping(),
     }
+
+
+def _described(shards: ShardSet) -> dict[str, Any]:
+    return {"shards": [path.name for path in shards.paths], "fingerprint": shards.fingerprint}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.shared_work import merged
 
 _METRICS_BY_MODEL = {
-    "clip": {"clip_score", "zero_shot", "retrieval", "frechet_distance", "cmmd"},
+    "clip": {"clip_score", "zero_shot", "linear_probe", "retrieval", "frechet_distance", "cmmd"},
     "vae": {"reconstruction"},
     "pipeline": {"clip_score", "frechet_distance", "attribute_accuracy", *PICTURE_METRICS},
 }
@@ -144,7 +144,8 @@ def load_models(config: EvalSection, device: torch.device) -> Models:
 def measure_real(recipe: EvalRecipe, shards: ShardSet, models: Models, reporter: Reporter, ranks: Ranks) -> Gathered:
     """The first samples of the shards: as many as the metrics or the generation ask for; all ranks call."""
     config, gathered = recipe.eval, Gathered(ranks)
-    labelled = "zero_shot" in config.metrics and any(task.label == "cls" for task in config.zero_shot)
+    needs_labels = {"zero_shot", "linear_probe"} & set(config.metrics)
+    labelled = needs_labels and any(task.label == "cls" for task in config.zero_shot)
     data = recipe.data.model_copy(update={"label": "cls"}) if labelled else recipe.data
     limit = max(config.num_samples, config.num_generated if models.pipeline is not None else 0)
     total = min(limit, shards.num_samples)
@@ -159,6 +160,14 @@ def measure_real(recipe: EvalRecipe, shards: ShardSet, models: Models, reporter:
     return gathered
 
 
+def measure_probe(recipe: EvalRecipe, shards: ShardSet, models: Models, reporter: Reporter, ranks: Ranks) -> Gathered:
+    """The training samples of the linear probe; all ranks call."""
+    data = recipe.data.model_copy(update={"shards": recipe.eval.probe_shards})
+    probe = {"metrics": ("linear_probe",), "num_samples": recipe.eval.num_probe_samples}
+    own = recipe.model_copy(update={"data": data, "eval": recipe.eval.model_copy(update=probe)})
+    return measure_real(own, shards, replace(models, vae=None, pipeline=None, inception=None), reporter, ranks)
+
+
 def _add_real(gathered: Gathered, batch: Batch, config: EvalSection, models: Models) -> None:
     gathered.captions += batch.captions
     gathered.keys += batch.keys
@@ -169,7 +178,8 @@ def _add_real(gathered: Gathered, batch: Batch, config: EvalSection, models: Mod
         return
     if models.clip is not None:
         gathered.image_features.append(models.clip.images(batch.images))
-        gathered.text_features.append(models.clip.texts(batch.captions))
+        if {"clip_score", "retrieval"} & set(config.metrics):
+            gathered.text_features.append(models.clip.texts(batch.captions))
     _add_inception_features(gathered, batch.images, config, models)
     if models.vae is not None:
         again = _reconstructed(models.vae, batch.images)
