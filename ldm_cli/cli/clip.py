@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 commands = typer.Typer(help="Put a CLIP to work: search, classify, tag, ask.")
 Pictures = Annotated[list[str], given.argument("PICTURES", "Pictures, folders, or shards by path, glob or brace.")]
 Model = Annotated[str, given.option("--model", metavar="MODEL", text="A CLIP: folder, run, single file or hub name.")]
+Top = Annotated[int, typer.Option("--top", min=1, metavar="K", help="Results to show for each.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Pictures per call of the model.")]
 
 
@@ -46,6 +47,39 @@ def embed(
     result = clip_embed.run(pictures or [], texts, out, options, make_reporter(), half=half, overwrite=overwrite)
     if not json:
         result.pop("provenance")
+    show_result(result, json)
+
+
+@commands.command()
+def search(
+    where: Annotated[list[str], given.argument("WHERE", "Pictures, folders, shards, or a file of `ldm clip embed`.")],
+    model: Annotated[
+        str, given.option("--model", metavar="MODEL", text="A CLIP; default: the one that made the embeddings.")
+    ] = "",
+    text: Annotated[
+        list[str] | None, given.option("--text", metavar="TEXT", text="Search for a text; may be repeated.")
+    ] = None,
+    like: Annotated[
+        list[Path] | None, given.option("--like", metavar="FILE", text="Search for a picture; may be repeated.")
+    ] = None,
+    top: Top = 10,
+    sheet: Annotated[Path | None, given.option("--sheet", metavar="FILE", text="Draw the results, as .png.")] = None,
+    batch_size: BatchSize = 64,
+    device: given.Device = "auto",
+    overwrite: given.Overwrite = False,
+    json: given.Json = False,
+    debug: given.Debug = False,
+) -> None:
+    """Find the pictures nearest to a text or to a picture."""
+    options = _options(model, device, batch_size)
+    with importing():
+        from ldm_cli.stages import clip_search
+
+    wanted = clip_search.Wanted(text or (), like or (), top, sheet, overwrite)
+    result = clip_search.run(where, wanted, options, make_reporter())
+    if not json:
+        result.pop("provenance")
+        result |= {str(query.get("text") or query["picture"]): query["results"] for query in result.pop("queries")}
     show_result(result, json)
 
 
