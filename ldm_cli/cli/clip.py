@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -80,6 +80,109 @@ def search(
     if not json:
         result.pop("provenance")
         result |= {str(query.get("text") or query["picture"]): query["results"] for query in result.pop("queries")}
+    show_result(result, json)
+
+
+@commands.command()
+def classify(
+    pictures: Pictures,
+    model: Model,
+    labels: Annotated[
+        str, given.option("--labels", metavar="A,B|FILE", text="Between commas, or a line of a file each.")
+    ],
+    templates: Annotated[
+        str, typer.Option("--templates", metavar="imagenet|TEXT|FILE", help="Prompts, with {} for the label.")
+    ] = "imagenet",
+    top: Top = 5,
+    batch_size: BatchSize = 64,
+    device: given.Device = "auto",
+    json: given.Json = False,
+    debug: given.Debug = False,
+) -> None:
+    """Tell which of some labels fits each picture."""
+    options = _options(model, device, batch_size)
+    with importing():
+        from ldm_cli.stages import clip_answers
+
+    _show(clip_answers.classify(pictures, labels, templates, top, options, make_reporter()), json)
+
+
+@commands.command()
+def tag(
+    pictures: Pictures,
+    model: Model,
+    captions: Annotated[
+        str | None,
+        given.option("--captions", metavar="A,B|FILE|SHARDS", text="Captions; default: those of the pictures."),
+    ] = None,
+    top: Top = 3,
+    batch_size: BatchSize = 64,
+    device: given.Device = "auto",
+    json: given.Json = False,
+    debug: given.Debug = False,
+) -> None:
+    """Find the captions nearest to each picture."""
+    options = _options(model, device, batch_size)
+    with importing():
+        from ldm_cli.stages import clip_answers
+
+    _show(clip_answers.tag(pictures, captions, top, options, make_reporter()), json)
+
+
+@commands.command()
+def ask(
+    pictures: Annotated[str, given.argument("PICTURES", "A picture, a folder, or shards.")],
+    question: Annotated[str, given.argument("QUESTION", "In English: what colour is the circle?")],
+    model: Model,
+    answers: Annotated[str, given.option("--answers", metavar="A,B|FILE", text="The answers to choose from.")],
+    batch_size: BatchSize = 64,
+    device: given.Device = "auto",
+    json: given.Json = False,
+    debug: given.Debug = False,
+) -> None:
+    """Answer a question about each picture with one of some answers."""
+    options = _options(model, device, batch_size)
+    with importing():
+        from ldm_cli.stages import clip_answers
+
+    _show(clip_answers.ask(pictures, question, answers, options, make_reporter()), json)
+
+
+@commands.command()
+def score(
+    pictures: Pictures,
+    model: Model,
+    caption: Annotated[
+        str | None, given.option("--caption", metavar="TEXT", text="One caption for all; default: their own.")
+    ] = None,
+    top: Annotated[int, typer.Option("--top", min=1, metavar="K", help="Lowest scores to show.")] = 10,
+    batch_size: BatchSize = 64,
+    device: given.Device = "auto",
+    json: given.Json = False,
+    debug: given.Debug = False,
+) -> None:
+    """Measure how well captions fit their pictures: CLIP score."""
+    options = _options(model, device, batch_size)
+    with importing():
+        from ldm_cli.stages import clip_answers
+
+    result = clip_answers.score(pictures, caption, options, make_reporter())
+    if not json:
+        result.pop("provenance")
+        result["lowest"] = sorted(result.pop("pictures"), key=lambda pair: float(pair["cosine"]))[:top]
+    show_result(result, json)
+
+
+def _show(result: dict[str, Any], json: bool) -> None:
+    """The result; for people, a row for each picture and candidate, and no provenance."""
+    if not json:
+        result.pop("provenance")
+        pictures = result.pop("pictures")
+        result["pictures"] = [
+            {"name": picture["name"] if rank == 0 else "", **entry}
+            for picture in pictures
+            for rank, entry in enumerate(picture["results"])
+        ]
     show_result(result, json)
 
 
