@@ -53,7 +53,7 @@ class CLIPFeatures:
 
     @torch.inference_mode()
     def pictures(self, pictures: Sequence[Tensor]) -> Tensor:
-        """B pictures uint8 [3, H, W], of any sizes → float32 [B, P] on the CPU, each prepared whole; else as `images`."""
+        """B pictures uint8 [3, H, W], of any sizes → float32 [B, P] on the CPU, prepared whole; else as `images`."""
         groups = [torch.stack(list(group)) for _, group in groupby(pictures, lambda picture: picture.shape)]
         pixels = torch.cat([self.processor(group.to(self._device)) for group in groups])
         return _finite(self._model.get_image_features(pixels).float().cpu(), "pictures")

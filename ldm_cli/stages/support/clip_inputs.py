@@ -32,7 +32,7 @@ class ClipOptions:
     """What every command of `ldm clip` takes."""
 
     model: str
-    """A CLIP: a folder, a run, a single file, or a name of the hub."""
+    """A CLIP: a folder, a run, a single file, or a name of the hub. Empty for `search`: that of the embeddings."""
     device: str = "auto"
     """`auto`, `cpu` or `cuda`."""
     batch_size: int = 64

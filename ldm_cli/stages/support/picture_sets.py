@@ -19,7 +19,7 @@ from ldm_cli.data.decode import decode_rgb, from_pillow, image_header
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.prefetch import prefetched
 from ldm_cli.data.sample_decoder import SampleDecoder, Wanted
-from ldm_cli.data.tables import is_picture
+from ldm_cli.data.tables import is_picture, text_lines
 from ldm_cli.errors import DataError, InputNotFoundError, LdmError
 from ldm_cli.pictures.job_folder import IMAGES_FILE
 from ldm_cli.reporting import Reporter
@@ -36,12 +36,14 @@ class PictureSet:
         name: as the user gave it.
         files: the name of each picture, and a function that reads its file.
         decode: a file's content to uint8 [3, H, W].
+        caption: of the picture with a number; empty if it has none.
         job: model and settings that all pictures of `ldm sample` share; else empty.
     """
 
     name: str
     files: Sequence[tuple[str, Callable[[], bytes]]]
     decode: Callable[[bytes], Tensor]
+    caption: Callable[[int], str]
     job: Mapping[str, Any] = field(default_factory=dict)
 
     def batches(self, size: int, digest: hashlib._Hash) -> Iterator[list[Tensor]]:
@@ -66,6 +68,10 @@ class PictureSet:
                 for _, own in batch:
                     digest.update(own)
                 yield [picture for picture, _ in batch]
+
+    def picture(self, number: int) -> Tensor:
+        """One picture, uint8 [3, H, W]; errors as in `batches`."""
+        return self._decoded(self.files[number])[0]
 
     def _decoded(self, file: tuple[str, Callable[[], bytes]]) -> tuple[Tensor, bytes]:
         name, read = file
@@ -105,28 +111,45 @@ def open_pictures(source: str, reporter: Reporter, decode: Callable[[bytes], Ten
     """
     folder = Path(source)
     if folder.is_file() and is_picture(folder):
-        return PictureSet(source, [(folder.name, folder.read_bytes)], decode)
+        return PictureSet(source, [(folder.name, folder.read_bytes)], decode, lambda number: _caption_beside(folder))
     if folder.is_dir() and not any(folder.glob("*.tar")):
-        paths, job = _listed(folder)
-        paths = paths or sorted(path for path in folder.rglob("*") if is_picture(path))
+        listed, job = _listed(folder)
+        paths = list(listed) or sorted(path for path in folder.rglob("*") if is_picture(path))
         if not paths:
             raise InputNotFoundError(f"there are no pictures in '{source}'")
-        return PictureSet(source, [(str(path.relative_to(folder)), path.read_bytes) for path in paths], decode, job)
+        files = [(str(path.relative_to(folder)), path.read_bytes) for path in paths]
+        return PictureSet(
+            source, files, decode, lambda number: listed.get(paths[number]) or _caption_beside(paths[number]), job
+        )
     config = DataConfig(shards=source)
     shards = open_shards(source, config, reporter)
-    decoder = SampleDecoder(shards, config, Wanted(caption=False))
+    images = SampleDecoder(shards, config, Wanted(caption=False))
+    captions = SampleDecoder(shards, config, Wanted(image=False))
 
     def reader(shard: int, number: int) -> Callable[[], bytes]:
-        return lambda: decoder.image_bytes(shard, number)
+        return lambda: images.image_bytes(shard, number)
 
-    places = ((shard, number) for shard, size in enumerate(shards.sizes) for number in range(size))
-    return PictureSet(source, [(shards.name(*place), reader(*place)) for place in places], decode)
+    places = [(shard, number) for shard, size in enumerate(shards.sizes) for number in range(size)]
+    return PictureSet(
+        source,
+        [(shards.name(*place), reader(*place)) for place in places],
+        decode,
+        lambda number: next(iter(captions.captions(*places[number])), ""),
+    )
 
 
-def _listed(folder: Path) -> tuple[list[Path], Mapping[str, Any]]:
-    """The pictures and the job of images.json; both empty where there is none, or that of another program."""
+def _caption_beside(picture: Path) -> str:
+    """The text in `NAME.txt` or `NAME.caption` beside a picture, empty if there is none."""
+    for file in (picture.with_suffix(suffix) for suffix in (".txt", ".caption")):
+        if file.is_file():
+            return " ".join("".join(text_lines(file, lambda remark: None)).split())
+    return ""
+
+
+def _listed(folder: Path) -> tuple[dict[Path, str], Mapping[str, Any]]:
+    """The pictures of images.json with their prompts, and its job; both empty where there is none, or another's."""
     try:
         content = json.loads((folder / IMAGES_FILE).read_bytes())
-        return [folder / image["file"] for image in content["images"]], content["job"]
+        return {folder / image["file"]: str(image["prompt"]) for image in content["images"]}, content["job"]
     except (OSError, ValueError, KeyError, TypeError):
-        return [], {}
+        return {}, {}
