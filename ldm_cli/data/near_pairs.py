@@ -77,22 +77,26 @@ class _Cells:
         self.num_cells = 1 if count <= _FEW else math.isqrt(count)
         self._centers = _unit(vectors[_chosen(count, self.num_cells, "near pairs: cells")])
         owners = torch.cat([self._nearest(_unit(vectors[rows]), 1).flatten() for rows in _slices(count)])
-        self._rows = torch.argsort(owners, stable=True).split(torch.bincount(owners, minlength=self.num_cells).tolist())
+        self._rows = torch.split(
+            torch.argsort(owners, stable=True), torch.bincount(owners, minlength=self.num_cells).tolist()
+        )
 
     def near(self, queries: Tensor, threshold: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Numbers of queries [Q, D], the rows near to them and the cosines of both, in portions of any length."""
         probes = self._nearest(queries, min(_NUM_PROBES, self.num_cells))
         by_cell = torch.argsort(probes.flatten(), stable=True) // probes.shape[1]
         sizes = torch.bincount(probes.flatten(), minlength=self.num_cells).tolist()
-        for rows, own in zip(self._rows, by_cell.split(sizes), strict=True):
+        for rows, own in zip(self._rows, torch.split(by_cell, sizes), strict=True):
             if len(rows) and len(own):
                 members = _unit(self._vectors[rows])
-                for part in own.split(max(1, _BLOCK // len(rows))):
+                for part in torch.split(own, max(1, _BLOCK // len(rows))):
                     query, member, cosines = _near(queries[part] @ members.T, threshold)
                     yield part[query], rows[member], cosines
 
     def _nearest(self, queries: Tensor, count: int) -> Tensor:
-        return torch.cat([(q @ self._centers.T).topk(count).indices for q in queries.split(_BLOCK // self.num_cells)])
+        return torch.cat(
+            [(q @ self._centers.T).topk(count).indices for q in torch.split(queries, _BLOCK // self.num_cells)]
+        )
 
 
 def _near(cosines: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,7 +115,7 @@ def _codes(a: Tensor, b: Tensor, count: int) -> Tensor:
 
 def _once(found: Sequence[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
     """Each code once, ascending, with the greatest of its cosines; without the codes of a row and itself."""
-    codes, places = torch.cat([code for code, _ in found]).unique(return_inverse=True)
+    codes, places = torch.unique(torch.cat([code for code, _ in found]), return_inverse=True)
     cosines = torch.cat([cosine for _, cosine in found])
     greatest = torch.full(codes.shape, -1.0).scatter_reduce(0, places, cosines, "amax")
     is_pair = codes % count != codes // count

@@ -48,7 +48,7 @@ def linear_probe(features: Tensor, labels: Tensor, test_features: Tensor, test_l
     l2 = 10 ** (best / _STEPS_PER_DECADE)
     weight, bias = fit_logistic(features, labels, num_classes, l2)
     right = ((test_features @ weight.T + bias).argmax(1) == test_labels).double()
-    per_class = torch.stack([right[test_labels == label].mean() for label in test_labels.unique()])
+    per_class = torch.stack([right[test_labels == label].mean() for label in torch.unique(test_labels)])
     return {"top1": float(right.mean()), "per_class": float(per_class.mean()), "l2": l2, "num_train": len(labels)}
 
 

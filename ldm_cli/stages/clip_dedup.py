@@ -43,7 +43,7 @@ def run(
     vectors = files[0].vectors if len(files) == 1 else torch.cat([file.vectors for file in files])
     pairs = near_pairs(vectors, [vectors.__getitem__], threshold, reporter)
     num_other = len(vectors) - len(files[-1].vectors)
-    names = _names(files, num_other, torch.cat((pairs.first, pairs.second)).unique().tolist())
+    names = _names(files, num_other, [*{*pairs.first.tolist(), *pairs.second.tolist()}])
     report = report_duplicates(names.__getitem__, (num_other, len(files[-1].vectors)), pairs, threshold, out)
     return report | {"clip": models[-1]}
 

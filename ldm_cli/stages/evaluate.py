@@ -85,8 +85,8 @@ def _measured(recipe: EvalRecipe, device: torch.device, reporter: Reporter, rank
     sampling = settled(config.sampling, config.num_generated, device, reporter.info)
     with ranks.first_then_others():
         shards = open_shards(recipe.data.shards, recipe.data, reporter)
-        is_probed = "linear_probe" in config.metrics and config.probe_shards is not None
-        probe_shards = open_shards(config.probe_shards, recipe.data, reporter) if is_probed else None
+        probed = config.probe_shards if "linear_probe" in config.metrics else None
+        probe_shards = open_shards(probed, recipe.data, reporter) if probed is not None else None
     models = load_models(config.model_copy(update={"sampling": sampling}), device)
     _check_sizes(recipe, models)
     real = measure_real(recipe, shards, models, reporter, ranks)
