@@ -13,6 +13,7 @@ from typer.main import get_command
 from ldm_cli import __version__
 from ldm_cli.cli import (
     bench,
+    clip,
     compare,
     convert,
     data,
@@ -56,6 +57,7 @@ _MODELS = {
 }
 for name, module in _MODELS.items():
     app.command(name, rich_help_panel="Models")(module.command)
+app.add_typer(clip.commands, name="clip", rich_help_panel="Models")
 for name, group in {"data": data.commands, "recipe": recipe.commands}.items():
     app.add_typer(group, name=name, rich_help_panel="Recipes and data")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,16 @@ Shards = Annotated[
     given.argument(
         "SHARDS|KEY=VALUE", "Paths, globs or brace patterns; and data settings such as caption=json:caption."
     ),
+]
+Duplicates = Annotated[
+    Path | None,
+    given.option("--duplicates", metavar="FILE", text="Find near-duplicates; write those to leave out into FILE."),
+]
+Against = Annotated[
+    str | None, given.option("--against", metavar="SHARDS", text="Find samples that are in these shards as well.")
+]
+Threshold = Annotated[
+    float, typer.Option("--threshold", metavar="F", min=0.5, max=1, help="Similarity from which two are duplicates.")
 ]
 Output = Annotated[Path, given.argument("OUT", "Output folder for the shards.")]
 
@@ -100,12 +110,19 @@ def pack(
 
 
 @commands.command()
-def check(arguments: Shards, json: given.Json = False, debug: given.Debug = False) -> None:
+def check(
+    arguments: Shards,
+    duplicates: Duplicates = None,
+    against: Against = None,
+    threshold: Threshold = 0.98,
+    json: given.Json = False,
+    debug: given.Debug = False,
+) -> None:
     """Decode every sample and report all damage; exit code 65 if there is any."""
     config = _config(arguments)
     from ldm_cli.stages import data
 
-    result = data.check(config, make_reporter())
+    result = data.check(config, make_reporter()) | _duplicates(config, duplicates, against, threshold)
     show_result(result, json)
     if not result["ok"]:
         num_bad, num_damaged = len(result["bad_samples"]), len(result["damaged_shards"])
@@ -116,12 +133,19 @@ def check(arguments: Shards, json: given.Json = False, debug: given.Debug = Fals
 
 
 @commands.command()
-def stats(arguments: Shards, json: given.Json = False, debug: given.Debug = False) -> None:
+def stats(
+    arguments: Shards,
+    duplicates: Duplicates = None,
+    against: Against = None,
+    threshold: Threshold = 0.98,
+    json: given.Json = False,
+    debug: given.Debug = False,
+) -> None:
     """Count samples, formats, sizes, captions and labels."""
     config = _config(arguments)
     from ldm_cli.stages import data
 
-    show_result(data.stats(config, make_reporter()), json)
+    show_result(data.stats(config, make_reporter()) | _duplicates(config, duplicates, against, threshold), json)
 
 
 @commands.command()
@@ -136,6 +160,17 @@ def index(
     from ldm_cli.stages import data
 
     show_result(data.index(config, make_reporter(), sizes), json)
+
+
+def _duplicates(config: DataConfig, file: Path | None, against: str | None, threshold: float) -> dict[str, Any]:
+    """What `check` and `stats` add to their results with --duplicates."""
+    from ldm_cli.stages import data
+
+    if file is None:
+        if against:
+            raise UsageError("--against needs --duplicates", remedy="add --duplicates FILE")
+        return {}
+    return {"duplicates": data.duplicates(config, file, against, threshold, make_reporter())}
 
 
 def _config(arguments: list[str]) -> DataConfig:

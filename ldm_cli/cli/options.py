@@ -52,7 +52,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
 
-_TEXT_OPTIONS = frozenset(("-p", "--prompt", "--negative", "--caption-column", "--caption-template", "--prefix"))
+_TEXT_OPTIONS = frozenset(
+    ("-p", "--prompt", "--negative", "--caption-column", "--caption-template", "--prefix", "--text", "--caption")
+)
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 

@@ -31,6 +31,15 @@ class FieldRule(Config):
     """One of these values."""
 
 
+class CLIPScoreRule(Config):
+    """Captions that fit their pictures; a sample without a score does not pass."""
+
+    scores: str
+    """The JSON of `ldm clip score SHARDS --json`, in which samples are named `shard/key`."""
+    min: Annotated[float, Field(ge=-1, le=1)]
+    """Cosine of picture and caption, at least."""
+
+
 class SampleFilter(Config):
     """Conditions on samples. Unreadable samples pass here; the loader counts them as bad."""
 
@@ -44,6 +53,8 @@ class SampleFilter(Config):
     """Characters of the caption, at most."""
     fields: dict[str, FieldRule] = Field(default_factory=dict)
     """Rules for fields of the JSON member, by name or dotted path, such as `similarity: {min: 0.3}`."""
+    clip_score: CLIPScoreRule | None = None
+    """Leave out pictures whose captions do not fit, by scores measured before."""
 
 
 class DataConfig(Config):

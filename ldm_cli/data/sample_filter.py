@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from ldm_cli.data.bad_samples import BadSampleError, read_bad_samples
 from ldm_cli.data.captions import field_of
-from ldm_cli.data.config import DataConfig, FieldRule, SampleFilter
+from ldm_cli.data.config import CLIPScoreRule, DataConfig, FieldRule, SampleFilter
 from ldm_cli.data.decode import image_header
 from ldm_cli.data.index_cache import cache_folder, load_tensors, save_tensors
 from ldm_cli.data.sample_decoder import Draw, SampleDecoder, Wanted
 from ldm_cli.data.shards import ShardSet
-from ldm_cli.errors import InputNotFoundError
+from ldm_cli.errors import DataError, InputNotFoundError
 from ldm_cli.reporting import Reporter
 
 _VERSION = 2
@@ -46,12 +46,14 @@ def choose_samples(shards: ShardSet, config: DataConfig, reporter: Reporter) -> 
     """The samples that pass `config.filter` and `config.quarantine`, with sizes if `config` needs them.
 
     Raises:
-        InputNotFoundError: no samples remain, or there is no such quarantine file.
-        StorageError, DataError: reading failed.
+        InputNotFoundError: no samples remain, or there is no such file of scores or for quarantine.
+        StorageError, DataError: reading failed, or a shard has no scores.
     """
     quarantined: set[tuple[str, str]] = set()
     if config.quarantine is not None:
         quarantined = {(Path(bad.shard).name, bad.key) for bad in read_bad_samples(Path(config.quarantine))}
+    rule = config.filter.clip_score if config.filter else None
+    scores = _scores(Path(rule.scores)) if rule else {}
     facts = _facts_of_shards(shards, config, reporter) if config.filter or config.aspect_buckets else None
     if not quarantined and facts is None:
         return shards
@@ -62,6 +64,8 @@ def choose_samples(shards: ShardSet, config: DataConfig, reporter: Reporter) -> 
         for sample in range(index.num_samples) if quarantined else ():
             if (name, index.key(sample)) in quarantined:
                 kept[sample] = False
+        if rule is not None:
+            kept &= _fitting(rule, [scores.get(shards.name(number, n)) for n in range(index.num_samples)], name)
         chosen = kept.nonzero().flatten()
         indexes.append(index.select(chosen.tolist()))
         if facts is not None:
@@ -119,6 +123,26 @@ def _read_facts(shards: ShardSet, shard: int, config: DataConfig, decoder: Sampl
     return SampleFacts(sizes, kept)
 
 
+def _scores(file: Path) -> dict[str, float]:
+    """The cosines that `ldm clip score --json` measured, by name."""
+    try:
+        content = json.loads(file.read_bytes())
+        return {str(picture["name"]): float(picture["cosine"]) for picture in content["pictures"]}
+    except FileNotFoundError as error:
+        raise InputNotFoundError(f"there is no '{file}'", "data.filter.clip_score.scores names it") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        cause = f"it is not the JSON of `ldm clip score`: {error!r:.100}"
+        raise DataError(f"cannot read '{file}'", cause, "write it with `ldm clip score SHARDS --json`") from error
+
+
+def _fitting(rule: CLIPScoreRule, scores: Sequence[float | None], shard: str) -> Tensor:
+    """Whether each sample of a shard has a score of at least the minimum, bool [N]."""
+    if scores and not any(score is not None for score in scores):
+        cause = f"no sample of '{shard}' has one in '{rule.scores}'"
+        raise DataError("data.filter.clip_score has no scores", cause, "score all shards of the recipe, val_shards too")
+    return torch.tensor([score is not None and score >= rule.min for score in scores], dtype=torch.bool)
+
+
 def passes(rules: SampleFilter, size: tuple[int, int], caption: str, metadata: Mapping[str, Any]) -> bool:
     """Whether a sample of this size (width, height), caption and JSON member meets all conditions."""
     short, long = sorted(size)
@@ -146,7 +170,8 @@ def _holds(rule: FieldRule, value: Any) -> bool:
 
 def _file(shards: ShardSet, shard: int, config: DataConfig) -> Path:
     """The file with the facts of a shard; its name is a hash of the shard's content and of all settings that matter."""
-    rules = config.filter.to_mapping() if config.filter else None
+    # Scores are looked up each time: they are in memory in any case.
+    rules = config.filter.model_copy(update={"clip_score": None}).to_mapping() if config.filter else None
     inputs = [_VERSION, shards.indexes[shard].fingerprint(), rules, config.caption, config.max_pixels]
     inputs += [config.max_member_bytes, config.image]
     name = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]

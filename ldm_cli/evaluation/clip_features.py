@@ -22,6 +22,8 @@ class CLIPFeatures:
     """Embeddings of a CLIP model.
 
     Attributes:
+        processor: how images are prepared.
+        logit_scale: by which cosines are multiplied before a softmax.
         num_truncated: number of texts so far that exceeded its context.
     """
 
@@ -29,7 +31,8 @@ class CLIPFeatures:
         self, model: CLIPModel, tokenizer: Tokenizer, processor: CLIPImageProcessor, device: torch.device
     ) -> None:
         self._model, self._device = model.to(device).eval(), device
-        self._tokenizer, self._processor = tokenizer, processor
+        self._tokenizer, self.processor = tokenizer, processor
+        self.logit_scale = float(model.clamped_logit_scale.detach())
         tune_for_cpu(model)
         self.num_truncated = 0
 
@@ -45,8 +48,15 @@ class CLIPFeatures:
         Raises:
             DivergedError: a feature is not finite.
         """
-        features = self._model.get_image_features(self._processor(images.to(self._device)))
+        features = self._model.get_image_features(self.processor(images.to(self._device)))
         return _finite(features.float().cpu(), "images")
+
+    @torch.inference_mode()
+    def pictures(self, pictures: Sequence[Tensor]) -> Tensor:
+        """B pictures uint8 [3, H, W], of any sizes → float32 [B, P] on the CPU, prepared whole; else as `images`."""
+        groups = [torch.stack(list(group)) for _, group in groupby(pictures, lambda picture: picture.shape)]
+        pixels = torch.cat([self.processor(group.to(self._device)) for group in groups])
+        return _finite(self._model.get_image_features(pixels).float().cpu(), "pictures")
 
     def squares(self, images: Sequence[Tensor]) -> Tensor:
         """Pictures uint8 [3, H, W], of any sizes, cut to their central squares first; else as `images`."""

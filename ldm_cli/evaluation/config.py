@@ -14,7 +14,14 @@ PictureMetric = Literal["fid", "kid", "prdc", "is", "cmmd"]
 PICTURE_METRICS: tuple[PictureMetric, ...] = get_args(PictureMetric)
 
 MetricName = Literal[
-    "clip_score", "zero_shot", "retrieval", "reconstruction", "frechet_distance", "attribute_accuracy", PictureMetric
+    "clip_score",
+    "zero_shot",
+    "linear_probe",
+    "retrieval",
+    "reconstruction",
+    "frechet_distance",
+    "attribute_accuracy",
+    PictureMetric,
 ]
 
 Preprocessing = Literal["pytorch-fid", "clean", "torch-fidelity"]
@@ -24,6 +31,7 @@ PREPROCESSINGS: tuple[Preprocessing, ...] = get_args(Preprocessing)
 _NEEDS: dict[str, tuple[str, ...]] = {
     "clip_score": ("clip",),
     "zero_shot": ("clip", "zero_shot"),
+    "linear_probe": ("clip", "zero_shot", "probe_shards"),
     "retrieval": ("clip",),
     "reconstruction": ("vae",),
     "frechet_distance": ("clip", "pipeline"),
@@ -60,7 +68,7 @@ class EvalConfig(Config):
     """Models to evaluate, and metrics."""
 
     clip: Annotated[str | None, NamesModel()] = None
-    """A CLIPModel: for `clip_score`, `zero_shot`, `retrieval`, `frechet_distance`, `cmmd`."""
+    """A CLIPModel: for `clip_score`, `zero_shot`, `linear_probe`, `retrieval`, `frechet_distance`, `cmmd`."""
     inception: str | None = None
     """File with the weights of FID's Inception network, in safetensors: for `fid`, `kid`, `prdc`, `is`."""
     preprocessing: Preprocessing = "torch-fidelity"
@@ -83,7 +91,11 @@ class EvalConfig(Config):
     """Whether the generated pictures are kept beside the result, each point of a sweep in a folder as of `ldm sample`;
     that takes `--out`."""
     zero_shot: tuple[ZeroShotClassification, ...] = ()
-    """Classifications for `zero_shot`."""
+    """Classifications for `zero_shot` and `linear_probe`."""
+    probe_shards: str | tuple[str, ...] | None = None
+    """Training shards of `linear_probe`: a classifier is fitted to them, and measured on `data.shards`."""
+    num_probe_samples: Annotated[int, Field(ge=2)] = 10_000
+    """Number of samples of `probe_shards` to use, the first ones."""
     batch_size: Annotated[int, Field(ge=1)] = 64
     """Samples per model call."""
 

@@ -11,6 +11,7 @@ from typing import Any
 from ldm_cli.data import pack as packing
 from ldm_cli.data import report, scenes
 from ldm_cli.data.config import DataConfig
+from ldm_cli.data.duplicates import find_duplicates
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.reporting import Reporter
 
@@ -29,6 +30,14 @@ def check(config: DataConfig, reporter: Reporter) -> dict[str, Any]:
 def stats(config: DataConfig, reporter: Reporter) -> dict[str, Any]:
     """Count and measure the content of `config.shards`: `report.stats`."""
     return report.stats(open_shards(config.shards, config, reporter), config, reporter)
+
+
+def duplicates(
+    config: DataConfig, file: Path, against: str | None, threshold: float, reporter: Reporter
+) -> dict[str, Any]:
+    """Near-duplicates within `config.shards`, and samples shared with the shards `against`: `find_duplicates`."""
+    tolerant = config.model_copy(update={"on_bad_shard": "skip"})
+    return find_duplicates(tolerant, file, against, threshold, reporter)
 
 
 def index(config: DataConfig, reporter: Reporter, sizes_file: Path | None = None) -> dict[str, Any]:

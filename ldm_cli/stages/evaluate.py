@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ldm_cli.data.open_shards import open_shards
+from ldm_cli.data.shards import ShardSet
 from ldm_cli.errors import DivergedError, RecipeError, UsageError
 from ldm_cli.evaluation.config import MetricName
 from ldm_cli.evaluation.image_quality import SSIM_WINDOW
@@ -25,7 +26,7 @@ from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.stages.support.eval_metrics import check_truths, metrics_of_generated, metrics_of_real
 from ldm_cli.stages.support.eval_models import Models, Pipelines
 from ldm_cli.stages.support.eval_result import EvalResult
-from ldm_cli.stages.support.eval_samples import RealSamples, measure_generated, measure_real
+from ldm_cli.stages.support.eval_samples import RealSamples, measure_generated, measure_probe, measure_real
 from ldm_cli.stages.support.kept_pictures import kept_pictures
 from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import RunOptions, resolve_device, settled
@@ -68,6 +69,8 @@ class _Evaluation:
         self.settled = settled(config.sampling, num_pictures, device, reporter.info)
         with ranks.first_then_others():
             self.shards = open_shards(recipe.data.shards, recipe.data, reporter)
+            probed = config.probe_shards if "linear_probe" in config.metrics else None
+            self.probe_shards = None if probed is None else open_shards(probed, recipe.data, reporter)
         self.models = Models.load(config, device)
         self.pipelines = Pipelines(config, self.settled, device)
         self.provenance = self._checked_provenance()
@@ -113,7 +116,8 @@ class _Evaluation:
             "environment": environment(self.models.device),
             "device": str(self.models.device),
             "models": self.models.provenance | of_pipelines,
-            "data": {"shards": [path.name for path in self.shards.paths], "fingerprint": self.shards.fingerprint},
+            "data": _described(self.shards),
+            **({} if self.probe_shards is None else {"probe_shards": _described(self.probe_shards)}),
             "recipe": self.recipe.to_mapping(),
         }
 
@@ -126,9 +130,13 @@ class _Evaluation:
         config, models, warn = self.config, self.models, self.reporter.warn
         own = None if place is None else place.measured / "real"
         real = measure_real(self.recipe, self.shards, models, self.reporter, self.ranks, own)
+        probe = None
+        if self.probe_shards is not None:
+            own = None if place is None else place.measured / "probe"
+            probe = measure_probe(self.recipe, self.probe_shards, models, self.reporter, self.ranks, own)
         if "attribute_accuracy" in config.metrics:
             check_truths(real, config.num_generated)
-        metrics = _finite(metrics_of_real(config, models, real)) if self.ranks.is_first else {}
+        metrics = _finite(metrics_of_real(config, models, real, probe)) if self.ranks.is_first else {}
         captions = real.captions[: config.num_generated]
         points = list(self._points(real, captions, place))
         if not self.ranks.is_first:
@@ -165,6 +173,10 @@ class _Evaluation:
             if ranks.is_first:
                 metrics = _finite(metrics_of_generated(config, self.models, real, generated, reporter.warn))
                 yield {"pipeline": name, "settings": dict(point.settings), "metrics": metrics}
+
+
+def _described(shards: ShardSet) -> dict[str, Any]:
+    return {"shards": [path.name for path in shards.paths], "fingerprint": shards.fingerprint}
 
 
 def _check_scenes(field: str, size: tuple[int, int], metrics: Collection[MetricName]) -> None:

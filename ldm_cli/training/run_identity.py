@@ -25,6 +25,7 @@ _HARMLESS = {
     "data.shards",  # data and models may move; their contents are compared by fingerprint
     "data.val_shards",
     "data.quarantine",
+    "data.filter.clip_score.scores",
     "vae",
     "text_encoder",
     "text_encoder_2",

@@ -17,7 +17,7 @@ from ldm_cli.data.interleaving import Interleaving
 from ldm_cli.data.loader import Loader
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.step_plan import bucket_shapes
-from ldm_cli.errors import InputNotFoundError
+from ldm_cli.errors import DataError, InputNotFoundError
 from ldm_cli.reporting import SilentReporter
 from tests.data.tars import numbered_shards, opened, png, write_tar
 
@@ -194,3 +194,27 @@ def test_quarantined_samples_are_left_out_wherever_the_shards_lie(tmp_path: Path
     assert batch.captions == [f"caption {int(key[-4:])}" for key in batch.keys]
     with pytest.raises(InputNotFoundError, match=r"none\.jsonl"):
         opened(folder, quarantine=str(tmp_path / "none.jsonl"))
+
+
+def test_clip_scores_leave_out_captions_that_do_not_fit(tmp_path: Path) -> None:
+    folder, file = numbered_shards(tmp_path / "d", [3, 2]), tmp_path / "scores.json"
+    pictures = [
+        {"name": f"{shard}/{number:04d}", "cosine": cosine}
+        for shard, number, cosine in [("000", 0, 0.3), ("000", 1, 0.19), ("001", 3, 0.2), ("001", 4, -0.1)]
+    ]
+    rule = {"clip_score": {"min": 0.2, "scores": str(file)}}
+    with pytest.raises(InputNotFoundError, match="there is no"):
+        opened(folder, filter=rule)
+    file.write_text(json.dumps({"pictures": pictures}))
+    shards, _ = opened(folder, filter=rule)
+    kept = [shards.name(shard, number) for shard, size in enumerate(shards.sizes) for number in range(size)]
+    assert kept == ["000/0000", "001/0003"], "0002 has no score"
+    stricter = opened(folder, filter={"clip_score": {**rule["clip_score"], "min": 0.25}})[0]
+    assert stricter.num_samples == 1
+    assert stricter.fingerprint != shards.fingerprint, "other samples make another run"
+    file.write_text(json.dumps({"pictures": pictures[:2]}))
+    with pytest.raises(DataError, match=r"001\.tar.*val_shards"):
+        opened(folder, filter=rule)
+    file.write_text(json.dumps({"pictures": [{"name": "000/0000"}]}))
+    with pytest.raises(DataError, match="ldm clip score"):
+        opened(folder, filter=rule)

@@ -94,6 +94,23 @@ def test_every_metric_is_measured_and_carries_its_provenance(home: Path, tmp_pat
     assert json.loads((tmp_path / "out" / "eval.json").read_text()) == json.loads(json.dumps(result))
 
 
+def test_a_linear_probe_is_fitted_to_other_shards(home: Path) -> None:
+    probe = {"probe_shards": str(home / "scenes" / "val-00000[12].tar"), "num_probe_samples": 12}
+    shards = {"shards": str(home / "scenes" / "val-000000.tar"), "image_size": 32}
+    result = run(recipe(home, ["linear_probe"], shards, **probe), RunOptions(device="cpu"), SilentReporter())
+    found = result["metrics"]["linear_probe"]["held out"]
+    assert (found["num_train"], found["num_samples"], found["num_classes"]) == (12, 10, 3)
+    assert 0 <= found["top1"] <= 1
+    single = [i for i in range(10, 22) if scene(0, i, "val", 32).truth["num_objects"] == 1]
+    assert result["metrics"]["linear_probe"]["color"]["num_train"] == len(single)
+    assert result["provenance"]["probe_shards"]["shards"] == ["val-000001.tar", "val-000002.tar"]
+    known = recipe(home, ["linear_probe"], shards, **{**probe, "probe_shards": shards["shards"]})
+    again = run(known, RunOptions(device="cpu"), SilentReporter())["metrics"]["linear_probe"]["held out"]
+    assert again["top1"] >= found["top1"], "samples that it was fitted to are named at least as well"
+    with pytest.raises(ValidationError, match=r"linear_probe needs eval.probe_shards"):
+        recipe(home, ["linear_probe"])
+
+
 def test_numbers_depend_neither_on_the_batch_size_nor_on_the_run(home: Path) -> None:
     first, second = (evaluate(home, ALL, batch_size=size)["metrics"] for size in (7, 20))
 

@@ -14,6 +14,7 @@ from ldm_cli.evaluation.attribute_accuracy import score_scenes
 from ldm_cli.evaluation.clip_features import CLIPFeatures
 from ldm_cli.evaluation.config import ZeroShotClassification
 from ldm_cli.evaluation.frechet import frechet_name
+from ldm_cli.evaluation.linear_probe import linear_probe
 from ldm_cli.evaluation.metrics import (
     class_embeddings,
     retrieval_recall,
@@ -26,8 +27,10 @@ from ldm_cli.stages.support.eval_models import Models
 from ldm_cli.stages.support.eval_samples import COSINE, TEXTS, Measurements, RealSamples
 
 
-def metrics_of_real(config: EvalSection, models: Models, real: RealSamples) -> dict[str, Any]:
-    """What the first `num_samples` samples tell by themselves, by metric.
+def metrics_of_real(
+    config: EvalSection, models: Models, real: RealSamples, probe: RealSamples | None
+) -> dict[str, Any]:
+    """What the first `num_samples` samples tell by themselves, by metric; `probe` is what the linear probe is fitted to.
 
     Raises:
         DataError: labels are missing or unknown.
@@ -39,6 +42,8 @@ def metrics_of_real(config: EvalSection, models: Models, real: RealSamples) -> d
     if "zero_shot" in config.metrics and models.clip is not None:
         images = measured.kept(CLIP)
         result["zero_shot"] = {task.name: _zero_shot(task, models.clip, images, real) for task in config.zero_shot}
+    if probe is not None:
+        result["linear_probe"] = {task.name: _linear_probe(task, probe, real) for task in config.zero_shot}
     if "retrieval" in config.metrics:
         captions = real.captions[:count]
         recall = retrieval_recall(measured.kept(CLIP), measured.kept(TEXTS), captions)
@@ -96,16 +101,30 @@ def check_truths(real: RealSamples, num_generated: int) -> None:
 def _zero_shot(task: ZeroShotClassification, clip: CLIPFeatures, images: Tensor, real: RealSamples) -> dict[str, Any]:
     prompts = [template.replace("{}", name) for name in task.classes for template in task.templates]
     classes = class_embeddings(clip.texts(prompts).view(len(task.classes), len(task.templates), -1))
-    labels = [_label(task, real, i) for i in range(len(images))]
+    known, labels = _labels(task, real, len(images))
+    accuracy = zero_shot_accuracy(images[known], classes, labels)
+    return {**accuracy, "num_samples": len(known), "num_classes": len(task.classes)}
+
+
+def _linear_probe(task: ZeroShotClassification, train: RealSamples, real: RealSamples) -> dict[str, Any]:
+    features, own_features = train.measured.kept(CLIP), real.measured.kept(CLIP)
+    known, labels = _labels(task, train, len(features))
+    own, truths = _labels(task, real, len(own_features))
+    accuracy = linear_probe(features[known], labels, own_features[own], truths)
+    return {**accuracy, "num_samples": len(own), "num_classes": len(task.classes)}
+
+
+def _labels(task: ZeroShotClassification, real: RealSamples, count: int) -> tuple[list[int], Tensor]:
+    """Those of the first `count` samples that have a class, and their classes."""
+    labels = [_label(task, real, i) for i in range(count)]
     known = [i for i, label in enumerate(labels) if label is not None]
     if not known:
         raise DataError(
-            f"zero-shot task '{task.name}' cannot be measured",
+            f"task '{task.name}' of eval.zero_shot cannot be measured",
             f"none of {len(labels)} samples has '{task.label}'",
             "correct eval.zero_shot",
         )
-    accuracy = zero_shot_accuracy(images[known], classes, torch.tensor([labels[i] for i in known]))
-    return {**accuracy, "num_samples": len(known), "num_classes": len(task.classes)}
+    return known, torch.tensor([labels[i] for i in known])
 
 
 def _label(task: ZeroShotClassification, real: RealSamples, i: int) -> int | None:

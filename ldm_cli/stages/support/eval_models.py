@@ -21,7 +21,7 @@ from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.pipeline import Pipeline
 
 _METRICS_BY_MODEL = {
-    "clip": {"clip_score", "zero_shot", "retrieval", "frechet_distance", "cmmd"},
+    "clip": {"clip_score", "zero_shot", "linear_probe", "retrieval", "frechet_distance", "cmmd"},
     "vae": {"reconstruction"},
     "pipeline": {"clip_score", "frechet_distance", "attribute_accuracy", *PICTURE_METRICS},
     "pipelines": {"clip_score", "frechet_distance", "attribute_accuracy", *PICTURE_METRICS},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,13 @@ COSINE, TEXTS = "cosine", "texts"
 _SCENES, _NUM_TRUNCATED = "scenes", "num_truncated"
 _KEPT_OF_REAL = {
     COSINE: {"clip_score"},
-    CLIP: {"zero_shot", "retrieval"},
+    CLIP: {"zero_shot", "linear_probe", "retrieval"},
     TEXTS: {"retrieval"},
     "psnr": {"reconstruction"},
     "ssim": {"reconstruction"},
 }
 """Measurement that is kept of each picture → metrics that take it; distances need less."""
+_LABELLED = {"zero_shot", "linear_probe"}
 _PICTURES_PER_ROUND = 256
 
 
@@ -133,19 +134,29 @@ def measure_real(
     return real
 
 
+def measure_probe(
+    recipe: EvalRecipe, shards: ShardSet, models: Models, reporter: Reporter, ranks: Ranks, folder: Path | None
+) -> RealSamples:
+    """The training samples of the linear probe; all ranks call, and errors are those of `measure_real`."""
+    data = recipe.data.model_copy(update={"shards": recipe.eval.probe_shards})
+    probe = {"metrics": ("linear_probe",), "num_samples": recipe.eval.num_probe_samples}
+    own = recipe.model_copy(update={"data": data, "eval": recipe.eval.model_copy(update=probe)})
+    return measure_real(own, shards, replace(models, vae=None, inception=None), reporter, ranks, folder)
+
+
 def _batches_per_round(config: EvalSection) -> int:
     return max(1, _PICTURES_PER_ROUND // config.batch_size)
 
 
 def _real_batches(recipe: EvalRecipe, shards: ShardSet, limit: int) -> Iterator[Batch]:
     config = recipe.eval
-    labelled = "zero_shot" in config.metrics and any(task.label == "cls" for task in config.zero_shot)
+    labelled = _LABELLED & set(config.metrics) and any(task.label == "cls" for task in config.zero_shot)
     data = recipe.data.model_copy(update={"label": "cls"}) if labelled else recipe.data
     return sequential_batches(shards, data, config.batch_size, limit, with_json=_takes_metadata(config))
 
 
 def _takes_metadata(config: EvalSection) -> bool:
-    return bool({"zero_shot", "attribute_accuracy"} & set(config.metrics))
+    return bool(({"attribute_accuracy"} | _LABELLED) & set(config.metrics))
 
 
 def _noted(batches: Iterable[Batch], real: RealSamples, config: EvalSection) -> Iterator[Batch]:

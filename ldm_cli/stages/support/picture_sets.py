@@ -1,4 +1,4 @@
-"""Sets of pictures to measure: a folder of files, or shards; read as the programs do that compute FID."""
+"""Sets of pictures: a picture, a folder of files, or shards."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_cli.data.config import DataConfig
-from ldm_cli.data.decode import from_pillow, image_header
+from ldm_cli.data.decode import decode_rgb, from_pillow, image_header
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.prefetch import prefetched
 from ldm_cli.data.sample_decoder import SampleDecoder, Wanted
-from ldm_cli.data.tables import is_picture
+from ldm_cli.data.tables import is_picture, text_lines
 from ldm_cli.errors import DataError, InputNotFoundError, LdmError
 from ldm_cli.pictures.job_folder import IMAGES_FILE
 from ldm_cli.reporting import Reporter
 
 _MAX_PIXELS = DataConfig.model_fields["max_pixels"].default
+_BACKGROUND = DataConfig.model_fields["background"].default
 
 
 @dataclass(frozen=True)
@@ -35,18 +36,19 @@ class PictureSet:
     Attributes:
         name: as the user gave it.
         files: the name of each picture, and a function that reads its file.
+        decode: a file's content to uint8 [3, H, W].
+        caption: of the picture with a number; empty if it has none.
         job: model and settings that all pictures of `ldm sample` share; else empty.
     """
 
     name: str
     files: Sequence[tuple[str, Callable[[], bytes]]]
+    decode: Callable[[bytes], Tensor]
+    caption: Callable[[int], str]
     job: Mapping[str, Any] = field(default_factory=dict)
 
     def batches(self, size: int, first: int = 0, step: int = 1) -> Generator[tuple[list[Tensor], Tensor]]:
         """The pictures, uint8 [3, H, W] each, in lists, with the SHA-256 of their files; read ahead by threads.
-
-        Pillow converts them to RGB. Colour profiles and orientations have no effect, as in the programs that compute
-        FID.
 
         Args:
             size: of a list; the last one may be shorter.
@@ -70,53 +72,87 @@ class PictureSet:
                 hashes = torch.tensor([list(own) for _, own in batch], dtype=torch.uint8)
                 yield [picture for picture, _ in batch], hashes
 
+    def picture(self, number: int) -> Tensor:
+        """One picture, uint8 [3, H, W]; errors as in `batches`."""
+        return self._decoded(self.files[number])[0]
+
     def _decoded(self, file: tuple[str, Callable[[], bytes]]) -> tuple[Tensor, bytes]:
         name, read = file
         try:
             data = read()
-            image_header(data, _MAX_PIXELS)
-            with Image.open(io.BytesIO(data)) as image:
-                return from_pillow(image.convert("RGB"))[0], hashlib.sha256(data).digest()
+            return self.decode(data), hashlib.sha256(data).digest()
         except LdmError:
             raise
         except Exception as error:  # Pillow's plugins raise nearly every kind of exception on damaged files
             raise DataError(f"cannot read picture '{name}' of '{self.name}'", str(error)) from error
 
 
-def open_pictures(source: str, reporter: Reporter) -> PictureSet:
+def as_stored(data: bytes) -> Tensor:
+    """The pixels as the programs decode them that compute FID: colour profiles and orientations have no effect."""
+    image_header(data, _MAX_PIXELS)
+    with Image.open(io.BytesIO(data)) as image:
+        return from_pillow(image.convert("RGB"))[0]
+
+
+def upright(data: bytes) -> Tensor:
+    """The picture as people see it and training reads it: sRGB, upright, transparent parts over white."""
+    return from_pillow(decode_rgb(data, _BACKGROUND, _MAX_PIXELS).image)[0]
+
+
+def open_pictures(source: str, reporter: Reporter, decode: Callable[[bytes], Tensor] = as_stored) -> PictureSet:
     """The pictures of a folder and all below it, sorted by path; or those of shards.
 
     Of a folder that `ldm sample` wrote, the pictures that its images.json names.
 
     Args:
-        source: a folder of pictures, or a path, glob or brace pattern of shards, or a folder of shards.
+        source: a picture, a folder of pictures, or a path, glob or brace pattern of shards, or a folder of shards.
         reporter: as in `open_shards`.
+        decode: as in `PictureSet`.
 
     Raises:
         InputNotFoundError: there is none; other errors as in `open_shards`.
     """
     folder = Path(source)
+    if folder.is_file() and is_picture(folder):
+        return PictureSet(source, [(folder.name, folder.read_bytes)], decode, lambda number: _caption_beside(folder))
     if folder.is_dir() and not any(folder.glob("*.tar")):
-        paths, job = _listed(folder)
-        paths = paths or sorted(path for path in folder.rglob("*") if is_picture(path))
+        listed, job = _listed(folder)
+        paths = list(listed) or sorted(path for path in folder.rglob("*") if is_picture(path))
         if not paths:
             raise InputNotFoundError(f"there are no pictures in '{source}'")
-        return PictureSet(source, [(str(path.relative_to(folder)), path.read_bytes) for path in paths], job)
+        files = [(str(path.relative_to(folder)), path.read_bytes) for path in paths]
+        return PictureSet(
+            source, files, decode, lambda number: listed.get(paths[number]) or _caption_beside(paths[number]), job
+        )
     config = DataConfig(shards=source)
     shards = open_shards(source, config, reporter)
-    decoder = SampleDecoder(shards, config, Wanted(caption=False))
+    images = SampleDecoder(shards, config, Wanted(caption=False))
+    captions = SampleDecoder(shards, config, Wanted(image=False))
 
     def reader(shard: int, number: int) -> Callable[[], bytes]:
-        return lambda: decoder.image_bytes(shard, number)
+        return lambda: images.image_bytes(shard, number)
 
-    places = ((shard, number) for shard, size in enumerate(shards.sizes) for number in range(size))
-    return PictureSet(source, [(shards.name(*place), reader(*place)) for place in places])
+    places = [(shard, number) for shard, size in enumerate(shards.sizes) for number in range(size)]
+    return PictureSet(
+        source,
+        [(shards.name(*place), reader(*place)) for place in places],
+        decode,
+        lambda number: next(iter(captions.captions(*places[number])), ""),
+    )
 
 
-def _listed(folder: Path) -> tuple[list[Path], Mapping[str, Any]]:
-    """The pictures and the job of images.json; both empty where there is none, or that of another program."""
+def _caption_beside(picture: Path) -> str:
+    """The text in `NAME.txt` or `NAME.caption` beside a picture, empty if there is none."""
+    for file in (picture.with_suffix(suffix) for suffix in (".txt", ".caption")):
+        if file.is_file():
+            return " ".join("".join(text_lines(file, lambda remark: None)).split())
+    return ""
+
+
+def _listed(folder: Path) -> tuple[dict[Path, str], Mapping[str, Any]]:
+    """The pictures of images.json with their prompts, and its job; both empty where there is none, or another's."""
     try:
         content = json.loads((folder / IMAGES_FILE).read_bytes())
-        return [folder / image["file"] for image in content["images"]], content["job"]
+        return {folder / image["file"]: str(image["prompt"]) for image in content["images"]}, content["job"]
     except (OSError, ValueError, KeyError, TypeError):
-        return [], {}
+        return {}, {}
