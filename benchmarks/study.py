@@ -1,6 +1,6 @@
 """The text-encoder study: does a larger text encoder help pictures more than a larger denoiser?
 
-`python benchmarks/study.py` trains all models by `ldm` commands, measures them and writes the numbers into docs/study.md.
+`python benchmarks/study.py` trains all models by `ldm` commands, measures them, and writes numbers into docs/study.md.
 After an interruption the same command goes on: finished parts do nothing. `--plan` prints the parts and their minutes.
 """
 

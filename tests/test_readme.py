@@ -52,6 +52,7 @@ NAMES = (
     "eval",
     "compare",
     "study",
+    "clip",
     "spiral",
     "data",
     "recipe",

@@ -133,11 +133,12 @@ def score(sources: Sequence[str], caption: str | None, options: ClipOptions, rep
     distinct = {text: number for number, text in enumerate(dict.fromkeys(captions[number] for number in kept))}
     texts = clip.texts(list(distinct))[[distinct[captions[number]] for number in kept]]
     images = clip.pictures(sets)[kept]
+    cosines = metrics.clip_score(images, texts)
     pairs = [
         {**rows[number], "caption": captions[number], "cosine": cosine, "clipscore_hessel": 2.5 * max(cosine, 0.0)}
-        for number, cosine in zip(kept, metrics.clip_score(images, texts).tolist(), strict=True)
+        for number, cosine in zip(kept, cosines.tolist(), strict=True)
     ]
-    return {**metrics.summarize_clip_score(images, texts), "pictures": pairs, "provenance": clip.provenance()}
+    return {**metrics.summarize_clip_score(cosines), "pictures": pairs, "provenance": clip.provenance()}
 
 
 def _captions(sets: Sequence[PictureSet]) -> list[str]:

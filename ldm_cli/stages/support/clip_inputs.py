@@ -64,7 +64,8 @@ class Clip:
         with self._reporter.progress("embedding pictures", total, unit="picture") as progress:
             for one in sets:
                 digest = hashlib.sha256()
-                for batch in one.batches(self._batch_size, digest):
+                for batch, hashes in one.batches(self._batch_size):
+                    digest.update(bytes(hashes.flatten().tolist()))
                     rows.append(F.normalize(self._features.pictures(batch), dim=-1))
                     progress.update(done := done + len(batch))
                 about = {"source": one.name, "num_pictures": len(one.files), "sha256": digest.hexdigest()}

@@ -30,7 +30,7 @@ from ldm_cli.stages.support.eval_samples import COSINE, TEXTS, Measurements, Rea
 def metrics_of_real(
     config: EvalSection, models: Models, real: RealSamples, probe: RealSamples | None
 ) -> dict[str, Any]:
-    """What the first `num_samples` samples tell by themselves, by metric; `probe` is what the linear probe is fitted to.
+    """What the first `num_samples` samples tell by themselves, by metric; the linear probe is fitted to `probe`.
 
     Raises:
         DataError: labels are missing or unknown.

@@ -14,6 +14,7 @@ from ldm_cli.sampling.edit_config import EditConfig
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import ImageRequest
 from ldm_cli.sampling.sample_options import PLAIN
+from ldm_cli.stages.support.job_adapters import JobAdapters
 from ldm_cli.stages.support.picture_generator import PictureGenerator
 from ldm_cli.training.ranks import Ranks
 
@@ -34,7 +35,7 @@ def kept_pictures(
     """
     folder = str(pipeline.family.folder)
     recipe = SampleRecipe(command="sample", model=folder, sampling=sampling, weighted_words=PLAIN.weighted)
-    generator = PictureGenerator(pipeline, recipe, None, len(captions))
+    generator = PictureGenerator(pipeline, recipe, None, len(captions), JobAdapters(pipeline.family, [], {}, ()))
     requests = [ImageRequest(caption, sampling.seed + i) for i, caption in enumerate(captions)]
     images = [generator.provenance(Item(request, sampling, EditConfig()), i) for i, request in enumerate(requests)]
     job = JobFolder(path, generator.shared, images, generator.sources)
