@@ -54,6 +54,8 @@ class Config(BaseModel):
             raise ValueError("expected text, found ''")
         if isinstance(value, tuple):
             return tuple(expand_home(entry) if isinstance(entry, str) else entry for entry in value)
+        if isinstance(value, dict):
+            return {name: expand_home(entry) if isinstance(entry, str) else entry for name, entry in value.items()}
         return expand_home(value) if isinstance(value, str) else value
 
     @classmethod

@@ -205,6 +205,12 @@ def test_a_sweep_leaves_a_curve_and_a_table_of_its_points(
     assert all(f">{text}</text>" in vector for text in ("pipeline, steps 1", "pipeline, steps 2", "2.5"))
 
 
+def test_the_home_folder_is_known_among_several_pipelines(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(home))
+    asked = recipe(home, ["attribute_accuracy"], pipeline=None, pipelines={"a": "~/pipeline"})
+    assert asked.eval.pipelines == {"a": str(home / "pipeline")}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
