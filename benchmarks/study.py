@@ -1,7 +1,7 @@
 """The text-encoder study: does a larger text encoder help pictures more than a larger denoiser?
 
-`python benchmarks/study.py` trains all models by `ldm` commands, measures them, and writes numbers into docs/study.md.
-After an interruption the same command goes on: finished parts do nothing. `--plan` prints the parts and their minutes.
+`python benchmarks/study.py` trains all models by `ldm` commands, measures them and fills in docs/study.md. After an
+interruption the same command goes on: finished parts do nothing. `--plan` prints the parts and their minutes.
 """
 
 from __future__ import annotations
