@@ -1,7 +1,7 @@
 """`ldm eval`: metrics of trained models on shards.
 
-One pass over the samples measures everything real, one pass over as many captions draws pictures and
-measures those; then the metrics are computed from what was gathered. Pictures are never kept.
+One pass over the samples measures everything real, one pass over as many captions generates pictures and
+measures those; then the metrics are computed from both. Pictures are never kept.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def _frechet(real: Tensor, generated: Tensor, models: Models, reporter: Reporter
 
 
 def _check_truths(real: Gathered, num_generated: int) -> None:
-    """Refuse samples without a scene's truth before hours are spent on drawing."""
+    """Refuse samples without a scene's truth before hours are spent on pictures."""
     for key, truth in zip(real.keys[:num_generated], real.metadata, strict=False):
         if not {"objects", "stated", "relation", "background", "held_out"} <= truth.keys():
             raise DataError(
