@@ -50,7 +50,6 @@ class Loader:
 
     Raises:
         ValueError: `world_size` does not divide `batch_size`.
-        RecipeError: there are both a cache and aspect buckets.
         InputNotFoundError: a source that has a weight has no samples.
     """
 

@@ -81,8 +81,8 @@ def run(source: Path, out: Path, options: ConvertOptions, reporter: Reporter) ->
         reporter: receives the progress of downloads.
 
     Returns:
-        `out`, `models` (class by subfolder), `parameters`, `bytes`, `recognised_by`, `left_out`, `metadata`,
-        `opens_in`.
+        `out`, `models` (class by subfolder), `parameters`, `bytes` and `opens_in`; `recognised_by`, `left_out` and
+        `metadata` where there are any.
 
     Raises:
         UsageError: an option does not apply.
@@ -113,12 +113,16 @@ def run(source: Path, out: Path, options: ConvertOptions, reporter: Reporter) ->
         _write_folder(_with_tokenizers(models, source, options, reporter), out, options.shard_bytes)
     tensors = [tensor for model in models.models.values() for tensor in model.tensors.values()]
     kinds = {name or "model": model.kind for name, model in models.models.items()}
-    return _result(out, kinds, tensors) | {
+    found = {
         "recognised_by": models.recognised_by,
-        "left_out": named(models.left_out) or None,
+        "left_out": named(models.left_out),
         "metadata": {name: value for name, value in metadata.items() if name != CONFIGS_KEY},
-        "opens_in": _programs(models, is_file),
     }
+    return (
+        _result(out, kinds, tensors)
+        | {name: value for name, value in found.items() if value}
+        | {"opens_in": _programs(models, is_file)}
+    )
 
 
 def _result(out: Path, kinds: dict[str, str], tensors: Collection[Tensor]) -> dict[str, Any]:

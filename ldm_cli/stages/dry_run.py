@@ -80,7 +80,7 @@ def _about_ranks(train: TrainConfig, num_ranks: int) -> list[str]:
         return ["strategy=sharded: the bytes are those of one process; give --nproc"]
     return [
         f"strategy=sharded: the bytes are those of each of {num_ranks} ranks; rank 0 has the whole weights beside them "
-        "while it saves, validates or draws"
+        "while it saves, validates or generates pictures"
     ]
 
 

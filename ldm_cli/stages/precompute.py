@@ -67,7 +67,7 @@ def run(
         `removed_files`, `bytes`, `seconds`.
 
     Raises:
-        RecipeError: the recipe crops at random.
+        RecipeError: the recipe crops at random, or to the shapes of aspect buckets.
         OutputError: the folder holds a cache made with other models or settings.
         Preempted: a signal or the time limit; what is written stays.
         StorageError: the disk is full.

@@ -22,6 +22,7 @@ from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.errors import UnavailableError
 from ldm_cli.formats.save_model import save_model
 from ldm_cli.recipe.load import load_recipe
+from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages import train_unet
 from ldm_cli.stages.support.options import RunOptions
@@ -198,10 +199,13 @@ def test_published_sizes_are_measured_until_the_time_is_up(monkeypatch: pytest.M
     assert "warning: no time is left for train-clip bench/clip" in reporter.messages
 
 
-def test_recipes_of_published_sizes_can_be_measured() -> None:
+def test_recipes_of_published_sizes_can_be_measured_and_unets_train_at_512_pixels_from_a_cache() -> None:
     for subject, recipe, changes, _ in run.PUBLISHED:
         words = [f"{key}={value}" for key, value in changes.items()]
-        load_recipe(recipe, words, expected_command=run.SUBJECTS[subject].command)
+        loaded = load_recipe(recipe, words, expected_command=run.SUBJECTS[subject].command).recipe
+        if isinstance(loaded, TrainUnetRecipe) and subject == "train-unet":
+            assert loaded.cache is not None
+            assert (loaded.data.image_size, loaded.model.sample_size) == (512, 64)
 
 
 @pytest.mark.slow

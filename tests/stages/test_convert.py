@@ -342,6 +342,11 @@ def test_what_does_not_apply_is_refused(source: str, out: str, options: Any, err
     assert caught.value.what == error.what
 
 
+def test_nothing_is_said_of_what_a_folder_does_not_have(home: Path) -> None:
+    result = run(home / "model", home / "x", ConvertOptions())
+    assert result.keys() == {"out", "models", "parameters", "bytes", "opens_in"}
+
+
 def test_a_pipeline_of_another_architecture_is_refused(home: Path) -> None:
     index = json.loads((home / "model" / "model_index.json").read_text())
     index |= {"_class_name": "StableDiffusion3Pipeline", "unet": [None, None], "transformer": ["diffusers", "SD3"]}

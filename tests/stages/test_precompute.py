@@ -314,11 +314,14 @@ def _captions(number: int) -> bytes:
     return json.dumps({"caption": texts}).encode()
 
 
-def test_random_crops_are_refused_before_anything_is_written(parts: Parts, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [{"crop": "random"}, {"aspect_buckets": {"step": 8}}])
+def test_pictures_without_one_fixed_square_are_refused_before_anything_is_written(
+    change: dict[str, Any], parts: Parts, tmp_path: Path
+) -> None:
     recipe = unet_recipe(*parts) | {"cache": str(tmp_path / "cache")}
-    recipe["data"]["crop"] = "random"
+    recipe["data"] |= change
     for act in (lambda: result_of(recipe), lambda: trained(recipe, tmp_path / "run")):
-        with pytest.raises(RecipeError, match=r"data\.crop=random"):
+        with pytest.raises(RecipeError, match=rf"data\.{next(iter(change))}.* cannot be cached"):
             act()
     assert list(tmp_path.iterdir()) == []
 

@@ -92,7 +92,7 @@ def cache_key(recipe: TrainUnetRecipe) -> CacheKey:
     """What decides the cache of a recipe: the weights and configurations of its models, its preprocessing.
 
     Raises:
-        RecipeError: it crops at random, so that no encoding would serve twice.
+        RecipeError: it crops at random, so that no encoding would serve twice, or to other shapes than the square.
         InputNotFoundError, CheckpointError: a model cannot be read.
     """
     if recipe.data.crop == "random":
@@ -100,6 +100,12 @@ def cache_key(recipe: TrainUnetRecipe) -> CacheKey:
             "data.crop=random cannot be cached",
             "every epoch sees another part of each image",
             "set data.crop=center or squash, or train without a cache",
+        )
+    if recipe.data.aspect_buckets is not None:
+        raise RecipeError(
+            "data.aspect_buckets cannot be cached",
+            "a cache holds the square of each image",
+            "remove data.aspect_buckets, or train without a cache",
         )
     data, text = recipe.data, Path(recipe.text_encoder)
     if recipe.text_encoder_2:
