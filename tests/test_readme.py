@@ -48,6 +48,7 @@ NAMES = (
     "stable-diffusion-xl",
     "stable-diffusion-3",
     "edit",
+    "lora",
     "foreign-models",
     "eval",
     "compare",

@@ -1,4 +1,4 @@
-"""Files of adapters, read: in the layouts of kohya and LyCORIS, of diffusers old and new, and of PEFT."""
+"""Files of adapters, read: in the layouts of kohya, LyCORIS, diffusers old and new, PEFT and lora_diffusion."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _PEFT_TYPES = ("LORA", "LOHA", "LOKR")
 # How the names of tensors end, and what such a tensor is; what precedes names the module.
 _ROLES = {
     "down": r"\.lora_down\.weight|\.lora_A(?:\.default)?\.weight|\.lora\.down\.weight|"
-    r"\.lora_linear_layer\.down\.weight|(?<=_lora)\.down\.weight",
+    r"\.lora_linear_layer\.down\.weight|(?<=_lora)\.down\.weight|:down",
     "up": r"\.lora_up\.weight|\.lora_B(?:\.default)?\.weight|\.lora\.up\.weight|"
-    r"\.lora_linear_layer\.up\.weight|(?<=_lora)\.up\.weight",
+    r"\.lora_linear_layer\.up\.weight|(?<=_lora)\.up\.weight|:up",
     "alpha": r"\.alpha",
     "magnitude": r"\.lora_magnitude_vector(?:\.default)?(?:\.weight)?",
     "dora_scale": r"\.dora_scale",
@@ -36,7 +36,6 @@ _ROLES = {
     **{name: rf"\.{name}" for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")},
 }
 _NAMES = re.compile(r"(?P<module>.+?)(?:" + "|".join(f"(?P<{role}>{end})" for role, end in _ROLES.items()) + ")")
-_NUMBERED = re.compile(r"(unet|text_encoder):\d+:(up|down)")
 
 
 @dataclass(frozen=True)
@@ -100,9 +99,6 @@ def read_lora(path: Path, models: Mapping[str, Adaptable]) -> Adapters:
 
 def _by_module(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
     """The tensors of each module by their role."""
-    if any(_NUMBERED.fullmatch(name) for name in tensors):
-        cause = "its modules are numbered, as cloneofsimo's lora_diffusion wrote them"
-        raise CheckpointError(f"cannot use '{path}'", cause, "convert it to diffusers' or kohya's layout")
     parts: dict[str, dict[str, Tensor]] = {}
     strange = []
     for name, tensor in tensors.items():

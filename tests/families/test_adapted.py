@@ -43,3 +43,20 @@ def test_layers_compute_with_the_weights_of_the_moment(is_compiled: bool) -> Non
 
 def bases(adapted: AdaptedNetworks, network: nn.Sequential) -> list[tuple[str, torch.Tensor]]:
     return [(name, adapted._base[network[int(name)].weight]) for name in "02"]
+
+
+def test_several_updates_of_a_weight_all_begin_at_the_base() -> None:
+    generator = torch.Generator().manual_seed(1)
+    layer = nn.Linear(4, 6).requires_grad_(False)
+    base, magnitude = layer.weight.clone(), torch.arange(1.0, 7.0)
+    updates = {
+        name: LowRank(torch.randn(2, 4, generator=generator), torch.randn(6, 2, generator=generator), 2.0, norms)
+        for name, norms in (("a", magnitude), ("b", 2 * magnitude), ("c", None))
+    }
+    adapted = AdaptedNetworks({"net": nn.Sequential(layer)}, {name: {"net": {"0": u}} for name, u in updates.items()})
+    adapted.use({"c": 0.5, "b": 1.0, "a": 1.0})
+    rows = {name: base + updates[name].up @ updates[name].down for name in "ab"}
+    directions = {name: row / row.norm(dim=1, keepdim=True) for name, row in rows.items()}
+    with_norms = magnitude[:, None] * (directions["a"] + 2 * directions["b"])
+    expected = with_norms - base + 0.5 * updates["c"].up @ updates["c"].down
+    torch.testing.assert_close(layer.weight, expected)

@@ -65,7 +65,8 @@ DOWN, UP = torch.ones(2, 4), torch.ones(6, 2)
             },
             "the DoRA of unet.a.b has norms of columns",
         ),
-        ({"unet:0:up": UP, "unet:0:down": DOWN}, "its modules are numbered, as cloneofsimo's lora_diffusion"),
+        ({"unet:0:up": UP, "unet:0:down": DOWN}, "no such module: unet:0"),
+        ({"<s1>": DOWN}, "of no supported kind of adapter: <s1>"),
         ({"unet__a__b__lora_A__weight": DOWN / 0, "unet__a__b__lora_B__weight": UP}, "are not finite"),
     ],
 )
@@ -84,6 +85,43 @@ def test_a_third_of_the_rows_goes_to_each_of_queries_keys_and_values(tmp_path: P
     found = read_lora(file, models)["text_encoder_2"]
     joined = torch.cat([found[f"{LAYER}.{letter}_proj"].delta() for letter in "qkv"])
     torch.testing.assert_close(joined, up @ down)
+
+
+def test_numbers_count_downwards_upwards_and_through_the_middle_last(tmp_path: Path) -> None:
+    blocks = ["down_blocks.0.attentions.0", "mid_block.attentions.0", "up_blocks.1.attentions.0"]
+    layers = [
+        "attn1.to_q",
+        "attn1.to_k",
+        "attn1.to_v",
+        "attn1.to_out.0",
+        "attn2.to_q",
+        "attn2.to_out.0",
+        "ff.net.0.proj",
+    ]
+    names = [f"{block}.transformer_blocks.0.{layer}.weight" for block in blocks for layer in layers]
+    models = {
+        "unet": Adaptable(dict.fromkeys(names, torch.zeros(6, 4)), MODELS["unet"].config),
+        "text_encoder": Adaptable({f"{LAYER}.{letter}_proj.weight": torch.zeros(6, 4) for letter in "kqv"}, {}),
+    }
+    numbers = {"unet": (0, 3, 4, 5, 9, 18), "text_encoder": (0, 1, 2)}
+    tensors = {
+        f"{part}:{number}:{kind}": value + number
+        for part, own in numbers.items()
+        for number in own
+        for kind, value in (("up", UP), ("down", DOWN))
+    }
+    found = read_lora(saved(tmp_path / "a.safetensors", **tensors), models)
+    order = {part: {int(u.up[0, 0]) - 1: name for name, u in found[part].items()} for part in found}  # type: ignore[attr-defined]
+    block = "attentions.0.transformer_blocks.0"
+    assert order["unet"] == {
+        0: f"down_blocks.0.{block}.attn1.to_q",
+        3: f"down_blocks.0.{block}.attn1.to_out.0",
+        4: f"down_blocks.0.{block}.ff.net.0.proj",
+        5: f"down_blocks.0.{block}.attn2.to_q",
+        9: f"up_blocks.1.{block}.attn1.to_q",
+        18: f"mid_block.{block}.attn1.to_q",
+    }
+    assert order["text_encoder"] == {i: f"{LAYER}.{letter}_proj" for i, letter in enumerate("kvq")}
 
 
 def test_kohyas_metadata_say_what_web_interfaces_ask_for(tmp_path: Path) -> None:
