@@ -183,7 +183,7 @@ def dedup(
     ] = None,
     threshold: Annotated[
         float, typer.Option("--threshold", metavar="F", min=0, max=1, help="Cosine from which two are duplicates.")
-    ] = 0.97,
+    ] = 0.95,
     overwrite: given.Overwrite = False,
     json: given.Json = False,
     debug: given.Debug = False,
