@@ -50,6 +50,7 @@ NAMES = (
     "foreign-models",
     "eval",
     "compare",
+    "clip",
     "spiral",
     "data",
     "recipe",

@@ -11,7 +11,7 @@ from collections.abc import Callable
 _YES, _NO = ("yes", "true"), ("no", "false")
 _ONE = ("one", "1", "a", "an", "a single")
 # Words that name no thing, beside the answer that does.
-_ANYTHING = r"(?:objects?|things?|shapes?|figures?|items?|pictures?|images?|ones?)"
+_ANYTHING = r"(?:objects?|things?|shapes?|figures?|items?|pictures?|images?|ones?|it|this|that)"
 _DETERMINER = re.compile(
     r"(?:a|an|the|this|that|these|those|some|my|its|no|one|two|three|four|five|\d+)\s", re.IGNORECASE
 )
@@ -99,29 +99,22 @@ def _is_it(answer: str, verb: str, thing: str, rest: str) -> str | None:
     return f"{negation}{rest}" if thing in ("it", "this", "that") else f"{thing} {verb} {negation}{rest}"
 
 
-def _plain(answer: str, *_: str) -> str:
-    return _with_article(answer)
-
-
 _PICTURE = r"(?:this|that|it|the (?:picture|image|photo)|this (?:picture|image|photo))"
 _RULES: tuple[tuple[str, Callable[..., str | None]], ...] = (
-    (rf"what(?:'s| is| are) (?:{_PICTURE}|(?:shown |there )?in {_PICTURE})", _plain),
-    (rf"what (?:do you see|can you see|does {_PICTURE} show)(?: .*)?", _plain),
-    (rf"(?:what|which) (?:(?:kind|type|sort) of )?\w+ (?:is|are) (?:{_PICTURE}|(?:there )?in {_PICTURE})", _plain),
+    (rf"what(?:'s| is| are) (?:{_PICTURE}|(?:shown |there )?in {_PICTURE})", _with_article),
+    (rf"what (?:do you see|can you see|does {_PICTURE} show)(?: .*)?", _with_article),
+    (r"(?:what|which) (?:colou?r|shape|size|material|texture) (?:is|are|has) (.+)", _attribute),
+    (r"what is the (?:colou?r|shape|size|material|texture) of (.+)", _attribute),
     (
-        r"(?:what|which) (colou?r|shape|size|kind|type|sort|material|texture|object|animal) (?:is|are|has) (.+)",
-        _attribute,
+        rf"(?:what|which) (?:(?:kind|type|sort) of )?\w+ (?:is|are) (?:{_PICTURE}|(?:there )?in {_PICTURE})",
+        _with_article,
     ),
-    (r"what is the (colou?r|shape|size|kind|type|sort|material|texture) of (.+)", _attribute),
     (r"how many (.+)", _number),
     (r"where (?:is|are) (.+)", _place),
     (r"(?:is|are) there (.+)", _there_is),
-    (
-        r"(is|are) (it|(?:this|that)(?= an? | the )|(?:the|this|that|these|those) \w+) (.+)",
-        lambda a, v, t, r: _is_it(a, v, t, r),
-    ),
-    (r"which (\w+) (is|are|has|have) (.+)", lambda a, noun, verb, rest: f"the {a} {noun} {verb} {rest}"),
-    (r"what (is|are) (.+) doing", lambda a, verb, thing: f"{thing} {verb} {a}"),
-    (r"what (is|are) (.+) (\w+ing)", lambda a, verb, thing, deed: f"{thing} {verb} {deed} {a}"),
-    (r"what (is|are) (.+)", lambda a, verb, thing: f"{thing} {verb} {a}"),
+    (r"(is|are) (it|(?:this|that)(?= an? | the )|(?:the|this|that|these|those) \w+) (.+)", _is_it),
+    (r"which (\w+) (is|are|has|have) (.+)", lambda answer, noun, verb, rest: f"the {answer} {noun} {verb} {rest}"),
+    (r"what (is|are) (.+) doing", lambda answer, verb, thing: f"{thing} {verb} {answer}"),
+    (r"what (is|are) (.+) (\w+ing)", lambda answer, verb, thing, deed: f"{thing} {verb} {deed} {answer}"),
+    (r"what (is|are) (.+)", lambda answer, verb, thing: f"{thing} {verb} {answer}"),
 )

@@ -19,6 +19,7 @@ from ldm_cli.families.family import model_sha256
 from ldm_cli.families.prompt_weights import WeightedText, parse_weights
 from ldm_cli.formats.model_folder import ModelClass, load_model, outline_model
 from ldm_cli.formats.model_source import outside_file, split_at_file
+from ldm_cli.formats.open_clip_folder import OPEN_CLIP_CONFIG
 from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TEXT_ENCODER_2, tokenizer_of
 from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS
@@ -168,12 +169,14 @@ def outline_tower(folder: Path, model_class: ModelClass[CLIPTextModel] = CLIPTex
 def tokenizer_folder(text_encoder: Path) -> Path:
     """Where the tokenizer of a tower lies: in the same folder, or in `tokenizer` beside it, as in pipelines.
 
-    That of `text_encoder_2` is `tokenizer_2`.
+    That of `text_encoder_2` is `tokenizer_2`. Folders of open_clip hold it beside the file of weights.
 
     Raises:
         InputNotFoundError: the tower is in a single file, and there is no such folder beside that.
     """
     if (found := split_at_file(text_encoder)) is not None:
+        if (found[0].parent / OPEN_CLIP_CONFIG).is_file():
+            return found[0].parent
         return outside_file(found[0], tokenizer_of(found[1].name or TEXT_ENCODER))
     beside = text_encoder.parent / tokenizer_of(text_encoder.name)
     return beside if text_encoder.name in (TEXT_ENCODER, TEXT_ENCODER_2) and beside.is_dir() else text_encoder

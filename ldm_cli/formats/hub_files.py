@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from ldm_cli.errors import CheckpointError, InputNotFoundError
+from ldm_cli.formats.open_clip_folder import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
 from ldm_cli.formats.pipeline_folder import INDEX_NAME, TOKENIZER
 from ldm_cli.formats.weight_files import CONFIG_NAME
 
@@ -66,6 +67,8 @@ def files_of(
         weights: list[str] = []
         if CONFIG_NAME in own and not component.startswith(TOKENIZER):
             weights, precisions[component] = _weights(own, variant, f"{model}/{component}".rstrip("/"))
+        elif OPEN_CLIP_CONFIG in own:
+            weights = [name for name in OPEN_CLIP_WEIGHTS if name in own][:1]
         if not texts:
             raise InputNotFoundError(f"'{model}' has no files of '{component}'" if component else _no_model(model))
         found += [folder + name for name in (*texts, *weights)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,26 @@ from torch import Tensor
 
 from ldm_cli.errors import CheckpointError, InputNotFoundError
 from ldm_cli.formats.json_file import read_json
+from ldm_cli.formats.open_clip_folder import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, open_clip_files, open_clip_weights
 from ldm_cli.formats.single_file import Part, SingleFile, single_file
-from ldm_cli.formats.weight_files import read_metadata, read_tensors, release, tensors_sha256, weight_files
+from ldm_cli.formats.weight_files import CONFIG_NAME, read_metadata, read_tensors, release, tensors_sha256, weight_files
 
 
 def split_at_file(path: Path) -> tuple[Path, Path] | None:
     """The single file that a path leads into, and the rest of the path; None if it leads into none.
+
+    A folder of open_clip stands for the file of its weights.
 
     >>> split_at_file(Path("folder/unet")) is None
     True
     """
     own = (path,) if path.suffix != ".json" else ()
     file = next((p for p in (*own, *path.parents) if p.is_file()), None)
-    return None if file is None else (file, path.relative_to(file))
+    if file is not None:
+        return file, path.relative_to(file)
+    folder = path if path.is_dir() else path.parent
+    weights = open_clip_weights(folder)
+    return None if weights is None else (weights, path.relative_to(folder))
 
 
 def read_model_json(path: Path) -> dict[str, Any]:
@@ -124,4 +132,7 @@ def _opened(file: Path) -> SingleFile:
 @lru_cache(maxsize=4)
 def _recognised(file: Path, modified: int, size: int) -> SingleFile:
     """The file as it is now; its tensors are mapped and never read."""
-    return single_file(read_tensors(file), read_metadata(file), file)
+    opened = single_file(read_tensors(file), read_metadata(file), file)
+    if file.name not in OPEN_CLIP_WEIGHTS or not (file.parent / OPEN_CLIP_CONFIG).is_file():
+        return opened
+    return replace(opened, json_files=open_clip_files(file.parent, opened.json_files[CONFIG_NAME]))

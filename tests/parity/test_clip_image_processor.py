@@ -134,7 +134,7 @@ def test_a_clip_sees_pictures_in_eval_and_in_guidance_as_its_folder_says(
     found = CLIPFeatures.load(folder, torch.device("cpu")).images(images)
     assert F.cosine_similarity(found, expected).min() > 0.9995
     plain = CLIPFeatures.load(folder, torch.device("cpu"))
-    plain._processor = CLIPImageProcessor.for_side(8)
+    plain.processor = CLIPImageProcessor.for_side(8)
     assert F.cosine_similarity(plain.images(images), expected).min() < 0.999, "the file must matter"
     clip = CLIPScore(*open_clip(folder))
     prompts = ["a red circle", "a blue square"]
