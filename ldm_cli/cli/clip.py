@@ -19,6 +19,7 @@ commands = typer.Typer(help="Put a CLIP to work: search, classify, tag, ask.")
 Pictures = Annotated[list[str], given.argument("PICTURES", "Pictures, folders, or shards by path, glob or brace.")]
 Model = Annotated[str, given.option("--model", metavar="MODEL", text="A CLIP: folder, run, single file or hub name.")]
 Top = Annotated[int, typer.Option("--top", min=1, metavar="K", help="Results to show for each.")]
+Sheet = Annotated[Path | None, given.option("--sheet", metavar="FILE", text="Draw the results, as .png.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Pictures per call of the model.")]
 
 
@@ -63,7 +64,7 @@ def search(
         list[Path] | None, given.option("--like", metavar="FILE", text="Search for a picture; may be repeated.")
     ] = None,
     top: Top = 10,
-    sheet: Annotated[Path | None, given.option("--sheet", metavar="FILE", text="Draw the results, as .png.")] = None,
+    sheet: Sheet = None,
     batch_size: BatchSize = 64,
     device: given.Device = "auto",
     overwrite: given.Overwrite = False,
@@ -156,8 +157,10 @@ def score(
         str | None, given.option("--caption", metavar="TEXT", text="One caption for all; default: their own.")
     ] = None,
     top: Annotated[int, typer.Option("--top", min=1, metavar="K", help="Lowest scores to show.")] = 10,
+    sheet: Sheet = None,
     batch_size: BatchSize = 64,
     device: given.Device = "auto",
+    overwrite: given.Overwrite = False,
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:
@@ -166,7 +169,7 @@ def score(
     with importing():
         from ldm_cli.stages import clip_answers
 
-    result = clip_answers.score(pictures, caption, options, make_reporter())
+    result = clip_answers.score(pictures, caption, options, make_reporter(), top=top, sheet=sheet, overwrite=overwrite)
     if not json:
         result.pop("provenance")
         result["lowest"] = sorted(result.pop("pictures"), key=lambda pair: float(pair["cosine"]))[:top]
@@ -183,7 +186,7 @@ def dedup(
     ] = None,
     threshold: Annotated[
         float, typer.Option("--threshold", metavar="F", min=0, max=1, help="Cosine from which two are duplicates.")
-    ] = 0.97,
+    ] = 0.95,
     overwrite: given.Overwrite = False,
     json: given.Json = False,
     debug: given.Debug = False,

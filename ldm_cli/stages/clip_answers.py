@@ -13,7 +13,9 @@ from ldm_cli.errors import DataError, UsageError
 from ldm_cli.evaluation import metrics
 from ldm_cli.evaluation.nearest import nearest
 from ldm_cli.evaluation.questions import statement
+from ldm_cli.pictures.images import save_image
 from ldm_cli.reporting import Reporter
+from ldm_cli.stages.clip_search import expect_sheet, sheet_of
 from ldm_cli.stages.support.clip_inputs import Clip, ClipOptions, open_picture_sets, picture_rows, texts_of
 from ldm_cli.stages.support.picture_sets import PictureSet
 
@@ -106,21 +108,34 @@ def ask(source: str, question: str, answers: str, options: ClipOptions, reporter
     return {"question": question, "pictures": found, "provenance": clip.provenance()}
 
 
-def score(sources: Sequence[str], caption: str | None, options: ClipOptions, reporter: Reporter) -> dict[str, Any]:
+def score(
+    sources: Sequence[str],
+    caption: str | None,
+    options: ClipOptions,
+    reporter: Reporter,
+    *,
+    top: int = 10,
+    sheet: Path | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
     """How well captions fit their pictures.
 
     Args:
         sources: pictures, as in `open_pictures`, with captions.
         caption: one for all pictures; None: their own. Pictures without one are left out, with a warning.
         options, reporter: as in every command of `ldm clip`.
+        top: pictures on the sheet.
+        sheet: where to draw those of the lowest scores; None: nowhere.
+        overwrite: replace that file.
 
     Returns:
         The means of `summarize_clip_score`; `pictures`, each with `source`, `name`, `caption`, `cosine` and
-        `clipscore_hessel`; `provenance`.
+        `clipscore_hessel`; `sheet`, with one; `provenance`.
 
     Raises:
-        DataError: no picture has a caption; other errors as in `Clip`.
+        DataError: no picture has a caption; other errors as in `Clip` and `expect_sheet`.
     """
+    expect_sheet(sheet, overwrite=overwrite)
     sets = open_picture_sets(sources, reporter)
     rows = picture_rows(sets)
     captions = [caption] * len(rows) if caption else _captions(sets)
@@ -138,7 +153,12 @@ def score(sources: Sequence[str], caption: str | None, options: ClipOptions, rep
         {**rows[number], "caption": captions[number], "cosine": cosine, "clipscore_hessel": 2.5 * max(cosine, 0.0)}
         for number, cosine in zip(kept, cosines.tolist(), strict=True)
     ]
-    return {**metrics.summarize_clip_score(cosines), "pictures": pairs, "provenance": clip.provenance()}
+    result: dict[str, Any] = {**metrics.summarize_clip_score(cosines), "pictures": pairs}
+    if sheet is not None:
+        lowest = sorted(pairs, key=lambda pair: float(pair["cosine"]))[:top]
+        save_image(sheet, sheet_of([{"text": "lowest scores", "results": lowest}], sets, reporter))
+        result["sheet"] = str(sheet)
+    return {**result, "provenance": clip.provenance()}
 
 
 def _captions(sets: Sequence[PictureSet]) -> list[str]:

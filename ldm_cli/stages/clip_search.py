@@ -61,10 +61,7 @@ def run(sources: Sequence[str], wanted: Wanted, options: ClipOptions, reporter: 
     """
     if not (wanted.texts or wanted.pictures):
         raise UsageError("there is nothing to search for", remedy="give --text or --like")
-    if wanted.sheet is not None:
-        if wanted.sheet.suffix not in (".png", ".jpg", ".webp"):
-            raise UsageError(f"cannot write '{wanted.sheet}'", "a sheet ends with .png, .jpg or .webp")
-        expect_new(wanted.sheet, overwrite=wanted.overwrite)
+    expect_sheet(wanted.sheet, overwrite=wanted.overwrite)
     files = [Path(source) for source in sources if is_embedding_file(Path(source))]
     if files and len(sources) > 1:
         raise UsageError("one embedding file is searched at a time", f"{len(sources)} sources are given")
@@ -88,7 +85,7 @@ def run(sources: Sequence[str], wanted: Wanted, options: ClipOptions, reporter: 
     ]  # fmt: skip
     result: dict[str, Any] = {"queries": found, "num_searched": len(vectors)}
     if wanted.sheet is not None:
-        save_image(wanted.sheet, _sheet(found, sets, reporter))
+        save_image(wanted.sheet, sheet_of(found, sets, reporter))
         result["sheet"] = str(wanted.sheet)
     embeddings = {} if file is None else {"embeddings": {"file": str(file.file), **file.about}}
     return {**result, "provenance": {**clip.provenance(), **embeddings}}
@@ -114,7 +111,15 @@ def _embedded(wanted: Wanted, clip: Clip, reporter: Reporter) -> Tensor:
     return torch.cat(parts)
 
 
-def _sheet(queries: Sequence[dict[str, Any]], sets: Sequence[PictureSet], reporter: Reporter) -> Tensor:
+def expect_sheet(sheet: Path | None, *, overwrite: bool) -> None:
+    """Raises UsageError or OutputError if the sheet, where one is wanted, cannot be written."""
+    if sheet is not None:
+        if sheet.suffix not in (".png", ".jpg", ".webp"):
+            raise UsageError(f"cannot write '{sheet}'", "a sheet ends with .png, .jpg or .webp")
+        expect_new(sheet, overwrite=overwrite)
+
+
+def sheet_of(queries: Sequence[dict[str, Any]], sets: Sequence[PictureSet], reporter: Reporter) -> Tensor:
     """The results of each query side by side below it, uint8 [3, H, W]."""
     opened = {one.name: one for one in sets}
     numbers: dict[str, dict[str, int]] = {}

@@ -201,4 +201,3 @@ def test_check_tells_of_duplicates(tmp_path: Path, ldm: Ldm) -> None:
     result = json.loads(done.stdout)["duplicates"]
     assert (result["pairs"], result["shared"], result["left_out"]) == (1, 1, 2), done.stderr
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
-    assert ldm("data", "stats", "a.tar", "--against", "v.tar").returncode == 2

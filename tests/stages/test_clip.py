@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ldm_cli.cli.app import run as run_program
-from ldm_cli.errors import DataError, UsageError
+from ldm_cli.errors import DataError, OutputError, UsageError
 from ldm_cli.evaluation.clip_features import CLIPFeatures
 from ldm_cli.evaluation.questions import statement
 from ldm_cli.reporting import SilentReporter
@@ -253,6 +253,17 @@ def test_scores_are_cosines_of_pictures_and_their_own_captions(
         [2.5 * max(0.0, cosine) for cosine in cosines], abs=1e-5
     )
     assert result["mean_cosine"] == pytest.approx(sum(cosines) / 2, abs=1e-5)
+
+
+def test_the_lowest_scores_are_drawn(pairs: Path, options: ClipOptions, tmp_path: Path) -> None:
+    sheet = tmp_path / "lowest.png"
+    result = clip_answers.score([str(pairs)], None, options, SilentReporter(), top=1, sheet=sheet)
+    lowest = min(result["pictures"], key=lambda one: float(one["cosine"]))["name"]
+    drawn, picture = (np.asarray(Image.open(file)) for file in (sheet, pairs / lowest))
+    height, width = picture.shape[:2]
+    assert (drawn[-height:, -width:] == picture).all()
+    with pytest.raises(OutputError):
+        clip_answers.score([str(pairs)], None, options, SilentReporter(), sheet=sheet)
 
 
 def test_one_caption_may_be_given_for_all_and_none_at_all_is_refused(pairs: Path, options: ClipOptions) -> None:
