@@ -53,7 +53,7 @@ class Wanted:
 class Sample:
     """A decoded sample: image uint8 [3, S, S], caption, class index, JSON member, remarks on its text; from a cache,
     in place of the image, the moments of the image and the condition of the caption, tensors by name. `sizes` are the
-    image's `picture_sizes`.
+    image's `picture_sizes`, `loss_weight` that of its source.
     """
 
     image: Tensor | None
@@ -64,6 +64,7 @@ class Sample:
     sizes: Tensor | None = None
     moments: dict[str, Tensor] | None = None
     condition: dict[str, Tensor] | None = None
+    loss_weight: float | None = None
 
 
 class Members:

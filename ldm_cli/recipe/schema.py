@@ -41,6 +41,11 @@ class TrainRecipe(Config):
     variant: Variant = None
     """Precision of the weights of models that are named by hub name; null: full, where there is such."""
 
+    def _expect_plain_loss(self) -> None:
+        """Make sure that the data asks for nothing that only the loss of a denoiser has."""
+        if given := [name for name in ("loss_weights",) if getattr(self.data, name) is not None]:
+            raise ValueError(f"data.{given[0]} has no meaning here: it changes the loss of train-unet")
+
 
 class StartedRecipe(TrainRecipe):
     """A recipe whose training may begin at trained weights."""
@@ -83,6 +88,7 @@ class TrainClipRecipe(StartedRecipe):
     @model_validator(mode="after")
     def _check(self) -> Self:
         self._check_start("clip")
+        self._expect_plain_loss()
         if self.clip is not None and (size := self.clip.vision_config.image_size) != self.data.image_size:
             raise ValueError(f"data.image_size={self.data.image_size} is not clip.vision_config.image_size={size}")
         return self
@@ -108,6 +114,7 @@ class TrainVaeRecipe(StartedRecipe):
     @model_validator(mode="after")
     def _check(self) -> Self:
         self._check_start("vae")
+        self._expect_plain_loss()
         size = self.data.image_size
         if self.vae is not None and size % (factor := 2 ** (len(self.vae.block_out_channels) - 1)):
             raise ValueError(f"data.image_size={size} is no multiple of the autoencoder's factor {factor}")

@@ -49,10 +49,15 @@ class Denoising:
         self._fixed_keys = {purpose: philox.key(seed, f"validation {purpose}") for purpose in _PURPOSES}
 
     def loss(self, batch: Batch, moments: Mapping[str, Tensor], condition: Condition) -> Tensor:
-        """The mean error of a batch, a scalar; each sample has its own level, noise and dropout."""
+        """The mean error of a batch, a scalar; each sample has its own level, noise and dropout.
+
+        Of pictures of a subject and of its class, mixed 1:1, the latter with loss weight λ, it is on average half of
+        DreamBooth's loss (Ruiz et al. 2022, arXiv:2208.12242, eq. 2).
+        """
         dropped = philox.uniform(self._keys["caption dropout"], batch.epoch, batch.position, 1)[:, 0]
         condition = condition.replaced(dropped < self.config.caption_dropout, self.empty)
-        return self._error(batch, moments, condition, self.levels(batch.epoch, batch.position), self._keys).mean()
+        errors = self._error(batch, moments, condition, self.levels(batch.epoch, batch.position), self._keys)
+        return (errors if batch.loss_weights is None else errors * batch.loss_weights).mean()
 
     def levels(self, epoch: Tensor, position: Tensor) -> Tensor:
         """u of `Process.at` for each sample: float32 [B], in (0, 1)."""
