@@ -86,6 +86,9 @@ class DataConfig(Config):
     """Colour behind transparent pixels."""
     image: str | None = None
     """Extension of the member that is the picture, such as `input.jpg`; null: `jpg`, `png` or another usual one."""
+    mask: str | None = None
+    """Extension of the member that is the picture's mask, such as `mask.png`: the loss counts its white parts alone. A
+    sample without one counts in full. `train-unet` only; null: no masks."""
     caption: str = "txt"
     """Place of the caption: a member's extension (`txt`) or a field of the JSON member (`json:caption`)."""
     label: str | None = None

@@ -43,7 +43,7 @@ class TrainRecipe(Config):
 
     def _expect_plain_loss(self) -> None:
         """Make sure that the data asks for nothing that only the loss of a denoiser has."""
-        if given := [name for name in ("loss_weights",) if getattr(self.data, name) is not None]:
+        if given := [name for name in ("loss_weights", "mask") if getattr(self.data, name) is not None]:
             raise ValueError(f"data.{given[0]} has no meaning here: it changes the loss of train-unet")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from ldm_cli.recipe.schema import SampleRecipe, TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages import sample
 from ldm_cli.stages.support.options import RunOptions
-from tests.data.tars import numbered_shards
+from tests.data.tars import numbered_shards, png, write_tar
 from tests.faults.runs import metrics
 
 from .test_start_from import started
@@ -94,7 +95,30 @@ def test_the_loss_of_two_sources_is_half_of_dreambooths(
     torch.testing.assert_close(task.loss(batch, 1)[0], expected)
 
 
-@pytest.mark.parametrize("field", [{"loss_weights": [2]}])
+def test_nothing_outside_a_mask_reaches_the_denoiser(
+    scenes: Path, clip_run: Path, vae_run: Path, tmp_path: Path
+) -> None:
+    picture, mask = Image.new("L", (32, 32)), io.BytesIO()
+    picture.paste(255, (0, 0, 32, 14))
+    picture.save(mask, "PNG")
+    sample = {"png": png((200, 90, 60), (32, 32)), "txt": b"a red circle", "mask.png": mask.getvalue()}
+    write_tar(tmp_path / "d.tar", [(f"{n}.{kind}", data) for n in range(8) for kind, data in sample.items()])
+    data = {"shards": f"{tmp_path}/d.tar", "mask": "mask.png"}
+    task, loader = make_task((scenes, clip_run / "model", vae_run / "model"), tmp_path, data=data)
+    gradients: list[torch.Tensor] = []
+
+    def watch(denoiser: Any, arguments: Any, output: torch.Tensor) -> None:
+        output.register_hook(gradients.append)  # type: ignore[no-untyped-call]
+
+    task.family.denoiser.register_forward_hook(watch)
+    task.loss(task.prepare(next(loader.batches(0, 1))), 1)[0].backward()  # type: ignore[no-untyped-call]
+    (gradient,) = gradients
+    assert gradient.shape[2:] == (16, 16)
+    assert (gradient[:, :, 7:] == 0).all()
+    assert (gradient[:, :, :7] != 0).all()
+
+
+@pytest.mark.parametrize("field", [{"loss_weights": [2]}, {"mask": "mask.png"}])
 def test_a_loss_that_only_denoisers_have_is_refused_elsewhere(scenes: Path, field: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=f"data.{next(iter(field))} has no meaning here"):
         TrainVaeRecipe.from_mapping(vae_recipe(scenes, data=field))

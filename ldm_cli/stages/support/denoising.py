@@ -14,6 +14,7 @@ from ldm_cli.core.condition import Condition
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.diffusion.loss import add_noise, diffusion_loss
 from ldm_cli.data.batch import Batch
+from ldm_cli.data.latent_cache import MASK
 from ldm_cli.families.family import Family
 from ldm_cli.pictures.grid import image_grid
 from ldm_cli.pictures.images import save_image
@@ -28,7 +29,7 @@ _NUM_NOISE_LEVELS = 5
 _PURPOSES = ("posterior noise", "noise", "timestep", "caption dropout")
 
 Encoded = tuple[Batch, Mapping[str, Tensor], Condition]
-"""A batch, the codec's moments of its images, and its conditions."""
+"""A batch, the codec's moments of its images with the masks at their size, and its conditions."""
 
 
 class Denoising:
@@ -108,7 +109,8 @@ class Denoising:
             condition = condition.with_sizes(batch.sizes)
         a, b, time = family.process.at(u)
         output = family.denoiser(add_noise(latents, noise, a, b), time, condition)
-        return diffusion_loss(family.process.prediction, output, latents, noise, a, b, self.config.snr_gamma)
+        gamma, mask = self.config.snr_gamma, moments.get(MASK)
+        return diffusion_loss(family.process.prediction, output, latents, noise, a, b, gamma, mask)
 
 
 def _normal(key: philox.Key, batch: Batch, like: Tensor) -> Tensor:
