@@ -153,6 +153,11 @@ class TrainUnetRecipe(StartedRecipe):
     text_encoder_2: Annotated[str, NamesModel(("text_encoder_2", "tokenizer_2"))] = ""
     """Stable Diffusion XL: the second text encoder, a CLIPModel or CLIPTextModelWithProjection, with its
     tokenizer. Empty: that of the pipeline in `start_from`, or none."""
+    clip_skip: Annotated[int, Field(ge=1)] | None = None
+    """Layer of the text encoders that gives the text states: 1 the last one, 2 the last but one. null: that which the
+    pipeline of `text_encoder` was trained with; else the last one, in Stable Diffusion XL the last but one."""
+    caption_chunks: Annotated[int, Field(ge=1, le=8)] = 1
+    """Chunks of as many tokens as the text encoder takes that every caption is encoded in; longer captions are cut."""
     cache: str | None = None
     """Folder that `ldm precompute` wrote for this recipe, to read latents and text states from; null computes them."""
     unet: UNet2DConditionConfig | None = None

@@ -24,7 +24,7 @@ def our_images(pipeline, **fields):
     return torch.stack([image.pixels for image in pipeline.generate(requests, config, latents())])
 
 
-def their_images(folder, sampler=None):
+def their_images(folder, sampler=None, **options):
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     if sampler is not None:
@@ -38,6 +38,7 @@ def their_images(folder, sampler=None):
         guidance_scale=7.5,
         latents=latents(),
         output_type="np",
+        **options,
     )
     return (torch.from_numpy(result.images).permute(0, 3, 1, 2) * 255).round().to(torch.uint8)
 
@@ -52,6 +53,16 @@ def assert_equal_pictures(ours, theirs):
 def test_pndm_folder_written_by_diffusers_is_sampled_as_diffusers_samples_it(tmp_path, sampler):
     folder = their_folder(tmp_path, scheduler("pndm"))
     assert_equal_pictures(our_images(loaded_pipeline(folder), sampler=sampler), their_images(folder, sampler))
+
+
+def test_the_last_layer_but_one_of_the_text_encoder_is_what_diffusers_calls_one(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers.CLIPTextModel, "text_model"):  # diffusers looks for the norm there
+        monkeypatch.setattr(transformers.CLIPTextModel, "text_model", property(lambda tower: tower), raising=False)
+    folder = their_folder(tmp_path, scheduler("ddim"))
+    ours = our_images(loaded_pipeline(folder), sampler="ddim", clip_skip=2)
+    assert_equal_pictures(ours, their_images(folder, clip_skip=1))
+    assert not torch.equal(ours, our_images(loaded_pipeline(folder), sampler="ddim"))
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m"])

@@ -19,7 +19,7 @@ from ldm_cli.data.latent_cache import MASK, LatentCache
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import RecipeError
 from ldm_cli.families.clip_pair_encoder import CLIPPairEncoder, pair_key
-from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, encoder_key, tokenizer_folder
+from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, clip_skip_of, encoder_key, tokenizer_folder
 from ldm_cli.families.codec_folder import open_codec
 from ldm_cli.families.family import model_sha256, place
 from ldm_cli.recipe.schema import TrainUnetRecipe
@@ -39,11 +39,13 @@ class BatchEncoder:
 
     def __init__(self, recipe: TrainUnetRecipe, device: torch.device, warn: Callable[[str], None]) -> None:
         self.codec, text = open_codec(Path(recipe.vae)), Path(recipe.text_encoder)
+        skip, chunks = recipe.clip_skip, recipe.caption_chunks
         self.encoder: CLIPTextEncoder | CLIPPairEncoder
         if recipe.text_encoder_2:
-            self.encoder = CLIPPairEncoder.load(text, Path(recipe.text_encoder_2), warn)
+            second = Path(recipe.text_encoder_2)
+            self.encoder = CLIPPairEncoder.load(text, second, warn, clip_skip=skip, caption_chunks=chunks)
         else:
-            self.encoder = CLIPTextEncoder.load(text, warn=warn)
+            self.encoder = CLIPTextEncoder.load(text, warn, clip_skip=skip, caption_chunks=chunks)
         place(device, torch.float32, self.codec, *self.encoder.models, channels_last=recipe.train.channels_last)
         self._device, self._precision = device, recipe.train.precision
 
@@ -108,6 +110,8 @@ def cache_key(recipe: TrainUnetRecipe) -> CacheKey:
         text_key = encoder_key(text, Tokenizer.load(tokenizer_folder(text)))
     names = ("image_size", "crop", "background", "max_pixels", "max_member_bytes", "mask")
     preparation = {f"data.{name}": value for name, value in data.to_mapping().items() if name in names}
+    text_key["clip_skip"] = str(recipe.clip_skip or clip_skip_of(text))
+    text_key["caption_chunks"] = str(recipe.caption_chunks)
     precision = {"train.precision": recipe.train.precision}
     probability = data.flip_probability
     return CacheKey(

@@ -19,6 +19,7 @@ from ldm_cli.errors import CheckpointError, InputNotFoundError, UsageError
 from ldm_cli.families.codec_folder import open_codec
 from ldm_cli.families.family import Family, place
 from ldm_cli.families.open_family import resolve_model
+from ldm_cli.families.prompt_chunks import PromptReading
 from ldm_cli.formats.hub import recorded
 from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.formats.weight_files import refuse_foreign_content, tensors_sha256
@@ -97,6 +98,7 @@ class PictureGenerator:
                     )
             sized = self._sized(sampling, self._edit_input(sampling, edit))
             self.pipeline.image_size(sized)
+            self.pipeline.family.encoder.check(PromptReading(clip_skip=sampling.clip_skip))
             visited_timesteps(self.pipeline.family.process, self.pipeline.family.settings, sized)
 
     @cached_property
