@@ -14,16 +14,21 @@ from PIL import Image
 from pydantic import ValidationError
 
 from ldm_cli.data.pack import pack
+from ldm_cli.errors import DataError, RecipeError
+from ldm_cli.families.open_family import open_family
+from ldm_cli.families.prompt_chunks import PromptReading
 from ldm_cli.recipe.schema import SampleRecipe, TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.reporting import SilentReporter
-from ldm_cli.stages import sample
+from ldm_cli.stages import precompute, sample
+from ldm_cli.stages.support.batch_encoder import BatchEncoder
 from ldm_cli.stages.support.options import RunOptions
+from ldm_cli.stages.train_unet import parameters
 from tests.data.tars import numbered_shards, png, write_tar
 from tests.faults.runs import metrics
 
 from .test_start_from import started
 from .test_train_unet import make_task
-from .tiny import trained, unet_recipe, vae_recipe
+from .tiny import clip_recipe, trained, unet_recipe, vae_recipe
 
 
 @pytest.fixture
@@ -116,6 +121,43 @@ def test_nothing_outside_a_mask_reaches_the_denoiser(
     assert gradient.shape[2:] == (16, 16)
     assert (gradient[:, :, 7:] == 0).all()
     assert (gradient[:, :, :7] != 0).all()
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_a_model_is_trained_with_another_layer_and_longer_captions_and_says_so(
+    scenes: Path, clip_run: Path, vae_run: Path, tmp_path: Path, is_cached: bool
+) -> None:
+    clip = tmp_path / "clip"
+    two_layers = clip_recipe(scenes, steps=1)
+    two_layers["clip"]["text_config"]["num_hidden_layers"] = 2
+    trained(two_layers, clip)
+    recipe = unet_recipe(scenes, clip / "model", vae_run / "model", steps=1, log_every=1)
+    fields = {"clip_skip": 2, "caption_chunks": 3}
+    wanted = {**recipe, **fields} | ({"cache": str(tmp_path / "cache")} if is_cached else {})
+    if is_cached:
+        precompute.run(TrainUnetRecipe.from_mapping(wanted), RunOptions(device="cpu"), SilentReporter())
+        with pytest.raises(DataError, match=r'clip_skip was "2" and is "None"; caption_chunks was "3" and is "1"'):
+            trained({**recipe, "cache": wanted["cache"]}, tmp_path / "stale")
+    trained(wanted, tmp_path / "run")
+    encoder = BatchEncoder(TrainUnetRecipe.from_mapping(wanted), torch.device("cpu"), pytest.fail)
+    tokens = encoder.condition(["a red circle"]).tokens
+    assert tokens is not None
+    assert tokens.shape == (1, 3 * 24, 16)
+    reopened = open_family(tmp_path / "run/model").encoder
+    for reading in (PromptReading(), PromptReading(clip_skip=2)):
+        states = reopened.encode_prompts(["a red circle"], reading, num_chunks=3, warn=pytest.fail).tokens
+        assert states is not None
+        torch.testing.assert_close(states, tokens)
+    last = reopened.encode_prompts([""], PromptReading(clip_skip=1), num_chunks=1, warn=pytest.fail).tokens
+    assert not torch.equal(last, encoder.condition([""]).tokens[:, :24])  # type: ignore[index, arg-type]
+    diffusers = pytest.importorskip("diffusers")
+    assert diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "run/model", safety_checker=None)
+
+
+def test_a_layer_that_the_text_encoder_has_not_is_refused(scenes: Path, clip_run: Path, vae_run: Path) -> None:
+    recipe = {**unet_recipe(scenes, clip_run / "model", vae_run / "model"), "clip_skip": 2}
+    with pytest.raises(RecipeError, match="clip_skip=2, but a text encoder has 1 layers"):
+        parameters(TrainUnetRecipe.from_mapping(recipe), [])
 
 
 @pytest.mark.parametrize("field", [{"loss_weights": [2]}, {"mask": "mask.png"}])
