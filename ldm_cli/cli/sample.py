@@ -38,6 +38,8 @@ def command(
     eta: arg.Eta = None,
     size: arg.Size = None,
     batch_size: arg.BatchSize = None,
+    long_prompts: arg.LongPrompts = None,
+    clip_skip: arg.ClipSkip = None,
     latents: arg.Latents = None,
     precision: arg.Precision = None,
     compiled: arg.Compiled = None,

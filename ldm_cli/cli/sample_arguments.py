@@ -26,6 +26,11 @@ Guidance = Annotated[float | None, option("--guidance", metavar="G", text="Class
 Eta = Annotated[float | None, option("--eta", metavar="E", text="DDIM: 0 adds no noise, 1 is DDPM.")]
 Size = Annotated[str | None, option("--size", metavar="WxH", text="Image size in pixels.")]
 BatchSize = Annotated[int | None, option("--batch-size", metavar="B", text="Images at a time; changes no image.")]
+LongPrompts = Annotated[
+    bool | None,
+    option("--long-prompts/--no-long-prompts", text="Encode long prompts in chunks, uncut."),
+]
+ClipSkip = Annotated[int | None, option("--clip-skip", metavar="N", text="Layer of CLIP: 1 the last, 2 that before.")]
 Latents = Annotated[
     Path | None, option("--latents", metavar="FILE", text="Initial noise: safetensors with the key 'latents'.")
 ]
@@ -94,6 +99,8 @@ _FIELDS = {
     "guidance": "sampling.guidance.scale",
     "eta": "sampling.eta",
     "batch_size": "sampling.batch_size",
+    "long_prompts": "sampling.long_prompts",
+    "clip_skip": "sampling.clip_skip",
     "precision": "sampling.precision",
     "compiled": "sampling.compile",
     "init": "edit.image",

@@ -29,7 +29,9 @@ class Batch:
         position: int64 [B], within the epoch; with `epoch` the counter of all random numbers of a sample.
         metadata: B parsed JSON members, if requested; {} where a sample has none.
         sizes: int64 [B, 6], `picture_sizes` of the images; None without images.
-        moments: from a cache, in place of images: a codec's output, tensors [B, …] by name.
+        masks: uint8 [B, 1, H, W], 255 where the loss counts in full; None: everywhere.
+        loss_weights: float32 [B], by which each sample's loss is multiplied; None: 1.
+        moments: from a cache, in place of images: a codec's output, and the masks at its size, tensors [B, …] by name.
         condition: from a cache: an encoder's output for the captions, tensors [B, …] by name.
         tokens: of the captions, from `Task.prepare`: tensors [B, …] by name.
     """
@@ -42,6 +44,8 @@ class Batch:
     position: Tensor
     metadata: list[dict[str, Any]] | None = None
     sizes: Tensor | None = None
+    masks: Tensor | None = None
+    loss_weights: Tensor | None = None
     moments: dict[str, Tensor] | None = None
     condition: dict[str, Tensor] | None = None
     tokens: dict[str, Tensor] = field(default_factory=dict)
@@ -131,6 +135,8 @@ def collate(samples: list[Sample], keys: list[str], epoch: Tensor, position: Ten
     images = [sample.image for sample in samples if sample.image is not None]
     sizes = [sample.sizes for sample in samples if sample.sizes is not None]
     labels = [sample.label for sample in samples if sample.label is not None]
+    masks = [sample.mask for sample in samples if sample.mask is not None]
+    loss_weights = [sample.loss_weight for sample in samples if sample.loss_weight is not None]
     has_metadata = bool(samples) and samples[0].metadata is not None
     return Batch(
         images=torch.stack(images) if images else torch.empty(len(samples), 0, 0, 0, dtype=torch.uint8),
@@ -141,6 +147,8 @@ def collate(samples: list[Sample], keys: list[str], epoch: Tensor, position: Ten
         position=position,
         metadata=[sample.metadata or {} for sample in samples] if has_metadata else None,
         sizes=torch.stack(sizes) if sizes else None,
+        masks=torch.stack(masks) if masks else None,
+        loss_weights=torch.tensor(loss_weights) if loss_weights else None,
         moments=_stacked([sample.moments for sample in samples]),
         condition=_stacked([sample.condition for sample in samples]),
     )

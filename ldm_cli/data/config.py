@@ -75,6 +75,9 @@ class DataConfig(Config):
     weights: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     """With several `shards`, one weight for each: steps take samples in these proportions, so that small sources repeat
     more often. By default all are one data set, and every sample comes once an epoch."""
+    loss_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+    """With several `shards`, one number for each, by which the loss of its samples is multiplied: that of the class
+    pictures of prior preservation. `train-unet` only; null: 1 for all."""
     val_shards: str | tuple[str, ...] | None = None
     """Held-out shards, for validation during training and for evaluation."""
     image_size: Annotated[int, Field(ge=8, le=4096)] = 256
@@ -94,6 +97,9 @@ class DataConfig(Config):
     """Colour behind transparent pixels."""
     image: str | None = None
     """Extension of the member that is the picture, such as `input.jpg`; null: `jpg`, `png` or another usual one."""
+    mask: str | None = None
+    """Extension of the member that is the picture's mask, such as `mask.png`: the loss counts its white parts alone. A
+    sample without one counts in full. `train-unet` only; null: no masks."""
     caption: str = "txt"
     """Place of the caption: a member's extension (`txt`) or a field of the JSON member (`json:caption`)."""
     label: str | None = None
@@ -118,9 +124,10 @@ class DataConfig(Config):
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         count = 1 if isinstance(self.shards, str) else len(self.shards)
-        if self.weights is not None and len(self.weights) != count:
-            raise ValueError(f"weights has {len(self.weights)} numbers, shards has {count}")
-        indexed = ("weights", "aspect_buckets", "filter", "quarantine")
+        for name in ("weights", "loss_weights"):
+            if (numbers := getattr(self, name)) is not None and len(numbers) != count:
+                raise ValueError(f"{name} has {len(numbers)} numbers, shards has {count}")
+        indexed = ("weights", "loss_weights", "aspect_buckets", "filter", "quarantine")
         if self.stream and (given := [name for name in indexed if getattr(self, name) is not None]):
             raise ValueError(f"stream cannot choose samples: remove {', '.join(given)}")
         return self

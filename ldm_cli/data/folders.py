@@ -11,6 +11,7 @@ from typing import Any
 
 from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.captions import captions_in, decode_text, parse_json
+from ldm_cli.data.masks import MaskFiles
 from ldm_cli.data.pack_report import PackReport
 from ldm_cli.data.source_files import SourceFiles, read_file
 from ldm_cli.data.sources import Choices, Source, TableSource, captions_of_class
@@ -36,7 +37,7 @@ def find_pictures(source: Path, choices: Choices, report: PackReport) -> Iterato
         source: a table of pictures (CSV, TSV, JSON, JSON Lines, Parquet), whose paths start at its folder; or a folder.
             In a folder, every table that has a column of pictures is read. A picture that no table names has its
             caption in `NAME.txt`, `NAME.caption` or `NAME.json` beside it. Where no picture has one, the name of its
-            folder is its class; folders `10_NAME` are those of kohya's scripts.
+            folder is its class; folders `10_NAME` are those of kohya's scripts. Masks of pictures are no pictures.
         choices: of columns and of captions.
         report: records pictures that are left out, files that are not read, and remarks.
 
@@ -66,8 +67,10 @@ class _Folder:
         self._folder, self._choices, self._report = folder, choices, report
         self._files = SourceFiles(folder, report.pass_over)
         self._name = self._files.name
-        self._pictures = [path for path in self._files.paths if is_picture(path)]
+        pictures, masks = [path for path in self._files.paths if is_picture(path)], MaskFiles()
         self._others = dict.fromkeys(path for path in self._files.paths if not is_picture(path))
+        masks_of_others = {masks.of(picture) for picture in pictures}
+        self._pictures = [path for path in pictures if path not in masks_of_others]
         self._refused: dict[Path, DataError | UnavailableError] = {}
         self._beside: dict[str, list[Path]] = {}
         for path in self._others:

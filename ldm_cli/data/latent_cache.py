@@ -7,9 +7,9 @@ A cache is a folder of WebDataset shards and of `cache.json`, which is written l
     text-HASH-000000.tar  DIGEST.condition.safetensors  each distinct caption once, and the empty one; HASH is of the
                           DIGEST.txt                    encoder's key
 
-Moments are the tensors of `Codec.moments`, and `sizes` those of `picture_sizes`, with `_mirrored` after the names for
-mirrored pictures; conditions are the fields of `Condition`. A file that exists under its name is right, whoever wrote
-it and when.
+Moments are the tensors of `Codec.moments`, `mask` [1, h, w] where the recipe names one, and `sizes` those of
+`picture_sizes`, with `_mirrored` after the names for mirrored pictures; conditions are the fields of `Condition`. A
+file that exists under its name is right, whoever wrote it and when.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from ldm_cli.reporting import Reporter
 MOMENTS, BAD, CONDITION = "moments.safetensors", "bad.json", "condition.safetensors"
 MIRRORED = "_mirrored"
 SIZES = "sizes"
+MASK = "mask"
 _KNOWN_BYTES = 256 * 2**20  # conditions kept in memory
 _HEX_OF_63_BITS = 16
 _DIGEST_LENGTH = 32

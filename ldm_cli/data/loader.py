@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -187,6 +188,10 @@ class _Steps:
         self._plan = StepPlan(seed, shards, config, batch_size)
         self._draw_key = philox.key(seed, "data/draw")
         self._decoder = decoder
+        self._loss_weights: dict[int, float] | None = None
+        if config.loss_weights is not None:
+            weighted = zip(shards.sources, config.loss_weights, strict=True)
+            self._loss_weights = {shard: weight for source, weight in weighted for shard in source}
 
     def __call__(self, step: int) -> Delivery:
         """The part of `step`'s batch that belongs to this rank."""
@@ -209,7 +214,9 @@ class _Steps:
         tried = {place: None}
         for attempt in range(_MAX_REPLACEMENTS + 1):
             try:
-                return self._decoder.decode(*place, draw), self._shards.name(*place)
+                sample, name = self._decoder.decode(*place, draw), self._shards.name(*place)
+                weight = None if self._loss_weights is None else self._loss_weights[place[0]]
+                return replace(sample, loss_weight=weight), name
             except BadSampleError as error:
                 bad.append(_bad_sample(self._shards, *place, error))
             if attempt == 0:

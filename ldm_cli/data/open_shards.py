@@ -31,7 +31,7 @@ def open_shards(shards: str | tuple[str, ...], config: DataConfig, reporter: Rep
 
     Raises:
         InputNotFoundError: shards are missing, empty or unreadable (all of them are listed), or hold no
-            samples; or none are chosen.
+            samples; or none are chosen, or no training sample has a mask where `config` names one.
         DataError: a shard is damaged and `on_bad_shard` is `stop`.
         UnavailableError: a remote source is named that is not allowed, or whose back end is missing.
         StorageError: reading failed.
@@ -53,6 +53,8 @@ def open_shards(shards: str | tuple[str, ...], config: DataConfig, reporter: Rep
         raise InputNotFoundError(
             f"there are no samples in {len(result.paths)} shards", f"first one: '{result.paths[0]}'"
         )
+    if config.mask and shards == config.shards and all(config.mask not in index.extensions for index in result.indexes):
+        raise InputNotFoundError(f"no sample of data.shards has a mask '.{config.mask}'", remedy="correct data.mask")
     if config.filter or config.aspect_buckets or config.quarantine:
         result = choose_samples(result, config, reporter)
     if result.ignored:

@@ -16,6 +16,7 @@ from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.decode import decode_rgb, image_header
 from ldm_cli.data.folders import find_pictures
+from ldm_cli.data.masks import MASK_MEMBER, MaskFiles, expect_size
 from ldm_cli.data.pack_report import PackReport
 from ldm_cli.data.shard_writer import write_shard
 from ldm_cli.data.source_files import read_file
@@ -37,7 +38,8 @@ def pack(
     shard_samples: int = 10_000,
     prefix: str = "train-",
 ) -> dict[str, Any]:
-    """Write shards `PREFIX000000.tar`, …: image bytes as they are, txt, cls if there is a class, and a json.
+    """Write shards `PREFIX000000.tar`, …: image bytes as they are, txt, cls if there is a class, mask.png if
+    there is a mask, and a json.
 
     The json holds all other facts, path, width and height, and `captions`, the list of all captions; txt is the first
     of them. Pictures that are missing or cannot be decoded are left out, other files are counted. The same source gives
@@ -50,7 +52,7 @@ def pack(
         prefix: of the shards' names.
 
     Returns:
-        `samples`, `without_caption`, `several_captions`, `shards` (name to number of samples) and the
+        `samples`, `without_caption`, `several_captions`, `with_mask`, `shards` (name to number of samples) and the
         `PackReport.summary`.
 
     Raises:
@@ -83,6 +85,7 @@ def pack(
         "samples": packing.num_samples,
         "without_caption": packing.num_without,
         "several_captions": packing.num_several,
+        "with_mask": packing.num_masks,
         "shards": shards,
         **report.summary(),
     }
@@ -127,8 +130,8 @@ class _Packing:
     """Samples of sources, and their counts."""
 
     def __init__(self, report: PackReport) -> None:
-        self.num_samples = self.num_several = self.num_without = 0
-        self._report = report
+        self.num_samples = self.num_several = self.num_without = self.num_masks = 0
+        self._report, self._masks = report, MaskFiles()
 
     def samples(self, sources: Iterable[Source], progress: Progress) -> Iterator[dict[str, Any]]:
         """The samples of every picture; one that cannot be used is left out and counted."""
@@ -140,6 +143,7 @@ class _Packing:
             else:
                 self.num_without += source.repeats * (not source.captions)
                 self.num_several += source.repeats * (len(source.captions) > 1)
+                self.num_masks += source.repeats * (MASK_MEMBER in members)
                 for _ in range(source.repeats):
                     yield {"__key__": f"{self.num_samples:09d}", **members}
                     self.num_samples += 1
@@ -152,6 +156,10 @@ class _Packing:
             self._report.remark(remark)
         facts = {**source.extra, "path": source.name, "width": width, "height": height}
         members = {_EXTENSIONS.get(form, form.lower()): data}
+        if isinstance(source.picture, Path) and (mask := self._masks.of(source.picture)) is not None:
+            members[MASK_MEMBER] = read_file(mask)
+            size = decode_rgb(members[MASK_MEMBER], (0, 0, 0), _LIMITS.max_pixels).size
+            expect_size(size, (height, width))
         if source.captions:
             facts["captions"] = source.captions
             members["txt"] = source.captions[0].encode()

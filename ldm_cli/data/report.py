@@ -77,14 +77,14 @@ class _MembersNotUsed:
         self.first: dict[str, str] = {}
         self.hidden: list[str] = []
         self._images, self._is_named = image_extensions(config), config.image is not None
-        texts = [text for text in (config.caption, config.label) if text]
-        self._texts = {"json" if text.startswith("json:") else text for text in texts}
+        named = [place for place in (config.caption, config.label, config.mask) if place]
+        self._named = {"json" if place.startswith("json:") else place for place in named}
 
     def add(self, name: str, extensions: Collection[str]) -> None:
         """Count those of a sample, and note what looks like a sample within it: `5.jpg` with `5.txt`."""
         picture = next((extension for extension in self._images if extension in extensions), None)
         for extension in extensions:
-            if extension == picture or extension in self._texts:
+            if extension == picture or extension in self._named:
                 continue
             self.counts[extension] += 1
             self.first.setdefault(extension, f"{name}.{extension}")

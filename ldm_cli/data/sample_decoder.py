@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ldm_cli.data.bad_samples import BadSampleError
@@ -20,6 +21,7 @@ from ldm_cli.data.captions import (
 )
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.decode import IMAGE_EXTENSIONS, decode_rgb, to_rectangle
+from ldm_cli.data.masks import decode_mask
 from ldm_cli.data.picture_sizes import picture_sizes
 from ldm_cli.data.shards import ShardReader, ShardSet
 from ldm_cli.data.tar_format import Member
@@ -53,7 +55,7 @@ class Wanted:
 class Sample:
     """A decoded sample: image uint8 [3, S, S], caption, class index, JSON member, remarks on its text; from a cache,
     in place of the image, the moments of the image and the condition of the caption, tensors by name. `sizes` are the
-    image's `picture_sizes`.
+    image's `picture_sizes`, `mask` uint8 [1, S, S] if the recipe names one, `loss_weight` that of its source.
     """
 
     image: Tensor | None
@@ -64,6 +66,8 @@ class Sample:
     sizes: Tensor | None = None
     moments: dict[str, Tensor] | None = None
     condition: dict[str, Tensor] | None = None
+    mask: Tensor | None = None
+    loss_weight: float | None = None
 
 
 class Members:
@@ -120,7 +124,9 @@ class MembersDecoder:
         named += [self._config.label] if self._wanted.label and self._config.label else []
         named += [_JSON] if self._wanted.metadata else []
         needed = {"json" if name.startswith(_JSON) else name for name in named}
-        return needed | (set(self._image_extensions) if self._wanted.image else set())
+        if not self._wanted.image:
+            return needed
+        return needed | {*self._image_extensions} | ({self._config.mask} if self._config.mask else set())
 
     def decode_members(self, members: Members, draw: Draw) -> Sample:
         """The sample with its image cropped and flipped as `draw` says.
@@ -132,7 +138,7 @@ class MembersDecoder:
         caption, remarks = self._caption(members, draw.caption) if self._wanted.caption else ("", ())
         label = self._label(members) if self._wanted.label and self._config.label else None
         metadata = (members.metadata() or {}) if self._wanted.metadata else None
-        image = sizes = None
+        image = sizes = mask = None
         if self._wanted.image:
             config, data = self._config, members.image(self._image_extensions)
             shape = draw.shape or (config.image_size, config.image_size)
@@ -141,7 +147,13 @@ class MembersDecoder:
             mirror, place = draw.flip < config.flip_probability, draw.place if config.crop == "random" else 0.5
             image = to_rectangle(picture.image, shape, config.crop, place, mirror)
             sizes = picture_sizes(picture.size, shape, config.crop, place, mirror)
-        return Sample(image, caption, label, metadata, remarks, sizes)
+            if config.mask is not None:
+                mask = torch.full((1, *shape), 255, dtype=torch.uint8)
+                if (found := members.read(config.mask)) is None:
+                    remarks += ("no mask",)
+                else:
+                    mask = decode_mask(found, picture, config, shape, place, mirror)
+        return Sample(image, caption, label, metadata, remarks, sizes, mask=mask)
 
     def _caption(self, members: Members, choice: float) -> tuple[str, tuple[str, ...]]:
         """The caption by the recipe's rule, and remarks about it."""

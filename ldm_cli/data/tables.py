@@ -182,7 +182,8 @@ def _json_lines(table: Path, lines: Iterable[str]) -> Iterator[Row]:
 
 
 def _json_rows(table: Path, remark: Callable[[str], None]) -> Iterator[Row]:
-    """A list of objects, a mapping from pictures to captions or objects, COCO's captions, or JSON Lines."""
+    """A list of objects, a mapping from pictures to captions or objects, COCO's captions, JSON Lines, or what
+    `ldm sample` writes beside its pictures."""
     lines = list(text_lines(table, remark))
     try:
         value = json.loads("".join(lines))
@@ -191,6 +192,8 @@ def _json_rows(table: Path, remark: Callable[[str], None]) -> Iterator[Row]:
         return
     if isinstance(value, dict) and {"images", "annotations"} <= value.keys():
         value = _coco_rows(table, value)
+    elif isinstance(value, dict) and {"images", "job"} <= value.keys():
+        value = value["images"]
     elif isinstance(value, dict) and _is_mapping_of_pictures(value):
         value = [
             {"file_name": name, **entry} if isinstance(entry, dict) else {"file_name": name, "text": entry}

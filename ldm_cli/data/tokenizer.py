@@ -224,6 +224,11 @@ class Tokenizer:
                 truncated.append((i, text[encoding.offsets[length - 2][0] :]))
         return Tokens(input_ids, tuple(num_tokens), tuple(truncated))
 
+    def pieces(self, text: str) -> list[tuple[int, int]]:
+        """The tokens of a `defused` text: the id of each, and where it begins in the text."""
+        encoding = self._encoder.encode(text, add_special_tokens=False)
+        return [(token, start) for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)]
+
     def add_words(self, words: Mapping[str, int]) -> dict[str, list[int]]:
         """Let words of any text stand for new tokens, whatever case they are written in; returns their ids.
 

@@ -15,10 +15,10 @@ from ldm_cli.formats.pipeline_folder import TEXT_ENCODER
 
 
 def adaptable_networks(family: Family) -> dict[str, nn.Module]:
-    """The denoiser and the text towers, by subfolder."""
+    """The denoiser and the text towers of CLIP, by subfolder."""
     towers = [name for name in family.components if name.startswith(TEXT_ENCODER)]
     models = getattr(family.encoder, "models", ())
-    return {family.components[0]: family.denoiser, **dict(zip(towers, models, strict=True))}
+    return {family.components[0]: family.denoiser, **dict(zip(towers, models, strict=False))}
 
 
 def adaptable_models(networks: Mapping[str, nn.Module]) -> dict[str, Adaptable]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -13,9 +14,9 @@ from ldm_cli.core.condition import Condition
 from ldm_cli.core.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError
-from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, encoder_key, ignore, tokenizer_folder
-from ldm_cli.formats.model_source import has_model_json, read_model_json
-from ldm_cli.formats.pipeline_folder import INDEX_NAME, TEXT_ENCODER, TEXT_ENCODER_2, ZEROES_EMPTY
+from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, encoder_key, ignore, index_setting, tokenizer_folder
+from ldm_cli.families.prompt_chunks import PromptReading
+from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TEXT_ENCODER_2, ZEROES_EMPTY
 
 
 class CLIPPairEncoder:
@@ -39,7 +40,14 @@ class CLIPPairEncoder:
 
     @classmethod
     def load(
-        cls, first: Path, second: Path, warn: Callable[[str], None] = ignore, dtype: torch.dtype = torch.float32
+        cls,
+        first: Path,
+        second: Path,
+        warn: Callable[[str], None] = ignore,
+        dtype: torch.dtype = torch.float32,
+        *,
+        clip_skip: int | None = None,
+        caption_chunks: int = 1,
     ) -> Self:
         """Read both towers and their tokenizers; errors as in `load_model`, and those of the class.
 
@@ -48,12 +56,18 @@ class CLIPPairEncoder:
             second: folder of a CLIPTextModelWithProjection or a CLIPModel.
             warn: called once for each tower if captions are cut.
             dtype: of the towers' weights.
+            clip_skip, caption_chunks: of both towers, as in `CLIPTextEncoder.load`.
         """
-        return cls(
-            CLIPTextEncoder.load(first, warn, dtype, is_penultimate=True),
-            CLIPTextEncoder.load(second, warn, dtype, model_class=CLIPTextModelWithProjection, is_penultimate=True),
-            zeroes_empty=zeroes_empty(first),
+        load = partial(
+            CLIPTextEncoder.load,
+            warn=warn,
+            dtype=dtype,
+            is_penultimate=True,
+            clip_skip=clip_skip,
+            caption_chunks=caption_chunks,
         )
+        towers = load(first), load(second, model_class=CLIPTextModelWithProjection)
+        return cls(*towers, zeroes_empty=zeroes_empty(first))
 
     def save(self, folder: Path) -> None:
         """Write both towers and tokenizers into a pipeline folder; errors as in `save_model`."""
@@ -76,7 +90,7 @@ class CLIPPairEncoder:
         return _pair_key(self.first.key, self.second.key, self.zeroes_empty)
 
     def tokens(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Of B captions, on the host: `ids` and `ids_2`, int64 [B, L]; `is_empty`, bool [B]."""
+        """Of B captions, on the host: `ids` and `ids_2`, int64 [B, n·L]; `is_empty`, bool [B]."""
         second = self.second.tokens(captions)["ids"]
         return {**self.first.tokens(captions), "ids_2": second, "is_empty": _are_empty(captions)}
 
@@ -86,10 +100,21 @@ class CLIPPairEncoder:
         conditions = [tower.encode_tokens({"ids": tokens[name]}) for name, tower in towers.items()]
         return self._joined(conditions, tokens["is_empty"])
 
-    def encode_prompts(self, prompts: Sequence[str], *, weighted: bool, warn: Callable[[str], None]) -> Condition:
-        """B prompts in one batch; see `Encoder`."""
+    def check(self, reading: PromptReading) -> None:
+        """See `Encoder`."""
+        self.first.check(reading)
+        self.second.check(reading)
+
+    def num_chunks(self, prompt: str, reading: PromptReading) -> int:
+        """See `Encoder`."""
+        return max(self.first.num_chunks(prompt, reading), self.second.num_chunks(prompt, reading))
+
+    def encode_prompts(
+        self, prompts: Sequence[str], reading: PromptReading, *, num_chunks: int, warn: Callable[[str], None]
+    ) -> Condition:
+        """B prompts in one batch; see `Encoder`. `pooled` is that of the first chunk."""
         towers = self.first, self.second
-        conditions = [tower.encode_prompts(prompts, weighted=weighted, warn=warn) for tower in towers]
+        conditions = [tower.encode_prompts(prompts, reading, num_chunks=num_chunks, warn=warn) for tower in towers]
         return self._joined(conditions, _are_empty(prompts))
 
     def _joined(self, conditions: Sequence[Condition], is_empty: Tensor) -> Condition:
@@ -108,8 +133,7 @@ def _are_empty(captions: Iterable[str]) -> Tensor:
 
 def zeroes_empty(text_encoder: Path) -> bool:
     """Whether the pipeline in which the first text encoder lies zeroes the empty prompt; True without a pipeline."""
-    index = text_encoder.parent / INDEX_NAME
-    return not has_model_json(index) or bool(read_model_json(index).get(ZEROES_EMPTY, True))
+    return bool(index_setting(text_encoder, ZEROES_EMPTY, True))
 
 
 def pair_key(first: Path, second: Path) -> dict[str, str]:

@@ -16,7 +16,7 @@ from ldm_cli.core.models.t5_encoder import T5EncoderModel
 from ldm_cli.data.unigram_tokenizer import UnigramTokenizer
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, ignore
 from ldm_cli.families.family import model_sha256
-from ldm_cli.families.prompt_weights import parse_weights
+from ldm_cli.families.prompt_chunks import BREAK, PromptReading, pieces_of
 from ldm_cli.formats.model_folder import load_model
 from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TEXT_ENCODER_2, TEXT_ENCODER_3, tokenizer_of
 from ldm_cli.formats.save_model import save_model
@@ -146,14 +146,31 @@ class CLIPT5Encoder:
         conditions = [tower.encode_tokens({"ids": tokens[name]}) for name, tower in towers.items()]
         return self._joined(conditions, tokens.get("ids_3"))
 
+    @property
+    def index_settings(self) -> dict[str, int]:
+        """What the index of a pipeline says about the encoder."""
+        return self.first.index_settings
+
+    def check(self, reading: PromptReading) -> None:
+        """See `Encoder`."""
+        self.first.check(reading)
+        self.second.check(reading)
+
+    def num_chunks(self, prompt: str, reading: PromptReading) -> int:
+        """See `Encoder`."""
+        return max(self.first.num_chunks(prompt, reading), self.second.num_chunks(prompt, reading))
+
     @torch.inference_mode()
-    def encode_prompts(self, prompts: Sequence[str], *, weighted: bool, warn: Callable[[str], None]) -> Condition:
-        """B prompts in one batch; weights of words act on the towers of CLIP. See `Encoder`."""
+    def encode_prompts(
+        self, prompts: Sequence[str], reading: PromptReading, *, num_chunks: int, warn: Callable[[str], None]
+    ) -> Condition:
+        """B prompts in one batch; weights of words, chunks and `clip_skip` are of the towers of CLIP. See `Encoder`."""
         towers = self.first, self.second
-        conditions = [tower.encode_prompts(prompts, weighted=weighted, warn=warn) for tower in towers]
+        conditions = [tower.encode_prompts(prompts, reading, num_chunks=num_chunks, warn=warn) for tower in towers]
         if self.third is None:
             return self._joined(conditions, None)
-        plain = ["".join(piece.text for piece in parse_weights(p)) for p in prompts] if weighted else prompts
+        plain = ["".join(piece.text for piece in pieces_of(prompt, reading)) for prompt in prompts]
+        plain = [BREAK.sub(" ", text) for text in plain] if reading.long else plain
         return self._joined(conditions, self._t5_ids(plain, warn))
 
     def _t5_ids(self, texts: Sequence[str], warn: Callable[[str], None]) -> Tensor:

@@ -14,13 +14,14 @@ from ldm_cli.core.condition import Condition
 from ldm_cli.core.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig
 from ldm_cli.data.tokenizer import Tokenizer
+from ldm_cli.errors import CheckpointError, UsageError
 from ldm_cli.families.caption_tokens import CaptionTokens
 from ldm_cli.families.family import model_sha256
-from ldm_cli.families.prompt_weights import WeightedText, parse_weights
+from ldm_cli.families.prompt_chunks import PromptReading, TokenRow, chunks_of
 from ldm_cli.formats.model_folder import ModelClass, load_model, outline_model
-from ldm_cli.formats.model_source import outside_file, split_at_file
+from ldm_cli.formats.model_source import has_model_json, outside_file, read_model_json, split_at_file
 from ldm_cli.formats.open_clip_folder import OPEN_CLIP_CONFIG
-from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TEXT_ENCODER_2, tokenizer_of
+from ldm_cli.formats.pipeline_folder import CLIP_SKIP, INDEX_NAME, TEXT_ENCODER, TEXT_ENCODER_2, tokenizer_of
 from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS
 
@@ -40,6 +41,8 @@ class CLIPTextEncoder:
         warn: Callable[[str], None] = ignore,
         *,
         is_penultimate: bool = False,
+        clip_skip: int | None = None,
+        caption_chunks: int = 1,
     ) -> None:
         """Put a tower and its tokenizer together.
 
@@ -50,10 +53,13 @@ class CLIPTextEncoder:
             warn: called once if captions are cut.
             is_penultimate: whether `tokens` are the output of the last layer but one, without the final norm, as in
                 SDXL, instead of the last hidden states.
+            clip_skip: the layer to take in place of that, counted from the last one, which is 1; the final norm is
+                applied or not as before.
+            caption_chunks: chunks that each caption of a batch is encoded in.
         """
         self.model, self.tokenizer = model, tokenizer
-        self._folder, self._is_penultimate = folder, is_penultimate
-        self._caption_tokens = CaptionTokens(tokenizer, self.length, warn)
+        self._folder, self._is_penultimate, self.clip_skip = folder, is_penultimate, clip_skip
+        self._caption_tokens = CaptionTokens(tokenizer, self.length, warn, caption_chunks)
 
     @classmethod
     def load(
@@ -64,6 +70,8 @@ class CLIPTextEncoder:
         *,
         model_class: ModelClass[CLIPTextModel] = CLIPTextModel,
         is_penultimate: bool = False,
+        clip_skip: int | None = None,
+        caption_chunks: int = 1,
     ) -> CLIPTextEncoder:
         """Read the folder of a text tower or of a whole CLIP; errors as in `load_model`.
 
@@ -72,10 +80,19 @@ class CLIPTextEncoder:
             warn: called once if captions are cut.
             dtype: of the tower's weights.
             model_class: of the tower; with projection or without.
-            is_penultimate: as for the class.
+            is_penultimate, caption_chunks: as for the class.
+            clip_skip: as for the class; None: as the pipeline says in which the tower lies.
         """
         model = load_model(model_class, folder, text_config_of, allow_extra=True, dtype=dtype)
-        return cls(model, Tokenizer.load(tokenizer_folder(folder)), folder, warn, is_penultimate=is_penultimate)
+        return cls(
+            model,
+            Tokenizer.load(tokenizer_folder(folder)),
+            folder,
+            warn,
+            is_penultimate=is_penultimate,
+            clip_skip=clip_skip or clip_skip_of(folder),
+            caption_chunks=caption_chunks,
+        )
 
     def save(self, folder: Path, component: str = TEXT_ENCODER) -> None:
         """Write tower and tokenizer as a component of a pipeline folder; errors as in `save_model`."""
@@ -97,7 +114,7 @@ class CLIPTextEncoder:
 
     @property
     def length(self) -> int:
-        """L, tokens per prompt, both special tokens included."""
+        """L, tokens of a chunk, both special tokens included."""
         return min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
 
     @property
@@ -106,58 +123,69 @@ class CLIPTextEncoder:
         assert self._folder is not None
         return encoder_key(self._folder, self.tokenizer)
 
+    @property
+    def index_settings(self) -> dict[str, int]:
+        """What the index of a pipeline says about the encoder."""
+        return {} if self.clip_skip is None else {CLIP_SKIP: self.clip_skip}
+
     def tokens(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Of B captions, on the host: `ids`, int64 [B, L]."""
+        """Of B captions, on the host: `ids`, int64 [B, n·L] for n chunks."""
         return {"ids": self._caption_tokens(captions)}
 
     def encode_tokens(self, tokens: Mapping[str, Tensor]) -> Condition:
         """B rows from the `tokens` of captions, on any device."""
-        return self._condition(tokens["ids"])
+        return self._condition(tokens["ids"], self.clip_skip)
+
+    def check(self, reading: PromptReading) -> None:
+        """See `Encoder`."""
+        layers = self.model.config.num_hidden_layers
+        if (skip := reading.clip_skip or self.clip_skip or 1) > layers:
+            raise UsageError(f"clip_skip={skip} is not possible", f"a text encoder has {layers} layers")
+
+    def num_chunks(self, prompt: str, reading: PromptReading) -> int:
+        """See `Encoder`."""
+        return len(chunks_of(prompt, self.tokenizer, self.length - 2, reading)) if reading.long else 1
 
     @torch.inference_mode()
-    def encode_prompts(self, prompts: Sequence[str], *, weighted: bool, warn: Callable[[str], None]) -> Condition:
-        """B prompts in one batch; see `Encoder`."""
-        rows: list[list[int]] = []
-        weights: list[list[float]] = []
-        for prompt in prompts:
-            ids, own, cut = self._weighted_ids(parse_weights(prompt) if weighted else [WeightedText(prompt, 1.0)])
-            rows, weights = [*rows, ids], [*weights, own]
-            if cut:
+    def encode_prompts(
+        self, prompts: Sequence[str], reading: PromptReading, *, num_chunks: int, warn: Callable[[str], None]
+    ) -> Condition:
+        """B prompts in one batch; see `Encoder`. `pooled` is that of the first chunk."""
+        rows = [TokenRow.of(prompt, self.tokenizer, self.length, reading, num_chunks) for prompt in prompts]
+        for prompt, row in zip(prompts, rows, strict=True):
+            if row.cut:
                 places = self.length - 2
-                warn(f"prompt {prompt[:40]!r}… has more than {places} tokens; this was cut: {_shortened(cut)!r}")
-        condition = self._condition(torch.tensor(rows))
+                warn(
+                    f"prompt {prompt[:40]!r}… has more than {places} tokens; this was cut: {_shortened(row.cut)!r}; "
+                    "--long-prompts (sampling.long_prompts=true) keeps it"
+                )
+        skip = reading.clip_skip or self.clip_skip
+        condition = self._condition(torch.tensor([row.ids for row in rows]), skip)
         states = condition.tokens
-        if states is None or all(weight == 1.0 for own in weights for weight in own):
+        if states is None or all(weight == 1.0 for row in rows for weight in row.weights):
             return condition
         # Away from the empty prompt's states and towards them, place by place: a weight of 1 changes nothing.
-        empty = self._condition(self.tokenizer.encode([""], self.length).input_ids).tokens
+        empty = self._condition(self.tokenizer.encode([""], self.length).input_ids, skip).tokens
         assert empty is not None
-        shares = torch.tensor(weights)[..., None].to(states.device, states.dtype, non_blocking=True)
-        return replace(condition, tokens=torch.lerp(empty, states, shares))
+        shares = torch.tensor([row.weights for row in rows])[..., None]
+        shares = shares.to(states.device, states.dtype, non_blocking=True)
+        return replace(condition, tokens=torch.lerp(empty.repeat(1, num_chunks, 1), states, shares))
 
-    def _condition(self, ids: Tensor) -> Condition:
-        """Of token ids int64 [B, L]."""
+    def _condition(self, ids: Tensor, clip_skip: int | None) -> Condition:
+        """Of token ids int64 [B, n·L]; the states of the n chunks lie side by side."""
         ids = ids.to(next(self.model.parameters()).device, non_blocking=True)
-        output = self.model(ids, output_hidden_states=self._is_penultimate)
-        tokens = output.hidden_states[-2] if self._is_penultimate else output.last_hidden_state
+        rows, chunks = len(ids), ids.shape[1] // self.length
+        layer = clip_skip or (2 if self._is_penultimate else 1)
+        has_norm = not self._is_penultimate
+        output = self.model(ids.view(rows * chunks, -1), output_hidden_states=layer > 1 or not has_norm)
+        if layer == 1 and has_norm:
+            tokens = output.last_hidden_state
+        else:
+            tokens = output.hidden_states[-layer]
+            tokens = self.model.text_model.final_layer_norm(tokens) if has_norm else tokens
         pooled = self.model.project(output) if isinstance(self.model, CLIPTextModelWithProjection) else None
-        return Condition(tokens=tokens, pooled=pooled)
-
-    def _weighted_ids(self, pieces: list[WeightedText]) -> tuple[list[int], list[float], str]:
-        """L token ids, a weight for each, and the text that found no room."""
-        places, cut = self.length - 2, ""
-        ids: list[int] = []
-        weights: list[float] = []
-        for piece in pieces:
-            room = places - len(ids)
-            tokens = self.tokenizer.encode([piece.text], room + 2)
-            cut += tokens.truncated[0][1] if tokens.truncated else ""
-            num_tokens = tokens.num_tokens[0] - 2
-            ids += tokens.input_ids[0, 1 : 1 + num_tokens].tolist()
-            weights += [piece.weight] * num_tokens
-        rest = places - len(ids)
-        row = [self.tokenizer.start_id, *ids, self.tokenizer.end_id, *[self.tokenizer.pad_id] * rest]
-        return row, [1.0, *weights, 1.0, *[1.0] * rest], cut
+        tokens = tokens.view(rows, -1, tokens.shape[-1])
+        return Condition(tokens=tokens, pooled=None if pooled is None else pooled[::chunks])
 
 
 def outline_tower(folder: Path, model_class: ModelClass[CLIPTextModel] = CLIPTextModel) -> CLIPTextModel:
@@ -179,6 +207,24 @@ def tokenizer_folder(text_encoder: Path) -> Path:
         return outside_file(found[0], tokenizer_of(found[1].name or TEXT_ENCODER))
     beside = text_encoder.parent / tokenizer_of(text_encoder.name)
     return beside if text_encoder.name in (TEXT_ENCODER, TEXT_ENCODER_2) and beside.is_dir() else text_encoder
+
+
+def index_setting(component: Path, name: str, default: Any) -> Any:
+    """What the index of the pipeline in which a component lies says; the default without a pipeline."""
+    index = component.parent / INDEX_NAME
+    return read_model_json(index).get(name, default) if has_model_json(index) else default
+
+
+def clip_skip_of(text_encoder: Path) -> int | None:
+    """The `clip_skip` that the pipeline of a tower was trained with; None: that of its kind.
+
+    Raises:
+        CheckpointError: it is no number of a layer.
+    """
+    found = index_setting(text_encoder, CLIP_SKIP, None)
+    if found is None or (isinstance(found, int) and found >= 1):
+        return found
+    raise CheckpointError(f"cannot use '{text_encoder.parent / INDEX_NAME}'", f"{CLIP_SKIP}={found!r} is no layer")
 
 
 def encoder_key(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:

@@ -22,6 +22,7 @@ from ldm_cli.core.condition import Condition
 from ldm_cli.core.cpu import tune_for_cpu
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.diffusion.process import Process, process_of
+from ldm_cli.families.prompt_chunks import PromptReading
 from ldm_cli.formats.model_folder import read_config
 from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.formats.scheduler_file import SchedulerSettings
@@ -34,12 +35,21 @@ class Encoder(Protocol):
     def key(self) -> dict[str, str]:
         """What decides the conditions (hashes of weights, configuration and tokenizer), by names that users know."""
 
-    def encode_prompts(self, prompts: Sequence[str], *, weighted: bool, warn: Callable[[str], None]) -> Condition:
+    def check(self, reading: PromptReading) -> None:
+        """Raise UsageError for a `clip_skip` that the encoder does not have."""
+
+    def num_chunks(self, prompt: str, reading: PromptReading) -> int:
+        """In how many chunks a prompt is encoded: 1, unless it is `long`."""
+
+    def encode_prompts(
+        self, prompts: Sequence[str], reading: PromptReading, *, num_chunks: int, warn: Callable[[str], None]
+    ) -> Condition:
         """B prompts in one batch: B rows.
 
         Args:
             prompts: the texts.
-            weighted: whether `(word:1.3)` is a weight.
+            reading: how they become conditions.
+            num_chunks: chunks of each row: those of a prompt, then empty ones; what has no room is cut.
             warn: is called with a message for each prompt that is cut.
         """
 

@@ -80,7 +80,7 @@ class LatentDiffusion(Family):
                 weights, config = folded, self.codec.config.model_copy(update={"shift_factor": None})
         save_model(folder / layout.VAE, weights, config.to_hugging_face())
 
-    def save_index(self, folder: Path, text: Mapping[str, str], **settings: bool) -> None:
+    def save_index(self, folder: Path, text: Mapping[str, str], **settings: int) -> None:
         """Write the scheduler, and the index of a folder with everything that `save` writes; errors as there.
 
         Args:

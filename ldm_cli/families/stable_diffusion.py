@@ -42,7 +42,7 @@ class StableDiffusion(LatentDiffusion):
         self.save_codec(folder)
         self.encoder.save(folder)
         text = {TEXT_ENCODER: "CLIPTextModel", tokenizer_of(TEXT_ENCODER): "CLIPTokenizer"}
-        self.save_index(folder, text, requires_safety_checker=False)
+        self.save_index(folder, text, requires_safety_checker=False, **self.encoder.index_settings)
 
 
 def is_mine(folder: Path) -> bool:

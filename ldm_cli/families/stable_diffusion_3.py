@@ -98,7 +98,7 @@ class StableDiffusion3(LatentDiffusion):
         text = classes | {tokenizer_of(name): "CLIPTokenizer" for name in classes}
         if self.encoder.third is not None:
             text |= {TEXT_ENCODER_3: "T5EncoderModel", tokenizer_of(TEXT_ENCODER_3): "T5TokenizerFast"}
-        self.save_index(folder, text)
+        self.save_index(folder, text, **self.encoder.index_settings)
 
 
 def is_mine(folder: Path) -> bool:

@@ -59,7 +59,7 @@ class StableDiffusionXL(LatentDiffusion):
         self.encoder.save(folder)
         classes = {TEXT_ENCODER: "CLIPTextModel", TEXT_ENCODER_2: "CLIPTextModelWithProjection"}
         text = classes | {tokenizer_of(name): "CLIPTokenizer" for name in classes}
-        self.save_index(folder, text, **{ZEROES_EMPTY: self.encoder.zeroes_empty})
+        self.save_index(folder, text, **{ZEROES_EMPTY: self.encoder.zeroes_empty}, **self.encoder.first.index_settings)
 
 
 def is_mine(folder: Path) -> bool:

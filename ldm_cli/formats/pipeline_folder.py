@@ -15,6 +15,8 @@ SCHEDULER_FILE = Path(SCHEDULER) / "scheduler_config.json"
 TEXT_ENCODER, TEXT_ENCODER_2, TEXT_ENCODER_3 = "text_encoder", "text_encoder_2", "text_encoder_3"
 ZEROES_EMPTY = "force_zeros_for_empty_prompt"
 """Setting of the index: the condition of the empty prompt is zeros."""
+CLIP_SKIP = "clip_skip"
+"""Setting of the index, ours: the layer of the text towers that the model was trained with, as in `PromptReading`."""
 
 
 def tokenizer_of(text_encoder: str) -> str:
@@ -22,7 +24,7 @@ def tokenizer_of(text_encoder: str) -> str:
     return text_encoder.replace(TEXT_ENCODER, TOKENIZER)
 
 
-def write_index(folder: Path, pipeline: str, classes: Mapping[str, str | None], settings: Mapping[str, bool]) -> None:
+def write_index(folder: Path, pipeline: str, classes: Mapping[str, str | None], settings: Mapping[str, int]) -> None:
     """Write model_index.json.
 
     Args:

@@ -6,10 +6,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from ldm_cli.families.family import Family
+from ldm_cli.families.prompt_chunks import BREAK
 from ldm_cli.families.prompt_weights import parse_weights
 from ldm_cli.pictures.job import Item
 from ldm_cli.sampling.config import SamplingConfig, SizesConfig
 from ldm_cli.sampling.denoising import sampler_of, takes_eta
+from ldm_cli.sampling.latent_sampler import prompts_of
 
 _MOST_NAMED = 3
 _ESCAPED = re.compile(r"\\.")
@@ -44,8 +46,11 @@ def job_warnings(items: Sequence[Item], family: Family, weighted: bool) -> list[
     for item in items:
         for kind, message in _unused_prompts(item, family):
             found.setdefault(kind, message)
-    texts = [text for item in items for text in (item.request.prompt, item.sampling.negative)]
-    texts += [item.request.blend.prompt for item in items if item.request.blend is not None]
+    texts = [
+        BREAK.sub(" ", text) if item.sampling.long_prompts else text
+        for item in items
+        for text in prompts_of(item.request, item.sampling.negative)
+    ]
     if commands := foreign_commands(dict.fromkeys(texts), weighted):
         named = ", ".join(map(repr, commands[:_MOST_NAMED])) + (", …" if len(commands) > _MOST_NAMED else "")
         found["commands"] = f"prompts hold {named}: commands of other programs, which are read as words here"

@@ -143,6 +143,7 @@ def _parameters(provenance: Mapping[str, Any], size: tuple[int, int]) -> str:
         "Model": _model_name(provenance["sources"].get("model")),
         "Variation seed": variation.get("seed"),
         "Variation seed strength": variation.get("weight"),
+        "Clip skip": sampling.get("clip_skip"),
         "Denoising strength": None if edit is None else edit["strength"],
         "Lora hashes": ", ".join(hashes) or None,
         "Version": f"ldm_cli {VERSIONS['ldm']}",

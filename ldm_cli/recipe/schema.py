@@ -47,6 +47,11 @@ class TrainRecipe(Config):
     variant: Variant = None
     """Precision of the weights of models that are named by hub name; null: full, where there is such."""
 
+    def _expect_plain_loss(self) -> None:
+        """Make sure that the data asks for nothing that only the loss of a denoiser has."""
+        if given := [name for name in ("loss_weights", "mask") if getattr(self.data, name) is not None]:
+            raise ValueError(f"data.{given[0]} has no meaning here: it changes the loss of train-unet")
+
 
 class StartedRecipe(TrainRecipe):
     """A recipe whose training may begin at trained weights."""
@@ -89,6 +94,7 @@ class TrainClipRecipe(StartedRecipe):
     @model_validator(mode="after")
     def _check(self) -> Self:
         self._check_start("clip")
+        self._expect_plain_loss()
         if self.clip is not None and (size := self.clip.vision_config.image_size) != self.data.image_size:
             raise ValueError(f"data.image_size={self.data.image_size} is not clip.vision_config.image_size={size}")
         return self
@@ -114,6 +120,7 @@ class TrainVaeRecipe(StartedRecipe):
     @model_validator(mode="after")
     def _check(self) -> Self:
         self._check_start("vae")
+        self._expect_plain_loss()
         size = self.data.image_size
         if self.vae is not None and size % (factor := 2 ** (len(self.vae.block_out_channels) - 1)):
             raise ValueError(f"data.image_size={size} is no multiple of the autoencoder's factor {factor}")
@@ -152,6 +159,11 @@ class TrainUnetRecipe(StartedRecipe):
     text_encoder_2: Annotated[str, NamesModel(("text_encoder_2", "tokenizer_2"))] = ""
     """Stable Diffusion XL: the second text encoder, a CLIPModel or CLIPTextModelWithProjection, with its
     tokenizer. Empty: that of the pipeline in `start_from`, or none."""
+    clip_skip: Annotated[int, Field(ge=1)] | None = None
+    """Layer of the text encoders that gives the text states: 1 the last one, 2 the last but one. null: that which the
+    pipeline of `text_encoder` was trained with; else the last one, in Stable Diffusion XL the last but one."""
+    caption_chunks: Annotated[int, Field(ge=1, le=8)] = 1
+    """Chunks of as many tokens as the text encoder takes that every caption is encoded in; longer captions are cut."""
     cache: str | None = None
     """Folder that `ldm precompute` wrote for this recipe, to read latents and text states from; null computes them."""
     unet: UNet2DConditionConfig | None = None

@@ -66,6 +66,12 @@ class SamplingConfig(Config):
     """How the prompt steers; a plain number is its `scale`."""
     negative: str = ""
     """Prompt that guidance steers away from; empty: the unconditional model."""
+    long_prompts: bool = False
+    """Encode prompts of more tokens than the text encoder takes in several chunks, instead of cutting them; `BREAK`
+    begins one."""
+    clip_skip: Annotated[int, Field(ge=1)] | None = None
+    """Layer of CLIP's text encoder that gives the text states: 1 the last one, 2 the last but one; null: the one that
+    the model was trained with."""
     timestep_spacing: Literal["leading", "linspace", "trailing", "karras", "exponential"] | None = None
     """Which timesteps are visited (Lin et al. 2023, table 2), or σ with equal steps in σ^(1/7) (Karras et al. 2022, eq.
     5) or in log σ over all of the model's range; null: as the model's scheduler says."""

@@ -16,6 +16,7 @@ from ldm_cli.core.diffusion.process import Level
 from ldm_cli.core.diffusion.samplers import CleanPredictor
 from ldm_cli.core.models.layers import guidance_embedding
 from ldm_cli.families.family import Family
+from ldm_cli.families.prompt_chunks import PromptReading
 from ldm_cli.sampling.config import SamplingConfig, SizesConfig
 from ldm_cli.sampling.denoising import Start, denoise
 from ldm_cli.sampling.edit_input import LatentEditInput
@@ -31,13 +32,32 @@ Watch = Callable[[CleanPredictor], CleanPredictor]
 
 
 @dataclass(frozen=True)
+class PromptConditions:
+    """What the prompts of some requests are as conditions.
+
+    Attributes:
+        negative: the prompt that guidance steers away from.
+        lengths: chunks of each prompt.
+        rows: one row for each prompt and number of chunks that a request needs.
+    """
+
+    negative: str
+    lengths: Mapping[str, int]
+    rows: Mapping[tuple[str, int], Condition]
+
+    def num_chunks(self, request: ImageRequest) -> int:
+        """In how many chunks all prompts of a request are encoded: as many as the longest of them needs."""
+        return max(self.lengths[prompt] for prompt in prompts_of(request, self.negative))
+
+
+@dataclass(frozen=True)
 class LatentSampler:
     """What all groups of one call of `Pipeline.generate` have in common.
 
     Attributes:
         family: the model.
         config: sampler, steps, guidance.
-        conditions: of every prompt, one row each.
+        conditions: of the prompts.
         models: further networks of the guidance.
         image_size: height and width of the pictures, in pixels.
         edit: the picture to work on, if any.
@@ -46,7 +66,7 @@ class LatentSampler:
 
     family: Family
     config: SamplingConfig
-    conditions: Mapping[str, Condition]
+    conditions: PromptConditions
     models: GuidanceModels
     image_size: tuple[int, int]
     edit: LatentEditInput | None = None
@@ -83,10 +103,11 @@ class LatentSampler:
         return Start(edit.latents.expand_as(noise), num_steps)
 
     def predictor(self, requests: Sequence[ImageRequest]) -> CleanPredictor:
-        """x_t [N, C, h, w] and its level → guided x_0, of some requests."""
+        """x_t [N, C, h, w] and its level → guided x_0, of some requests, whose prompts have as many chunks."""
         guidance, family = self.config.guidance, self.family
+        negative = self.conditions.rows[self.config.negative, self.conditions.num_chunks(requests[0])]
         conditional = Condition.cat([self._condition(request) for request in requests])
-        unconditional = Condition.cat([self.conditions[self.config.negative]] * len(requests))
+        unconditional = Condition.cat([negative] * len(requests))
         if family.guidance_width is not None:
             # The embedding of the scale, which the denoiser was distilled with, takes the place of the second call.
             guidance = guidance.model_copy(update={"scale": 1.0})
@@ -108,10 +129,11 @@ class LatentSampler:
 
     def _condition(self, request: ImageRequest) -> Condition:
         """One row, on the line between the request's two prompts if it has two."""
-        condition, blend = self.conditions[request.prompt], request.blend
+        chunks, blend = self.conditions.num_chunks(request), request.blend
+        condition = self.conditions.rows[request.prompt, chunks]
         if blend is None or blend.prompt == request.prompt:
             return condition
-        ends = [condition, self.conditions[blend.prompt]]
+        ends = [condition, self.conditions.rows[blend.prompt, chunks]]
         return Condition.combined(lambda pair: torch.lerp(pair[0], pair[1], blend.weight), ends)
 
     def _completed(self, condition: Condition, rows: int, sizes: SizesConfig) -> Condition:
@@ -140,15 +162,27 @@ class LatentSampler:
         return network if self.window is None else in_windows(network, self.window)
 
 
+def prompts_of(request: ImageRequest, negative: str) -> tuple[str, ...]:
+    """The prompts that a picture depends on."""
+    return request.prompt, *([request.blend.prompt] if request.blend else []), negative
+
+
 def prompt_conditions(
-    family: Family, requests: Sequence[ImageRequest], negative: str, weighted: bool, warn: Callable[[str], None]
-) -> dict[str, Condition]:
-    """The conditions of all prompts of some requests, one row each; arguments as of `Encoder.encode_prompts`."""
-    prompts = [*(r.prompt for r in requests), *(r.blend.prompt for r in requests if r.blend), negative]
-    unique, size = list(dict.fromkeys(prompts)), texts_per_call(family.device)
-    conditions: dict[str, Condition] = {}
-    for start in range(0, len(unique), size):
-        batch = unique[start : start + size]
-        rows = family.encoder.encode_prompts(batch, weighted=weighted, warn=warn)
-        conditions |= {prompt: rows.map(itemgetter(slice(i, i + 1))) for i, prompt in enumerate(batch)}
+    family: Family, requests: Sequence[ImageRequest], negative: str, reading: PromptReading, warn: Callable[[str], None]
+) -> PromptConditions:
+    """The conditions of all prompts of some requests; arguments as of `Encoder.encode_prompts`."""
+    prompts = dict.fromkeys(prompt for request in requests for prompt in prompts_of(request, negative))
+    lengths = {prompt: family.encoder.num_chunks(prompt, reading) for prompt in prompts}
+    conditions = PromptConditions(negative, lengths, rows := {})
+    wanted: dict[int, dict[str, None]] = {}
+    for request in requests:
+        own = wanted.setdefault(conditions.num_chunks(request), {})
+        own |= dict.fromkeys(prompts_of(request, negative))
+    size = texts_per_call(family.device)
+    for chunks, unique in wanted.items():
+        for start in range(0, len(unique), size):
+            batch = [*unique][start : start + size]
+            encoded = family.encoder.encode_prompts(batch, reading, num_chunks=chunks, warn=warn)
+            for i, prompt in enumerate(batch):
+                rows[prompt, chunks] = encoded.map(itemgetter(slice(i, i + 1)))
     return conditions

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -14,11 +15,12 @@ from ldm_cli.core.diffusion.process import Level
 from ldm_cli.core.diffusion.samplers import CleanPredictor
 from ldm_cli.errors import DivergedError, UsageError
 from ldm_cli.families.family import Family
+from ldm_cli.families.prompt_chunks import PromptReading
 from ldm_cli.reporting import Progress, Reporter, SilentReporter
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.fixed_rows import DENOISED_PIXELS, enough_rows, filled, row_groups
 from ldm_cli.sampling.guidance_models import GuidanceModels, guidance_folders
-from ldm_cli.sampling.latent_sampler import LatentSampler, prompt_conditions
+from ldm_cli.sampling.latent_sampler import LatentSampler, prompt_conditions, prompts_of
 from ldm_cli.sampling.noise import initial_noise
 from ldm_cli.sampling.pixels import decode_pixels, encode_edit_input
 from ldm_cli.sampling.request import GeneratedImage, ImageRequest
@@ -82,7 +84,7 @@ class Pipeline:
             options: a picture to work on, windows, weighted words, previews.
 
         Raises:
-            UsageError: a size or a number of steps that the model cannot do.
+            UsageError: a size, a number of steps or a `clip_skip` that the model cannot do.
             DivergedError: a picture is not finite, unless `options.on_nonfinite` says otherwise.
             ValueError: `noise` of another shape.
         """
@@ -91,12 +93,14 @@ class Pipeline:
         if noise is not None and noise.shape != (len(requests), *shape):
             raise ValueError(f"noise of shape {tuple(noise.shape)}, expected {(len(requests), *shape)}")
         family, edit, window = self.family, options.edit_input, options.window
+        reading = PromptReading(options.weighted, config.long_prompts, config.clip_skip)
+        family.encoder.check(reading)
         if family.takes_mask and (edit is None or edit.mask is None):
             raise UsageError("this model fills masks", "no mask is given", "add --init and --mask, or --extend")
         sampler = LatentSampler(
             family,
             config,
-            prompt_conditions(family, requests, config.negative, options.weighted, reporter.warn),
+            prompt_conditions(family, requests, config.negative, reading, reporter.warn),
             self._guidance_models(config.guidance),
             self.image_size(config),
             None if edit is None else encode_edit_input(family.codec, edit, family.device, window),
@@ -127,7 +131,8 @@ class Pipeline:
     def _groups(
         self, requests: Sequence[ImageRequest], shape: tuple[int, int, int], sampler: LatentSampler
     ) -> Iterator[tuple[slice, int]]:
-        """The requests that are sampled together, and the rows for it; see `row_groups`."""
+        """The requests that are sampled together, and the rows for it; see `row_groups`. They follow one another, and
+        their prompts have the same number of chunks."""
         config, window = sampler.config, sampler.window
         height, width = (side if window is None else min(side, window) for side in shape[1:])
         size, device = height * width, self.family.device
@@ -135,18 +140,24 @@ class Pipeline:
         can_try = not self.family.is_compiled and config.guidance.interval is None
 
         @torch.inference_mode()
-        def trial(rows: int) -> Tensor:
-            noise = initial_noise([replace(requests[0], seed=seed) for seed in range(rows)], shape, device)
+        def trial(request: ImageRequest, rows: int) -> Tensor:
+            noise = initial_noise([replace(request, seed=seed) for seed in range(rows)], shape, device)
             level = Level(self.family.process.num_timesteps / 2, 0.5**0.5, 0.5**0.5)
-            return sampler.predictor([requests[0]] * rows)(noise, level)
+            return sampler.predictor([request] * rows)(noise, level)
 
-        def enough(count: int, full: int) -> int:
-            question = count, full, shape, window, config.guidance
+        def enough(request: ImageRequest, count: int, full: int) -> int:
+            question = count, full, shape, window, config.guidance, sampler.conditions.num_chunks(request)
             if question not in self._enough:
-                self._enough[question] = enough_rows(trial, count, full)
+                self._enough[question] = enough_rows(partial(trial, request), count, full)
             return self._enough[question]
 
-        return row_groups(len(requests), DENOISED_PIXELS, size, device, config.batch_size, enough if can_try else None)
+        start = 0
+        for _, alike in groupby(requests, key=sampler.conditions.num_chunks):
+            first, *others = alike
+            ask = partial(enough, first) if can_try else None
+            for images, rows in row_groups(1 + len(others), DENOISED_PIXELS, size, device, config.batch_size, ask):
+                yield slice(start + images.start, start + images.stop), rows
+            start += 1 + len(others)
 
     def _watched(
         self, predict: CleanPredictor, progress: Progress, images: slice, options: SampleOptions
@@ -171,8 +182,9 @@ class Pipeline:
 
 def _nonfinite(request: ImageRequest, x0: Tensor, sampler: LatentSampler) -> DivergedError:
     """The error that names a picture that is not finite, and the first network whose output is not."""
-    prompts = [request.prompt, sampler.config.negative, *([request.blend.prompt] if request.blend else [])]
-    conditions = [tensor for prompt in prompts for tensor in sampler.conditions[prompt].tensors.values()]
+    chunks = sampler.conditions.num_chunks(request)
+    rows = [sampler.conditions.rows[prompt, chunks] for prompt in prompts_of(request, sampler.config.negative)]
+    conditions = [tensor for row in rows for tensor in row.tensors.values()]
     if not all(bool(tensor.isfinite().all()) for tensor in conditions):
         culprit = "the text encoder"
     else:

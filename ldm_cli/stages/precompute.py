@@ -120,9 +120,11 @@ def _folder(recipe: TrainUnetRecipe, options: RunOptions, shards: ShardSet) -> P
 
 def _sample_bytes(recipe: TrainUnetRecipe, key: CacheKey) -> int:
     """What a sample takes in a latents file, about."""
-    side = recipe.data.image_size
-    moments = outline_codec(Path(recipe.vae)).moments(torch.empty(1, 3, side, side, device="meta"))
+    side, codec = recipe.data.image_size, outline_codec(Path(recipe.vae))
+    moments = codec.moments(torch.empty(1, 3, side, side, device="meta"))
     numbers = sum(tensor.numel() for tensor in moments.values())
+    if recipe.data.mask is not None:
+        numbers += (side // codec.factor) ** 2
     return numbers * len(key.flips) * DTYPES[key.dtype].itemsize + _TAR_OVERHEAD
 
 

@@ -198,6 +198,8 @@ def fitted_config(recipe: TrainUnetRecipe, codec: Codec, texts: Sequence[CLIPTex
     """
     config, text_width = recipe.model, sum(text.hidden_size for text in texts)
     problems = size_problems(config, texts[-1].projection_dim) if recipe.text_encoder_2 else []
+    if (recipe.clip_skip or 1) > (layers := min(text.num_hidden_layers for text in texts)):
+        problems.append(f"clip_skip={recipe.clip_skip}, but a text encoder has {layers} layers")
     channels = codec.channels
     if config.in_channels != channels or config.out_channels != channels:
         problems.append(

@@ -21,9 +21,12 @@ from PIL import Image
 
 from ldm_cli.data.bad_samples import BadSample, BadSampleLog, read_bad_samples
 from ldm_cli.data.batch import Batch
+from ldm_cli.data.config import DataConfig
 from ldm_cli.data.loader import Loader, sequential_batches
+from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.prefetch import prefetched
 from ldm_cli.errors import DataError, WorkerError
+from ldm_cli.reporting import SilentReporter
 from tests.data.tars import numbered_sample, numbered_shards, opened, png, write_tar
 
 RANDOM = {"crop": "random", "flip_probability": 0.5, "shuffle_window": 2, "image_size": 8}
@@ -123,6 +126,36 @@ def test_ranks_together_take_the_batch_that_one_takes(folder: Path) -> None:
         assert [key for part in parts for key in part.keys] == alone.keys
     with pytest.raises(ValueError, match="world_size=3"):
         _loader(folder, rank=0, world_size=3)
+
+
+@pytest.mark.parametrize("mixed", [{}, {"weights": [1.0, 1.0]}])
+def test_samples_carry_the_loss_weight_of_their_source_also_in_place_of_bad_ones(
+    tmp_path: Path, mixed: dict[str, Any]
+) -> None:
+    numbered_shards(tmp_path / "d", [4, 5, 6])
+    broken = [(name, b"" if name.endswith("png") else data) for name, data in numbered_sample(4)]
+    write_tar(tmp_path / "d/001.tar", [*broken, *(m for n in range(5, 9) for m in numbered_sample(n))])
+    sources = [str(tmp_path / "d/000.tar"), str(tmp_path / "d/00[12].tar")]
+    config = DataConfig.from_mapping(
+        {"shards": sources, "image_size": 8, "loss_weights": [1, 0.25], "max_bad_fraction": 1, **mixed}
+    )
+    shards = open_shards(config.shards, config, SilentReporter())
+    seen = set()
+    for batch in Loader(shards, config, seed=0, batch_size=4).batches(0, 20):
+        assert batch.loss_weights is not None
+        assert batch.loss_weights.dtype == torch.float32
+        for caption, weight in zip(batch.captions, batch.loss_weights.tolist(), strict=True):
+            number = int(caption.split()[1])
+            assert weight == (1 if number < 4 else 0.25)
+            seen.add(number)
+    assert seen == {*range(15)} - {4}
+
+
+def test_loss_weights_need_a_number_for_each_source_and_an_index() -> None:
+    with pytest.raises(ValueError, match="loss_weights has 2 numbers, shards has 1"):
+        DataConfig.from_mapping({"shards": "a.tar", "loss_weights": [1, 1]})
+    with pytest.raises(ValueError, match="stream cannot choose samples: remove loss_weights"):
+        DataConfig.from_mapping({"shards": "a.tar", "loss_weights": [2], "stream": True})
 
 
 def test_seeds_change_order_crops_and_flips(folder: Path) -> None:

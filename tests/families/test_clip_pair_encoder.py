@@ -13,6 +13,7 @@ from ldm_cli.core.models.clip_config import CLIPTextConfig
 from ldm_cli.errors import CheckpointError
 from ldm_cli.families.clip_pair_encoder import CLIPPairEncoder
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
+from ldm_cli.families.prompt_chunks import PromptReading
 from tests.sampling.tiny import TEXT, randomize, special_ids, tiny_tokenizer
 
 
@@ -26,7 +27,7 @@ def pair(lengths: tuple[int, int] = (12, 12), zeroes_empty: bool = True) -> CLIP
 
 
 def states(encoder: CLIPPairEncoder, prompt: str, warn: Callable[[str], None] = pytest.fail) -> tuple[Tensor, Tensor]:
-    condition = encoder.encode_prompts([prompt], weighted=True, warn=warn)
+    condition = encoder.encode_prompts([prompt], PromptReading(weighted=True), num_chunks=1, warn=warn)
     assert condition.tokens is not None
     assert condition.pooled is not None
     return condition.tokens, condition.pooled

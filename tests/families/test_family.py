@@ -19,6 +19,7 @@ from ldm_cli.core.condition import Condition
 from ldm_cli.errors import CheckpointError, InputNotFoundError
 from ldm_cli.families.family import Family
 from ldm_cli.families.open_family import open_family
+from ldm_cli.families.prompt_chunks import PromptReading
 from ldm_cli.formats.json_file import write_json
 from ldm_cli.formats.model_folder import load_weights
 from ldm_cli.formats.save_model import save_model
@@ -49,7 +50,15 @@ class ClassNames:
 
     key: ClassVar[dict[str, str]] = {}
 
-    def encode_prompts(self, prompts: Sequence[str], *, weighted: bool, warn: Callable[[str], None]) -> Condition:
+    def check(self, reading: PromptReading) -> None:
+        pass
+
+    def num_chunks(self, prompt: str, reading: PromptReading) -> int:
+        return 1
+
+    def encode_prompts(
+        self, prompts: Sequence[str], reading: PromptReading, *, num_chunks: int, warn: Callable[[str], None]
+    ) -> Condition:
         classes = {"red": 1, "blue": 2}
         return Condition(pooled=torch.tensor([classes.get(prompt, 0) for prompt in prompts]))
 

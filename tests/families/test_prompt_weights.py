@@ -1,9 +1,12 @@
 import pytest
 import torch
 
+from ldm_cli.families.prompt_chunks import PromptReading
 from ldm_cli.families.prompt_weights import parse_weights
 from ldm_cli.reporting import SilentReporter
 from tests.sampling.tiny import tiny_pipeline
+
+WEIGHTED = PromptReading(weighted=True)
 
 
 def pairs(prompt):
@@ -42,7 +45,8 @@ def pipeline():
 
 
 def states(pipeline, prompt, weighted=True):
-    return pipeline.family.encoder.encode_prompts([prompt], weighted=weighted, warn=list).tokens
+    reading = PromptReading(weighted=weighted)
+    return pipeline.family.encoder.encode_prompts([prompt], reading, num_chunks=1, warn=list).tokens
 
 
 def test_weight_one_is_the_plain_prompt_bit_for_bit(pipeline):
@@ -70,13 +74,14 @@ def test_without_weighting_the_syntax_is_text(pipeline):
 
 def test_prompts_of_one_batch_do_not_see_one_another(pipeline):
     prompts = ["a red circle", "a (red:1.5) circle", "(blue:0.5) (square:2)", ""]
-    together = pipeline.family.encoder.encode_prompts(prompts, weighted=True, warn=list).tokens
+    together = pipeline.family.encoder.encode_prompts(prompts, WEIGHTED, num_chunks=1, warn=list).tokens
     torch.testing.assert_close(together, torch.cat([states(pipeline, prompt) for prompt in prompts]))
 
 
 def test_a_weighted_prompt_that_is_cut_says_so(pipeline):
     reporter = SilentReporter()
     prompt = "(red circle:1.2) " * 60 + "zebra"
-    encoded = pipeline.family.encoder.encode_prompts([prompt], weighted=True, warn=reporter.warn).tokens
+    encoded = pipeline.family.encoder.encode_prompts([prompt], WEIGHTED, num_chunks=1, warn=reporter.warn).tokens
     assert encoded.shape == (1, 40, 24)
     assert "zebra" in reporter.messages[0]
+    assert "--long-prompts (sampling.long_prompts=true) keeps it" in reporter.messages[0]

@@ -19,12 +19,12 @@ diffusers = pytest.importorskip("diffusers")
 
 
 def our_images(pipeline, **fields):
-    config = SamplingConfig(steps=5, guidance=7.5, negative=NEGATIVE, **fields)
+    config = SamplingConfig(**({"steps": 5, "guidance": 7.5, "negative": NEGATIVE} | fields))
     requests = [ImageRequest(prompt, 0) for prompt in PROMPTS]
     return torch.stack([image.pixels for image in pipeline.generate(requests, config, latents())])
 
 
-def their_images(folder, sampler=None):
+def their_images(folder, sampler=None, **options):
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     if sampler is not None:
@@ -35,9 +35,9 @@ def their_images(folder, sampler=None):
         PROMPTS,
         negative_prompt=[NEGATIVE] * 2,
         num_inference_steps=5,
-        guidance_scale=7.5,
         latents=latents(),
         output_type="np",
+        **({"guidance_scale": 7.5} | options),
     )
     return (torch.from_numpy(result.images).permute(0, 3, 1, 2) * 255).round().to(torch.uint8)
 
@@ -52,6 +52,17 @@ def assert_equal_pictures(ours, theirs):
 def test_pndm_folder_written_by_diffusers_is_sampled_as_diffusers_samples_it(tmp_path, sampler):
     folder = their_folder(tmp_path, scheduler("pndm"))
     assert_equal_pictures(our_images(loaded_pipeline(folder), sampler=sampler), their_images(folder, sampler))
+
+
+def test_the_last_layer_but_one_of_the_text_encoder_is_what_diffusers_calls_one(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers.CLIPTextModel, "text_model"):  # diffusers looks for the norm there
+        monkeypatch.setattr(transformers.CLIPTextModel, "text_model", property(lambda tower: tower), raising=False)
+    folder = their_folder(tmp_path, scheduler("ddim"))
+    # Without guidance: diffusers takes the last layer of the negative prompt all the same.
+    ours = our_images(loaded_pipeline(folder), sampler="ddim", clip_skip=2, guidance=1.0)
+    assert_equal_pictures(ours, their_images(folder, clip_skip=1, guidance_scale=1.0))
+    assert not torch.equal(ours, our_images(loaded_pipeline(folder), sampler="ddim", guidance=1.0))
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m"])

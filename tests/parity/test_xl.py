@@ -15,6 +15,7 @@ from ldm_cli.core.models.clip_config import CLIPTextConfig
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.errors import CheckpointError
 from ldm_cli.families.open_family import open_family, outline_family
+from ldm_cli.families.prompt_chunks import PromptReading
 from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.sampling.config import SamplingConfig
@@ -89,7 +90,7 @@ def test_the_empty_prompt_is_zeros_where_the_folder_says_so(tmp_path: Path) -> N
     change(folder / "model_index.json", force_zeros_for_empty_prompt=True)
     assert_alike(ours(folder), theirs(folder))
     assert not torch.equal(ours(folder), encoded)
-    empty = open_family(folder).encoder.encode_prompts([""], weighted=False, warn=pytest.fail)
+    empty = open_family(folder).encoder.encode_prompts([""], PromptReading(), num_chunks=1, warn=pytest.fail)
     assert not any(tensor.any() for tensor in empty.tensors.values())
 
 

@@ -148,6 +148,11 @@ def test_a_job_names_commands_of_all_its_prompts_in_one_message(family: Family) 
     assert "'BREAK', '<lora:x:1>', 'AND', …: commands of other programs" in message
 
 
+def test_a_break_is_a_command_that_is_known_where_prompts_may_be_long(family: Family) -> None:
+    job = make_job(["a BREAK b"], SamplingConfig(long_prompts=True, negative="c BREAK"), EditConfig())
+    assert job_warnings(job.items, family, weighted=True) == []
+
+
 def test_a_distilled_model_has_no_use_for_what_guides_in_two_calls(family: Family) -> None:
     config = family.denoiser.config.model_copy(update={"time_cond_proj_dim": 8})
     distilled = replace(family, denoiser=type("Distilled", (), {"config": config})())

@@ -18,7 +18,7 @@ from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.denoising import visited_timesteps
 from ldm_cli.sampling.pixels import decode_pixels
-from ldm_cli.sampling.request import ImageRequest, requests_for
+from ldm_cli.sampling.request import Blend, ImageRequest, requests_for
 from tests.sampling.tiny import UNET, loaded_pipeline, tiny_pipeline
 
 QUICK = {"steps": 3, "images_per_prompt": 1}
@@ -227,3 +227,34 @@ def test_zero_snr_model_is_sampled_from_its_last_level(tmp_path):
     pipeline.family.denoiser.forward = lambda x, t, context: (seen.append(float(t[0])), forward(x, t, context))[1]
     pictures(pipeline, [ImageRequest("a", 0)], steps=4)
     assert seen[-4:] == [999, 749, 499, 249], "calls before them try how few rows will do"
+
+
+def test_long_and_short_prompts_of_a_job_give_the_pictures_of_jobs_of_their_own():
+    pipeline = tiny_pipeline(context_length=12)
+    long, blend = "a red circle, a blue square left of a green", Blend(prompt="red BREAK blue", seed=3, weight=0.3)
+    requests = [ImageRequest("a red circle", 1), ImageRequest(long, 1), ImageRequest(long, 2), ImageRequest("a", 1)]
+    requests.append(ImageRequest("a red circle", 2, blend))
+    for negative in ("", "a red circle, a blue square left of BREAK a triangle"):
+        config = SamplingConfig(steps=2, guidance=3.0, width=8, height=8, long_prompts=True, negative=negative)
+        together = list(pipeline.generate(requests, config))
+        assert [image.index for image in together] == [0, 1, 2, 3, 4]
+        for image, request in zip(together, requests, strict=True):
+            (alone,) = pipeline.generate([request], config)
+            assert torch.equal(alone.pixels, image.pixels)
+    messages = SilentReporter()
+    (cut,) = pipeline.generate(requests[1:2], config.model_copy(update={"long_prompts": False}), reporter=messages)
+    assert not torch.equal(cut.pixels, together[1].pixels)
+    assert len(messages.messages) == 2, "prompt and negative prompt"
+
+
+def test_another_layer_of_the_text_encoder_makes_another_picture_and_none_beyond_the_first_exists():
+    pipeline, request = tiny_pipeline(), ImageRequest("a red circle", 1)
+    config = SamplingConfig(steps=2, width=8, height=8)
+    last, *others = (
+        next(pipeline.generate([request], config.model_copy(update={"clip_skip": skip}))).pixels
+        for skip in (1, None, 2)
+    )
+    assert torch.equal(last, others[0])
+    assert not torch.equal(last, others[1])
+    with pytest.raises(UsageError, match="clip_skip=3 is not possible: a text encoder has 2 layers"):
+        next(pipeline.generate([request], config.model_copy(update={"clip_skip": 3})))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load
 
 from ldm_cli.core.cpu.group_norm import TunedGroupNorm
@@ -96,6 +98,24 @@ def test_training_from_a_cache_gives_the_same_weights_and_losses(parts: Parts, t
     recipe = unet_recipe(*parts, steps=9, ema_decay=0.9, log_every=1, save_every=9, micro_batch=4)
     recipe["data"]["flip_probability"] = flip
     assert_a_cache_changes_nothing(recipe, tmp_path)
+
+
+def test_masks_out_of_a_cache_are_those_of_training(parts: Parts, tmp_path: Path) -> None:
+    members = []
+    for number in range(12):
+        mask = Image.new("L", (40, 32))
+        mask.paste(255, (number, 3, 20 + number, 21))
+        stream = io.BytesIO()
+        mask.save(stream, "PNG")
+        members += [(f"{number}.png", png((20 * number, 90, 9), (40, 32))), (f"{number}.txt", b"a red circle")]
+        members += [(f"{number}.mask.png", stream.getvalue())] if number % 3 else []
+    write_tar(tmp_path / "masked.tar", members)
+    recipe = unet_recipe(*parts, steps=3, log_every=1, save_every=3)
+    recipe["data"] |= {"shards": str(tmp_path / "masked.tar"), "mask": "mask.png", "flip_probability": 0.5}
+    assert_a_cache_changes_nothing(recipe, tmp_path)
+    unmasked = trained({**recipe, "data": {**recipe["data"], "mask": None}}, tmp_path / "unmasked")
+    assert metrics(tmp_path / "unmasked")[0]["loss"] > metrics(tmp_path / "cached")[0]["loss"]
+    assert unmasked["step"] == 3
 
 
 def test_no_encoder_runs_in_a_step_from_a_cache(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,7 +141,10 @@ def various(pictures, tmp_path):
         *({"sampling": {"sampler": s, "seed": 40}} for s in ("ddpm", "euler_ancestral", "heun", "dpmpp_sde", "unipc")),
         {"sampling": {"sampler": "ddim", "eta": 0.7, "negative": "(green:0.5), é"}, "weighted_words": False},
         {"sampling": {"guidance": guided, "timestep_spacing": "karras", "sampler": "euler"}},
-        {"sampling": {"guidance": {"scale": 5.0, "apg": {}, "threshold": {"limit": 2.0}}}},
+        {
+            "sampling": {"guidance": {"scale": 5.0, "apg": {}}, "clip_skip": 2, "long_prompts": True},
+            "prompts": ["red BREAK blue"],
+        },
         {"sampling": {"guidance": 1.0, "precision": "bf16", "width": 24, "height": 16}},
         {"edit": {"image": image, "strength": 0.5}},
         {"edit": {"image": image, "mask": mask}, "sampling": {"sampler": "dpmpp_2m_sde"}},
@@ -221,6 +224,7 @@ def test_every_format_can_be_repeated_and_be_without_metadata(model, tmp_path, s
 
 def test_the_text_for_web_uis_names_what_they_know(model, pictures, tmp_path):
     fields = {"sampling": {"sampler": "dpmpp_2m", "timestep_spacing": "karras", "negative": "a, b", "seed": 7}}
+    fields["sampling"]["clip_skip"] = 2
     drawn = draw(model, tmp_path, edit={"image": pictures["image"], "strength": 0.5}, **fields)["images"][0]["file"]
     with Image.open(drawn) as image:
         found = parse_parameters(image.text["parameters"])
@@ -236,6 +240,7 @@ def test_the_text_for_web_uis_names_what_they_know(model, pictures, tmp_path):
         "CFG scale": "3.0",
         "Seed": "7",
         "Size": "16x16",
+        "Clip skip": "2",
         "Denoising strength": "0.5",
     }
 

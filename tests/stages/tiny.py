@@ -62,7 +62,12 @@ def vae_recipe(
 
 
 def unet_recipe(
-    scenes: Path, clip: Path, vae: Path, diffusion: Mapping[str, Any] | None = None, **train: Any
+    scenes: Path,
+    clip: Path,
+    vae: Path,
+    diffusion: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    **train: Any,
 ) -> dict[str, Any]:
     model = {
         "in_channels": 3,
@@ -76,7 +81,7 @@ def unet_recipe(
         "cross_attention_dim": 16,
     }
     samples = {"num_prompts": 2, "sampling": {"steps": 2, "images_per_prompt": 1}}
-    return _base("train-unet", scenes, {}, train) | {
+    return _base("train-unet", scenes, data or {}, train) | {
         "vae": str(vae),
         "text_encoder": str(clip),
         "unet": model,

@@ -29,8 +29,11 @@ def diffusion_loss(
     a: Tensor,
     b: Tensor,
     snr_gamma: float | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Weighted mean squared error of the network's prediction, float32 [B].
+
+    The mean is that over all positions, masked or not: a position counts the same however many others do.
 
     Args:
         prediction: what is predicted.
@@ -38,10 +41,12 @@ def diffusion_loss(
         x0, noise: [B, …].
         a, b: levels, [B].
         snr_gamma: γ of the min-SNR weights; None weighs every level alike.
+        mask: how much each position counts, 0 … 1, [B, 1, …]; None: all in full. Where it is 0 the gradient is 0.
     """
     target = prediction.target(x0, noise, _per_sample(a, x0), _per_sample(b, x0))
     # In float32 whatever autocast did: squares of half-precision errors lose their small values.
-    loss = (model_output.float() - target.float()).square().flatten(1).mean(dim=1)
+    squares = (model_output.float() - target.float()).square()
+    loss = (squares if mask is None else squares * mask).flatten(1).mean(dim=1)
     if snr_gamma is None:
         return loss
     return loss * prediction.min_snr_weight(a, b, snr_gamma).to(loss.dtype)

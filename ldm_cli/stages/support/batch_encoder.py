@@ -8,17 +8,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from ldm_cli.core.condition import Condition
 from ldm_cli.core.pixels import to_signed
 from ldm_cli.core.precision import autocast
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.cache_manifest import CacheKey
-from ldm_cli.data.latent_cache import LatentCache
+from ldm_cli.data.latent_cache import MASK, LatentCache
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import RecipeError
 from ldm_cli.families.clip_pair_encoder import CLIPPairEncoder, pair_key
-from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, encoder_key, tokenizer_folder
+from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, clip_skip_of, encoder_key, tokenizer_folder
 from ldm_cli.families.codec_folder import open_codec
 from ldm_cli.families.family import model_sha256, place
 from ldm_cli.recipe.schema import TrainUnetRecipe
@@ -41,11 +42,13 @@ class BatchEncoder:
 
     def __init__(self, recipe: TrainUnetRecipe, device: torch.device, warn: Callable[[str], None]) -> None:
         self.codec, text = open_codec(Path(recipe.vae)), Path(recipe.text_encoder)
+        skip, chunks = recipe.clip_skip, recipe.caption_chunks
         self.encoder: CLIPTextEncoder | CLIPPairEncoder
         if recipe.text_encoder_2:
-            self.encoder = CLIPPairEncoder.load(text, Path(recipe.text_encoder_2), warn)
+            second = Path(recipe.text_encoder_2)
+            self.encoder = CLIPPairEncoder.load(text, second, warn, clip_skip=skip, caption_chunks=chunks)
         else:
-            self.encoder = CLIPTextEncoder.load(text, warn=warn)
+            self.encoder = CLIPTextEncoder.load(text, warn, clip_skip=skip, caption_chunks=chunks)
         place(device, torch.float32, self.codec, *self.encoder.models, channels_last=recipe.train.channels_last)
         self._device, self._precision = device, recipe.train.precision
         self.adapts_text = False
@@ -57,15 +60,19 @@ class BatchEncoder:
     def __call__(self, batch: Batch) -> tuple[dict[str, Tensor], Condition]:
         """Moments and conditions of a prepared batch on the device: out of the cache, or computed."""
         if batch.moments is None or batch.condition is None:
-            return self.moments(batch.images), self.condition_of(batch.tokens)
+            return self.moments(batch.images, batch.masks), self.condition_of(batch.tokens)
         moments = {name: tensor.float() for name, tensor in batch.moments.items()}
         return moments, Condition(**batch.condition).map(_as_float32)
 
     @torch.no_grad()
-    def moments(self, images: Tensor) -> dict[str, Tensor]:
-        """Images uint8 [B, 3, H, W] → the codec's moments."""
+    def moments(self, images: Tensor, masks: Tensor | None = None) -> dict[str, Tensor]:
+        """Images uint8 [B, 3, H, W] → the codec's moments; masks uint8 [B, 1, H, W] → `mask`, averaged over each
+        latent's pixels, float32 [B, 1, h, w] in 0 … 1."""
         with autocast(self._device, self._precision):
-            return self.codec.moments(to_signed(images, self._device))
+            moments = self.codec.moments(to_signed(images, self._device))
+        if masks is not None:
+            moments[MASK] = avg_pool2d(masks.to(self._device).float() / 255, self.codec.factor)
+        return moments
 
     def condition(self, captions: Sequence[str]) -> Condition:
         """B captions → B rows."""
@@ -112,8 +119,10 @@ def cache_key(recipe: TrainUnetRecipe) -> CacheKey:
         text_key = pair_key(text, Path(recipe.text_encoder_2))
     else:
         text_key = encoder_key(text, Tokenizer.load(tokenizer_folder(text)))
-    names = ("image_size", "crop", "background", "max_pixels", "max_member_bytes")
+    names = ("image_size", "crop", "background", "max_pixels", "max_member_bytes", "mask")
     preparation = {f"data.{name}": value for name, value in data.to_mapping().items() if name in names}
+    text_key["clip_skip"] = str(recipe.clip_skip or clip_skip_of(text))
+    text_key["caption_chunks"] = str(recipe.caption_chunks)
     precision = {"train.precision": recipe.train.precision}
     probability = data.flip_probability
     return CacheKey(

@@ -27,16 +27,18 @@ _NEVER = 2.0  # a random number above every probability
 
 @dataclass(frozen=True)
 class Pictures:
-    """Consecutive samples of a shard: images uint8 [n, 3, S, S] and `picture_sizes` [n, 6] of the good ones, and why
-    others are bad."""
+    """Consecutive samples of a shard: images uint8 [n, 3, S, S], masks uint8 [n, 1, S, S] if the recipe names some, and
+    `picture_sizes` [n, 6] of the good ones, and why others are bad."""
 
     images: Tensor
+    masks: Tensor | None
     sizes: Tensor
     bad: dict[int, tuple[str, str]]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Pictures:
-        """The pictures with `change` applied to the images; the sizes are needed on the host."""
-        return replace(self, images=change(self.images))
+        """The pictures with `change` applied to images and masks; the sizes are needed on the host."""
+        masks = None if self.masks is None else change(self.masks)
+        return replace(self, images=change(self.images), masks=masks)
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Chunks:
         """Read and decode chunk `number`."""
         shard, samples = self._chunks[number]
         images: list[Tensor] = []
+        masks: list[Tensor] = []
         sizes: list[Tensor] = []
         bad: dict[int, tuple[str, str]] = {}
         for sample in samples:
@@ -71,9 +74,10 @@ class Chunks:
                 assert found.sizes is not None
                 images.append(found.image)
                 sizes.append(found.sizes)
+                masks += [] if found.mask is None else [found.mask]
         if not images:
-            return Pictures(torch.empty(0), torch.empty(0), bad)
-        return Pictures(torch.stack(images), torch.stack(sizes), bad)
+            return Pictures(torch.empty(0), None, torch.empty(0), bad)
+        return Pictures(torch.stack(images), torch.stack(masks) if masks else None, torch.stack(sizes), bad)
 
     def ahead(self) -> Generator[Pictures]:
         """All of them in order, made by a thread or by `data.num_workers` processes."""
@@ -102,7 +106,7 @@ class CacheEncoder:
             DivergedError: some are not finite.
         """
         size = len(pictures.images) + len(pictures.bad)
-        moments = self._moments(pictures.images) | self._sizes(pictures.sizes)
+        moments = self._moments(pictures.images, pictures.masks) | self._sizes(pictures.sizes)
         return EncodedChunk(moments_files(moments), pictures.bad, size)
 
     def conditions(self, captions: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -111,8 +115,9 @@ class CacheEncoder:
         fields = {name: self._kept(tensor) for name, tensor in self._encoder.condition(filled).tensors.items()}
         return [{name: tensor[i] for name, tensor in fields.items()} for i in range(len(captions))]
 
-    def _moments(self, images: Tensor) -> dict[str, Tensor]:
-        """Moments of images [n, 3, S, S], as they are and mirrored, as the recipe asks; each [n, C, h, w]."""
+    def _moments(self, images: Tensor, masks: Tensor | None) -> dict[str, Tensor]:
+        """Moments of images [n, 3, S, S] and their masks, as they are and mirrored, as the recipe asks; each
+        [n, C, h, w]."""
         if not len(images):
             return {}
         number = len(images)
@@ -121,7 +126,8 @@ class CacheEncoder:
         moments: dict[str, Tensor] = {}
         for mirrored in self._key.flips:
             suffix = MIRRORED if mirrored else ""
-            encoded = self._encoder.moments(images.flip(-1) if mirrored else images)
+            own = masks.flip(-1) if mirrored and masks is not None else masks
+            encoded = self._encoder.moments(images.flip(-1) if mirrored else images, own)
             moments |= {name + suffix: tensor for name, tensor in encoded.items()}
         return {name: self._kept(tensor[:number]) for name, tensor in moments.items()}
 

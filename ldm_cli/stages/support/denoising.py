@@ -14,6 +14,7 @@ from ldm_cli.core.condition import Condition
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.diffusion.loss import add_noise, diffusion_loss
 from ldm_cli.data.batch import Batch
+from ldm_cli.data.latent_cache import MASK
 from ldm_cli.families.family import Family
 from ldm_cli.pictures.grid import image_grid
 from ldm_cli.pictures.images import save_image
@@ -28,7 +29,7 @@ _NUM_NOISE_LEVELS = 5
 _PURPOSES = ("posterior noise", "noise", "timestep", "caption dropout")
 
 Encoded = tuple[Batch, Mapping[str, Tensor], Condition]
-"""A batch, the codec's moments of its images, and its conditions."""
+"""A batch, the codec's moments of its images with the masks at their size, and its conditions."""
 
 
 class Denoising:
@@ -49,10 +50,15 @@ class Denoising:
         self._fixed_keys = {purpose: philox.key(seed, f"validation {purpose}") for purpose in _PURPOSES}
 
     def loss(self, batch: Batch, moments: Mapping[str, Tensor], condition: Condition) -> Tensor:
-        """The mean error of a batch, a scalar; each sample has its own level, noise and dropout."""
+        """The mean error of a batch, a scalar; each sample has its own level, noise and dropout.
+
+        Of pictures of a subject and of its class, mixed 1:1, the latter with loss weight λ, it is on average half of
+        DreamBooth's loss (Ruiz et al. 2022, arXiv:2208.12242, eq. 2).
+        """
         dropped = philox.uniform(self._keys["caption dropout"], batch.epoch, batch.position, 1)[:, 0]
         condition = condition.replaced(dropped < self.config.caption_dropout, self.empty)
-        return self._error(batch, moments, condition, self.levels(batch.epoch, batch.position), self._keys).mean()
+        errors = self._error(batch, moments, condition, self.levels(batch.epoch, batch.position), self._keys)
+        return (errors if batch.loss_weights is None else errors * batch.loss_weights).mean()
 
     def levels(self, epoch: Tensor, position: Tensor) -> Tensor:
         """u of `Process.at` for each sample: float32 [B], in (0, 1)."""
@@ -103,7 +109,8 @@ class Denoising:
             condition = condition.with_sizes(batch.sizes)
         a, b, time = family.process.at(u)
         output = family.denoiser(add_noise(latents, noise, a, b), time, condition)
-        return diffusion_loss(family.process.prediction, output, latents, noise, a, b, self.config.snr_gamma)
+        gamma, mask = self.config.snr_gamma, moments.get(MASK)
+        return diffusion_loss(family.process.prediction, output, latents, noise, a, b, gamma, mask)
 
 
 def _normal(key: philox.Key, batch: Batch, like: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from ldm_cli.errors import CheckpointError, InputNotFoundError, UsageError
 from ldm_cli.families.codec_folder import open_codec
 from ldm_cli.families.family import Family, place
 from ldm_cli.families.open_family import resolve_model
+from ldm_cli.families.prompt_chunks import PromptReading
 from ldm_cli.formats.hub import recorded
 from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.formats.weight_files import refuse_foreign_content, tensors_sha256
@@ -109,6 +110,7 @@ class PictureGenerator:
                     )
             sized = self._sized(sampling, self._edit_input(sampling, edit))
             family, (_, *latent_size) = self.pipeline.family, self.pipeline.latent_shape(sized)
+            family.encoder.check(PromptReading(clip_skip=sampling.clip_skip))
             visited_timesteps(family.process_at((latent_size[0], latent_size[1])), family.settings, sized)
 
     @cached_property

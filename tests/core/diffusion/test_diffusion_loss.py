@@ -55,3 +55,17 @@ def test_noised_samples_keep_the_type_of_the_samples_at_levels_in_float64():
 def test_levels_of_another_batch_size_are_refused_with_both_shapes():
     with pytest.raises(ValueError, match=r"\(2,\).*\(3, 4\)"):
         add_noise(torch.zeros(3, 4), torch.zeros(3, 4), torch.ones(2), torch.ones(2))
+
+
+@pytest.mark.parametrize("gamma", [None, 5.0])
+def test_a_mask_weighs_positions_and_leaves_no_gradient_where_it_is_zero(gamma):
+    prediction, x0, noise, a, b = draw("v_prediction")
+    generator = torch.Generator().manual_seed(3)
+    output = torch.randn(4, 3, 6, 6, generator=generator, requires_grad=True)
+    mask = torch.tensor([0.0, 0.25, 1.0])[torch.randint(3, (4, 1, 6, 6), generator=generator)]
+    plain, masked = (diffusion_loss(prediction, output, x0, noise, a, b, gamma, m) for m in (None, mask))
+    (whole,) = torch.autograd.grad(plain.sum(), output)
+    (part,) = torch.autograd.grad(masked.sum(), output)
+    assert (part[(mask == 0).expand_as(part)] == 0).all()
+    torch.testing.assert_close(part, whole * mask)
+    assert torch.equal(diffusion_loss(prediction, output, x0, noise, a, b, gamma, torch.ones_like(mask)), plain)
