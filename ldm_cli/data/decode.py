@@ -109,7 +109,8 @@ def decode_rgb(data: bytes, background: Color, max_pixels: int, min_side: int | 
 def image_header(data: bytes, max_pixels: int) -> tuple[str, int, int]:
     """Pillow's name of the format, and width and height as `decode_rgb` gives them: upright.
 
-    Only the header is read; raises as `decode_rgb`.
+    Only the header is read. A PNG is decoded if there is no EXIF before its pixels: it may follow them. Raises as
+    `decode_rgb`.
     """
     image = _open(data, max_pixels)
     is_turned = _orientation(image) >= 5 and image.format != "TIFF"  # Pillow gives the upright size of a TIFF

@@ -18,8 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm_cli.cli.app import run as run_program
-from ldm_cli.core.models.clip import CLIPModel
-from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.data.tokenizer_config import TokenizerConfig
 from ldm_cli.errors import DataError, InputNotFoundError, OutputError, UsageError
@@ -27,13 +25,12 @@ from ldm_cli.evaluation.config import PICTURE_METRICS
 from ldm_cli.evaluation.frechet import Moments, frechet_distance
 from ldm_cli.evaluation.kernel_distances import clip_maximum_mean_discrepancy, kernel_inception_distance
 from ldm_cli.formats.npz import read_npz, write_npz
-from ldm_cli.formats.save_model import save_model
-from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages.compare import CompareOptions, run
 from tests.evaluation.inception_weights import inception_weights
 
 from ..training.forked import ForkedRanks
+from .tiny import save_random_clip
 
 SIDE = 24
 
@@ -58,17 +55,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer.train(["a red circle"], TokenizerConfig())
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        text = CLIPTextConfig(
-            vocab_size=tokenizer.vocab_size, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-            num_attention_heads=2, max_position_embeddings=8, bos_token_id=tokenizer.start_id,
-            eos_token_id=tokenizer.end_id, pad_token_id=tokenizer.pad_id,
-        )  # fmt: skip
-        vision = CLIPVisionConfig(
-            image_size=16, patch_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
-        )
-        clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=4))
-    save_model(home / "clip", clip.state_dict(), clip.config.to_hugging_face(), TRANSFORMERS_WEIGHTS)
-    tokenizer.save(home / "clip")
+        save_random_clip(home / "clip", tokenizer)
     return home
 
 

@@ -9,6 +9,11 @@ from typing import Any
 
 import pytest
 
+from ldm_cli.core.models.clip import CLIPModel
+from ldm_cli.core.models.clip_config import CLIPConfig
+from ldm_cli.data.tokenizer import Tokenizer
+from ldm_cli.formats.save_model import save_model
+from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.reporting import Reporter, SilentReporter
 from ldm_cli.stages import train_clip, train_unet, train_vae
@@ -103,6 +108,18 @@ def trained(
 def losses(run: Path) -> list[float]:
     """The logged losses."""
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def save_random_clip(folder: Path, tokenizer: Tokenizer) -> CLIPModel:
+    """Write a CLIP of images of 16 px with random weights, and its tokenizer."""
+    text = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": 32, "bos_token_id": tokenizer.start_id}
+    text |= {"eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.pad_id}
+    vision = _TOWER | {"image_size": 16, "patch_size": 8}
+    sections = {"text_config": _TOWER | text, "vision_config": vision, "projection_dim": 8}
+    clip = CLIPModel(CLIPConfig.from_mapping(sections))
+    save_model(folder, clip.state_dict(), clip.config.to_hugging_face(), TRANSFORMERS_WEIGHTS)
+    tokenizer.save(folder)
+    return clip
 
 
 class Lost(BaseException):

@@ -9,8 +9,7 @@ import torch
 
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
-from ldm_cli.core.models.clip import CLIPModel, CLIPTextModel
-from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from ldm_cli.core.models.clip import CLIPTextModel
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.data import scene_vocabulary as words
@@ -21,9 +20,10 @@ from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
 from ldm_cli.families.stable_diffusion import StableDiffusion
 from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.scheduler_file import our_settings
-from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS
 from ldm_cli.recipe.schema import EvalRecipe
 from ldm_cli.reporting import SilentReporter
+
+from .tiny import save_random_clip
 
 
 def write_home(home: Path, num_scenes: int = 24) -> Path:
@@ -32,16 +32,7 @@ def write_home(home: Path, num_scenes: int = 24) -> Path:
     tokenizer = Tokenizer.train([scene(0, i, "val", 32).caption for i in range(24)], TokenizerConfig())
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        text = CLIPTextConfig(
-            vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-            num_attention_heads=2, max_position_embeddings=32, bos_token_id=tokenizer.start_id,
-            eos_token_id=tokenizer.end_id, pad_token_id=tokenizer.pad_id,
-        )  # fmt: skip
-        vision = CLIPVisionConfig(
-            image_size=16, patch_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-            num_attention_heads=2,
-        )  # fmt: skip
-        clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+        clip = save_random_clip(home / "clip", tokenizer)
         vae = AutoencoderKL(
             AutoencoderKLConfig(
                 block_out_channels=(8, 8),
@@ -65,9 +56,7 @@ def write_home(home: Path, num_scenes: int = 24) -> Path:
                 norm_num_groups=4,
             )
         )
-        text_encoder = CLIPTextModel(text)
-    save_model(home / "clip", clip.state_dict(), clip.config.to_hugging_face(), TRANSFORMERS_WEIGHTS)
-    tokenizer.save(home / "clip")
+        text_encoder = CLIPTextModel(clip.config.text_config)
     save_model(home / "vae", vae.state_dict(), vae.config.to_hugging_face())
     StableDiffusion(unet, vae, CLIPTextEncoder(text_encoder, tokenizer), our_settings({})).save(home / "pipeline")
     return home
