@@ -1,6 +1,6 @@
 """How many questions about drawn scenes a CLIP answers: colour, shape, size, place and number, each against chance.
 
-    python benchmarks/questions.py MODEL [SCENES]
+python benchmarks/questions.py MODEL [SCENES]
 """
 
 from __future__ import annotations
