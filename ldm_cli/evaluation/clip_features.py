@@ -83,5 +83,5 @@ def _central_square(image: Tensor) -> Tensor:
 def _finite(features: Tensor, of_what: str) -> Tensor:
     # A length beyond float32 would make every cosine 0.
     if not bool(torch.linalg.vector_norm(features, dim=-1).isfinite().all()):
-        raise DivergedError(f"the CLIP's features of {of_what} are not finite", remedy="give another eval.clip")
+        raise DivergedError(f"the CLIP's features of {of_what} are not finite", remedy="give another CLIP")
     return features

@@ -11,7 +11,7 @@ from collections.abc import Callable
 _YES, _NO = ("yes", "true"), ("no", "false")
 _ONE = ("one", "1", "a", "an", "a single")
 # Words that name no thing, beside the answer that does.
-_ANYTHING = r"(?:objects?|things?|shapes?|figures?|items?|pictures?|images?|ones?|it|this|that)"
+_ANYTHING = r"(?:objects?|things?|shapes?|figures?|items?|pictures?|images?|ones?)"
 _DETERMINER = re.compile(
     r"(?:a|an|the|this|that|these|those|some|my|its|no|one|two|three|four|five|\d+)\s", re.IGNORECASE
 )
@@ -53,11 +53,11 @@ def _thing(words: str) -> str:
     return re.sub(r"^(?:a|an|the|this|that|these|those|any|some)\s", "", words)
 
 
-def _attribute(answer: str, thing: str) -> str:
-    """Before the thing; in place of it where that is only `the object`: `a red circle on the left`."""
-    words = _thing(_HERE.sub("", thing))
+def _attribute(answer: str, attribute: str, thing: str) -> str:
+    """Before the thing: `a red circle on the left`; a shape in place of it where that is only `the object`."""
+    words = re.sub(r"^(?:it|this|that)\b", "object", _thing(_HERE.sub("", thing)))
     said, count = re.subn(rf"\b{_ANYTHING}\b", answer, words, count=1)
-    return _with_article(said if count else f"{answer} {words}")
+    return _with_article(said if count and attribute == "shape" else f"{answer} {words}")
 
 
 def _number(answer: str, things: str) -> str:
@@ -103,8 +103,8 @@ _PICTURE = r"(?:this|that|it|the (?:picture|image|photo)|this (?:picture|image|p
 _RULES: tuple[tuple[str, Callable[..., str | None]], ...] = (
     (rf"what(?:'s| is| are) (?:{_PICTURE}|(?:shown |there )?in {_PICTURE})", _with_article),
     (rf"what (?:do you see|can you see|does {_PICTURE} show)(?: .*)?", _with_article),
-    (r"(?:what|which) (?:colou?r|shape|size|material|texture) (?:is|are|has) (.+)", _attribute),
-    (r"what is the (?:colou?r|shape|size|material|texture) of (.+)", _attribute),
+    (r"(?:what|which) (colou?r|shape|size|material|texture) (?:is|are|has) (.+)", _attribute),
+    (r"what is the (colou?r|shape|size|material|texture) of (.+)", _attribute),
     (
         rf"(?:what|which) (?:(?:kind|type|sort) of )?\w+ (?:is|are) (?:{_PICTURE}|(?:there )?in {_PICTURE})",
         _with_article,

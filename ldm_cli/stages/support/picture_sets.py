@@ -150,6 +150,6 @@ def _listed(folder: Path) -> tuple[dict[Path, str], Mapping[str, Any]]:
     """The pictures of images.json with their prompts, and its job; both empty where there is none, or another's."""
     try:
         content = json.loads((folder / IMAGES_FILE).read_bytes())
-        return {folder / image["file"]: str(image["prompt"]) for image in content["images"]}, content["job"]
+        return {folder / image["file"]: str(image.get("prompt") or "") for image in content["images"]}, content["job"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}, {}
