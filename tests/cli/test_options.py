@@ -74,7 +74,7 @@ def test_options_of_sample_override_the_recipe(sampled: dict[str, Any], tmp_path
     arguments += ["--guidance", "2", "--size", "64x32", "--sampler", "euler", "--negative", "blurry"]
     arguments += ["--batch-size", "3", "--eta", "0.5", "--prompts", str(prompts), "-p", "last", "-p", ""]
     arguments += ["--latents", "z.safetensors", "--out", "here", "--precision", "bf16", "--overwrite", "--compile"]
-    arguments += ["--device", "cpu", "prompts=[zeroth]"]
+    arguments += ["--device", "cpu", "--long-prompts", "--clip-skip", "2", "prompts=[zeroth]"]
     assert app.run(arguments) == 0
     from ldm_cli.stages.sample import Latents
 
@@ -97,6 +97,8 @@ def test_options_of_sample_override_the_recipe(sampled: dict[str, Any], tmp_path
         "steps": 9,
         "eta": 0.5,
         "negative": "blurry",
+        "long_prompts": True,
+        "clip_skip": 2,
         "images_per_prompt": 2,
         "seed": 5,
         "width": 64,
