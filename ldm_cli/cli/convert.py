@@ -40,6 +40,9 @@ def command(
         str | None,
         given.option("--prediction-type", metavar="epsilon|v_prediction", text="What the U-Net predicts."),
     ] = None,
+    lpips_heads: Annotated[
+        Path | None, given.option("--lpips-heads", metavar="FILE", text="Heads of LPIPS, for IN of torchvision.")
+    ] = None,
     variant: given.Variant = None,
     ema: Annotated[bool, typer.Option("--ema", help="Take the averaged weights of a single file.")] = False,
     allow_pickle: Annotated[
@@ -59,7 +62,7 @@ def command(
         from ldm_cli.stages import convert
 
     options = convert.ConvertOptions(
-        dtype, shard_bytes, config, tokenizer, prediction, ema, allow_pickle, overwrite, variant
+        dtype, shard_bytes, config, tokenizer, prediction, ema, allow_pickle, overwrite, lpips_heads, variant
     )
     show_result(convert.run(source, out, options, make_reporter()), json)
 
