@@ -44,6 +44,9 @@ def command(
         list[str] | None,
         given.option("--merge-lora", metavar="FILE[=W]", text="Put adapters into the weights; may be repeated."),
     ] = None,
+    lpips_heads: Annotated[
+        Path | None, given.option("--lpips-heads", metavar="FILE", text="Heads of LPIPS, for IN of torchvision.")
+    ] = None,
     variant: given.Variant = None,
     ema: Annotated[bool, typer.Option("--ema", help="Take the averaged weights of a single file.")] = False,
     allow_pickle: Annotated[
@@ -64,7 +67,7 @@ def command(
 
     loras = tuple((Path(path), weight) for path, weight in map(given.weighted_path, merge_lora or ()))
     options = convert.ConvertOptions(
-        dtype, shard_bytes, config, tokenizer, prediction, ema, allow_pickle, overwrite, variant, loras
+        dtype, shard_bytes, config, tokenizer, prediction, ema, allow_pickle, overwrite, lpips_heads, variant, loras
     )
     show_result(convert.run(source, out, options, make_reporter()), json)
 

@@ -75,8 +75,7 @@ def command(
     provenance = None if repeat is None else _provenance(repeat, recipe)
     loaded = _load(recipe, changes, arg.recipe_fields(context), provenance)
     reporter = make_rank_reporter()
-    texts = [arg.readable(text) for text in prompt or ()]
-    loaded = _with_prompts(loaded, _read_prompts(prompts, texts, reporter), provenance)
+    loaded = _with_prompts(loaded, _read_prompts(prompts, prompt or [], reporter), provenance)
     if dry_run:
         show_dry_run(loaded, json)
         return
@@ -159,6 +158,7 @@ def _read_prompts(path: Path | None, texts: list[str], reporter: Reporter) -> li
     """The prompts of a file, then `texts`; warns of options in these."""
     if path is None and not texts:
         return []
+    texts = [arg.readable(text) for text in texts]
     from ldm_cli.pictures.prompt_files import read_prompt_file, stray_option
 
     if stray := next((text for text in texts if stray_option(text)), None):

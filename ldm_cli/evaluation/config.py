@@ -21,6 +21,8 @@ MetricName = Literal[
     "reconstruction",
     "frechet_distance",
     "attribute_accuracy",
+    "lpips",
+    "rfid",
     PictureMetric,
 ]
 
@@ -34,6 +36,8 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "linear_probe": ("clip", "zero_shot", "probe_shards"),
     "retrieval": ("clip",),
     "reconstruction": ("vae",),
+    "lpips": ("vae", "lpips"),
+    "rfid": ("vae", "inception"),
     "frechet_distance": ("clip", "pipeline"),
     "attribute_accuracy": ("pipeline",),
     **dict.fromkeys(PICTURE_METRICS, ("inception", "pipeline")),
@@ -44,6 +48,11 @@ HOW_TO_GET_INCEPTION = (
     "ldm convert FILE.pth inception.safetensors --allow-pickle"
 )
 """Remedy where the weights of the Inception network are missing."""
+HOW_TO_GET_LPIPS = (
+    "take torchvision's file of AlexNet or VGG-16 and the heads alex.pth or vgg.pth of the package lpips, and convert "
+    "them once: ldm convert CLASSIFIER.pth lpips.safetensors --lpips-heads HEADS.pth --allow-pickle"
+)
+"""Remedy where the weights of LPIPS are missing."""
 
 
 PipelineName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
@@ -70,11 +79,14 @@ class EvalConfig(Config):
     clip: Annotated[str | None, NamesModel()] = None
     """A CLIPModel: for `clip_score`, `zero_shot`, `linear_probe`, `retrieval`, `frechet_distance`, `cmmd`."""
     inception: str | None = None
-    """File with the weights of FID's Inception network, in safetensors: for `fid`, `kid`, `prdc`, `is`."""
+    """File with the weights of FID's Inception network, in safetensors: for `fid`, `kid`, `prdc`, `is`,
+    `rfid`."""
+    lpips: str | None = None
+    """File with the weights of LPIPS, in safetensors: for `lpips`."""
     preprocessing: Preprocessing = "torch-fidelity"
     """Program whose preparation of pictures for the Inception network is taken."""
     vae: Annotated[str | None, NamesModel(("vae",))] = None
-    """An AutoencoderKL or AutoencoderTiny: for `reconstruction` (PSNR, SSIM)."""
+    """An AutoencoderKL or AutoencoderTiny: for `reconstruction` (PSNR, SSIM), `lpips`, `rfid`."""
     pipeline: Annotated[str | None, NamesModel()] = None
     """Pipeline that generates pictures of the captions, for `clip_score`, `frechet_distance`,
     `attribute_accuracy`, `fid`, `kid`, `prdc`, `is`, `cmmd`."""
@@ -118,6 +130,7 @@ class EvalConfig(Config):
             missing = [name for name in _NEEDS[metric] if not given[name]]
             if missing:
                 remedy = f": {HOW_TO_GET_INCEPTION}; or measure frechet_distance" if "inception" in missing else ""
+                remedy += f": {HOW_TO_GET_LPIPS}" if "lpips" in missing else ""
                 needed = " and ".join(f"eval.{name}" for name in missing)
                 raise ValueError(f"the metric {metric} needs {needed}{remedy}")
         return self

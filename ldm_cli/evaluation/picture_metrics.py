@@ -21,11 +21,13 @@ CLIP = "clip"
 POOLED: Tap = "2048"
 """Name of the features that distances take."""
 _LOGITS: Tap = "logits"
+RECONSTRUCTED = "2048 of reconstructions"
+"""Name of the same features of what an autoencoder makes of the pictures."""
 
 
 def needed_taps(metrics: Collection[MetricName]) -> list[Tap]:
     """The Inception features that the metrics take."""
-    pooled = [POOLED] if {"fid", "kid", "prdc"} & set(metrics) else []
+    pooled = [POOLED] if {"fid", "rfid", "kid", "prdc"} & set(metrics) else []
     return [*pooled, _LOGITS] if "is" in metrics else pooled
 
 
@@ -38,14 +40,14 @@ _OF_PAIRS: dict[PictureMetric, tuple[Callable[[Tensor, Tensor], dict[str, object
 
 
 _KEPT_FOR = {POOLED: {"kid", "prdc"}, _LOGITS: {"is"}, CLIP: {"cmmd"}}
-_MOMENTS_FOR = {POOLED: "fid", CLIP: "frechet_distance"}
+_MOMENTS_FOR = {POOLED: {"fid", "rfid"}, RECONSTRUCTED: {"rfid"}, CLIP: {"frechet_distance"}}
 
 
 class PictureFeatures:
     """The features of one set of pictures that the metrics need.
 
-    For `fid` and `frechet_distance` this takes the same memory for any number of pictures. Of each picture, `kid` and
-    `prdc` together keep 8 KiB, `is` 4 KiB, `cmmd` 2 to 4 KiB, in main memory.
+    For `fid`, `rfid` and `frechet_distance` this takes the same memory for any number of pictures. Of each picture,
+    `kid` and `prdc` together keep 8 KiB, `is` 4 KiB, `cmmd` 2 to 4 KiB, in main memory.
 
     Args:
         metrics: which.
@@ -58,7 +60,7 @@ class PictureFeatures:
 
     def __init__(self, metrics: Collection[MetricName], device: torch.device) -> None:
         self.count, self._device = 0, device
-        self.moments = {name: FeatureMoments() for name, metric in _MOMENTS_FOR.items() if metric in metrics}
+        self.moments = {name: FeatureMoments() for name, users in _MOMENTS_FOR.items() if users & set(metrics)}
         self._kept: dict[str, list[Tensor]] = {name: [] for name, users in _KEPT_FOR.items() if users & set(metrics)}
 
     def add(self, measured: Mapping[str, Tensor]) -> None:
@@ -132,14 +134,23 @@ def frechet_of(
         assert one is not None
         moments = one.moments[features] if isinstance(one, PictureFeatures) else one
         if isinstance(moments, FeatureMoments):
-            _expect_enough(moments.count, which, _FEWEST["fid"], name)
-            if moments.count <= moments.width:
-                warn(
-                    f"{name}: {moments.count} {which} pictures for {moments.width} features; "
-                    "compare only with distances of as many pictures"
-                )
+            expect_enough_vectors(moments, which, name, warn)
         sides.append(moments)
     return frechet_estimates(sides[0], sides[1], name)
+
+
+def expect_enough_vectors(moments: FeatureMoments, which: str, metric: str, warn: Callable[[str], None]) -> None:
+    """Refuse one picture, which has no covariance, and warn where the covariance has not its full rank.
+
+    Raises:
+        DataError: naming the number of pictures.
+    """
+    _expect_enough(moments.count, which, _FEWEST["fid"], metric)
+    if moments.count <= moments.width:
+        warn(
+            f"{metric}: {moments.count} {which} pictures for {moments.width} features; "
+            "compare only with distances of as many pictures"
+        )
 
 
 def _expect_enough(count: int, which: str, fewest: int, metric: str) -> None:

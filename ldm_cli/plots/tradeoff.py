@@ -19,7 +19,7 @@ _SIZE = (7.5, 5.0)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, and the two ends of its 95 % interval where they are known."""
+    """A number, and the two ends of its bar, such as a 95 % interval, where they are known."""
 
     value: float
     interval: tuple[float, float] | None = None

@@ -14,6 +14,7 @@ from torch import Tensor
 from ldm_cli.core.precision import DTYPES
 from ldm_cli.errors import CheckpointError, InputNotFoundError, OutputError, UsageError
 from ldm_cli.evaluation.inception_features import inception_tensors
+from ldm_cli.evaluation.perceptual_distance import lpips_tensors
 from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.hub import model_path
 from ldm_cli.formats.json_file import write_json
@@ -65,6 +66,8 @@ class ConvertOptions:
     """Read files of `torch.save`."""
     overwrite: bool = False
     """Replace what is there."""
+    lpips_heads: Path | None = None
+    """Published heads of LPIPS, for a source that is a classifier of torchvision."""
     variant: str | None = None
     """`fp16` or `bf16`: which weights of a model on the hub; None: those in full precision."""
     loras: tuple[tuple[Path, float], ...] = ()
@@ -102,9 +105,10 @@ def run(source: Path, out: Path, options: ConvertOptions, reporter: Reporter) ->
         kind = "file" if is_file else "model folder"
         raise OutputError(f"'{out}' is no {kind}", "--overwrite replaces only those", "choose another place")
     source = model_path(str(source), (), options.variant, reporter)
-    if is_file and (network := _inception(source, options)) is not None:
-        write_tensors(out, network, {})
-        return _result(out, {"model": "InceptionV3"}, network.values()) | {"opens_in": "ldm compare, ldm eval"}
+    if is_file and (network := _measuring_network(source, options)) is not None:
+        kind, weights, programs = network
+        write_tensors(out, weights, {})
+        return _result(out, {"model": kind}, weights.values()) | {"opens_in": programs}
     models = _changed(merged(_read(source, options), options.loras, options.dtype), options)
     if is_file:
         metadata = _write_file(models, out)
@@ -134,12 +138,17 @@ def _result(out: Path, kinds: dict[str, str], tensors: Collection[Tensor]) -> di
     }
 
 
-def _inception(source: Path, options: ConvertOptions) -> dict[str, Tensor] | None:
-    """The Inception network of FID, if the source is the published file of it."""
+def _measuring_network(source: Path, options: ConvertOptions) -> tuple[str, dict[str, Tensor], str] | None:
+    """Name, tensors and users of FID's Inception network or of LPIPS, if the source is a published file of one."""
     if not (options.allow_pickle and source.is_file() and is_pickle(source)):
         return None
     tensors, _ = read_pickle(source)
-    return inception_tensors(tensors, source) if "Mixed_5b.branch1x1.conv.weight" in tensors else None
+    if "Mixed_5b.branch1x1.conv.weight" in tensors:
+        return "InceptionV3", inception_tensors(tensors, source), "ldm compare, ldm eval"
+    if options.lpips_heads is not None:
+        heads, _ = read_pickle(options.lpips_heads)
+        return "LPIPS", lpips_tensors({**tensors, **heads}, source), "ldm eval"
+    return None
 
 
 def _read(source: Path, options: ConvertOptions) -> FoundModels:

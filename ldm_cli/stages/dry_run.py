@@ -101,8 +101,9 @@ def _evaluated(recipe: EvalRecipe, notes: list[str]) -> dict[str, int]:
             place = f"eval.{field}" if field == name else f"eval.{field}.{name}"
             if field in ("pipeline", "pipelines"):
                 parameters |= {f"{name}.{part}": count for part, count in _pipeline(place, folder, notes).items()}
-            elif field == "inception":
-                parameters[name] = count_parameters(outlined(InceptionV3))
+            elif field in ("inception", "lpips"):
+                if field == "inception":
+                    parameters[name] = count_parameters(outlined(InceptionV3))
                 if not Path(folder).is_file():
                     notes.append(f"{place}: '{folder}' not found")
             elif root := _resolved(place, folder, notes):

@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
+from ldm_cli.core.models.lpips import SMALLEST_SIDE
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.shards import ShardSet
 from ldm_cli.errors import DivergedError, RecipeError, UsageError
 from ldm_cli.evaluation.config import MetricName
 from ldm_cli.evaluation.image_quality import SSIM_WINDOW
 from ldm_cli.evaluation.scene_detector import WORKING_SIZE
-from ldm_cli.recipe.schema import EvalRecipe, SweepPoint
+from ldm_cli.recipe.eval_section import SweepPoint
+from ldm_cli.recipe.schema import EvalRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.stages.support.eval_metrics import check_truths, metrics_of_generated, metrics_of_real
@@ -136,7 +138,7 @@ class _Evaluation:
             probe = measure_probe(self.recipe, self.probe_shards, models, self.reporter, self.ranks, own)
         if "attribute_accuracy" in config.metrics:
             check_truths(real, config.num_generated)
-        metrics = _finite(metrics_of_real(config, models, real, probe)) if self.ranks.is_first else {}
+        metrics = _finite(metrics_of_real(config, models, real, probe, warn)) if self.ranks.is_first else {}
         captions = real.captions[: config.num_generated]
         points = list(self._points(real, captions, place))
         if not self.ranks.is_first:
@@ -194,15 +196,16 @@ def _check_scenes(field: str, size: tuple[int, int], metrics: Collection[MetricN
 
 
 def _check_reconstruction(size: int, models: Models) -> None:
-    """Refuse images that the autoencoder cannot take, or that are too small for SSIM.
+    """Refuse images that the autoencoder cannot take, or that are too small for SSIM or LPIPS.
 
     Raises:
         RecipeError: naming the size.
     """
-    if models.vae is not None and (size % models.vae.factor or size < SSIM_WINDOW):
+    smallest = SSIM_WINDOW if models.lpips is None else SMALLEST_SIDE[models.lpips.backbone]
+    if models.vae is not None and (size % models.vae.factor or size < smallest):
         raise RecipeError(
-            f"reconstruction cannot be measured at data.image_size={size}",
-            f"a multiple of {models.vae.factor}, at least {SSIM_WINDOW}, is needed",
+            f"reconstructions cannot be measured at data.image_size={size}",
+            f"a multiple of {models.vae.factor}, at least {smallest}, is needed",
         )
 
 

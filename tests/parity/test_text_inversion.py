@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from ldm_cli.errors import CheckpointError, InputNotFoundError, UsageError
 from ldm_cli.families.open_family import open_family
+from ldm_cli.families.prompt_chunks import PromptReading
 from ldm_cli.families.text_inversion import add_words
 from ldm_cli.formats.embedding_file import read_embedding
 from ldm_cli.formats.png_metadata import read_provenance
@@ -33,7 +34,7 @@ def their_states(pipeline: Any, prompt: str) -> torch.Tensor:
 
 
 def our_states(encoder: Any, prompt: str) -> Any:
-    return encoder.encode_prompts([prompt], weighted=False, warn=lambda _: None)
+    return encoder.encode_prompts([prompt], PromptReading(), num_chunks=1, warn=lambda _: None)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from ldm_cli.stages.convert import ConvertOptions
 from ldm_cli.stages.support.batch_encoder import BatchEncoder
 from ldm_cli.stages.support.start import resolve_start, start_uses
 from tests.evaluation.inception_weights import inception_weights
+from tests.evaluation.lpips_weights import lpips_weights
 from tests.sampling.tiny import loaded_pipeline, tiny_pipeline
 
 run = partial(convert.run, reporter=SilentReporter())
@@ -382,3 +383,15 @@ def test_the_published_file_of_fids_network_becomes_safetensors(tmp_path: Path) 
     assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
     with pytest.raises(CheckpointError):
         run(tmp_path / "pt_inception.pth", tmp_path / "y.safetensors", ConvertOptions())
+
+
+def test_a_classifier_of_torchvision_and_the_heads_become_lpips(tmp_path: Path) -> None:
+    classifier, heads = lpips_weights("alex")
+    torch.save(classifier | {"classifier.1.weight": torch.zeros(2, 2)}, tmp_path / "alexnet.pth")
+    torch.save(heads, tmp_path / "alex.pth")
+    options = ConvertOptions(allow_pickle=True, lpips_heads=tmp_path / "alex.pth")
+    result = run(tmp_path / "alexnet.pth", tmp_path / "lpips.safetensors", options)
+    assert (result["models"], result["opens_in"]) == ({"model": "LPIPS"}, "ldm eval")
+    found, expected = load_file(tmp_path / "lpips.safetensors"), classifier | heads
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

@@ -16,11 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm_cli.cli.app import run as run_program
+from ldm_cli.core.pixels import to_bytes, to_signed
 from ldm_cli.data.loader import sequential_batches
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.scenes import scene
 from ldm_cli.errors import DataError, DivergedError, OutputError, RecipeError, UsageError
 from ldm_cli.evaluation.config import PICTURE_METRICS
+from ldm_cli.evaluation.perceptual_distance import PerceptualDistance
+from ldm_cli.families.codec_folder import open_codec
 from ldm_cli.families.open_family import open_family
 from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.pictures.images import read_image, save_image
@@ -33,6 +36,7 @@ from ldm_cli.stages.compare import CompareOptions
 from ldm_cli.stages.evaluate import run
 from ldm_cli.stages.support.options import RunOptions
 from tests.evaluation.inception_weights import inception_weights
+from tests.evaluation.lpips_weights import lpips_weights
 
 from ..training.forked import ForkedRanks
 from .tiny_eval import recipe, write_home
@@ -227,9 +231,32 @@ def test_a_sweep_that_cannot_be_is_a_recipe_error(home: Path, changes: dict[str,
         recipe(home, ["retrieval"], **changes)
 
 
+@pytest.mark.usefixtures("small_inception")
+def test_reconstructions_are_measured_by_lpips_and_rfid(home: Path, tmp_path: Path) -> None:
+    inception, lpips = tmp_path / "inception.safetensors", tmp_path / "lpips.safetensors"
+    save_file(inception_weights(), inception)
+    classifier, heads = lpips_weights("alex")
+    save_file({**classifier, **heads}, lpips)
+    asked = recipe(home, ["reconstruction", "lpips", "rfid"], inception=str(inception), lpips=str(lpips))
+    result = run(asked, RunOptions(device="cpu"), SilentReporter())
+    images, vae = torch.stack(list(_real(home, 20))), open_codec(home / "vae")
+    with torch.inference_mode():
+        again = to_bytes(vae.decode(vae.encode(to_signed(images, torch.device("cpu")))))
+    expected = PerceptualDistance(lpips, torch.device("cpu"))(again, images)
+    assert result["metrics"]["lpips"]["lpips"] == pytest.approx(float(expected.mean()), rel=1e-4)
+    for name, pictures in (("again", again), ("real", images)):
+        for number, picture in enumerate(pictures):
+            save_image(tmp_path / name / f"{number:02d}.png", picture)
+    options = CompareOptions(("fid",), inception, device="cpu")
+    fid = compare.run(str(tmp_path / "again"), str(tmp_path / "real"), options, SilentReporter())["fid"]
+    assert result["metrics"]["rfid"] == {"rfid": pytest.approx(fid, rel=1e-4), "num_samples": 20}
+
+
 def test_a_metric_without_weights_says_where_they_come_from(home: Path) -> None:
     with pytest.raises(ValidationError, match=r"fid needs eval.inception: take .*; or measure frechet_distance"):
         recipe(home, ["fid"])
+    with pytest.raises(ValidationError, match=r"lpips needs eval.lpips: take torchvision's file"):
+        recipe(home, ["lpips"])
 
 
 def test_models_that_no_metric_needs_are_not_loaded(home: Path) -> None:

@@ -13,7 +13,7 @@ from ldm_cli.errors import DataError
 from ldm_cli.evaluation.attribute_accuracy import score_scenes
 from ldm_cli.evaluation.clip_features import CLIPFeatures
 from ldm_cli.evaluation.config import ZeroShotClassification
-from ldm_cli.evaluation.frechet import frechet_name
+from ldm_cli.evaluation.frechet import frechet_distance, frechet_name
 from ldm_cli.evaluation.linear_probe import linear_probe
 from ldm_cli.evaluation.metrics import (
     class_embeddings,
@@ -21,19 +21,26 @@ from ldm_cli.evaluation.metrics import (
     summarize_clip_score,
     zero_shot_accuracy,
 )
-from ldm_cli.evaluation.picture_metrics import CLIP, frechet_of, measure_pictures
-from ldm_cli.recipe.schema import EvalSection
+from ldm_cli.evaluation.picture_metrics import (
+    CLIP,
+    POOLED,
+    RECONSTRUCTED,
+    expect_enough_vectors,
+    frechet_of,
+    measure_pictures,
+)
+from ldm_cli.recipe.eval_section import EvalSection
 from ldm_cli.stages.support.eval_models import Models
 from ldm_cli.stages.support.eval_samples import COSINE, TEXTS, Measurements, RealSamples
 
 
 def metrics_of_real(
-    config: EvalSection, models: Models, real: RealSamples, probe: RealSamples | None
+    config: EvalSection, models: Models, real: RealSamples, probe: RealSamples | None, warn: Callable[[str], None]
 ) -> dict[str, Any]:
     """What the first `num_samples` samples tell by themselves, by metric; the linear probe is fitted to `probe`.
 
     Raises:
-        DataError: labels are missing or unknown.
+        DataError: labels are missing or unknown, or there are too few samples for a metric.
     """
     measured, count = real.measured, min(config.num_samples, len(real.keys))
     result: dict[str, Any] = {}
@@ -51,6 +58,13 @@ def metrics_of_real(
     if "reconstruction" in config.metrics:
         means = {name: float(measured.kept(name).mean()) for name in ("psnr", "ssim")}
         result["reconstruction"] = {**means, "num_samples": count}
+    if "lpips" in config.metrics:
+        result["lpips"] = {"lpips": float(measured.kept("lpips").mean()), "num_samples": count}
+    if "rfid" in config.metrics:
+        # Without an interval: the two sets are not independent, as that of `frechet_estimates` takes them to be.
+        made, own = (measured.features.moments[name] for name in (RECONSTRUCTED, POOLED))
+        expect_enough_vectors(made, "reconstructed", "rfid", warn)
+        result["rfid"] = {"rfid": frechet_distance(made.whole.gaussian, own.whole.gaussian), "num_samples": count}
     if "attribute_accuracy" in config.metrics:
         # How well real images of the same samples are read, in everything: how far to trust the generated ones' rates.
         truths = real.metadata[: config.num_generated]

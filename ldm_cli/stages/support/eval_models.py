@@ -11,6 +11,7 @@ import torch
 from ldm_cli.evaluation.clip_features import CLIPFeatures
 from ldm_cli.evaluation.config import PICTURE_METRICS, EvalConfig
 from ldm_cli.evaluation.inception_features import InceptionFeatures
+from ldm_cli.evaluation.perceptual_distance import PerceptualDistance
 from ldm_cli.evaluation.picture_metrics import needed_taps
 from ldm_cli.families.codec_folder import Autoencoder, open_codec
 from ldm_cli.families.family import place
@@ -22,10 +23,11 @@ from ldm_cli.sampling.pipeline import Pipeline
 
 _METRICS_BY_MODEL = {
     "clip": {"clip_score", "zero_shot", "linear_probe", "retrieval", "frechet_distance", "cmmd"},
-    "vae": {"reconstruction"},
+    "vae": {"reconstruction", "lpips", "rfid"},
     "pipeline": {"clip_score", "frechet_distance", "attribute_accuracy", *PICTURE_METRICS},
     "pipelines": {"clip_score", "frechet_distance", "attribute_accuracy", *PICTURE_METRICS},
-    "inception": {"fid", "kid", "prdc", "is"},
+    "inception": {"fid", "kid", "prdc", "is", "rfid"},
+    "lpips": {"lpips"},
 }
 
 
@@ -44,7 +46,7 @@ class Models:
     """The models that measure, and those that are measured but for pipelines.
 
     Attributes:
-        clip, vae, inception: None where no metric needs it.
+        clip, vae, inception, lpips: None where no metric needs it.
         device: where they compute.
         provenance: source and hash of each.
     """
@@ -52,12 +54,13 @@ class Models:
     clip: CLIPFeatures | None
     vae: Autoencoder | None
     inception: InceptionFeatures | None
+    lpips: PerceptualDistance | None
     device: torch.device
     provenance: dict[str, Any]
 
     @classmethod
     def load(cls, config: EvalConfig, device: torch.device) -> Models:
-        """Read the models; errors as in `CLIPFeatures.load`, `open_codec` and `InceptionFeatures.load`."""
+        """Read the models; errors as in the functions that read each, such as `CLIPFeatures.load`."""
         needed, provenance = needed_models(config), dict[str, Any]()
         folders = {name: resolve_model(Path(needed[name][name])) for name in ("clip", "vae") if name in needed}
         clip = CLIPFeatures.load(folders["clip"], device) if "clip" in folders else None
@@ -70,7 +73,11 @@ class Models:
         if needed_taps(config.metrics) and config.inception is not None:
             inception = InceptionFeatures.load(Path(config.inception), device, config.preprocessing)
             provenance["inception"] = inception.provenance
-        return cls(clip, vae, inception, device, provenance)
+        lpips = None
+        if "lpips" in needed:
+            lpips = PerceptualDistance(Path(needed["lpips"]["lpips"]), device)
+            provenance["lpips"] = lpips.provenance
+        return cls(clip, vae, inception, lpips, device, provenance)
 
 
 class Pipelines:

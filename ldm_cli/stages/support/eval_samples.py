@@ -21,12 +21,13 @@ from ldm_cli.errors import DataError, DivergedError
 from ldm_cli.evaluation.config import MetricName
 from ldm_cli.evaluation.image_quality import psnr, ssim
 from ldm_cli.evaluation.metrics import clip_score
-from ldm_cli.evaluation.picture_metrics import CLIP, PictureFeatures, needed_taps
+from ldm_cli.evaluation.picture_metrics import CLIP, POOLED, RECONSTRUCTED, PictureFeatures, needed_taps
 from ldm_cli.evaluation.scene_detector import SeenObject, SeenScene, read_scenes
 from ldm_cli.families.codec_folder import Autoencoder
 from ldm_cli.pictures.progress import PartOfProgress
 from ldm_cli.pictures.writer import Write, written_meanwhile
-from ldm_cli.recipe.schema import EvalRecipe, EvalSection
+from ldm_cli.recipe.eval_section import EvalSection
+from ldm_cli.recipe.schema import EvalRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.pipeline import Pipeline
@@ -44,6 +45,7 @@ _KEPT_OF_REAL = {
     TEXTS: {"retrieval"},
     "psnr": {"reconstruction"},
     "ssim": {"reconstruction"},
+    "lpips": {"lpips"},
 }
 """Measurement that is kept of each picture → metrics that take it; distances need less."""
 _LABELLED = {"zero_shot", "linear_probe"}
@@ -173,7 +175,12 @@ def _of_real(batch: Batch, config: EvalSection, models: Models) -> Measured:
     found = _of_pictures(batch.images, batch.captions, config, models)
     if models.vae is not None:
         again = _reconstructed(models.vae, batch.images)
-        found |= {"psnr": psnr(again, batch.images).cpu(), "ssim": ssim(again, batch.images).cpu()}
+        if "reconstruction" in config.metrics:
+            found |= {"psnr": psnr(again, batch.images).cpu(), "ssim": ssim(again, batch.images).cpu()}
+        if models.lpips is not None:
+            found["lpips"] = models.lpips(again, batch.images).cpu()
+        if "rfid" in config.metrics and models.inception is not None:
+            found[RECONSTRUCTED] = models.inception(again)[POOLED].cpu()
     return found
 
 

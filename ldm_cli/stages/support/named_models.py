@@ -9,7 +9,8 @@ from ldm_cli.config import Config, NamesModel
 from ldm_cli.formats.hub import model_path
 from ldm_cli.formats.model_source import has_model_json
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
-from ldm_cli.recipe.schema import EvalSection, Recipe
+from ldm_cli.recipe.eval_section import EvalSection
+from ldm_cli.recipe.schema import Recipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.eval_models import needed_models
 
