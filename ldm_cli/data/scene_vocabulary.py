@@ -23,6 +23,9 @@ COLORS: dict[str, Color] = {
 }
 """sRGB of each object colour."""
 
+NEW_COLORS: dict[str, Color] = {"maroon": (118, 10, 48)}
+"""Colours that scenes have only if they are asked for: something new to teach a model that knows the others."""
+
 BACKGROUNDS: dict[str, Color] = {
     "white": (255, 255, 255),
     "black": (20, 20, 24),
@@ -118,6 +121,8 @@ HELD_OUT_PAIRS: frozenset[tuple[str, str]] = frozenset(
 )
 """(shape, colour) pairs that never occur in `train`: 6 of 48, each shape once and no colour twice, so that training
 shows every shape and every colour, and only the combination is new."""
+NEW_PAIRS: tuple[tuple[str, str], ...] = tuple((shape, color) for color in NEW_COLORS for shape in SHAPE_NAMES)
+"""Every shape in every new colour."""
 SEEN_PAIRS: tuple[tuple[str, str], ...] = tuple(
     (shape, color) for shape in SHAPE_NAMES for color in COLOR_NAMES if (shape, color) not in HELD_OUT_PAIRS
 )
