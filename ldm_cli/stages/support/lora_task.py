@@ -34,9 +34,12 @@ from ldm_cli.training.trainer import is_compiled_on
 class DenoiserTask(Task[Batch], Protocol):
     """The task of a denoiser, as far as adapters need to know it."""
 
-    family: Family
     encoder: BatchEncoder
     denoising: Denoising
+
+    @property
+    def family(self) -> Family:
+        """Denoiser, codec, encoder, process."""
 
 
 class LoRATask:
