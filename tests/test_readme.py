@@ -47,6 +47,7 @@ NAMES = (
     "samplers",
     "stable-diffusion-xl",
     "edit",
+    "lora",
     "foreign-models",
     "eval",
     "compare",

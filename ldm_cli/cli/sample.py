@@ -56,6 +56,7 @@ def command(
     metadata: arg.Metadata = None,
     lora: arg.Lora = None,
     lora_dir: arg.LoraDir = None,
+    embedding: arg.Embedding = None,
     wildcards: arg.Wildcards = None,
     repeat: arg.Repeat = None,
     out: given.Out = None,

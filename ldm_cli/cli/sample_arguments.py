@@ -74,6 +74,9 @@ Lora = Annotated[
     option("--lora", metavar="FILE[=W]", text="Adapters, and their weight; <lora:NAME:W> in a prompt adds to it."),
 ]
 LoraDir = Annotated[str | None, option("--lora-dir", metavar="DIR", text="Folder of adapters that prompts may name.")]
+Embedding = Annotated[
+    list[str] | None, option("--embedding", metavar="FILE[=WORD]", text="Textual inversion, and its word in prompts.")
+]
 Wildcards = Annotated[
     str | None, option("--wildcards", metavar="DIR", text="Folder of word lists for __name__ in prompts.")
 ]
@@ -108,6 +111,7 @@ _FIELDS = {
     "metadata": "metadata",
     "lora": "loras",
     "lora_dir": "lora_dir",
+    "embedding": "embeddings",
     "wildcards": "wildcards",
 }
 
@@ -123,7 +127,8 @@ def recipe_fields(context: typer.Context) -> list[tuple[str, str, Any]]:
     """
     loras = [_weighted(text) for text in context.params["lora"] or ()]
     options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
-    values = {**context.params, "extend": _edges(context.params["extend"]), "lora": loras}
+    embeddings = [_embedding(text) for text in context.params["embedding"] or ()]
+    values = {**context.params, "lora": loras, "embedding": embeddings, "extend": _edges(context.params["extend"])}
     for name, convert in (("model", str), ("negative", readable)):
         if values[name] is not None:
             values[name] = convert(values[name])
@@ -141,6 +146,12 @@ def readable(text: str) -> str:
 def _weighted(text: str) -> dict[str, Any]:
     path, weight = weighted_path(text)
     return {"path": path, "weight": weight}
+
+
+def _embedding(text: str) -> dict[str, Any]:
+    """`FILE` or `FILE=WORD`."""
+    path, _, word = text.rpartition("=")
+    return {"path": path, "word": word} if path and not Path(text).exists() else {"path": text}
 
 
 def _edges(text: str | None) -> list[int] | None:

@@ -224,6 +224,23 @@ class Tokenizer:
                 truncated.append((i, text[encoding.offsets[length - 2][0] :]))
         return Tokens(input_ids, tuple(num_tokens), tuple(truncated))
 
+    def add_words(self, words: Mapping[str, int]) -> dict[str, list[int]]:
+        """Let words of any text stand for new tokens, whatever case they are written in; returns their ids.
+
+        Args:
+            words: how many tokens each stands for. One that begins or ends with a letter is no part of a longer word.
+        """
+        ids, replacements = {}, []
+        for word, count in sorted(words.items(), key=lambda item: -len(item[0])):
+            ids[word] = list(range(self.vocab_size, self.vocab_size + count))
+            self.vocab_size += count
+            before, after = (r"(?<!\w)" if word[0].isalnum() else ""), (r"(?!\w)" if word[-1].isalnum() else "")
+            pattern = tokenizers.Regex(before + re.escape(word.lower()) + after)
+            replacements.append(normalizers.Replace(pattern, "".join(map(_stand_in, ids[word]))))
+        self._encoder.normalizer = normalizers.Sequence([self._encoder.normalizer, *replacements])
+        self._encoder.add_tokens([AddedToken(_stand_in(i)) for own in ids.values() for i in own])
+        return ids
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, lower-case and with single blanks; special tokens are left out."""
         text: str = self._encoder.decode(list(ids), skip_special_tokens=True)
@@ -234,6 +251,11 @@ class Tokenizer:
         flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
         added = sorted(self._encoder.get_added_tokens_decoder().items())
         return {str(i): {flag: getattr(token, flag) for flag in flags} for i, token in added}
+
+
+def _stand_in(token_id: int) -> str:
+    """A character for private use, which no text has, for a token of `add_words`."""
+    return chr(0xF0000 + token_id)
 
 
 def _special(token: str) -> AddedToken:

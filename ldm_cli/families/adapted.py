@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ldm_cli.core.low_rank import WeightUpdate
 from ldm_cli.families.family import Family
+from ldm_cli.families.lora_reader import Adapters
 from ldm_cli.formats.lora_names import Adaptable
-from ldm_cli.formats.lora_reader import Adapters
 from ldm_cli.formats.pipeline_folder import TEXT_ENCODER
 
 

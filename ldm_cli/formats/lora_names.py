@@ -20,6 +20,16 @@ from ldm_cli.formats.single_file_names import place_of
 # What diffusers put around the modules of attention before version 0.22.
 _PROCESSOR = re.compile(r"\.processor\.(to_\w+)_lora$")
 
+# The modules of a block in the order in which cloneofsimo's lora_diffusion numbers them: that of diffusers 0.11 and of
+# transformers.
+_NUMBERED = {
+    "attn1.to_q": (
+        *("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj"),
+        *("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
+    ),
+    "self_attn.k_proj": ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj"),
+}
+
 
 @dataclass(frozen=True)
 class Adaptable:
@@ -63,6 +73,8 @@ class ModuleNames:
             own: dict[str, dict[Target, None]] = {}
             for path, target in _paths(component, model):
                 own.setdefault(path.replace(".", "_"), {})[target] = None
+            for number, module in enumerate(_numbered(model)):
+                self._targets[f"{component}:{number}"] = [Target(component, module)]
             for prefix in _prefixes(component):
                 for path, targets in own.items():
                     self._targets.setdefault(prefix + path, list(targets))
@@ -79,6 +91,15 @@ def kohya_prefix(component: str, components: Mapping[str, object]) -> str:
         return "lora_unet"
     is_alone = not any(name.startswith(f"{TEXT_ENCODER}_") for name in components)
     return "lora_te" if is_alone else f"lora_te{_number(component)}"
+
+
+def _numbered(model: Adaptable) -> Iterator[str]:
+    """The modules that files number, in order; the middle of a U-Net comes last."""
+    modules = [name.removesuffix(".weight") for name in model.tensors if name.endswith(".weight")]
+    for module in sorted(modules, key=lambda module: module.startswith("mid_block")):
+        for first, layers in _NUMBERED.items():
+            if module.endswith(f".{first}"):
+                yield from (module.removesuffix(first) + layer for layer in layers)
 
 
 def _number(text_encoder: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ldm_cli.config import Config
 from ldm_cli.errors import InputNotFoundError, UsageError
-from ldm_cli.formats.lora_reader import lora_name
+from ldm_cli.formats.lora_path import lora_name
 from ldm_cli.pictures.job import Item, Job
 
 _TAG = re.compile(r"\s*<(?:lora|lyco):([^<>]*)>", re.IGNORECASE)
@@ -23,6 +23,15 @@ class LoraEntry(Config):
     """The file, or a folder of diffusers or PEFT, or a run."""
     weight: float = 1.0
     """How much of it every picture has; 0: only those whose prompts name it."""
+
+
+class EmbeddingEntry(Config):
+    """A file of textual inversion."""
+
+    path: str
+    """The file."""
+    word: str | None = None
+    """What prompts call it; null: as the file says, else its name."""
 
 
 class LoraFiles:

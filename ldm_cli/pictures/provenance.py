@@ -44,6 +44,11 @@ def lora_source(name: str) -> str:
     return f"lora {name}"
 
 
+def embedding_source(word: str) -> str:
+    """The key of `sources` under which the path of an embedding is."""
+    return f"embedding {word}"
+
+
 def full_provenance(job: Mapping[str, Any], image: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
     """The complete provenance of one picture.
 
@@ -79,6 +84,9 @@ def recipe_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
         "tile": provenance.get("tile"),
         "weighted_words": provenance.get("weighted_words", True),
         "loras": [{"path": sources[lora_source(n)], "weight": w} for n, w in provenance.get("loras", {}).items()],
+        "embeddings": [
+            {"path": sources[embedding_source(w)], "word": w} for w in provenance.get("embedding_sha256", ())
+        ],
     }
 
 
@@ -91,7 +99,7 @@ def check_repeatable(shared: Mapping[str, Any], repeated: Mapping[str, Any], war
         warn: receives a message for each version that differs.
 
     Raises:
-        CheckpointError: the model, one that guides it, or adapters have changed.
+        CheckpointError: the model, one that guides it, adapters or embeddings have changed.
         DataError: a picture to work on, or the latents, have changed.
     """
     for name in ("weights", "scheduler"):
@@ -104,6 +112,9 @@ def check_repeatable(shared: Mapping[str, Any], repeated: Mapping[str, Any], war
         digest = repeated.get("lora_sha256", {}).get(name)
         if shared.get("lora_sha256", {}).get(name, digest) != digest:
             raise CheckpointError("cannot repeat the picture", f"the adapters '{name}' have changed since")
+    for word, digest in repeated.get("embedding_sha256", {}).items():
+        if shared.get("embedding_sha256", {}).get(word, digest) != digest:
+            raise CheckpointError("cannot repeat the picture", f"the embedding '{word}' has changed since")
     ours, theirs = shared.get("edit") or {}, repeated.get("edit") or {}
     for name in ("image", "mask", "style"):
         if theirs.get(f"{name}_sha256") != ours.get(f"{name}_sha256"):

@@ -17,7 +17,7 @@ from ldm_cli.data.config import DataConfig
 from ldm_cli.data.tokenizer_config import TokenizerConfig
 from ldm_cli.evaluation.config import EvalConfig
 from ldm_cli.pictures.job import PromptEntry
-from ldm_cli.pictures.prompt_adapters import LoraEntry
+from ldm_cli.pictures.prompt_adapters import EmbeddingEntry, LoraEntry
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.edit_config import EditConfig
 from ldm_cli.training.config import TrainConfig
@@ -208,6 +208,8 @@ class SampleRecipe(Config):
     """Adapters: LoRA, LoHa, LoKr, DoRA. `<lora:NAME:WEIGHT>` in a prompt adds to the weight in its pictures."""
     lora_dir: str | None = None
     """Folder of further adapters that prompts may name; null: none."""
+    embeddings: tuple[EmbeddingEntry, ...] = ()
+    """Embeddings of textual inversion, each under a word for prompts."""
     wildcards: str | None = None
     """Folder of word lists: `__color__` in a prompt becomes a line of `color.txt`, by the seed; null: it is text."""
     out: str | None = None

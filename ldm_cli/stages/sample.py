@@ -70,7 +70,7 @@ def run(
         recipe = recipe.model_copy(update={"sampling": sampling})
         job = _job(recipe, loras)
         family = open_family(Path(recipe.model), device, sampling.precision, compiled=sampling.compile is True)
-        adapters = JobAdapters(family, job.items, loras.paths)
+        adapters = JobAdapters(family, job.items, loras.paths, recipe.embeddings)
         generator = PictureGenerator(Pipeline(family), recipe, latents, len(job.items), adapters)
         generator.check(job.items)
         for message in job_warnings(job.items, family, recipe.weighted_words):

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ldm_cli.core.low_rank import LowRank
 from ldm_cli.families.adapted import AdaptedNetworks, adaptable_models, adaptable_networks
+from ldm_cli.families.lora_file import write_lora
+from ldm_cli.families.lora_reader import read_lora
 from ldm_cli.families.open_family import open_family
-from ldm_cli.formats.lora_file import write_lora
 from ldm_cli.formats.lora_names import Adaptable
-from ldm_cli.formats.lora_reader import read_lora
 from ldm_cli.formats.single_file_names import Place, to_file, unet_table
 from tests.parity.their_pipeline import scheduler, their_folder
 from tests.parity.xl_pipeline import their_xl_folder

@@ -11,8 +11,8 @@ from safetensors import safe_open
 
 from ldm_cli.errors import CheckpointError
 from ldm_cli.families.adapted import AdaptedNetworks, adaptable_models, adaptable_networks
+from ldm_cli.families.lora_reader import read_lora
 from ldm_cli.families.open_family import open_family
-from ldm_cli.formats.lora_reader import read_lora
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages.convert import ConvertOptions, run
 from tests.conftest import Ldm

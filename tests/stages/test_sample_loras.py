@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ldm_cli.core.low_rank import LowRank
 from ldm_cli.errors import CheckpointError, InputNotFoundError, UsageError
 from ldm_cli.families.adapted import adaptable_networks
+from ldm_cli.families.lora_file import write_lora
 from ldm_cli.families.open_family import open_family
-from ldm_cli.formats.lora_file import write_lora
 from ldm_cli.formats.png_metadata import read_provenance
+from ldm_cli.pictures.images import read_image
 from ldm_cli.storage import file_sha256
 from tests.conftest import Ldm
 from tests.formats.web_ui import parse_parameters
@@ -54,8 +57,6 @@ def files(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
 
 
 def pictures(result: dict[str, Any]) -> list[bytes]:
-    from ldm_cli.pictures.images import read_image
-
     return [read_image(Path(image["file"])).numpy().tobytes() for image in result["images"]]
 
 
@@ -84,8 +85,6 @@ def test_weights_of_one_name_add_up(model: Path, files: dict[str, str], tmp_path
 def test_xl_takes_adapters_of_both_text_encoders(tmp_path: Path) -> None:
     save_tiny_xl(tmp_path / "xl")
     file = write_adapters(tmp_path / "xl", tmp_path / "x.safetensors", 3)
-    from safetensors.torch import load_file
-
     assert {name.split("_")[1] for name in load_file(file)} == {"unet", "te1", "te2"}
     found = pictures(
         draw(
@@ -115,8 +114,6 @@ def test_what_was_used_is_recorded_and_read_by_web_uis(model: Path, files: dict[
     assert [image["prompt"] for image in job["images"]] == [PROMPT, PROMPT]
     assert [image.get("loras") for image in job["images"]] == [{"a": 0.5}, None]
     assert job["job"]["lora_sha256"] == {"a": file_sha256(Path(files["a"]))}
-    from PIL import Image
-
     texts = [Image.open(image["file"]).info["parameters"] for image in result["images"]]
     first, second = (parse_parameters(text) for text in texts)
     assert first["Prompt"] == f"{PROMPT} <lora:a:0.5>"
@@ -158,7 +155,11 @@ def test_unknown_names_name_their_neighbours(model: Path, files: dict[str, str],
 def test_the_command_line_gives_files_with_weights(
     model: Path, files: dict[str, str], tmp_path: Path, ldm: Ldm
 ) -> None:
-    options = ["--lora", f"{files['a']}=0.5", "--lora", files["b"], "--lora-dir", str(tmp_path)]
+    word = tmp_path / "word.safetensors"
+    save_file({"emb_params": torch.ones(2, 24)}, word)
+    options = ["--lora", f"{files['a']}=0.5", "--lora", files["b"], "--embedding", f"{word}=<toy>"]
     done = ldm("sample", "--model", str(model), "-p", PROMPT, "--steps", "2", *options, "--out", "out", "-n", "1")
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "out/images.json").read_text())["images"][0]["loras"] == {"a": 0.5, "b": 1.0}
+    content = json.loads((tmp_path / "out/images.json").read_text())
+    assert content["images"][0]["loras"] == {"a": 0.5, "b": 1.0}
+    assert content["job"]["embedding_sha256"] == {"<toy>": file_sha256(word)}

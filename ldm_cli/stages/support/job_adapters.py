@@ -1,4 +1,4 @@
-"""The adapters of a job's pictures, on the networks of its family."""
+"""The embeddings and adapters of a job's pictures, in the networks of its family."""
 
 from __future__ import annotations
 
@@ -7,20 +7,42 @@ from pathlib import Path
 
 from ldm_cli.families.adapted import AdaptedNetworks, adaptable_models, adaptable_networks
 from ldm_cli.families.family import Family
-from ldm_cli.formats.lora_reader import lora_sha256, read_lora
+from ldm_cli.families.lora_reader import read_lora
+from ldm_cli.families.text_inversion import add_words
+from ldm_cli.formats.embedding_file import read_embedding
+from ldm_cli.formats.lora_path import lora_sha256
 from ldm_cli.pictures.job import Item
+from ldm_cli.pictures.prompt_adapters import EmbeddingEntry
+from ldm_cli.storage import file_sha256
 
 
 class JobAdapters:
-    """Every file of adapters that a job uses, read once.
+    """Every embedding, and every file of adapters that a job uses, read once.
 
     Attributes:
-        paths: of the files, by name.
-        sha256: of the files, by name.
+        paths, sha256: of the files of adapters, by name.
+        embeddings, embedding_sha256: of the files of embeddings, by word.
     """
 
-    def __init__(self, family: Family, items: Sequence[Item], paths: Mapping[str, Path]) -> None:
-        """Read the files that some pictures use, of those in `paths`; errors as in `read_lora`."""
+    def __init__(
+        self,
+        family: Family,
+        items: Sequence[Item],
+        paths: Mapping[str, Path],
+        embeddings: Sequence[EmbeddingEntry],
+    ) -> None:
+        """Read the files, and give the text towers the words; errors as in `read_lora` and `add_words`.
+
+        Args:
+            family: of the job.
+            items: pictures.
+            paths: files of adapters, by name; those are read that some picture uses.
+            embeddings: files of embeddings.
+        """
+        read = [read_embedding(Path(entry.path), entry.word) for entry in embeddings]
+        add_words(family.encoder, read)
+        self.embeddings = {one.word: Path(entry.path) for one, entry in zip(read, embeddings, strict=True)}
+        self.embedding_sha256 = {word: file_sha256(path) for word, path in self.embeddings.items()}
         names = sorted({name for item in items for name, _ in item.loras})
         self.paths = {name: paths[name] for name in names}
         self.sha256 = {name: lora_sha256(path) for name, path in self.paths.items()}

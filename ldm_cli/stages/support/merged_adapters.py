@@ -9,8 +9,8 @@ from pathlib import Path
 from ldm_cli.core.low_rank import WeightUpdate
 from ldm_cli.core.precision import DTYPES
 from ldm_cli.families.adapted import updated
+from ldm_cli.families.lora_reader import read_lora
 from ldm_cli.formats.lora_names import Adaptable
-from ldm_cli.formats.lora_reader import read_lora
 from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, UNET, VAE
 from ldm_cli.stages.support.convertible import FoundModels
 

@@ -24,7 +24,7 @@ from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.formats.weight_files import refuse_foreign_content, tensors_sha256
 from ldm_cli.pictures.job import Item
 from ldm_cli.pictures.progress import PartOfProgress
-from ldm_cli.pictures.provenance import lora_source
+from ldm_cli.pictures.provenance import embedding_source, lora_source
 from ldm_cli.recipe.schema import SampleRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.config import SamplingConfig
@@ -89,6 +89,7 @@ class PictureGenerator:
         paths = {"model": self.pipeline.family.folder, "latents": self._latents.file if self._latents else None}
         paths |= {name: getattr(self.recipe.edit, name) for name in ("image", "mask", "style")}
         paths |= {lora_source(name): path for name, path in self._adapters.paths.items()}
+        paths |= {embedding_source(word): path for word, path in self._adapters.embeddings.items()}
         return {n: recorded(Path(p).expanduser().absolute()) for n, p in paths.items() if p is not None}
 
     def check(self, items: Sequence[Item]) -> None:
@@ -128,6 +129,8 @@ class PictureGenerator:
             provenance["tile"] = self.recipe.tile
         if hashes := self._guidance_hashes(self.recipe.sampling):
             provenance["guidance_models"] = hashes
+        if self._adapters.embeddings:
+            provenance["embedding_sha256"] = self._adapters.embedding_sha256
         if self._adapters.sha256:
             provenance["lora_sha256"] = self._adapters.sha256
         if self._latents is not None:

@@ -16,9 +16,6 @@ from ldm_cli.formats.lora_names import kohya_prefix
 from ldm_cli.formats.weight_files import write_tensors
 from ldm_cli.storage import storage_errors
 
-DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
-"""Name under which diffusers looks for adapters in a folder."""
-
 
 def write_lora(
     path: Path,

@@ -1,8 +1,7 @@
-"""Files of adapters, read: in the layouts of kohya and LyCORIS, of diffusers old and new, and of PEFT."""
+"""Files of adapters, read: in the layouts of kohya, LyCORIS, diffusers old and new, PEFT and lora_diffusion."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -13,25 +12,23 @@ from typing import Any
 from torch import Tensor
 
 from ldm_cli.core.low_rank import Hadamard, Kronecker, LowRank, WeightUpdate
-from ldm_cli.errors import CheckpointError, InputNotFoundError
+from ldm_cli.errors import CheckpointError
 from ldm_cli.formats.json_file import read_json
-from ldm_cli.formats.lora_file import DIFFUSERS_LORA
 from ldm_cli.formats.lora_names import Adaptable, ModuleNames, Target
+from ldm_cli.formats.lora_path import PEFT_CONFIG, PEFT_WEIGHTS, lora_file
 from ldm_cli.formats.model_folder import expect_finite
 from ldm_cli.formats.weight_files import named, read_metadata, read_tensors
 
 Adapters = dict[str, dict[str, WeightUpdate]]
 """Component → path of a module in it → its update."""
 
-_PEFT_CONFIG, _PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PEFT_TYPES = ("LORA", "LOHA", "LOKR")
-_NO_ADAPTERS = re.compile("scheduler|optimizer|checkpoint")
 # How the names of tensors end, and what such a tensor is; what precedes names the module.
 _ROLES = {
     "down": r"\.lora_down\.weight|\.lora_A(?:\.default)?\.weight|\.lora\.down\.weight|"
-    r"\.lora_linear_layer\.down\.weight|(?<=_lora)\.down\.weight",
+    r"\.lora_linear_layer\.down\.weight|(?<=_lora)\.down\.weight|:down",
     "up": r"\.lora_up\.weight|\.lora_B(?:\.default)?\.weight|\.lora\.up\.weight|"
-    r"\.lora_linear_layer\.up\.weight|(?<=_lora)\.up\.weight",
+    r"\.lora_linear_layer\.up\.weight|(?<=_lora)\.up\.weight|:up",
     "alpha": r"\.alpha",
     "magnitude": r"\.lora_magnitude_vector(?:\.default)?(?:\.weight)?",
     "dora_scale": r"\.dora_scale",
@@ -39,7 +36,6 @@ _ROLES = {
     **{name: rf"\.{name}" for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")},
 }
 _NAMES = re.compile(r"(?P<module>.+?)(?:" + "|".join(f"(?P<{role}>{end})" for role, end in _ROLES.items()) + ")")
-_NUMBERED = re.compile(r"(unet|text_encoder):\d+:(up|down)")
 
 
 @dataclass(frozen=True)
@@ -63,50 +59,6 @@ class _Scales:
         patterns: Mapping[str, Any] = self.config.get(field) or {}
         found = (value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", module))
         return next(found, default)
-
-
-def lora_file(path: Path) -> Path:
-    """The file of adapters that a path means: itself, or that of a folder or of a run.
-
-    Raises:
-        InputNotFoundError: there is none, or more than one.
-    """
-    if path.is_file():
-        return path
-    for folder in (path, path / "model"):
-        for name in (DIFFUSERS_LORA, _PEFT_WEIGHTS):
-            if (folder / name).is_file():
-                return folder / name
-    found = [file for file in sorted(path.glob("*.safetensors")) if not _NO_ADAPTERS.search(file.name)]
-    if len(found) == 1:
-        return found[0]
-    cause = f"it holds {named([file.name for file in found])}" if found else "no such file, nor a folder with one"
-    raise InputNotFoundError(f"no adapters in '{path}'", cause, "give a .safetensors file")
-
-
-def lora_name(path: Path) -> str:
-    """What a file of adapters is called: its name without the ending, or that of its folder or run."""
-    path = path.absolute()
-    if path.suffix == ".safetensors" and path.name not in (DIFFUSERS_LORA, _PEFT_WEIGHTS):
-        return path.stem
-    folder = path.parent if path.suffix == ".safetensors" else path
-    return folder.parent.name if folder.name == "model" else folder.name
-
-
-def lora_sha256(path: Path) -> str:
-    """Hex sha256 of a file of adapters; of PEFT's, of the file followed by its configuration.
-
-    Raises:
-        InputNotFoundError: as in `lora_file`.
-    """
-    file = lora_file(path)
-    digest = hashlib.sha256()
-    for part in (file, file.with_name(_PEFT_CONFIG)):
-        if part is file or file.name == _PEFT_WEIGHTS:
-            with part.open("rb") as stream:
-                while block := stream.read(2**20):
-                    digest.update(block)
-    return digest.hexdigest()
 
 
 def read_lora(path: Path, models: Mapping[str, Adaptable]) -> Adapters:
@@ -147,9 +99,6 @@ def read_lora(path: Path, models: Mapping[str, Adaptable]) -> Adapters:
 
 def _by_module(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
     """The tensors of each module by their role."""
-    if any(_NUMBERED.fullmatch(name) for name in tensors):
-        cause = "its modules are numbered, as cloneofsimo's lora_diffusion wrote them"
-        raise CheckpointError(f"cannot use '{path}'", cause, "convert it to diffusers' or kohya's layout")
     parts: dict[str, dict[str, Tensor]] = {}
     strange = []
     for name, tensor in tensors.items():
@@ -166,8 +115,8 @@ def _by_module(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str,
 
 def _peft_configs(file: Path, models: Mapping[str, Adaptable]) -> dict[str, _Scales]:
     """PEFT's configuration of each component, from the file beside it or from its metadata."""
-    if file.name == _PEFT_WEIGHTS:
-        config = read_json(file.with_name(_PEFT_CONFIG))
+    if file.name == PEFT_WEIGHTS:
+        config = read_json(file.with_name(PEFT_CONFIG))
         if (kind := config.get("peft_type")) not in _PEFT_TYPES:
             cause = f"adapters of PEFT's type {kind} are not supported"
             raise CheckpointError(f"cannot use '{file.parent}'", cause, f"{', '.join(_PEFT_TYPES)} are read")
