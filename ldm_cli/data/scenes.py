@@ -24,11 +24,11 @@ from PIL import Image
 from ldm_cli.data import scene_vocabulary as words
 from ldm_cli.data.scene_captions import FULL_FRACTION, caption
 from ldm_cli.data.scene_drawing import paint
+from ldm_cli.data.scene_folder import prepare, write_record
 from ldm_cli.data.shard_writer import write_shard
 from ldm_cli.data.workers import made_by_workers
-from ldm_cli.errors import OutputError, UsageError
 from ldm_cli.reporting import Reporter
-from ldm_cli.storage import TEMPORARY_PREFIX, write_whole
+from ldm_cli.storage import TEMPORARY_PREFIX
 
 Split = Literal["train", "val"]
 Truth = dict[str, Any]
@@ -116,23 +116,6 @@ def _pair_geometry(dice: _Dice, relation: str) -> list[Truth]:
     return objects
 
 
-def pairs_with(only: str) -> list[tuple[str, str]]:
-    """The (shape, colour) pairs that `color=NAME` or `shape=NAME` selects, for any split.
-
-    Raises:
-        UsageError: there is no such colour or shape.
-    """
-    kind, _, name = only.partition("=")
-    column = {"shape": 0, "color": 1}.get(kind, 2)
-    pairs = words.NEW_PAIRS if name in words.NEW_COLORS else (*words.SEEN_PAIRS, *sorted(words.HELD_OUT_PAIRS))
-    found = [pair for pair in pairs if name in pair[column : column + 1]]
-    if not found:
-        colors = ", ".join((*words.COLORS, *words.NEW_COLORS))
-        known = f"color is one of {colors}; shape of {', '.join(words.SHAPES)}"
-        raise UsageError(f"there are no scenes with '{only}'", known, "give color=NAME or shape=NAME")
-    return found
-
-
 def scene(
     seed: int,
     index: int,
@@ -149,7 +132,7 @@ def scene(
         split: `train` or `val`.
         size: side of the square image in pixels, at least `MIN_SIZE`; the content does not depend on it.
         two_object_fraction: chance of two objects, in [0, 1].
-        only: see `pairs_with`; the first object or the second has such a pair.
+        only: see `scene_vocabulary.pairs_with`; the first object or the second has such a pair.
 
     Raises:
         ValueError: if the size is too small.
@@ -163,7 +146,7 @@ def scene(
     background = dice.pick(words.BACKGROUND_NAMES)
     geometry = _single_geometry(dice) if relation is None else _pair_geometry(dice, relation)
     choices = sorted(words.HELD_OUT_PAIRS) if held_out else words.SEEN_PAIRS
-    pairs = _pairs(dice, len(geometry), choices if only is None else pairs_with(only))
+    pairs = _pairs(dice, len(geometry), choices if only is None else words.pairs_with(only))
     objects: list[Truth] = []
     image, palette = Image.new("RGB", (size, size), words.BACKGROUNDS[background]), words.COLORS | words.NEW_COLORS
     for (shape, color), place in zip(pairs, geometry, strict=True):
@@ -201,8 +184,7 @@ def write_scenes(
     """Write scenes as WebDataset shards: `train-000000.tar`, …, `val-000000.tar`, …. A sample is a png, a txt and a
     json.
 
-    The bytes depend only on the arguments and the PNG encoder. `scenes.json` records the arguments and whether all
-    shards are written. The same call completes an interrupted one, and does nothing after a complete one.
+    The bytes depend only on the arguments and the PNG encoder. The same call completes an interrupted one.
 
     Args:
         out: folder, made if missing.
@@ -213,11 +195,11 @@ def write_scenes(
         val_samples: scenes of `val`; None: a tenth of `samples`, at least 64.
         shard_samples: scenes per shard.
         two_object_fraction: chance of two objects in a scene, in [0, 1].
-        only: `color=NAME` or `shape=NAME`, which every scene then has; see `pairs_with`.
+        only: `color=NAME` or `shape=NAME`, which every scene then has; see `scene_vocabulary.pairs_with`.
         overwrite: replace scenes of other arguments.
 
     Returns:
-        The content of `scenes.json`: the arguments, and `shards`, file name to number of samples; `complete` is True.
+        The content of `scenes.json`; `complete` is True.
 
     Raises:
         ValueError: if a count is below 1 or the size too small.
@@ -228,8 +210,8 @@ def write_scenes(
     num_val = max(64, samples // 10) if val_samples is None else val_samples
     if min(samples, num_val, shard_samples) < 1 or size < MIN_SIZE:
         raise ValueError(f"{samples=}, {num_val=}, {shard_samples=} must be at least 1, {size=} at least {MIN_SIZE}")
-    if only is not None:
-        pairs_with(only)
+    make = partial(scene, seed, size=size, two_object_fraction=two_object_fraction, only=only)
+    make(0, "train")  # raises what it must before anything is written
     shards = [*_shards("train", samples, shard_samples), *_shards("val", num_val, shard_samples)]
     record: dict[str, Any] = {
         "generator": f"ldm scenes {VERSION}",
@@ -241,17 +223,12 @@ def write_scenes(
         **({} if only is None else {"only": only}),
         "shards": {name: len(indices) for name, _, indices in shards},
     }
-    if _prepare(out, record, overwrite):
-        write = partial(
-            _write_shard,
-            out,
-            shards,
-            partial(scene, seed, size=size, two_object_fraction=two_object_fraction, only=only),
-        )
+    if prepare(out, record, overwrite):
+        write = partial(_write_shard, out, shards, make)
         with reporter.progress(f"writing scenes into {out}", samples + num_val, unit="scene") as progress:
             for done in accumulate(_on_all_cores(write, len(shards), out)):
                 progress.update(done)
-        _write_record(out, {**record, "complete": True})
+        write_record(out, {**record, "complete": True})
     else:
         reporter.info(f"{out}: these scenes are already there")
     return {**record, "complete": True}
@@ -277,36 +254,6 @@ def _on_all_cores(write: Callable[[int], int], count: int, folder: Path) -> Iter
     finally:  # the workers have been killed, whatever they were writing
         for unfinished in folder.glob(f"{TEMPORARY_PREFIX}*"):
             unfinished.unlink(missing_ok=True)
-
-
-def _write_record(out: Path, record: dict[str, Any]) -> None:
-    write_whole(out / "scenes.json", json.dumps(record, indent=2) + "\n")
-
-
-def _prepare(out: Path, record: dict[str, Any], overwrite: bool) -> bool:
-    """Prepare the folder; False if it holds exactly these scenes already."""
-    try:
-        found = json.loads((out / "scenes.json").read_text())
-    except (OSError, ValueError):
-        found = {}
-    present = sorted(path for pattern in ("train-*.tar", "val-*.tar") for path in out.glob(pattern))
-    if found == {**record, "complete": True} and [path.name for path in present] == sorted(record["shards"]):
-        return False
-    ours = isinstance(found, dict) and {**found, "complete": False} == {**record, "complete": False}
-    if present and not ours and not overwrite:
-        raise OutputError(
-            f"cannot write scenes into '{out}'",
-            f"it holds other shards, '{present[0].name}' among them",
-            "choose another folder, or pass --overwrite",
-        )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for path in (*present, *out.glob(f"{TEMPORARY_PREFIX}*")):
-            path.unlink()
-    except OSError as error:
-        raise OutputError(f"cannot write scenes into '{out}'", error.strerror or str(error)) from error
-    _write_record(out, {**record, "complete": False})
-    return True
 
 
 def _write_shard(out: Path, shards: Sequence[_Shard], make: Callable[..., Scene], number: int) -> int:
