@@ -14,7 +14,7 @@ from ldm_cli import families
 from ldm_cli.core.precision import precision_on
 from ldm_cli.errors import CheckpointError, InputNotFoundError
 from ldm_cli.families.family import Family
-from ldm_cli.formats.lora_file import DIFFUSERS_LORA
+from ldm_cli.formats.lora_path import DIFFUSERS_LORA
 from ldm_cli.formats.model_source import has_model_json, read_model_json, split_at_file
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
 from ldm_cli.formats.weight_files import CONFIG_NAME

@@ -17,9 +17,10 @@ from ldm_cli.data.batch import Batch
 from ldm_cli.errors import RecipeError, amount
 from ldm_cli.families.adapted import adaptable_models, adaptable_networks
 from ldm_cli.families.family import Family, place
+from ldm_cli.families.lora_file import write_lora
+from ldm_cli.families.lora_reader import read_lora
 from ldm_cli.families.stable_diffusion_xl import StableDiffusionXL
-from ldm_cli.formats.lora_file import DIFFUSERS_LORA, write_lora
-from ldm_cli.formats.lora_reader import read_lora
+from ldm_cli.formats.lora_path import DIFFUSERS_LORA
 from ldm_cli.formats.pipeline_folder import TEXT_ENCODER
 from ldm_cli.recipe.schema import TrainRecipe
 from ldm_cli.stages.support.batch_encoder import BatchEncoder
