@@ -25,7 +25,7 @@ TESTED := $(VENV)/.installed-test
 
 SHELL := /bin/bash -o pipefail
 
-.PHONY: faults setup demo study test exhaustive check lint bench gpu-check clean
+.PHONY: faults setup demo demo-lora study test exhaustive check lint bench gpu-check clean
 
 setup: $(TESTED)
 
@@ -55,6 +55,14 @@ demo: $(INSTALLED)
 	$(LDM) sample demo/sample
 	$(LDM) eval demo/eval --out runs/demo-eval
 	@echo "Look at runs/demo-samples/grid.png; runs/demo-eval/eval.json has the numbers."
+
+# After `make demo`: the model learns a ninth colour from 40 pictures.
+demo-lora: $(INSTALLED)
+	$(LDM) data synth data/demo-lora --samples 40 --val-samples 64 --size 32 --seed 1 --two-object-fraction 0 \
+	  --only color=maroon
+	OMP_NUM_THREADS=1 $(LDM) train-unet lora/demo
+	$(LDM) sample demo/sample -p "a maroon circle" --out runs/demo-lora-before
+	$(LDM) sample demo/sample -p "a maroon circle" --lora runs/demo-lora --out runs/demo-lora-after
 
 # Goes on after an interruption: every part is a command that does.
 study: $(INSTALLED)

@@ -49,6 +49,9 @@ def synth(
         float,
         typer.Option("--two-object-fraction", metavar="F", min=0, max=1, help="Share of scenes with a relation."),
     ] = 0.25,
+    only: Annotated[
+        str | None, typer.Option("--only", metavar="KEY=NAME", help="Only color=NAME, maroon too, or only shape=NAME.")
+    ] = None,
     overwrite: given.Overwrite = False,
     json: given.Json = False,
     debug: given.Debug = False,
@@ -65,6 +68,7 @@ def synth(
         reporter,
         val_samples=val_samples,
         two_object_fraction=two_object_fraction,
+        only=only,
         overwrite=overwrite,
     )
     show_result(result, json)

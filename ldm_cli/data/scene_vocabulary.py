@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 
+from ldm_cli.errors import UsageError
+
 Color = tuple[int, int, int]
 Point = tuple[float, float]
 
@@ -22,6 +24,9 @@ COLORS: dict[str, Color] = {
     "pink": (240, 75, 170),
 }
 """sRGB of each object colour."""
+
+NEW_COLORS: dict[str, Color] = {"maroon": (118, 10, 48)}
+"""Colours that scenes have only if they are asked for: something new to teach a model that knows the others."""
 
 BACKGROUNDS: dict[str, Color] = {
     "white": (255, 255, 255),
@@ -118,7 +123,26 @@ HELD_OUT_PAIRS: frozenset[tuple[str, str]] = frozenset(
 )
 """(shape, colour) pairs that never occur in `train`: 6 of 48, each shape once and no colour twice, so that training
 shows every shape and every colour, and only the combination is new."""
+NEW_PAIRS: tuple[tuple[str, str], ...] = tuple((shape, color) for color in NEW_COLORS for shape in SHAPE_NAMES)
+"""Every shape in every new colour."""
 SEEN_PAIRS: tuple[tuple[str, str], ...] = tuple(
     (shape, color) for shape in SHAPE_NAMES for color in COLOR_NAMES if (shape, color) not in HELD_OUT_PAIRS
 )
 """The other 42 pairs, in a fixed order."""
+
+
+def pairs_with(only: str) -> list[tuple[str, str]]:
+    """The (shape, colour) pairs that `color=NAME` or `shape=NAME` selects, for any split.
+
+    Raises:
+        UsageError: there is no such colour or shape.
+    """
+    kind, _, name = only.partition("=")
+    column = {"shape": 0, "color": 1}.get(kind, 2)
+    pairs = NEW_PAIRS if name in NEW_COLORS else (*SEEN_PAIRS, *sorted(HELD_OUT_PAIRS))
+    found = [pair for pair in pairs if name in pair[column : column + 1]]
+    if not found:
+        colors = ", ".join((*COLORS, *NEW_COLORS))
+        known = f"color is one of {colors}; shape of {', '.join(SHAPES)}"
+        raise UsageError(f"there are no scenes with '{only}'", known, "give color=NAME or shape=NAME")
+    return found

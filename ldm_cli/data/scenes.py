@@ -24,11 +24,11 @@ from PIL import Image
 from ldm_cli.data import scene_vocabulary as words
 from ldm_cli.data.scene_captions import FULL_FRACTION, caption
 from ldm_cli.data.scene_drawing import paint
+from ldm_cli.data.scene_folder import prepare, write_record
 from ldm_cli.data.shard_writer import write_shard
 from ldm_cli.data.workers import made_by_workers
-from ldm_cli.errors import OutputError
 from ldm_cli.reporting import Reporter
-from ldm_cli.storage import TEMPORARY_PREFIX, write_whole
+from ldm_cli.storage import TEMPORARY_PREFIX
 
 Split = Literal["train", "val"]
 Truth = dict[str, Any]
@@ -82,9 +82,9 @@ class _Dice:
         return options[int(self._random() * len(options))]
 
 
-def _pairs(dice: _Dice, count: int, held_out: bool) -> list[tuple[str, str]]:
-    """`count` different (shape, colour) pairs; with `held_out`, one of them is a held-out pair."""
-    pairs = [dice.pick(sorted(words.HELD_OUT_PAIRS) if held_out else words.SEEN_PAIRS)]
+def _pairs(dice: _Dice, count: int, choices: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """`count` different (shape, colour) pairs, one of them among `choices`."""
+    pairs = [dice.pick(choices)]
     while len(pairs) < count:
         pair = dice.pick(words.SEEN_PAIRS)
         if pair != pairs[0]:
@@ -116,7 +116,14 @@ def _pair_geometry(dice: _Dice, relation: str) -> list[Truth]:
     return objects
 
 
-def scene(seed: int, index: int, split: Split, size: int, two_object_fraction: float = TWO_OBJECT_FRACTION) -> Scene:
+def scene(
+    seed: int,
+    index: int,
+    split: Split,
+    size: int,
+    two_object_fraction: float = TWO_OBJECT_FRACTION,
+    only: str | None = None,
+) -> Scene:
     """The `index`-th scene of a split.
 
     Args:
@@ -125,22 +132,25 @@ def scene(seed: int, index: int, split: Split, size: int, two_object_fraction: f
         split: `train` or `val`.
         size: side of the square image in pixels, at least `MIN_SIZE`; the content does not depend on it.
         two_object_fraction: chance of two objects, in [0, 1].
+        only: see `scene_vocabulary.pairs_with`; the first object or the second has such a pair.
 
     Raises:
         ValueError: if the size is too small.
+        UsageError: as in `pairs_with`.
     """
     if size < MIN_SIZE:
         raise ValueError(f"scene: size={size} is below the least, {MIN_SIZE}")
     dice = _Dice(seed, split, index)
-    held_out = split == "val" and index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    held_out = only is None and split == "val" and index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     relation = dice.pick(words.RELATION_NAMES) if dice.chance(two_object_fraction) else None
     background = dice.pick(words.BACKGROUND_NAMES)
     geometry = _single_geometry(dice) if relation is None else _pair_geometry(dice, relation)
-    pairs = _pairs(dice, len(geometry), held_out)
+    choices = sorted(words.HELD_OUT_PAIRS) if held_out else words.SEEN_PAIRS
+    pairs = _pairs(dice, len(geometry), choices if only is None else words.pairs_with(only))
     objects: list[Truth] = []
-    image = Image.new("RGB", (size, size), words.BACKGROUNDS[background])
+    image, palette = Image.new("RGB", (size, size), words.BACKGROUNDS[background]), words.COLORS | words.NEW_COLORS
     for (shape, color), place in zip(pairs, geometry, strict=True):
-        box = paint(image, shape, words.COLORS[color], (place["center"][0], place["center"][1]), place["radius"])
+        box = paint(image, shape, palette[color], (place["center"][0], place["center"][1]), place["radius"])
         objects.append({"shape": shape, "color": color, **place, "box": [round(edge, 4) for edge in box]})
     sentence, stated = caption(objects, relation, background, dice.chance(FULL_FRACTION), dice.pick)
     labels = {name: objects[0][name] if relation is None else None for name in ("shape", "color", "size", "place")}
@@ -168,13 +178,13 @@ def write_scenes(
     val_samples: int | None = None,
     shard_samples: int = 2000,
     two_object_fraction: float = TWO_OBJECT_FRACTION,
+    only: str | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write scenes as WebDataset shards: `train-000000.tar`, …, `val-000000.tar`, …. A sample is a png, a txt and a
     json.
 
-    The bytes depend only on the arguments and the PNG encoder. `scenes.json` records the arguments and whether all
-    shards are written. The same call completes an interrupted one, and does nothing after a complete one.
+    The bytes depend only on the arguments and the PNG encoder. The same call completes an interrupted one.
 
     Args:
         out: folder, made if missing.
@@ -185,19 +195,23 @@ def write_scenes(
         val_samples: scenes of `val`; None: a tenth of `samples`, at least 64.
         shard_samples: scenes per shard.
         two_object_fraction: chance of two objects in a scene, in [0, 1].
+        only: `color=NAME` or `shape=NAME`, which every scene then has; see `scene_vocabulary.pairs_with`.
         overwrite: replace scenes of other arguments.
 
     Returns:
-        The content of `scenes.json`: the arguments, and `shards`, file name to number of samples; `complete` is True.
+        The content of `scenes.json`; `complete` is True.
 
     Raises:
         ValueError: if a count is below 1 or the size too small.
+        UsageError: as in `pairs_with`.
         OutputError: if `out` holds other scenes and `overwrite` is False, or cannot be written to.
         StorageError: the disk is full.
     """
     num_val = max(64, samples // 10) if val_samples is None else val_samples
     if min(samples, num_val, shard_samples) < 1 or size < MIN_SIZE:
         raise ValueError(f"{samples=}, {num_val=}, {shard_samples=} must be at least 1, {size=} at least {MIN_SIZE}")
+    make = partial(scene, seed, size=size, two_object_fraction=two_object_fraction, only=only)
+    make(0, "train")  # raises what it must before anything is written
     shards = [*_shards("train", samples, shard_samples), *_shards("val", num_val, shard_samples)]
     record: dict[str, Any] = {
         "generator": f"ldm scenes {VERSION}",
@@ -206,14 +220,15 @@ def write_scenes(
         "size": size,
         "seed": seed,
         "two_object_fraction": two_object_fraction,
+        **({} if only is None else {"only": only}),
         "shards": {name: len(indices) for name, _, indices in shards},
     }
-    if _prepare(out, record, overwrite):
-        write = partial(_write_shard, out, shards, seed, size, two_object_fraction)
+    if prepare(out, record, overwrite):
+        write = partial(_write_shard, out, shards, make)
         with reporter.progress(f"writing scenes into {out}", samples + num_val, unit="scene") as progress:
             for done in accumulate(_on_all_cores(write, len(shards), out)):
                 progress.update(done)
-        _write_record(out, {**record, "complete": True})
+        write_record(out, {**record, "complete": True})
     else:
         reporter.info(f"{out}: these scenes are already there")
     return {**record, "complete": True}
@@ -241,42 +256,10 @@ def _on_all_cores(write: Callable[[int], int], count: int, folder: Path) -> Iter
             unfinished.unlink(missing_ok=True)
 
 
-def _write_record(out: Path, record: dict[str, Any]) -> None:
-    write_whole(out / "scenes.json", json.dumps(record, indent=2) + "\n")
-
-
-def _prepare(out: Path, record: dict[str, Any], overwrite: bool) -> bool:
-    """Prepare the folder; False if it holds exactly these scenes already."""
-    try:
-        found = json.loads((out / "scenes.json").read_text())
-    except (OSError, ValueError):
-        found = {}
-    present = sorted(path for pattern in ("train-*.tar", "val-*.tar") for path in out.glob(pattern))
-    if found == {**record, "complete": True} and [path.name for path in present] == sorted(record["shards"]):
-        return False
-    ours = isinstance(found, dict) and {**found, "complete": False} == {**record, "complete": False}
-    if present and not ours and not overwrite:
-        raise OutputError(
-            f"cannot write scenes into '{out}'",
-            f"it holds other shards, '{present[0].name}' among them",
-            "choose another folder, or pass --overwrite",
-        )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for path in (*present, *out.glob(f"{TEMPORARY_PREFIX}*")):
-            path.unlink()
-    except OSError as error:
-        raise OutputError(f"cannot write scenes into '{out}'", error.strerror or str(error)) from error
-    _write_record(out, {**record, "complete": False})
-    return True
-
-
-def _write_shard(
-    out: Path, shards: Sequence[_Shard], seed: int, size: int, two_object_fraction: float, number: int
-) -> int:
+def _write_shard(out: Path, shards: Sequence[_Shard], make: Callable[..., Scene], number: int) -> int:
     """Write shard `number` of `shards`; returns its number of scenes."""
     name, split, indices = shards[number]
-    scenes = (scene(seed, index, split, size, two_object_fraction) for index in indices)
+    scenes = (make(index, split) for index in indices)
     return write_shard(out / name, (_members(index, one) for index, one in zip(indices, scenes, strict=True)))
 
 

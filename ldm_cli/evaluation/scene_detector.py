@@ -160,7 +160,7 @@ def _read_objects(pixels: Tensor, ground: Tensor, masks: Tensor) -> list[SeenObj
     fit = _fit_shapes(opacity)
     weight = fit.template.flatten(1)
     color = torch.einsum("mcp,mp->mc", offset.flatten(2), weight) / weight.square().sum(1, keepdim=True)
-    colors = _nearest(ground + color, words.COLORS)
+    colors = _nearest(ground + color, words.COLORS | words.NEW_COLORS)
     result = []
     for i, (color_name, shape) in enumerate(zip(colors, fit.shape.tolist(), strict=True)):
         x, y, radius = (value / WORKING_SIZE for value in fit.geometry[i, :3].tolist())

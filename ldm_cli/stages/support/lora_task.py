@@ -40,7 +40,7 @@ class DenoiserTask(Task[Batch], Protocol):
 
     @property
     def family(self) -> Family:
-        """That of the denoiser."""
+        """Denoiser, codec, encoder, process."""
 
 
 class LoRATask:

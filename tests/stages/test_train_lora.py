@@ -1,0 +1,108 @@
+"""`ldm train-unet` with `lora`: adapters are trained, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from ldm_cli.errors import InputNotFoundError
+from ldm_cli.families.open_family import resolve_model
+from ldm_cli.recipe.schema import TrainUnetRecipe
+from ldm_cli.reporting import SilentReporter
+from ldm_cli.stages.dry_run import dry_run
+from ldm_cli.storage import file_sha256
+from tests.faults.runs import assert_same_run
+
+from .tiny import lose_after, trained, unet_recipe
+
+EVERYTHING = {
+    "rank": 2,
+    "alpha": 0.3,
+    "targets": ["all"],
+    "conv_rank": 3,
+    "text_encoder": 1,
+    "dropout": 0.1,
+    "dora": True,
+}
+
+
+def lora_recipe(scenes: Path, start: Path, lora: Any = None, **train: Any) -> dict[str, Any]:
+    recipe = unet_recipe(scenes, Path(), Path(), {"caption_dropout": 0.2}, **{"lr": 1e-2, **train})
+    kept = {name: value for name, value in recipe.items() if name not in ("unet", "vae", "text_encoder")}
+    return kept | {"start_from": str(start), "lora": dict(lora or {"rank": 2})}
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {str(file): file_sha256(file) for file in sorted(folder.rglob("*.safetensors"))}
+
+
+def test_a_run_trains_adapters_and_leaves_its_model_alone(scenes: Path, unet_run: Path, tmp_path: Path) -> None:
+    before = files(unet_run)
+    result = trained(lora_recipe(scenes, unet_run, EVERYTHING, ema_decay=0.9), tmp_path / "run")
+    assert files(unet_run) == before
+    assert sorted(file.name for file in (tmp_path / "run/model").iterdir()) == [
+        "manifest.json",
+        "pytorch_lora_weights.safetensors",
+        "tiny.safetensors",
+    ]
+    ups = {n: t for n, t in load_file(tmp_path / "run/model/tiny.safetensors").items() if n.endswith("lora_up.weight")}
+    assert all(up.abs().max() > 0 for up in ups.values())
+    assert any(name.startswith("lora_te_") for name in ups)
+    assert any(up.ndim == 4 for up in ups.values())
+    assert result["figures"]["val_loss"] > 0
+
+
+def test_a_lost_run_ends_in_the_same_bits(scenes: Path, unet_run: Path, tmp_path: Path) -> None:
+    recipe = lora_recipe(scenes, unet_run, EVERYTHING, ema_decay=0.9)
+    trained(recipe, tmp_path / "whole")
+    lose_after(5, recipe, tmp_path / "lost")
+    trained(recipe, tmp_path / "lost")
+    assert_same_run(tmp_path / "whole", tmp_path / "lost", 12)
+
+
+def test_parts_of_a_batch_and_recomputed_layers_change_only_rounding(
+    scenes: Path, unet_run: Path, tmp_path: Path
+) -> None:
+    moments = []
+    for name, train in (("whole", {}), ("parts", {"micro_batch": 2, "gradient_checkpointing": True})):
+        trained(lora_recipe(scenes, unet_run, EVERYTHING, steps=1, **train), tmp_path / name)
+        moments.append(load_file(tmp_path / name / "checkpoints/step-00000001/training.safetensors"))
+    whole, parts = moments
+    names = [name for name in whole if name.endswith("exp_avg")]
+    assert names
+    assert all(torch.allclose(whole[name], parts[name], rtol=1e-3, atol=1e-7) for name in names)
+
+
+def test_a_folder_of_adapters_is_no_model(scenes: Path, unet_run: Path, tmp_path: Path) -> None:
+    trained(lora_recipe(scenes, unet_run, steps=1), tmp_path / "run")
+    with pytest.raises(InputNotFoundError, match="it holds adapters") as caught:
+        resolve_model(tmp_path / "run")
+    assert "--lora" in str(caught.value.remedy)
+
+
+def test_a_dry_run_counts_adapters_and_compares_the_memory(scenes: Path, unet_run: Path) -> None:
+    recipe = TrainUnetRecipe.from_mapping(lora_recipe(scenes, unet_run, {"rank": 2, "targets": ["*.attn1.to_q"]}))
+    result = dry_run(recipe, SilentReporter())
+    parameters = result["parameters"]
+    assert parameters["unet.lora"] == 4 * 2 * (8 + 8)  # one down, one in the middle, two up; rank · (I + O) each
+    assert result["bytes"]["gradients"] == 4 * parameters["unet.lora"]
+    assert any(note.startswith("lora: weights, gradients") for note in result["notes"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"start_from": None}, "lora needs start_from"),
+        ({"freeze": ["*"]}, "lora freezes all weights"),
+        ({"cache": "c", "lora": {"text_encoder": True}}, "changes the text states"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(changes: Any, message: str, scenes: Path, unet_run: Path) -> None:
+    recipe = lora_recipe(scenes, unet_run) | {"vae": "v", "text_encoder": "t", "unet": {}} | changes
+    with pytest.raises(ValidationError, match=message):
+        TrainUnetRecipe.from_mapping(recipe)
