@@ -215,12 +215,8 @@ def write_scenes(
     shards = [*_shards("train", samples, shard_samples), *_shards("val", num_val, shard_samples)]
     record: dict[str, Any] = {
         "generator": f"ldm scenes {VERSION}",
-        "samples": samples,
-        "val_samples": num_val,
-        "size": size,
-        "seed": seed,
-        "two_object_fraction": two_object_fraction,
-        **({} if only is None else {"only": only}),
+        **{"samples": samples, "val_samples": num_val, "size": size, "seed": seed},
+        **{"two_object_fraction": two_object_fraction, **({} if only is None else {"only": only})},
         "shards": {name: len(indices) for name, _, indices in shards},
     }
     if prepare(out, record, overwrite):
