@@ -211,7 +211,7 @@ def write_scenes(
     if min(samples, num_val, shard_samples) < 1 or size < MIN_SIZE:
         raise ValueError(f"{samples=}, {num_val=}, {shard_samples=} must be at least 1, {size=} at least {MIN_SIZE}")
     make = partial(scene, seed, size=size, two_object_fraction=two_object_fraction, only=only)
-    make(0, "train")  # raises what it must before anything is written
+    make(0, "train")  # fails before anything is written
     shards = [*_shards("train", samples, shard_samples), *_shards("val", num_val, shard_samples)]
     record: dict[str, Any] = {
         "generator": f"ldm scenes {VERSION}",
@@ -220,14 +220,10 @@ def write_scenes(
         "size": size,
         "seed": seed,
         "two_object_fraction": two_object_fraction,
-        **({} if only is None else {"only": only}),
         "shards": {name: len(indices) for name, _, indices in shards},
-    }
+    } | ({} if only is None else {"only": only})
     if prepare(out, record, overwrite):
-        write = partial(_write_shard, out, shards, make)
-        with reporter.progress(f"writing scenes into {out}", samples + num_val, unit="scene") as progress:
-            for done in accumulate(_on_all_cores(write, len(shards), out)):
-                progress.update(done)
+        _write_shards(out, shards, make, reporter)
         write_record(out, {**record, "complete": True})
     else:
         reporter.info(f"{out}: these scenes are already there")
@@ -241,6 +237,13 @@ def _shards(split: Split, count: int, shard_samples: int) -> list[_Shard]:
         (f"{split}-{i:06d}.tar", split, range(start, min(count, start + shard_samples)))
         for i, start in enumerate(starts)
     ]
+
+
+def _write_shards(out: Path, shards: Sequence[_Shard], make: Callable[..., Scene], reporter: Reporter) -> None:
+    write, total = partial(_write_shard, out, shards, make), sum(len(indices) for _, _, indices in shards)
+    with reporter.progress(f"writing scenes into {out}", total, unit="scene") as progress:
+        for done in accumulate(_on_all_cores(write, len(shards), out)):
+            progress.update(done)
 
 
 def _on_all_cores(write: Callable[[int], int], count: int, folder: Path) -> Iterator[int]:
