@@ -61,7 +61,8 @@ class LatentDiffusion(Family):
     @property
     def guidance_width(self) -> int | None:
         """As a U-Net's `time_cond_proj_dim` says."""
-        return self.denoiser.config.time_cond_proj_dim if isinstance(self.denoiser, UNet2DConditionModel) else None
+        config = self.denoiser.config
+        return config.time_cond_proj_dim if isinstance(config, UNet2DConditionConfig) else None
 
     def save_denoiser(self, folder: Path) -> None:
         """See `Family`."""
