@@ -83,7 +83,8 @@ FIELDS: dict[str, tuple[list[str], Any]] = {
     "score": (
         [],
         {
-            **dict.fromkeys(("mean_cosine", "clip_score", "clip_score_interval", "clipscore_hessel", "num_samples")),
+            **dict.fromkeys(("mean_cosine", "clip_score", "clipscore_hessel", "num_samples")),
+            "clip_score_interval": [None],
             "pictures": [{**PICTURE, "caption": None, "cosine": None, "clipscore_hessel": None}],
         },
     ),
