@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ def tag(
 
     Args:
         sources: pictures, as in `open_pictures`.
-        captions: between commas, a file with one per line, or shards; None: those of the pictures themselves.
+        captions: between commas, a file with one per line, a folder or shards whose captions are taken; None: those
+            of the pictures themselves.
         top: captions to give for each picture.
         options, reporter: as in every command of `ldm clip`.
 
@@ -75,10 +77,11 @@ def tag(
         DataError: there is no caption; other errors as in `Clip`.
     """
     sets = open_picture_sets(sources, reporter)
-    if captions is not None and not captions.endswith(".tar"):
+    # Path.is_dir raises OSError for a list that is too long for a name.
+    if captions and not (captions.endswith(".tar") or os.path.isdir(captions)):  # noqa: PTH112
         candidates = texts_of(captions, "--captions")
     else:
-        own = sets if captions is None else open_picture_sets([captions], reporter)
+        own = open_picture_sets([captions], reporter) if captions else sets
         candidates = list(dict.fromkeys(filter(None, _captions(own))))
     if not candidates:
         raise DataError("there are no captions to choose from", remedy="give --captions")

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_cli.data.decode import from_pillow
-from ldm_cli.errors import DataError, UsageError
+from ldm_cli.data.tables import is_picture
+from ldm_cli.errors import DataError, InputNotFoundError, UsageError
 from ldm_cli.evaluation.nearest import nearest
 from ldm_cli.formats.embedding_files import EmbeddingFile, expect_new, is_embedding_file, open_embeddings
 from ldm_cli.pictures.grid import labelled_grid, stacked
@@ -56,11 +57,17 @@ def run(sources: Sequence[str], wanted: Wanted, options: ClipOptions, reporter: 
         `name`, or `text`, where they are known. `num_searched`; `sheet`, with one; `provenance`.
 
     Raises:
-        UsageError: there is no query, or an embedding file is given with something else.
+        UsageError: there is no query, a text is blank, or an embedding file is given with something else.
+        InputNotFoundError: a query is not one picture.
         DataError: the embeddings are of another model; other errors as in `Clip` and `open_embeddings`.
     """
     if not (wanted.texts or wanted.pictures):
         raise UsageError("there is nothing to search for", remedy="give --text or --like")
+    if not all(text.strip() for text in wanted.texts):
+        raise UsageError("a text to search for is blank")
+    for path in wanted.pictures:
+        if not (path.is_file() and is_picture(path)):
+            raise InputNotFoundError(f"'{path}' is not a picture", remedy="give one picture to each --like")
     expect_sheet(wanted.sheet, overwrite=wanted.overwrite)
     files = [Path(source) for source in sources if is_embedding_file(Path(source))]
     if files and len(sources) > 1:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ldm_cli.cli.app import run as run_program
-from ldm_cli.errors import DataError, OutputError, UsageError
+from ldm_cli.errors import DataError, InputNotFoundError, OutputError, UsageError
 from ldm_cli.evaluation.clip_features import CLIPFeatures
 from ldm_cli.evaluation.questions import statement
 from ldm_cli.reporting import SilentReporter
@@ -55,6 +55,7 @@ def fields(value: Any) -> Any:
 
 PICTURE = {"source": None, "name": None}
 FIELDS: dict[str, tuple[list[str], Any]] = {
+    "embed": (["--out", "x.npy"], dict.fromkeys(("file", "num_embeddings", "dimension"))),
     "search": (
         ["--text", "a red circle"],
         {
@@ -83,7 +84,8 @@ FIELDS: dict[str, tuple[list[str], Any]] = {
     "score": (
         [],
         {
-            **dict.fromkeys(("mean_cosine", "clip_score", "clip_score_interval", "clipscore_hessel", "num_samples")),
+            **dict.fromkeys(("mean_cosine", "clip_score", "clipscore_hessel", "num_samples")),
+            "clip_score_interval": [None],
             "pictures": [{**PICTURE, "caption": None, "cosine": None, "clipscore_hessel": None}],
         },
     ),
@@ -92,8 +94,14 @@ FIELDS: dict[str, tuple[list[str], Any]] = {
 
 @pytest.mark.parametrize("command", FIELDS)
 def test_the_fields_of_each_result_are_those_of_the_documentation(
-    command: str, val: str, clip_run: Path, capsys: pytest.CaptureFixture[str]
+    command: str,
+    val: str,
+    clip_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     arguments, expected = FIELDS[command]
     line = ["clip", command, val, *arguments, "--model", str(clip_run), "--device", "cpu"]
     assert run_program([*line, "--json"]) == 0
@@ -101,8 +109,8 @@ def test_the_fields_of_each_result_are_those_of_the_documentation(
     assert fields(result) == expected
     assert set(result["provenance"]) == {"date", "environment", "device", "clip", "pictures"}
     assert set(result["provenance"]["clip"]) == {"model", "sha256", "processor"}
-    assert run_program(line) == 0
-    assert "0000" in capsys.readouterr().out
+    assert run_program([*line, "--overwrite"] if command == "embed" else line) == 0
+    assert ("num embeddings" if command == "embed" else "0000") in capsys.readouterr().out
 
 
 def test_embeddings_are_unit_vectors_of_the_pictures_in_order(
@@ -162,6 +170,16 @@ def test_a_search_without_a_query_or_into_an_odd_sheet_is_refused(val: str, opti
             clip_search.run([val], wanted, options, SilentReporter())
 
 
+def test_a_query_is_a_text_that_says_something_or_one_picture(
+    val: str, pairs: Path, options: ClipOptions, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="a text to search for is blank"):
+        clip_search.run([val], Wanted(["a", " "]), options, SilentReporter())
+    for query in (pairs, tmp_path / "missing.png", Path(val)):
+        with pytest.raises(InputNotFoundError, match="is not a picture; give one picture to each --like"):
+            clip_search.run([val], Wanted(pictures=[query]), options, SilentReporter())
+
+
 def test_the_templates_of_the_paper_are_80_and_each_has_one_place() -> None:
     templates = texts_of(str(clip_answers._IMAGENET_FILE), "")
     assert (len(templates), len(set(templates))) == (80, 80)
@@ -212,6 +230,11 @@ def test_tags_come_from_the_pictures_own_captions_from_a_file_or_from_other_shar
     assert clip_answers.tag([val], str(tmp_path / "captions.txt"), 9, options, SilentReporter())["num_captions"] == 2
     others = clip_answers.tag([val], str(scenes / "train-000000.tar"), 1, options, SilentReporter())
     assert others["num_captions"] > 2
+    (tmp_path / "words").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "words" / "a.png")
+    (tmp_path / "words" / "a.txt").write_text("a black square")
+    from_folder = clip_answers.tag([val], str(tmp_path / "words"), 1, options, SilentReporter())
+    assert from_folder["pictures"][0]["results"][0]["caption"] == "a black square"
 
 
 def test_an_answer_is_the_statement_that_is_nearest(val: str, options: ClipOptions) -> None:
@@ -297,6 +320,10 @@ def test_texts_are_between_commas_or_lines_of_a_file(tmp_path: Path) -> None:
     assert texts_of(str(tmp_path / "x"), "--labels") == ["a, b", "c"]
     with pytest.raises(DataError, match="--labels ',' has no text"):
         texts_of(",", "--labels")
+    many = [f"label number {number}" for number in range(100)]
+    assert texts_of(",".join(many), "--labels") == many
+    with pytest.raises(InputNotFoundError, match=r"--labels: there is no 'labels\.txt'"):
+        texts_of("labels.txt", "--labels")
 
 
 def test_pictures_or_texts_are_embedded_and_not_both(val: str, options: ClipOptions, tmp_path: Path) -> None:
@@ -308,3 +335,11 @@ def test_pictures_or_texts_are_embedded_and_not_both(val: str, options: ClipOpti
         clip_embed.run([val], None, tmp_path / "x.bin", options, SilentReporter())
     clip_embed.run([], "a,b", out, options, SilentReporter(), half=True)
     assert (np.load(out).shape, np.load(out).dtype) == ((2, 16), np.float16)
+
+
+def test_a_text_of_that_name_is_not_replaced_unasked(options: ClipOptions, tmp_path: Path) -> None:
+    for suffix in (".json", ".names.jsonl"):
+        (tmp_path / f"mine{suffix}").write_text("{}")
+        with pytest.raises(OutputError, match=suffix):
+            clip_embed.run([], "a", tmp_path / "mine.npy", options, SilentReporter())
+        (tmp_path / f"mine{suffix}").unlink()

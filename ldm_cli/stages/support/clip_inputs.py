@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm_cli.data.tables import text_lines
-from ldm_cli.errors import DataError
+from ldm_cli.errors import DataError, InputNotFoundError
 from ldm_cli.evaluation.clip_features import CLIPFeatures
 from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.hub import model_path, recorded
@@ -107,7 +108,7 @@ def picture_rows(sets: Sequence[PictureSet]) -> list[dict[str, Any]]:
 def texts_of(given: str, what: str) -> list[str]:
     """The texts that an option means: the lines of a file of that name, else what is between its commas.
 
-    Blank ones are left out, and of equal ones all but the first.
+    What ends with `.txt` is a file. Blank ones are left out, and of equal ones all but the first.
 
     Args:
         given: the value of the option.
@@ -115,8 +116,11 @@ def texts_of(given: str, what: str) -> list[str]:
 
     Raises:
         DataError: there is none, or the file cannot be read.
+        InputNotFoundError: there is no such file.
     """
-    is_file = Path(given).is_file()
+    is_file = os.path.isfile(given)  # noqa: PTH113 - Path raises OSError for a list that is too long for a name
+    if given.endswith(".txt") and not is_file:
+        raise InputNotFoundError(f"{what}: there is no '{given}'")
     lines = text_lines(Path(given), lambda remark: None) if is_file else given.split(",")
     found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not found:
