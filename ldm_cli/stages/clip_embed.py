@@ -51,7 +51,8 @@ def run(
     sets = open_picture_sets(sources, reporter)
     clip = Clip(options, reporter)
     if texts is None:
-        vectors, rows = clip.pictures(sets), picture_rows(sets)
+        vectors, numbers = clip.pictures(sets)
+        rows = picture_rows(sets, numbers)
     else:
         rows = [{"text": text} for text in texts_of(texts, "--texts")]
         vectors = clip.texts([row["text"] for row in rows])

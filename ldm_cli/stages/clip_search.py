@@ -75,14 +75,14 @@ def run(sources: Sequence[str], wanted: Wanted, options: ClipOptions, reporter: 
     file = open_embeddings(files[0]) if files else None
     clip = _clip_for(file, options, reporter)
     sets = [] if file is not None else open_picture_sets(sources, reporter)
-    vectors = file.vectors if file is not None else clip.pictures(sets)
+    vectors, numbers = (file.vectors, []) if file is not None else clip.pictures(sets)
     queries = [{"text": text} for text in wanted.texts] + [{"picture": str(path)} for path in wanted.pictures]
     embedded = _embedded(wanted, clip, reporter)
     if embedded.shape[1] != vectors.shape[1]:
         cause = f"its vectors have {vectors.shape[1]} numbers, those of the model {embedded.shape[1]}"
         raise DataError(f"cannot search '{sources[0]}'", cause, "give the model that made it")
     cosines, places = nearest(embedded, vectors, wanted.top)
-    known = file.rows(places.flatten().tolist()) if file is not None else dict(enumerate(picture_rows(sets)))
+    known = file.rows(places.flatten().tolist()) if file is not None else dict(enumerate(picture_rows(sets, numbers)))
     found = [
         {**query, "results": [
             {"rank": rank, "cosine": cosine, "row": row, **known[row]}
@@ -113,8 +113,8 @@ def _clip_for(file: EmbeddingFile | None, options: ClipOptions, reporter: Report
 def _embedded(wanted: Wanted, clip: Clip, reporter: Reporter) -> Tensor:
     """The queries, float32 [Q, D]."""
     parts = [clip.texts(wanted.texts)] if wanted.texts else []
-    if wanted.pictures:
-        parts.append(clip.pictures(open_picture_sets([str(path) for path in wanted.pictures], reporter)))
+    # One by one, so that a query that cannot be read is an error.
+    parts += [clip.pictures(open_picture_sets([str(path)], reporter))[0] for path in wanted.pictures]
     return torch.cat(parts)
 
 

@@ -180,6 +180,33 @@ def test_a_query_is_a_text_that_says_something_or_one_picture(
             clip_search.run([val], Wanted(pictures=[query]), options, SilentReporter())
 
 
+def test_pictures_that_cannot_be_read_are_named_and_left_out(
+    pairs: Path, options: ClipOptions, features: CLIPFeatures, tmp_path: Path
+) -> None:
+    before = open_picture_sets([str(pairs)], SilentReporter())[0]
+    expected = F.normalize(features.pictures([before.picture(0), before.picture(2), before.picture(3)]), dim=1)
+    (pairs / "1.png").write_bytes((pairs / "1.png").read_bytes()[:60])
+    (pairs / "0a.jpg").write_bytes(b"")
+    (pairs / "0a.txt").write_text("nothing")
+    reporter = SilentReporter()
+    clip_embed.run([str(pairs)], None, tmp_path / "x.npy", ClipOptions(options.model, "cpu", 1), reporter)
+    assert np.abs(np.load(tmp_path / "x.npy") - expected.numpy()).max() < 1e-5
+    names = [json.loads(line)["name"] for line in (tmp_path / "x.names.jsonl").read_text().splitlines()]
+    assert names == ["0.png", "2.png", "3.png"]
+    (warning,) = [text for text in reporter.messages if "cannot be read" in text]
+    assert "2 of 5 pictures cannot be read and are left out: '0a.jpg' (" in warning
+    assert "'1.png' (" in warning
+    about = json.loads((tmp_path / "x.json").read_text())["pictures"][0]
+    assert (about["num_pictures"], about["unreadable"]) == (3, ["0a.jpg", "1.png"])
+    scores = clip_answers.score([str(pairs)], None, options, reporter)["pictures"]
+    assert [(one["name"], one["caption"]) for one in scores] == [("0.png", "a red circle"), ("2.png", "a blue square")]
+    wanted = Wanted(pictures=[pairs / "3.png", pairs / "1.png"])
+    with pytest.raises(DataError, match=r"no picture can be read: '1\.png'"):
+        clip_search.run([str(pairs)], wanted, options, SilentReporter())
+    best = clip_search.run([str(pairs)], Wanted(pictures=[pairs / "3.png"]), options, SilentReporter())
+    assert best["queries"][0]["results"][0]["name"] == "3.png"
+
+
 def test_the_templates_of_the_paper_are_80_and_each_has_one_place() -> None:
     templates = texts_of(str(clip_answers._IMAGENET_FILE), "")
     assert (len(templates), len(set(templates))) == (80, 80)
@@ -241,7 +268,7 @@ def test_an_answer_is_the_statement_that_is_nearest(val: str, options: ClipOptio
     question, answers = "What colour is the circle?", ["red", "green", "blue"]
     result = clip_answers.ask(val, question, ",".join(answers), options, SilentReporter())
     clip = Clip(options, SilentReporter())
-    images = clip.pictures(open_picture_sets([val], SilentReporter()))
+    images, _ = clip.pictures(open_picture_sets([val], SilentReporter()))
     cosines = images @ clip.texts([statement(question, answer) for answer in answers]).T
     assert [one["results"][0]["answer"] for one in result["pictures"]] == [answers[i] for i in cosines.argmax(1)]
     assert result["pictures"][0]["results"][0]["statement"].endswith(" circle")
