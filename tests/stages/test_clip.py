@@ -173,6 +173,8 @@ def test_a_search_without_a_query_or_into_an_odd_sheet_is_refused(val: str, opti
 def test_a_query_is_a_text_that_says_something_or_one_picture(
     val: str, pairs: Path, options: ClipOptions, tmp_path: Path
 ) -> None:
+    with pytest.raises(InputNotFoundError, match="there is no 'nowhere'; give a picture, a folder, or shards"):
+        clip_search.run(["nowhere"], Wanted(["a"]), options, SilentReporter())
     with pytest.raises(UsageError, match="a text to search for is blank"):
         clip_search.run([val], Wanted(["a", " "]), options, SilentReporter())
     for query in (pairs, tmp_path / "missing.png", Path(val)):

@@ -139,6 +139,8 @@ def open_pictures(source: str, reporter: Reporter, decode: Callable[[bytes], Ten
         return PictureSet(
             source, files, decode, lambda number: listed.get(paths[number]) or _caption_beside(paths[number]), job
         )
+    if not folder.exists() and not set(source) & set("*?[{:"):  # no pattern and no address: users know no data.shards
+        raise InputNotFoundError(f"there is no '{source}'", remedy="give a picture, a folder, or shards")
     config = DataConfig(shards=source)
     shards = open_shards(source, config, reporter)
     images = SampleDecoder(shards, config, Wanted(caption=False))
