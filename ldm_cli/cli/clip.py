@@ -195,7 +195,10 @@ def dedup(
     with importing():
         from ldm_cli.stages import clip_dedup
 
-    show_result(clip_dedup.run(embeddings, against, threshold, out, make_reporter(), overwrite=overwrite), json)
+    result = clip_dedup.run(embeddings, against, threshold, out, make_reporter(), overwrite=overwrite)
+    if not json:
+        result.pop("clip")
+    show_result(result, json)
 
 
 def _show(result: dict[str, Any], json: bool) -> None:

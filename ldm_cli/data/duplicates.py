@@ -84,7 +84,7 @@ def report_duplicates(
     near to one that is kept, however long the chains of similar ones are.
 
     Args:
-        name_of: `shard/key` of each vector; those of the other set come first.
+        name_of: `shard/key` of each vector, or the path of a file in a folder; those of the other set come first.
         sizes: number of vectors of the other set, and of our own.
         pairs: of near vectors.
         threshold: of these pairs.
@@ -107,9 +107,11 @@ def report_duplicates(
             left_out.setdefault(second, (first, cosine))
     lines = []
     for row, (kept, cosine) in left_out.items():
-        shard, _, key = name_of(row).partition("/")
+        name = name_of(row)
+        # A key has no dot in its last part, so such a name is that of a file in a folder, which has no shard.
+        shard, _, key = ("", "", name) if "." in name.rpartition("/")[2] else name.partition("/")
         reason = "duplicate" if kept >= num_other else "in the other set"
-        lines.append(BadSample(f"{shard}.tar", key, reason, f"like {name_of(kept)}, cosine {cosine:.4f}"))
+        lines.append(BadSample(shard and f"{shard}.tar", key, reason, f"like {name_of(kept)}, cosine {cosine:.4f}"))
     with storage_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, "".join(json.dumps(asdict(line)) + "\n" for line in lines))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm_cli import philox
+from ldm_cli.errors import DivergedError
 from ldm_cli.reporting import Reporter
 
 _FEW = 4096  # vectors that are compared all with all
@@ -54,6 +55,9 @@ def near_pairs(vectors: Tensor, views: Sequence[View], threshold: float, reporte
         views: `[lambda rows: vectors[rows]]` compares the vectors themselves.
         threshold: least cosine.
         reporter: receives progress.
+
+    Raises:
+        DivergedError: a vector is not finite.
     """
     count, cells = len(vectors), _Cells(vectors)
     codes, cosines = torch.empty(0, dtype=torch.int64), torch.empty(0)
@@ -76,7 +80,7 @@ class _Cells:
         self._vectors, count = vectors, len(vectors)
         self.num_cells = 1 if count <= _FEW else math.isqrt(count)
         self._centers = _unit(vectors[_chosen(count, self.num_cells, "near pairs: cells")])
-        owners = torch.cat([self._nearest(_unit(vectors[rows]), 1).flatten() for rows in _slices(count)])
+        owners = torch.cat([self._nearest(_finite(vectors, rows), 1).flatten() for rows in _slices(count)])
         self._rows = torch.split(
             torch.argsort(owners, stable=True), torch.bincount(owners, minlength=self.num_cells).tolist()
         )
@@ -146,6 +150,15 @@ def _chosen(count: int, number: int, purpose: str) -> Tensor:
 
 def _slices(count: int) -> Iterator[slice]:
     return (slice(start, min(count, start + _ROWS)) for start in range(0, count, _ROWS))
+
+
+def _finite(vectors: Tensor, rows: slice) -> Tensor:
+    """These rows with length 1."""
+    found = _unit(vectors[rows])
+    if not bool((is_finite := found.isfinite().all(1)).all()):
+        row = rows.start + int(is_finite.int().argmin())
+        raise DivergedError(f"row {row} of the vectors is not finite", remedy="embed the pictures again")
+    return found
 
 
 def _unit(vectors: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def open_embeddings(file: Path) -> EmbeddingFile:
             "several tensors" if vectors is None else f"{vectors.dtype} {list(vectors.shape)}".removeprefix("torch.")
         )
         raise DataError(f"cannot read '{file}'", f"a matrix of embeddings is expected, and it holds {found}")
-    about = file.with_suffix(".json")
+    about = _about(file)
     return EmbeddingFile(file, vectors, read_json(about) if about.is_file() else {})
 
 
@@ -96,12 +96,12 @@ def write_embeddings(
     Raises:
         OutputError, StorageError: it exists and is not to be replaced, or cannot be written.
     """
-    expect_new(file, overwrite=overwrite)
+    expect_new_embeddings(file, overwrite=overwrite)
     with storage_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_whole(_names(file), lines)
-    write_json(file.with_suffix(".json"), about)
+    write_json(_about(file), about)
     if file.suffix == ".npy":
         write_npy(file, vectors)
     else:
@@ -112,6 +112,16 @@ def expect_new(file: Path, *, overwrite: bool) -> None:
     """Raises OutputError if the file exists and is not to be replaced."""
     if file.exists() and not overwrite:
         raise OutputError(f"'{file}' exists already", remedy="choose another name, or pass --overwrite")
+
+
+def expect_new_embeddings(file: Path, *, overwrite: bool) -> None:
+    """Raises OutputError if the file, or one of its two texts, exists and is not to be replaced."""
+    for part in (file, _names(file), _about(file)):
+        expect_new(part, overwrite=overwrite)
+
+
+def _about(file: Path) -> Path:
+    return file.with_suffix(".json")
 
 
 def _names(file: Path) -> Path:

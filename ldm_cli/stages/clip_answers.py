@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ def tag(
 
     Args:
         sources: pictures, as in `open_pictures`.
-        captions: between commas, a file with one per line, or shards; None: those of the pictures themselves.
+        captions: between commas, a file with one per line, a folder or shards whose captions are taken; None: those
+            of the pictures themselves.
         top: captions to give for each picture.
         options, reporter: as in every command of `ldm clip`.
 
@@ -75,10 +77,11 @@ def tag(
         DataError: there is no caption; other errors as in `Clip`.
     """
     sets = open_picture_sets(sources, reporter)
-    if captions is not None and not captions.endswith(".tar"):
+    # Path.is_dir raises OSError for a list that is too long for a name.
+    if captions and not (captions.endswith(".tar") or os.path.isdir(captions)):  # noqa: PTH112
         candidates = texts_of(captions, "--captions")
     else:
-        own = sets if captions is None else open_picture_sets([captions], reporter)
+        own = open_picture_sets([captions], reporter) if captions else sets
         candidates = list(dict.fromkeys(filter(None, _captions(own))))
     if not candidates:
         raise DataError("there are no captions to choose from", remedy="give --captions")
@@ -133,25 +136,28 @@ def score(
         `clipscore_hessel`; `sheet`, with one; `provenance`.
 
     Raises:
-        DataError: no picture has a caption; other errors as in `Clip` and `expect_sheet`.
+        DataError: no picture has a caption, or none of those with one can be read; other errors as in
+            `Clip` and `expect_sheet`.
     """
     expect_sheet(sheet, overwrite=overwrite)
     sets = open_picture_sets(sources, reporter)
-    rows = picture_rows(sets)
-    captions = [caption] * len(rows) if caption else _captions(sets)
-    kept = [number for number, text in enumerate(captions) if text]
-    if not kept:
+    captions = [caption] * sum(len(one.files) for one in sets) if caption else _captions(sets)
+    if not any(captions):
         raise DataError("no picture has a caption", remedy="give --caption, or NAME.txt beside each picture")
-    if len(kept) < len(rows):
-        reporter.warn(f"{len(rows) - len(kept)} pictures without a caption are left out")
+    if missing := captions.count(""):
+        reporter.warn(f"{missing} pictures without a caption are left out")
     clip = Clip(options, reporter)
-    distinct = {text: number for number, text in enumerate(dict.fromkeys(captions[number] for number in kept))}
-    texts = clip.texts(list(distinct))[[distinct[captions[number]] for number in kept]]
-    images = clip.pictures(sets)[kept]
+    images, numbers = clip.pictures(sets)
+    kept = [row for row, number in enumerate(numbers) if captions[number]]
+    if not kept:
+        raise DataError("no picture with a caption can be read")
+    captions, rows = [captions[numbers[row]] for row in kept], picture_rows(sets, [numbers[row] for row in kept])
+    distinct = {text: place for place, text in enumerate(dict.fromkeys(captions))}
+    texts, images = clip.texts(list(distinct))[[distinct[text] for text in captions]], images[kept]
     cosines = metrics.clip_score(images, texts)
     pairs = [
-        {**rows[number], "caption": captions[number], "cosine": cosine, "clipscore_hessel": 2.5 * max(cosine, 0.0)}
-        for number, cosine in zip(kept, cosines.tolist(), strict=True)
+        {**row, "caption": text, "cosine": cosine, "clipscore_hessel": 2.5 * max(cosine, 0.0)}
+        for row, text, cosine in zip(rows, captions, cosines.tolist(), strict=True)
     ]
     result: dict[str, Any] = {**metrics.summarize_clip_score(cosines), "pictures": pairs}
     if sheet is not None:
@@ -185,13 +191,13 @@ def _judged(
         top: results per picture.
         with_probability: add the softmax of all cosines, times the logit scale.
     """
-    images = clip.pictures(sets)
+    images, numbers = clip.pictures(sets)
     cosines, places = nearest(images, candidates, top)
     totals = torch.logsumexp(clip.logit_scale * images @ candidates.T, dim=1, keepdim=True)
     probabilities = (clip.logit_scale * cosines - totals).exp().tolist()
     found = []
     for row, near, rows, chances in zip(
-        picture_rows(sets), cosines.tolist(), places.tolist(), probabilities, strict=True
+        picture_rows(sets, numbers), cosines.tolist(), places.tolist(), probabilities, strict=True
     ):
         results = [
             {**about[place], **({"probability": chance} if with_probability else {}), "cosine": cosine}

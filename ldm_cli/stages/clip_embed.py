@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_cli.errors import UsageError
-from ldm_cli.formats.embedding_files import SUFFIXES, expect_new, is_embedding_file, write_embeddings
+from ldm_cli.formats.embedding_files import SUFFIXES, expect_new_embeddings, is_embedding_file, write_embeddings
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.clip_inputs import Clip, ClipOptions, open_picture_sets, picture_rows, texts_of
 
@@ -38,7 +38,8 @@ def run(
 
     Raises:
         UsageError: pictures and texts are given, or neither; `out` has another suffix.
-        OutputError, StorageError: the file exists or cannot be written; other errors as in `Clip`.
+        OutputError, StorageError: the file or one of its two texts exists, or cannot be written; other errors as in
+            `Clip`.
     """
     if bool(sources) == bool(texts):
         raise UsageError(
@@ -46,11 +47,12 @@ def run(
         )
     if not is_embedding_file(out):
         raise UsageError(f"cannot write '{out}'", f"it ends with neither {' nor '.join(SUFFIXES)}")
-    expect_new(out, overwrite=overwrite)
+    expect_new_embeddings(out, overwrite=overwrite)
     sets = open_picture_sets(sources, reporter)
     clip = Clip(options, reporter)
     if texts is None:
-        vectors, rows = clip.pictures(sets), picture_rows(sets)
+        vectors, numbers = clip.pictures(sets)
+        rows = picture_rows(sets, numbers)
     else:
         rows = [{"text": text} for text in texts_of(texts, "--texts")]
         vectors = clip.texts([row["text"] for row in rows])

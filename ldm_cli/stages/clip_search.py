@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_cli.data.decode import from_pillow
-from ldm_cli.errors import DataError, UsageError
+from ldm_cli.data.tables import is_picture
+from ldm_cli.errors import DataError, InputNotFoundError, UsageError
 from ldm_cli.evaluation.nearest import nearest
 from ldm_cli.formats.embedding_files import EmbeddingFile, expect_new, is_embedding_file, open_embeddings
 from ldm_cli.pictures.grid import labelled_grid, stacked
@@ -56,11 +57,17 @@ def run(sources: Sequence[str], wanted: Wanted, options: ClipOptions, reporter: 
         `name`, or `text`, where they are known. `num_searched`; `sheet`, with one; `provenance`.
 
     Raises:
-        UsageError: there is no query, or an embedding file is given with something else.
+        UsageError: there is no query, a text is blank, or an embedding file is given with something else.
+        InputNotFoundError: a query is not one picture.
         DataError: the embeddings are of another model; other errors as in `Clip` and `open_embeddings`.
     """
     if not (wanted.texts or wanted.pictures):
         raise UsageError("there is nothing to search for", remedy="give --text or --like")
+    if not all(text.strip() for text in wanted.texts):
+        raise UsageError("a text to search for is blank")
+    for path in wanted.pictures:
+        if not (path.is_file() and is_picture(path)):
+            raise InputNotFoundError(f"'{path}' is not a picture", remedy="give one picture to each --like")
     expect_sheet(wanted.sheet, overwrite=wanted.overwrite)
     files = [Path(source) for source in sources if is_embedding_file(Path(source))]
     if files and len(sources) > 1:
@@ -68,14 +75,14 @@ def run(sources: Sequence[str], wanted: Wanted, options: ClipOptions, reporter: 
     file = open_embeddings(files[0]) if files else None
     clip = _clip_for(file, options, reporter)
     sets = [] if file is not None else open_picture_sets(sources, reporter)
-    vectors = file.vectors if file is not None else clip.pictures(sets)
+    vectors, numbers = (file.vectors, []) if file is not None else clip.pictures(sets)
     queries = [{"text": text} for text in wanted.texts] + [{"picture": str(path)} for path in wanted.pictures]
     embedded = _embedded(wanted, clip, reporter)
     if embedded.shape[1] != vectors.shape[1]:
         cause = f"its vectors have {vectors.shape[1]} numbers, those of the model {embedded.shape[1]}"
         raise DataError(f"cannot search '{sources[0]}'", cause, "give the model that made it")
     cosines, places = nearest(embedded, vectors, wanted.top)
-    known = file.rows(places.flatten().tolist()) if file is not None else dict(enumerate(picture_rows(sets)))
+    known = file.rows(places.flatten().tolist()) if file is not None else dict(enumerate(picture_rows(sets, numbers)))
     found = [
         {**query, "results": [
             {"rank": rank, "cosine": cosine, "row": row, **known[row]}
@@ -106,8 +113,8 @@ def _clip_for(file: EmbeddingFile | None, options: ClipOptions, reporter: Report
 def _embedded(wanted: Wanted, clip: Clip, reporter: Reporter) -> Tensor:
     """The queries, float32 [Q, D]."""
     parts = [clip.texts(wanted.texts)] if wanted.texts else []
-    if wanted.pictures:
-        parts.append(clip.pictures(open_picture_sets([str(path) for path in wanted.pictures], reporter)))
+    # One by one, so that a query that cannot be read is an error.
+    parts += [clip.pictures(open_picture_sets([str(path)], reporter))[0] for path in wanted.pictures]
     return torch.cat(parts)
 
 

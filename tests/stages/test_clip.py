@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ldm_cli.cli.app import run as run_program
-from ldm_cli.errors import DataError, OutputError, UsageError
+from ldm_cli.errors import DataError, InputNotFoundError, OutputError, UsageError
 from ldm_cli.evaluation.clip_features import CLIPFeatures
 from ldm_cli.evaluation.questions import statement
 from ldm_cli.reporting import SilentReporter
@@ -55,6 +55,7 @@ def fields(value: Any) -> Any:
 
 PICTURE = {"source": None, "name": None}
 FIELDS: dict[str, tuple[list[str], Any]] = {
+    "embed": (["--out", "x.npy"], dict.fromkeys(("file", "num_embeddings", "dimension"))),
     "search": (
         ["--text", "a red circle"],
         {
@@ -93,8 +94,14 @@ FIELDS: dict[str, tuple[list[str], Any]] = {
 
 @pytest.mark.parametrize("command", FIELDS)
 def test_the_fields_of_each_result_are_those_of_the_documentation(
-    command: str, val: str, clip_run: Path, capsys: pytest.CaptureFixture[str]
+    command: str,
+    val: str,
+    clip_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     arguments, expected = FIELDS[command]
     line = ["clip", command, val, *arguments, "--model", str(clip_run), "--device", "cpu"]
     assert run_program([*line, "--json"]) == 0
@@ -102,8 +109,8 @@ def test_the_fields_of_each_result_are_those_of_the_documentation(
     assert fields(result) == expected
     assert set(result["provenance"]) == {"date", "environment", "device", "clip", "pictures"}
     assert set(result["provenance"]["clip"]) == {"model", "sha256", "processor"}
-    assert run_program(line) == 0
-    assert "0000" in capsys.readouterr().out
+    assert run_program([*line, "--overwrite"] if command == "embed" else line) == 0
+    assert ("num embeddings" if command == "embed" else "0000") in capsys.readouterr().out
 
 
 def test_embeddings_are_unit_vectors_of_the_pictures_in_order(
@@ -163,6 +170,45 @@ def test_a_search_without_a_query_or_into_an_odd_sheet_is_refused(val: str, opti
             clip_search.run([val], wanted, options, SilentReporter())
 
 
+def test_a_query_is_a_text_that_says_something_or_one_picture(
+    val: str, pairs: Path, options: ClipOptions, tmp_path: Path
+) -> None:
+    with pytest.raises(InputNotFoundError, match="there is no 'nowhere'; give a picture, a folder, or shards"):
+        clip_search.run(["nowhere"], Wanted(["a"]), options, SilentReporter())
+    with pytest.raises(UsageError, match="a text to search for is blank"):
+        clip_search.run([val], Wanted(["a", " "]), options, SilentReporter())
+    for query in (pairs, tmp_path / "missing.png", Path(val)):
+        with pytest.raises(InputNotFoundError, match="is not a picture; give one picture to each --like"):
+            clip_search.run([val], Wanted(pictures=[query]), options, SilentReporter())
+
+
+def test_pictures_that_cannot_be_read_are_named_and_left_out(
+    pairs: Path, options: ClipOptions, features: CLIPFeatures, tmp_path: Path
+) -> None:
+    before = open_picture_sets([str(pairs)], SilentReporter())[0]
+    expected = F.normalize(features.pictures([before.picture(0), before.picture(2), before.picture(3)]), dim=1)
+    (pairs / "1.png").write_bytes((pairs / "1.png").read_bytes()[:60])
+    (pairs / "0a.jpg").write_bytes(b"")
+    (pairs / "0a.txt").write_text("nothing")
+    reporter = SilentReporter()
+    clip_embed.run([str(pairs)], None, tmp_path / "x.npy", ClipOptions(options.model, "cpu", 1), reporter)
+    assert np.abs(np.load(tmp_path / "x.npy") - expected.numpy()).max() < 1e-5
+    names = [json.loads(line)["name"] for line in (tmp_path / "x.names.jsonl").read_text().splitlines()]
+    assert names == ["0.png", "2.png", "3.png"]
+    (warning,) = [text for text in reporter.messages if "cannot be read" in text]
+    assert "2 of 5 pictures cannot be read and are left out: '0a.jpg' (" in warning
+    assert "'1.png' (" in warning
+    about = json.loads((tmp_path / "x.json").read_text())["pictures"][0]
+    assert (about["num_pictures"], about["unreadable"]) == (3, ["0a.jpg", "1.png"])
+    scores = clip_answers.score([str(pairs)], None, options, reporter)["pictures"]
+    assert [(one["name"], one["caption"]) for one in scores] == [("0.png", "a red circle"), ("2.png", "a blue square")]
+    wanted = Wanted(pictures=[pairs / "3.png", pairs / "1.png"])
+    with pytest.raises(DataError, match=r"no picture can be read: '1\.png'"):
+        clip_search.run([str(pairs)], wanted, options, SilentReporter())
+    best = clip_search.run([str(pairs)], Wanted(pictures=[pairs / "3.png"]), options, SilentReporter())
+    assert best["queries"][0]["results"][0]["name"] == "3.png"
+
+
 def test_the_templates_of_the_paper_are_80_and_each_has_one_place() -> None:
     templates = texts_of(str(clip_answers._IMAGENET_FILE), "")
     assert (len(templates), len(set(templates))) == (80, 80)
@@ -213,13 +259,18 @@ def test_tags_come_from_the_pictures_own_captions_from_a_file_or_from_other_shar
     assert clip_answers.tag([val], str(tmp_path / "captions.txt"), 9, options, SilentReporter())["num_captions"] == 2
     others = clip_answers.tag([val], str(scenes / "train-000000.tar"), 1, options, SilentReporter())
     assert others["num_captions"] > 2
+    (tmp_path / "words").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "words" / "a.png")
+    (tmp_path / "words" / "a.txt").write_text("a black square")
+    from_folder = clip_answers.tag([val], str(tmp_path / "words"), 1, options, SilentReporter())
+    assert from_folder["pictures"][0]["results"][0]["caption"] == "a black square"
 
 
 def test_an_answer_is_the_statement_that_is_nearest(val: str, options: ClipOptions) -> None:
     question, answers = "What colour is the circle?", ["red", "green", "blue"]
     result = clip_answers.ask(val, question, ",".join(answers), options, SilentReporter())
     clip = Clip(options, SilentReporter())
-    images = clip.pictures(open_picture_sets([val], SilentReporter()))
+    images, _ = clip.pictures(open_picture_sets([val], SilentReporter()))
     cosines = images @ clip.texts([statement(question, answer) for answer in answers]).T
     assert [one["results"][0]["answer"] for one in result["pictures"]] == [answers[i] for i in cosines.argmax(1)]
     assert result["pictures"][0]["results"][0]["statement"].endswith(" circle")
@@ -298,6 +349,10 @@ def test_texts_are_between_commas_or_lines_of_a_file(tmp_path: Path) -> None:
     assert texts_of(str(tmp_path / "x"), "--labels") == ["a, b", "c"]
     with pytest.raises(DataError, match="--labels ',' has no text"):
         texts_of(",", "--labels")
+    many = [f"label number {number}" for number in range(100)]
+    assert texts_of(",".join(many), "--labels") == many
+    with pytest.raises(InputNotFoundError, match=r"--labels: there is no 'labels\.txt'"):
+        texts_of("labels.txt", "--labels")
 
 
 def test_pictures_or_texts_are_embedded_and_not_both(val: str, options: ClipOptions, tmp_path: Path) -> None:
@@ -309,3 +364,11 @@ def test_pictures_or_texts_are_embedded_and_not_both(val: str, options: ClipOpti
         clip_embed.run([val], None, tmp_path / "x.bin", options, SilentReporter())
     clip_embed.run([], "a,b", out, options, SilentReporter(), half=True)
     assert (np.load(out).shape, np.load(out).dtype) == ((2, 16), np.float16)
+
+
+def test_a_text_of_that_name_is_not_replaced_unasked(options: ClipOptions, tmp_path: Path) -> None:
+    for suffix in (".json", ".names.jsonl"):
+        (tmp_path / f"mine{suffix}").write_text("{}")
+        with pytest.raises(OutputError, match=suffix):
+            clip_embed.run([], "a", tmp_path / "mine.npy", options, SilentReporter())
+        (tmp_path / f"mine{suffix}").unlink()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_cli.errors import DataError, OutputError
+from ldm_cli.errors import DataError, DivergedError, OutputError
 from ldm_cli.formats.embedding_files import write_embeddings
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages import clip_dedup
@@ -54,3 +54,17 @@ def test_embeddings_without_names_are_refused(tmp_path: Path) -> None:
     own.with_suffix(".names.jsonl").unlink()
     with pytest.raises(DataError, match="does not name its pictures"):
         clip_dedup.run(own, None, 0.9, tmp_path / "out.jsonl", SilentReporter())
+
+
+def test_embeddings_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    own = embedded(tmp_path / "own.npy", [0, 1, float("nan")], "a")
+    with pytest.raises(DivergedError, match="row 2 of the vectors is not finite"):
+        clip_dedup.run(own, None, 0.9, tmp_path / "out.jsonl", SilentReporter())
+
+
+def test_pictures_of_a_folder_are_listed_by_their_paths(tmp_path: Path) -> None:
+    rows = [{"source": "photos", "name": name} for name in ("a.png", "in/b.c.png")]
+    write_embeddings(tmp_path / "own.npy", torch.ones(2, 3), rows, CLIP, overwrite=False)
+    clip_dedup.run(tmp_path / "own.npy", None, 0.9, tmp_path / "out.jsonl", SilentReporter())
+    line = json.loads((tmp_path / "out.jsonl").read_text())
+    assert (line["shard"], line["key"]) == ("", "in/b.c.png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm_cli.data.tables import text_lines
-from ldm_cli.errors import DataError
+from ldm_cli.errors import DataError, InputNotFoundError
 from ldm_cli.evaluation.clip_features import CLIPFeatures
 from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.hub import model_path, recorded
@@ -25,6 +26,7 @@ from ldm_cli.stages.support.picture_sets import PictureSet, open_pictures, uprig
 from ldm_cli.training.run_folder import environment
 
 _TEXTS_PER_BATCH = 256
+_MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -58,19 +60,37 @@ class Clip:
         }
         self._sets: list[dict[str, Any]] = []
 
-    def pictures(self, sets: Sequence[PictureSet]) -> Tensor:
-        """Of all pictures in order, float32 [N, D] of length 1; errors as in `PictureSet.batches`."""
+    def pictures(self, sets: Sequence[PictureSet]) -> tuple[Tensor, list[int]]:
+        """Of all pictures that can be read, float32 [N, D] of length 1, and their numbers among all, ascending.
+
+        A warning names the others.
+
+        Raises:
+            DataError: none can be read.
+            StorageError: reading failed.
+        """
         total, rows, done = sum(len(one.files) for one in sets), list[Tensor](), 0
+        numbers, first, problems = list[int](), 0, list[str]()
         with self._reporter.progress("embedding pictures", total, unit="picture") as progress:
             for one in sets:
-                digest = hashlib.sha256()
-                for batch, hashes in one.batches(self._batch_size):
+                digest, unreadable = hashlib.sha256(), dict[int, str]()
+                for batch, hashes in one.batches(self._batch_size, unreadable=unreadable):
                     digest.update(bytes(hashes.flatten().tolist()))
                     rows.append(F.normalize(self._features.pictures(batch), dim=-1))
                     progress.update(done := done + len(batch))
-                about = {"source": one.name, "num_pictures": len(one.files), "sha256": digest.hexdigest()}
-                self._sets.append(about)
-        return torch.cat(rows)
+                read = [number for number in range(len(one.files)) if number not in unreadable]
+                numbers += [first + number for number in read]
+                first += len(one.files)
+                left_out = {one.files[number][0]: unreadable[number] for number in sorted(unreadable)}
+                problems += [f"'{name}' ({cause})" for name, cause in left_out.items()]
+                about = {"source": one.name, "num_pictures": len(read), "sha256": digest.hexdigest()}
+                self._sets.append({**about, "unreadable": list(left_out)})
+        if problems:
+            shown = ", ".join(problems[:_MOST_NAMED]) + (", …" if len(problems) > _MOST_NAMED else "")
+            if not rows:
+                raise DataError("no picture can be read", shown)
+            self._reporter.warn(f"{len(problems)} of {total} pictures cannot be read and are left out: {shown}")
+        return torch.cat(rows), numbers
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Of all texts in order, float32 [N, D] of length 1; a warning tells how many were too long."""
@@ -99,15 +119,16 @@ def open_picture_sets(sources: Sequence[str], reporter: Reporter) -> list[Pictur
     return [open_pictures(source, reporter, upright) for source in sources]
 
 
-def picture_rows(sets: Sequence[PictureSet]) -> list[dict[str, Any]]:
-    """Source and name of each picture, in order."""
-    return [{"source": one.name, "name": name} for one in sets for name, _ in one.files]
+def picture_rows(sets: Sequence[PictureSet], numbers: Sequence[int]) -> list[dict[str, Any]]:
+    """Source and name of the pictures with these numbers among all."""
+    every = [{"source": one.name, "name": name} for one in sets for name, _ in one.files]
+    return [every[number] for number in numbers]
 
 
 def texts_of(given: str, what: str) -> list[str]:
     """The texts that an option means: the lines of a file of that name, else what is between its commas.
 
-    Blank ones are left out, and of equal ones all but the first.
+    What ends with `.txt` is a file. Blank ones are left out, and of equal ones all but the first.
 
     Args:
         given: the value of the option.
@@ -115,8 +136,11 @@ def texts_of(given: str, what: str) -> list[str]:
 
     Raises:
         DataError: there is none, or the file cannot be read.
+        InputNotFoundError: there is no such file.
     """
-    is_file = Path(given).is_file()
+    is_file = os.path.isfile(given)  # noqa: PTH113 - Path raises OSError for a list that is too long for a name
+    if given.endswith(".txt") and not is_file:
+        raise InputNotFoundError(f"{what}: there is no '{given}'")
     lines = text_lines(Path(given), lambda remark: None) if is_file else given.split(",")
     found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not found:

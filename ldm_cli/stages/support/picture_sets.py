@@ -47,25 +47,40 @@ class PictureSet:
     caption: Callable[[int], str]
     job: Mapping[str, Any] = field(default_factory=dict)
 
-    def batches(self, size: int, first: int = 0, step: int = 1) -> Generator[tuple[list[Tensor], Tensor]]:
+    def batches(
+        self, size: int, first: int = 0, step: int = 1, unreadable: dict[int, str] | None = None
+    ) -> Generator[tuple[list[Tensor], Tensor]]:
         """The pictures, uint8 [3, H, W] each, in lists, with the SHA-256 of their files; read ahead by threads.
 
         Args:
             size: of a list; the last one may be shorter.
             first, step: yield the list of this number, and each that is a multiple of `step` after it.
+            unreadable: receives the numbers of pictures that cannot be read, and why; they are left out. None: the
+                first of them is an error.
 
         Yields:
             A list, and uint8 [B, 32].
 
         Raises:
-            DataError: a picture cannot be read.
+            DataError: a picture cannot be read, without `unreadable`.
             StorageError: reading failed.
         """
+
+        def found(number: int) -> tuple[Tensor, bytes] | None:
+            try:
+                return self._decoded(self.files[number])
+            except DataError as error:
+                if unreadable is None:
+                    raise
+                unreadable[number] = error.cause
+                return None
 
         def decoded() -> Generator[list[tuple[Tensor, bytes]]]:
             with ThreadPoolExecutor(thread_name_prefix="ldm-decode") as pool:
                 for start in range(first * size, len(self.files), step * size):
-                    yield list(pool.map(self._decoded, self.files[start : start + size]))
+                    numbers = range(start, min(start + size, len(self.files)))
+                    if batch := [one for one in pool.map(found, numbers) if one is not None]:
+                        yield batch
 
         with prefetched(decoded(), alone=True) as batches:
             for batch in batches:
@@ -124,6 +139,8 @@ def open_pictures(source: str, reporter: Reporter, decode: Callable[[bytes], Ten
         return PictureSet(
             source, files, decode, lambda number: listed.get(paths[number]) or _caption_beside(paths[number]), job
         )
+    if not folder.exists() and not set(source) & set("*?[{:"):  # no pattern and no address: users know no data.shards
+        raise InputNotFoundError(f"there is no '{source}'", remedy="give a picture, a folder, or shards")
     config = DataConfig(shards=source)
     shards = open_shards(source, config, reporter)
     images = SampleDecoder(shards, config, Wanted(caption=False))
