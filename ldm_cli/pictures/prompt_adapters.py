@@ -101,9 +101,7 @@ class LoraFiles:
             if not math.isfinite(weight):
                 raise ValueError(weight)
         except ValueError:
-            raise UsageError(
-                f"'{tag}' is not understood", "one finite weight is read", "write <lora:NAME:0.8>"
-            ) from None
+            raise UsageError(f"'{tag}' is not understood", "one number is read", "write <lora:NAME:0.8>") from None
         if name not in self.paths:
             near = ", ".join(get_close_matches(name, self.paths)) or ", ".join(sorted(self.paths)[:5])
             cause = f"there is {near}" if near else "no file of adapters is given"
