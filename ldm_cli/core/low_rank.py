@@ -20,11 +20,6 @@ class WeightUpdate(ABC):
     """[O], the norms of the rows of the new weight (Liu et al. 2024, "DoRA", arXiv:2402.09353, eq. 5); None: they are
     free."""
 
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns of the flattened weight that is updated."""
-
     @abstractmethod
     def delta(self) -> Tensor:
         """Δ in float32: [O, I], or [O, I, k, k]."""
@@ -71,11 +66,6 @@ class LowRank(WeightUpdate):
         """R."""
         return self.down.shape[0]
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """See `WeightUpdate`."""
-        return self.up.shape[0], self.down[0].numel()
-
     def delta(self) -> Tensor:
         """See `WeightUpdate`."""
         product = self.up.float().flatten(1) @ self.down.float().flatten(1)
@@ -102,11 +92,6 @@ class Hadamard(WeightUpdate):
     alpha: float
     magnitude: Tensor | None = None
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """See `WeightUpdate`."""
-        return self.up.shape[0], self.down.shape[1]
-
     def delta(self) -> Tensor:
         """See `WeightUpdate`."""
         first, second = self.up.float() @ self.down.float(), self.up_2.float() @ self.down_2.float()
@@ -128,11 +113,6 @@ class Kronecker(WeightUpdate):
     right: Tensor
     scale: float
     magnitude: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """See `WeightUpdate`."""
-        return self.left.shape[0] * self.right.shape[0], self.left.shape[1] * self.right[0].numel()
 
     def delta(self) -> Tensor:
         """See `WeightUpdate`."""

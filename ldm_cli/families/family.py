@@ -111,6 +111,16 @@ class Family(ABC):
         """Height and width of the latents that the denoiser was trained at; None where its files do not say."""
 
     @property
+    def patch_size(self) -> int:
+        """What the sides of the latents are multiples of."""
+        return 1
+
+    @property
+    def largest_size(self) -> int | None:
+        """The longest side of the latents that the denoiser takes; None: any."""
+        return None
+
+    @property
     def takes_mask(self) -> bool:
         """Whether the denoiser fills masks: `concat` is then the mask, followed by the masked latents."""
         return False

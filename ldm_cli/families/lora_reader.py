@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import torch
+from pydantic import BaseModel, FiniteFloat, PositiveInt, ValidationError
 from torch import Tensor
 
+from ldm_cli.config import causes
 from ldm_cli.core.low_rank import Hadamard, Kronecker, LowRank, WeightUpdate
 from ldm_cli.errors import CheckpointError
 from ldm_cli.formats.json_file import read_json
@@ -38,27 +40,31 @@ _ROLES = {
 _NAMES = re.compile(r"(?P<module>.+?)(?:" + "|".join(f"(?P<{role}>{end})" for role, end in _ROLES.items()) + ")")
 
 
-@dataclass(frozen=True)
-class _Scales:
+class _Scales(BaseModel):
     """Ranks and alphas of PEFT's configuration, for modules whose tensors do not say theirs."""
 
-    config: Mapping[str, Any]
+    r: PositiveInt | None = None
+    rank_pattern: dict[re.Pattern[str], PositiveInt] | None = None
+    lora_alpha: FiniteFloat | None = None
+    alpha: FiniteFloat | None = None
+    alpha_pattern: dict[re.Pattern[str], FiniteFloat] | None = None
+    use_rslora: bool | None = None
 
-    def rank(self, module: str) -> int | None:
-        value = self._of(module, "rank_pattern", self.config.get("r"))
-        return None if value is None else int(value)
+    def rank_of(self, module: str) -> int | None:
+        found = _matching(self.rank_pattern, module)
+        return self.r if found is None else int(found)
 
-    def alpha(self, module: str, rank: int) -> float:
+    def alpha_of(self, module: str, rank: int) -> float:
         """What is divided by the rank to give the scale; without a configuration the rank."""
-        alpha = self._of(module, "alpha_pattern", self.config.get("lora_alpha", self.config.get("alpha")))
-        if alpha is None:
-            return float(rank)
-        return float(alpha) * (rank**0.5 if self.config.get("use_rslora") else 1.0)
+        for alpha in (_matching(self.alpha_pattern, module), self.lora_alpha, self.alpha):
+            if alpha is not None:
+                return alpha * (rank**0.5 if self.use_rslora else 1.0)
+        return float(rank)
 
-    def _of(self, module: str, field: str, default: Any) -> Any:
-        patterns: Mapping[str, Any] = self.config.get(field) or {}
-        found = (value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", module))
-        return next(found, default)
+
+def _matching(patterns: Mapping[re.Pattern[str], float] | None, module: str) -> float | None:
+    found = (value for key, value in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({key.pattern})", module))
+    return next(found, None)
 
 
 def read_lora(path: Path, models: Mapping[str, Adaptable]) -> Adapters:
@@ -85,16 +91,29 @@ def read_lora(path: Path, models: Mapping[str, Adaptable]) -> Adapters:
             unknown.append(name)
         for target in targets:
             weight = models[target.component].weight(target.module)
-            update = _update(name, roles, target, weight, configs.get(target.component, _Scales({})), path)
-            expected = weight.shape[0], weight[0].numel()
-            if update.shape != expected:
-                misfits.append(f"{name} is for {list(update.shape)}, not {list(expected)}")
-            adapters.setdefault(target.component, {})[target.module] = update
+            update = _update(name, roles, target, weight, configs[target.component], path)
+            if (found := _flat_shape(update, name, path)) != (expected := list(weight.flatten(1).shape)):
+                misfits.append(f"{name} is for {found}, not {expected}")
+            if target.module in adapters.setdefault(target.component, {}):
+                raise CheckpointError(f"cannot use '{path}'", f"it has two updates of {target.module}")
+            adapters[target.component][target.module] = update
     problems = [f"no such module: {named(unknown)}"] if unknown else []
     problems += [f"of another shape: {named(misfits)}"] if misfits else []
     if problems:
         raise CheckpointError(f"the adapters in '{path}' do not fit the model", "; ".join(problems))
     return adapters
+
+
+def _flat_shape(update: WeightUpdate, name: str, path: Path) -> list[int]:
+    """Rows and columns of the flattened weight that is updated; computes no update."""
+    try:
+        return list(update.to(torch.device("meta")).delta().flatten(1).shape)
+    except RuntimeError:
+        raise _misshapen(name, path) from None
+
+
+def _misshapen(name: str, path: Path) -> CheckpointError:
+    return CheckpointError(f"cannot use '{path}'", f"the tensors of {name} do not fit each other")
 
 
 def _by_module(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
@@ -105,12 +124,28 @@ def _by_module(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str,
         found = _NAMES.fullmatch(name)
         if found is None:
             strange.append(name)
+        elif not _may_be(role := str(found.lastgroup), tensor):
+            raise _misshapen(found["module"], path)
         else:
-            parts.setdefault(found["module"], {})[str(found.lastgroup)] = tensor
+            parts.setdefault(found["module"], {})[role] = tensor
+    if not tensors:
+        raise CheckpointError(f"cannot use '{path}'", "it holds no tensors")
     if strange:
         cause = f"tensors of no supported kind of adapter: {named(strange)}"
         raise CheckpointError(f"cannot use '{path}'", cause, "LoRA, DoRA, LoHa and LoKr are read")
     return parts
+
+
+def _may_be(role: str, tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and a type that its role may have."""
+    if role == "alpha":
+        return tensor.numel() == 1
+    if role in ("magnitude", "dora_scale"):
+        return tensor.ndim > 0 and tensor.is_floating_point()
+    may_be_kernel = role in ("down", "up") or role.startswith("lokr_w2")
+    return (
+        (tensor.ndim == 2 or (tensor.ndim == 4 and may_be_kernel)) and tensor.numel() > 0 and tensor.is_floating_point()
+    )
 
 
 def _peft_configs(file: Path, models: Mapping[str, Adaptable]) -> dict[str, _Scales]:
@@ -120,30 +155,44 @@ def _peft_configs(file: Path, models: Mapping[str, Adaptable]) -> dict[str, _Sca
         if (kind := config.get("peft_type")) not in _PEFT_TYPES:
             cause = f"adapters of PEFT's type {kind} are not supported"
             raise CheckpointError(f"cannot use '{file.parent}'", cause, f"{', '.join(_PEFT_TYPES)} are read")
-        return dict.fromkeys(models, _Scales(config))
-    flat = json.loads(read_metadata(file).get("lora_adapter_metadata", "{}"))
-    return {
-        component: _Scales(
-            {key.removeprefix(f"{component}."): value for key, value in flat.items() if key.startswith(f"{component}.")}
-        )
-        for component in models
-    }
+        return dict.fromkeys(models, _scales(config, file))
+    text = read_metadata(file).get("lora_adapter_metadata", "{}")
+    try:
+        flat = dict(json.loads(text))
+    except (ValueError, TypeError):
+        raise CheckpointError(f"cannot use '{file}'", "lora_adapter_metadata is no JSON object") from None
+    return {component: _scales(_below(f"{component}.", flat), file) for component in models}
+
+
+def _below(prefix: str, flat: Mapping[str, object]) -> dict[str, object]:
+    return {key.removeprefix(prefix): value for key, value in flat.items() if key.startswith(prefix)}
+
+
+def _scales(config: Mapping[str, object], file: Path) -> _Scales:
+    try:
+        return _Scales.model_validate(config)
+    except ValidationError as error:
+        raise CheckpointError(f"cannot use '{file}'", f"its PEFT configuration: {'; '.join(causes(error))}") from None
 
 
 def _update(
     name: str, roles: Mapping[str, Tensor], target: Target, weight: Tensor, scales: _Scales, path: Path
 ) -> WeightUpdate:
     """The update of one module from the tensors that a file has for it."""
-    for kind, make in _KINDS.items():
-        tensors = dict(roles)
-        alpha, magnitude = tensors.pop("alpha", None), _magnitude(tensors, weight, name, path)
-        if kind <= tensors.keys() and (update := make(tensors, alpha, target.module, scales, weight)) is not None:
-            update = replace(update, magnitude=magnitude)  # type: ignore[type-var]
-            return update if target.third is None else _third(update, target.third, name, path)
-    raise CheckpointError(f"cannot use '{path}'", f"the tensors of {name} are incomplete: {named(list(roles))}")
+    tensors = dict(roles)
+    alpha, magnitude = tensors.pop("alpha", None), _magnitude(tensors, target, weight, name, path)
+    if (make := _KINDS.get(frozenset(tensors))) is None:
+        cause = f"the tensors of {name} are incomplete or of several kinds: {named(list(roles))}"
+        raise CheckpointError(f"cannot use '{path}'", cause)
+    try:
+        update = make(tensors, alpha, target.module, scales, weight)
+    except RuntimeError:
+        raise _misshapen(name, path) from None
+    update = replace(update, magnitude=magnitude)  # type: ignore[type-var]
+    return update if target.third is None else _third(update, target.third, name, path)
 
 
-def _magnitude(tensors: dict[str, Tensor], weight: Tensor, name: str, path: Path) -> Tensor | None:
+def _magnitude(tensors: dict[str, Tensor], target: Target, weight: Tensor, name: str, path: Path) -> Tensor | None:
     """The norms of DoRA [O], taken out of `tensors`."""
     found = tensors.pop("magnitude", None)
     if (scale := tensors.pop("dora_scale", None)) is not None:
@@ -151,8 +200,9 @@ def _magnitude(tensors: dict[str, Tensor], weight: Tensor, name: str, path: Path
             cause = f"the DoRA of {name} has norms of columns, as old versions of LyCORIS wrote them"
             raise CheckpointError(f"cannot use '{path}'", cause, "norms of rows are supported")
         found = scale
-    if found is not None and found.numel() != len(weight):
-        raise CheckpointError(f"cannot use '{path}'", f"{name} has {found.numel()} norms for {len(weight)} rows")
+    rows = len(weight) * (1 if target.third is None else 3)
+    if found is not None and found.numel() != rows:
+        raise CheckpointError(f"cannot use '{path}'", f"{name} has {found.numel()} norms for {rows} rows")
     return None if found is None else found.flatten()
 
 
@@ -160,45 +210,48 @@ def _low_rank(
     tensors: Mapping[str, Tensor], alpha: Tensor | None, module: str, scales: _Scales, weight: Tensor
 ) -> WeightUpdate:
     rank = len(tensors["down"])
-    return LowRank(tensors["down"], tensors["up"], scales.alpha(module, rank) if alpha is None else float(alpha))
+    return LowRank(tensors["down"], tensors["up"], scales.alpha_of(module, rank) if alpha is None else float(alpha))
 
 
 def _hadamard(
     tensors: Mapping[str, Tensor], alpha: Tensor | None, module: str, scales: _Scales, weight: Tensor
 ) -> WeightUpdate:
     rank = len(tensors["hada_w1_b"])
-    own = scales.alpha(module, rank) if alpha is None else float(alpha)
+    own = scales.alpha_of(module, rank) if alpha is None else float(alpha)
     return Hadamard(tensors["hada_w1_b"], tensors["hada_w1_a"], tensors["hada_w2_b"], tensors["hada_w2_a"], own)
 
 
 def _kronecker(
     tensors: Mapping[str, Tensor], alpha: Tensor | None, module: str, scales: _Scales, weight: Tensor
-) -> WeightUpdate | None:
+) -> WeightUpdate:
     """LyCORIS scales by alpha / R where the file shows R, in a factor of two parts, and else by 1; PEFT always."""
     factors = []
-    ranks = [] if (rank := scales.rank(module)) is None else [rank]
+    ranks = [] if (rank := scales.rank_of(module)) is None else [rank]
     for number in "12":
-        whole, first, second = (tensors.get(f"lokr_w{number}{part}") for part in ("", "_a", "_b"))
-        if whole is None:
-            if first is None or second is None:
-                return None
+        if (whole := f"lokr_w{number}") in tensors:
+            factors.append(tensors[whole])
+        else:
+            first, second = tensors[f"{whole}_a"], tensors[f"{whole}_b"]
             ranks.append(len(second))
-            whole = first.float() @ second.float().flatten(1)
-        factors.append(whole)
+            factors.append(first.float() @ second.float().flatten(1))
     left, right = factors
     if weight.ndim == 4 and weight.shape[1] % left.shape[1] == 0 and right.ndim == 2:
         right = right.view(len(right), -1, *weight.shape[2:])
     scale = 1.0
     if ranks:
-        scale = (scales.alpha(module, ranks[-1]) if alpha is None else float(alpha)) / ranks[-1]
+        scale = (scales.alpha_of(module, ranks[-1]) if alpha is None else float(alpha)) / ranks[-1]
     return Kronecker(left, right, scale)
 
 
-_Make = Callable[[Mapping[str, Tensor], Tensor | None, str, _Scales, Tensor], WeightUpdate | None]
+_Make = Callable[[Mapping[str, Tensor], Tensor | None, str, _Scales, Tensor], WeightUpdate]
 _KINDS: dict[frozenset[str], _Make] = {
     frozenset({"down", "up"}): _low_rank,
     frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}): _hadamard,
-    frozenset(): _kronecker,
+    **{
+        frozenset({*left, *right}): _kronecker
+        for left in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
+        for right in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
+    },
 }
 
 

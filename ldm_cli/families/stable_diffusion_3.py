@@ -74,6 +74,16 @@ class StableDiffusion3(LatentDiffusion):
         rows, columns = (side // self.denoiser.config.patch_size for side in latent_size)
         return replace(process, shift=shift.at(rows * columns), is_shifted_once=True)
 
+    @property
+    def patch_size(self) -> int:
+        """Of the transformer."""
+        return self.denoiser.config.patch_size
+
+    @property
+    def largest_size(self) -> int:
+        """As far as the transformer has positions."""
+        return self.denoiser.config.pos_embed_max_size * self.patch_size
+
     def num_edit_steps(self, strength: float, num_steps: int) -> int:
         """Rounded up, as in the pipelines of this family."""
         return num_steps - int(num_steps - strength * num_steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -97,8 +98,10 @@ class LoraFiles:
         name, *rest = (part.strip() for part in content.split(":"))
         try:
             (weight,) = map(float, rest or ["1"])
+            if not math.isfinite(weight):
+                raise ValueError(weight)
         except ValueError:
-            raise UsageError(f"'{tag}' is not understood", "one weight is read", "write <lora:NAME:0.8>") from None
+            raise UsageError(f"'{tag}' is not understood", "one number is read", "write <lora:NAME:0.8>") from None
         if name not in self.paths:
             near = ", ".join(get_close_matches(name, self.paths)) or ", ".join(sorted(self.paths)[:5])
             cause = f"there is {near}" if near else "no file of adapters is given"

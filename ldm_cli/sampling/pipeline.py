@@ -43,17 +43,21 @@ class Pipeline:
         """Height and width of the pictures, in pixels.
 
         Raises:
-            UsageError: not a multiple of the codec's factor, or not known.
+            UsageError: not a multiple of what codec and denoiser need, too large for the denoiser, or not known.
         """
         factor, sizes = self.family.codec.factor, []
+        multiple, largest = factor * self.family.patch_size, self.family.largest_size
         asked_sizes, defaults = (config.height, config.width), self.family.sample_size
         for name, asked, default in zip(("height", "width"), asked_sizes, defaults, strict=True):
             if asked is None and default is None:
                 raise UsageError(f"no {name} given", "the model does not say its own", "give --size WxH")
             size = asked if asked is not None else (default or 0) * factor
-            if size % factor:
-                nearest = max(factor, round(size / factor) * factor)
-                raise UsageError(f"{name} {size} is not possible", f"not a multiple of {factor}", f"take {nearest}")
+            if size % multiple:
+                nearest = max(multiple, round(size / multiple) * multiple)
+                raise UsageError(f"{name} {size} is not possible", f"not a multiple of {multiple}", f"take {nearest}")
+            if largest is not None and size > largest * factor:
+                cause = f"the denoiser has positions for {largest * factor} pixels"
+                raise UsageError(f"{name} {size} is not possible", cause)
             sizes.append(size)
         return sizes[0], sizes[1]
 

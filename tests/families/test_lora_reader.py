@@ -53,7 +53,7 @@ DOWN, UP = torch.ones(2, 4), torch.ones(6, 2)
             {"unet__a__b__lora_A__weight": torch.ones(2, 5), "unet__a__b__lora_B__weight": UP},
             r"of another shape: unet.a.b is for \[6, 5\], not \[6, 4\]",
         ),
-        ({"unet__a__b__lora_A__weight": DOWN}, "the tensors of unet.a.b are incomplete: down"),
+        ({"unet__a__b__lora_A__weight": DOWN}, "the tensors of unet.a.b are incomplete or of several kinds: down"),
         ({"lora_unet_a_b__lora_mid__weight": DOWN}, "of no supported kind of adapter: lora_unet_a_b.lora_mid.weight"),
         ({"lora_unet_a_b__oft_blocks": DOWN}, "of no supported kind of adapter: lora_unet_a_b.oft_blocks"),
         ({"lora_unet_a_b__diff": DOWN}, "of no supported kind of adapter: lora_unet_a_b.diff"),
@@ -75,6 +75,47 @@ def test_what_does_not_fit_is_named(tensors: dict[str, Tensor], message: str, tm
         read_lora(saved(tmp_path / "a.safetensors", **tensors), MODELS)
 
 
+LORA = {"unet__a__b__lora_A__weight": DOWN, "unet__a__b__lora_B__weight": UP}
+KOHYA = {"lora_unet_a_b__lora_down__weight": DOWN, "lora_unet_a_b__lora_up__weight": UP}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({}, "it holds no tensors"),
+        (LORA | {"unet__a__b__lora_B__weight": torch.ones(6, 3)}, "the tensors of unet.a.b do not fit each other"),
+        (LORA | {"unet__a__b__alpha": torch.ones(3)}, "do not fit each other"),
+        ({"unet__a__b__lora_A__weight": DOWN[:0], "unet__a__b__lora_B__weight": UP[:, :0]}, "do not fit each other"),
+        ({name: tensor.long() for name, tensor in LORA.items()}, "do not fit each other"),
+        ({name: tensor[0] for name, tensor in LORA.items()}, "do not fit each other"),
+        ({"unet__a__b__lokr_w1": torch.ones(2), "unet__a__b__lokr_w2": torch.ones(3, 2)}, "do not fit each other"),
+        (LORA | {"unet__a__b__hada_w1_a": UP.clone()}, "incomplete or of several kinds: hada_w1_a, down, up"),
+        (LORA | {name: tensor.clone() for name, tensor in KOHYA.items()}, "it has two updates of a.b"),
+    ],
+)
+def test_tensors_that_make_no_update_are_refused(tensors: dict[str, Tensor], message: str, tmp_path: Path) -> None:
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with pytest.raises(CheckpointError, match=message):
+        read_lora(saved(tmp_path / "a.safetensors", **whole), MODELS)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ("{x", "lora_adapter_metadata is no JSON object"),
+        ("[1]", "lora_adapter_metadata is no JSON object"),
+        ('{"unet.lora_alpha": NaN}', "lora_alpha: input should be a finite number"),
+        ('{"unet.r": 0}', "r: input should be greater than 0"),
+        ('{"unet.alpha_pattern": {"(": 1}}', "valid regular expression"),
+    ],
+)
+def test_a_configuration_of_peft_that_makes_no_sense_is_refused(metadata: str, message: str, tmp_path: Path) -> None:
+    tensors = {name.replace("__", "."): tensor for name, tensor in LORA.items()}
+    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": metadata})
+    with pytest.raises(CheckpointError, match=message):
+        read_lora(tmp_path / "a.safetensors", MODELS)
+
+
 def test_a_third_of_the_rows_goes_to_each_of_queries_keys_and_values(tmp_path: Path) -> None:
     """One module of a file for three of ours: exact, since its rows are theirs."""
     weights = {f"{LAYER}.{letter}_proj.weight": torch.zeros(4, 4) for letter in "qkv"}
@@ -85,6 +126,11 @@ def test_a_third_of_the_rows_goes_to_each_of_queries_keys_and_values(tmp_path: P
     found = read_lora(file, models)["text_encoder_2"]
     joined = torch.cat([found[f"{LAYER}.{letter}_proj"].delta() for letter in "qkv"])
     torch.testing.assert_close(joined, up @ down)
+    norms = torch.rand(12)
+    tensors = {f"{name}__lora_down__weight": down, f"{name}__lora_up__weight": up, f"{name}__dora_scale": norms}
+    found = read_lora(saved(file, **tensors), models)["text_encoder_2"]
+    joined = torch.cat([found[f"{LAYER}.{letter}_proj"].applied(torch.zeros(4, 4)) for letter in "qkv"])
+    torch.testing.assert_close(joined.norm(dim=1), norms)
 
 
 def test_numbers_count_downwards_upwards_and_through_the_middle_last(tmp_path: Path) -> None:

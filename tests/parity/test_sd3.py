@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ldm_cli.errors import UsageError
 from ldm_cli.families.open_family import open_family, outline_family
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.request import ImageRequest
@@ -43,6 +44,16 @@ def theirs(folder: Path, **given: Any) -> Tensor:
 def test_their_folder_is_sampled_as_their_pipeline_samples_it(tmp_path: Path, seed: int, has_t5: bool) -> None:
     folder = their_sd3_folder(tmp_path, seed, has_t5=has_t5)
     assert_alike(ours(folder), theirs(folder))
+
+
+def test_sizes_that_the_transformer_cannot_take_are_refused(tmp_path: Path) -> None:
+    """The tiny model has patches of 2 latents of 2 pixels, and positions for 12 of them."""
+    pipeline = loaded_pipeline(their_sd3_folder(tmp_path))
+    with pytest.raises(UsageError, match="height 18 is not possible: not a multiple of 4; take 16"):
+        pipeline.image_size(SamplingConfig(height=18, width=16))
+    with pytest.raises(UsageError, match="width 52 is not possible: the denoiser has positions for 48 pixels"):
+        pipeline.image_size(SamplingConfig(height=48, width=52))
+    assert pipeline.image_size(SamplingConfig(height=48, width=20)) == (48, 20)
 
 
 def test_a_negative_prompt_is_that_of_all_encoders(tmp_path: Path) -> None:

@@ -68,3 +68,14 @@ def test_a_model_by_itself_takes_its_own_adapters(tmp_path: Path, ldm: Ldm) -> N
     done = ldm("convert", str(model), "merged", "--merge-lora", f"{file}=0.5", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["metadata"]["modelspec.merged_from"] == "a.safetensors=0.5"
+
+
+@pytest.mark.parametrize(("weight", "dtype"), [(float("nan"), None), (1e9, "fp16")])
+def test_weights_that_would_not_be_finite_are_not_written(weight: float, dtype: str | None, tmp_path: Path) -> None:
+    tiny_pipeline().family.save(tmp_path / "model")
+    file = write_adapters(tmp_path / "model", tmp_path / "a.safetensors", 0)
+    with pytest.raises(CheckpointError, match="would not be finite; lower their weights"):
+        run(
+            tmp_path / "model", tmp_path / "out", ConvertOptions(dtype=dtype, loras=((file, weight),)), SilentReporter()
+        )
+    assert not (tmp_path / "out").exists()

@@ -141,8 +141,9 @@ def test_unknown_names_name_their_neighbours(model: Path, files: dict[str, str],
     shutil.copy(files["a"], tmp_path / "watercolor.safetensors")
     with pytest.raises(UsageError, match="no adapters are named 'watercolour': there is watercolor; add --lora"):
         draw(model, tmp_path / "out", prompts=["x <lora:watercolour:1>"], lora_dir=str(tmp_path))
-    with pytest.raises(UsageError, match="'<lora:watercolor:1:2>' is not understood: one weight is read"):
-        draw(model, tmp_path / "out", prompts=["x <lora:watercolor:1:2>"], lora_dir=str(tmp_path))
+    for weight in ("1:2", "nan", "inf", "x"):
+        with pytest.raises(UsageError, match=f"'<lora:watercolor:{weight}>' is not understood: one number is read"):
+            draw(model, tmp_path / "out", prompts=[f"x <lora:watercolor:{weight}>"], lora_dir=str(tmp_path))
     with pytest.raises(UsageError, match="two adapters are named 'a'"):
         draw(model, tmp_path / "out", loras=[{"path": files["a"]}, {"path": files["a"]}])
     with pytest.raises(InputNotFoundError, match=r"no adapters in '.*nothing"):

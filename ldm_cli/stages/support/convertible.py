@@ -116,7 +116,8 @@ def read_folder(folder: Path, *, allow_pickle: bool) -> FoundModels:
     kept = {name for name, kind in components.items() if kind in _CLASSES}
     for name in (UNET, VAE):
         if name not in kept:
-            cause = f"the {name} of its {index.get('_class_name')} is of class {components.get(name)}"
+            kind = f"is of class {components[name]}" if name in components else "is missing"
+            cause = f"the {name} of its {index.get('_class_name')} {kind}"
             raise CheckpointError(f"cannot convert '{folder}'", cause, f"it must be one of {', '.join(_CLASSES)}")
     models = {
         name: _model(read_config(folder / name), _tensors(folder / name, allow_pickle), folder / name)

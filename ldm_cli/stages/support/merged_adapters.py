@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ldm_cli.core.low_rank import WeightUpdate
 from ldm_cli.core.precision import DTYPES
+from ldm_cli.errors import CheckpointError
 from ldm_cli.families.adapted import updated
 from ldm_cli.families.lora_reader import read_lora
 from ldm_cli.formats.lora_names import Adaptable
@@ -24,7 +25,7 @@ def merged(models: FoundModels, loras: Sequence[tuple[Path, float]], dtype: str 
         dtype: of the weights that change, `fp32`, `fp16` or `bf16`; None: as they are.
 
     Raises:
-        InputNotFoundError, CheckpointError: as in `read_lora`.
+        InputNotFoundError, CheckpointError: as in `read_lora`, or weights would not be finite.
     """
     if not loras:
         return models
@@ -46,6 +47,9 @@ def merged(models: FoundModels, loras: Sequence[tuple[Path, float]], dtype: str 
         for name, several in own.items():
             kind = tensors[name].dtype if dtype is None else DTYPES[dtype]
             tensors[name] = updated(tensors[name], several).to(kind)
+            if not tensors[name].isfinite().all():
+                cause = f"{component}.{name} would not be finite"
+                raise CheckpointError("cannot merge the adapters", cause, "lower their weights")
         changed[names[component]] = replace(model, tensors=tensors)
     origin = ", ".join(f"{path.name}={scale:g}" for path, scale in loras)
     return replace(models, models=changed, metadata=models.metadata | {"modelspec.merged_from": origin})
