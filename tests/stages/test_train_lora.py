@@ -19,6 +19,7 @@ from ldm_cli.storage import file_sha256
 from tests.faults.runs import assert_same_run
 
 from .tiny import lose_after, trained, unet_recipe
+from .tiny_xl import save_tiny_xl, xl_recipe
 
 EVERYTHING = {
     "rank": 2,
@@ -35,6 +36,18 @@ def lora_recipe(scenes: Path, start: Path, lora: Any = None, **train: Any) -> di
     recipe = unet_recipe(scenes, Path(), Path(), {"caption_dropout": 0.2}, **{"lr": 1e-2, **train})
     kept = {name: value for name, value in recipe.items() if name not in ("unet", "vae", "text_encoder")}
     return kept | {"start_from": str(start), "lora": dict(lora or {"rank": 2})}
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline of Stable Diffusion XL with random weights."""
+    folder = tmp_path_factory.mktemp("xl")
+    save_tiny_xl(folder)
+    return folder
+
+
+def xl_lora_recipe(scenes: Path, start: Path, lora: Any = None, **train: Any) -> dict[str, Any]:
+    return lora_recipe(scenes, start, lora, **train) | {"data": xl_recipe(scenes, {})["data"]}
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -63,6 +76,35 @@ def test_a_lost_run_ends_in_the_same_bits(scenes: Path, unet_run: Path, tmp_path
     lose_after(5, recipe, tmp_path / "lost")
     trained(recipe, tmp_path / "lost")
     assert_same_run(tmp_path / "whole", tmp_path / "lost", 12)
+
+
+def test_all_networks_of_xl_are_adapted_in_half_precision_with_recomputed_layers(
+    scenes: Path, xl: Path, tmp_path: Path
+) -> None:
+    lora = EVERYTHING | {"base_precision": "bf16"}
+    half = {"precision": "bf16", "gradient_checkpointing": True, "ema_decay": 0.9}
+    recipe = xl_lora_recipe(scenes, xl, lora, steps=4, save_every=2, log_every=2, validation_samples=4, **half)
+    trained(recipe, tmp_path / "whole")
+    tensors = load_file(tmp_path / "whole/model/tiny.safetensors")
+    prefixes = {"_".join(name.split("_")[:2]) for name in tensors}
+    assert prefixes == {"lora_unet", "lora_te1", "lora_te2"}
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    idle = {name for name, up in tensors.items() if name.endswith("lora_up.weight") and not up.any()}
+    # The states are those of the layer before the last one; of the first tower the last is not used at all.
+    assert all(name.startswith("lora_te1_text_model_encoder_layers_1_") for name in idle)
+    lose_after(2, recipe, tmp_path / "lost")
+    trained(recipe, tmp_path / "lost")
+    assert_same_run(tmp_path / "whole", tmp_path / "lost", 4)
+
+
+def test_a_base_in_half_precision_changes_only_rounding(scenes: Path, xl: Path, tmp_path: Path) -> None:
+    """Autocast rounds the weights of a base in fp32, too."""
+    found = []
+    for base in ("fp32", "bf16"):
+        lora, short = {"rank": 2, "dora": True, "base_precision": base}, {"steps": 2, "validation_samples": 4}
+        found.append(trained(xl_lora_recipe(scenes, xl, lora, precision="bf16", **short), tmp_path / base)["figures"])
+    assert found[1]["val_loss"] == pytest.approx(found[0]["val_loss"], rel=2e-2)
+    assert found[1] != found[0]
 
 
 def test_parts_of_a_batch_and_recomputed_layers_change_only_rounding(
