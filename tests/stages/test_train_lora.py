@@ -11,11 +11,13 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from ldm_cli.errors import InputNotFoundError
-from ldm_cli.families.open_family import resolve_model
+from ldm_cli.families.open_family import open_family, resolve_model
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages.dry_run import dry_run
 from ldm_cli.storage import file_sha256
+from ldm_cli.training import saving
+from ldm_cli.training.saving import num_checkpoint_bytes
 from tests.faults.runs import assert_same_run
 
 from .tiny import lose_after, trained, unet_recipe
@@ -134,6 +136,51 @@ def test_a_dry_run_counts_adapters_and_compares_the_memory(scenes: Path, unet_ru
     assert parameters["unet.lora"] == 4 * 2 * (8 + 8)  # one down, one in the middle, two up; rank · (I + O) each
     assert result["bytes"]["gradients"] == 4 * parameters["unet.lora"]
     assert any(note.startswith("lora: weights, gradients") for note in result["notes"])
+
+
+@pytest.mark.parametrize("text_encoder", [False, 3])
+def test_a_dry_run_of_xl_counts_every_adapter_and_halves_what_bf16_holds(
+    text_encoder: Any, scenes: Path, xl: Path
+) -> None:
+    lora = {"rank": 2, "targets": ["all"], "conv_rank": 5, "text_encoder": text_encoder, "dora": True}
+    found = {}
+    for base in ("fp32", "bf16"):
+        recipe = xl_lora_recipe(scenes, xl, lora | {"base_precision": base}, precision="bf16", ema_decay=0.9)
+        found[base] = dry_run(TrainUnetRecipe.from_mapping(recipe), SilentReporter())
+    counted, sizes = found["bf16"]["parameters"], found["bf16"]["bytes"]
+    adapted = ["unet", "text_encoder", "text_encoder_2"] if text_encoder else ["unet"]
+    family = open_family(xl)
+    networks = [family.denoiser, *family.encoder.models]  # type: ignore[attr-defined]
+    models = dict(zip(["unet", "text_encoder", "text_encoder_2"], networks, strict=True))
+    for name in adapted:
+        expected = 0
+        for path, module in models[name].named_modules():
+            is_chosen = "." in path if name == "unet" else ".self_attn." in path or ".mlp." in path
+            if is_chosen and isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+                rows, kernel = len(module.weight), module.weight[0, 0].numel()
+                rank = 5 if kernel > 1 else 2 if name == "unet" else 3
+                expected += rank * (module.weight[0].numel() + rows) + rows  # down, up, norms
+        assert counted[f"{name}.lora"] == expected
+    num_trained = sum(counted[f"{name}.lora"] for name in adapted)
+    assert [sizes[name] for name in ("gradients", "optimizer", "ema")] == [factor * num_trained for factor in (4, 8, 4)]
+    assert found["fp32"]["bytes"]["weights"] - sizes["weights"] == 2 * sum(counted[name] for name in adapted)
+
+
+def test_the_room_for_a_checkpoint_counts_both_files_of_adapters(
+    scenes: Path, unet_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+
+    def watched(trainer: Any) -> int:
+        counted.append(num_checkpoint_bytes(trainer))
+        return counted[-1]
+
+    monkeypatch.setattr(saving, "num_checkpoint_bytes", watched)
+    lora = {"rank": 1024, "targets": ["all"]}
+    trained(lora_recipe(scenes, unet_run, lora, steps=1, ema_decay=0.9), tmp_path / "run")
+    files = (tmp_path / "run/checkpoints/step-00000001").rglob("*")
+    written = sum(file.stat().st_size for file in files if file.is_file())
+    assert written <= counted[0] <= written + 2**20
 
 
 @pytest.mark.parametrize(
