@@ -63,7 +63,7 @@ class Adapter(nn.Module):
         Args:
             base: as for the class.
             x: its input, in which dropout may have set numbers to zero.
-            output: its output, of the whole input.
+            output: its output, of the whole input; its type is kept.
         """
         scale = self.alpha / self.rank
         if isinstance(base, nn.Conv2d):
@@ -79,7 +79,8 @@ class Adapter(nn.Module):
         bias = None if base.bias is None else base.bias.view(-1, *ones)
         product = output if bias is None else output - bias
         adapted = ratio * (product + update)
-        return adapted if bias is None else adapted + bias
+        # Norms and biases are float32 under autocast; layers that follow expect the type that `base` gives.
+        return (adapted if bias is None else adapted + bias).to(output.dtype)
 
     @torch.no_grad()
     def _norms(self, base: Adaptable) -> Tensor:

@@ -105,6 +105,7 @@ class CLIPTask:
         self._tokens = CaptionTokens(self.tokenizer, length, bench.run.warn)
         self.modules = {"clip": self.model}
         self.auxiliary: dict[str, torch.nn.Module] = {}
+        self.num_files = 1
 
     def prepare(self, batch: Batch) -> Batch:
         """With `ids`, the token ids int64 [B, L], and, where equal captions match, `groups`: a number for each caption,

@@ -116,6 +116,7 @@ class DenoiserTask:
             self.family = StableDiffusion(denoiser, codec, encoder, settings)
         self.modules = {"unet": denoiser}
         self.auxiliary: dict[str, torch.nn.Module] = {}
+        self.num_files = 1
         empty = self.encoder.condition([""]) if bench.cache is None else self.encoder.cached(bench.cache, "")
         self.denoising = Denoising(self.family, recipe.diffusion, recipe.seed, empty)
         self._held_out: dict[int, Encoded] = {}

@@ -93,6 +93,7 @@ class VAETask:
         self.terms = VAELoss(recipe.loss, _perceptual(recipe.loss.perceptual_clip)).to(bench.device)
         tune_for_cpu(self.terms)
         self.modules = {"vae": self.vae}
+        self.num_files = 1
         self.auxiliary = {} if self.terms.discriminator is None else {"discriminator": self.terms.discriminator}
         self._noise_key = philox.key(recipe.seed, "posterior noise")
 

@@ -157,6 +157,7 @@ def num_checkpoint_bytes(trainer: Trainer) -> int:
         parameters = dict(module.named_parameters())
         frozen = {name for name, parameter in parameters.items() if not parameter.requires_grad}
         written = sum(value.nbytes for key, value in module.state_dict().items() if key not in frozen)
+        written *= trainer.task.num_files if name in trainer.task.modules else 1
         num_bytes += written * (1 + (num_averages if name in trainer.task.modules else 0))
         num_bytes += sum(8 * p.numel() for p in parameters.values() if p.requires_grad)
     return num_bytes

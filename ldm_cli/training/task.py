@@ -25,6 +25,10 @@ class Task(Protocol[BatchT]):
     def auxiliary(self) -> Mapping[str, nn.Module]:
         """Name → module that is trained only (a discriminator)."""
 
+    @property
+    def num_files(self) -> int:
+        """How many files of each weight `export` writes."""
+
     def prepare(self, batch: BatchT) -> BatchT:
         """The work on the host that comes before a step, such as token ids. A thread may do it ahead of the step."""
 

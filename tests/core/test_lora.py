@@ -115,6 +115,35 @@ def test_dropout_belongs_to_a_sample_and_not_to_its_batch() -> None:
     assert not torch.allclose(model(x[2:]), whole[2:], atol=1e-2)
 
 
+def test_dropout_sets_its_share_to_zero_and_keeps_the_mean() -> None:
+    model = nn.Sequential(nn.Linear(1, 1))
+    adapters = Adapters(model, {"0": 1}, LoRAConfig(rank=1, dropout=0.2))
+    for parameter in adapters.parameters():
+        parameter.data.fill_(1.0)
+    x = torch.ones(4000, 1)
+    adapters.samples = torch.zeros(4000, dtype=torch.int64), torch.arange(4000)
+    factors = model(x) - nn.functional.linear(x, model[0].weight, model[0].bias)
+    dropped = factors.abs() < 1e-5
+    assert torch.allclose(factors[~dropped], torch.tensor(1.25))
+    assert dropped.float().mean() == pytest.approx(0.2, abs=0.03)  # 4.7 deviations
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_outputs_under_autocast_keep_the_type_of_the_base(dora: bool) -> None:
+    model, _ = adapted(dora)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.randn(2, 3, 8, 8)).dtype == torch.bfloat16
+
+
+def test_updates_of_another_rank_or_kind_are_refused() -> None:
+    _, adapters = adapted()
+    updates = adapters.low_rank()
+    adapters.load_low_rank(updates)
+    for changed in (adapted(dora=True)[1].low_rank(), {path: updates[path] for path in list(updates)[1:]}):
+        with pytest.raises(ValueError, match="modules differ in rank or kind"):
+            adapters.load_low_rank(changed)
+
+
 def test_recomputed_layers_give_the_same_gradients() -> None:
     model, adapters = adapted(dropout=0.3)
     x = torch.randn(4, 3, 8, 8)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from ldm_cli.cli import app
 from ldm_cli.data import scene_vocabulary as words
 from ldm_cli.data.scene_captions import FULL_FRACTION
 from ldm_cli.data.scene_drawing import coverage
@@ -234,6 +235,27 @@ def test_other_scenes_are_kept_unless_told_otherwise(tmp_path: Path) -> None:
 def test_empty_plans_are_refused(tmp_path: Path, change: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least"):
         write(tmp_path, **change)
+
+
+@pytest.mark.parametrize("only", ["color=maroon", "color=red", "shape=star"])
+def test_every_scene_of_both_splits_has_the_colour_or_shape_that_is_asked_for(only: str, tmp_path: Path) -> None:
+    counts = ["--samples", "12", "--val-samples", "9", "--only", only]
+    assert app.run(["data", "synth", str(tmp_path), *counts]) == 0
+    kind, _, name = only.partition("=")
+    facts = []
+    for shard in sorted(tmp_path.glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            facts += [json.load(tar.extractfile(m)) for m in tar if m.name.endswith(".json")]  # type: ignore[arg-type]
+    assert [name in [one[kind] for one in fact["objects"]] for fact in facts] == [True] * 21
+    assert json.loads((tmp_path / "scenes.json").read_text())["only"] == only
+
+
+def test_scenes_of_an_unknown_colour_are_refused_with_the_known_ones(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert app.run(["data", "synth", str(tmp_path / "scenes"), "--only", "color=teal"]) == 2
+    assert "there are no scenes with 'color=teal': color is one of red," in capfd.readouterr().err
+    assert not (tmp_path / "scenes").exists()
 
 
 def test_a_shard_that_finds_no_room_is_74_and_leaves_nothing_half_written(ldm: Ldm, tmp_path: Path) -> None:

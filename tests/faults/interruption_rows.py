@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from ..conftest import REPOSITORY
 from .lives import STEPS, Held, Life, Strace
 from .matrix import Bench, Row
 
-NAMES = ("vae", "clip", "unet")
+NAMES = ("vae", "clip", "unet", "lora")
 
 
 def _duration(bench: Bench, name: str) -> float:
@@ -25,12 +26,12 @@ def _duration(bench: Bench, name: str) -> float:
     return life.took
 
 
-def kill_at_random(bench: Bench) -> None:
+def kill_at_random(bench: Bench, names: Sequence[str] = NAMES) -> None:
     """SIGKILL to the group at random moments, with two workers, until the run is done; then the next trainer."""
-    durations = {name: _duration(bench, name) for name in NAMES}
+    durations = {name: _duration(bench, name) for name in names}
     turn, computed, undisturbed = 0, 0.0, 0.0
     while bench.tally.trials < bench.trials:
-        name, out, kills = NAMES[turn % len(NAMES)], bench.fresh(), 0
+        name, out, kills = names[turn % len(names)], bench.fresh(), 0
         turn, undisturbed = turn + 1, undisturbed + durations[name]
         while bench.tally.trials < bench.trials:
             life = bench.home.life(name, out, "data.num_workers=2")
@@ -229,6 +230,7 @@ def _read(file: Path) -> str:
 
 ROWS: dict[str, tuple[Row, int]] = {
     "kill-at-random": (kill_at_random, 200),
+    "kill-adapters-at-random": (partial(kill_at_random, names=("lora",)), 20),
     "kill-at-system-call": (kill_at_system_call, 0),
     "kill-while-indexing": (killed_while_indexing, 0),
     "signal-to-process": (partial(stopped, group=False), 12),

@@ -179,7 +179,7 @@ def _session(leader: int) -> list[int]:
 
 
 class Home:
-    """Scenes, tiny models and recipes of the three trainers, in a folder."""
+    """Scenes, tiny models and recipes of the three trainers and of adapters, in a folder."""
 
     def __init__(self, folder: Path) -> None:
         from ldm_cli.data.scenes import write_scenes
@@ -198,14 +198,21 @@ class Home:
         for name in ("clip", "vae"):
             self.finished(name)
         models = folder / "whole-clip/model", folder / "whole-vae/model"
-        self._write("unet", unet_recipe(scenes, *models, **train))
+        unet = unet_recipe(scenes, *models, **train)
+        self._write("unet", unet)
+        adapters = {"rank": 2, "targets": ["all"], "conv_rank": 2, "text_encoder": True, "dropout": 0.1, "dora": True}
+        kept = {field: value for field, value in unet.items() if field not in ("unet", "vae", "text_encoder")}
+        self._write("lora", kept | {"start_from": str(folder / "whole-unet"), "lora": adapters})
 
     def _write(self, name: str, recipe: Mapping[str, Any]) -> None:
         (self.folder / f"{name}.json").write_text(json.dumps(recipe))
 
     def arguments(self, name: str, out: Path, *more: str) -> list[str]:
         """The command line that trains `name` in `out`."""
-        return [f"train-{name}", str(self.folder / f"{name}.json"), "--out", str(out), "--device", "cpu", *more]
+        if name == "lora":
+            self.finished("unet")
+        command = json.loads((file := self.folder / f"{name}.json").read_text())["command"]
+        return [command, str(file), "--out", str(out), "--device", "cpu", *more]
 
     def life(self, name: str, out: Path, *more: str, log: Path | None = None, **options: Any) -> Life:
         """A life of the run in `out`; what it says is beside it, or in `log`."""

@@ -104,8 +104,9 @@ def after_checkpoints(out: Path) -> bool:
         ("vae", (started, while_saving, after_checkpoints)),
         ("clip", (while_saving,)),
         ("unet", (while_saving,)),
+        ("lora", (while_saving,)),
     ],
-    ids=["vae", "clip", "unet"],
+    ids=["vae", "clip", "unet", "lora"],
 )
 def test_killed_and_repeated_it_ends_in_the_same_bits(
     home: Home, start: Callable[..., Life], tmp_path: Path, name: str, moments: tuple[Moment, ...]

@@ -20,6 +20,7 @@ from ldm_cli.reporting import SilentReporter
 
 from ..conftest import REPOSITORY
 from ..stages.tiny import RESNET, clip_recipe, vae_recipe
+from ..stages.tiny_xl import save_tiny_xl, xl_recipe
 from ..training.forked import ForkedRanks
 from .lives import _session
 from .matrix import different
@@ -71,6 +72,18 @@ def test_clip_has_the_same_bits_on_one_two_and_four_ranks(scenes: Path, tmp_path
     assert different(one, two) is None
     assert different(one, four) is None
     assert trace(one) == trace(two) == trace(four)
+
+
+@pytest.mark.slow
+def test_adapters_of_all_networks_have_the_same_bits_on_one_and_two_ranks(scenes: Path, tmp_path: Path) -> None:
+    save_tiny_xl(tmp_path / "xl")
+    lora = {"rank": 2, "targets": ["all"], "conv_rank": 2, "text_encoder": True, "dropout": 0.1, "dora": True}
+    recipe = xl_recipe(scenes, {}, **ELASTIC) | {"start_from": str(tmp_path / "xl"), "lora": lora}
+    for name in ("unet", "vae", "text_encoder"):
+        del recipe[name]
+    one, two = (trained(recipe, tmp_path / str(count), count) for count in (1, 2))
+    assert different(one, two) is None
+    assert trace(one) == trace(two)
 
 
 @pytest.mark.slow

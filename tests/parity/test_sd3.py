@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from ldm_cli.errors import UsageError
+from ldm_cli.families.adapted import AdaptedNetworks, adaptable_models, adaptable_networks
+from ldm_cli.families.lora_file import write_lora
+from ldm_cli.families.lora_reader import read_lora
 from ldm_cli.families.open_family import open_family, outline_family
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.request import ImageRequest
 from tests.parity import test_editing as editing
 from tests.parity.sd3_pipeline import their_sd3_folder
+from tests.parity.test_lora import random_updates, weights_of
 from tests.parity.test_xl import assert_alike
 from tests.parity.their_pipeline import NEGATIVE, PROMPTS, latents
 from tests.parity.xl_pipeline import change
@@ -144,3 +148,28 @@ def test_an_outline_names_the_parts(tmp_path: Path) -> None:
     parts = outline_family(folder)
     assert set(parts) == {"transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"}
     assert set(parts) == set(open_family(folder).weights_sha256)
+
+
+def test_adapters_of_transformer_and_text_towers_are_applied_as_diffusers_applies_them(tmp_path: Path) -> None:
+    folder = their_sd3_folder(tmp_path / "model")
+    family = open_family(folder)
+    networks = adaptable_networks(family)
+    assert list(networks) == ["transformer", "text_encoder", "text_encoder_2"]
+    # diffusers loses the rank of the projection, a module outside of the towers' layers.
+    updates = {
+        name: {module: update for module, update in own.items() if module != "text_projection"}
+        for name, own in random_updates(networks).items()
+    }
+    write_lora(tmp_path / "pytorch_lora_weights.safetensors", updates, "diffusers", {})
+    before = family.denoiser.state_dict()["norm_out.linear.weight"].clone()
+    adapters = read_lora(tmp_path, adaptable_models(networks))
+    AdaptedNetworks(networks, {"a": adapters}).use({"a": 1.0})
+    assert not torch.equal(family.denoiser.state_dict()["norm_out.linear.weight"], before)
+    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(folder)
+    pipeline.load_lora_weights(tmp_path)
+    pipeline.fuse_lora(components=list(networks))
+    for name, network in networks.items():
+        their = {key.replace(".base_layer", ""): value for key, value in getattr(pipeline, name).state_dict().items()}
+        for module, weight in weights_of(network).items():
+            expected = their[f"{module}.weight"]
+            assert (weight - expected.view_as(weight)).abs().max() <= 1e-5 * expected.abs().max(), f"{name}.{module}"

@@ -16,7 +16,8 @@ from ..stages.tiny_xl import xl_recipe
 from . import worker as work
 
 STEPS = {"steps": 3, "log_every": 3, "save_every": 3, "ema_decay": 0.9, "validation_samples": 4}
-TRAINERS = ("unet from cache", "unet from images", "xl from cache", "xl from images", "vae", "clip")
+TRAINERS = ("unet from cache", "unet from images", "xl from cache", "xl from images", "lora", "vae", "clip")
+ADAPTERS = {"rank": 2, "targets": ["all"], "conv_rank": 2, "text_encoder": True, "dropout": 0.1, "dora": True}
 TOUCHES = ["send to_device.py:_sent"]
 
 
@@ -31,6 +32,10 @@ def recipe_of(trainer: str, parts: Path, **train: Any) -> Mapping[str, Any]:
         )
     model, _, source = trainer.partition(" from ")
     diffusion = {"caption_dropout": 0.1, "snr_gamma": 5.0}
+    if trainer == "lora":
+        recipe = xl_recipe(scenes, {}, diffusion, **train) | {"start_from": str(parts / "xl"), "lora": ADAPTERS}
+        recipe["samples"] |= {"num_prompts": 1}
+        return {field: value for field, value in recipe.items() if field not in ("unet", "vae", "text_encoder")}
     if model == "xl":
         models = {name: str(parts / "xl" / name) for name in ("vae", "text_encoder", "text_encoder_2")}
         recipe, cache = xl_recipe(scenes, models, diffusion, **train), "xl cache"
@@ -70,7 +75,7 @@ def test_a_run_goes_on_with_the_kind_of_device_that_it_began_with(
         worker.submit(work.train, recipe_of("clip", parts, steps=1), tmp_path / "run", None).result()
 
 
-@pytest.mark.parametrize("trainer", ["xl from images", "vae", "clip"])
+@pytest.mark.parametrize("trainer", ["xl from images", "lora", "vae", "clip"])
 def test_a_step_in_half_precision_touches_the_host_no_more(
     trainer: str, parts: Path, worker: ProcessPoolExecutor, tmp_path: Path
 ) -> None:

@@ -11,14 +11,17 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from ldm_cli.errors import InputNotFoundError
-from ldm_cli.families.open_family import resolve_model
+from ldm_cli.families.open_family import open_family, resolve_model
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages.dry_run import dry_run
 from ldm_cli.storage import file_sha256
+from ldm_cli.training import saving
+from ldm_cli.training.saving import num_checkpoint_bytes
 from tests.faults.runs import assert_same_run
 
 from .tiny import lose_after, trained, unet_recipe
+from .tiny_xl import save_tiny_xl, xl_recipe
 
 EVERYTHING = {
     "rank": 2,
@@ -35,6 +38,18 @@ def lora_recipe(scenes: Path, start: Path, lora: Any = None, **train: Any) -> di
     recipe = unet_recipe(scenes, Path(), Path(), {"caption_dropout": 0.2}, **{"lr": 1e-2, **train})
     kept = {name: value for name, value in recipe.items() if name not in ("unet", "vae", "text_encoder")}
     return kept | {"start_from": str(start), "lora": dict(lora or {"rank": 2})}
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline of Stable Diffusion XL with random weights."""
+    folder = tmp_path_factory.mktemp("xl")
+    save_tiny_xl(folder)
+    return folder
+
+
+def xl_lora_recipe(scenes: Path, start: Path, lora: Any = None, **train: Any) -> dict[str, Any]:
+    return lora_recipe(scenes, start, lora, **train) | {"data": xl_recipe(scenes, {})["data"]}
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -65,6 +80,35 @@ def test_a_lost_run_ends_in_the_same_bits(scenes: Path, unet_run: Path, tmp_path
     assert_same_run(tmp_path / "whole", tmp_path / "lost", 12)
 
 
+def test_all_networks_of_xl_are_adapted_in_half_precision_with_recomputed_layers(
+    scenes: Path, xl: Path, tmp_path: Path
+) -> None:
+    lora = EVERYTHING | {"base_precision": "bf16"}
+    half = {"precision": "bf16", "gradient_checkpointing": True, "ema_decay": 0.9}
+    recipe = xl_lora_recipe(scenes, xl, lora, steps=4, save_every=2, log_every=2, validation_samples=4, **half)
+    trained(recipe, tmp_path / "whole")
+    tensors = load_file(tmp_path / "whole/model/tiny.safetensors")
+    prefixes = {"_".join(name.split("_")[:2]) for name in tensors}
+    assert prefixes == {"lora_unet", "lora_te1", "lora_te2"}
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    idle = {name for name, up in tensors.items() if name.endswith("lora_up.weight") and not up.any()}
+    # The states are those of the layer before the last one; of the first tower the last is not used at all.
+    assert all(name.startswith("lora_te1_text_model_encoder_layers_1_") for name in idle)
+    lose_after(2, recipe, tmp_path / "lost")
+    trained(recipe, tmp_path / "lost")
+    assert_same_run(tmp_path / "whole", tmp_path / "lost", 4)
+
+
+def test_a_base_in_half_precision_changes_only_rounding(scenes: Path, xl: Path, tmp_path: Path) -> None:
+    """Autocast rounds the weights of a base in fp32, too."""
+    found = []
+    for base in ("fp32", "bf16"):
+        lora, short = {"rank": 2, "dora": True, "base_precision": base}, {"steps": 2, "validation_samples": 4}
+        found.append(trained(xl_lora_recipe(scenes, xl, lora, precision="bf16", **short), tmp_path / base)["figures"])
+    assert found[1]["val_loss"] == pytest.approx(found[0]["val_loss"], rel=2e-2)
+    assert found[1] != found[0]
+
+
 def test_parts_of_a_batch_and_recomputed_layers_change_only_rounding(
     scenes: Path, unet_run: Path, tmp_path: Path
 ) -> None:
@@ -92,6 +136,51 @@ def test_a_dry_run_counts_adapters_and_compares_the_memory(scenes: Path, unet_ru
     assert parameters["unet.lora"] == 4 * 2 * (8 + 8)  # one down, one in the middle, two up; rank · (I + O) each
     assert result["bytes"]["gradients"] == 4 * parameters["unet.lora"]
     assert any(note.startswith("lora: weights, gradients") for note in result["notes"])
+
+
+@pytest.mark.parametrize("text_encoder", [False, 3])
+def test_a_dry_run_of_xl_counts_every_adapter_and_halves_what_bf16_holds(
+    text_encoder: Any, scenes: Path, xl: Path
+) -> None:
+    lora = {"rank": 2, "targets": ["all"], "conv_rank": 5, "text_encoder": text_encoder, "dora": True}
+    found = {}
+    for base in ("fp32", "bf16"):
+        recipe = xl_lora_recipe(scenes, xl, lora | {"base_precision": base}, precision="bf16", ema_decay=0.9)
+        found[base] = dry_run(TrainUnetRecipe.from_mapping(recipe), SilentReporter())
+    counted, sizes = found["bf16"]["parameters"], found["bf16"]["bytes"]
+    adapted = ["unet", "text_encoder", "text_encoder_2"] if text_encoder else ["unet"]
+    family = open_family(xl)
+    networks = [family.denoiser, *family.encoder.models]  # type: ignore[attr-defined]
+    models = dict(zip(["unet", "text_encoder", "text_encoder_2"], networks, strict=True))
+    for name in adapted:
+        expected = 0
+        for path, module in models[name].named_modules():
+            is_chosen = "." in path if name == "unet" else ".self_attn." in path or ".mlp." in path
+            if is_chosen and isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+                rows, kernel = len(module.weight), module.weight[0, 0].numel()
+                rank = 5 if kernel > 1 else 2 if name == "unet" else 3
+                expected += rank * (module.weight[0].numel() + rows) + rows  # down, up, norms
+        assert counted[f"{name}.lora"] == expected
+    num_trained = sum(counted[f"{name}.lora"] for name in adapted)
+    assert [sizes[name] for name in ("gradients", "optimizer", "ema")] == [factor * num_trained for factor in (4, 8, 4)]
+    assert found["fp32"]["bytes"]["weights"] - sizes["weights"] == 2 * sum(counted[name] for name in adapted)
+
+
+def test_the_room_for_a_checkpoint_counts_both_files_of_adapters(
+    scenes: Path, unet_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+
+    def watched(trainer: Any) -> int:
+        counted.append(num_checkpoint_bytes(trainer))
+        return counted[-1]
+
+    monkeypatch.setattr(saving, "num_checkpoint_bytes", watched)
+    lora = {"rank": 1024, "targets": ["all"]}
+    trained(lora_recipe(scenes, unet_run, lora, steps=1, ema_decay=0.9), tmp_path / "run")
+    files = (tmp_path / "run/checkpoints/step-00000001").rglob("*")
+    written = sum(file.stat().st_size for file in files if file.is_file())
+    assert written <= counted[0] <= written + 2**20
 
 
 @pytest.mark.parametrize(

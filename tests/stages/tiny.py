@@ -107,7 +107,8 @@ def trained(
 
 def losses(run: Path) -> list[float]:
     """The logged losses."""
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
 
 
 def save_random_clip(folder: Path, tokenizer: Tokenizer) -> CLIPModel:

@@ -21,6 +21,7 @@ class ToyTask:
             self.critic = nn.Linear(1, 1)
         self.modules = {"model": self.model}
         self.auxiliary = {"critic": self.critic}
+        self.num_files = 1
         self.poison = poison
         self.seen: list[int] = []
 

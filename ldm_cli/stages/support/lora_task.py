@@ -64,6 +64,7 @@ class LoRATask:
             for name, ranks in lora_ranks(lora, self._networks).items()
         }
         self.auxiliary: dict[str, nn.Module] = {}
+        self.num_files = 2
         for name in self.modules:
             place(bench.device, DTYPES[lora.base_precision], self._networks[name], channels_last=train.channels_last)
             if is_compiled_on(bench.device, train, lambda message: None):
@@ -158,9 +159,8 @@ def lora_parameters(
         f"{name}.lora": count_parameters(Adapters(networks[name], ranks, lora))
         for name, ranks in lora_ranks(lora, networks).items()
     }
-    halved = (denoiser,) if lora.base_precision == "bf16" else ()
-    own = training_bytes(trained, frozen, train, halved=halved)
     adapted = {name.removesuffix(".lora") for name in trained}
+    own = training_bytes(trained, frozen, train, halved=adapted if lora.base_precision == "bf16" else ())
     others = {name: count for name, count in frozen.items() if name not in adapted}
     full = training_bytes({name: frozen[name] for name in adapted}, others, train)
     sizes = [amount(sum(size for name, size in sizes.items() if name != "save")) for sizes in (own, full)]
