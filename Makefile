@@ -1,6 +1,7 @@
 # make demo   pictures drawn from text by models trained on this machine, in minutes on two CPU cores
 # make test   the tests;  make check   style, types and the fast tests;  make exhaustive   what `make test` leaves out
 # make study  what helps pictures more, a larger text encoder or a larger denoiser: docs/study.md, in 90 minutes
+# make demo-lora   after make demo: its model learns a ninth colour from 40 pictures: docs/lora.md
 # make faults kills, signals, full disks, damaged files: everything a run must survive, in a table
 #
 # Where PyPI's torch would bring CUDA along and is not wanted:
@@ -56,13 +57,19 @@ demo: $(INSTALLED)
 	$(LDM) eval demo/eval --out runs/demo-eval
 	@echo "Look at runs/demo-samples/grid.png; runs/demo-eval/eval.json has the numbers."
 
-# After `make demo`: the model learns a ninth colour from 40 pictures.
+# After `make demo`: the model learns a ninth colour from 40 pictures, and is measured before and after: docs/lora.md.
+MAROON := --model runs/demo-unet -p "a maroon circle" -p "a maroon star" -p "a red circle" -p "a blue square" -n 4
+MAROON += --steps 20 --guidance 2.5
 demo-lora: $(INSTALLED)
 	$(LDM) data synth data/demo-lora --samples 40 --val-samples 64 --size 32 --seed 1 --two-object-fraction 0 \
 	  --only color=maroon
-	OMP_NUM_THREADS=1 $(LDM) train-unet lora/demo
-	$(LDM) sample demo/sample -p "a maroon circle" --out runs/demo-lora-before
-	$(LDM) sample demo/sample -p "a maroon circle" --lora runs/demo-lora --out runs/demo-lora-after
+	OMP_NUM_THREADS=1 $(LDM) train-unet lora/demo --nproc 2
+	$(LDM) sample $(MAROON) --out runs/demo-lora-before
+	$(LDM) sample $(MAROON) --lora runs/demo-lora --out runs/demo-lora-after
+	$(LDM) convert runs/demo-unet runs/demo-lora-merged --merge-lora runs/demo-lora --overwrite
+	$(LDM) eval lora/eval --out runs/demo-lora-eval --overwrite
+	$(LDM) eval lora/eval "data.shards=data/demo/val-*.tar" --out runs/demo-lora-eval-old --overwrite
+	@echo "Look at runs/demo-lora-before/grid.png and runs/demo-lora-after/grid.png."
 
 # Goes on after an interruption: every part is a command that does.
 study: $(INSTALLED)

@@ -99,6 +99,9 @@ class EvalConfig(Config):
     num_generated: Annotated[int, Field(ge=1)] = 256
     """Number of pictures to generate: one for each of the first captions, the i-th (from 0) with seed
     `sampling.seed + i`."""
+    new_colors: bool = False
+    """Whether `attribute_accuracy` tells the new colour maroon from the eight others; if not, it takes the nearest of
+    those eight."""
     keep_pictures: bool = False
     """Whether the generated pictures are kept beside the result, each point of a sweep in a folder as of `ldm sample`;
     that takes `--out`."""

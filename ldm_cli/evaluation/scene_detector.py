@@ -83,11 +83,12 @@ def relation(first: SeenObject, second: SeenObject) -> str:
     return "above" if dy < 0 else "below"
 
 
-def read_scenes(images: Tensor) -> list[SeenScene]:
+def read_scenes(images: Tensor, palette: dict[str, words.Color] = words.COLORS) -> list[SeenScene]:
     """Read a batch of images.
 
     Args:
         images: uint8 [N, 3, H, H], H at least 32.
+        palette: the colours that an object may have, sRGB by name; each takes the nearest.
 
     Raises:
         ValueError: if the images have another shape or type.
@@ -106,7 +107,7 @@ def read_scenes(images: Tensor) -> list[SeenScene]:
     objects: list[list[SeenObject]] = [[] for _ in range(len(images))]
     if owners:
         owner = torch.tensor(owners)
-        for i, found in zip(owners, _read_objects(pixels[owner], ground[owner], masks), strict=True):
+        for i, found in zip(owners, _read_objects(pixels[owner], ground[owner], masks, palette), strict=True):
             objects[i].append(found)
     return [
         SeenScene(name, count, tuple(seen)) for name, count, seen in zip(ground_names, counts, objects, strict=True)
@@ -153,14 +154,14 @@ def _largest_patches(labels: Tensor) -> tuple[list[int], Tensor, list[int]]:
     return owners.tolist(), masks, (areas >= _MIN_AREA).sum(1).tolist()
 
 
-def _read_objects(pixels: Tensor, ground: Tensor, masks: Tensor) -> list[SeenObject]:
+def _read_objects(pixels: Tensor, ground: Tensor, masks: Tensor, palette: dict[str, words.Color]) -> list[SeenObject]:
     """Read M objects from images [M, 3, S, S], backgrounds [M, 3] and patches [M, S, S]."""
     offset = pixels - ground[:, :, None, None]
     opacity = _opacity(offset, masks)
     fit = _fit_shapes(opacity)
     weight = fit.template.flatten(1)
     color = torch.einsum("mcp,mp->mc", offset.flatten(2), weight) / weight.square().sum(1, keepdim=True)
-    colors = _nearest(ground + color, words.COLORS | words.NEW_COLORS)
+    colors = _nearest(ground + color, palette)
     result = []
     for i, (color_name, shape) in enumerate(zip(colors, fit.shape.tolist(), strict=True)):
         x, y, radius = (value / WORKING_SIZE for value in fit.geometry[i, :3].tolist())

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm_cli.data.scene_drawing import paint
-from ldm_cli.data.scene_vocabulary import BACKGROUNDS, COLORS
+from ldm_cli.data.scene_vocabulary import BACKGROUNDS, COLORS, NEW_COLORS
 from ldm_cli.data.scenes import Split, scene
 from ldm_cli.evaluation.attribute_accuracy import RATES, score_scenes
 from ldm_cli.evaluation.scene_detector import SeenObject, read_scenes, relation
@@ -85,6 +85,12 @@ def test_an_empty_picture_holds_nothing() -> None:
         (seen,) = read_scenes(torch.tensor(color, dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 32, 32))
         assert (seen.background, seen.num_objects, seen.objects) == (name, 0, ())
     assert read_scenes(torch.zeros(0, 3, 32, 32, dtype=torch.uint8)) == []
+
+
+def test_a_new_colour_is_read_only_if_the_palette_has_it() -> None:
+    maroon = pixels(scene(1, 0, "val", 32, two_object_fraction=0.0, only="color=maroon").image)[None]
+    assert read_scenes(maroon)[0].objects[0].color == "red"
+    assert read_scenes(maroon, COLORS | NEW_COLORS)[0].objects[0].color == "maroon"
 
 
 def test_three_objects_are_counted_as_three() -> None:

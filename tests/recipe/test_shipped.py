@@ -29,10 +29,10 @@ PUBLISHED = {
 def test_the_shipped_recipes_are_these() -> None:
     bench = ["bench/clip", "bench/unet", "bench/vae"]
     demo = ["demo/clip", "demo/eval", "demo/sample", "demo/unet", "demo/vae"]
-    lora = ["lora/demo", "lora/sd15", "lora/sdxl"]
+    lora = ["lora/demo", "lora/eval", "lora/sd15", "lora/sdxl"]
     small = [f"{room}/{data}" for room in ("clip", "vae", "unet", "eval") for data in ("cifar10", "emoji")]
     assert sorted([*bench, *demo, *lora, *small, *PUBLISHED]) == NAMES
-    assert len(NAMES) == len(list(recipes_folder().rglob("*.y*ml"))) == 26
+    assert len(NAMES) == len(list(recipes_folder().rglob("*.y*ml"))) == 27
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -19,7 +19,7 @@ from ldm_cli.cli.app import run as run_program
 from ldm_cli.core.pixels import to_bytes, to_signed
 from ldm_cli.data.loader import sequential_batches
 from ldm_cli.data.open_shards import open_shards
-from ldm_cli.data.scenes import scene
+from ldm_cli.data.scenes import scene, write_scenes
 from ldm_cli.errors import DataError, DivergedError, OutputError, RecipeError, UsageError
 from ldm_cli.evaluation.config import PICTURE_METRICS
 from ldm_cli.evaluation.perceptual_distance import PerceptualDistance
@@ -267,6 +267,13 @@ def test_models_that_no_metric_needs_are_not_loaded(home: Path) -> None:
 
 def test_clip_score_without_a_pipeline_is_that_of_the_real_pairs(home: Path) -> None:
     assert list(evaluate(home, ["clip_score"], pipeline=None)["metrics"]["clip_score"]) == ["real"]
+
+
+def test_maroon_is_told_from_red_where_the_recipe_asks_for_it(home: Path, tmp_path: Path) -> None:
+    write_scenes(tmp_path, 1, 32, 0, SilentReporter(), val_samples=4, two_object_fraction=0.0, only="color=maroon")
+    data = {"shards": str(tmp_path / "val-*.tar")}
+    read = [evaluate(home, ["attribute_accuracy"], data=data, new_colors=asked)["metrics"] for asked in (False, True)]
+    assert [found["attribute_accuracy"]["detector"]["all"]["color"] for found in read] == [0, 1]
 
 
 def test_the_ith_caption_is_drawn_with_the_ith_seed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

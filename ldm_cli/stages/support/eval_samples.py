@@ -15,6 +15,7 @@ from torch import Tensor
 from ldm_cli.core.pixels import to_bytes, to_signed
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import sequential_batches
+from ldm_cli.data.scene_vocabulary import COLORS, NEW_COLORS
 from ldm_cli.data.shards import ShardSet
 from ldm_cli.data.to_device import sent_to_device
 from ldm_cli.errors import DataError, DivergedError
@@ -211,7 +212,8 @@ def _of_pictures(images: Tensor, captions: Sequence[str], config: EvalSection, m
         taps = models.inception(images, needed_taps(config.metrics))
         found |= {name: features.cpu() for name, features in taps.items()}
     if "attribute_accuracy" in config.metrics:
-        scenes = json.dumps([asdict(scene) for scene in read_scenes(images.cpu())])
+        palette = COLORS | NEW_COLORS if config.new_colors else COLORS
+        scenes = json.dumps([asdict(scene) for scene in read_scenes(images.cpu(), palette)])
         found[_SCENES] = torch.tensor(list(scenes.encode()), dtype=torch.uint8)
     return found
 
