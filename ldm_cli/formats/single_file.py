@@ -226,8 +226,8 @@ def _place(folder: str, config: names.Content, is_xl: bool) -> tuple[str, str]:
         return "first_stage_model." if folder else "", "vae"
     if "vision_config" in config:
         return "", "clip"
-    # Towers of open_clip keep its names, and only those have the exact GELU. The first of XL is OpenAI's.
-    is_first = is_xl and folder == TEXT_ENCODER
-    kind = "openai text" if config["hidden_act"] == "gelu" and not is_first else "transformers text"
+    # Towers of open_clip keep its names, and only those have the exact GELU. Of XL's two it is always the second.
+    is_of_open_clip = folder == TEXT_ENCODER_2 if is_xl else config["hidden_act"] == "gelu"
+    kind = "openai text" if is_of_open_clip else "transformers text"
     prefixes = [p for name, p, k in PLACES if (name, k, "conditioner" in p) == (folder, kind, is_xl)]
     return (prefixes or [""])[0], kind

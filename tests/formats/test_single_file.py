@@ -175,6 +175,17 @@ def test_a_text_tower_with_names_of_transformers_may_have_a_projection(width: in
     assert [found.config[name] for name in told] == [content[name] for name in told]
 
 
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_the_second_tower_of_xl_has_its_place_whatever_its_activation(activation: str) -> None:
+    text = CLIPTextConfig(**TEXT | {"hidden_act": activation})
+    with without_weights():
+        towers = {"text_encoder": CLIPTextModel(text), "text_encoder_2": CLIPTextModelWithProjection(text)}
+    names = as_single_file({name: filled(tower) for name, tower in towers.items()})
+    places = [name.split(".")[:3] for name in names]
+    assert {tuple(place) for place in places} == {("conditioner", "embedders", "0"), ("conditioner", "embedders", "1")}
+    assert places.count(["conditioner", "embedders", "0"]) == len(towers["text_encoder"].state_dict())
+
+
 def test_prediction_type_is_what_the_file_says_else_as_diffusers_decides() -> None:
     first, second = pipeline(), pipeline("gelu", use_linear_projection=True, attention_head_dim=(1, 1))
     inpainting = pipeline("gelu", use_linear_projection=True, attention_head_dim=(1, 1), in_channels=9)
