@@ -177,6 +177,13 @@ def test_a_folder_of_diffusers_is_continued_with_its_own_parts_and_process(scene
         assert all(torch.equal(tensor, ours[name]) for name, tensor in their.unet.state_dict().items())
 
 
+def test_a_pipeline_without_the_part_to_train_is_named(scenes: Path, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
+    recipe = unet_recipe(scenes, tmp_path, tmp_path) | {"start_from": str(tmp_path), "unet": None}
+    with pytest.raises(CheckpointError, match=r"no unet in .*it holds a StableDiffusion3Pipeline"):
+        resolve_start(TrainUnetRecipe.from_mapping(recipe), pytest.fail)
+
+
 def test_a_given_field_of_the_process_wins_with_a_warning(scenes: Path, unet_run: Path) -> None:
     base = unet_recipe(scenes, Path(), Path(), {"prediction_type": "v_prediction"})
     recipe = TrainUnetRecipe.from_mapping(started(base, "unet", unet_run, vae="", text_encoder=""))

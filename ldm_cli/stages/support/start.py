@@ -15,11 +15,11 @@ from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.data.tokenizer import Tokenizer
-from ldm_cli.errors import InputNotFoundError, RecipeError
+from ldm_cli.errors import CheckpointError, InputNotFoundError, RecipeError
 from ldm_cli.families.clip_text_encoder import tokenizer_folder
 from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.model_folder import ModelClass, load_model, read_as
-from ldm_cli.formats.model_source import has_model_json, split_at_file
+from ldm_cli.formats.model_source import has_model_json, read_model_json, split_at_file
 from ldm_cli.formats.pipeline_folder import INDEX_NAME, TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE
 from ldm_cli.formats.scheduler_file import read_scheduler
 from ldm_cli.formats.weight_files import CONFIG_NAME
@@ -85,6 +85,7 @@ def start_folder(recipe: StartedRecipe) -> Path:
     Raises:
         ValueError: the recipe has no `start_from`.
         InputNotFoundError: there is no such folder, or no model in it.
+        CheckpointError: it is a pipeline without the part to train.
     """
     if recipe.start_from is None:
         raise ValueError("start_from is None")
@@ -95,7 +96,13 @@ def start_folder(recipe: StartedRecipe) -> Path:
     root = resolve_model(path)
     if not _is_pipeline(root) or isinstance(recipe, TrainClipRecipe):
         return root
-    return root / (VAE if isinstance(recipe, TrainVaeRecipe) else UNET)
+    part = VAE if isinstance(recipe, TrainVaeRecipe) else UNET
+    if not has_model_json(root / part / CONFIG_NAME):
+        kind = read_model_json(root / INDEX_NAME).get("_class_name")
+        raise CheckpointError(
+            f"start_from: no {part} in '{root}'", f"it holds a {kind}", "give a pipeline that has one"
+        )
+    return root / part
 
 
 def start_uses(recipe: StartedRecipe) -> dict[str, str]:
