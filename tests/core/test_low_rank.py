@@ -34,13 +34,13 @@ def test_delta_is_the_formula(update: WeightUpdate, weight: Tensor, expected: ob
     delta = torch.tensor([[expected(o, i) for i in range(4)] for o in range(6)])  # type: ignore[operator]
     torch.testing.assert_close(update.delta(), delta)
     torch.testing.assert_close(update.applied(weight, -0.5), weight - 0.5 * delta)
-    assert update.shape == (6, 4)
+    assert update.delta().shape == (6, 4)
 
 
 def test_a_kronecker_product_repeats_its_right_factor() -> None:
     update = Kronecker(LEFT, RIGHT, 0.5)
     applied = update.applied(KERNEL)
-    assert update.shape == (6, 36)
+    assert update.delta().shape == (6, 4, 3, 3)
     for o in range(6):
         for i in range(4):
             expected = KERNEL[o, i] + 0.5 * LEFT[o // 2, i // 2] * RIGHT[o % 2, i % 2]
