@@ -24,11 +24,14 @@ def command(
             "statistics. Or any number of results of ldm eval (.json), side by side.",
         ),
     ],
-    metrics: Annotated[str, typer.Option("--metrics", metavar="fid,kid,prdc,is,cmmd", help="What to measure.")] = "fid",
+    metrics: Annotated[
+        str, typer.Option("--metrics", metavar="fid,kid,prdc,is,cmmd,fd_dinov2", help="What to measure.")
+    ] = "fid",
     inception: Annotated[
         Path | None, given.option("--inception", metavar="FILE", text="Weights of FID's network, in safetensors.")
     ] = None,
     clip: Annotated[Path | None, given.option("--clip", metavar="DIR", text="CLIPModel folder, for cmmd.")] = None,
+    dinov2: Annotated[Path | None, given.option("--dinov2", metavar="DIR", text="Dinov2Model, for fd_dinov2.")] = None,
     preprocessing: Annotated[
         str,
         typer.Option(
@@ -59,14 +62,8 @@ def command(
         from ldm_cli.stages import compare
 
     options = compare.CompareOptions(
-        cast("Any", wanted),
-        inception,
-        clip,
-        cast("Any", preprocessing),
-        batch_size,
-        device,
-        save_statistics,
-        overwrite,
+        *(cast("Any", wanted), inception, clip, dinov2, cast("Any", preprocessing)),
+        *(batch_size, device, save_statistics, overwrite),
     )
     result = compare.run(sets[0], sets[1] if len(sets) == 2 else None, options, make_rank_reporter())
     if is_first_rank():

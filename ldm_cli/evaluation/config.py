@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from ldm_cli.config import Config, NamesModel
 
-PictureMetric = Literal["fid", "kid", "prdc", "is", "cmmd"]
+PictureMetric = Literal["fid", "kid", "prdc", "is", "cmmd", "fd_dinov2"]
 """A metric of two sets of pictures, or (`is`) of the generated ones, that other programs have as well."""
 PICTURE_METRICS: tuple[PictureMetric, ...] = get_args(PictureMetric)
 
@@ -42,6 +42,7 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "attribute_accuracy": ("pipeline",),
     **dict.fromkeys(PICTURE_METRICS, ("inception", "pipeline")),
     "cmmd": ("clip", "pipeline"),
+    "fd_dinov2": ("dinov2", "pipeline"),
 }
 HOW_TO_GET_INCEPTION = (
     "take pt_inception-2015-12-05-6726825d.pth of the releases of pytorch-fid or torch-fidelity, and convert it once: "
@@ -81,6 +82,8 @@ class EvalConfig(Config):
     inception: str | None = None
     """File with the weights of FID's Inception network, in safetensors: for `fid`, `kid`, `prdc`, `is`,
     `rfid`."""
+    dinov2: Annotated[str | None, NamesModel()] = None
+    """A Dinov2Model: for `fd_dinov2`."""
     lpips: str | None = None
     """File with the weights of LPIPS, in safetensors: for `lpips`."""
     preprocessing: Preprocessing = "torch-fidelity"
@@ -89,7 +92,7 @@ class EvalConfig(Config):
     """An AutoencoderKL or AutoencoderTiny: for `reconstruction` (PSNR, SSIM), `lpips`, `rfid`."""
     pipeline: Annotated[str | None, NamesModel()] = None
     """Pipeline that generates pictures of the captions, for `clip_score`, `frechet_distance`,
-    `attribute_accuracy`, `fid`, `kid`, `prdc`, `is`, `cmmd`."""
+    `attribute_accuracy`, `fid`, `kid`, `prdc`, `is`, `cmmd`, `fd_dinov2`."""
     pipelines: Annotated[dict[PipelineName, str], NamesModel()] = Field(default_factory=dict)
     """Several such pipelines by names of your choice, in place of `pipeline`: each is measured."""
     metrics: Annotated[tuple[MetricName, ...], Field(min_length=1)]

@@ -17,6 +17,8 @@ from ldm_cli.evaluation.manifolds import DENSITY_NEIGHBOR, precision_recall_dens
 
 CLIP = "clip"
 """Name of CLIP embeddings among the features of a set."""
+DINOV2 = "dinov2"
+"""Name of DINOv2 features."""
 
 POOLED: Tap = "2048"
 """Name of the features that distances take."""
@@ -31,7 +33,15 @@ def needed_taps(metrics: Collection[MetricName]) -> list[Tap]:
     return [*pooled, _LOGITS] if "is" in metrics else pooled
 
 
-_FEWEST: dict[PictureMetric, int] = {"fid": 2, "kid": 2, "prdc": DENSITY_NEIGHBOR + 1, "is": NUM_SPLITS, "cmmd": 1}
+_FEWEST: dict[PictureMetric, int] = {
+    "fid": 2,
+    "fd_dinov2": 2,
+    "kid": 2,
+    "prdc": DENSITY_NEIGHBOR + 1,
+    "is": NUM_SPLITS,
+    "cmmd": 1,
+}
+_FRECHET: dict[PictureMetric, str] = {"fid": POOLED, "fd_dinov2": DINOV2}
 _OF_PAIRS: dict[PictureMetric, tuple[Callable[[Tensor, Tensor], dict[str, object]], str]] = {
     "kid": (kernel_inception_distance, POOLED),
     "prdc": (precision_recall_density_coverage, POOLED),
@@ -40,14 +50,14 @@ _OF_PAIRS: dict[PictureMetric, tuple[Callable[[Tensor, Tensor], dict[str, object
 
 
 _KEPT_FOR = {POOLED: {"kid", "prdc"}, _LOGITS: {"is"}, CLIP: {"cmmd"}}
-_MOMENTS_FOR = {POOLED: {"fid", "rfid"}, RECONSTRUCTED: {"rfid"}, CLIP: {"frechet_distance"}}
+_MOMENTS_FOR = {POOLED: {"fid", "rfid"}, RECONSTRUCTED: {"rfid"}, CLIP: {"frechet_distance"}, DINOV2: {"fd_dinov2"}}
 
 
 class PictureFeatures:
     """The features of one set of pictures that the metrics need.
 
-    For `fid`, `rfid` and `frechet_distance` this takes the same memory for any number of pictures. Of each picture,
-    `kid` and `prdc` together keep 8 KiB, `is` 4 KiB, `cmmd` 2 to 4 KiB, in main memory.
+    For Fréchet distances this takes the same memory for any number of pictures. Of each picture, `kid` and `prdc`
+    together keep 8 KiB, `is` 4 KiB, `cmmd` 2 to 4 KiB, in main memory.
 
     Args:
         metrics: which.
@@ -64,7 +74,7 @@ class PictureFeatures:
         self._kept: dict[str, list[Tensor]] = {name: [] for name, users in _KEPT_FOR.items() if users & set(metrics)}
 
     def add(self, measured: Mapping[str, Tensor]) -> None:
-        """Count further pictures by their features [B, N], of `needed_taps` and `CLIP`; others are passed over."""
+        """Count further pictures by their features [B, N], by the names of this module; others are passed over."""
         for name, features in measured.items():
             if name in self.moments:
                 self.moments[name].add(features.to(self._device))
@@ -99,8 +109,8 @@ def measure_pictures(
         for which, one in (("generated", generated), ("real", None if metric == "is" else real)):
             if isinstance(one, PictureFeatures):
                 _expect_enough(one.count, which, _FEWEST[metric], metric)
-        if metric == "fid":
-            found[metric] = frechet_of(POOLED, "fid", generated, real, warn)
+        if metric in _FRECHET:
+            found[metric] = frechet_of(_FRECHET[metric], metric, generated, real, warn)
             continue
         assert isinstance(generated, PictureFeatures)
         if metric == "is":
@@ -122,7 +132,7 @@ def frechet_of(
     """The Fréchet distance of one kind of features, as `frechet_estimates` returns it.
 
     Args:
-        features: `2048` or `CLIP`.
+        features: `2048`, `CLIP` or `DINOV2`.
         name: of the distance.
         generated, real, warn: as in `measure_pictures`.
 

@@ -17,9 +17,10 @@ from torch import Tensor
 from ldm_cli.errors import DataError, OutputError, UsageError
 from ldm_cli.evaluation.clip_features import CLIPFeatures
 from ldm_cli.evaluation.config import HOW_TO_GET_INCEPTION, PictureMetric, Preprocessing
+from ldm_cli.evaluation.dinov2_features import DINOv2Features
 from ldm_cli.evaluation.frechet import Gaussian
 from ldm_cli.evaluation.inception_features import InceptionFeatures
-from ldm_cli.evaluation.picture_metrics import CLIP, POOLED, PictureFeatures, measure_pictures, needed_taps
+from ldm_cli.evaluation.picture_metrics import CLIP, DINOV2, POOLED, PictureFeatures, measure_pictures, needed_taps
 from ldm_cli.evaluation.statistics_files import Statistics, read_statistics, write_statistics
 from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.model_source import weights_sha256
@@ -46,6 +47,8 @@ class CompareOptions:
     """Weights of FID's Inception network."""
     clip: Path | None = None
     """CLIPModel folder, for `cmmd`."""
+    dinov2: Path | None = None
+    """Dinov2Model folder, for `fd_dinov2`."""
     preprocessing: Preprocessing = "torch-fidelity"
     """Program whose preparation of pictures for the Inception network is taken."""
     batch_size: int = 50
@@ -142,12 +145,14 @@ def _check(names: list[str], options: CompareOptions) -> None:
         raise UsageError(f"{', '.join(others)} cannot be measured", f"'{files[0]}' is statistics, which serve fid")
     if len(files) < len(names) and needed_taps(options.metrics) and options.inception is None:
         raise UsageError(
-            f"{', '.join(m for m in options.metrics if m != 'cmmd')} needs --inception FILE",
+            f"{', '.join(m for m in options.metrics if m not in ('cmmd', 'fd_dinov2'))} needs --inception FILE",
             "the weights of FID's network are not part of this program",
-            f"{HOW_TO_GET_INCEPTION}; cmmd takes a CLIP instead",
+            f"{HOW_TO_GET_INCEPTION}; cmmd takes a CLIP, and fd_dinov2 a DINOv2 instead",
         )
     if "cmmd" in options.metrics and options.clip is None:
         raise UsageError("cmmd needs --clip DIR", remedy="give a CLIPModel folder: published numbers take ViT-L/14-336")
+    if "fd_dinov2" in options.metrics and options.dinov2 is None:
+        raise UsageError("fd_dinov2 needs --dinov2 DIR", remedy="give a Dinov2Model folder, as facebook/dinov2-large")
     if target is None:
         return
     if target.suffix != STATISTICS_SUFFIX or "fid" not in options.metrics or _is_file(names[-1]):
@@ -163,7 +168,7 @@ class _Networks:
     def __init__(self, options: CompareOptions, device: torch.device, is_used: bool) -> None:
         self.device, self.provenance = device, dict[str, Any]()
         self.taps = needed_taps(options.metrics) if is_used else []
-        self.inception = self.clip = None
+        self.inception = self.clip = self.dinov2 = None
         if self.taps and options.inception is not None:
             self.inception = InceptionFeatures.load(options.inception, device, options.preprocessing)
             self.provenance["inception"] = self.inception.provenance
@@ -171,6 +176,9 @@ class _Networks:
             folder = resolve_model(options.clip)
             self.clip = CLIPFeatures.load(folder, device)
             self.provenance[CLIP] = {"folder": str(folder), "sha256": weights_sha256(folder)}
+        if "fd_dinov2" in options.metrics and options.dinov2 is not None:
+            self.dinov2 = DINOv2Features(resolve_model(options.dinov2), device)
+            self.provenance[DINOV2] = self.dinov2.provenance
 
     def __call__(self, pictures: list[Tensor]) -> Measured:
         """Features of pictures uint8 [3, H, W], by name."""
@@ -179,6 +187,8 @@ class _Networks:
             found |= {name: features.cpu() for name, features in self.inception(pictures, self.taps).items()}
         if self.clip is not None:
             found[CLIP] = self.clip.squares(pictures)
+        if self.dinov2 is not None:
+            found[DINOV2] = self.dinov2(pictures).cpu()
         return found
 
 

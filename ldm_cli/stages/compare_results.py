@@ -15,6 +15,7 @@ from ldm_cli.training.run_identity import flatten, recipe_changes
 _NETWORKS = {
     **dict.fromkeys(("clip_score", "frechet_distance", "cmmd"), "clip"),
     **dict.fromkeys(("fid", "kid", "prdc", "is"), "inception"),
+    "fd_dinov2": "dinov2",
 }
 """The network that measures, by metric. Others measure a network, or take none."""
 _OF_PICTURES = {*_NETWORKS, "attribute_accuracy"}

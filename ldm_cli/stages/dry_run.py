@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from ldm_cli.core.models.inception import InceptionV3
 from ldm_cli.core.precision import DTYPES, precision_on
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.errors import InputNotFoundError
+from ldm_cli.evaluation.dinov2_features import outline_dinov2
 from ldm_cli.families.clip_folder import outline_clip
 from ldm_cli.families.codec_folder import outline_codec
 from ldm_cli.families.open_family import outline_family, resolve_model
@@ -94,6 +97,13 @@ def _pipeline(field: str, folder: str, notes: list[str]) -> dict[str, int]:
     return {name: count_parameters(model) for name, model in outline_family(root).items()}
 
 
+_OUTLINES: dict[str, Callable[[Path], nn.Module]] = {
+    "clip": outline_clip,
+    "dinov2": outline_dinov2,
+    "vae": outline_codec,
+}
+
+
 def _evaluated(recipe: EvalRecipe, notes: list[str]) -> dict[str, int]:
     parameters: dict[str, int] = {}
     for field, folders in needed_models(recipe.eval).items():
@@ -107,7 +117,7 @@ def _evaluated(recipe: EvalRecipe, notes: list[str]) -> dict[str, int]:
                 if not Path(folder).is_file():
                     notes.append(f"{place}: '{folder}' not found")
             elif root := _resolved(place, folder, notes):
-                model = model_at(place, str(root), outline_clip if name == "clip" else outline_codec, notes)
+                model = model_at(place, str(root), _OUTLINES[field], notes)
                 if model is not None:
                     parameters[name] = count_parameters(model)
     return parameters

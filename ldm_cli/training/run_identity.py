@@ -36,6 +36,7 @@ _HARMLESS = {
     "loss.perceptual_clip",
     "eval.clip",
     "eval.inception",
+    "eval.dinov2",
     "eval.vae",
     "eval.pipeline",
 }

@@ -18,13 +18,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm_cli.cli.app import run as run_program
+from ldm_cli.core.models.dinov2 import Dinov2Model
+from ldm_cli.core.models.dinov2_config import Dinov2Config
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.data.tokenizer_config import TokenizerConfig
 from ldm_cli.errors import DataError, InputNotFoundError, OutputError, UsageError
 from ldm_cli.evaluation.config import PICTURE_METRICS
+from ldm_cli.evaluation.dinov2_features import DINOv2Features
 from ldm_cli.evaluation.frechet import Moments, frechet_distance
 from ldm_cli.evaluation.kernel_distances import clip_maximum_mean_discrepancy, kernel_inception_distance
 from ldm_cli.formats.npz import read_npz, write_npz
+from ldm_cli.formats.save_model import save_model
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages.compare import CompareOptions, run
 from tests.evaluation.inception_weights import inception_weights
@@ -56,6 +60,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         save_random_clip(home / "clip", tokenizer)
+        dinov2 = Dinov2Model(Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=28))
+    save_model(home / "dinov2", dinov2.state_dict(), dinov2.config.to_hugging_face())
     return home
 
 
@@ -75,9 +81,23 @@ def own_features(home: Path, name: str) -> Tensor:
     return F.adaptive_avg_pool2d(large, 2).flatten(1)
 
 
+def networks_of(home: Path) -> dict[str, Path]:
+    return {"clip": home / "clip", "dinov2": home / "dinov2"}
+
+
+def dinov2_distance(home: Path) -> float:
+    features = DINOv2Features(home / "dinov2", torch.device("cpu"))
+    pictures = [
+        [torch.from_numpy(numpy.array(Image.open(file))).permute(2, 0, 1) for file in sorted((home / name).iterdir())]
+        for name in ("a", "b")
+    ]
+    a, b = (Moments.of(features(one)).gaussian for one in pictures)
+    return frechet_distance(a, b)
+
+
 @pytest.mark.usefixtures("small_inception")
 def test_every_metric_is_that_of_the_pictures_features(home: Path) -> None:
-    found = compare(home, "a", "b", *PICTURE_METRICS, preprocessing="pytorch-fid", clip=home / "clip", batch_size=7)
+    found = compare(home, "a", "b", *PICTURE_METRICS, preprocessing="pytorch-fid", batch_size=7, **networks_of(home))
     a, b = own_features(home, "a"), own_features(home, "b")
     assert found["fid"] == pytest.approx(frechet_distance(Moments.of(a).gaussian, Moments.of(b).gaussian), rel=1e-4)
     assert found["kid"] == pytest.approx(kernel_inception_distance(a, b)["kid"], rel=1e-4)
@@ -87,6 +107,7 @@ def test_every_metric_is_that_of_the_pictures_features(home: Path) -> None:
     assert all(0 <= found[name] <= 1 for name in ("precision", "recall", "coverage"))
     assert 1 < found["inception_score"] < 4
     assert found["cmmd"] > 0
+    assert found["fd_dinov2"] == pytest.approx(dinov2_distance(home), rel=1e-6)
     provenance = found["provenance"]
     assert (provenance["generated"]["num_pictures"], provenance["real"]["num_pictures"]) == (30, 40)
     assert provenance["networks"]["inception"]["preprocessing"] == "pytorch-fid"
@@ -172,14 +193,14 @@ def test_the_score_of_one_set_needs_no_other(home: Path) -> None:
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_several_ranks_measure_what_one_measures(home: Path, tmp_path: Path, world_size: int) -> None:
     def work(rank: int) -> int:
-        found = compare(home, "a", "b", *PICTURE_METRICS, clip=home / "clip", batch_size=7)
+        found = compare(home, "a", "b", *PICTURE_METRICS, batch_size=7, **networks_of(home))
         if rank == 0:
             (tmp_path / "found.json").write_text(json.dumps(found))
         return int((not found) != (rank > 0))
 
     with ForkedRanks(work, tmp_path, world_size) as job:
         assert job.wait() == [0] * world_size, job.words()
-    one = compare(home, "a", "b", *PICTURE_METRICS, clip=home / "clip", batch_size=7)
+    one = compare(home, "a", "b", *PICTURE_METRICS, batch_size=7, **networks_of(home))
     several = json.loads((tmp_path / "found.json").read_text())
     assert several["provenance"]["generated"] == one["provenance"]["generated"]
     assert {name: value for name, value in several.items() if name != "provenance"} == {
@@ -204,6 +225,7 @@ def test_cmmd_takes_the_central_squares(home: Path, tmp_path: Path) -> None:
     [
         ("a", "b", ["fid"], {"inception": None}, "fid needs --inception FILE.*ldm convert"),
         ("a", "b", ["cmmd"], {}, "cmmd needs --clip DIR"),
+        ("a", "b", ["fd_dinov2"], {}, "fd_dinov2 needs --dinov2 DIR"),
         ("a", None, ["fid", "is"], {}, "fid compares two sets: only '.*a' is given"),
         ("a", "b.npz", ["kid"], {}, r"kid cannot be measured: '.*b\.npz' is statistics"),
         ("a.npz", "b", ["is", "fid"], {}, r"is cannot be measured: '.*a\.npz' is statistics"),

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm_cli.cli.app import run as run_program
+from ldm_cli.core.models.dinov2 import Dinov2Model
+from ldm_cli.core.models.dinov2_config import Dinov2Config
 from ldm_cli.core.pixels import to_bytes, to_signed
 from ldm_cli.data.loader import sequential_batches
 from ldm_cli.data.open_shards import open_shards
@@ -26,6 +28,7 @@ from ldm_cli.evaluation.perceptual_distance import PerceptualDistance
 from ldm_cli.families.codec_folder import open_codec
 from ldm_cli.families.open_family import open_family
 from ldm_cli.formats.model_source import weights_sha256
+from ldm_cli.formats.save_model import save_model
 from ldm_cli.pictures.images import read_image, save_image
 from ldm_cli.recipe.schema import EvalRecipe
 from ldm_cli.reporting import SilentReporter
@@ -132,15 +135,17 @@ def test_numbers_depend_neither_on_the_batch_size_nor_on_the_run(home: Path) -> 
 def test_metrics_of_pictures_are_those_of_the_kept_pictures(home: Path, tmp_path: Path) -> None:
     weights = tmp_path / "inception.safetensors"
     save_file(inception_weights(), weights)
-    given = {"inception": str(weights), "preprocessing": "clean", "num_generated": 10, "keep_pictures": True}
-    asked = recipe(home, [*PICTURE_METRICS], **given)
+    model = Dinov2Model(Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=28))
+    save_model(tmp_path / "dinov2", model.state_dict(), model.config.to_hugging_face())
+    given = {"inception": str(weights), "dinov2": str(tmp_path / "dinov2"), "preprocessing": "clean"}
+    asked = recipe(home, [*PICTURE_METRICS], **given, num_generated=10, keep_pictures=True)
     result = run(asked, RunOptions(device="cpu", out=tmp_path / "out"), SilentReporter())
     kept = tmp_path / "out" / "eval-pictures" / "000-pipeline"
     for file, picture in zip(sorted(kept.glob("*.png")), _generated(home, 10), strict=True):
         assert torch.equal(read_image(file), picture)
     for number, picture in enumerate(_real(home, 20)):
         save_image(tmp_path / "real" / f"{number:02d}.png", picture)
-    options = CompareOptions(PICTURE_METRICS, weights, home / "clip", "clean", device="cpu")
+    options = CompareOptions(PICTURE_METRICS, weights, home / "clip", tmp_path / "dinov2", "clean", device="cpu")
     expected = compare.run(str(kept), str(tmp_path / "real"), options, SilentReporter())
     provenance = expected.pop("provenance")
     found = {name: value for values in result["metrics"].values() for name, value in values.items()}
@@ -148,7 +153,8 @@ def test_metrics_of_pictures_are_those_of_the_kept_pictures(home: Path, tmp_path
     assert found.keys() == expected.keys()
     numbers = {name: value for name, value in expected.items() if isinstance(value, float)}
     assert {name: found[name] for name in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-6)
-    assert result["provenance"]["models"]["inception"] == provenance["networks"]["inception"]
+    for network in ("inception", "dinov2"):
+        assert result["provenance"]["models"][network] == provenance["networks"][network]
 
 
 def test_a_kept_picture_is_repeated_by_sample(home: Path, tmp_path: Path) -> None:

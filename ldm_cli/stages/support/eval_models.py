@@ -10,6 +10,7 @@ import torch
 
 from ldm_cli.evaluation.clip_features import CLIPFeatures
 from ldm_cli.evaluation.config import PICTURE_METRICS, EvalConfig
+from ldm_cli.evaluation.dinov2_features import DINOv2Features
 from ldm_cli.evaluation.inception_features import InceptionFeatures
 from ldm_cli.evaluation.perceptual_distance import PerceptualDistance
 from ldm_cli.evaluation.picture_metrics import needed_taps
@@ -27,6 +28,7 @@ _METRICS_BY_MODEL = {
     "pipeline": {"clip_score", "frechet_distance", "attribute_accuracy", *PICTURE_METRICS},
     "pipelines": {"clip_score", "frechet_distance", "attribute_accuracy", *PICTURE_METRICS},
     "inception": {"fid", "kid", "prdc", "is", "rfid"},
+    "dinov2": {"fd_dinov2"},
     "lpips": {"lpips"},
 }
 
@@ -46,7 +48,7 @@ class Models:
     """The models that measure, and those that are measured but for pipelines.
 
     Attributes:
-        clip, vae, inception, lpips: None where no metric needs it.
+        clip, vae, inception, dinov2, lpips: None where no metric needs it.
         device: where they compute.
         provenance: source and hash of each.
     """
@@ -54,6 +56,7 @@ class Models:
     clip: CLIPFeatures | None
     vae: Autoencoder | None
     inception: InceptionFeatures | None
+    dinov2: DINOv2Features | None
     lpips: PerceptualDistance | None
     device: torch.device
     provenance: dict[str, Any]
@@ -73,11 +76,15 @@ class Models:
         if needed_taps(config.metrics) and config.inception is not None:
             inception = InceptionFeatures.load(Path(config.inception), device, config.preprocessing)
             provenance["inception"] = inception.provenance
+        dinov2 = None
+        if "dinov2" in needed:
+            dinov2 = DINOv2Features(resolve_model(Path(needed["dinov2"]["dinov2"])), device)
+            provenance["dinov2"] = dinov2.provenance
         lpips = None
         if "lpips" in needed:
             lpips = PerceptualDistance(Path(needed["lpips"]["lpips"]), device)
             provenance["lpips"] = lpips.provenance
-        return cls(clip, vae, inception, lpips, device, provenance)
+        return cls(clip, vae, inception, dinov2, lpips, device, provenance)
 
 
 class Pipelines:

@@ -22,7 +22,7 @@ from ldm_cli.errors import DataError, DivergedError
 from ldm_cli.evaluation.config import MetricName
 from ldm_cli.evaluation.image_quality import psnr, ssim
 from ldm_cli.evaluation.metrics import clip_score
-from ldm_cli.evaluation.picture_metrics import CLIP, POOLED, RECONSTRUCTED, PictureFeatures, needed_taps
+from ldm_cli.evaluation.picture_metrics import CLIP, DINOV2, POOLED, RECONSTRUCTED, PictureFeatures, needed_taps
 from ldm_cli.evaluation.scene_detector import SeenObject, SeenScene, read_scenes
 from ldm_cli.families.codec_folder import Autoencoder
 from ldm_cli.pictures.progress import PartOfProgress
@@ -144,7 +144,7 @@ def measure_probe(
     data = recipe.data.model_copy(update={"shards": recipe.eval.probe_shards})
     probe = {"metrics": ("linear_probe",), "num_samples": recipe.eval.num_probe_samples}
     own = recipe.model_copy(update={"data": data, "eval": recipe.eval.model_copy(update=probe)})
-    return measure_real(own, shards, replace(models, vae=None, inception=None), reporter, ranks, folder)
+    return measure_real(own, shards, replace(models, vae=None, inception=None, dinov2=None), reporter, ranks, folder)
 
 
 def _batches_per_round(config: EvalSection) -> int:
@@ -211,6 +211,8 @@ def _of_pictures(images: Tensor, captions: Sequence[str], config: EvalSection, m
     if models.inception is not None:
         taps = models.inception(images, needed_taps(config.metrics))
         found |= {name: features.cpu() for name, features in taps.items()}
+    if models.dinov2 is not None:
+        found[DINOV2] = models.dinov2(images).cpu()
     if "attribute_accuracy" in config.metrics:
         palette = COLORS | NEW_COLORS if config.new_colors else COLORS
         scenes = json.dumps([asdict(scene) for scene in read_scenes(images.cpu(), palette)])
