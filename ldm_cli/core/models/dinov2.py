@@ -35,7 +35,7 @@ class _Embeddings(nn.Module):
         """[1, 1 + height · width, D], interpolated between the trained places where the image has another size."""
         if (height, width) == (self.side, self.side):
             return self.position_embeddings
-        token, places = self.position_embeddings.split((1, self.side**2), dim=1)
+        token, places = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
         plane = places.transpose(1, 2).unflatten(2, (self.side, self.side))
         return torch.cat((token, tokens_of(F.interpolate(plane, (height, width), mode="bicubic"))), dim=1)
 
