@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm_cli.core.models.attention import attend, tokens_of
+from ldm_cli.core.models.attention import attend, image_of, tokens_of
 from ldm_cli.core.models.dinov2_config import Dinov2Config
 
 
@@ -36,7 +36,7 @@ class _Embeddings(nn.Module):
         if (height, width) == (self.side, self.side):
             return self.position_embeddings
         token, places = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
-        plane = places.transpose(1, 2).unflatten(2, (self.side, self.side))
+        plane = image_of(places, self.side, self.side)
         return torch.cat((token, tokens_of(F.interpolate(plane, (height, width), mode="bicubic"))), dim=1)
 
 
