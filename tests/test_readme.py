@@ -52,6 +52,7 @@ NAMES = (
     "foreign-models",
     "eval",
     "compare",
+    "report",
     "study",
     "clip",
     "spiral",

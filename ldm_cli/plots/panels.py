@@ -127,14 +127,26 @@ def svg(panel: Panel, name: str) -> str:
         figure = _figure(*panel.size, "none")
         panel.draw(_axes(figure, (0.0, 0.0, 1.0, 1.0)))
         figure.savefig(text, format="svg", metadata=NO_METADATA)
-    width, height = panel.size
+    return svg_element(text.getvalue(), panel.size, name, panel.title)
+
+
+def svg_element(drawn: str, size: tuple[float, float], name: str, title: str) -> str:
+    """What matplotlib saved as SVG, as an element of a page, in the colours of its style sheet.
+
+    Args:
+        drawn: the whole file.
+        size: its width and height, in points.
+        name: unique on the page, of letters, digits and hyphens.
+        title: for those who cannot see it.
+    """
+    width, height = size
     # Before it are the XML header and a style that would hold for the whole page.
-    body = text.getvalue().partition("</defs>")[2]
+    body = drawn.partition("</defs>")[2]
     body = re.sub(r' d="[^"]+"', _shortened, re.sub(r">\s+<", "><", body))
     body = re.sub(r'id="|(?<=url\()#|(?<=href=")#', lambda found: f"{found[0]}{name}-", body)
     for colour, value in LIGHT.items():
         body = body.replace(value, f"var(--{colour})")
-    return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(panel.title)}">{body.strip()}'
+    return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}">{body.strip()}'
 
 
 def _shortened(path: re.Match[str]) -> str:

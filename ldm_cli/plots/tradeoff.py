@@ -10,10 +10,10 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ldm_cli.plots.lines import COLOURS
 from ldm_cli.plots.panels import LIGHT, NO_METADATA, PNG_DPI, fixed_style
 from ldm_cli.storage import whole_file
 
-_COLOURS = ("arm0", "arrow", "arm3", "arm1", "arm5", "arm4", "ink")
 _SIZE = (7.5, 5.0)
 
 
@@ -58,7 +58,7 @@ def save_tradeoff(curves: Sequence[Curve], x_label: str, y_label: str, file: Pat
         figure = Figure(_SIZE, dpi=PNG_DPI, facecolor=LIGHT["paper"], layout="constrained")
         axes = figure.add_subplot(facecolor=LIGHT["panel"])
         for number, curve in enumerate(curves):
-            _draw(axes, curve, LIGHT[_COLOURS[number % len(_COLOURS)]])
+            _draw(axes, curve, LIGHT[COLOURS[number % len(COLOURS)]])
         axes.set_xlabel(x_label, color=LIGHT["ink"])
         axes.set_ylabel(y_label, color=LIGHT["ink"])
         axes.spines[:].set_visible(False)
