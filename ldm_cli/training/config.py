@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from ldm_cli.config import Config
 from ldm_cli.errors import RecipeError
+from ldm_cli.training.mirror import TrackerName
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -79,6 +80,8 @@ class TrainConfig(Config):
     """Held-out samples per validation: the first ones, the same every time."""
     sample_every: Annotated[int, Field(ge=0)] = 0
     """Steps between sample pictures; 0: only at the end."""
+    track: tuple[TrackerName, ...] = ()
+    """Mirrors of figures and sample grids: `tensorboard` (in the run's folder), `wandb`. Neither can stop a run."""
     max_nonfinite: Annotated[int, Field(ge=0)] = 10
     """Consecutive steps with a non-finite loss or gradient that are skipped before the run stops."""
 

@@ -24,6 +24,7 @@ from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.run_folder import RunFolder
 from ldm_cli.training.saving import check_room, export_current, restore, save
 from ldm_cli.training.task import BatchT, Task
+from ldm_cli.training.tracking import Trackers
 from ldm_cli.training.trainer import Trainer
 
 
@@ -119,11 +120,13 @@ def train(
     first_step = trainer.step
     with ExitStack() as stack:
         stack.enter_context(trainer.saves)
+        trackers = stack.enter_context(Trackers(config.track if trainer.ranks.is_first else (), run.path, run.warn))
         progress = stack.enter_context(reporter.progress(title, config.steps, trainer.step))
         stream = stack.enter_context(closing(batches(trainer.step, config.steps)))  # type: ignore[type-var]
         throughput, earlier = _Throughput(), list[_Line]()
         while trainer.step < config.steps:
             trainer.saves.check()
+            trackers.check()
             if reason := stop_reason(trainer.ranks.largest(stop.code)):
                 for line in earlier:
                     line.wait()

@@ -14,6 +14,7 @@ _HARMLESS = {
     "train.validation_samples",
     "train.sample_every",
     "train.max_nonfinite",
+    "train.track",
     "train.strategy",
     "train.rank_timeout",
     "data.num_workers",

@@ -36,6 +36,7 @@ from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.run_folder import RunFolder
 from ldm_cli.training.run_identity import flatten
 from ldm_cli.training.task import Task
+from ldm_cli.training.tracking import expect_trackers
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def run_training(
             run.changes(resolved, fingerprints)
             reporter.info(f"'{run.path}' is finished already: step {status['step']}")
             return _result(run, status["step"], status["figures"])
+        expect_trackers(recipe.train.track)
         if ranks.is_first:
             _say_what_is_slow(recipe, device, reporter)
         if open_cache and isinstance(shards, Stream):
