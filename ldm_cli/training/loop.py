@@ -241,10 +241,9 @@ def _resume(trainer: Trainer, start: Path | None) -> None:
 
 
 def _preempt(trainer: Trainer, reason: str, has_stepped: bool) -> None:
-    ranks = trainer.ranks
     save(trainer)
     trainer.saves.wait()
-    ranks.wait()
+    trainer.ranks.wait()
     no_progress = reason == TIME_LIMIT and not has_stepped
     remedy = MORE_TIME if no_progress else "checkpoint saved: run the same command again to go on"
     raise Preempted(f"stopped at step {trainer.step} of {trainer.config.steps}", reason, remedy)
