@@ -58,7 +58,7 @@ class ShardSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the shards' indexes and sampled blocks, in their order; independent of the folder's place and name."""
+        """SHA-256 of the shards' indexes and sampled blocks, in their order; the same wherever the folder lies."""
         return _of_all([index.fingerprint() for index in self.indexes])
 
     @cached_property

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm_cli.errors import CheckpointError, InputNotFoundError, StorageError
-from ldm_cli.storage import write_whole
+from ldm_cli.errors import CheckpointError, InputNotFoundError, LdmError, StorageError
+from ldm_cli.storage import is_sealed, sealed, write_whole
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -35,3 +35,17 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replace `path` by a JSON file as a whole; errors as in `whole_file`."""
     write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """The content of a file of `write_sealed`; None if it is missing or damaged."""
+    try:
+        content = read_json(path)
+    except LdmError:
+        return None
+    return content if is_sealed(content) else None
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """`write_json` of the content and its hash."""
+    write_json(path, sealed(content))

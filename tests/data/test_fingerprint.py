@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -33,15 +34,13 @@ def test_each_stratum_of_a_large_file_has_one_block_and_other_sizes_have_other_b
 
 def test_a_change_is_caught_as_often_as_is_stated(tmp_path: Path) -> None:
     """A tenth of the blocks of 200 sizes, changed at random: 1 - 0.9^48 = 0.994 of the changes are caught."""
-    import random
-
     dice, caught = random.Random(1), 0
     for n in range(200):
         num_blocks = 500 + n
         changed = set(dice.sample(range(num_blocks), num_blocks // 10))
         caught += not changed.isdisjoint(sampled_blocks(num_blocks * BLOCK_BYTES))
     assert caught >= 196
-    for first in range(0, 4800 - 200):  # 1/24 of the blocks without a gap
+    for first in range(4800 - 200):  # 1/24 of the blocks without a gap
         assert not set(range(first, first + 200)).isdisjoint(sampled_blocks(4800 * BLOCK_BYTES))
 
 
