@@ -146,6 +146,10 @@ NOT_WRITABLE = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 )
 """Values of errno that mean: this place cannot be written to."""
+NOT_READABLE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV}
+)
+"""Values of errno that mean: this file cannot be opened, whatever the disk does."""
 
 
 def as_ldm_error(error: BaseException) -> LdmError | None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ldm_cli.errors import NOT_WRITABLE, InputNotFoundError, LdmError, OutputError, StorageError, amount
+from ldm_cli.inputs import read_input
 
 TEMPORARY_PREFIX = ".tmp-"
 """Prefix of unfinished files and folders; the owner of their folder may delete them."""
@@ -61,7 +62,7 @@ def resolve_model_folder(path: Path) -> Path:
     main, snapshots = path / "refs" / "main", sorted((path / "snapshots").iterdir())
     cause = f"{len(snapshots)} snapshots and no refs/main"
     if main.is_file():
-        commit = main.read_text().strip()
+        commit = read_input(main).decode("utf-8", "replace").strip()
         snapshots, cause = [p for p in snapshots if p.name == commit], f"refs/main names {commit!r}"
     if len(snapshots) != 1:
         raise InputNotFoundError(f"no snapshot to use in '{path}'", cause, "give one of the folders in snapshots/")

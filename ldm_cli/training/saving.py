@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ldm_cli.errors import CheckpointError, DivergedError, InputNotFoundError, LdmError, first_line
 from ldm_cli.formats.json_file import read_json, write_json
-from ldm_cli.formats.model_folder import check_tensors, expect_finite
+from ldm_cli.formats.model_folder import check_tensors
 from ldm_cli.formats.weight_files import read_tensors, write_tensors
+from ldm_cli.formats.weight_values import expect_finite
 from ldm_cli.storage import expect_room, storage_errors
 from ldm_cli.training.checkpoint import checkpoint_name, checkpoints, commit_folder, prune, temporary_folder
 from ldm_cli.training.host_copy import host_copy, mark
