@@ -1,6 +1,6 @@
-"""Sealed folders: a manifest names every file below them, by which whoever reads one checks it.
+"""Manifests: `manifest.json` lists every file below its folder with size and sha256, by which each reader checks it.
 
-Who writes a folder seals it (`training/checkpoint.py`). Folders of other programs have no manifest.
+Runs write one into every checkpoint and model (`training/checkpoint.py`). Folders of other programs have none.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ldm_cli.storage import file_sha256, user_cache, write_whole
 
 MANIFEST = "manifest.json"
 
-_SEALED_LEVELS = 3  # STEP/model/unet/config.json
+_LEVELS = 3  # STEP/model/unet/config.json
 _DAMAGED = "download or save it again"
 # A smaller file is hashed sooner than its digest is looked up.
 _REMEMBERED_BYTES = 2**20
@@ -39,7 +39,7 @@ class Entry(TypedDict):
     sha256: str
 
 
-def read_sealed(path: Path, most_bytes: int = MOST_BYTES, *, remedy: str = "") -> bytes:
+def read_listed(path: Path, most_bytes: int = MOST_BYTES, *, remedy: str = "") -> bytes:
     """The content of a file of a model, checked against the manifest of its folder, if that has one.
 
     Raises:
@@ -53,11 +53,11 @@ def read_sealed(path: Path, most_bytes: int = MOST_BYTES, *, remedy: str = "") -
     return content
 
 
-def expect_sealed(path: Path) -> None:
-    """Check a file of any size as `read_sealed` does. Its hash is computed once for each state of the file.
+def expect_listed(path: Path) -> None:
+    """Check a file of any size as `read_listed` does. Its hash is computed once for each state of the file.
 
     Raises:
-        CheckpointError, InputNotFoundError, StorageError: as in `read_sealed`.
+        CheckpointError, InputNotFoundError, StorageError: as in `read_listed`.
     """
     for entry in _entries_of(path):
         with input_errors(path):
@@ -78,8 +78,8 @@ def _entries_of(path: Path) -> list[Entry]:
     """
     found = []
     for folder in {os.path.abspath(path.parent), os.path.realpath(path.parent)}:  # noqa: PTH100
-        for level in (Path(folder), *Path(folder).parents)[:_SEALED_LEVELS]:
-            entries = _sealed_files(level)
+        for level in (Path(folder), *Path(folder).parents)[:_LEVELS]:
+            entries = _listed_files(level)
             if entries is None:
                 continue
             name = (Path(folder) / path.name).relative_to(level).as_posix()
@@ -94,7 +94,7 @@ def _entries_of(path: Path) -> list[Entry]:
     return found
 
 
-def _sealed_files(folder: Path) -> dict[str, Entry] | None:
+def _listed_files(folder: Path) -> dict[str, Entry] | None:
     """The files that the manifest of a folder names; None where it has none, or one of another program."""
     file = folder / MANIFEST
     try:
@@ -117,7 +117,7 @@ def _read_manifest(file: Path, *state: int) -> dict[str, Entry] | None:
 
 
 def read_manifest(folder: Path) -> dict[str, Entry]:
-    """The files that the manifest of a sealed folder names.
+    """The files that the manifest of a listed folder names.
 
     Raises:
         LdmError: as in `read_input`.

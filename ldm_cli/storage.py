@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from ldm_cli.errors import NOT_WRITABLE, InputNotFoundError, LdmError, OutputError, StorageError, amount
 from ldm_cli.inputs import read_input
@@ -120,6 +122,20 @@ def write_whole(path: Path, text: str) -> None:
     """Replace `path` by a file that holds `text`, in UTF-8; errors as in `whole_file`."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON data with its own hash as the entry `sha256`, by which damage is noticed."""
+    return {**content, "sha256": _json_sha256(content)}
+
+
+def is_sealed(content: Mapping[str, Any]) -> bool:
+    """Whether JSON data is as `sealed` made it."""
+    return content.get("sha256") == _json_sha256({name: v for name, v in content.items() if name != "sha256"})
+
+
+def _json_sha256(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

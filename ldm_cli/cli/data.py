@@ -156,6 +156,7 @@ def stats(
 def index(
     arguments: Shards,
     sizes: Annotated[Path | None, given.option("--sizes", metavar="FILE", text="Also write a sizes.json.")] = None,
+    hashed: Annotated[bool, typer.Option("--hash", help="Also hash every byte of the shards, for later runs.")] = False,
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:
@@ -163,7 +164,7 @@ def index(
     config = _config(arguments)
     from ldm_cli.stages import data
 
-    show_result(data.index(config, make_reporter(), sizes), json)
+    show_result(data.index(config, make_reporter(), sizes, hashed), json)
 
 
 def _duplicates(config: DataConfig, file: Path | None, against: str | None, threshold: float) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def index(shards: ShardSet, sizes_file: Path | None = None) -> dict[str, Any]:
 
     Returns:
         `shards` (path to number of samples), `samples`, `images` (samples with an image), `ignored`,
-        `fingerprint`.
+        `fingerprint`, `sha256` (of every byte, if the shards were hashed whole).
 
     Raises:
         OutputError: `sizes_file` exists or cannot be written.
@@ -165,6 +165,7 @@ def index(shards: ShardSet, sizes_file: Path | None = None) -> dict[str, Any]:
         ),
         "ignored": shards.ignored,
         "fingerprint": shards.fingerprint,
+        "sha256": shards.sha256,
     }
 
 

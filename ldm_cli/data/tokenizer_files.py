@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from ldm_cli.manifest import read_sealed
+from ldm_cli.manifest import read_listed
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 CONTEXT_LENGTH = 77
@@ -151,7 +151,7 @@ def _added_token(entry: Any, special: bool | None = None) -> AddedToken:
 def _read_object(path: Path, optional: bool = False) -> dict[str, Any]:
     if optional and not path.exists():
         return {}
-    content = json.loads(read_sealed(path, MOST_TOKENIZER_BYTES))
+    content = json.loads(read_listed(path, MOST_TOKENIZER_BYTES))
     if not isinstance(content, dict):
         raise ValueError(f"{path.name} holds a {type(content).__name__}, not an object")
     return content
@@ -164,7 +164,7 @@ def _vocabulary(folder: Path, whole: Mapping[str, Any]) -> tuple[dict[str, int],
         pairs = [pair.split() if isinstance(pair, str) else pair for pair in whole["model"]["merges"]]
     else:
         vocab = _read_object(folder / "vocab.json")
-        lines = read_sealed(folder / "merges.txt", MOST_TOKENIZER_BYTES).decode().split("\n")
+        lines = read_listed(folder / "merges.txt", MOST_TOKENIZER_BYTES).decode().split("\n")
         pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError("one of its merges is not two tokens")

@@ -16,7 +16,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from ldm_cli.data.tokenizer import Tokens
 from ldm_cli.data.tokenizer_files import MOST_TOKENIZER_BYTES
 from ldm_cli.errors import CheckpointError, InputNotFoundError, LdmError, OutputError
-from ldm_cli.manifest import read_sealed
+from ldm_cli.manifest import read_listed
 from ldm_cli.storage import resolve_model_folder
 
 _FILE, _SENTENCEPIECE, _SETTINGS = "tokenizer.json", "spiece.model", "tokenizer_config.json"
@@ -60,7 +60,7 @@ class UnigramTokenizer:
         if not files:
             raise InputNotFoundError(f"no tokenizer in '{folder}'", f"neither {_FILE} nor {_SENTENCEPIECE}")
         try:
-            content = read_sealed(files[0], MOST_TOKENIZER_BYTES)
+            content = read_listed(files[0], MOST_TOKENIZER_BYTES)
             if files[0].name == _SENTENCEPIECE:
                 return cls(_of_sentencepiece(content))
             return cls(tokenizers.Tokenizer.from_str(content.decode()))

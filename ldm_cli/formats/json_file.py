@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm_cli.errors import CheckpointError, DivergedError
-from ldm_cli.manifest import read_sealed
-from ldm_cli.storage import write_whole
+from ldm_cli.errors import CheckpointError, DivergedError, LdmError
+from ldm_cli.manifest import read_listed
+from ldm_cli.storage import is_sealed, sealed, write_whole
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; a manifest above it must name its content.
 
     Raises:
-        CheckpointError: it holds no JSON object; or as in `read_sealed`.
-        InputNotFoundError, StorageError: as in `read_sealed`.
+        CheckpointError: it holds no JSON object; or as in `read_listed`.
+        InputNotFoundError, StorageError: as in `read_listed`.
     """
-    data = read_sealed(path, remedy="give a folder in the Hugging Face layout")
+    data = read_listed(path, remedy="give a folder in the Hugging Face layout")
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -44,3 +44,17 @@ def json_text(content: Any) -> str:
         return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
         raise DivergedError("a result cannot be written", "some of its numbers are not finite") from error
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """The content of a file of `write_sealed`; None if it is missing or damaged."""
+    try:
+        content = read_json(path)
+    except LdmError:
+        return None
+    return content if is_sealed(content) else None
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """`write_json` of the content and its hash."""
+    write_json(path, sealed(content))

@@ -24,7 +24,7 @@ from torch import Tensor
 from ldm_cli.errors import CheckpointError, InputNotFoundError, LdmError, StorageError
 from ldm_cli.formats.json_file import read_json
 from ldm_cli.inputs import input_errors, open_input
-from ldm_cli.manifest import expect_sealed, remembered_digest
+from ldm_cli.manifest import expect_listed, remembered_digest
 from ldm_cli.storage import error_number, resolve_model_folder, whole_file
 
 CONFIG_NAME = "config.json"
@@ -107,7 +107,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         MemoryError: it does not fit.
     """
     refuse_foreign_content(file)
-    expect_sealed(file)
+    expect_listed(file)
     try:
         return load_file(file)
     except (SafetensorError, RuntimeError) as error:  # safetensors opens it, and then torch once more

@@ -33,7 +33,7 @@ from ldm_cli.formats.weight_files import (
     write_tensors,
 )
 from ldm_cli.formats.weight_values import is_finite
-from ldm_cli.manifest import read_sealed
+from ldm_cli.manifest import read_listed
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.convertible import FoundModel, FoundModels, read_file, read_folder, tokenizer_files
 from ldm_cli.stages.support.merged_adapters import merged
@@ -264,7 +264,7 @@ def _fill(models: FoundModels, folder: Path, shard_bytes: int | None) -> None:
         write_json(folder / path, content)
     for path, file in models.companions.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(read_sealed(file, MOST_TOKENIZER_BYTES))
+        (folder / path).write_bytes(read_listed(file, MOST_TOKENIZER_BYTES))
 
 
 def _published(models: FoundModels) -> str | None:

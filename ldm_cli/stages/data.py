@@ -40,6 +40,8 @@ def duplicates(
     return find_duplicates(tolerant, file, against, threshold, reporter)
 
 
-def index(config: DataConfig, reporter: Reporter, sizes_file: Path | None = None) -> dict[str, Any]:
+def index(
+    config: DataConfig, reporter: Reporter, sizes_file: Path | None = None, hashed: bool = False
+) -> dict[str, Any]:
     """Index `config.shards` and keep the indexes for later runs: `report.index`."""
-    return report.index(open_shards(config.shards, config, reporter), sizes_file)
+    return report.index(open_shards(config.shards, config, reporter, hashed), sizes_file)

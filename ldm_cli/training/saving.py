@@ -36,6 +36,7 @@ class _Snapshot(NamedTuple):
         tensors: the other tensors of which rank 0 has all; empty on the other ranks.
         parts: the other tensors of which each rank holds a part, as DTensors.
         facts: content of state.json.
+        num_metrics_bytes: size of metrics.jsonl at this step.
     """
 
     weights: WeightsByModule
@@ -43,6 +44,7 @@ class _Snapshot(NamedTuple):
     tensors: dict[str, Tensor]
     parts: dict[str, Tensor]
     facts: dict[str, Any]
+    num_metrics_bytes: int
 
 
 def save(trainer: Trainer) -> None:
@@ -74,7 +76,6 @@ def save(trainer: Trainer) -> None:
             with storage_errors(target, num_bytes):
                 _write_parts(temporary_folder(target), snapshot, trainer.ranks)
             return
-        run.metrics.sync()
         fill = lambda folder: _write(trainer, snapshot, folder)  # noqa: E731
         commit_folder(target, fill, replace=True, linked=run.frozen, num_bytes=num_bytes)
         prune(run.checkpoints, trainer.config.keep_checkpoints)
@@ -101,7 +102,7 @@ def _snapshot(trainer: Trainer) -> _Snapshot:
         parts = {name: host_part(value) for name, value in state.items() if is_part(value)}
     tensors = {name: host_copy(value) for name, value in state.items() if name not in parts} if is_first else {}
     facts = {"step": trainer.step, "num_threads": torch.get_num_threads(), "torch": torch.__version__}
-    return _Snapshot(weights or {}, averages or {}, tensors, parts, facts)
+    return _Snapshot(weights or {}, averages or {}, tensors, parts, facts, trainer.run.metrics.num_bytes())
 
 
 def _weights(task: Task[Any], averages: Mapping[Tensor, Tensor] = MappingProxyType({})) -> WeightsByModule:
@@ -187,6 +188,7 @@ def _write(trainer: Trainer, snapshot: _Snapshot, folder: Path) -> None:
         _write_parts(folder, snapshot, trainer.ranks)
     write_tensors(folder / _TENSORS, snapshot.tensors)
     write_json(folder / _STATE, snapshot.facts)
+    trainer.run.copy_records(folder, snapshot.num_metrics_bytes)
 
 
 def _write_parts(folder: Path, snapshot: _Snapshot, ranks: Ranks) -> None:
