@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from ldm_cli.errors import NOT_READABLE, DataError, InputNotFoundError, LdmError, StorageError, amount
 
 MOST_BYTES = 2**24
 """Largest file of settings or text that is read whole, unless its reader says otherwise."""
+
+MOST_PICTURE_BYTES = 2**28
+"""Largest picture, or list of pictures, that is read whole."""
 
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
@@ -44,7 +47,7 @@ def input_errors(path: Path, remedy: str = "") -> Iterator[None]:
         raise InputNotFoundError(f"cannot read '{path}'", str(error), remedy) from error
 
 
-def open_input(path: Path, *, remedy: str = "", follow: bool = True) -> BinaryIO:
+def open_input(path: Path, *, remedy: str = "", follow: bool = True) -> io.BufferedReader:
     """A regular file, open for reading; a FIFO or device is refused before a byte of it is waited for.
 
     Args:
@@ -63,7 +66,7 @@ def open_input(path: Path, *, remedy: str = "", follow: bool = True) -> BinaryIO
         os.close(descriptor)
         kind = _KINDS.get(stat.S_IFMT(mode), "of another kind")
         raise InputNotFoundError(f"cannot read '{path}'", f"it is {kind}, no regular file", remedy)
-    return os.fdopen(descriptor, "rb")
+    return io.BufferedReader(io.FileIO(descriptor))
 
 
 def read_input(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from ldm_cli.data.cache_manifest import MANIFEST, Manifest
 from ldm_cli.data.latent_cache import BAD, CONDITION, MOMENTS, caption_digest
 from ldm_cli.errors import OutputError
-from ldm_cli.storage import TEMPORARY_PREFIX, write_whole
+from ldm_cli.storage import TEMPORARY_PREFIX, open_output, write_whole
 
 
 @contextmanager
@@ -28,7 +29,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a+")
+        lock = os.fdopen(open_output(folder / ".lock", os.O_RDWR), "r+b")
     except OSError as error:
         raise OutputError(f"cannot write a cache into '{folder}'", error.strerror or str(error)) from error
     with lock:

@@ -23,7 +23,7 @@ from urllib.parse import urldefrag, urlsplit, urlunsplit
 
 from ldm_cli.errors import InputNotFoundError, LdmError, StorageError, UnavailableError
 from ldm_cli.reporting import Reporter
-from ldm_cli.storage import storage_errors, user_cache, whole_file, write_whole
+from ldm_cli.storage import open_output, storage_errors, user_cache, whole_file, write_whole
 
 _FACTS = "facts.json"
 _LEASE = ".lease-"
@@ -200,7 +200,7 @@ class StagingArea:
         """One process at a time changes the folder."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            lock = (self._folder / ".lock").open("w")
+            lock = os.fdopen(open_output(self._folder / ".lock", os.O_RDWR), "r+b")
         except OSError as error:
             raise StorageError(f"cannot write '{self._folder}'", error.strerror or str(error)) from error
         with lock:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ldm_cli.core.first_nonfinite import first_nonfinite
 from ldm_cli.core.models.inception import INCEPTION_SIDE, InceptionV3, Tap
 from ldm_cli.errors import CheckpointError, DivergedError
 from ldm_cli.evaluation.config import HOW_TO_GET_INCEPTION, Preprocessing
@@ -105,7 +106,9 @@ class InceptionFeatures:
         pixels = torch.cat([prepared(group.to(self._device), self._preprocessing) for group in groups])
         found = self._model(pixels.contiguous(memory_format=torch.channels_last), taps)
         if not all(bool(features.isfinite().all()) for features in found.values()):
-            raise DivergedError("Inception features of pictures are not finite", remedy="give other weights")
+            origin = first_nonfinite({"inception": self._model}, lambda: self._model(pixels, taps))
+            cause = f"the first such value is in {origin}"
+            raise DivergedError("Inception features of pictures are not finite", cause, "give other weights")
         return dict(found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm_cli.errors import OutputError
+from ldm_cli.errors import LdmError, OutputError
 from ldm_cli.formats.json_file import write_json
+from ldm_cli.inputs import MOST_PICTURE_BYTES, read_input
 from ldm_cli.pictures.images import save_image, slug
 from ldm_cli.pictures.provenance import VERSIONS, full_provenance, texts_of
 from ldm_cli.storage import TEMPORARY_PREFIX, storage_errors
@@ -132,11 +134,9 @@ class JobFolder:
     def _earlier(self) -> dict[str, Any] | None:
         """The content of images.json: None where there is none, {} where it cannot be read."""
         try:
-            content = json.loads((self.path / IMAGES_FILE).read_bytes())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, RecursionError):
-            return {}
+            content = json.loads(read_input(self.path / IMAGES_FILE, MOST_PICTURE_BYTES))
+        except (LdmError, ValueError, RecursionError):
+            return {} if os.path.lexists(self.path / IMAGES_FILE) else None
         return content if isinstance(content, dict) else {}
 
     def _difference(self, before: Mapping[str, Any] | None) -> str:

@@ -10,7 +10,8 @@ from typing import Any, TypeVar, cast
 from pydantic import ValidationError
 
 from ldm_cli.config import Config
-from ldm_cli.errors import InputNotFoundError, RecipeError, printable
+from ldm_cli.errors import RecipeError, printable
+from ldm_cli.inputs import read_input
 from ldm_cli.recipe.overrides import Draft, apply_override
 from ldm_cli.recipe.problems import describe, did_you_mean, find_problems, line_of
 from ldm_cli.recipe.schema import RECIPES, Recipe
@@ -89,10 +90,7 @@ def _validated(model: type[Section], draft: Draft, shown: str) -> Section:
 def _read(path: Path | None, command: str | None, base: Mapping[str, Any]) -> tuple[str, Draft]:
     if path is None:
         return "", Draft({"command": command, **base}, values={(): "the command line"})
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InputNotFoundError(f"cannot read recipe '{path}'", error.strerror or str(error)) from None
+    raw = read_input(path, too_large=RecipeError)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

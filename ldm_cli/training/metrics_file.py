@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm_cli.storage import storage_errors, whole_file
+from ldm_cli.storage import append_text, whole_file
 
 
 class MetricsFile:
@@ -22,8 +22,7 @@ class MetricsFile:
 
     def append(self, figures: Mapping[str, Any]) -> None:
         """Add a line."""
-        with storage_errors(self.path), self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(figures) + "\n")
+        append_text(self.path, json.dumps(figures, allow_nan=False) + "\n")
 
     def num_bytes(self) -> int:
         """The size of the file."""
