@@ -50,7 +50,7 @@ class Config(BaseModel):
         An empty path would be the current folder. It is refused, unless that is the field's default.
         """
         if isinstance(value, int) and abs(value) >= _LARGEST:
-            raise ValueError("expected a number of at most 64 bits, found {value:.3g}".format(value=float(value)))
+            raise ValueError(f"expected a number of at most 64 bits, found {float(value):.3g}")
         if info.field_name is None or info.field_name in _TEXTS:
             return value
         if "" in (value if isinstance(value, tuple) else (value,)) and cls.model_fields[info.field_name].default != "":

@@ -15,10 +15,9 @@ from ldm_cli.errors import LdmError, OutputError
 from ldm_cli.formats.json_file import write_json
 from ldm_cli.inputs import MOST_PICTURE_BYTES, read_input
 from ldm_cli.pictures.images import save_image, slug
-from ldm_cli.pictures.provenance import VERSIONS, full_provenance, texts_of
+from ldm_cli.pictures.provenance import IMAGES_FILE, VERSIONS, full_provenance, texts_of
 from ldm_cli.storage import TEMPORARY_PREFIX, storage_errors
 
-IMAGES_FILE = "images.json"
 GRID = "grid.png"
 PREVIEW = "preview.png"
 _ANIMATION = re.compile(r"walk-\d+\.webp")

@@ -24,7 +24,7 @@ from ldm_cli.data.sample_decoder import SampleDecoder, Wanted
 from ldm_cli.data.tables import is_picture, text_lines
 from ldm_cli.errors import DataError, InputNotFoundError, LdmError
 from ldm_cli.inputs import MOST_PICTURE_BYTES, read_input
-from ldm_cli.pictures.job_folder import IMAGES_FILE
+from ldm_cli.pictures.provenance import IMAGES_FILE
 from ldm_cli.reporting import Reporter
 
 _MAX_PIXELS = DataConfig.model_fields["max_pixels"].default
