@@ -32,7 +32,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
 
 def test_a_file_that_is_missing_or_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("none", "none/below", "nul\0"):
-        with pytest.raises(InputNotFoundError, match="none|nul"):
+        with pytest.raises(InputNotFoundError, match=r"none|nul"):
             read_input(tmp_path / name)
     for error, expected in (
         (PermissionError(13, "Permission denied"), InputNotFoundError),

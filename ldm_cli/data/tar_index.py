@@ -115,6 +115,8 @@ def index_tar(path: Path, on_damage: Literal["stop", "skip"] = "stop") -> ShardI
         InputNotFoundError: it is missing, empty or not readable.
         StorageError: reading failed.
     """
+    if path.exists() and not path.is_file():
+        raise InputNotFoundError(f"cannot read shard '{path}'", "not a regular file", "make or fetch it again")
     try:
         file = path.open("rb")
     except OSError as error:

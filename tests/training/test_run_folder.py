@@ -101,7 +101,7 @@ def test_a_finished_run_that_cannot_be_mended_does_not_start_again(tmp_path: Pat
         checkpoint.rename(tmp_path / checkpoint.name)
     assert claimed(tmp_path / "run") == [], "whole without checkpoints"
     flipped(tmp_path / "run" / name)
-    with pytest.raises(CheckpointError, match="damaged.*no checkpoint to go on from"):
+    with pytest.raises(CheckpointError, match=r"damaged.*no checkpoint to go on from"):
         claimed(tmp_path / "run")
 
 
