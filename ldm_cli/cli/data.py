@@ -129,11 +129,12 @@ def check(
     result = data.check(config, make_reporter()) | _duplicates(config, duplicates, against, threshold)
     show_result(result, json)
     if not result["ok"]:
-        num_bad, num_damaged = len(result["bad_samples"]), len(result["damaged_shards"])
+        num_bad, num_damaged = sum(result["bad"].values()), len(result["damaged_shards"])
         cause = f"{num_bad} bad samples, {num_damaged} damaged shards"
         if hidden := result["hidden_samples"]:
-            cause += f", {len(hidden)} samples hidden in others by a dot in their keys, such as {hidden[0]}"
-        raise DataError("the data is not sound", cause, "the report names each")
+            cause += f", {result['hidden']} samples hidden in others by a dot in their keys, such as {hidden[0]}"
+        remedy = f"'{file}' names each" if (file := result.get("bad_samples_file")) else "the report names each"
+        raise DataError("the data is not sound", cause, remedy)
 
 
 @commands.command()

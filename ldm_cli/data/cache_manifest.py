@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ldm_cli.errors import DataError, StorageError
+from ldm_cli.errors import DataError
 from ldm_cli.reporting import Reporter
 from ldm_cli.storage import file_sha256, is_sealed, sealed
 
@@ -101,11 +101,13 @@ class Manifest:
 
         Raises:
             DataError: it is damaged, or of another version.
-            StorageError: reading failed.
+            InputNotFoundError, StorageError: it cannot be read.
         """
         path = folder / MANIFEST
+        if not os.path.lexists(path):
+            return None
         try:
-            content = json.loads(path.read_bytes())
+            content = json.loads(read_input(path, MOST_PICTURE_BYTES))
             version = content["version"]
             if not is_sealed(content):
                 raise ValueError("not what was written")
@@ -113,10 +115,6 @@ class Manifest:
                 key = CacheKey(**{**content["key"], "flips": tuple(content["key"]["flips"])})
                 shards = tuple(CachedShard(**shard) for shard in content["shards"])
                 return cls(key, shards, tuple(content["text_files"]), content["complete"])
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise StorageError(f"cannot read '{path}'", error.strerror or str(error)) from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"'{path}' is damaged", f"no manifest of a cache ({error!r:.80})", REMEDY) from error
         raise DataError(f"cannot use '{path}'", f"version {version}, not {VERSION}", REMEDY)

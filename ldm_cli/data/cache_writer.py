@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from ldm_cli.data.cache_manifest import MANIFEST, Manifest, is_whole, whole_name
 from ldm_cli.data.latent_cache import BAD, CONDITION, MOMENTS, caption_digest
 from ldm_cli.data.shard_writer import write_shard
 from ldm_cli.errors import DataError, OutputError
-from ldm_cli.storage import TEMPORARY_PREFIX, storage_errors, write_whole
+from ldm_cli.storage import TEMPORARY_PREFIX, open_output, storage_errors, write_whole
 
 
 @contextmanager
@@ -29,7 +30,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a+")
+        lock = os.fdopen(open_output(folder / ".lock", os.O_RDWR), "r+b")
     except OSError as error:
         raise OutputError(f"cannot write a cache into '{folder}'", error.strerror or str(error)) from error
     with lock:

@@ -19,6 +19,10 @@ from ldm_cli.reporting import Reporter
 from ldm_cli.storage import file_sha256
 
 
+class NoSamplesError(InputNotFoundError):
+    """Shards can be read and hold no whole sample."""
+
+
 def open_shards(
     shards: str | tuple[str, ...], config: DataConfig, reporter: Reporter, hashed: bool = False
 ) -> ShardSet:
@@ -54,9 +58,7 @@ def open_shards(
         staging=staging,
     )
     if not result.num_samples:
-        raise InputNotFoundError(
-            f"there are no samples in {len(result.paths)} shards", f"first one: '{result.paths[0]}'"
-        )
+        raise NoSamplesError(f"there are no samples in {len(result.paths)} shards", f"first one: '{result.paths[0]}'")
     if config.mask and shards == config.shards and all(config.mask not in index.extensions for index in result.indexes):
         raise InputNotFoundError(f"no sample of data.shards has a mask '.{config.mask}'", remedy="correct data.mask")
     if config.filter or config.aspect_buckets or config.quarantine:

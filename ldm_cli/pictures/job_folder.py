@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,12 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm_cli.errors import OutputError
+from ldm_cli.errors import LdmError, OutputError
+from ldm_cli.inputs import MOST_PICTURE_BYTES, read_input
 from ldm_cli.pictures.images import save_image, slug
-from ldm_cli.pictures.provenance import VERSIONS, full_provenance, texts_of
+from ldm_cli.pictures.provenance import IMAGES_FILE, VERSIONS, full_provenance, texts_of
 from ldm_cli.storage import TEMPORARY_PREFIX, file_sha256, storage_errors, write_whole
 
-IMAGES_FILE = "images.json"
 CHECKSUMS = "images.sha256"
 GRID = "grid.png"
 PREVIEW = "preview.png"
@@ -140,24 +141,21 @@ class JobFolder:
             texts = texts_of(provenance, (pixels.shape[1], pixels.shape[2]))
         file = self.file(index)
         save_image(file, pixels, texts)
-        checksums = self.path / CHECKSUMS
-        with storage_errors(checksums), checksums.open("a", encoding="utf-8") as stream:
-            stream.write(f"{file_sha256(file)}  {file.name}\n")
+        append_text(self.path / CHECKSUMS, f"{file_sha256(file)}  {file.name}\n")
 
     def _earlier(self) -> dict[str, Any] | None:
         """The content of images.json: None where there is none, {} where it cannot be read."""
         try:
-            content = json.loads((self.path / IMAGES_FILE).read_bytes())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, RecursionError):
-            return {}
+            content = json.loads(read_input(self.path / IMAGES_FILE, MOST_PICTURE_BYTES))
+        except (LdmError, ValueError, RecursionError):
+            return {} if os.path.lexists(self.path / IMAGES_FILE) else None
         return content if isinstance(content, dict) else {}
 
     def _checksums(self) -> dict[str, str]:
         """SHA-256 by file name, as the folder has it; of several, the last one."""
         file = self.path / CHECKSUMS
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+        content = read_input(file, MOST_PICTURE_BYTES) if file.is_file() else b""
+        lines = content.decode("utf-8", "replace").splitlines()
         return {name: value for value, separator, name in (line.partition("  ") for line in lines) if separator}
 
     def _whole(self, names: Sequence[str], checksums: Mapping[str, str], warn: Callable[[str], None]) -> dict[str, str]:

@@ -22,7 +22,7 @@ from ldm_cli.training.interruption import MORE_TIME, TIME_LIMIT, StopRequest, st
 from ldm_cli.training.optim import learning_rate
 from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.run_folder import RunFolder
-from ldm_cli.training.saving import check_room, export_current, restore, save
+from ldm_cli.training.saving import check_room, expect_finite_result, export_current, restore, save
 from ldm_cli.training.task import BatchT, Task
 from ldm_cli.training.trainer import Trainer
 
@@ -110,7 +110,7 @@ def train(
 
     Raises:
         Preempted: a signal or the time limit; the checkpoint is saved.
-        DivergedError: too many non-finite steps in a row.
+        DivergedError: too many non-finite steps in a row, or a result that is not finite.
         StorageError: a checkpoint finds no room.
         WorkerError: another rank failed or is gone.
     """
@@ -282,6 +282,7 @@ def _finish(trainer: Trainer) -> dict[str, float]:
 
     def conclude() -> dict[str, float]:
         figures = trainer.run.metrics.last() | trainer.task.finalize()
+        expect_finite_result(trainer, figures)
         export = partial(export_current, trainer)
         commit_folder(trainer.run.model, export, replace=True, linked=trainer.run.frozen)
         return figures

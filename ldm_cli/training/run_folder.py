@@ -29,7 +29,7 @@ from ldm_cli.errors import (
 from ldm_cli.formats.hub import hub_source
 from ldm_cli.formats.json_file import read_sealed, write_json, write_sealed
 from ldm_cli.reporting import Reporter
-from ldm_cli.storage import storage_errors, write_whole
+from ldm_cli.storage import append_text, storage_errors, write_whole
 from ldm_cli.training.checkpoint import checkpoints, commit_folder, problem_with, step_of, sweep
 from ldm_cli.training.failures import FailureJournal
 from ldm_cli.training.interruption import TIME_LIMIT
@@ -138,8 +138,8 @@ class RunFolder:
         if not self._lock.is_held:  # one process writes, not each rank
             return
         # A full disk is reported where it loses something.
-        with suppress(OSError), (self.path / "log.txt").open("a", encoding="utf-8") as stream:
-            stream.write(printable(message) + "\n")
+        with suppress(LdmError):
+            append_text(self.path / "log.txt", printable(message) + "\n")
 
     def expect_unused(self) -> None:
         """Make sure that there is nothing to continue.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from ldm_cli.errors import CheckpointError, DivergedError, InputNotFoundError, LdmError, first_line
 from ldm_cli.formats.json_file import read_json, write_json
-from ldm_cli.formats.model_folder import check_tensors, expect_finite
-from ldm_cli.formats.weight_files import read_tensors, write_tensors
+from ldm_cli.formats.model_folder import check_tensors
+from ldm_cli.formats.weight_files import named, read_tensors, write_tensors
+from ldm_cli.formats.weight_values import expect_finite
 from ldm_cli.storage import expect_room, storage_errors
 from ldm_cli.training.checkpoint import checkpoint_name, checkpoints, commit_folder, prune, temporary_folder
 from ldm_cli.training.host_copy import host_copy, mark
@@ -148,6 +150,25 @@ def _expect_finite_weights(trainer: Trainer) -> None:
             "some weights are no longer finite",
             "lower train.lr; no checkpoint was written, the one before is sound",
         )
+
+
+def expect_finite_result(trainer: Trainer, figures: Mapping[str, float | None]) -> None:
+    """Make sure that a run ends in a model and not in numbers that are none.
+
+    Raises:
+        DivergedError: weights or figures are not finite, or the last steps were skipped.
+    """
+    what, remedy = f"the result of '{trainer.run.path}'", "lower train.lr; the last checkpoint is the last sound state"
+    for name, module in trainer.task.modules.items():
+        bad = [f"{name}.{key}" for key, value in module.state_dict().items() if not bool(value.isfinite().all())]
+        if bad:
+            raise DivergedError(what, f"weights that are not finite: {named(bad)}", remedy)
+    lost = [name for name, value in figures.items() if value is None or not math.isfinite(value)]
+    if lost:
+        raise DivergedError(what, f"{named(lost)} not finite, {trainer.first_nonfinite()}", remedy)
+    if trainer.num_skipped_in_row and trainer.config.precision != "fp16":
+        cause = f"loss or gradient was not finite in the last {trainer.num_skipped_in_row} steps"
+        raise DivergedError(what, f"{cause}, {trainer.first_nonfinite()}", remedy)
 
 
 def num_checkpoint_bytes(trainer: Trainer) -> int:
