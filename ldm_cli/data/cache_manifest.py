@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ldm_cli.errors import DataError
+from ldm_cli.inputs import MOST_PICTURE_BYTES, read_input
 from ldm_cli.reporting import Reporter
 from ldm_cli.storage import file_sha256, is_sealed, sealed
 

@@ -16,7 +16,7 @@ from ldm_cli.errors import LdmError, OutputError
 from ldm_cli.inputs import MOST_PICTURE_BYTES, read_input
 from ldm_cli.pictures.images import save_image, slug
 from ldm_cli.pictures.provenance import IMAGES_FILE, VERSIONS, full_provenance, texts_of
-from ldm_cli.storage import TEMPORARY_PREFIX, file_sha256, storage_errors, write_whole
+from ldm_cli.storage import TEMPORARY_PREFIX, append_text, file_sha256, storage_errors, write_whole
 
 CHECKSUMS = "images.sha256"
 GRID = "grid.png"

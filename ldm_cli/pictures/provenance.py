@@ -86,7 +86,7 @@ def _with_paths(provenance: Mapping[str, Any], paths: Mapping[str, Any], shown: 
     """A provenance whose sources and models of the guidance are those of `paths`, as `shown` shows each."""
     result = {**provenance, "sources": {name: shown(path) for name, path in paths["sources"].items()}}
     guidance = paths.get("sampling", {}).get("guidance", {})
-    own = {"model": shown(guidance["model"])} if guidance.get("model") else {}
+    own: dict[str, Any] = {"model": shown(guidance["model"])} if guidance.get("model") else {}
     if guidance.get("clip"):
         own["clip"] = {**guidance["clip"], "model": shown(guidance["clip"]["model"])}
     if own:
