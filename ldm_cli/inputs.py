@@ -94,4 +94,4 @@ def read_input(
                 f"cannot read '{path}'", f"{amount(size)} are more than the {amount(most_bytes)} it may have"
             )
         with input_errors(path, remedy):
-            return stream.read(most_bytes)
+            return stream.read(size)  # a limit as argument would be allocated

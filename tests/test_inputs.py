@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,12 @@ def test_a_link_is_refused_where_it_could_lead_anywhere(tmp_path: Path) -> None:
     (tmp_path / "words.txt").symlink_to("/etc/passwd")
     with pytest.raises(InputNotFoundError, match=r"words\.txt"):
         read_input(tmp_path / "words.txt", follow=False)
+
+
+def test_a_small_file_takes_no_more_memory_than_it_has_bytes(tmp_path: Path) -> None:
+    (tmp_path / "small").write_bytes(b"small")
+    tracemalloc.start()
+    assert read_input(tmp_path / "small", 2**31) == b"small"
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
