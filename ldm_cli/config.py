@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 
 from ldm_cli.storage import expand_home
 
+_LARGEST = 2**64
 _TEXTS = frozenset(("prompt", "prompts", "negative", "any_of"))
 
 
@@ -48,6 +49,8 @@ class Config(BaseModel):
 
         An empty path would be the current folder. It is refused, unless that is the field's default.
         """
+        if isinstance(value, int) and abs(value) >= _LARGEST:
+            raise ValueError(f"expected a number of at most 64 bits, found {float(value):.3g}")
         if info.field_name is None or info.field_name in _TEXTS:
             return value
         if "" in (value if isinstance(value, tuple) else (value,)) and cls.model_fields[info.field_name].default != "":

@@ -25,6 +25,11 @@ import re
 import unicodedata
 from typing import ClassVar
 
+_SECRET = re.compile(
+    r"(^|[._-])(token|keys?|api_?key|password|passwd|passphrase|secrets?|credentials?|auth)([._-]|$)", re.IGNORECASE
+)
+_ASSIGNMENT = re.compile(r"([A-Za-z][\w.-]*)=([^\s'\"]+)")
+
 
 def printable(text: str) -> str:
     """`text` with control characters and bidi overrides escaped, so that it is safe on a terminal or in a log.
@@ -36,6 +41,20 @@ def printable(text: str) -> str:
         c if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp") else c.encode("unicode_escape").decode()
         for c in text
     )
+
+
+def without_secrets(text: str) -> str:
+    """`text` with `…` in place of what is assigned to a name like `token`, `key` or `password`.
+
+    >>> without_secrets("override 'hub.token=abc'"), without_secrets("tokenizer.path=abc")
+    ("override 'hub.token=…'", 'tokenizer.path=abc')
+    """
+    return _ASSIGNMENT.sub(lambda found: f"{found[1]}=…" if is_secret(found[1]) else found[0], text)
+
+
+def is_secret(name: str) -> bool:
+    """Whether a name is that of a secret: one of its words is `token`, `key`, `password` or the like."""
+    return _SECRET.search(name) is not None
 
 
 class LdmError(Exception):
@@ -57,7 +76,7 @@ class LdmError(Exception):
     def __str__(self) -> str:
         """The line without its prefix: `what: cause; remedy [E-TAG]`."""
         text = self.what + (f": {self.cause}" if self.cause else "") + (f"; {self.remedy}" if self.remedy else "")
-        return f"{printable(text)} [{self.tag}]"
+        return f"{printable(without_secrets(text))} [{self.tag}]"
 
 
 class UsageError(LdmError):
@@ -146,6 +165,10 @@ NOT_WRITABLE = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 )
 """Values of errno that mean: this place cannot be written to."""
+NOT_READABLE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV}
+)
+"""Values of errno that mean: this file cannot be opened, whatever the disk does."""
 
 
 def as_ldm_error(error: BaseException) -> LdmError | None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from ldm_cli.errors import NOT_WRITABLE, InputNotFoundError, LdmError, OutputError, StorageError, amount
+from ldm_cli.inputs import read_input
 
 TEMPORARY_PREFIX = ".tmp-"
 """Prefix of unfinished files and folders; the owner of their folder may delete them."""
@@ -61,7 +65,7 @@ def resolve_model_folder(path: Path) -> Path:
     main, snapshots = path / "refs" / "main", sorted((path / "snapshots").iterdir())
     cause = f"{len(snapshots)} snapshots and no refs/main"
     if main.is_file():
-        commit = main.read_text().strip()
+        commit = read_input(main).decode("utf-8", "replace").strip()
         snapshots, cause = [p for p in snapshots if p.name == commit], f"refs/main names {commit!r}"
     if len(snapshots) != 1:
         raise InputNotFoundError(f"no snapshot to use in '{path}'", cause, "give one of the folders in snapshots/")
@@ -94,6 +98,39 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def open_output(path: Path, flags: int) -> int:
+    """Descriptor of a regular file that is written in place, and made where needed; a link is never followed.
+
+    Args:
+        path: the file.
+        flags: of `os.open`.
+
+    Raises:
+        OutputError: it is a link, a device or a FIFO, or cannot be written.
+        StorageError: as in `storage_errors`.
+    """
+    remedy = "remove it, or choose another place"
+    with storage_errors(path):
+        try:
+            own = os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            descriptor = os.open(path, flags | own, 0o666)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENXIO):
+                raise
+            kind = "a link" if error.errno == errno.ELOOP else "a FIFO"
+            raise OutputError(f"cannot write '{path}'", f"it is {kind}, no regular file", remedy) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OutputError(f"cannot write '{path}'", "it is no regular file", remedy)
+    return descriptor
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add `text` at the end of a file, in UTF-8; errors as in `open_output`."""
+    with storage_errors(path), os.fdopen(open_output(path, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8") as stream:
+        stream.write(text)
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary name to write to. On leaving, that file is synced and replaces `path`.
@@ -105,6 +142,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
     with storage_errors(path):
+        temporary.unlink(missing_ok=True)  # it may be a link to another file
         try:
             yield temporary
             fsync_path(temporary)
@@ -119,6 +157,20 @@ def write_whole(path: Path, text: str) -> None:
     """Replace `path` by a file that holds `text`, in UTF-8; errors as in `whole_file`."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON data with its own hash as the entry `sha256`, by which damage is noticed."""
+    return {**content, "sha256": _json_sha256(content)}
+
+
+def is_sealed(content: Mapping[str, Any]) -> bool:
+    """Whether JSON data is as `sealed` made it."""
+    return content.get("sha256") == _json_sha256({name: v for name, v in content.items() if name != "sha256"})
+
+
+def _json_sha256(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

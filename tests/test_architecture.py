@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Each group may import the groups before it; rooms of one group never import one another.
 GROUPS = (
-    {"errors", "config", "reporting", "philox", "storage", "threads"},
+    {"errors", "config", "reporting", "philox", "inputs", "storage", "manifest", "threads"},
     {"core", "data", "formats", "plots"},
     {"families"},
     {"training", "sampling", "evaluation", "lesson"},

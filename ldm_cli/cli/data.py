@@ -129,11 +129,12 @@ def check(
     result = data.check(config, make_reporter()) | _duplicates(config, duplicates, against, threshold)
     show_result(result, json)
     if not result["ok"]:
-        num_bad, num_damaged = len(result["bad_samples"]), len(result["damaged_shards"])
+        num_bad, num_damaged = sum(result["bad"].values()), len(result["damaged_shards"])
         cause = f"{num_bad} bad samples, {num_damaged} damaged shards"
         if hidden := result["hidden_samples"]:
-            cause += f", {len(hidden)} samples hidden in others by a dot in their keys, such as {hidden[0]}"
-        raise DataError("the data is not sound", cause, "the report names each")
+            cause += f", {result['hidden']} samples hidden in others by a dot in their keys, such as {hidden[0]}"
+        remedy = f"'{file}' names each" if (file := result.get("bad_samples_file")) else "the report names each"
+        raise DataError("the data is not sound", cause, remedy)
 
 
 @commands.command()
@@ -156,6 +157,7 @@ def stats(
 def index(
     arguments: Shards,
     sizes: Annotated[Path | None, given.option("--sizes", metavar="FILE", text="Also write a sizes.json.")] = None,
+    hashed: Annotated[bool, typer.Option("--hash", help="Also hash every byte of the shards, for later runs.")] = False,
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:
@@ -163,7 +165,7 @@ def index(
     config = _config(arguments)
     from ldm_cli.stages import data
 
-    show_result(data.index(config, make_reporter(), sizes), json)
+    show_result(data.index(config, make_reporter(), sizes, hashed), json)
 
 
 def _duplicates(config: DataConfig, file: Path | None, against: str | None, threshold: float) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import sys
 import tempfile
 import traceback
@@ -15,9 +16,9 @@ import typer
 from ldm_cli import __version__
 from ldm_cli.cli.launch import send_to_launcher
 from ldm_cli.cli.streams import write_line
-from ldm_cli.errors import LdmError, RecipeError, UsageError, as_ldm_error, first_line
+from ldm_cli.errors import LdmError, RecipeError, UsageError, as_ldm_error, first_line, without_secrets
 
-INTERRUPTED, READER_GONE = 130, 141
+READER_GONE = 141
 
 
 def exit_code_of(error: BaseException) -> int | None:
@@ -32,21 +33,23 @@ def exit_code_of(error: BaseException) -> int | None:
     return None
 
 
-def report(error: BaseException, arguments: Sequence[str], debug: bool, interrupted: bool = False) -> int:
+def report(error: BaseException, arguments: Sequence[str], debug: bool, stopped_by: int = 0) -> int:
     """Write the failure as the last line on stderr and return the exit code.
 
     Args:
         error: the exception that ended the command.
         arguments: the command line.
         debug: whether to show the traceback.
-        interrupted: whether `error` is a library's reaction to an interrupt.
+        stopped_by: the signal that `error` is a reaction to; 0: none.
     """
     if debug:
         for line in "".join(traceback.format_exception(error)).splitlines():
             write_line(line)
-    if interrupted or isinstance(error, KeyboardInterrupt | typer.Abort):
-        write_line("ldm: error: interrupted")
-        return INTERRUPTED
+    if stopped_by or isinstance(error, KeyboardInterrupt | typer.Abort):
+        number = stopped_by or signal.SIGINT
+        word = "interrupted" if number == signal.SIGINT else "terminated"
+        write_line(f"ldm: error: {word}: received {signal.Signals(number).name} [E-INTERRUPTED]")
+        return 128 + number
     failure = user_error(error) or _bug(error, arguments)
     lines = _problems(failure) if isinstance(failure, RecipeError) and failure.problems else [f"ldm: error: {failure}"]
     if not send_to_launcher(lines):
@@ -83,7 +86,7 @@ def _bug(error: BaseException, arguments: Sequence[str]) -> LdmError:
     lines = [
         f"ldm {__version__}, Python {platform.python_version()}, {platform.platform()}",
         f"torch {getattr(torch, '__version__', 'not loaded')}",
-        f"arguments: {list(arguments)!r}",
+        f"arguments: {[without_secrets(argument) for argument in arguments]!r}",
         "",
         *traceback.format_exception(error),
     ]

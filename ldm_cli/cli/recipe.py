@@ -43,9 +43,10 @@ def show_recipe(
     """Print a recipe as written, or with every field and its value."""
     changes = given.check_overrides(overrides)
     if not (resolved or json or changes):
+        from ldm_cli.inputs import read_input
         from ldm_cli.recipe.shipped import find_recipe
 
-        write_result(find_recipe(recipe).read_text(encoding="utf-8", errors="replace"))
+        write_result(read_input(find_recipe(recipe)).decode("utf-8", "replace"))
         return
     from ldm_cli.recipe.load import load_recipe
     from ldm_cli.recipe.yaml_source import to_yaml

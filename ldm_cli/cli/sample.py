@@ -116,9 +116,9 @@ def _provenance(picture: Path, recipe: str | None) -> dict[str, Any]:
     """The settings that are stored in the picture of `--repeat`."""
     if recipe is not None:
         raise UsageError(f"--repeat and the recipe '{recipe}'", "a picture brings its own", "leave one of them out")
-    from ldm_cli.formats.png_metadata import read_provenance
+    from ldm_cli.pictures.provenance import repeatable_provenance
 
-    return read_provenance(picture)
+    return repeatable_provenance(picture)
 
 
 def _load(

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ldm_cli.errors import DataError, InputNotFoundError, StorageError
+from ldm_cli.errors import DataError, StorageError
+from ldm_cli.inputs import read_input
+from ldm_cli.storage import open_output
 
 _MIN_BAD = 10
+_MOST_BYTES = 2**30
 
 
 class BadSampleError(Exception):
@@ -98,7 +102,7 @@ class BadSampleLog:
             return
         self._known[sample] = None
         try:
-            with self._path.open("ab", buffering=0) as file:
+            with os.fdopen(open_output(self._path, os.O_WRONLY | os.O_APPEND), "ab", buffering=0) as file:
                 file.write((json.dumps(asdict(sample)) + "\n").encode())
         except OSError as error:
             raise StorageError(f"cannot write '{self._path}'", str(error.strerror)) from error
@@ -119,16 +123,10 @@ def read_bad_samples(path: Path) -> list[BadSample]:
     """The entries of a `bad_samples.jsonl`; incomplete lines, as a kill may leave them, are skipped.
 
     Raises:
-        InputNotFoundError, StorageError: the file is missing, or cannot be read.
+        InputNotFoundError, StorageError, DataError: as in `read_input`.
     """
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError as error:
-        raise InputNotFoundError(f"there is no '{path}'") from error
-    except OSError as error:
-        raise StorageError(f"cannot read '{path}'", str(error.strerror)) from error
     found = []
-    for line in lines:
+    for line in read_input(path, _MOST_BYTES).splitlines():
         with suppress(ValueError, TypeError):
             found.append(BadSample(**json.loads(line)))
     return found

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ldm_cli.errors import DataError, StorageError
+from ldm_cli.errors import DataError
+from ldm_cli.inputs import MOST_PICTURE_BYTES, read_input
 from ldm_cli.reporting import Reporter
-from ldm_cli.storage import file_sha256
+from ldm_cli.storage import file_sha256, is_sealed, sealed
 
 MANIFEST = "cache.json"
-VERSION = 3
+VERSION = 4
 Dtype = Literal["fp32", "fp16", "bf16"]
 Facts = dict[str, Any]
+REMEDY = "run `ldm precompute` with this recipe"
 _HASH_LENGTH = 16
 
 
@@ -36,13 +39,13 @@ class CacheKey:
     flips: tuple[bool, ...]
     dtype: Dtype = "fp32"
 
-    def latents_file(self, shard_sha256: str) -> str:
-        """Name of the file with the moments of a shard of this content."""
-        return f"latents-{_hash([VERSION, self.latents, self.flips, self.dtype, shard_sha256])}.tar"
+    def latents_stem(self, shard_sha256: str) -> str:
+        """Beginning of the name of the file with the moments of a shard of this content."""
+        return f"latents-{_hash([VERSION, self.latents, self.flips, self.dtype, shard_sha256])}"
 
-    def text_prefix(self) -> str:
+    def text_stem(self) -> str:
         """Beginning of the names of the files with conditions."""
-        return f"text-{_hash([VERSION, self.text, self.dtype])}-"
+        return f"text-{_hash([VERSION, self.text, self.dtype])}"
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,11 @@ class CachedShard:
     fingerprint: str
     file_size: int
     mtime_ns: int
-    file: str
-    """The file with its moments."""
+    file: str = ""
+    """The file with its moments, once there is one."""
 
     @classmethod
-    def of(cls, path: Path, fingerprint: str, key: CacheKey, known: Sequence[CachedShard]) -> CachedShard:
+    def of(cls, path: Path, fingerprint: str, known: Sequence[CachedShard]) -> CachedShard:
         """The shard at `path`, whose index has that fingerprint; it is read unless it is `known`.
 
         Raises:
@@ -68,9 +71,8 @@ class CachedShard:
         same = (path.name, fingerprint, status.st_size, status.st_mtime_ns)
         for entry in known:
             if (entry.name, entry.fingerprint, entry.file_size, entry.mtime_ns) == same:
-                return replace(entry, file=key.latents_file(entry.sha256))
-        sha256 = file_sha256(path)
-        return cls(path.name, sha256, fingerprint, status.st_size, status.st_mtime_ns, key.latents_file(sha256))
+                return entry
+        return cls(path.name, file_sha256(path), fingerprint, status.st_size, status.st_mtime_ns)
 
     def fits(self, path: Path, reporter: Reporter) -> bool:
         """Whether the shard at `path`, whose index is the same, is the same; it is read only if its time differs."""
@@ -93,33 +95,31 @@ class Manifest:
 
     def to_json(self) -> str:
         """As it is written."""
-        return json.dumps({"version": VERSION, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(sealed({"version": VERSION, **asdict(self)}), indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:
         """The manifest of a cache; None where there is none.
 
         Raises:
-            DataError: it cannot be understood.
-            StorageError: reading failed.
+            DataError: it is damaged, or of another version.
+            InputNotFoundError, StorageError: it cannot be read.
         """
         path = folder / MANIFEST
+        if not os.path.lexists(path):
+            return None
         try:
-            content = json.loads(path.read_bytes())
+            content = json.loads(read_input(path, MOST_PICTURE_BYTES))
             version = content["version"]
+            if not is_sealed(content):
+                raise ValueError("not what was written")
             if version == VERSION:
                 key = CacheKey(**{**content["key"], "flips": tuple(content["key"]["flips"])})
                 shards = tuple(CachedShard(**shard) for shard in content["shards"])
                 return cls(key, shards, tuple(content["text_files"]), content["complete"])
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise StorageError(f"cannot read '{path}'", error.strerror or str(error)) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"cannot read '{path}'", f"it is no manifest of a cache ({error})") from error
-        raise DataError(
-            f"cannot read '{path}'", f"version {version}, not {VERSION}", "run `ldm precompute --overwrite`"
-        )
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DataError(f"'{path}' is damaged", f"no manifest of a cache ({error!r:.80})", REMEDY) from error
+        raise DataError(f"cannot use '{path}'", f"version {version}, not {VERSION}", REMEDY)
 
 
 def differences(old: CacheKey, new: CacheKey) -> list[str]:
@@ -134,6 +134,25 @@ def differences(old: CacheKey, new: CacheKey) -> list[str]:
             "data.flip_probability asks for pictures that are " + ("" if True in new.flips else "not ") + "mirrored"
         )
     return found
+
+
+def whole_name(stem: str, file: Path) -> str:
+    """`STEM-HASH.tar`, where the hash is of the file's content.
+
+    Raises:
+        OSError: reading failed.
+    """
+    return f"{stem}-{file_sha256(file)[:_HASH_LENGTH]}.tar"
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a file has the content that its name says."""
+    return file.is_file() and file.name == whole_name(stem_of(file), file)
+
+
+def stem_of(file: Path) -> str:
+    """The stem of `whole_name`."""
+    return file.name.rpartition("-")[0]
 
 
 def _hash(facts: Any) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ldm_cli.data.cache_manifest import MANIFEST, Manifest
+from ldm_cli.data.cache_manifest import MANIFEST, Manifest, is_whole, whole_name
 from ldm_cli.data.latent_cache import BAD, CONDITION, MOMENTS, caption_digest
-from ldm_cli.errors import OutputError
-from ldm_cli.storage import TEMPORARY_PREFIX, write_whole
+from ldm_cli.data.shard_writer import write_shard
+from ldm_cli.errors import DataError, OutputError
+from ldm_cli.storage import TEMPORARY_PREFIX, open_output, storage_errors, write_whole
 
 
 @contextmanager
@@ -28,7 +30,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a+")
+        lock = os.fdopen(open_output(folder / ".lock", os.O_RDWR), "r+b")
     except OSError as error:
         raise OutputError(f"cannot write a cache into '{folder}'", error.strerror or str(error)) from error
     with lock:
@@ -71,6 +73,41 @@ def caption_members(caption: str, condition: Mapping[str, Tensor]) -> dict[str, 
     text = caption.encode("utf-8", "backslashreplace")
     content = save({name: tensor.contiguous() for name, tensor in condition.items()})
     return {"__key__": caption_digest(caption), CONDITION: content, "txt": text}
+
+
+def write_file(folder: Path, stem: str, samples: Iterable[Mapping[str, Any]]) -> None:
+    """Write a file of samples, named by `stem` and its content; errors as of `write_shard`."""
+    partial = folder / f"{TEMPORARY_PREFIX}{stem}.tar"
+    write_shard(partial, samples)
+    with storage_errors(partial):
+        partial.replace(folder / whole_name(stem, partial))
+
+
+def find_whole(folder: Path, stem: str, warn: Callable[[str], None]) -> list[str]:
+    """Names of the files of a cache whose names begin so, sorted; damaged ones are deleted with a warning."""
+    found = []
+    for path in sorted(folder.glob(f"{stem}-*.tar")):
+        if is_whole(path):
+            found.append(path.name)
+        else:
+            warn(f"'{path}' is damaged: its content is not that of its name; it is made again")
+            path.unlink()
+    return found
+
+
+def file_of(folder: Path, stem: str) -> str:
+    """The name of the file with this stem."""
+    return min(folder.glob(f"{stem}-*.tar")).name
+
+
+def manifest_to_update(folder: Path, warn: Callable[[str], None]) -> tuple[Manifest | None, bool]:
+    """The manifest of a cache, and whether there is one that cannot be used: it is then made anew from the files that
+    are whole."""
+    try:
+        return Manifest.read(folder), False
+    except DataError as error:
+        warn(f"{error.what}: {error.cause}; it is made again")
+        return None, True
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

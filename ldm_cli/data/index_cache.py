@@ -1,9 +1,10 @@
 """Shard indexes kept between runs, outside the data's folder: `$XDG_CACHE_HOME/ldm/index` or
 `~/.cache/ldm/index`.
 
-A cached index is used only if the shard's size and modification time match, a sample of its headers is unchanged and
-its end-of-archive blocks are in place. A stale index that passes these checks is still found, because every read
-verifies the header of the member.
+A cached index is used only if the shard's size and times are those of the file that was indexed. The system sets the
+time of change (ctime) at every write; if that alone differs, as after `chmod` or a hard link, the fingerprint of the
+contents decides. A stale index that passes these checks is still found, because every read verifies the header of the
+member.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import ctypes
 import hashlib
 import json
 import os
-import zlib
 from array import array
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,13 +24,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ldm_cli.data.tar_format import BLOCK
+from ldm_cli.data.fingerprint import fingerprint_of_contents
 from ldm_cli.data.tar_index import ShardIndex
 from ldm_cli.storage import user_cache
 
-_VERSION = 2
-_NUM_PROBES = 16
-_FACTS = ("file_size", "end", "extensions", "ignored")
+_VERSION = 3
+_FACTS = ("file_size", "end", "extensions", "ignored", "contents", "sha256")
 _ARRAYS = ("key_ends", "sample_starts", "members")
 
 
@@ -50,20 +49,23 @@ def load_index(shard: Path, folder: Path) -> ShardIndex | None:
         described |= {name: array("q", _bytes_of(tensors[name])) for name in _ARRAYS}
         described |= {"keys": _bytes_of(tensors["keys"]), "extensions": tuple(facts["extensions"])}
         index = ShardIndex(**described)
-        fits = (
-            facts["version"] == _VERSION
-            and facts["mtime_ns"] == shard.stat().st_mtime_ns
-            and facts["fingerprint"] == index.fingerprint()
-            and _describes(index, shard)
-        )
+        status = shard.stat()
+        if facts["version"] != _VERSION or (status.st_size, status.st_mtime_ns) != (index.file_size, facts["mtime_ns"]):
+            return None
+        if status.st_ctime_ns != facts["ctime_ns"]:
+            if fingerprint_of_contents(shard) != index.contents:
+                return None
+            with contextlib.suppress(OSError):  # else it is compared every time
+                save_index(shard, index, folder)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return index if fits else None
+    return index
 
 
 def save_index(shard: Path, index: ShardIndex, folder: Path) -> None:
     """Keep the index of an undamaged shard; errors as in `save_tensors`."""
-    facts = {"version": _VERSION, "mtime_ns": shard.stat().st_mtime_ns, "fingerprint": index.fingerprint()}
+    status = shard.stat()
+    facts = {"version": _VERSION, "mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}
     facts |= {name: getattr(index, name) for name in _FACTS}
     columns = {name: bytearray(getattr(index, name)) for name in ("keys", *_ARRAYS)}
     tensors = {name: torch.frombuffer(c, dtype=torch.uint8) if c else torch.empty(0) for name, c in columns.items()}
@@ -75,7 +77,9 @@ def load_tensors(file: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            return tensors, json.loads(opened.metadata()["facts"])
+            metadata = opened.metadata()
+            sound = metadata["sha256"] == _digest(tensors, metadata["facts"])
+            return (tensors, json.loads(metadata["facts"])) if sound else None
     except (OSError, RuntimeError, SafetensorError, ValueError, KeyError, TypeError):  # torch opens it, too
         return None
 
@@ -89,7 +93,8 @@ def save_tensors(file: Path, tensors: dict[str, Tensor], facts: Mapping[str, Any
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(f".tmp-{os.getpid()}")
     try:
-        save_file(tensors, temporary, {"facts": json.dumps(facts)})
+        text = json.dumps(facts)
+        save_file(tensors, temporary, {"facts": text, "sha256": _digest(tensors, text)})
         temporary.replace(file)
     except SafetensorError as error:
         raise OSError(str(error)) from error
@@ -107,14 +112,9 @@ def _bytes_of(tensor: Tensor) -> bytes:
     return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
 
 
-def _describes(index: ShardIndex, shard: Path) -> bool:
-    """Whether the shard's size, end blocks and a sample of its headers are those of the index."""
-    num_members = len(index.members) // 4
-    picks = torch.linspace(0, max(num_members - 1, 0), min(_NUM_PROBES, num_members)).long().tolist()
-    with shard.open("rb", buffering=0) as file:
-        if os.fstat(file.fileno()).st_size != index.file_size:
-            return False
-        for _, offset, _, header_crc in (index.members[4 * pick : 4 * pick + 4] for pick in picks):
-            if zlib.crc32(os.pread(file.fileno(), BLOCK, offset - BLOCK)) != header_crc:
-                return False
-        return os.pread(file.fileno(), 2 * BLOCK, index.end) == bytes(2 * BLOCK)
+def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:
+    digest = hashlib.sha256(facts.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes_of(tensor))
+    return digest.hexdigest()

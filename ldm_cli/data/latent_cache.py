@@ -2,14 +2,15 @@
 
 A cache is a folder of WebDataset shards and of `cache.json`, which is written last:
 
-    latents-HASH.tar      KEY.moments.safetensors       one for each shard, sample by sample in the same order; HASH is
-                          KEY.bad.json                  of the shard's content, the codec and the preprocessing
-    text-HASH-000000.tar  DIGEST.condition.safetensors  each distinct caption once, and the empty one; HASH is of the
-                          DIGEST.txt                    encoder's key
+    latents-HASH-OWN.tar      KEY.moments.safetensors       one for each shard, sample by sample in the same order; HASH
+                              KEY.bad.json                  is of the shard's content, the codec and the preprocessing
+    text-HASH-000000-OWN.tar  DIGEST.condition.safetensors  each distinct caption once, and the empty one; HASH is of
+                              DIGEST.txt                    the encoder's key
 
+OWN is the hash of the file's own content. It is compared when a process first reads a sample of the file.
 Moments are the tensors of `Codec.moments`, `mask` [1, h, w] where the recipe names one, and `sizes` those of
 `picture_sizes`, with `_mirrored` after the names for mirrored pictures; conditions are the fields of `Condition`. A
-file that exists under its name is right, whoever wrote it and when.
+file whose content is that of its name is right, whoever wrote it and when.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ldm_cli.data.bad_samples import BadSampleError
-from ldm_cli.data.cache_manifest import MANIFEST, CachedShard, CacheKey, Manifest, differences
+from ldm_cli.data.cache_manifest import MANIFEST, REMEDY, CachedShard, CacheKey, Manifest, differences, is_whole
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.open_shards import index_shards
 from ldm_cli.data.sample_decoder import Draw, Sample, SampleDecoder, Wanted
@@ -44,7 +45,6 @@ MASK = "mask"
 _KNOWN_BYTES = 256 * 2**20  # conditions kept in memory
 _HEX_OF_63_BITS = 16
 _DIGEST_LENGTH = 32
-_REMEDY = "run `ldm precompute` with this recipe"
 _REPLACE = "undo the change, or run `ldm precompute --overwrite` with this recipe"
 
 
@@ -66,7 +66,7 @@ class LatentCache:
     def __init__(self, folder: Path, shards: ShardSet, key: CacheKey, reporter: Reporter) -> None:
         manifest = Manifest.read(folder)
         if manifest is None:
-            raise InputNotFoundError(f"there is no cache in '{folder}'", f"no {MANIFEST}", _REMEDY)
+            raise InputNotFoundError(f"there is no cache in '{folder}'", f"no {MANIFEST}", REMEDY)
         if not manifest.complete:
             raise DataError(f"the cache in '{folder}' is not complete", "`ldm precompute` was stopped", "run it again")
         if stale := differences(manifest.key, key):
@@ -79,11 +79,10 @@ class LatentCache:
         for path, ours, theirs in zip(files, self._moments.indexes, shards.indexes, strict=True):
             same = (ours.keys, ours.key_ends) == (theirs.keys, theirs.key_ends)
             if not same or ours.sample_starts[-1] != ours.num_samples:
-                raise DataError(
-                    f"'{path}' is damaged", "it holds other samples than its shard", "delete it; " + _REMEDY
-                )
+                raise DataError(f"'{path}' is damaged", "it holds other samples than its shard", REMEDY)
         self._digests, self._places = _directory(self._text)
         self._moments_reader, self._text_reader = ShardReader(self._moments), ShardReader(self._text)
+        self._verified: set[Path] = set()
         # A caption comes back in other samples and other epochs; moments only in other epochs: pages of the file do.
         size = sum(tensor.nbytes for tensor in self._read_condition("").values())
         self._known = lru_cache(maxsize=_KNOWN_BYTES // max(1, size))(self._read_condition)
@@ -101,6 +100,7 @@ class LatentCache:
         """
         index = self._moments.indexes[shard]
         extension, *place = index.members[4 * sample : 4 * sample + 4]  # a sample is one member
+        self._expect_whole(self._moments.paths[shard])
         data = self._moments_reader.read(shard, Member(*place))
         if index.extensions[extension] == BAD:
             raise BadSampleError(**json.loads(data))
@@ -118,11 +118,19 @@ class LatentCache:
         if row < len(self._digests):
             shard, sample = self._places[row].tolist()
             if self._text.indexes[shard].key(sample) == key:
+                self._expect_whole(self._text.paths[shard])
                 member = self._text.indexes[shard].sample(sample)[CONDITION][0]
                 return _tensors(self._text.paths[shard], self._text_reader.read(shard, member))
         raise DataError(
-            f"the cache in '{self._folder}' is stale", f"it does not know the caption {caption[:60]!r}", _REMEDY
+            f"the cache in '{self._folder}' is stale", f"it does not know the caption {caption[:60]!r}", REMEDY
         )
+
+    def _expect_whole(self, file: Path) -> None:
+        """Compare a file with its name, when it is first read."""
+        if file not in self._verified:
+            if not is_whole(file):
+                raise DataError(f"'{file}' is damaged", "its content is not that of its name", REMEDY)
+            self._verified.add(file)
 
     def close(self) -> None:
         """Close the files."""
@@ -163,7 +171,10 @@ def known_captions(files: Sequence[Path], reporter: Reporter) -> set[str]:
 
 def _open(files: Sequence[Path], reporter: Reporter) -> ShardSet:
     """Files of a cache; each must exist and be complete."""
-    return index_shards(tuple(files), "stop", reporter)
+    try:
+        return index_shards(tuple(files), "stop", reporter)
+    except (DataError, InputNotFoundError) as error:
+        raise type(error)(error.what, error.cause, REMEDY) from error
 
 
 def _matched(folder: Path, manifest: Manifest, shards: ShardSet, reporter: Reporter) -> list[CachedShard]:
@@ -181,7 +192,7 @@ def _matched(folder: Path, manifest: Manifest, shards: ShardSet, reporter: Repor
             found.append(match)
     if changed:
         named = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
-        raise DataError(f"the cache in '{folder}' is stale", f"shards are new or have changed: {named}", _REMEDY)
+        raise DataError(f"the cache in '{folder}' is stale", f"shards are new or have changed: {named}", REMEDY)
     return found
 
 
@@ -190,7 +201,7 @@ def _directory(text: ShardSet) -> tuple[Tensor, Tensor]:
     numbers, places = [], []
     for shard, (path, index) in enumerate(zip(text.paths, text.indexes, strict=True)):
         if len(index.keys) != _DIGEST_LENGTH * index.num_samples:
-            raise DataError(f"'{path}' is damaged", "its keys are no digests of captions", "delete it; " + _REMEDY)
+            raise DataError(f"'{path}' is damaged", "its keys are no digests of captions", REMEDY)
         hexadecimal = index.keys.decode()
         starts = range(0, len(hexadecimal), _DIGEST_LENGTH)
         numbers.append(torch.tensor([_number(hexadecimal[start:]) for start in starts]))
@@ -207,4 +218,4 @@ def _tensors(path: Path, data: bytes) -> dict[str, Tensor]:
     try:
         return load(data)
     except SafetensorError as error:
-        raise DataError(f"'{path}' is damaged", str(error), "delete it; " + _REMEDY) from error
+        raise DataError(f"'{path}' is damaged", str(error), REMEDY) from error

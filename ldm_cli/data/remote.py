@@ -22,8 +22,9 @@ from typing import IO, Any
 from urllib.parse import urldefrag, urlsplit, urlunsplit
 
 from ldm_cli.errors import InputNotFoundError, LdmError, StorageError, UnavailableError
+from ldm_cli.inputs import read_input
 from ldm_cli.reporting import Reporter
-from ldm_cli.storage import storage_errors, user_cache, whole_file, write_whole
+from ldm_cli.storage import open_output, storage_errors, user_cache, whole_file, write_whole
 
 _FACTS = "facts.json"
 _LEASE = ".lease-"
@@ -200,7 +201,7 @@ class StagingArea:
         """One process at a time changes the folder."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            lock = (self._folder / ".lock").open("w")
+            lock = os.fdopen(open_output(self._folder / ".lock", os.O_RDWR), "r+b")
         except OSError as error:
             raise StorageError(f"cannot write '{self._folder}'", error.strerror or str(error)) from error
         with lock:
@@ -285,8 +286,8 @@ def _facts(info: dict[str, Any]) -> dict[str, Any]:
 def _holds(place: Path, target: Path, facts: dict[str, Any] | None) -> bool:
     """Whether a shard is there, complete and with these facts of its server (None: any)."""
     try:
-        known = json.loads((place / _FACTS).read_bytes())
+        known = json.loads(read_input(place / _FACTS))
         is_same = facts is None or known == facts
         return bool(is_same and target.stat().st_size == known.get("size", target.stat().st_size))
-    except (OSError, ValueError):
+    except (OSError, LdmError, ValueError, AttributeError):
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
@@ -19,18 +20,22 @@ from ldm_cli.data.shards import ShardSet
 from ldm_cli.data.tar_index import ShardIndex
 from ldm_cli.errors import OutputError
 from ldm_cli.reporting import Reporter
+from ldm_cli.storage import storage_errors
 
 _NUM_FREQUENT = 10
+_MOST_LISTED = 20
 
 
 def check(shards: ShardSet, config: DataConfig, reporter: Reporter) -> dict[str, Any]:
     """Decode every sample as training would.
 
     Returns:
-        `ok`, `samples`, `good`, `bad` (reason to count), `bad_samples` (shard, key, reason, detail of each),
+        `ok`, `samples`, `good`, `bad` (reason to count), `bad_samples` (shard, key, reason, detail of the first),
+        `bad_samples_file` (a new file with all of them, for `data.quarantine`, where there are more),
         `remarks` (conversions of captions and colours, counted), `ignored` (members passed over, by reason),
-        `not_used` (members that no setting reads, by extension), `first_not_used` (one of each), `hidden_samples`
-        (parts of a sample that look like one: a key with a dot in it) and `damaged_shards` (path to damage).
+        `not_used` (members that no setting reads, by extension), `first_not_used` (one of each), `hidden` and
+        `hidden_samples` (how many parts of samples look like one, by a dot in their keys, and the first),
+        `damaged_shards` (path to damage).
     """
     bad: list[BadSample] = []
     remarks: Counter[str] = Counter()
@@ -50,14 +55,25 @@ def check(shards: ShardSet, config: DataConfig, reporter: Reporter) -> dict[str,
         "samples": shards.num_samples,
         "good": shards.num_samples - len(bad),
         "bad": dict(Counter(sample.reason for sample in bad).most_common()),
-        "bad_samples": [asdict(sample) for sample in bad],
+        "bad_samples": [asdict(sample) for sample in bad[:_MOST_LISTED]],
+        **({"bad_samples_file": _listed(bad)} if len(bad) > _MOST_LISTED else {}),
         "remarks": dict(remarks.most_common()),
         "ignored": shards.ignored,
         "not_used": dict(members.counts.most_common()),
         "first_not_used": list(members.first.values()),
-        "hidden_samples": members.hidden,
+        "hidden": len(members.hidden),
+        "hidden_samples": members.hidden[:_MOST_LISTED],
         "damaged_shards": damaged,
     }
+
+
+def _listed(bad: Sequence[BadSample]) -> str:
+    """A new temporary file with a line for each; errors as in `storage_errors`."""
+    with storage_errors(Path(tempfile.gettempdir())):
+        descriptor, name = tempfile.mkstemp(prefix="ldm-bad-samples-", suffix=".jsonl")
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(sample)) + "\n" for sample in bad)
+    return name
 
 
 def _each(shards: ShardSet, title: str, reporter: Reporter) -> Iterator[tuple[int, ShardIndex, int]]:
@@ -143,7 +159,7 @@ def index(shards: ShardSet, sizes_file: Path | None = None) -> dict[str, Any]:
 
     Returns:
         `shards` (path to number of samples), `samples`, `images` (samples with an image), `ignored`,
-        `fingerprint`.
+        `fingerprint`, `sha256` (of every byte, if the shards were hashed whole).
 
     Raises:
         OutputError: `sizes_file` exists or cannot be written.
@@ -165,6 +181,7 @@ def index(shards: ShardSet, sizes_file: Path | None = None) -> dict[str, Any]:
         ),
         "ignored": shards.ignored,
         "fingerprint": shards.fingerprint,
+        "sha256": shards.sha256,
     }
 
 

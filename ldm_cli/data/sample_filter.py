@@ -24,9 +24,11 @@ from ldm_cli.data.index_cache import cache_folder, load_tensors, save_tensors
 from ldm_cli.data.sample_decoder import Draw, SampleDecoder, Wanted
 from ldm_cli.data.shards import ShardSet
 from ldm_cli.errors import DataError, InputNotFoundError
+from ldm_cli.inputs import read_input
 from ldm_cli.reporting import Reporter
 
 _VERSION = 2
+_MOST_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -126,11 +128,9 @@ def _read_facts(shards: ShardSet, shard: int, config: DataConfig, decoder: Sampl
 def _scores(file: Path) -> dict[str, float]:
     """The cosines that `ldm clip score --json` measured, by name."""
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(read_input(file, _MOST_BYTES))
         return {str(picture["name"]): float(picture["cosine"]) for picture in content["pictures"]}
-    except FileNotFoundError as error:
-        raise InputNotFoundError(f"there is no '{file}'", "data.filter.clip_score.scores names it") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         cause = f"it is not the JSON of `ldm clip score`: {error!r:.100}"
         raise DataError(f"cannot read '{file}'", cause, "write it with `ldm clip score SHARDS --json`") from error
 

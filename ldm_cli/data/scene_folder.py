@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ldm_cli.errors import OutputError
+from ldm_cli.errors import LdmError, OutputError
+from ldm_cli.inputs import read_input
 from ldm_cli.storage import TEMPORARY_PREFIX, write_whole
 
 
@@ -18,8 +19,8 @@ def write_record(out: Path, record: dict[str, Any]) -> None:
 def prepare(out: Path, record: dict[str, Any], overwrite: bool) -> bool:
     """Prepare the folder; False if it holds exactly these scenes already."""
     try:
-        found = json.loads((out / "scenes.json").read_text())
-    except (OSError, ValueError):
+        found = json.loads(read_input(out / "scenes.json"))
+    except (LdmError, ValueError, RecursionError):
         found = {}
     present = sorted(path for pattern in ("train-*.tar", "val-*.tar") for path in out.glob(pattern))
     if found == {**record, "complete": True} and [path.name for path in present] == sorted(record["shards"]):

@@ -58,12 +58,22 @@ class ShardSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the shards' content, in their order; independent of the folder's place and name."""
-        return hashlib.sha256("\n".join(index.fingerprint() for index in self.indexes).encode()).hexdigest()
+        """SHA-256 of the shards' indexes and sampled blocks, in their order; the same wherever the folder lies."""
+        return _of_all([index.fingerprint() for index in self.indexes])
+
+    @cached_property
+    def sha256(self) -> str | None:
+        """SHA-256 of every byte of the shards, in their order; None unless all were hashed whole."""
+        hashes = [index.sha256 for index in self.indexes if index.sha256 is not None]
+        return _of_all(hashes) if len(hashes) == len(self.indexes) else None
 
     def name(self, shard: int, sample: int) -> str:
         """Name of a sample in batches and reports: `shard/key`, the shard without its suffix."""
         return f"{self.paths[shard].stem}/{self.indexes[shard].key(sample)}"
+
+
+def _of_all(hashes: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 class ShardReader:

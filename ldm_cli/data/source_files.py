@@ -10,6 +10,8 @@ from pathlib import Path
 from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.tables import is_picture
+from ldm_cli.errors import DataError, LdmError
+from ldm_cli.inputs import read_input
 
 _HIDDEN = frozenset(("thumbs.db", "desktop.ini", "__macosx", "@eadir"))
 _MAX_BYTES: int = DataConfig.model_fields["max_member_bytes"].default
@@ -94,8 +96,8 @@ def read_file(path: Path) -> bytes:
         BadSampleError: "unreadable file", or "member too large" for a shard.
     """
     try:
-        if (size := path.stat().st_size) > _MAX_BYTES:
-            raise BadSampleError("member too large", f"{size} bytes")
-        return path.read_bytes()
-    except OSError as error:
-        raise BadSampleError("unreadable file", error.strerror or str(error)) from error
+        return read_input(path, _MAX_BYTES)
+    except DataError as error:
+        raise BadSampleError("member too large", error.cause) from error
+    except LdmError as error:
+        raise BadSampleError("unreadable file", error.cause or "there is no such file") from error

@@ -40,11 +40,12 @@ class Stream:
 
     Attributes:
         addresses: paths, `pipe:COMMAND`, or addresses that fsspec opens.
-        num_samples: None, as it is unknown.
+        num_samples, sha256: None, as they are unknown.
     """
 
     addresses: tuple[str, ...]
     num_samples: None = None
+    sha256: None = None
 
     @property
     def fingerprint(self) -> str:

@@ -16,6 +16,7 @@ from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.captions import decode_text, encoding_of
 from ldm_cli.data.decode import IMAGE_EXTENSIONS
 from ldm_cli.errors import DataError, UnavailableError
+from ldm_cli.inputs import open_input
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 """Of the files that are tables; a `.txt` that is named by itself is read as CSV."""
@@ -113,7 +114,7 @@ def text_lines(file: Path, remark: Callable[[str], None]) -> Iterator[str]:
         DataError: it cannot be read, or a line is in no known encoding.
     """
     try:
-        with file.open("rb") as data:
+        with open_input(file) as data:
             start = data.peek(4096)
             encoding = encoding_of(start)
             if encoding is not None and not encoding.startswith("utf-8"):

@@ -21,6 +21,7 @@ from pathlib import Path
 from struct import Struct
 from typing import Any, Literal
 
+from ldm_cli.data.fingerprint import fingerprint_of_contents
 from ldm_cli.data.tar_format import Member, TarDamage, TarScan
 from ldm_cli.errors import DataError, InputNotFoundError, StorageError
 
@@ -43,7 +44,9 @@ class ShardIndex:
         key_ends: int64 [N], where each key ends in `keys`.
         sample_starts: int64 [N+1]; sample i has the members `sample_starts[i]` … `sample_starts[i+1] - 1`.
         members: int64 [4M], four numbers each: number of the extension, offset, size, CRC-32 of the header.
+        contents: the shard's `fingerprint_of_contents`.
         damage: the damage of the shard, if it was to be read up to there; else None.
+        sha256: of the whole file, where it was asked for.
     """
 
     file_size: int
@@ -54,7 +57,9 @@ class ShardIndex:
     key_ends: array[int]
     sample_starts: array[int]
     members: array[int]
+    contents: str
     damage: str | None = None
+    sha256: str | None = None
 
     @property
     def num_samples(self) -> int:
@@ -81,8 +86,8 @@ class ShardIndex:
         return self.members[4 * self.sample_starts[sample] : 4 * self.sample_starts[sample + 1]]
 
     def fingerprint(self) -> str:
-        """SHA-256 of keys, places, sizes and headers; the same wherever the shard lies."""
-        digest = hashlib.sha256(json.dumps([self.file_size, self.extensions]).encode())
+        """SHA-256 of keys, places, sizes, headers and sampled blocks; the same wherever the shard lies."""
+        digest = hashlib.sha256(json.dumps([self.file_size, self.extensions, self.contents]).encode())
         for column in (self.keys, self.key_ends, self.sample_starts, self.members):
             digest.update(column)
         return digest.hexdigest()
@@ -110,6 +115,8 @@ def index_tar(path: Path, on_damage: Literal["stop", "skip"] = "stop") -> ShardI
         InputNotFoundError: it is missing, empty or not readable.
         StorageError: reading failed.
     """
+    if path.exists() and not path.is_file():
+        raise InputNotFoundError(f"cannot read shard '{path}'", "not a regular file", "make or fetch it again")
     try:
         file = path.open("rb")
     except OSError as error:
@@ -140,7 +147,13 @@ def _read(path: Path, scan: TarScan, file_size: int, on_damage: Literal["stop", 
             raise DataError(f"shard '{path}' is damaged", str(found), remedy) from found
         damage, scan.end = str(found), found.byte
         grouping.drop_incomplete(found)
-    return grouping.index(file_size, scan.end, scan.ignored + grouping.ignored, damage)
+    return grouping.index(
+        file_size=file_size,
+        end=scan.end,
+        ignored=dict(sorted((scan.ignored + grouping.ignored).items())),
+        contents=fingerprint_of_contents(path),
+        damage=damage,
+    )
 
 
 def split_name(name: bytes) -> tuple[bytes, str] | str:
@@ -196,9 +209,8 @@ class _Grouping:
         if match or not earlier or not earlier <= {*self._samples[cut][::4]}:
             self._samples.pop(cut, None)
 
-    def index(self, file_size: int, end: int, ignored: Counter[str], damage: str | None) -> ShardIndex:
-        """The finished index, members sorted by sample and otherwise in file order."""
+    def index(self, **facts: Any) -> ShardIndex:
+        """The finished index, members sorted by sample and otherwise in file order; `facts` are its other fields."""
         keys = [key.decode("utf-8", "backslashreplace").encode() for key in self._samples]
         columns = _columns(keys, [*self._samples.values()])
-        counts = dict(sorted(ignored.items()))
-        return ShardIndex(file_size, end, tuple(self._extensions), counts, **columns, damage=damage)
+        return ShardIndex(extensions=tuple(self._extensions), **columns, **facts)

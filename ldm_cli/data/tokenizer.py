@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ldm_cli.data.tokenizer_config import MIN_VOCAB_SIZE, TokenizerConfig
 from ldm_cli.data.tokenizer_files import CONTEXT_LENGTH, END, START, read_tokenizer_files
-from ldm_cli.errors import CheckpointError, InputNotFoundError, OutputError
+from ldm_cli.errors import CheckpointError, InputNotFoundError, LdmError, OutputError
 from ldm_cli.storage import resolve_model_folder
 
 _WORD_END = "</w>"
@@ -148,13 +148,13 @@ class Tokenizer:
         try:
             files = read_tokenizer_files(folder)
             return cls(files.vocab, files.merges, files.pad_token, files.model_max_length, files.added_tokens)
-        except OSError as error:
-            name = Path(error.filename).name if error.filename else "a file"
+        except InputNotFoundError as error:
+            cause = f"{error.what}: {error.cause}" if error.cause else error.what
             raise InputNotFoundError(
-                f"cannot load tokenizer '{folder}'",
-                f"{name}: {error.strerror}",
-                "give a CLIP tokenizer's folder",
+                f"cannot load tokenizer '{folder}'", cause, "give a CLIP tokenizer's folder"
             ) from error
+        except LdmError:
+            raise
         except Exception as error:  # `tokenizers` reports every fault of its input as a plain Exception
             raise CheckpointError(f"'{folder}' is no CLIP tokenizer", f"{type(error).__name__}: {error}") from error
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken
 
+from ldm_cli.manifest import read_listed
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 CONTEXT_LENGTH = 77
+MOST_TOKENIZER_BYTES = 2**26
+"""Largest file of a tokenizer that is read: twice the largest known."""
 
+_WORD_END = "</w>"
 # Of these settings one value is implemented.
 _ONLY: dict[str, Any] = {
     "bos_token": START,
@@ -52,7 +57,8 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     special_tokens_map.json, added_tokens.json and tokenizer.json together.
 
     Raises:
-        OSError: a file cannot be read, or neither pair is there.
+        InputNotFoundError, StorageError: a file cannot be read, or neither pair is there.
+        CheckpointError: a file is not the one that the manifest of its folder names.
         ValueError, KeyError, TypeError: the files are no CLIP tokenizer, or have a setting that is not implemented.
     """
     whole = _read_object(folder / "tokenizer.json", optional=True)
@@ -77,11 +83,13 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
         found = settings.get(name)
         if found is not None and _content(found) != expected:
             raise ValueError(f"{name}={_content(found)!r} is not supported, only {expected!r}")
+    added_tokens = _with_special_tokens(vocab, by_id, settings)
+    _expect_whole(vocab, merges, added_tokens)
     length = settings.get("model_max_length", settings.get("max_len"))
     return TokenizerFiles(
         vocab,
         merges,
-        _with_special_tokens(vocab, by_id, settings),
+        added_tokens,
         _content(settings.get("pad_token") or END),
         # transformers writes 1e30 where nothing limits the length.
         int(length) if isinstance(length, int | float) and 2 < length <= 2**20 else CONTEXT_LENGTH,
@@ -99,6 +107,23 @@ def _with_special_tokens(
             next_id = max(*vocab.values(), *added) + 1
             added[vocab.get(content, next_id)] = _added_token(token, special=True)
     return added
+
+
+def _expect_whole(
+    vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], added_tokens: Mapping[int, AddedToken]
+) -> None:
+    """Refuse ids with gaps, and a vocabulary with tokens that no merge makes: a part of the files is lost.
+
+    Raises:
+        ValueError: naming one of them.
+    """
+    ids = {*vocab.values(), *added_tokens}
+    if missing := set(range(max(ids) + 1)) - ids:
+        raise ValueError(f"it has no token {min(missing)}, though its last one is {max(ids)}")
+    known = {START, END, *(left + right for left, right in merges), *(t.content for t in added_tokens.values())}
+    lost = [token for token in vocab if len(token.removesuffix(_WORD_END)) > 1 and token not in known]
+    if lost:
+        raise ValueError(f"no merge makes {len(lost)} of its tokens, such as {lost[0]!r}: its merges are cut")
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> list[Any]:
@@ -126,7 +151,7 @@ def _added_token(entry: Any, special: bool | None = None) -> AddedToken:
 def _read_object(path: Path, optional: bool = False) -> dict[str, Any]:
     if optional and not path.exists():
         return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(read_listed(path, MOST_TOKENIZER_BYTES))
     if not isinstance(content, dict):
         raise ValueError(f"{path.name} holds a {type(content).__name__}, not an object")
     return content
@@ -139,7 +164,7 @@ def _vocabulary(folder: Path, whole: Mapping[str, Any]) -> tuple[dict[str, int],
         pairs = [pair.split() if isinstance(pair, str) else pair for pair in whole["model"]["merges"]]
     else:
         vocab = _read_object(folder / "vocab.json")
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        lines = read_listed(folder / "merges.txt", MOST_TOKENIZER_BYTES).decode().split("\n")
         pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError("one of its merges is not two tokens")

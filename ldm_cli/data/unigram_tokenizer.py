@@ -14,7 +14,9 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from ldm_cli.data.tokenizer import Tokens
-from ldm_cli.errors import CheckpointError, InputNotFoundError, OutputError
+from ldm_cli.data.tokenizer_files import MOST_TOKENIZER_BYTES
+from ldm_cli.errors import CheckpointError, InputNotFoundError, LdmError, OutputError
+from ldm_cli.manifest import read_listed
 from ldm_cli.storage import resolve_model_folder
 
 _FILE, _SENTENCEPIECE, _SETTINGS = "tokenizer.json", "spiece.model", "tokenizer_config.json"
@@ -58,10 +60,12 @@ class UnigramTokenizer:
         if not files:
             raise InputNotFoundError(f"no tokenizer in '{folder}'", f"neither {_FILE} nor {_SENTENCEPIECE}")
         try:
-            content = files[0].read_bytes()
+            content = read_listed(files[0], MOST_TOKENIZER_BYTES)
             if files[0].name == _SENTENCEPIECE:
                 return cls(_of_sentencepiece(content))
             return cls(tokenizers.Tokenizer.from_str(content.decode()))
+        except LdmError:
+            raise
         except Exception as error:  # `tokenizers` reports every fault of its input as a plain Exception
             raise CheckpointError(f"'{files[0]}' is no T5 tokenizer", f"{type(error).__name__}: {error}") from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Self
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm_cli.core.cpu import tune_for_cpu
+from ldm_cli.core.first_nonfinite import first_nonfinite
 from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.core.models.clip_image_processor import CLIPImageProcessor
 from ldm_cli.data.tokenizer import Tokenizer
@@ -48,15 +49,14 @@ class CLIPFeatures:
         Raises:
             DivergedError: a feature is not finite.
         """
-        features = self._model.get_image_features(self.processor(images.to(self._device)))
-        return _finite(features.float().cpu(), "images")
+        return self._finite("images", lambda: self._model.get_image_features(self.processor(images.to(self._device))))
 
     @torch.inference_mode()
     def pictures(self, pictures: Sequence[Tensor]) -> Tensor:
         """B pictures uint8 [3, H, W], of any sizes → float32 [B, P] on the CPU, prepared whole; else as `images`."""
         groups = [torch.stack(list(group)) for _, group in groupby(pictures, lambda picture: picture.shape)]
         pixels = torch.cat([self.processor(group.to(self._device)) for group in groups])
-        return _finite(self._model.get_image_features(pixels).float().cpu(), "pictures")
+        return self._finite("pictures", lambda: self._model.get_image_features(pixels))
 
     def squares(self, images: Sequence[Tensor]) -> Tensor:
         """Pictures uint8 [3, H, W], of any sizes, cut to their central squares first; else as `images`."""
@@ -69,8 +69,21 @@ class CLIPFeatures:
         """B texts → float32 [B, P] on the CPU; longer texts than the context are truncated. Raises as `images`."""
         tokens = self._tokenizer.encode(texts, self._model.config.text_config.max_position_embeddings)
         self.num_truncated += len(tokens.truncated)
-        features = self._model.get_text_features(tokens.input_ids.to(self._device))
-        return _finite(features.float().cpu(), "texts")
+        return self._finite("texts", lambda: self._model.get_text_features(tokens.input_ids.to(self._device)))
+
+    def _finite(self, of_what: str, compute: Callable[[], Tensor]) -> Tensor:
+        """The features float32 [B, P] on the CPU.
+
+        Raises:
+            DivergedError: one is not finite.
+        """
+        features = compute().float().cpu()
+        # A length beyond float32 would make every cosine 0.
+        if not bool(torch.linalg.vector_norm(features, dim=-1).isfinite().all()):
+            origin = first_nonfinite({"clip": self._model}, compute) or "the length of its vectors"
+            what, cause = f"the CLIP's features of {of_what} are not finite", f"the first such value is in {origin}"
+            raise DivergedError(what, cause, "give another CLIP")
+        return features
 
 
 def _central_square(image: Tensor) -> Tensor:
@@ -78,10 +91,3 @@ def _central_square(image: Tensor) -> Tensor:
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     return image[:, top : top + side, left : left + side]
-
-
-def _finite(features: Tensor, of_what: str) -> Tensor:
-    # A length beyond float32 would make every cosine 0.
-    if not bool(torch.linalg.vector_norm(features, dim=-1).isfinite().all()):
-        raise DivergedError(f"the CLIP's features of {of_what} are not finite", remedy="give another CLIP")
-    return features

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ldm_cli.core.first_nonfinite import first_nonfinite
 from ldm_cli.core.models.inception import INCEPTION_SIDE, InceptionV3, Tap
 from ldm_cli.errors import CheckpointError, DivergedError
 from ldm_cli.evaluation.config import HOW_TO_GET_INCEPTION, Preprocessing
 from ldm_cli.families.family import place
-from ldm_cli.formats.model_folder import check_tensors, expect_finite, without_weights
+from ldm_cli.formats.model_folder import check_tensors, without_weights
 from ldm_cli.formats.weight_files import read_tensors, tensors_sha256
+from ldm_cli.formats.weight_values import expect_sound
 
 
 def prepared(images: Tensor, preprocessing: Preprocessing) -> Tensor:
@@ -98,13 +100,15 @@ class InceptionFeatures:
         """Pictures uint8 [3, H, W], of any sizes → float32 [B, N] on the device for each tap.
 
         Raises:
-            DivergedError: a feature is not finite.
+            DivergedError: a feature is not finite, or zeros.
         """
         groups = [torch.stack(list(group)) for _, group in groupby(images, lambda image: image.shape)]
         pixels = torch.cat([prepared(group.to(self._device), self._preprocessing) for group in groups])
         found = self._model(pixels.contiguous(memory_format=torch.channels_last), taps)
         if not all(bool(features.isfinite().all()) for features in found.values()):
-            raise DivergedError("Inception features of pictures are not finite", remedy="give other weights")
+            origin = first_nonfinite({"inception": self._model}, lambda: self._model(pixels, taps))
+            cause = f"the first such value is in {origin}"
+            raise DivergedError("Inception features of pictures are not finite", cause, "give other weights")
         return dict(found)
 
 
@@ -116,12 +120,12 @@ def inception_tensors(tensors: Mapping[str, Tensor], source: Path) -> dict[str, 
         source: where they were read, for errors.
 
     Raises:
-        CheckpointError: they are not those of FID's network, or not finite.
+        CheckpointError: they are not those of FID's network, or not finite, or zeros.
     """
     with without_weights():
         expected = InceptionV3().state_dict()
     # The number of batches that a normalisation was trained on is not used, and some files lack it.
     found = {name: tensor for name, tensor in tensors.items() if not name.endswith(".num_batches_tracked")}
     check_tensors(expected, found, source)
-    expect_finite(found, source)
+    expect_sound(found, source)
     return {name: tensor.float() for name, tensor in found.items()}

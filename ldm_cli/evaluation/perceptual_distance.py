@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm_cli.core.first_nonfinite import first_nonfinite
 from ldm_cli.core.models.lpips import LPIPS, LPIPSBackbone
 from ldm_cli.core.pixels import to_signed
-from ldm_cli.errors import CheckpointError
+from ldm_cli.errors import CheckpointError, DivergedError
 from ldm_cli.families.family import place
-from ldm_cli.formats.model_folder import check_tensors, expect_finite, without_weights
+from ldm_cli.formats.model_folder import check_tensors, without_weights
 from ldm_cli.formats.weight_files import read_tensors, tensors_sha256
+from ldm_cli.formats.weight_values import expect_sound
 
 LPIPS_STEM = "features.0.weight"
 """Name of the first tensor of both classifiers."""
@@ -44,8 +46,16 @@ class PerceptualDistance:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, originals: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] twice → float32 [B] on the device."""
-        distances: Tensor = self._model(to_signed(images, self._device), to_signed(originals, self._device))
+        """uint8 [B, 3, H, W] twice → float32 [B] on the device.
+
+        Raises:
+            DivergedError: a distance is not finite.
+        """
+        pair = to_signed(images, self._device), to_signed(originals, self._device)
+        distances: Tensor = self._model(*pair)
+        if not bool(distances.isfinite().all()):
+            origin = first_nonfinite({"lpips": self._model}, lambda: self._model(*pair))
+            raise DivergedError("LPIPS is not finite", f"the first such value is in {origin}", "give other weights")
         return distances
 
 
@@ -57,13 +67,13 @@ def lpips_tensors(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Tens
         source: where they were read, for errors.
 
     Raises:
-        CheckpointError: they are not those of LPIPS, or not finite.
+        CheckpointError: they are not those of LPIPS, or not finite, or zeros.
     """
     with without_weights():
         expected = LPIPS(_backbone(tensors, source)).state_dict()
     found = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}
     check_tensors(expected, found, source)
-    expect_finite(found, source)
+    expect_sound(found, source)
     return {name: tensor.float() for name, tensor in found.items()}
 
 

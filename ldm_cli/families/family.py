@@ -25,6 +25,7 @@ from ldm_cli.core.diffusion.process import Process, process_of
 from ldm_cli.families.prompt_chunks import PromptReading
 from ldm_cli.formats.model_folder import read_config
 from ldm_cli.formats.model_source import weights_sha256
+from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, VAE
 from ldm_cli.formats.scheduler_file import SchedulerSettings
 
 
@@ -94,6 +95,14 @@ class Family(ABC):
             num_steps: all steps.
         """
         return int(strength * num_steps)
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks, by what users call them."""
+        encoders: Sequence[nn.Module] = getattr(self.encoder, "models", ())
+        texts = {TEXT_ENCODER + (f"_{n}" if n > 1 else ""): model for n, model in enumerate(encoders, start=1)}
+        codec = {VAE: self.codec} if isinstance(self.codec, nn.Module) else {}
+        return {self.components[0]: self.denoiser, **codec, **texts}
 
     @cached_property
     def weights_sha256(self) -> dict[str, str]:

@@ -18,8 +18,8 @@ from ldm_cli.errors import CheckpointError
 from ldm_cli.formats.json_file import read_json
 from ldm_cli.formats.lora_names import Adaptable, ModuleNames, Target
 from ldm_cli.formats.lora_path import PEFT_CONFIG, PEFT_WEIGHTS, lora_file
-from ldm_cli.formats.model_folder import expect_finite
 from ldm_cli.formats.weight_files import named, read_metadata, read_tensors
+from ldm_cli.formats.weight_values import expect_finite
 
 Adapters = dict[str, dict[str, WeightUpdate]]
 """Component → path of a module in it → its update."""
@@ -82,6 +82,8 @@ def read_lora(path: Path, models: Mapping[str, Adaptable]) -> Adapters:
     tensors = read_tensors(file)
     expect_finite(tensors, path)
     parts = _by_module(tensors, path)
+    if zero := [name for name, roles in parts.items() if not any(bool(tensor.any()) for tensor in roles.values())]:
+        raise CheckpointError(f"cannot use '{path}'", f"nothing but zeros: {named(zero)}", "download or save it again")
     names, configs = ModuleNames(models), _peft_configs(file, models)
     adapters: Adapters = {}
     unknown, misfits = [], []

@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm_cli.errors import CheckpointError, InputNotFoundError
-from ldm_cli.formats.model_folder import expect_finite
 from ldm_cli.formats.weight_files import is_pickle, named, read_tensors
+from ldm_cli.formats.weight_values import expect_sound
 
 _TOWERS = ("clip_l", "clip_g")
 """Names of the vectors for the towers of Stable Diffusion XL."""
@@ -50,7 +50,7 @@ def read_embedding(path: Path, word: str | None) -> TextEmbedding:
         cause = "it is a pickle, which could run any program"
         raise CheckpointError(f"cannot use '{path}'", cause, "save it as safetensors with the program that wrote it")
     tensors = read_tensors(path)
-    expect_finite(tensors, path)
+    expect_sound(tensors, path)
     found = _vectors(tensors)
     if found is None or not all(vectors.ndim == 2 for vectors in found.values()):
         cause = f"it holds {named(list(tensors)) or 'nothing'}"

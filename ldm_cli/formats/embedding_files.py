@@ -7,6 +7,7 @@ of another program, without the two texts, is read as well.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from ldm_cli.errors import DataError, OutputError
 from ldm_cli.formats.json_file import read_json, write_json
 from ldm_cli.formats.npy import open_npy, write_npy
 from ldm_cli.formats.weight_files import read_tensors, write_tensors
+from ldm_cli.inputs import open_input
 from ldm_cli.storage import storage_errors, write_whole
 
 SUFFIXES = (".npy", ".safetensors")
@@ -49,7 +51,7 @@ class EmbeddingFile:
         if not names.is_file():
             return {number: {} for number in wanted}
         try:
-            with names.open(encoding="utf-8") as lines:
+            with io.TextIOWrapper(open_input(names), encoding="utf-8") as lines:
                 for number, line in enumerate(lines):
                     if number in wanted:
                         found[number] = dict(json.loads(line))

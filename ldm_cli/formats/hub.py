@@ -18,6 +18,7 @@ from ldm_cli.errors import InputNotFoundError, LdmError, UnavailableError, amoun
 from ldm_cli.formats.hub_files import components_of, files_of
 from ldm_cli.formats.json_file import read_json
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
+from ldm_cli.inputs import read_input
 from ldm_cli.reporting import Progress, Reporter
 from ldm_cli.storage import TEMPORARY_PREFIX, expect_room, storage_errors, user_cache
 
@@ -164,7 +165,7 @@ def _cached(name: HubName) -> _Listing | None:
 def _known_commit(name: HubName) -> str:
     """The commit of a branch when it was last downloaded; empty if it never was."""
     file = _repo_folder(name.repo) / "refs" / name.revision
-    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+    return read_input(file).decode("utf-8", "replace").strip() if file.is_file() else ""
 
 
 def _download(name: HubName, listing: _Listing, files: Sequence[str], reporter: Reporter) -> None:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from ldm_cli.errors import InputNotFoundError
+from ldm_cli.inputs import open_input
 
 DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
 """Name under which diffusers looks for adapters in a folder."""
@@ -53,7 +54,7 @@ def lora_sha256(path: Path) -> str:
     digest = hashlib.sha256()
     for part in (file, file.with_name(PEFT_CONFIG)):
         if part is file or file.name == PEFT_WEIGHTS:
-            with part.open("rb") as stream:
+            with open_input(part) as stream:
                 while block := stream.read(2**20):
                     digest.update(block)
     return digest.hexdigest()

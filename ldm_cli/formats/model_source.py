@@ -20,6 +20,7 @@ from ldm_cli.formats.json_file import read_json
 from ldm_cli.formats.open_clip_folder import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, open_clip_files, open_clip_weights
 from ldm_cli.formats.single_file import Part, SingleFile, single_file
 from ldm_cli.formats.weight_files import CONFIG_NAME, read_metadata, read_tensors, release, tensors_sha256, weight_files
+from ldm_cli.manifest import remembered_digest
 
 
 def split_at_file(path: Path) -> tuple[Path, Path] | None:
@@ -74,14 +75,19 @@ def weights_sha256(folder: Path) -> str:
 
     A folder whose tensors have one type and lie in one file has the hash of a single file with the same tensors.
     """
-    if split_at_file(folder) is None:
+    found = split_at_file(folder)
+    if found is None:
         return tensors_sha256(weight_files(folder))
-    digest = hashlib.sha256()
-    for _, tensor in sorted(load_tensors(folder).items()):
-        tensor = tensor.contiguous()
-        digest.update(memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())))
-        release(tensor)
-    return digest.hexdigest()
+
+    def compute() -> str:
+        digest = hashlib.sha256()
+        for _, tensor in sorted(load_tensors(folder).items()):
+            tensor = tensor.contiguous()
+            digest.update(memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())))
+            release(tensor)
+        return digest.hexdigest()
+
+    return remembered_digest([found[0]], f"part {found[1]}", compute)
 
 
 def outside_file(file: Path, name: str) -> Path:

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm_cli.errors import DataError, InputNotFoundError, StorageError
+from ldm_cli.errors import DataError, StorageError
+from ldm_cli.inputs import open_input
 from ldm_cli.storage import whole_file
 
 _MAGIC = b"\x93NUMPY"
@@ -43,12 +44,10 @@ def open_npy(file: Path) -> Tensor:
         DataError: it is damaged, or holds objects or numbers of another type than we read.
     """
     try:
-        with file.open("rb") as stream:
+        with open_input(file) as stream:
             # A private mapping: torch takes writable memory only, and nothing is ever written to it.
             content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
         array = parsed(content)
-    except FileNotFoundError as error:
-        raise InputNotFoundError(f"'{file}' not found") from error
     except OSError as error:
         raise StorageError(f"cannot read '{file}'", os.strerror(error.errno or 0)) from error
     except BROKEN as error:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ldm_cli.errors import DataError
 from ldm_cli.formats.npy import BROKEN, encoded, parsed
+from ldm_cli.inputs import open_input
 from ldm_cli.storage import whole_file
 
 
@@ -20,11 +21,11 @@ def read_npz(file: Path) -> dict[str, Tensor | str]:
 
     Raises:
         DataError: the file is no archive of arrays, or damaged.
-        OSError: it cannot be read.
+        InputNotFoundError, StorageError: it cannot be read.
     """
     found: dict[str, Tensor | str] = {}
     try:
-        with zipfile.ZipFile(file) as archive:
+        with open_input(file) as stream, zipfile.ZipFile(stream) as archive:
             for name in archive.namelist():
                 if name.endswith(".npy") and (array := parsed(bytearray(archive.read(name)))) is not None:
                     found[name.removesuffix(".npy")] = array

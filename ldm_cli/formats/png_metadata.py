@@ -13,7 +13,8 @@ from typing import Any
 
 from PIL import ExifTags, Image, PngImagePlugin
 
-from ldm_cli.errors import DataError, InputNotFoundError
+from ldm_cli.errors import DataError, LdmError
+from ldm_cli.inputs import open_input
 
 PARAMETERS, OURS = "parameters", "ldm_cli"
 _NEGATIVE = "Negative prompt: "
@@ -62,11 +63,11 @@ def read_provenance(path: Path) -> dict[str, Any]:
         DataError: it is no picture, or not one of `ldm sample`, or without metadata.
     """
     try:
-        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+        with open_input(path) as file, Image.open(file, formats=("PNG", "JPEG", "WEBP")) as image:
             text = image.info.get(OURS) or image.getexif().get(ExifTags.Base.ImageDescription)
             provenance = json.loads(text) if text else None
-    except FileNotFoundError as error:
-        raise InputNotFoundError(f"picture '{path}' not found") from error
+    except LdmError:
+        raise
     except Exception as error:  # Pillow's plugins raise nearly every kind of exception on damaged files
         raise DataError(f"cannot read '{path}'", str(error) or type(error).__name__) from error
     if not isinstance(provenance, dict) or not isinstance(provenance.get("prompt"), str):

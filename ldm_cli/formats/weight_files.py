@@ -21,8 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldm_cli.errors import CheckpointError, InputNotFoundError, StorageError
+from ldm_cli.errors import CheckpointError, InputNotFoundError, LdmError, StorageError
 from ldm_cli.formats.json_file import read_json
+from ldm_cli.inputs import input_errors, open_input
+from ldm_cli.manifest import expect_listed, remembered_digest
 from ldm_cli.storage import error_number, resolve_model_folder, whole_file
 
 CONFIG_NAME = "config.json"
@@ -101,11 +103,12 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
     Raises:
         CheckpointError: it is a pickle, damaged, or a pointer to content that was not downloaded.
-        StorageError: it cannot be read.
+        InputNotFoundError, StorageError: it cannot be read.
         MemoryError: it does not fit.
     """
+    refuse_foreign_content(file)
+    expect_listed(file)
     try:
-        refuse_foreign_content(file)
         return load_file(file)
     except (SafetensorError, RuntimeError) as error:  # safetensors opens it, and then torch once more
         number = error_number(error)
@@ -118,8 +121,6 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"cannot read '{file}'", f"damaged safetensors: {error}", "download or save it again"
         ) from error
-    except OSError as error:
-        raise StorageError(f"cannot read '{file}'", error.strerror or str(error)) from error
 
 
 def read_pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -129,14 +130,16 @@ def read_pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises:
         CheckpointError: it is no such file, or holds more.
-        StorageError: it cannot be read.
+        InputNotFoundError, StorageError: it cannot be read.
     """
     # torch reads a path that ends so as safetensors, whatever the content.
     is_misnamed = file.suffix == ".safetensors"
     try:
-        with file.open("rb") as stream:
+        with open_input(file) as stream:
             source, is_mapped = (stream, False) if is_misnamed else (file, zipfile.is_zipfile(file))
             content = torch.load(source, map_location="cpu", weights_only=True, mmap=is_mapped)
+    except LdmError:
+        raise
     except OSError as error:
         raise StorageError(f"cannot read '{file}'", error.strerror or str(error)) from error
     except Exception as error:  # of any type: the file decides what is built
@@ -180,13 +183,13 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def is_pickle(file: Path) -> bool:
-    """Whether a file begins as those of `torch.save`; OSError: it cannot be read."""
+    """Whether a file begins as those of `torch.save`; errors as in `open_input`."""
     start = _start(file)
     return start.startswith(_PICKLE_STARTS) and start[8:9] != b"{"
 
 
 def _start(file: Path) -> bytes:
-    with file.open("rb") as stream:
+    with open_input(file) as stream, input_errors(file):
         return stream.read(64)
 
 
@@ -195,7 +198,7 @@ def refuse_foreign_content(file: Path) -> None:
 
     Raises:
         CheckpointError: a pickle, or a pointer to content that was not downloaded.
-        OSError: it cannot be read.
+        InputNotFoundError, StorageError: it cannot be read.
     """
     if is_pickle(file):
         raise CheckpointError(
@@ -213,13 +216,17 @@ def refuse_foreign_content(file: Path) -> None:
 
 def tensors_sha256(files: Sequence[Path]) -> str:
     """Hex sha256 over the tensor bytes of safetensors files, without their headers, whose order may vary."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            stream.seek(8 + int.from_bytes(stream.read(8), "little"))
-            while block := stream.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
+
+    def compute() -> str:
+        digest = hashlib.sha256()
+        for file in files:
+            with file.open("rb") as stream:
+                stream.seek(8 + int.from_bytes(stream.read(8), "little"))
+                while block := stream.read(2**20):
+                    digest.update(block)
+        return digest.hexdigest()
+
+    return remembered_digest(files, "tensors", compute)
 
 
 def named(names: list[str], separator: str = ", ") -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ldm_cli.data.decode import from_pillow
 from ldm_cli.formats.png_metadata import exif, png_chunks
+from ldm_cli.inputs import open_input
 from ldm_cli.storage import storage_errors, whole_file
 
 _SLUG_LENGTH = 40
@@ -80,7 +81,7 @@ def read_image(path: Path) -> Tensor:
     Raises:
         OSError: it cannot be read.
     """
-    with Image.open(path) as image:
+    with open_input(path) as file, Image.open(file) as image:
         return from_pillow(image.convert("RGB"))[0]
 
 

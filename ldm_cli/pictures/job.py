@@ -109,7 +109,7 @@ def make_job(
     for entry in entries:
         own, its_edit = with_changes(sampling, edit, entry.sampling, f"prompt {entry.prompt[:40]!r}")
         items += [Item(request, own, its_edit) for request in _requests(entry, own, variation)]
-    _check_size(len(items))
+        _check_size(len(items))
     # A row per prompt, if there are rows at all.
     columns = sampling.images_per_prompt if sampling.images_per_prompt > 1 and len(entries) > 1 else None
     return Job(tuple(items), (Sheet(tuple(range(len(items))), columns),))
@@ -167,6 +167,7 @@ def value_of(text: str) -> Any:
 
 
 def _requests(entry: PromptEntry, sampling: SamplingConfig, variation: float) -> list[ImageRequest]:
+    _check_size(sampling.images_per_prompt)
     if variation > 0:
         return variations(entry.prompt, sampling, variation)
     return [ImageRequest(entry.prompt, sampling.seed + i, entry.blend) for i in range(sampling.images_per_prompt)]
@@ -179,6 +180,7 @@ def _walks(entries: list[PromptEntry], sampling: SamplingConfig, edit: EditConfi
     if any(entry.sampling or entry.blend for entry in entries):
         raise UsageError("prompts of a walk have no settings of their own", remedy="give them for all")
     count, prompts = sampling.images_per_prompt, [entry.prompt for entry in entries]
+    _check_size(count * (frames * (len(prompts) - 1) + 1))
     items: list[Item] = []
     sheets: list[Sheet] = []
     for i in range(count):
@@ -187,7 +189,6 @@ def _walks(entries: list[PromptEntry], sampling: SamplingConfig, edit: EditConfi
         first = len(items)
         items += frames_of_walk
         sheets.append(Sheet(tuple(range(first, len(items))), len(frames_of_walk), is_walk=True))
-    _check_size(len(items))
     return Job(tuple(items), tuple(sheets))
 
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ldm_cli.errors import OutputError
-from ldm_cli.formats.json_file import write_json
+from ldm_cli.errors import LdmError, OutputError
+from ldm_cli.inputs import MOST_PICTURE_BYTES, read_input
 from ldm_cli.pictures.images import save_image, slug
-from ldm_cli.pictures.provenance import VERSIONS, full_provenance, texts_of
-from ldm_cli.storage import TEMPORARY_PREFIX, storage_errors
+from ldm_cli.pictures.provenance import IMAGES_FILE, VERSIONS, full_provenance, texts_of
+from ldm_cli.storage import TEMPORARY_PREFIX, append_text, file_sha256, storage_errors, write_whole
 
-IMAGES_FILE = "images.json"
+CHECKSUMS = "images.sha256"
 GRID = "grid.png"
 PREVIEW = "preview.png"
 _ANIMATION = re.compile(r"walk-\d+\.webp")
@@ -28,7 +30,8 @@ class JobFolder:
 
     images.json is written first. It holds `job` (the provenance that all pictures share), `images` (file, prompt, seed
     and further provenance of each), `sources` (paths) and `versions`. Jobs with the same `job` and `images` are the
-    same.
+    same. images.sha256, as `sha256sum -c` reads it, has a line for each file that was written: a picture that differs
+    from its line is generated again.
     """
 
     def __init__(
@@ -69,20 +72,27 @@ class JobFolder:
         with storage_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
 
-    def claim(self, overwrite: bool) -> list[int]:
+    def claim(self, overwrite: bool, warn: Callable[[str], None]) -> list[int]:
         """Take the folder for this job; returns the indices of the missing pictures.
 
         Args:
             overwrite: delete pictures of this or another job, and generate all of them again.
+            warn: receives a message for each damaged file.
 
         Raises:
             OutputError: the folder holds another job, or files of these names, or a picture that this job is made of
                 is among them, or it cannot be written.
             StorageError: writing failed.
         """
-        before = self._earlier()
+        before, checksums = self._earlier(), self._checksums()
         files = [str(image["file"]) for image in self.images]
         same = before is not None and before.get("job") == self.job and before.get("images") == self.images
+        content = {"job": self.job, "images": self.images, "sources": self.sources, "versions": VERSIONS}
+        listing = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        own_sha256 = hashlib.sha256(listing.encode()).hexdigest()
+        if not same and checksums.get(IMAGES_FILE) == own_sha256:
+            same = True
+            warn(f"'{self.path / IMAGES_FILE}' was damaged: it is written again")
         if overwrite or not same:
             theirs: list[str] = []
             if before is not None:
@@ -96,9 +106,11 @@ class JobFolder:
                     "choose another --out, or give --overwrite",
                 )
             self._make_way(present)
+            checksums = {}
+        whole = {IMAGES_FILE: own_sha256} | self._whole(files, checksums, warn)
         self._delete([path.name for path in self.path.glob(f"{TEMPORARY_PREFIX}*") if path.is_file()])
-        content = {"job": self.job, "images": self.images, "sources": self.sources, "versions": VERSIONS}
-        write_json(self.path / IMAGES_FILE, content)
+        write_whole(self.path / IMAGES_FILE, listing)
+        write_whole(self.path / CHECKSUMS, "".join(f"{value}  {name}\n" for name, value in whole.items()))
         return self.missing()
 
     def missing(self) -> list[int]:
@@ -127,17 +139,36 @@ class JobFolder:
         if self._has_metadata:
             provenance = full_provenance(self._shared, self.images[index], self.sources)
             texts = texts_of(provenance, (pixels.shape[1], pixels.shape[2]))
-        save_image(self.file(index), pixels, texts)
+        file = self.file(index)
+        save_image(file, pixels, texts)
+        append_text(self.path / CHECKSUMS, f"{file_sha256(file)}  {file.name}\n")
 
     def _earlier(self) -> dict[str, Any] | None:
         """The content of images.json: None where there is none, {} where it cannot be read."""
         try:
-            content = json.loads((self.path / IMAGES_FILE).read_bytes())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, RecursionError):
-            return {}
+            content = json.loads(read_input(self.path / IMAGES_FILE, MOST_PICTURE_BYTES))
+        except (LdmError, ValueError, RecursionError):
+            return {} if os.path.lexists(self.path / IMAGES_FILE) else None
         return content if isinstance(content, dict) else {}
+
+    def _checksums(self) -> dict[str, str]:
+        """SHA-256 by file name, as the folder has it; of several, the last one."""
+        file = self.path / CHECKSUMS
+        content = read_input(file, MOST_PICTURE_BYTES) if file.is_file() else b""
+        lines = content.decode("utf-8", "replace").splitlines()
+        return {name: value for value, separator, name in (line.partition("  ") for line in lines) if separator}
+
+    def _whole(self, names: Sequence[str], checksums: Mapping[str, str], warn: Callable[[str], None]) -> dict[str, str]:
+        """The checksums of the pictures that are as they were written; the others are deleted."""
+        found = {}
+        for name in names:
+            path = self.path / name
+            if path.is_file() and file_sha256(path) == checksums.get(name):
+                found[name] = checksums[name]
+            elif path.exists() or path.is_symlink():
+                warn(f"'{path}' is not as it was written: it is deleted, to be generated again")
+                self._delete([name])
+        return found
 
     def _difference(self, before: Mapping[str, Any] | None) -> str:
         """How this job differs from the one in the folder, in a few words."""
@@ -163,6 +194,6 @@ class JobFolder:
         self._delete(names)
 
     def _delete(self, names: Sequence[str]) -> None:
-        with storage_errors(self.path):
-            for name in names:
+        for name in names:
+            with storage_errors(self.path / name):
                 (self.path / name).unlink()

@@ -15,10 +15,11 @@ from pydantic import ValidationError
 from ldm_cli.config import causes
 from ldm_cli.data.captions import NO_TEXT
 from ldm_cli.data.tables import rows_of, text_lines
-from ldm_cli.errors import DataError, InputNotFoundError
+from ldm_cli.errors import DataError, amount
+from ldm_cli.inputs import open_input
 from ldm_cli.pictures.job import PromptEntry, value_of
 
-_MOST_BYTES = 2**28
+_MOST_BYTES = 2**26
 _TEXT_SUFFIXES = ("", ".txt", ".text", ".prompt", ".prompts")
 _OPTION = re.compile(r"(?:^|\s)--(\w+)(?=\s|=|$)")
 # What a text file of prompts does not begin with, and its kind.
@@ -81,12 +82,10 @@ def read_prompt_file(path: Path, warn: Callable[[str], None]) -> list[PromptEntr
     def remark(what: str) -> None:
         remarks[what] += 1
 
-    try:
-        if (size := path.stat().st_size) > _MOST_BYTES:
-            raise DataError(f"cannot read prompts '{path}'", f"{size:,} bytes are no list of prompts")
-        found = list(readers.get(suffix, _from_text)(path, remark))
-    except OSError as error:
-        raise InputNotFoundError(f"cannot read prompts '{path}'", os.strerror(error.errno or 0).lower()) from None
+    with open_input(path, remedy="check --prompts") as stream:
+        if (size := os.fstat(stream.fileno()).st_size) > _MOST_BYTES:
+            raise DataError(f"cannot read prompts '{path}'", f"{amount(size)} are no list of prompts")
+    found = list(readers.get(suffix, _from_text)(path, remark))
     for what, count in remarks.items():
         warn(f"'{path}': {count} × {what}")
     if stray := next((entry.prompt for entry in found if stray_option(entry.prompt)), None):

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from ldm_cli import __version__
-from ldm_cli.errors import CheckpointError, DataError
+from ldm_cli.errors import CheckpointError, DataError, LdmError
 from ldm_cli.formats.hub import HubName
-from ldm_cli.formats.png_metadata import OURS, PARAMETERS, format_parameters
+from ldm_cli.formats.png_metadata import OURS, PARAMETERS, format_parameters, read_provenance
+from ldm_cli.inputs import MOST_PICTURE_BYTES, read_input
 
 _A1111_SAMPLERS = {
     "ddpm": "DDPM",
@@ -36,6 +37,8 @@ _A1111_SAMPLERS = {
 _A1111_SCHEDULES = {"karras": "Karras", "exponential": "Exponential"}
 _FOLDERS_WITHIN_A_RUN = ("model", "ema")
 
+IMAGES_FILE = "images.json"
+"""What `ldm sample` writes beside its pictures."""
 VERSIONS = {"ldm": __version__, "torch": torch.__version__}
 
 
@@ -55,10 +58,46 @@ def full_provenance(job: Mapping[str, Any], image: Mapping[str, Any], sources: M
     Args:
         job: shared by all pictures of the job: `sampling`, `edit`, `weights`, `scheduler`, …
         image: `prompt`, `seed` and the fields that differ from the job; its `file` is not taken over.
-        sources: paths of the model and the pictures to work on.
+        sources: paths of the model and the pictures to work on, of which the names are kept.
     """
     own = {name: value for name, value in image.items() if name != "file"}
-    return {**job, **own, "sources": dict(sources), "versions": VERSIONS}
+    found = {**job, **own, "sources": dict(sources), "versions": VERSIONS}
+    return _with_paths(found, found, _name)
+
+
+def repeatable_provenance(picture: Path) -> dict[str, Any]:
+    """The provenance in a picture, with the paths that images.json beside it has; errors as in `read_provenance`.
+
+    A picture may be given to anybody, so it has names alone: `full_provenance`.
+    """
+    own = read_provenance(picture)
+    try:
+        content = json.loads(read_input(picture.with_name(IMAGES_FILE), MOST_PICTURE_BYTES))
+        image = next(image for image in content["images"] if image["file"] == picture.name)
+        beside = {**content["job"], **image, "sources": content["sources"]}
+        if _with_paths(own, beside, _name) == own:
+            return _with_paths(own, beside, lambda text: text)
+    except (LdmError, ValueError, KeyError, TypeError, StopIteration, RecursionError):
+        pass  # the names have to do
+    return own
+
+
+def _with_paths(provenance: Mapping[str, Any], paths: Mapping[str, Any], shown: Callable[[str], str]) -> dict[str, Any]:
+    """A provenance whose sources and models of the guidance are those of `paths`, as `shown` shows each."""
+    result = {**provenance, "sources": {name: shown(path) for name, path in paths["sources"].items()}}
+    guidance = paths.get("sampling", {}).get("guidance", {})
+    own: dict[str, Any] = {"model": shown(guidance["model"])} if guidance.get("model") else {}
+    if guidance.get("clip"):
+        own["clip"] = {**guidance["clip"], "model": shown(guidance["clip"]["model"])}
+    if own:
+        sampling = provenance["sampling"]
+        result["sampling"] = {**sampling, "guidance": {**sampling["guidance"], **own}}
+    return result
+
+
+def _name(source: str) -> str:
+    """A model or file without the folders above it; the name of a hub's model as it is."""
+    return source if HubName.parse(source) else _model_name(source) or source
 
 
 def texts_of(provenance: Mapping[str, Any], size: tuple[int, int]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from ldm_cli import philox
 from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.captions import decode_text
 from ldm_cli.errors import DataError, InputNotFoundError
+from ldm_cli.inputs import read_input
 from ldm_cli.pictures.job import Item, Job
 
 # No separators and no dots: a prompt cannot name a file elsewhere.
@@ -61,10 +62,10 @@ class Wildcards:
 
     def _read(self, name: str) -> list[str]:
         file = self._folder / f"{name}.txt"
+        remedy = f"it has the words for '__{name}__': write a file there"
         try:
-            lines = decode_text(file.read_bytes()).text.splitlines()
-        except OSError as error:
-            raise InputNotFoundError(f"no words for '__{name}__'", f"'{file}': {error.strerror}", "add it") from error
+            # A link could lead to any file, and its lines into a prompt that others see.
+            lines = decode_text(read_input(file, remedy=remedy, follow=False)).text.splitlines()
         except BadSampleError as error:
             raise DataError(f"cannot read '{file}'", error.detail) from error
         words = [line.strip() for line in lines if line.strip() and not line.startswith("#")]

@@ -10,7 +10,8 @@ from typing import Any, TypeVar, cast
 from pydantic import ValidationError
 
 from ldm_cli.config import Config
-from ldm_cli.errors import InputNotFoundError, RecipeError, printable
+from ldm_cli.errors import RecipeError, printable, without_secrets
+from ldm_cli.inputs import read_input
 from ldm_cli.recipe.overrides import Draft, apply_override
 from ldm_cli.recipe.problems import describe, did_you_mean, find_problems, line_of
 from ldm_cli.recipe.schema import RECIPES, Recipe
@@ -89,10 +90,7 @@ def _validated(model: type[Section], draft: Draft, shown: str) -> Section:
 def _read(path: Path | None, command: str | None, base: Mapping[str, Any]) -> tuple[str, Draft]:
     if path is None:
         return "", Draft({"command": command, **base}, values={(): "the command line"})
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InputNotFoundError(f"cannot read recipe '{path}'", error.strerror or str(error)) from None
+    raw = read_input(path, too_large=RecipeError)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -110,7 +108,8 @@ def _recipe_class(draft: Draft, expected: str | None, shown: str) -> type[Config
     command = draft.data.get("command")
     place = draft.place(("command",), at_key=False) or f"{shown}:1:1"
     if command is None and expected is None:
-        raise _invalid(shown, [f"{place}: missing required key 'command'; one of {', '.join(RECIPES)}"])
+        near = next((f" (is it '{key}'?)" for key in draft.data if did_you_mean(str(key), ["command"])), "")
+        raise _invalid(shown, [f"{place}: missing required key 'command'{near}; one of {', '.join(RECIPES)}"])
     if command is None or command == expected:
         return RECIPES[expected or command]
     if not isinstance(command, str) or command not in RECIPES:
@@ -133,4 +132,5 @@ def _located(error: ValidationError, model: type[Config], draft: Draft) -> list[
 
 def _invalid(shown: str, problems: list[str]) -> RecipeError:
     count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
-    return RecipeError(f"recipe '{shown}' is invalid", count, problems=tuple(printable(p) for p in problems))
+    safe = tuple(printable(without_secrets(problem)) for problem in problems)
+    return RecipeError(f"recipe '{shown}' is invalid", count, problems=safe)

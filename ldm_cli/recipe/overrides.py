@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ldm_cli.errors import is_secret
 from ldm_cli.recipe.problems import describe
 from ldm_cli.recipe.yaml_source import Path, YamlSource, dotted, parse_yaml
 
@@ -62,15 +63,17 @@ class Draft:
 
 def apply_override(draft: Draft, override: str) -> None:
     """Apply `key=value`; the value follows the rules of the recipe's YAML."""
-    shown = override if len(override) <= _MAX_SHOWN else override[: _MAX_SHOWN - 1] + "…"
-    place = f"override '{shown}'"
     name, equals, text = override.partition("=")
+    shown = f"{name}=…" if is_secret(name) else override
+    shown = shown if len(shown) <= _MAX_SHOWN else shown[: _MAX_SHOWN - 1] + "…"
+    place = f"override '{shown}'"
     if not equals or not all(name.split(".")):
         draft.problems.append(f"{place}: expected key=value, such as train.lr=1e-4")
         return
     source = parse_yaml(text)
     if source.problems:
-        draft.problems.append(f"{place}: {name}: {source.problems[0].message} (text may need quotes)")
+        message = "not valid YAML" if is_secret(name) else source.problems[0].message
+        draft.problems.append(f"{place}: {name}: {message} (text may need quotes)")
         return
     draft.assign(tuple(int(part) if part.isdecimal() else part for part in name.split(".")), source, place)
 

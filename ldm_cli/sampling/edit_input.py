@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.decode import decode_rgb, from_pillow
-from ldm_cli.errors import DataError, InputNotFoundError, UsageError
+from ldm_cli.errors import DataError, UsageError
+from ldm_cli.inputs import MOST_PICTURE_BYTES, read_input
 from ldm_cli.sampling.edit_config import EditConfig
 
 _MOST_PIXELS = 2**27
@@ -128,12 +129,8 @@ def adain(content: Tensor, style: Tensor, amount: float) -> Tensor:
 def _open(name: str, option: str, size: tuple[int, int] | None) -> Tensor:
     """A picture, uint8 [3, H, W]."""
     try:
-        data = Path(name).read_bytes()
+        data = read_input(Path(name), MOST_PICTURE_BYTES, remedy=f"check {option}")
         image = decode_rgb(data, _BLACK if option == "--mask" else _WHITE, _MOST_PIXELS).image
-    except FileNotFoundError as error:
-        raise InputNotFoundError(f"picture '{name}' not found", remedy=f"check {option}") from error
-    except OSError as error:
-        raise InputNotFoundError(f"cannot read '{name}'", error.strerror or str(error), f"check {option}") from error
     except BadSampleError as error:
         raise DataError(f"cannot read '{name}'", str(error), f"check {option}") from error
     if size is not None and image.size != (size[1], size[0]):

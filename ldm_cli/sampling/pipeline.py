@@ -13,6 +13,7 @@ from torch import Tensor
 from ldm_cli.core.diffusion.config import GuidanceConfig
 from ldm_cli.core.diffusion.process import Level
 from ldm_cli.core.diffusion.samplers import CleanPredictor
+from ldm_cli.core.first_nonfinite import first_nonfinite
 from ldm_cli.errors import DivergedError, UsageError
 from ldm_cli.families.family import Family
 from ldm_cli.families.prompt_chunks import PromptReading
@@ -110,6 +111,7 @@ class Pipeline:
             None if edit is None else encode_edit_input(family.codec, edit, family.device, window),
             window,
         )
+        origin: str | None = None
         with reporter.progress("sampling", len(requests), unit="image") as progress:
             for images, rows in self._groups(requests, shape, sampler):
                 group = list(requests[images])
@@ -119,10 +121,26 @@ class Pipeline:
                 x0 = sampler.sample(padded, start, watch)[: len(group)]
                 for i, pixels in enumerate(decode_pixels(family.codec, x0, window)):
                     if pixels is None:
-                        options.on_nonfinite(_nonfinite(group[i], x0[i], sampler))
+                        if origin is None:  # of the first one: to find it takes as long as a picture
+                            origin = self._origin(sampler, group[i], start[i : i + 1], reading)
+                        options.on_nonfinite(_nonfinite(group[i], x0[i], sampler, origin))
                         continue
                     yield GeneratedImage(images.start + i, group[i], pixels if edit is None else edit.pasted(pixels))
                 progress.update(images.stop)
+
+    def _origin(self, sampler: LatentSampler, request: ImageRequest, noise: Tensor, reading: PromptReading) -> str:
+        """Where the first value that is not finite comes from, on the way to a picture; as `first_nonfinite`."""
+        family, negative = self.family, sampler.config.negative
+
+        @torch.inference_mode()
+        def again() -> None:
+            conditions = prompt_conditions(family, [request], negative, reading, lambda message: None)
+            x0 = replace(sampler, conditions=conditions).sample([request], noise, lambda predictor: predictor)
+            decode_pixels(family.codec, x0, sampler.window)
+
+        weaker = sampler.models.weaker
+        others = {} if weaker is None else {"guidance.model": weaker}
+        return first_nonfinite({**family.networks, **others}, again)
 
     def _guidance_models(self, config: GuidanceConfig) -> GuidanceModels:
         """The further networks of a guidance, loaded once."""
@@ -184,8 +202,8 @@ class Pipeline:
         return watched
 
 
-def _nonfinite(request: ImageRequest, x0: Tensor, sampler: LatentSampler) -> DivergedError:
-    """The error that names a picture that is not finite, and the first network whose output is not."""
+def _nonfinite(request: ImageRequest, x0: Tensor, sampler: LatentSampler, origin: str) -> DivergedError:
+    """The error that names a picture that is not finite, the first network whose output is not, and its layer."""
     chunks = sampler.conditions.num_chunks(request)
     rows = [sampler.conditions.rows[prompt, chunks] for prompt in prompts_of(request, sampler.config.negative)]
     conditions = [tensor for row in rows for tensor in row.tensors.values()]
@@ -196,6 +214,7 @@ def _nonfinite(request: ImageRequest, x0: Tensor, sampler: LatentSampler) -> Div
     is_half = sampler.config.precision == "fp16"
     return DivergedError(
         f"the picture of {request.prompt[:60]!r} with seed {request.seed} is not finite",
-        f"{culprit} {'overflows in fp16' if is_half else 'gives values that are not finite'}",
+        f"{culprit} {'overflows in fp16' if is_half else 'gives values that are not finite'}"
+        + (f", first in {origin}" if origin else ""),
         "set sampling.precision to bf16 or fp32" if is_half else "lower sampling.guidance.scale, or check the weights",
     )

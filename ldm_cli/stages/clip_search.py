@@ -16,6 +16,7 @@ from ldm_cli.data.tables import is_picture
 from ldm_cli.errors import DataError, InputNotFoundError, UsageError
 from ldm_cli.evaluation.nearest import nearest
 from ldm_cli.formats.embedding_files import EmbeddingFile, expect_new, is_embedding_file, open_embeddings
+from ldm_cli.inputs import MOST_PICTURE_BYTES, read_input
 from ldm_cli.pictures.grid import labelled_grid, stacked
 from ldm_cli.pictures.images import save_image, to_pillow
 from ldm_cli.reporting import Reporter
@@ -147,7 +148,7 @@ def sheet_of(queries: Sequence[dict[str, Any]], sets: Sequence[PictureSet], repo
             pictures.append(_reduced(opened[source].picture(numbers[source][entry["name"]])))
             labels.append(f"{entry['cosine']:.3f} {entry['name']}")
         if "picture" in query:
-            pictures.insert(0, _reduced(upright(Path(query["picture"]).read_bytes())))
+            pictures.insert(0, _reduced(upright(read_input(Path(query["picture"]), MOST_PICTURE_BYTES))))
             labels.insert(0, "query")
         for start in range(0, len(pictures), _COLUMNS):
             part = labels[start : start + _COLUMNS]

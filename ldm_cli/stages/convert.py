@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from ldm_cli.core.precision import DTYPES
+from ldm_cli.data.tokenizer_files import MOST_TOKENIZER_BYTES
 from ldm_cli.errors import CheckpointError, InputNotFoundError, OutputError, UsageError
 from ldm_cli.evaluation.inception_features import inception_tensors
 from ldm_cli.evaluation.perceptual_distance import lpips_tensors
 from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.hub import model_path
 from ldm_cli.formats.json_file import write_json
-from ldm_cli.formats.model_folder import is_finite
 from ldm_cli.formats.model_source import outside_file, split_at_file
 from ldm_cli.formats.pipeline_folder import INDEX_NAME, SCHEDULER_FILE, TOKENIZER, UNET
 from ldm_cli.formats.save_model import save_sharded
@@ -32,6 +32,8 @@ from ldm_cli.formats.weight_files import (
     read_pickle,
     write_tensors,
 )
+from ldm_cli.formats.weight_values import is_finite
+from ldm_cli.manifest import read_listed
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.convertible import FoundModel, FoundModels, read_file, read_folder, tokenizer_files
 from ldm_cli.stages.support.merged_adapters import merged
@@ -262,7 +264,7 @@ def _fill(models: FoundModels, folder: Path, shard_bytes: int | None) -> None:
         write_json(folder / path, content)
     for path, file in models.companions.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, folder / path)
+        (folder / path).write_bytes(read_listed(file, MOST_TOKENIZER_BYTES))
 
 
 def _published(models: FoundModels) -> str | None:

@@ -12,7 +12,8 @@ from ldm_cli.data import pack as packing
 from ldm_cli.data import report, scenes
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.duplicates import find_duplicates
-from ldm_cli.data.open_shards import open_shards
+from ldm_cli.data.open_shards import NoSamplesError, open_shards
+from ldm_cli.errors import DataError
 from ldm_cli.reporting import Reporter
 
 synth = scenes.write_scenes
@@ -22,9 +23,17 @@ pack = packing.pack
 
 
 def check(config: DataConfig, reporter: Reporter) -> dict[str, Any]:
-    """Decode every sample of `config.shards`; damage is reported in the result, where `ok` sums it up."""
+    """Decode every sample of `config.shards`; damage is reported in the result, where `ok` sums it up.
+
+    Raises:
+        DataError: there is no whole sample.
+    """
     tolerant = config.model_copy(update={"on_bad_shard": "skip"})
-    return report.check(open_shards(config.shards, tolerant, reporter), config, reporter)
+    try:
+        shards = open_shards(config.shards, tolerant, reporter)
+    except NoSamplesError as error:
+        raise DataError(error.what, error.cause, "make or fetch the shards again") from error
+    return report.check(shards, config, reporter)
 
 
 def stats(config: DataConfig, reporter: Reporter) -> dict[str, Any]:
@@ -40,6 +49,8 @@ def duplicates(
     return find_duplicates(tolerant, file, against, threshold, reporter)
 
 
-def index(config: DataConfig, reporter: Reporter, sizes_file: Path | None = None) -> dict[str, Any]:
+def index(
+    config: DataConfig, reporter: Reporter, sizes_file: Path | None = None, hashed: bool = False
+) -> dict[str, Any]:
     """Index `config.shards` and keep the indexes for later runs: `report.index`."""
-    return report.index(open_shards(config.shards, config, reporter), sizes_file)
+    return report.index(open_shards(config.shards, config, reporter, hashed), sizes_file)

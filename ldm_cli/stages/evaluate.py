@@ -168,7 +168,7 @@ class _Evaluation:
                 part = f"{number:03d}-{name}"
                 measured = place.measured / part
                 if config.keep_pictures:
-                    keep = kept_pictures(place.pictures / part, pipeline, sampling, captions, ranks)
+                    keep = kept_pictures(place.pictures / part, pipeline, sampling, captions, ranks, reporter.warn)
             generated = measure_generated(
                 config, sampling, captions, pipeline, self.models, reporter, ranks, measured, keep
             )

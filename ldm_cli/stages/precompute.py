@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,23 +15,26 @@ from typing import Any, TypeVar
 import torch
 
 from ldm_cli.core.precision import DTYPES
-from ldm_cli.data.cache_manifest import CachedShard, CacheKey, Dtype, Manifest, differences
+from ldm_cli.data.cache_manifest import CachedShard, CacheKey, Dtype, Manifest, differences, stem_of
 from ldm_cli.data.cache_writer import (
     bad_members,
     caption_members,
+    file_of,
+    find_whole,
     locked,
+    manifest_to_update,
     moments_members,
     remove_orphans,
+    write_file,
     write_manifest,
 )
 from ldm_cli.data.latent_cache import caption_digest, known_captions
-from ldm_cli.data.open_shards import index_shards, open_shards
+from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.prefetch import prefetched
 from ldm_cli.data.sample_decoder import SampleDecoder, Wanted
-from ldm_cli.data.shard_writer import write_shard
 from ldm_cli.data.shards import ShardSet
 from ldm_cli.data.to_device import sent_to_device
-from ldm_cli.errors import DataError, InputNotFoundError, OutputError, Preempted
+from ldm_cli.errors import OutputError, Preempted
 from ldm_cli.families.codec_folder import outline_codec
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import Progress, Reporter
@@ -85,10 +89,11 @@ def run(
             ranks.wait()
             failures = FailureJournal(folder / "failures.jsonl", "file")
             failures.check()
-            before = Manifest.read(folder)
+            before, is_damaged = manifest_to_update(folder, reporter.warn)
             key = _key_to_use(folder, before, wanted, dtype, options.overwrite)
             encoder = BatchEncoder(recipe, device, reporter.warn)
-            counts = _Precomputation(recipe, folder, shards, key, encoder, stop, reporter, failures, ranks).run(before)
+            work = _Precomputation(recipe, folder, shards, key, encoder, stop, reporter, failures, ranks)
+            counts = work.run(before, is_damaged)
     size = sum(path.stat().st_size for path in folder.glob("*.tar"))
     seconds = round(time.perf_counter() - started, 1)
     return {"cache": str(folder), "dtype": key.dtype, **counts, "bytes": size, "seconds": seconds}
@@ -169,21 +174,25 @@ class _Precomputation:
         self._device = next(encoder.codec.parameters()).device
         self._sample_bytes = _sample_bytes(recipe, key)
 
-    def run(self, before: Manifest | None) -> dict[str, int]:
-        """Write the missing files; `cache.json` names a file only when it exists."""
+    def run(self, before: Manifest | None, is_damaged: bool) -> dict[str, int]:
+        """Write the missing files; `cache.json` names a file only when it exists. Files of another recipe are deleted,
+        unless the manifest `is_damaged` and did not say that they are."""
         known, is_first = before.shards if before else (), self._ranks.is_first
         places = zip(self._shards.paths, self._shards.indexes, strict=True) if is_first else ()
-        shards = tuple(CachedShard.of(path, index.fingerprint(), self._key, known) for path, index in places)
+        shards = tuple(CachedShard.of(path, index.fingerprint(), known) for path, index in places)
         if is_first and (before is None or before.key != self._key):
             write_manifest(self._folder, Manifest(self._key, shards))
         num_encoded = self._write_latents(shards)
-        text_files, num_captions = self._write_text()
+        text_stems, num_captions = self._write_text()
         self._ranks.wait()
         removed = 0
         if is_first:
-            manifest = Manifest(self._key, shards, tuple(text_files), complete=True)
+            shards = tuple(replace(s, file=file_of(self._folder, self._key.latents_stem(s.sha256))) for s in shards)
+            manifest = Manifest(
+                self._key, shards, tuple(file_of(self._folder, stem) for stem in text_stems), complete=True
+            )
             write_manifest(self._folder, manifest)
-            removed = remove_orphans(self._folder, manifest)
+            removed = 0 if is_damaged else remove_orphans(self._folder, manifest)
             self._failures.file.unlink(missing_ok=True)
         samples = self._shards.num_samples
         return {"samples": samples, "encoded": num_encoded, "captions": num_captions, "removed_files": removed}
@@ -195,8 +204,9 @@ class _Precomputation:
 
     def _write_latents(self, shards: Sequence[CachedShard]) -> int:
         """Encode the pictures of the shards whose file is not there; how many samples those have."""
-        find = lambda: [(shard.file, i) for i, shard in enumerate(shards) if not self._is_there(shard.file)]  # noqa: E731
-        every = self._found_by_first(find)
+        stems = [self._key.latents_stem(shard.sha256) for shard in shards]
+        find = partial(find_whole, self._folder, warn=self._reporter.warn)
+        every = self._found_by_first(lambda: [(s, i) for i, s in enumerate(stems) if not find(s)])
         total = sum(self._shards.sizes[number] for _, number in every)
         expect_room(self._folder, total * self._sample_bytes, "the cache", ", choose another folder, or --dtype fp16")
         missing = dict(every[self._ranks.rank :: self._ranks.world_size])
@@ -213,24 +223,13 @@ class _Precomputation:
             prefetched(self._encoder.chunk(part) for part in pictures) as encoded,
         ):
             done = count()
-            for file, number in missing.items():
-                self._write(file, self._samples(number, encoded, lambda: progress.update(next(done) + 1)))
+            for stem, number in missing.items():
+                self._write(stem, self._samples(number, encoded, lambda: progress.update(next(done) + 1)))
         return total
 
-    def _write(self, file: str, samples: Iterable[Mapping[str, Any]]) -> None:
-        write_shard(self._folder / file, samples)
+    def _write(self, stem: str, samples: Iterable[Mapping[str, Any]]) -> None:
+        write_file(self._folder, stem, samples)
         self._num_written += 1
-
-    def _is_there(self, file: str) -> bool:
-        """Whether a file of the cache exists and is complete; a damaged one is made again."""
-        try:
-            index_shards((self._folder / file,), "stop", self._reporter)
-        except InputNotFoundError:
-            return False
-        except DataError as error:
-            self._reporter.warn(f"{error.what}: {error.cause}; it is made again")
-            return False
-        return True
 
     def _samples(
         self, shard: int, encoded: Iterator[EncodedChunk], report: Callable[[], None]
@@ -252,18 +251,18 @@ class _Precomputation:
             sample += chunk.size
 
     def _write_text(self) -> tuple[list[str], int]:
-        """Encode the captions that no file has yet; the files in order, and how many captions they hold."""
-        prefix = self._key.text_prefix()
-        paths = self._folder.glob(f"{prefix}*.tar")
-        files = self._found_by_first(lambda: sorted(path.name for path in paths if self._is_there(path.name)))
+        """Encode the captions that no file has yet; the stems of all files, and how many captions they hold."""
+        prefix = self._key.text_stem()
+        files = self._found_by_first(lambda: find_whole(self._folder, prefix, self._reporter.warn))
+        stems = [stem_of(Path(name)) for name in files]
         known = known_captions([self._folder / name for name in files], self._reporter)
         with self._reporter.progress("encoding captions", self._shards.num_samples, unit="sample") as progress:
             fresh = self._fresh_captions(known, progress)
             while captions := list(islice(fresh, _CAPTIONS_PER_FILE)):
-                files.append(next(name for i in count() if (name := f"{prefix}{i:06d}.tar") not in files))
-                if len(files) % self._ranks.world_size == self._ranks.rank:
-                    self._write(files[-1], self._with_conditions(captions))
-        return files, len(known)
+                stems.append(next(stem for i in count() if (stem := f"{prefix}-{i:06d}") not in stems))
+                if len(stems) % self._ranks.world_size == self._ranks.rank:
+                    self._write(stems[-1], self._with_conditions(captions))
+        return stems, len(known)
 
     def _fresh_captions(self, known: set[str], progress: Progress) -> Iterator[str]:
         """The empty caption and every caption of the shards, each if it is not in `known`, where it is put."""

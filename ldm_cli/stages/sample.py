@@ -117,7 +117,7 @@ def _claimed(folder: JobFolder, lock: RunLock, options: RunOptions, reporter: Re
     folder.make()
     with storage_errors(folder.path):
         lock.acquire(reporter.warn)
-    return folder.claim(options.overwrite)
+    return folder.claim(options.overwrite, reporter.warn)
 
 
 def _generate(

@@ -13,23 +13,15 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TypedDict
 
 import torch
 
 from ldm_cli import __version__
-from ldm_cli.errors import CheckpointError
+from ldm_cli.errors import CheckpointError, LdmError
+from ldm_cli.manifest import MANIFEST, Entry, known_sha256, read_manifest
 from ldm_cli.storage import TEMPORARY_PREFIX, file_sha256, fsync_path, storage_errors, write_whole
 
-MANIFEST = "manifest.json"
 _STEP_PREFIX = "step-"
-
-
-class _Entry(TypedDict):
-    """A file's entry in a manifest."""
-
-    bytes: int
-    sha256: str
 
 
 def checkpoint_name(step: int) -> str:
@@ -94,13 +86,13 @@ def commit_folder(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _seal(folder: Path, known: dict[tuple[int, int], _Entry]) -> None:
+def _seal(folder: Path, known: dict[tuple[int, int], Entry]) -> None:
     """Sync every file and folder below `folder` and write its manifest last.
 
     Args:
         known: (device, inode) → entry, of files that were sealed before and are linked to.
     """
-    entries: dict[str, _Entry] = {}
+    entries: dict[str, Entry] = {}
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         facts = file.stat()
         inode = (facts.st_dev, facts.st_ino)
@@ -115,21 +107,12 @@ def _seal(folder: Path, known: dict[tuple[int, int], _Entry]) -> None:
     fsync_path(folder)
 
 
-def _known(folder: Path) -> dict[tuple[int, int], _Entry]:
+def _known(folder: Path) -> dict[tuple[int, int], Entry]:
     """The entries of a committed folder's manifest by device and inode; nothing if there is no such folder."""
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        stats = {name: ((folder / name).stat(), entry) for name, entry in _entries(folder).items()}
+    with suppress(OSError, LdmError, ValueError, KeyError, TypeError, AttributeError):
+        stats = {name: ((folder / name).stat(), entry) for name, entry in read_manifest(folder).items()}
         return {(facts.st_dev, facts.st_ino): entry for facts, entry in stats.values()}
     return {}
-
-
-def _entries(folder: Path) -> dict[str, _Entry]:
-    files: dict[str, _Entry] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    if not files:
-        raise ValueError("it lists no files")
-    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
-        raise ValueError("it names files outside of the folder")
-    return files
 
 
 def link_folder(source: Path, target: Path) -> None:
@@ -138,7 +121,7 @@ def link_folder(source: Path, target: Path) -> None:
     Raises:
         OSError: copying failed.
     """
-    for name in _entries(source):
+    for name in read_manifest(source):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         _link(source / name, target / name)
 
@@ -153,28 +136,28 @@ def _link(source: Path, target: Path) -> None:
 def problem_with(folder: Path) -> str | None:
     """None if every file in the manifest has its recorded size and sha256, else the first problem."""
     try:
-        for name, entry in _entries(folder).items():
+        for name, entry in read_manifest(folder).items():
             if (problem := _problem(folder / name, entry)) is not None:
                 return f"'{name}' {problem}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, LdmError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"'{MANIFEST}' cannot be read ({error})"
     return None
 
 
-def _problem(file: Path, entry: _Entry) -> str | None:
+def _problem(file: Path, entry: Entry) -> str | None:
     if not file.is_file():
         return "is missing"
     if file.stat().st_size != entry["bytes"]:
         return f"has {file.stat().st_size} bytes, not {entry['bytes']}"
-    return None if file_sha256(file) == entry["sha256"] else "does not have the content of its sha256"
+    return None if known_sha256(file, again=True) == entry["sha256"] else "does not have the content of its sha256"
 
 
 def _mend(folder: Path, spare: Path) -> list[str]:
     """Put sound files of the committed folder `spare` in place of damaged ones with the same sha256; their names."""
     mended = []
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        sound = {entry["sha256"]: spare / name for name, entry in _entries(spare).items()}
-        for name, entry in _entries(folder).items():
+    with suppress(OSError, LdmError, ValueError, KeyError, TypeError, AttributeError):
+        sound = {entry["sha256"]: spare / name for name, entry in read_manifest(spare).items()}
+        for name, entry in read_manifest(folder).items():
             file, source = folder / name, sound.get(entry["sha256"])
             if source is not None and _problem(file, entry) is not None and _problem(source, entry) is None:
                 temporary = file.with_name(f"{TEMPORARY_PREFIX}{file.name}")

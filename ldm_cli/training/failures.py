@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm_cli.errors import StuckError, printable
-from ldm_cli.storage import storage_errors
+from ldm_cli.inputs import read_input
+from ldm_cli.storage import append_text
 
 MAX_ATTEMPTS = 5
 """Processes of a run that may end in the same step, one after the other."""
@@ -35,8 +36,7 @@ class FailureJournal:
             StorageError: writing failed.
         """
         entry = {"step": step, "cause": printable(cause), "host": socket.gethostname(), "noted_by_pid": os.getpid()}
-        with storage_errors(self.file), self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        append_text(self.file, json.dumps(entry, ensure_ascii=False) + "\n")
 
     def check(self) -> None:
         """Make sure that the last processes did not all end in the same step.
@@ -53,7 +53,8 @@ class FailureJournal:
             )
 
     def _entries(self) -> list[dict[str, Any]]:
-        lines = self.file.read_text(encoding="utf-8", errors="replace").splitlines() if self.file.exists() else []
+        content = read_input(self.file) if os.path.lexists(self.file) else b""
+        lines = content.decode("utf-8", "replace").splitlines()
         entries = []
         for line in lines:
             try:

@@ -37,26 +37,36 @@ def release_signals() -> None:
 
 
 class InterruptNote:
-    """Context in which Ctrl-C raises KeyboardInterrupt, as always, and sets `came`: compiled code of a library may turn
-    that exception into another. An ignored SIGINT stays ignored."""
+    """Context in which Ctrl-C and SIGTERM raise KeyboardInterrupt: files are left whole, and a last line says why.
+
+    `came` is the signal, 0 for none: compiled code of a library may turn the exception into another. An ignored signal
+    stays ignored, and a second SIGTERM ends the process at once.
+    """
 
     def __init__(self) -> None:
-        self.came = False
+        self.came = 0
+        self._process = os.getpid()
+        self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Self:
-        self._previous = signal.getsignal(signal.SIGINT)
-        if self._previous is signal.default_int_handler and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._raise)
+        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in usual.items():
+                if signal.getsignal(number) is handler:
+                    self._previous[number] = signal.signal(number, self._raise)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if signal.getsignal(signal.SIGINT) == self._raise:
-            signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            if signal.getsignal(number) == self._raise:
+                signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
-        self.came = True
+        if number == signal.SIGTERM and (self.came == number or os.getpid() != self._process):
+            os._exit(128 + number)
+        self.came = number
         raise KeyboardInterrupt
 
 

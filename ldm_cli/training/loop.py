@@ -22,7 +22,7 @@ from ldm_cli.training.interruption import MORE_TIME, TIME_LIMIT, StopRequest, st
 from ldm_cli.training.optim import learning_rate
 from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.run_folder import RunFolder
-from ldm_cli.training.saving import check_room, export_current, restore, save
+from ldm_cli.training.saving import check_room, expect_finite_result, export_current, restore, save
 from ldm_cli.training.task import BatchT, Task
 from ldm_cli.training.tracking import Trackers
 from ldm_cli.training.trainer import Trainer
@@ -111,7 +111,7 @@ def train(
 
     Raises:
         Preempted: a signal or the time limit; the checkpoint is saved.
-        DivergedError: too many non-finite steps in a row.
+        DivergedError: too many non-finite steps in a row, or a result that is not finite.
         StorageError: a checkpoint finds no room.
         WorkerError: another rank failed or is gone.
     """
@@ -145,10 +145,10 @@ def train(
 def _begin(trainer: Trainer, start: Path | None, validates_start: bool) -> None:
     """Bring a trainer to where its run is, and validate at step 0 if asked to."""
     run, is_first = trainer.run, trainer.ranks.is_first
-    _resume(trainer, start)
+    own = _resume(trainer, start)
     trainer.expect_same_weights()
     if is_first:
-        run.metrics.rewind(trainer.step)
+        run.restore_metrics(own)
         check_room(trainer)
         run.status("running", step=trainer.step, steps=trainer.config.steps)
     if validates_start and trainer.step == 0:
@@ -204,8 +204,8 @@ def _log_figures(trainer: Trainer, step: int, figures: Mapping[str, float]) -> N
     trainer.run.metrics.append({"step": step, **{name: _rounded(value) for name, value in figures.items()}})
 
 
-def _resume(trainer: Trainer, start: Path | None) -> None:
-    """Restore the run's newest checkpoint, or the one it is to start at.
+def _resume(trainer: Trainer, start: Path | None) -> Path | None:
+    """Restore the run's newest checkpoint, which is returned, or the one it is to start at.
 
     Raises:
         CheckpointError: none can be used, or the one given lies beyond the end of the run.
@@ -226,7 +226,7 @@ def _resume(trainer: Trainer, start: Path | None) -> None:
     found, is_own = json.loads(ranks.from_first(json.dumps([str(source or ""), own is not None])))
     source = Path(found) if found else None
     if source is None:
-        return
+        return None
     restore(trainer, source)
     if trainer.step > trainer.config.steps:
         raise CheckpointError(
@@ -238,6 +238,7 @@ def _resume(trainer: Trainer, start: Path | None) -> None:
         trainer.saved_step = trainer.step
     if ranks.is_first:
         run.log(f"continuing '{source}' at step {trainer.step} of {trainer.config.steps}")
+    return source if is_own else None
 
 
 def _preempt(trainer: Trainer, reason: str, has_stepped: bool) -> None:
@@ -283,6 +284,7 @@ def _finish(trainer: Trainer) -> dict[str, float]:
 
     def conclude() -> dict[str, float]:
         figures = trainer.run.metrics.last() | trainer.task.finalize()
+        expect_finite_result(trainer, figures)
         export = partial(export_current, trainer)
         commit_folder(trainer.run.model, export, replace=True, linked=trainer.run.frozen)
         return figures

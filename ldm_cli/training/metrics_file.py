@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm_cli.storage import fsync_path, storage_errors, write_whole
+from ldm_cli.inputs import read_input
+from ldm_cli.storage import append_text, whole_file
+
+_MOST_BYTES = 2**34
 
 
 class MetricsFile:
@@ -22,33 +25,31 @@ class MetricsFile:
 
     def append(self, figures: Mapping[str, Any]) -> None:
         """Add a line."""
-        with storage_errors(self.path), self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(figures) + "\n")
+        append_text(self.path, json.dumps(figures, allow_nan=False) + "\n")
 
-    def sync(self) -> None:
-        """Bring the file to the disk, so that a checkpoint does not outlast the lines before it."""
-        if self.path.exists():
-            with storage_errors(self.path):
-                fsync_path(self.path)
+    def num_bytes(self) -> int:
+        """The size of the file."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def copy(self, target: Path, num_bytes: int) -> None:
+        """Write the first `num_bytes` bytes to another file, for `restore`."""
+        target.write_bytes(read_input(self.path, _MOST_BYTES)[:num_bytes] if num_bytes else b"")
 
     def last(self) -> dict[str, Any]:
         """The figures of the last line, without its step."""
-        lines = self._lines()
+        lines = read_input(self.path, _MOST_BYTES).decode().splitlines() if self.path.exists() else []
         figures: dict[str, Any] = json.loads(lines[-1]) if lines else {}
         figures.pop("step", None)
         return figures
 
-    def rewind(self, step: int) -> None:
-        """Drop the lines that a run which continues after `step` writes again; at step 0 these are all lines."""
-        if self.path.exists():
-            kept = []
-            for line in self._lines():
-                try:
-                    if step > 0 and json.loads(line)["step"] <= step:
-                        kept.append(line)
-                except (ValueError, KeyError, TypeError):
-                    continue  # a killed process may have cut the last line short
-            write_whole(self.path, "".join(f"{line}\n" for line in kept))
+    def agrees_with(self, copy: Path) -> bool:
+        """Whether all that was copied is still there; true if the copy is missing."""
+        return not copy.is_file() or (
+            self.path.is_file() and read_input(self.path, _MOST_BYTES).startswith(read_input(copy, _MOST_BYTES))
+        )
 
-    def _lines(self) -> list[str]:
-        return self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+    def restore(self, copy: Path | None) -> None:
+        """Make the file what it was when `copy` was written; None: empty. Later lines are written again."""
+        if copy is not None or self.path.exists():
+            with whole_file(self.path) as temporary:
+                temporary.write_bytes(b"" if copy is None else read_input(copy, _MOST_BYTES))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Mapping
@@ -26,9 +27,9 @@ from ldm_cli.errors import (
     printable,
 )
 from ldm_cli.formats.hub import hub_source
-from ldm_cli.formats.json_file import read_json, write_json
+from ldm_cli.formats.json_file import read_sealed, write_json, write_sealed
 from ldm_cli.reporting import Reporter
-from ldm_cli.storage import storage_errors, write_whole
+from ldm_cli.storage import append_text, storage_errors, write_whole
 from ldm_cli.training.checkpoint import checkpoints, commit_folder, problem_with, step_of, sweep
 from ldm_cli.training.failures import FailureJournal
 from ldm_cli.training.interruption import TIME_LIMIT
@@ -137,8 +138,8 @@ class RunFolder:
         if not self._lock.is_held:  # one process writes, not each rank
             return
         # A full disk is reported where it loses something.
-        with suppress(OSError), (self.path / "log.txt").open("a", encoding="utf-8") as stream:
-            stream.write(printable(message) + "\n")
+        with suppress(LdmError):
+            append_text(self.path / "log.txt", printable(message) + "\n")
 
     def expect_unused(self) -> None:
         """Make sure that there is nothing to continue.
@@ -163,9 +164,9 @@ class RunFolder:
         Raises:
             CheckpointError: the folder belongs to a run with another recipe, other data or other models.
         """
-        if not self._identity.exists():
+        before = self.recorded()
+        if not before:
             return []
-        before = read_json(self._identity)
         harmless, causes = recipe_changes(before.get("recipe", {}), resolved)
         causes += fingerprint_changes(before.get("fingerprints", {}), fingerprints)
         if causes:
@@ -175,6 +176,22 @@ class RunFolder:
                 "undo the change, or choose another name or --out",
             )
         return harmless
+
+    def recorded(self) -> dict[str, Any]:
+        """`recipe` and `fingerprints` of the folder's run; nothing if it has none, or no checkpoint to go on from.
+
+        If the file is damaged, its copy in a checkpoint counts.
+
+        Raises:
+            CheckpointError: all copies are damaged.
+        """
+        saved = checkpoints(self.checkpoints)
+        places = [self._identity, *(folder / self._identity.name for folder in reversed(saved))]
+        found = next((content for place in places if (content := read_sealed(place)) is not None), {})
+        if saved and not found:
+            cause, remedy = "it is damaged, in its checkpoints too", "choose another --out, or delete the folder"
+            raise CheckpointError(f"'{self._identity}' does not say which run this is", cause, remedy)
+        return found
 
     def claim(
         self, resolved: Mapping[str, Any], source: str, fingerprints: Mapping[str, str], device: torch.device
@@ -187,9 +204,11 @@ class RunFolder:
         """
         for change in self.changes(resolved, fingerprints):
             self.log(f"the recipe changed: {change}")
+        if self._identity.exists() and read_sealed(self._identity) is None:
+            self.warn(f"'{self._identity}' was damaged: it is written again")
         self._has_begun = True
         write_whole(self.path / "recipe.yaml", source)
-        write_json(self._identity, {"recipe": resolved, "fingerprints": fingerprints})
+        write_sealed(self._identity, {"recipe": resolved, "fingerprints": fingerprints})
         paths = {name: Path(value) for name, value in flatten(resolved).items() if isinstance(value, str)}
         models = {name: str(model) for name, path in paths.items() if (model := hub_source(path))}
         write_json(self.path / "env.json", environment(device) | {"models": models})
@@ -210,7 +229,20 @@ class RunFolder:
         self._has_begun = True
         owner = {"pid": os.getpid(), "host": socket.gethostname()}
         content = {"state": state, **self._progress, **owner, "code": None, **details}
-        write_json(self.path / "status.json", content)
+        write_sealed(self.path / "status.json", content)
+
+    def copy_records(self, checkpoint: Path, num_metrics_bytes: int) -> None:
+        """Copy into a checkpoint which run it belongs to, and the first bytes of metrics.jsonl."""
+        self.metrics.copy(checkpoint / self.metrics.path.name, num_metrics_bytes)
+        if self._identity.exists():
+            shutil.copyfile(self._identity, checkpoint / self._identity.name)
+
+    def restore_metrics(self, checkpoint: Path | None) -> None:
+        """Make metrics.jsonl what it was at a checkpoint of this run; None: at step 0."""
+        copy = None if checkpoint is None else checkpoint / self.metrics.path.name
+        if copy is not None and not self.metrics.agrees_with(copy):
+            self.warn(f"'{self.metrics.path}' was damaged: its lines are taken from the checkpoint")
+        self.metrics.restore(copy)
 
     def share(self, write: Callable[[Path], None]) -> None:
         """Fill `frozen` through `commit_folder`, unless it exists and verifies; only the owner of the folder writes."""
@@ -218,15 +250,30 @@ class RunFolder:
             commit_folder(self.frozen, write, replace=True)
 
     def finished(self) -> dict[str, Any] | None:
-        """status.json's content if the run is finished, else None."""
+        """status.json's content if the run is finished; None if it is not, or if damage is to be mended.
+
+        Raises:
+            CheckpointError: it is damaged, and there is no checkpoint to mend it from.
+        """
         file = self.path / "status.json"
-        if not file.exists() or not self.model.is_dir():
+        status = read_sealed(file) if file.exists() else {}
+        damage = None
+        if status is None:
+            damage = f"'{file}' is damaged"
+        elif status.get("state") != "finished":
             return None
-        try:
-            status = read_json(file)
-        except CheckpointError:
-            return None
-        return status if status.get("state") == "finished" and {"step", "steps", "figures"} <= status.keys() else None
+        elif (problem := problem_with(self.model)) is not None:
+            damage = f"'{self.model}' is damaged: {problem}"
+        saved = checkpoints(self.checkpoints)
+        if damage is None:
+            is_whole = not saved or self.metrics.agrees_with(saved[-1] / self.metrics.path.name)
+            return status if is_whole else None  # `restore_metrics` says so
+        if not saved and self.model.is_dir():
+            raise CheckpointError(
+                damage, "there is no checkpoint to go on from", f"delete '{self.path}' to start again"
+            )
+        self._reporter.warn(f"{damage}; the run goes on from its newest checkpoint")
+        return None
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -43,6 +43,10 @@ _HARMLESS = {
 }
 
 
+EVERY_BYTE = "every byte of data"
+"""Name of the fingerprint that a run has only if its shards were hashed whole before it began."""
+
+
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as dotted keys: `{"a": {"b": 1}}` → `{"a.b": 1}`."""
     flat: dict[str, Any] = {}
@@ -68,7 +72,8 @@ def recipe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list
 
 def fingerprint_changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     """In what the fingerprints of data and models differ."""
-    return [f"the fingerprint of {_change(name, old, new)}" for name in _differing(old, new)]
+    names = [name for name in _differing(old, new) if name != EVERY_BYTE or name in old]
+    return [f"the fingerprint of {_change(name, old, new)}" for name in names]
 
 
 def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ldm_cli.errors import OutputError, printable
+from ldm_cli.storage import open_output
 
 _LENGTH = 4096
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
@@ -32,10 +33,9 @@ class RunLock:
         """Take the folder; returns the step in which its last owner died, if it died in one.
 
         Raises:
-            OSError: the file cannot be made.
-            OutputError: a live process owns the folder.
+            OutputError: a live process owns the folder, or the file cannot be made.
         """
-        descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = open_output(self.file, os.O_RDWR)
         before = os.pread(descriptor, _LENGTH, 0).decode("utf-8", "replace").strip()
         try:
             # Not flock: data workers would inherit it, and hold it for seconds after a kill of their owner.

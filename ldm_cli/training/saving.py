@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from ldm_cli.errors import CheckpointError, DivergedError, InputNotFoundError, LdmError, first_line
 from ldm_cli.formats.json_file import read_json, write_json
-from ldm_cli.formats.model_folder import check_tensors, expect_finite
-from ldm_cli.formats.weight_files import read_tensors, write_tensors
+from ldm_cli.formats.model_folder import check_tensors
+from ldm_cli.formats.weight_files import named, read_tensors, write_tensors
+from ldm_cli.formats.weight_values import expect_finite
 from ldm_cli.storage import expect_room, storage_errors
 from ldm_cli.training.checkpoint import checkpoint_name, checkpoints, commit_folder, prune, temporary_folder
 from ldm_cli.training.host_copy import host_copy, mark
@@ -35,6 +37,7 @@ class _Snapshot(NamedTuple):
         tensors: the other tensors of which rank 0 has all; empty on the other ranks.
         parts: the other tensors of which each rank holds a part, as DTensors.
         facts: content of state.json.
+        num_metrics_bytes: size of metrics.jsonl at this step.
     """
 
     weights: WeightsByModule
@@ -42,6 +45,7 @@ class _Snapshot(NamedTuple):
     tensors: dict[str, Tensor]
     parts: dict[str, Tensor]
     facts: dict[str, Any]
+    num_metrics_bytes: int
 
 
 def save(trainer: Trainer) -> None:
@@ -73,7 +77,6 @@ def save(trainer: Trainer) -> None:
             with storage_errors(target, num_bytes):
                 _write_parts(temporary_folder(target), snapshot, trainer.ranks)
             return
-        run.metrics.sync()
         fill = lambda folder: _write(trainer, snapshot, folder)  # noqa: E731
         commit_folder(target, fill, replace=True, linked=run.frozen, num_bytes=num_bytes)
         prune(run.checkpoints, trainer.config.keep_checkpoints)
@@ -100,7 +103,7 @@ def _snapshot(trainer: Trainer) -> _Snapshot:
         parts = {name: host_part(value) for name, value in state.items() if is_part(value)}
     tensors = {name: host_copy(value) for name, value in state.items() if name not in parts} if is_first else {}
     facts = {"step": trainer.step, "num_threads": torch.get_num_threads(), "torch": torch.__version__}
-    return _Snapshot(weights or {}, averages or {}, tensors, parts, facts)
+    return _Snapshot(weights or {}, averages or {}, tensors, parts, facts, trainer.run.metrics.num_bytes())
 
 
 def _weights(task: Task[Any], averages: Mapping[Tensor, Tensor] = MappingProxyType({})) -> WeightsByModule:
@@ -149,6 +152,25 @@ def _expect_finite_weights(trainer: Trainer) -> None:
         )
 
 
+def expect_finite_result(trainer: Trainer, figures: Mapping[str, float | None]) -> None:
+    """Make sure that a run ends in a model and not in numbers that are none.
+
+    Raises:
+        DivergedError: weights or figures are not finite, or the last steps were skipped.
+    """
+    what, remedy = f"the result of '{trainer.run.path}'", "lower train.lr; the last checkpoint is the last sound state"
+    for name, module in trainer.task.modules.items():
+        bad = [f"{name}.{key}" for key, value in module.state_dict().items() if not bool(value.isfinite().all())]
+        if bad:
+            raise DivergedError(what, f"weights that are not finite: {named(bad)}", remedy)
+    lost = [name for name, value in figures.items() if value is None or not math.isfinite(value)]
+    if lost:
+        raise DivergedError(what, f"{named(lost)} not finite, {trainer.first_nonfinite()}", remedy)
+    if trainer.num_skipped_in_row and trainer.config.precision != "fp16":
+        cause = f"loss or gradient was not finite in the last {trainer.num_skipped_in_row} steps"
+        raise DivergedError(what, f"{cause}, {trainer.first_nonfinite()}", remedy)
+
+
 def num_checkpoint_bytes(trainer: Trainer) -> int:
     """Size of the next checkpoint without the files it links to: weights, two moments each, averages, and headers."""
     num_averages = 1 if trainer.ema is not None else 0
@@ -186,6 +208,7 @@ def _write(trainer: Trainer, snapshot: _Snapshot, folder: Path) -> None:
         _write_parts(folder, snapshot, trainer.ranks)
     write_tensors(folder / _TENSORS, snapshot.tensors)
     write_json(folder / _STATE, snapshot.facts)
+    trainer.run.copy_records(folder, snapshot.num_metrics_bytes)
 
 
 def _write_parts(folder: Path, snapshot: _Snapshot, ranks: Ranks) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ldm_cli.core.compiling import compile_regions, eagerly, should_compile
 from ldm_cli.core.cpu import tune_for_cpu
+from ldm_cli.core.first_nonfinite import first_nonfinite
 from ldm_cli.core.precision import autocast
 from ldm_cli.errors import DivergedError, WorkerError
 from ldm_cli.training.background import Background
@@ -67,6 +68,9 @@ class Trainer:
         self.skipped = SkippedSteps()
         self.step = 0
         self.saved_step: int | None = None
+        self.num_skipped_in_row = 0
+        """Steps that were skipped just before the last one whose figures were read, itself included."""
+        self._last_part: Any = None
         self.saves = Background()
 
     def advance(self, batch: Any) -> None:
@@ -96,7 +100,7 @@ class Trainer:
         self.means.add(figures, kept)
         self.means.add({"skipped": 1.0 - kept}, torch.ones_like(kept))
         self.skipped.add(step, sample_names(batch), kept)
-        self.step = step
+        self.step, self._last_part = step, parts[-1]
 
     def autocast(self, *, cached: bool = True) -> torch.autocast:
         """A context in which the networks compute as `train.precision` says.
@@ -150,18 +154,26 @@ class Trainer:
         def read() -> dict[str, float]:
             self.ranks.wait_for(arrived)
             *known, bad = copy.tolist()
-            is_expected = self.config.precision == "fp16"
+            is_expected, self.num_skipped_in_row = self.config.precision == "fp16", int(bad)
             skipped.report(known[len(means) :], self.run, self.ranks, is_expected)
             if bad > self.config.max_nonfinite:
                 raise DivergedError(
                     f"step {step} of '{self.run.path}'",
-                    f"loss or gradient was not finite in {int(bad)} steps in a row",
+                    f"loss or gradient was not finite in {int(bad)} steps in a row, {self.first_nonfinite()}",
                     "lower train.lr or raise train.warmup_steps; the last checkpoint is sound, "
                     "log.txt names the samples",
                 )
             return {name: value for name, value in zip(means, known, strict=False) if not math.isnan(value)}
 
         return read
+
+    def first_nonfinite(self) -> str:
+        """Where the loss of the last part has its first value that is not finite, in words; computes it again."""
+        if self._last_part is None or self.ranks.world_size > 1:  # others do not compute with this one
+            return "somewhere in the model"
+        with self.autocast():
+            found = first_nonfinite(self.modules, lambda: self.task.loss(self._last_part, self.step))
+        return f"first in {found}" if found else "first in the loss or a gradient"
 
     def on_first_rank(self, act: Callable[[], T], *, averaged: bool = False, shared: bool = False) -> T | None:
         """Call `act` on rank 0, while the task's modules hold their full weights there, uncompiled; all ranks call.

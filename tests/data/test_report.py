@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 
 from ldm_cli.data import report
+from ldm_cli.data.bad_samples import read_bad_samples
+from ldm_cli.data.config import DataConfig
 from ldm_cli.data.sample_decoder import Draw, SampleDecoder, Wanted
+from ldm_cli.errors import DataError, InputNotFoundError
 from ldm_cli.reporting import SilentReporter
+from ldm_cli.stages.data import check
 
 from .tars import numbered_sample, opened, png, write_tar
 
@@ -66,3 +70,27 @@ def test_members_that_no_setting_reads_are_counted_and_sound(tmp_path: Path) -> 
     assert result["ok"]
     assert result["not_used"] == {"cls": 2, "json": 2}
     assert result["first_not_used"] == ["a/0000.cls", "a/0000.json"]
+
+
+def test_of_many_bad_samples_the_first_are_shown_and_a_file_has_all(tmp_path: Path) -> None:
+    members = [(f"{number:04d}.png", b"no picture") for number in range(50)]
+    shards, config = opened(write_tar(tmp_path / "a.tar", members), label=None, missing_caption="empty")
+    result = report.check(shards, config, SilentReporter())
+    file = Path(result["bad_samples_file"])
+    assert len(result["bad_samples"]) == 20
+    assert [bad.key for bad in read_bad_samples(file)] == [f"{number:04d}" for number in range(50)]
+    file.unlink()
+
+
+def test_shards_without_a_whole_sample_are_damaged_data(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", numbered_sample(0))
+    data = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(data[:600])
+    with pytest.raises(DataError, match="there are no samples"):
+        check(DataConfig(shards=str(tmp_path / "a.tar")), SilentReporter())
+
+
+def test_a_list_of_samples_to_leave_out_that_is_a_folder_is_an_input_error(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", numbered_sample(0))
+    with pytest.raises(InputNotFoundError, match="it is a folder"):
+        check(DataConfig(shards=str(tmp_path / "a.tar"), quarantine=str(tmp_path)), SilentReporter())

@@ -191,3 +191,31 @@ def test_broken_files_are_refused(tokenizer: Tokenizer, tmp_path: Path, name: st
     (tmp_path / name).write_text(content)
     with pytest.raises(CheckpointError, match="no CLIP tokenizer"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("lost", [1, 2, 5, 40])
+@pytest.mark.parametrize("end", ["first", "last"])
+@pytest.mark.parametrize("layout", ["vocab.json", "tokenizer.json"])
+def test_lost_merges_are_noticed(tokenizer: Tokenizer, tmp_path: Path, lost: int, end: str, layout: str) -> None:
+    tokenizer.save(tmp_path)
+    part = slice(lost, None) if end == "first" else slice(-lost)
+    if layout == "tokenizer.json":
+        whole = json.loads((tmp_path / layout).read_text())
+        whole["model"]["merges"] = whole["model"]["merges"][part]
+        (tmp_path / layout).write_text(json.dumps(whole))
+    else:
+        (tmp_path / "tokenizer.json").unlink()
+        version, *merges = (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines()
+        (tmp_path / "merges.txt").write_text("\n".join([version, *merges[part]]), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="merges are cut"):
+        Tokenizer.load(tmp_path)
+
+
+def test_an_id_that_was_changed_leaves_a_gap_that_is_noticed(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    vocab = vocabulary(tokenizer, tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    last = max(i for token, i in vocab.items() if not token.startswith("<|"))
+    changed = {token: 9000 if i == last else i for token, i in vocab.items()}
+    (tmp_path / "vocab.json").write_text(json.dumps(changed), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=f"no token {last}, though its last one is 9000"):
+        Tokenizer.load(tmp_path)

@@ -44,15 +44,22 @@ class Life:
         arguments: of the command line.
         log: stderr goes there, stdout too.
         held: stop, until `go`, before the first instruction or in the thread of the first save, before its first one.
-        max_file_bytes: RLIMIT_FSIZE.
+        max_file_bytes, max_bytes: RLIMIT_FSIZE, RLIMIT_AS.
     """
 
-    def __init__(self, arguments: Sequence[str], log: Path, held: Held = None, max_file_bytes: int | None = None):
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        log: Path,
+        held: Held = None,
+        max_file_bytes: int | None = None,
+        max_bytes: int | None = None,
+    ):
         self.log = log
         hold_signals()  # as the program does first of all
         self.pid = os.fork()
         if self.pid == 0:
-            _live(arguments, log, held, max_file_bytes)
+            _live(arguments, log, held, {resource.RLIMIT_FSIZE: max_file_bytes, resource.RLIMIT_AS: max_bytes})
         release_signals()
         self._pidfd = os.pidfd_open(self.pid)
         self._poll = select.poll()
@@ -93,9 +100,9 @@ class Life:
         """Let a held life begin."""
         os.kill(self.pid, signal.SIGCONT)
 
-    def end(self) -> int:
+    def end(self, patience: float = TIMEOUT) -> int:
         """Wait for its end; its exit code, or -N if signal N ended it. What hangs is killed."""
-        if self.lasts(TIMEOUT):
+        if self.lasts(patience):
             self.hung = True
             self.send(signal.SIGABRT, group=False)  # tells in the log where it hangs
             time.sleep(1)
@@ -139,7 +146,7 @@ def _hold_first_save(note: Path) -> None:
     Background._attempt = hold  # type: ignore[method-assign]
 
 
-def _live(arguments: Sequence[str], log: Path, held: Held, max_file_bytes: int | None) -> None:
+def _live(arguments: Sequence[str], log: Path, held: Held, limits: Mapping[int, int | None]) -> None:
     code = 70
     try:
         os.setsid()
@@ -149,8 +156,9 @@ def _live(arguments: Sequence[str], log: Path, held: Held, max_file_bytes: int |
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # pytest's would keep what is said
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        if max_file_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
+        for kind, limit in limits.items():
+            if limit is not None:
+                resource.setrlimit(kind, (limit, limit))
         faulthandler.enable(sys.__stderr__)
         from ldm_cli.cli.app import run
 

@@ -109,7 +109,7 @@ def different(one: Path, two: Path, is_clean: bool = True) -> str | None:
     for file in wanted:
         if file not in files[1]:
             return f"{file} is missing"
-        if _content(one / file) != _content(two / file):
+        if content_of(one / file) != content_of(two / file):
             return f"{file} differs"
     if metrics(one) != metrics(two):
         return "metrics.jsonl differs"
@@ -117,7 +117,7 @@ def different(one: Path, two: Path, is_clean: bool = True) -> str | None:
     return f"left behind: {left}" if left and is_clean else None
 
 
-def _content(file: Path) -> tuple[dict[str, Any], bytes]:
+def content_of(file: Path) -> tuple[dict[str, Any], bytes]:
     """Header and data of a safetensors file; entries of the header's metadata come in any order."""
     raw = file.read_bytes()
     size = int.from_bytes(raw[:8], "little")
@@ -132,9 +132,9 @@ Row = Callable[[Bench], None]
 
 def rows() -> dict[str, tuple[Row, int]]:
     """Name → function, and how many trials a plain `make faults` makes."""
-    from . import interruption_rows, memory_rows, storage_rows, word_rows
+    from . import corrupt, interruption_rows, memory_rows, storage_rows, word_rows
 
-    return {**interruption_rows.ROWS, **storage_rows.ROWS, **word_rows.ROWS, **memory_rows.ROWS}
+    return {**interruption_rows.ROWS, **storage_rows.ROWS, **word_rows.ROWS, **memory_rows.ROWS, **corrupt.ROWS}
 
 
 def main() -> int:
@@ -146,6 +146,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, metavar="DIR", help="work there, and leave what there is")
     given = parser.parse_args()
+    import ldm_cli.stages.data
+    import ldm_cli.stages.evaluate
+    import ldm_cli.stages.precompute
+    import ldm_cli.stages.sample
     import ldm_cli.stages.train_clip
     import ldm_cli.stages.train_unet
     import ldm_cli.stages.train_vae  # noqa: F401

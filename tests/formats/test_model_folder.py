@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldm_cli.errors import CheckpointError, InputNotFoundError, OutputError, StorageError
-from ldm_cli.formats.model_folder import expect_finite, load_model, load_weights, read_config
+from ldm_cli.formats.model_folder import load_model, load_weights, read_config
 from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.weight_files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS
+from ldm_cli.formats.weight_values import expect_finite
 
 
 def network(seed=0):
@@ -151,7 +152,7 @@ def test_of_two_spellings_of_one_name_the_other_one_is_left_over(tmp_path):
 
 
 def test_misfits_are_named_up_to_five(tmp_path):
-    save_file({"0.weight": torch.zeros(4, 3), **{f"extra{i}": torch.zeros(1) for i in range(7)}},
+    save_file({"0.weight": torch.ones(4, 3), **{f"extra{i}": torch.zeros(1) for i in range(7)}},
               tmp_path / "model.safetensors")  # fmt: skip
     with pytest.raises(CheckpointError) as caught:
         load_weights(nn.Sequential(nn.Linear(5, 4)), tmp_path)

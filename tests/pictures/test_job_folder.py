@@ -1,4 +1,6 @@
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -37,7 +39,9 @@ def draw(model, out, overwrite=False, latents=None, **fields):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"}
+    """Name → bytes; lines of images.sha256 sorted, as they come in the order of writing."""
+    found = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"}
+    return found | {n: b"".join(sorted(found[n].splitlines(True))) for n in found if n == "images.sha256"}
 
 
 def test_files_have_safe_sortable_names_and_say_how_to_draw_them_again(model, tmp_path):
@@ -45,7 +49,7 @@ def test_files_have_safe_sortable_names_and_say_how_to_draw_them_again(model, tm
     result = draw(model, out, seed=5)
     names = ["00000-a-red-circle-5.png", "00001-a-red-circle-6.png"]
     names += ["00002-e-31m-a-blue-square-5.png", "00003-e-31m-a-blue-square-6.png"]
-    assert sorted(contents(out)) == [*names, "grid.png", "images.json"]
+    assert sorted(contents(out)) == [*names, "grid.png", "images.json", "images.sha256"]
     assert [image["file"] for image in result["images"]] == [str(out / name) for name in names]
     assert result["generated"] == 4
     assert read_image(out / "grid.png").shape == (3, 2 * 128 + 4, 2 * 128 + 4)
@@ -81,6 +85,63 @@ def test_the_same_job_draws_only_what_is_missing_with_the_same_bytes(model, tmp_
     assert contents(tmp_path) == before
 
 
+def another_picture(path):
+    Image.new("RGB", (16, 16)).save(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:200]),
+        lambda path: path.write_bytes(b""),
+        lambda path: (path.unlink(), os.mkfifo(path))[0],
+        another_picture,
+    ],
+)
+def test_a_damaged_or_foreign_picture_is_generated_again(model, tmp_path, damage):
+    draw(model, tmp_path)
+    before = contents(tmp_path)
+    name = next(name for name in before if name[0] == "0")
+    damage(tmp_path / name)
+    reporter = SilentReporter()
+    result = run(recipe(model), RunOptions(out=tmp_path, device="cpu"), reporter)
+    assert result["generated"] == 1
+    assert [m for m in reporter.messages if name in m] == [
+        f"warning: '{tmp_path / name}' is not as it was written: it is deleted, to be generated again"
+    ]
+    assert contents(tmp_path) == before
+
+
+def test_exchanged_pictures_are_generated_again(model, tmp_path):
+    draw(model, tmp_path)
+    before = contents(tmp_path)
+    one, two = (tmp_path / name for name in before if name.endswith("-0.png"))
+    content = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(content)
+    assert draw(model, tmp_path)["generated"] == 2
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", bytes(99), None])
+def test_a_damaged_list_of_pictures_is_written_again(model, tmp_path, content):
+    draw(model, tmp_path)
+    before = contents(tmp_path)
+    (tmp_path / "images.json").write_bytes(content or before["images.json"].replace(b"a red", b"a bed"))
+    reporter = SilentReporter()
+    assert run(recipe(model), RunOptions(out=tmp_path, device="cpu"), reporter)["generated"] == 0
+    assert any("images.json' was damaged" in message for message in reporter.messages)
+    assert contents(tmp_path) == before
+    (tmp_path / "images.sha256").write_bytes(content or b"")
+    assert draw(model, tmp_path)["generated"] == 4
+    assert contents(tmp_path) == before
+
+
+def test_sha256sum_reads_the_checksums(model, tmp_path):
+    draw(model, tmp_path)
+    subprocess.run(["sha256sum", "--check", "--strict", "images.sha256"], cwd=tmp_path, check=True)
+
+
 def test_another_job_is_refused_with_the_difference_and_replaced_when_asked(model, tmp_path):
     draw(model, tmp_path, images_per_prompt=2)
     (tmp_path / "mine.txt").write_text("keep")
@@ -90,7 +151,7 @@ def test_another_job_is_refused_with_the_difference_and_replaced_when_asked(mode
     assert contents(tmp_path) == before
     draw(model, tmp_path, overwrite=True, images_per_prompt=1)
     after = contents(tmp_path)
-    assert len(after) == 5
+    assert len(after) == 6
     assert after["mine.txt"] == b"keep"
 
 

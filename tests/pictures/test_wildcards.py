@@ -50,3 +50,18 @@ def test_each_image_of_a_job_has_its_own_word(words):
 def test_word_lists_are_read_in_any_usual_encoding(tmp_path, encoding):
     (tmp_path / "color.txt").write_bytes("señor roux\n".encode(encoding))
     assert Wildcards(tmp_path).fill_in("a __color__ cat", 0) == "a señor roux cat"
+
+
+def test_a_link_in_the_folder_is_not_followed(words, tmp_path):
+    (tmp_path / "users.txt").symlink_to("/etc/passwd")
+    with pytest.raises(InputNotFoundError, match=r"users\.txt"):
+        words.fill_in("a __users__", 0)
+
+
+@pytest.mark.parametrize("variation", [0.0, 0.5])
+@pytest.mark.parametrize("count", [100_001, 10**12, 2**63])
+def test_a_job_of_too_many_pictures_is_refused_before_it_is_made(count, variation):
+    with pytest.raises(UsageError, match="more than 100,000 pictures"):
+        make_job(["a"], SamplingConfig(images_per_prompt=count), EditConfig(), variation=variation)
+    with pytest.raises(UsageError, match="more than 100,000 pictures"):
+        make_job(["a", "b"], SamplingConfig(images_per_prompt=2), EditConfig(), frames=count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -311,3 +312,35 @@ def test_a_tilde_in_a_path_of_a_recipe_is_the_home_folder_and_in_a_prompt_it_sta
     data = load_section(DataConfig, ["shards=[~/a.tar, b~/c.tar, ~nobody-here/d.tar]", "val_shards=~/v-*.tar"], [])
     assert data.shards == ("/home/me/a.tar", "b~/c.tar", "~nobody-here/d.tar")
     assert data.val_shards == "/home/me/v-*.tar"
+
+
+def test_what_looks_like_a_secret_is_not_shown_again() -> None:
+    changes = ["hub.token=hf_abc", "data.api_key='hf_abc", "train.password={hf_abc", "secret=hf_abc"]
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("demo/clip", changes)
+    assert "hf_abc" not in str(caught.value) + "".join(caught.value.problems)
+    assert "override 'hub.token=…'" in "".join(caught.value.problems)
+
+
+def test_a_misspelt_command_is_recognised(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("comand: train-clip\nname: x\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "r.yaml")
+    assert "missing required key 'command' (is it 'comand'?)" in caught.value.problems[0]
+
+
+@pytest.mark.parametrize("field", ["seed", "train.steps", "sampling.seed", "train.batch_size"])
+def test_a_number_beyond_64_bits_is_a_problem_of_the_recipe(field: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("demo/sample" if "sampling" in field else "demo/unet", [f"{field}=99999999999999999999999"])
+    assert field in caught.value.problems[0]
+
+
+def test_a_recipe_that_is_no_file_or_too_large_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.yaml")
+    with pytest.raises(InputNotFoundError, match="it is a FIFO"):
+        load_recipe(tmp_path / "fifo.yaml")
+    with (tmp_path / "large.yaml").open("wb") as file:
+        file.truncate(2**33)
+    with pytest.raises(RecipeError, match="8 GiB are more than"):
+        load_recipe(tmp_path / "large.yaml")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ldm_cli.core.cpu.group_norm import TunedGroupNorm
 from ldm_cli.core.cpu.linear import TunedLinear
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip_text import CLIPTextModel
-from ldm_cli.data import cache_writer, shard_writer
+from ldm_cli.data import cache_writer
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.cache_manifest import MANIFEST
 from ldm_cli.data.latent_cache import LatentCache
@@ -164,7 +165,7 @@ def test_a_second_life_does_nothing_and_an_interrupted_one_is_finished(
     parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = {**unet_recipe(*parts), "cache": str(tmp_path / "cache")}
-    write = shard_writer.write_shard
+    write = cache_writer.write_shard
     num_written = 0
 
     def interrupted(path: Path, samples: Any) -> None:
@@ -176,7 +177,7 @@ def test_a_second_life_does_nothing_and_an_interrupted_one_is_finished(
         write(path, samples)
 
     with monkeypatch.context() as patch:
-        patch.setattr(precompute, "write_shard", interrupted)
+        patch.setattr(cache_writer, "write_shard", interrupted)
         with pytest.raises(KeyboardInterrupt):
             result_of(recipe)
     with pytest.raises(DataError, match="not complete"):
@@ -298,14 +299,84 @@ def test_shards_may_be_touched_and_moved(parts: Parts, tmp_path: Path) -> None:
     trained(recipe, tmp_path / "run")
 
 
-def test_a_damaged_file_of_the_cache_is_made_anew(parts: Parts, tmp_path: Path) -> None:
-    recipe = cached(unet_recipe(*parts, steps=1), tmp_path / "cache")
+def bit_flipped(file: Path) -> None:
+    """A bit in the data of a member in the middle: headers and index stay as they are."""
+    content = bytearray(file.read_bytes())
+    content[content.index(b"data_offsets", len(content) // 2) + 300] ^= 4
+    file.write_bytes(content)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:3000])
+
+
+def made_a_fifo(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+@pytest.mark.parametrize("damage", [bit_flipped, cut, made_a_fifo, Path.unlink])
+def test_exactly_the_damaged_files_of_a_cache_are_made_anew(
+    parts: Parts, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    recipe = cached(unet_recipe(*parts, steps=4), tmp_path / "cache")
+    before, content = files(tmp_path / "cache"), (tmp_path / "cache" / MANIFEST).read_bytes()
     for kind in ("latents", "text"):
-        damaged = next((tmp_path / "cache").glob(f"{kind}-*.tar"))
-        damaged.write_bytes(damaged.read_bytes()[:3000])
-    with pytest.raises(DataError, match="damaged"):
+        damaged = min((tmp_path / "cache").glob(f"{kind}-*.tar"))
+        damage(damaged)
+        with pytest.raises(DataError if damage in (bit_flipped, cut) else InputNotFoundError, match=damaged.name):
+            trained(recipe, tmp_path / "run")
+        reporter = SilentReporter()
+        cached(recipe, tmp_path / "cache", reporter=reporter)
+        named = [message for message in reporter.messages if "is damaged" in message]
+        assert [damaged.name in message for message in named] == [True] * (damage is not Path.unlink)
+        after = files(tmp_path / "cache")
+        assert {name for name in before if after[name] != before[name]} == {damaged.name}
+        assert (tmp_path / "cache" / MANIFEST).read_bytes() == content
+        before = after
+    trained(recipe, tmp_path / "run")
+
+
+def test_two_files_of_a_cache_are_not_taken_for_one_another(parts: Parts, tmp_path: Path) -> None:
+    """Shards with the same keys: each file of moments would fit the other's shard."""
+    scenes, clip, vae = parts
+    for number in range(2):
+        pictures = [(f"{n}.png", png((20 * n, 99 * number, 9), (32, 32))) for n in range(8)]
+        write_tar(tmp_path / f"{number}.tar", [*pictures, *((f"{n}.txt", b"a red circle") for n in range(8))])
+    recipe = unet_recipe(scenes, clip, vae, steps=2, batch_size=8)
+    recipe["data"] |= {"shards": str(tmp_path / "?.tar"), "val_shards": None}
+    recipe = cached(recipe, tmp_path / "cache")
+    one, two = (tmp_path / "cache").glob("latents-*.tar")
+    one.rename(tmp_path / "third")
+    two.rename(one)
+    (tmp_path / "third").rename(two)
+    with pytest.raises(DataError, match="damaged: its content is not that of its name; run `ldm precompute`"):
         trained(recipe, tmp_path / "run")
-    assert result_of(recipe)["encoded"] in (14, 25)
+
+
+def test_a_file_is_hashed_once_by_a_process(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = cached(unet_recipe(*parts, steps=12), tmp_path / "cache")
+    hashed: list[str] = []
+
+    def noted(file: Path) -> bool:
+        hashed.append(file.name)
+        return True
+
+    monkeypatch.setattr("ldm_cli.data.latent_cache.is_whole", noted)
+    trained(recipe, tmp_path / "run")
+    assert sorted(hashed) == sorted(files(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", bytes(400), b"\xff\xfe", None])
+def test_a_damaged_manifest_is_made_again_from_the_files(parts: Parts, tmp_path: Path, content: bytes | None) -> None:
+    recipe = cached(unet_recipe(*parts, steps=1), tmp_path / "cache")
+    manifest, before = tmp_path / "cache" / MANIFEST, files(tmp_path / "cache")
+    sound = manifest.read_bytes()
+    manifest.write_bytes(sound.replace(b"train-000001", b"train-000002", 1) if content is None else content)
+    with pytest.raises(DataError, match=r"cache\.json' is damaged.*run `ldm precompute`"):
+        trained(recipe, tmp_path / "run")
+    assert result_of(recipe)["encoded"] == 0
+    assert (manifest.read_bytes(), files(tmp_path / "cache")) == (sound, before)
     trained(recipe, tmp_path / "run")
 
 

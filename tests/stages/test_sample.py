@@ -18,7 +18,7 @@ from ldm_cli.errors import CheckpointError, DataError, OutputError, UsageError
 from ldm_cli.families.open_family import open_family
 from ldm_cli.formats.png_metadata import read_provenance
 from ldm_cli.pictures.images import read_image, save_image
-from ldm_cli.pictures.provenance import recipe_of
+from ldm_cli.pictures.provenance import recipe_of, repeatable_provenance
 from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import SampleRecipe
 from ldm_cli.reporting import SilentReporter
@@ -67,7 +67,7 @@ def draw(model, out, latents=None, record=None, overwrite=False, **fields):
 
 def repeat(picture, out, **changes):
     """As `ldm sample --repeat picture`."""
-    record = read_provenance(picture)
+    record = repeatable_provenance(Path(picture))
     loaded = load_recipe(None, (), "sample", [(k, k, v) for k, v in changes.items()], base=recipe_of(record))
     latents = None
     if "latents" in record["sources"]:
@@ -113,7 +113,7 @@ def pictures_in(folder):
 
 
 def everything_in(folder):
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != ".lock"}
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name not in (".lock", "images.sha256")}
 
 
 @pytest.mark.slow

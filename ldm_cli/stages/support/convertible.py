@@ -20,6 +20,7 @@ from ldm_cli.formats.model_source import load_tensors
 from ldm_cli.formats.pipeline_folder import INDEX_NAME, SCHEDULER_FILE, TOKENIZER, UNET, VAE
 from ldm_cli.formats.single_file import single_file
 from ldm_cli.formats.weight_files import CONFIG_NAME, is_pickle, read_metadata, read_pickle, read_tensors, weight_files
+from ldm_cli.formats.weight_values import expect_sound
 
 _CLASSES: dict[str, Any] = {
     "UNet2DConditionModel": UNet2DConditionModel,
@@ -156,11 +157,13 @@ def tokenizer_files(folder: Path, component: str) -> dict[str, Path]:
         raise InputNotFoundError(
             f"no {component or TOKENIZER}", cause, "give its folder, or that around it, as --tokenizer"
         )
-    Tokenizer.load(inside)
     return files
 
 
 def _files(folder: Path, inside: str, names: tuple[str, ...]) -> dict[str, Path]:
+    """Those files that a folder has, by their path in a pipeline; CheckpointError: its tokenizer is damaged."""
+    if (folder / "merges.txt").is_file():
+        Tokenizer.load(folder)
     return {str(Path(inside, name)): folder / name for name in names if (folder / name).is_file()}
 
 
@@ -197,7 +200,9 @@ def _model(content: dict[str, Any], tensors: Mapping[str, Tensor], source: Path)
         raise CheckpointError(f"cannot convert '{source}'", f"it holds a {kind!r}")
     config = parse_as(_CLASSES[kind].config_class.from_hugging_face, content, source / CONFIG_NAME)
     module = unfilled(_CLASSES[kind], config, source / CONFIG_NAME)
-    return FoundModel(kind, content, _complete(content, source), fitted(module, tensors, source))
+    found = fitted(module, tensors, source)
+    expect_sound(found, source)
+    return FoundModel(kind, content, _complete(content, source), found)
 
 
 def _tensors(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:

@@ -7,8 +7,11 @@ from pathlib import Path
 
 from ldm_cli.data.batch import Batch
 from ldm_cli.errors import OutputError
-from ldm_cli.storage import storage_errors, write_whole
+from ldm_cli.inputs import read_input
+from ldm_cli.storage import append_text, write_whole
 from ldm_cli.training.ranks import Ranks
+
+_MOST_BYTES = 2**34
 
 
 def traced(
@@ -29,16 +32,14 @@ def traced(
         for step, batch in enumerate(batches(start, end), start=start + 1):
             lines = ranks.texts("".join(f"{line}\n" for line in batch.trace(step)))
             if ranks.is_first:
-                with storage_errors(file), file.open("a", encoding="utf-8") as out:
-                    out.writelines(lines)
+                append_text(file, "".join(lines))
             yield batch
 
     return stream
 
 
 def _rewind(file: Path, step: int) -> None:
-    with storage_errors(file):
-        text = file.read_text(encoding="utf-8", errors="backslashreplace") if file.exists() else ""
+    text = read_input(file, _MOST_BYTES).decode("utf-8", "backslashreplace") if file.exists() else ""
     # A line cut short by a kill belongs to a step that is taken again.
     lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
     if any(not line.split(" ", 1)[0].isdecimal() for line in lines):

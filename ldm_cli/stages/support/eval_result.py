@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm_cli.errors import OutputError
+from ldm_cli.errors import LdmError, OutputError
 from ldm_cli.formats.json_file import write_json
+from ldm_cli.inputs import read_input
 from ldm_cli.reporting import Reporter
 from ldm_cli.storage import storage_errors
 from ldm_cli.training.run_identity import fingerprint_changes, flatten, recipe_changes
@@ -121,7 +122,7 @@ def _fingerprints(provenance: Mapping[str, Any]) -> dict[str, str]:
 def _content(file: Path) -> dict[str, Any]:
     """The JSON object in a file; empty where it holds none."""
     try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        content = json.loads(read_input(file))
+    except (LdmError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ldm_cli.core.first_nonfinite import first_nonfinite
 from ldm_cli.core.pixels import to_bytes, to_signed
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import sequential_batches
@@ -192,9 +193,16 @@ def _reconstructed(vae: Autoencoder, images: Tensor) -> Tensor:
     Raises:
         DivergedError: a reconstruction is not finite.
     """
-    again = vae.decode(vae.encode(to_signed(images, images.device)))
+
+    def reconstruct() -> Tensor:
+        return vae.decode(vae.encode(to_signed(images, images.device)))
+
+    again = reconstruct()
     if not bool(is_sound(again).all()):
-        raise DivergedError("the reconstructions of eval.vae are not finite", remedy="give another autoencoder")
+        networks = {"vae": vae} if isinstance(vae, nn.Module) else {}
+        origin = first_nonfinite(networks, reconstruct) or "the size of its numbers"
+        cause = f"the first such value is in {origin}"
+        raise DivergedError("the reconstructions of eval.vae are not finite", cause, "give another autoencoder")
     return to_bytes(again)
 
 

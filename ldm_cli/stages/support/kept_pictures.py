@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ldm_cli.pictures.job import Item
@@ -20,7 +20,12 @@ from ldm_cli.training.ranks import Ranks
 
 
 def kept_pictures(
-    path: Path, pipeline: Pipeline, sampling: SamplingConfig, captions: Sequence[str], ranks: Ranks
+    path: Path,
+    pipeline: Pipeline,
+    sampling: SamplingConfig,
+    captions: Sequence[str],
+    ranks: Ranks,
+    warn: Callable[[str], None],
 ) -> Write:
     """A function that writes a picture by its index; picture i has caption i and seed `sampling.seed + i`.
 
@@ -29,6 +34,7 @@ def kept_pictures(
         pipeline, sampling: with which the pictures are generated.
         captions: of all pictures.
         ranks: all of them call.
+        warn: receives a message for each damaged picture.
 
     Raises:
         OutputError, StorageError: as of `JobFolder.claim`.
@@ -41,6 +47,6 @@ def kept_pictures(
     job = JobFolder(path, generator.shared, images, generator.sources)
     if ranks.is_first:
         job.make()
-        job.claim(overwrite=False)
+        job.claim(overwrite=False, warn=warn)
     ranks.wait()
     return lambda index, pixels: job.add(pixels, index)

@@ -9,20 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm_cli.core.codec import Codec
 from ldm_cli.core.diffusion.config import GuidanceConfig
-from ldm_cli.errors import CheckpointError, InputNotFoundError, UsageError
+from ldm_cli.errors import CheckpointError, UsageError
 from ldm_cli.families.codec_folder import open_codec
 from ldm_cli.families.family import Family, place
 from ldm_cli.families.open_family import resolve_model
 from ldm_cli.families.prompt_chunks import PromptReading
 from ldm_cli.formats.hub import recorded
 from ldm_cli.formats.model_source import weights_sha256
-from ldm_cli.formats.weight_files import refuse_foreign_content, tensors_sha256
+from ldm_cli.formats.weight_files import read_tensors, tensors_sha256
 from ldm_cli.pictures.job import Item
 from ldm_cli.pictures.progress import PartOfProgress
 from ldm_cli.pictures.provenance import embedding_source, lora_source
@@ -256,13 +254,7 @@ def _alike(items: Sequence[Item], indices: Sequence[int]) -> Iterator[list[int]]
 def _read_latents(latents: Latents, num_images: int, shape: tuple[int, int, int]) -> Tensor:
     """Initial noise float32 [N, C, h, w]."""
     file = latents.file
-    try:
-        refuse_foreign_content(file)
-        noise = load_file(file).get("latents")
-    except FileNotFoundError as error:
-        raise InputNotFoundError(f"latents '{file}' not found", remedy="check --latents") from error
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read latents '{file}'", str(error)) from error
+    noise = read_tensors(file).get("latents")
     if noise is None:
         raise CheckpointError(f"cannot use latents '{file}'", "it has no tensor named 'latents'")
     noise = noise if latents.row is None else noise[latents.row : latents.row + 1]

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from ldm_cli.data.prefetch import prefetched
 from ldm_cli.data.sample_decoder import SampleDecoder, Wanted
 from ldm_cli.data.tables import is_picture, text_lines
 from ldm_cli.errors import DataError, InputNotFoundError, LdmError
-from ldm_cli.pictures.job_folder import IMAGES_FILE
+from ldm_cli.inputs import MOST_PICTURE_BYTES, read_input
+from ldm_cli.pictures.provenance import IMAGES_FILE
 from ldm_cli.reporting import Reporter
 
 _MAX_PIXELS = DataConfig.model_fields["max_pixels"].default
@@ -129,13 +131,14 @@ def open_pictures(source: str, reporter: Reporter, decode: Callable[[bytes], Ten
     """
     folder = Path(source)
     if folder.is_file() and is_picture(folder):
-        return PictureSet(source, [(folder.name, folder.read_bytes)], decode, lambda number: _caption_beside(folder))
+        own = [(folder.name, partial(read_input, folder, MOST_PICTURE_BYTES))]
+        return PictureSet(source, own, decode, lambda number: _caption_beside(folder))
     if folder.is_dir() and not any(folder.glob("*.tar")):
         listed, job = _listed(folder)
         paths = list(listed) or sorted(path for path in folder.rglob("*") if is_picture(path))
         if not paths:
             raise InputNotFoundError(f"there are no pictures in '{source}'")
-        files = [(str(path.relative_to(folder)), path.read_bytes) for path in paths]
+        files = [(str(path.relative_to(folder)), partial(read_input, path, MOST_PICTURE_BYTES)) for path in paths]
         return PictureSet(
             source, files, decode, lambda number: listed.get(paths[number]) or _caption_beside(paths[number]), job
         )
@@ -169,7 +172,7 @@ def _caption_beside(picture: Path) -> str:
 def _listed(folder: Path) -> tuple[dict[Path, str], Mapping[str, Any]]:
     """The pictures of images.json with their prompts, and its job; both empty where there is none, or another's."""
     try:
-        content = json.loads((folder / IMAGES_FILE).read_bytes())
+        content = json.loads(read_input(folder / IMAGES_FILE, MOST_PICTURE_BYTES))
         return {folder / image["file"]: str(image.get("prompt") or "") for image in content["images"]}, content["job"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (LdmError, ValueError, KeyError, TypeError, RecursionError):
         return {}, {}

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ldm_cli.errors import LdmError
+from ldm_cli.inputs import read_input
 from ldm_cli.storage import storage_errors, whole_file
 from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.shared_work import merged
@@ -82,8 +84,8 @@ def _kept_rounds(folder: Path) -> Iterator[dict[int, Measured]]:
     expected = 0
     for file in sorted(folder.glob("[0-9]*.safetensors")):
         try:
-            kept = _by_batch(load(file.read_bytes()))
-        except (OSError, SafetensorError, ValueError):
+            kept = _by_batch(load(read_input(file, 2**34)))
+        except (LdmError, SafetensorError, ValueError):
             return
         if not kept or list(kept) != list(range(expected, expected + len(kept))):
             return

@@ -34,7 +34,7 @@ from ldm_cli.training.interruption import StopRequest
 from ldm_cli.training.loop import train
 from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.run_folder import RunFolder
-from ldm_cli.training.run_identity import flatten
+from ldm_cli.training.run_identity import EVERY_BYTE, flatten
 from ldm_cli.training.task import Task
 from ldm_cli.training.tracking import expect_trackers
 
@@ -89,12 +89,13 @@ def run_training(
         expect_memory(recipe, parameters, device, ranks.world_size, reads_images=open_cache is None)
         if recipe.train.deterministic == "elastic":
             _compute_alike(device)
+        run = RunFolder(options.out or Path("runs") / recipe.name, reporter)
         # The time limit does not interrupt indexing: the index is kept, but no run folder could note the interruption.
         with _nothing_to_save(stop, ranks, with_limit=False), ranks.first_then_others():
-            shards = open_data(recipe.data, reporter)
-        run = RunFolder(options.out or Path("runs") / recipe.name, reporter)
+            hashed = EVERY_BYTE in run.recorded().get("fingerprints", {})
+            shards = open_data(recipe.data, reporter, hashed)
         resolved = recipe.to_mapping()
-        fingerprints = {"data": shards.fingerprint, "device": device.type} | dict(facts or {})
+        fingerprints = _of_data(shards) | {"device": device.type} | dict(facts or {})
         fingerprints |= {name: weights_sha256(Path(folder)) for name, folder in (uses or {}).items()}
         ranks.expect_equal(_facts(resolved, fingerprints))
         status = json.loads(ranks.from_first(json.dumps(run.finished() if ranks.is_first else None)))
@@ -180,9 +181,14 @@ def _say_what_is_slow(recipe: TrainRecipe, device: torch.device, reporter: Repor
         reporter.warn(f"{recipe.train.precision} is slower than fp32 on most CPUs: see train.precision=fp32")
 
 
-def open_data(config: DataConfig, reporter: Reporter) -> ShardSet | Stream:
-    """The training shards of a recipe; raises as `open_shards` and `open_stream`."""
-    return open_stream(config, reporter) if config.stream else open_shards(config.shards, config, reporter)
+def open_data(config: DataConfig, reporter: Reporter, hashed: bool = False) -> ShardSet | Stream:
+    """The training shards of a recipe; arguments and errors as of `open_shards` and `open_stream`."""
+    return open_stream(config, reporter) if config.stream else open_shards(config.shards, config, reporter, hashed)
+
+
+def _of_data(shards: ShardSet | Stream) -> dict[str, str]:
+    """The fingerprints of the training data by name."""
+    return {"data": shards.fingerprint} | ({} if shards.sha256 is None else {EVERY_BYTE: shards.sha256})
 
 
 def _nothing_to_save(stop: StopRequest, ranks: Ranks, *, with_limit: bool = True) -> AbstractContextManager[None]:
