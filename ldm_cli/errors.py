@@ -28,7 +28,7 @@ from typing import ClassVar
 _SECRET = re.compile(
     r"(^|[._-])(token|keys?|api_?key|password|passwd|passphrase|secrets?|credentials?|auth)([._-]|$)", re.IGNORECASE
 )
-_ASSIGNMENT = re.compile(r"([A-Za-z][\w.-]*)=([^\s'\"]+)")
+_ASSIGNMENT = re.compile(r"([A-Za-z][\w.-]*)=(?!value\b)([^\s'\"]+)")
 
 
 def printable(text: str) -> str:

@@ -10,13 +10,14 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from ldm_cli.manifest import read_listed
+from ldm_cli.manifest import expect_listed, read_listed
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 CONTEXT_LENGTH = 77
 MOST_TOKENIZER_BYTES = 2**26
 """Largest file of a tokenizer that is read: twice the largest known."""
 
+_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 _WORD_END = "</w>"
 # Of these settings one value is implemented.
 _ONLY: dict[str, Any] = {
@@ -61,6 +62,9 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
         CheckpointError: a file is not the one that the manifest of its folder names.
         ValueError, KeyError, TypeError: the files are no CLIP tokenizer, or have a setting that is not implemented.
     """
+    for file in (folder / name for name in _FILES):
+        if file.exists():  # those that are not needed here are read by others
+            expect_listed(file)
     whole = _read_object(folder / "tokenizer.json", optional=True)
     settings = _read_object(folder / "tokenizer_config.json", optional=True)
     vocab, merges = _vocabulary(folder, whole)
