@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -92,8 +93,8 @@ def read_lora(path: Path, models: Mapping[str, Adaptable]) -> Adapters:
         for target in targets:
             weight = models[target.component].weight(target.module)
             update = _update(name, roles, target, weight, configs[target.component], path)
-            if (found := _flat_shape(update, name, path)) != (expected := list(weight.flatten(1).shape)):
-                misfits.append(f"{name} is for {found}, not {expected}")
+            if not _fits(found := _shape(update, name, path), expected := weight.shape):
+                misfits.append(f"{name} is for {[*found]}, not {[*expected]}")
             if target.module in adapters.setdefault(target.component, {}):
                 raise CheckpointError(f"cannot use '{path}'", f"it has two updates of {target.module}")
             adapters[target.component][target.module] = update
@@ -104,12 +105,18 @@ def read_lora(path: Path, models: Mapping[str, Adaptable]) -> Adapters:
     return adapters
 
 
-def _flat_shape(update: WeightUpdate, name: str, path: Path) -> list[int]:
-    """Rows and columns of the flattened weight that is updated; computes no update."""
+def _shape(update: WeightUpdate, name: str, path: Path) -> torch.Size:
+    """That of the update, which is not computed."""
     try:
-        return list(update.to(torch.device("meta")).delta().flatten(1).shape)
+        return update.to(torch.device("meta")).delta().shape
     except RuntimeError:
         raise _misshapen(name, path) from None
+
+
+def _fits(found: torch.Size, expected: torch.Size) -> bool:
+    """Whether the shapes are equal, where a matrix may stand for a kernel, and a kernel of one pixel for a matrix."""
+    is_same_kernel = len(found) == 2 or found[2:] == (expected[2:] or (1, 1))
+    return is_same_kernel and math.prod(found) == expected.numel() and found[0] == expected[0]
 
 
 def _misshapen(name: str, path: Path) -> CheckpointError:
@@ -127,7 +134,10 @@ def _by_module(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str,
         elif not _may_be(role := str(found.lastgroup), tensor):
             raise _misshapen(found["module"], path)
         else:
-            parts.setdefault(found["module"], {})[role] = tensor
+            roles = parts.setdefault(found["module"], {})
+            if role in roles or {role, *roles} >= {"magnitude", "dora_scale"}:
+                raise CheckpointError(f"cannot use '{path}'", f"'{name}' is the second of its kind")
+            roles[role] = tensor
     if not tensors:
         raise CheckpointError(f"cannot use '{path}'", "it holds no tensors")
     if strange:

@@ -21,7 +21,11 @@ from ldm_cli.storage import file_sha256
 
 MODELS = {
     "unet": Adaptable(
-        {"a.b.weight": torch.zeros(6, 4), "a.norm.weight": torch.zeros(4)},
+        {
+            "a.b.weight": torch.zeros(6, 4),
+            "a.conv.weight": torch.zeros(6, 4, 3, 3),
+            "a.norm.weight": torch.zeros(4),
+        },
         {
             "block_out_channels": [8],
             "layers_per_block": 1,
@@ -65,6 +69,14 @@ DOWN, UP = torch.ones(2, 4), torch.ones(6, 2)
             },
             "the DoRA of unet.a.b has norms of columns",
         ),
+        (
+            {"unet__a__conv__lora_A__weight": torch.ones(2, 3, 3, 4), "unet__a__conv__lora_B__weight": UP},
+            r"of another shape: unet.a.conv is for \[6, 3, 3, 4\], not \[6, 4, 3, 3\]",
+        ),
+        (
+            {"unet__a__b__lora_A__weight": torch.ones(2, 2, 2, 1), "unet__a__b__lora_B__weight": UP},
+            r"of another shape: unet.a.b is for \[6, 2, 2, 1\], not \[6, 4\]",
+        ),
         ({"unet:0:up": UP, "unet:0:down": DOWN}, "no such module: unet:0"),
         ({"<s1>": DOWN}, "of no supported kind of adapter: <s1>"),
         ({"unet__a__b__lora_A__weight": DOWN / 0, "unet__a__b__lora_B__weight": UP}, "are not finite"),
@@ -75,6 +87,7 @@ def test_what_does_not_fit_is_named(tensors: dict[str, Tensor], message: str, tm
         read_lora(saved(tmp_path / "a.safetensors", **tensors), MODELS)
 
 
+NORMS = torch.ones(6)
 LORA = {"unet__a__b__lora_A__weight": DOWN, "unet__a__b__lora_B__weight": UP}
 KOHYA = {"lora_unet_a_b__lora_down__weight": DOWN, "lora_unet_a_b__lora_up__weight": UP}
 
@@ -91,6 +104,11 @@ KOHYA = {"lora_unet_a_b__lora_down__weight": DOWN, "lora_unet_a_b__lora_up__weig
         ({"unet__a__b__lokr_w1": torch.ones(2), "unet__a__b__lokr_w2": torch.ones(3, 2)}, "do not fit each other"),
         (LORA | {"unet__a__b__hada_w1_a": UP.clone()}, "incomplete or of several kinds: hada_w1_a, down, up"),
         (LORA | {name: tensor.clone() for name, tensor in KOHYA.items()}, "it has two updates of a.b"),
+        (LORA | {"unet__a__b__lora_down__weight": DOWN + 1}, r"'unet.a.b.lora_down.weight' is the second of its kind"),
+        (
+            LORA | {"unet__a__b__lora_magnitude_vector": NORMS, "unet__a__b__dora_scale": NORMS + 1},
+            r"'unet.a.b.lora_magnitude_vector' is the second of its kind",
+        ),
     ],
 )
 def test_tensors_that_make_no_update_are_refused(tensors: dict[str, Tensor], message: str, tmp_path: Path) -> None:

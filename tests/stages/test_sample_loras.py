@@ -144,6 +144,9 @@ def test_unknown_names_name_their_neighbours(model: Path, files: dict[str, str],
     for weight in ("1:2", "nan", "inf", "x"):
         with pytest.raises(UsageError, match=f"'<lora:watercolor:{weight}>' is not understood: one number is read"):
             draw(model, tmp_path / "out", prompts=[f"x <lora:watercolor:{weight}>"], lora_dir=str(tmp_path))
+    for prompt in ("x <lora:watercolor", "x <lora:watercolor:1> <LoRA:a:<b>>"):
+        with pytest.raises(UsageError, match=r"'<[^<]*(watercolor|<b>>)' is not understood: the tag has no end"):
+            draw(model, tmp_path / "out", prompts=[prompt], lora_dir=str(tmp_path))
     with pytest.raises(UsageError, match="two adapters are named 'a'"):
         draw(model, tmp_path / "out", loras=[{"path": files["a"]}, {"path": files["a"]}])
     with pytest.raises(InputNotFoundError, match=r"no adapters in '.*nothing"):
@@ -151,6 +154,20 @@ def test_unknown_names_name_their_neighbours(model: Path, files: dict[str, str],
     with pytest.raises(InputNotFoundError, match="check --lora-dir"):
         draw(model, tmp_path / "out", lora_dir=str(tmp_path / "nothing"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_name_that_two_subfolders_have_is_refused_where_a_prompt_needs_it(
+    model: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / "loras" / folder).mkdir(parents=True)
+        shutil.copy(files["a"], tmp_path / "loras" / folder)
+    found, tagged = {"lora_dir": str(tmp_path / "loras")}, [f"{PROMPT} <lora:a>"]
+    draw(model, tmp_path / "plain", **found)
+    with pytest.raises(UsageError, match=r"two adapters are named 'a': .*one/a.safetensors and .*two/a.safetensors"):
+        draw(model, tmp_path / "out", prompts=tagged, **found)
+    given = [{"path": str(tmp_path / "loras/two/a.safetensors"), "weight": 0.0}]
+    assert draw(model, tmp_path / "out", prompts=tagged, loras=given, **found)["generated"] == 1
 
 
 def test_the_command_line_gives_files_with_weights(
