@@ -12,12 +12,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm_cli.core.low_rank import LowRank
+from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.errors import CheckpointError, InputNotFoundError
 from ldm_cli.families.lora_file import write_lora
 from ldm_cli.families.lora_reader import read_lora
-from ldm_cli.formats.lora_names import Adaptable
+from ldm_cli.formats.lora_names import Adaptable, ModuleNames
 from ldm_cli.formats.lora_path import lora_name, lora_sha256
+from ldm_cli.recipe.load import load_recipe
+from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.storage import file_sha256
+from tests.stages.published_xl import published_models
 
 MODELS = {
     "unet": Adaptable(
@@ -186,6 +190,29 @@ def test_numbers_count_downwards_upwards_and_through_the_middle_last(tmp_path: P
         18: f"mid_block.{block}.attn1.to_q",
     }
     assert order["text_encoder"] == {i: f"{LAYER}.{letter}_proj" for i, letter in enumerate("kvq")}
+
+
+def test_every_number_of_a_public_file_of_lora_diffusion_means_one_module_of_stable_diffusion_1() -> None:
+    """Its 144 of the U-Net are 9 in each of 16 blocks, its 48 of the text encoder 4 in each of 12 layers."""
+    recipe = load_recipe("unet/sd15").recipe
+    assert isinstance(recipe, TrainUnetRecipe)
+    models = published_models()
+    with torch.device("meta"):
+        models["unet"] = UNet2DConditionModel(recipe.model)
+    adaptable = {
+        name: Adaptable(models[name].state_dict(), models[name].config.to_hugging_face())  # type: ignore[operator, union-attr]
+        for name in ("unet", "text_encoder")
+    }
+    names = ModuleNames(adaptable)
+    for part, count, last in (
+        ("unet", 144, "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0"),
+        ("text_encoder", 48, "text_model.encoder.layers.11.self_attn.out_proj"),
+    ):
+        found = [names.targets(f"{part}:{number}") for number in range(count + 1)]
+        assert {len(targets) for targets in found[:-1]} == {1}
+        assert len({targets[0].module for targets in found[:-1]}) == count
+        assert found[-2][0].module == last
+        assert found[-1] == []
 
 
 def test_kohyas_metadata_say_what_web_interfaces_ask_for(tmp_path: Path) -> None:

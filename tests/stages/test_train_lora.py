@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ldm_cli.errors import InputNotFoundError
@@ -91,6 +92,10 @@ def test_all_networks_of_xl_are_adapted_in_half_precision_with_recomputed_layers
     recipe = xl_lora_recipe(scenes, xl, lora, steps=4, save_every=2, log_every=2, validation_samples=4, **half)
     trained(recipe, tmp_path / "whole")
     tensors = load_file(tmp_path / "whole/model/tiny.safetensors")
+    with safe_open(tmp_path / "whole/model/tiny.safetensors", "pt") as opened:
+        found = opened.metadata()
+    assert found["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert found["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     prefixes = {"_".join(name.split("_")[:2]) for name in tensors}
     assert prefixes == {"lora_unet", "lora_te1", "lora_te2"}
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
