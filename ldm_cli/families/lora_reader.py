@@ -190,12 +190,14 @@ def _update(
 ) -> WeightUpdate:
     """The update of one module from the tensors that a file has for it."""
     tensors = dict(roles)
-    alpha, magnitude = tensors.pop("alpha", None), _magnitude(tensors, target, weight, name, path)
+    if (alpha := tensors.pop("alpha", None)) is not None:
+        scales = _Scales(r=scales.rank_of(target.module), lora_alpha=float(alpha))
+    magnitude = _magnitude(tensors, target, weight, name, path)
     if (make := _KINDS.get(frozenset(tensors))) is None:
         cause = f"the tensors of {name} are incomplete or of several kinds: {named(list(roles))}"
         raise CheckpointError(f"cannot use '{path}'", cause)
     try:
-        update = make(tensors, alpha, target.module, scales, weight)
+        update = make(tensors, target.module, scales, weight)
     except RuntimeError:
         raise _misshapen(name, path) from None
     update = replace(update, magnitude=magnitude)  # type: ignore[type-var]
@@ -216,24 +218,16 @@ def _magnitude(tensors: dict[str, Tensor], target: Target, weight: Tensor, name:
     return None if found is None else found.flatten()
 
 
-def _low_rank(
-    tensors: Mapping[str, Tensor], alpha: Tensor | None, module: str, scales: _Scales, weight: Tensor
-) -> WeightUpdate:
-    rank = len(tensors["down"])
-    return LowRank(tensors["down"], tensors["up"], scales.alpha_of(module, rank) if alpha is None else float(alpha))
+def _low_rank(tensors: Mapping[str, Tensor], module: str, scales: _Scales, weight: Tensor) -> WeightUpdate:
+    return LowRank(tensors["down"], tensors["up"], scales.alpha_of(module, len(tensors["down"])))
 
 
-def _hadamard(
-    tensors: Mapping[str, Tensor], alpha: Tensor | None, module: str, scales: _Scales, weight: Tensor
-) -> WeightUpdate:
-    rank = len(tensors["hada_w1_b"])
-    own = scales.alpha_of(module, rank) if alpha is None else float(alpha)
-    return Hadamard(tensors["hada_w1_b"], tensors["hada_w1_a"], tensors["hada_w2_b"], tensors["hada_w2_a"], own)
+def _hadamard(tensors: Mapping[str, Tensor], module: str, scales: _Scales, weight: Tensor) -> WeightUpdate:
+    alpha = scales.alpha_of(module, len(tensors["hada_w1_b"]))
+    return Hadamard(tensors["hada_w1_b"], tensors["hada_w1_a"], tensors["hada_w2_b"], tensors["hada_w2_a"], alpha)
 
 
-def _kronecker(
-    tensors: Mapping[str, Tensor], alpha: Tensor | None, module: str, scales: _Scales, weight: Tensor
-) -> WeightUpdate:
+def _kronecker(tensors: Mapping[str, Tensor], module: str, scales: _Scales, weight: Tensor) -> WeightUpdate:
     """LyCORIS scales by alpha / R where the file shows R, in a factor of two parts, and else by 1; PEFT always."""
     factors = []
     ranks = [] if (rank := scales.rank_of(module)) is None else [rank]
@@ -247,13 +241,11 @@ def _kronecker(
     left, right = factors
     if weight.ndim == 4 and weight.shape[1] % left.shape[1] == 0 and right.ndim == 2:
         right = right.view(len(right), -1, *weight.shape[2:])
-    scale = 1.0
-    if ranks:
-        scale = (scales.alpha_of(module, ranks[-1]) if alpha is None else float(alpha)) / ranks[-1]
+    scale = scales.alpha_of(module, ranks[-1]) / ranks[-1] if ranks else 1.0
     return Kronecker(left, right, scale)
 
 
-_Make = Callable[[Mapping[str, Tensor], Tensor | None, str, _Scales, Tensor], WeightUpdate]
+_Make = Callable[[Mapping[str, Tensor], str, _Scales, Tensor], WeightUpdate]
 _KINDS: dict[frozenset[str], _Make] = {
     frozenset({"down", "up"}): _low_rank,
     frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}): _hadamard,
