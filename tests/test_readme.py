@@ -36,6 +36,7 @@ from ldm_cli.recipe.shipped import shipped_recipes
 from tests.conftest import REPOSITORY
 from tests.data.walks import write_img2dataset, write_phone
 from tests.fork_server import client
+from tests.stages.published_xl import write_published_xl
 
 NAMES = (
     "train-clip",
@@ -285,6 +286,7 @@ def shell(tmp_path: Path) -> Iterator[Callable[[Block], list[str]]]:
     home.mkdir()
     write_phone(home / "phone")
     write_img2dataset(home / "downloads")
+    write_published_xl(home / "sdxl")
     program.write_text(client(server))
     program.chmod(0o755)
     path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"

@@ -39,4 +39,4 @@ class LoRAConfig(Config):
     text_encoder: bool | Rank = False
     """Adapt attention and MLPs of the text encoders, too: with the rank of the denoiser, or with one of their own."""
     base_precision: Literal["fp32", "bf16"] = "fp32"
-    """Type of the weights that are not trained; bf16 halves their memory, and needs train.precision=bf16."""
+    """Type of the weights that are adapted; bf16 halves their memory, and needs train.precision=bf16."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -94,8 +95,8 @@ def read_lora(path: Path, models: Mapping[str, Adaptable]) -> Adapters:
         for target in targets:
             weight = models[target.component].weight(target.module)
             update = _update(name, roles, target, weight, configs[target.component], path)
-            if (found := _flat_shape(update, name, path)) != (expected := list(weight.flatten(1).shape)):
-                misfits.append(f"{name} is for {found}, not {expected}")
+            if not _fits(found := _shape(update, name, path), expected := weight.shape):
+                misfits.append(f"{name} is for {[*found]}, not {[*expected]}")
             if target.module in adapters.setdefault(target.component, {}):
                 raise CheckpointError(f"cannot use '{path}'", f"it has two updates of {target.module}")
             adapters[target.component][target.module] = update
@@ -106,12 +107,18 @@ def read_lora(path: Path, models: Mapping[str, Adaptable]) -> Adapters:
     return adapters
 
 
-def _flat_shape(update: WeightUpdate, name: str, path: Path) -> list[int]:
-    """Rows and columns of the flattened weight that is updated; computes no update."""
+def _shape(update: WeightUpdate, name: str, path: Path) -> torch.Size:
+    """That of the update, which is not computed."""
     try:
-        return list(update.to(torch.device("meta")).delta().flatten(1).shape)
+        return update.to(torch.device("meta")).delta().shape
     except RuntimeError:
         raise _misshapen(name, path) from None
+
+
+def _fits(found: torch.Size, expected: torch.Size) -> bool:
+    """Whether the shapes are equal, where a matrix may stand for a kernel, and a kernel of one pixel for a matrix."""
+    is_same_kernel = len(found) == 2 or found[2:] == (expected[2:] or (1, 1))
+    return is_same_kernel and math.prod(found) == expected.numel() and found[0] == expected[0]
 
 
 def _misshapen(name: str, path: Path) -> CheckpointError:
@@ -129,7 +136,10 @@ def _by_module(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str,
         elif not _may_be(role := str(found.lastgroup), tensor):
             raise _misshapen(found["module"], path)
         else:
-            parts.setdefault(found["module"], {})[role] = tensor
+            roles = parts.setdefault(found["module"], {})
+            if role in roles or {role, *roles} >= {"magnitude", "dora_scale"}:
+                raise CheckpointError(f"cannot use '{path}'", f"'{name}' is the second of its kind")
+            roles[role] = tensor
     if not tensors:
         raise CheckpointError(f"cannot use '{path}'", "it holds no tensors")
     if strange:
@@ -182,12 +192,14 @@ def _update(
 ) -> WeightUpdate:
     """The update of one module from the tensors that a file has for it."""
     tensors = dict(roles)
-    alpha, magnitude = tensors.pop("alpha", None), _magnitude(tensors, target, weight, name, path)
+    if (alpha := tensors.pop("alpha", None)) is not None:
+        scales = _Scales(r=scales.rank_of(target.module), lora_alpha=float(alpha))
+    magnitude = _magnitude(tensors, target, weight, name, path)
     if (make := _KINDS.get(frozenset(tensors))) is None:
         cause = f"the tensors of {name} are incomplete or of several kinds: {named(list(roles))}"
         raise CheckpointError(f"cannot use '{path}'", cause)
     try:
-        update = make(tensors, alpha, target.module, scales, weight)
+        update = make(tensors, target.module, scales, weight)
     except RuntimeError:
         raise _misshapen(name, path) from None
     update = replace(update, magnitude=magnitude)  # type: ignore[type-var]
@@ -208,24 +220,16 @@ def _magnitude(tensors: dict[str, Tensor], target: Target, weight: Tensor, name:
     return None if found is None else found.flatten()
 
 
-def _low_rank(
-    tensors: Mapping[str, Tensor], alpha: Tensor | None, module: str, scales: _Scales, weight: Tensor
-) -> WeightUpdate:
-    rank = len(tensors["down"])
-    return LowRank(tensors["down"], tensors["up"], scales.alpha_of(module, rank) if alpha is None else float(alpha))
+def _low_rank(tensors: Mapping[str, Tensor], module: str, scales: _Scales, weight: Tensor) -> WeightUpdate:
+    return LowRank(tensors["down"], tensors["up"], scales.alpha_of(module, len(tensors["down"])))
 
 
-def _hadamard(
-    tensors: Mapping[str, Tensor], alpha: Tensor | None, module: str, scales: _Scales, weight: Tensor
-) -> WeightUpdate:
-    rank = len(tensors["hada_w1_b"])
-    own = scales.alpha_of(module, rank) if alpha is None else float(alpha)
-    return Hadamard(tensors["hada_w1_b"], tensors["hada_w1_a"], tensors["hada_w2_b"], tensors["hada_w2_a"], own)
+def _hadamard(tensors: Mapping[str, Tensor], module: str, scales: _Scales, weight: Tensor) -> WeightUpdate:
+    alpha = scales.alpha_of(module, len(tensors["hada_w1_b"]))
+    return Hadamard(tensors["hada_w1_b"], tensors["hada_w1_a"], tensors["hada_w2_b"], tensors["hada_w2_a"], alpha)
 
 
-def _kronecker(
-    tensors: Mapping[str, Tensor], alpha: Tensor | None, module: str, scales: _Scales, weight: Tensor
-) -> WeightUpdate:
+def _kronecker(tensors: Mapping[str, Tensor], module: str, scales: _Scales, weight: Tensor) -> WeightUpdate:
     """LyCORIS scales by alpha / R where the file shows R, in a factor of two parts, and else by 1; PEFT always."""
     factors = []
     ranks = [] if (rank := scales.rank_of(module)) is None else [rank]
@@ -239,13 +243,11 @@ def _kronecker(
     left, right = factors
     if weight.ndim == 4 and weight.shape[1] % left.shape[1] == 0 and right.ndim == 2:
         right = right.view(len(right), -1, *weight.shape[2:])
-    scale = 1.0
-    if ranks:
-        scale = (scales.alpha_of(module, ranks[-1]) if alpha is None else float(alpha)) / ranks[-1]
+    scale = scales.alpha_of(module, ranks[-1]) / ranks[-1] if ranks else 1.0
     return Kronecker(left, right, scale)
 
 
-_Make = Callable[[Mapping[str, Tensor], Tensor | None, str, _Scales, Tensor], WeightUpdate]
+_Make = Callable[[Mapping[str, Tensor], str, _Scales, Tensor], WeightUpdate]
 _KINDS: dict[frozenset[str], _Make] = {
     frozenset({"down", "up"}): _low_rank,
     frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}): _hadamard,

@@ -15,6 +15,8 @@ from ldm_cli.formats.lora_path import lora_name
 from ldm_cli.pictures.job import Item, Job
 
 _TAG = re.compile(r"\s*<(?:lora|lyco):([^<>]*)>", re.IGNORECASE)
+_OPEN_TAG = re.compile(r"<(?:lora|lyco):", re.IGNORECASE)
+_REMEDY = "write <lora:NAME:0.8>"
 
 
 class LoraEntry(Config):
@@ -55,6 +57,7 @@ class LoraFiles:
         """
         self.paths: dict[str, Path] = {}
         self._shared: dict[str, float] = {}
+        self._ambiguous: dict[str, Path] = {}
         for entry in entries:
             name = lora_name(Path(entry.path))
             if name in self.paths:
@@ -64,7 +67,9 @@ class LoraFiles:
             if not folder.is_dir():
                 raise InputNotFoundError(f"adapters '{folder}' not found", "no such folder", "check --lora-dir")
             for file in sorted(folder.rglob("*.safetensors")):
-                self.paths.setdefault(lora_name(file), file)
+                name = lora_name(file)
+                if self.paths.setdefault(name, file) is not file and name not in self._shared:
+                    self._ambiguous[name] = file
 
     def read_tags(self, job: Job) -> Job:
         """The job with the tags of its prompts taken out and put into `Item.loras`.
@@ -92,7 +97,10 @@ class LoraFiles:
         for found in _TAG.finditer(prompt):
             name, weight = self._parsed(found[0].strip(), found[1])
             weights[name] = weights.get(name, 0.0) + weight
-        return (_TAG.sub("", prompt).strip() if _TAG.search(prompt) else prompt), weights
+        rest = _TAG.sub("", prompt).strip() if _TAG.search(prompt) else prompt
+        if unclosed := _OPEN_TAG.search(rest):
+            raise UsageError(f"'{rest[unclosed.start() :][:40]}' is not understood", "the tag has no end", _REMEDY)
+        return rest, weights
 
     def _parsed(self, tag: str, content: str) -> tuple[str, float]:
         name, *rest = (part.strip() for part in content.split(":"))
@@ -101,9 +109,12 @@ class LoraFiles:
             if not math.isfinite(weight):
                 raise ValueError(weight)
         except ValueError:
-            raise UsageError(f"'{tag}' is not understood", "one number is read", "write <lora:NAME:0.8>") from None
+            raise UsageError(f"'{tag}' is not understood", "one number is read", _REMEDY) from None
         if name not in self.paths:
             near = ", ".join(get_close_matches(name, self.paths)) or ", ".join(sorted(self.paths)[:5])
             cause = f"there is {near}" if near else "no file of adapters is given"
             raise UsageError(f"no adapters are named '{name}'", cause, "add --lora FILE=0 or --lora-dir DIR")
+        if name in self._ambiguous:
+            cause = f"{self.paths[name]} and {self._ambiguous[name]}"
+            raise UsageError(f"two adapters are named '{name}'", cause, "give one of them as --lora FILE=0")
         return name, weight

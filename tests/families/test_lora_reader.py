@@ -12,16 +12,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm_cli.core.low_rank import LowRank
+from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.errors import CheckpointError, InputNotFoundError
 from ldm_cli.families.lora_file import write_lora
 from ldm_cli.families.lora_reader import read_lora
-from ldm_cli.formats.lora_names import Adaptable
+from ldm_cli.formats.lora_names import Adaptable, ModuleNames
 from ldm_cli.formats.lora_path import lora_name, lora_sha256
+from ldm_cli.recipe.load import load_recipe
+from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.storage import file_sha256
+from tests.stages.published_xl import published_models
 
 MODELS = {
     "unet": Adaptable(
-        {"a.b.weight": torch.zeros(6, 4), "a.norm.weight": torch.zeros(4)},
+        {
+            "a.b.weight": torch.zeros(6, 4),
+            "a.conv.weight": torch.zeros(6, 4, 3, 3),
+            "a.norm.weight": torch.zeros(4),
+        },
         {
             "block_out_channels": [8],
             "layers_per_block": 1,
@@ -65,6 +73,14 @@ DOWN, UP = torch.ones(2, 4), torch.ones(6, 2)
             },
             "the DoRA of unet.a.b has norms of columns",
         ),
+        (
+            {"unet__a__conv__lora_A__weight": torch.ones(2, 3, 3, 4), "unet__a__conv__lora_B__weight": UP},
+            r"of another shape: unet.a.conv is for \[6, 3, 3, 4\], not \[6, 4, 3, 3\]",
+        ),
+        (
+            {"unet__a__b__lora_A__weight": torch.ones(2, 2, 2, 1), "unet__a__b__lora_B__weight": UP},
+            r"of another shape: unet.a.b is for \[6, 2, 2, 1\], not \[6, 4\]",
+        ),
         ({"unet:0:up": UP, "unet:0:down": DOWN}, "no such module: unet:0"),
         ({"<s1>": DOWN}, "of no supported kind of adapter: <s1>"),
         ({"unet__a__b__lora_A__weight": DOWN / 0, "unet__a__b__lora_B__weight": UP}, "are not finite"),
@@ -75,6 +91,7 @@ def test_what_does_not_fit_is_named(tensors: dict[str, Tensor], message: str, tm
         read_lora(saved(tmp_path / "a.safetensors", **tensors), MODELS)
 
 
+NORMS = torch.ones(6)
 LORA = {"unet__a__b__lora_A__weight": DOWN, "unet__a__b__lora_B__weight": UP}
 KOHYA = {"lora_unet_a_b__lora_down__weight": DOWN, "lora_unet_a_b__lora_up__weight": UP}
 
@@ -91,6 +108,11 @@ KOHYA = {"lora_unet_a_b__lora_down__weight": DOWN, "lora_unet_a_b__lora_up__weig
         ({"unet__a__b__lokr_w1": torch.ones(2), "unet__a__b__lokr_w2": torch.ones(3, 2)}, "do not fit each other"),
         (LORA | {"unet__a__b__hada_w1_a": UP.clone()}, "incomplete or of several kinds: hada_w1_a, down, up"),
         (LORA | {name: tensor.clone() for name, tensor in KOHYA.items()}, "it has two updates of a.b"),
+        (LORA | {"unet__a__b__lora_down__weight": DOWN + 1}, r"'unet.a.b.lora_down.weight' is the second of its kind"),
+        (
+            LORA | {"unet__a__b__lora_magnitude_vector": NORMS, "unet__a__b__dora_scale": NORMS + 1},
+            r"'unet.a.b.lora_magnitude_vector' is the second of its kind",
+        ),
     ],
 )
 def test_tensors_that_make_no_update_are_refused(tensors: dict[str, Tensor], message: str, tmp_path: Path) -> None:
@@ -168,6 +190,29 @@ def test_numbers_count_downwards_upwards_and_through_the_middle_last(tmp_path: P
         18: f"mid_block.{block}.attn1.to_q",
     }
     assert order["text_encoder"] == {i: f"{LAYER}.{letter}_proj" for i, letter in enumerate("kvq")}
+
+
+def test_every_number_of_a_public_file_of_lora_diffusion_means_one_module_of_stable_diffusion_1() -> None:
+    """Its 144 of the U-Net are 9 in each of 16 blocks, its 48 of the text encoder 4 in each of 12 layers."""
+    recipe = load_recipe("unet/sd15").recipe
+    assert isinstance(recipe, TrainUnetRecipe)
+    models = published_models()
+    with torch.device("meta"):
+        models["unet"] = UNet2DConditionModel(recipe.model)
+    adaptable = {
+        name: Adaptable(models[name].state_dict(), models[name].config.to_hugging_face())  # type: ignore[operator, union-attr]
+        for name in ("unet", "text_encoder")
+    }
+    names = ModuleNames(adaptable)
+    for part, count, last in (
+        ("unet", 144, "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0"),
+        ("text_encoder", 48, "text_model.encoder.layers.11.self_attn.out_proj"),
+    ):
+        found = [names.targets(f"{part}:{number}") for number in range(count + 1)]
+        assert {len(targets) for targets in found[:-1]} == {1}
+        assert len({targets[0].module for targets in found[:-1]}) == count
+        assert found[-2][0].module == last
+        assert found[-1] == []
 
 
 def test_kohyas_metadata_say_what_web_interfaces_ask_for(tmp_path: Path) -> None:

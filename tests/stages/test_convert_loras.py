@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from ldm_cli.core.low_rank import LowRank
 from ldm_cli.errors import CheckpointError
 from ldm_cli.families.adapted import AdaptedNetworks, adaptable_models, adaptable_networks
+from ldm_cli.families.lora_file import write_lora
 from ldm_cli.families.lora_reader import read_lora
 from ldm_cli.families.open_family import open_family
+from ldm_cli.formats.model_source import load_tensors
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages.convert import ConvertOptions, run
 from tests.conftest import Ldm
@@ -63,11 +67,35 @@ def test_a_model_by_itself_takes_its_own_adapters(tmp_path: Path, ldm: Ldm) -> N
     model = tmp_path / "model"
     tiny_pipeline().family.save(model)
     file = write_adapters(model, tmp_path / "a.safetensors", 0)
+    for part, prefix in (("unet", "lora_unet_"), ("text_encoder", "lora_te_")):
+        own = tmp_path / f"{part}.safetensors"
+        save_file({name: tensor for name, tensor in load_file(file).items() if name.startswith(prefix)}, own)
+        run(model / part, tmp_path / "alone" / part, ConvertOptions(loras=((own, 0.5),)), SilentReporter())
+        expected, plain = adapted_states(model, {own: 0.5})[part], adapted_states(model, {})[part]
+        found = load_tensors(tmp_path / "alone" / part)
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        assert any(not torch.equal(found[name], tensor) for name, tensor in plain.items())
     with pytest.raises(CheckpointError, match="do not fit the model: no such module: lora_te_text_model"):
         run(model / "unet", tmp_path / "unet", ConvertOptions(loras=((file, 1.0),)), SilentReporter())
     done = ldm("convert", str(model), "merged", "--merge-lora", f"{file}=0.5", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["metadata"]["modelspec.merged_from"] == "a.safetensors=0.5"
+
+
+def test_a_weight_of_zero_merges_nothing_and_an_autoencoder_takes_no_adapters(tmp_path: Path) -> None:
+    model, file = tmp_path / "model", tmp_path / "a.safetensors"
+    family = tiny_pipeline().family
+    family.save(model)
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    rows = len(family.denoiser.get_submodule(layer).weight)  # type: ignore[arg-type]
+    update = LowRank(torch.ones(1, rows), torch.ones(rows, 1), 1.0, torch.ones(rows))
+    write_lora(file, {"unet": {layer: update}}, "diffusers", {})
+    run(model, tmp_path / "same", ConvertOptions(loras=((file, 0.0),)), SilentReporter())
+    found = load_tensors(tmp_path / "same/unet")
+    assert all(torch.equal(found[name], tensor) for name, tensor in load_tensors(model / "unet").items())
+    write_lora(file, {"vae": {"post_quant_conv": LowRank(torch.ones(1, 4), torch.ones(4, 1), 1.0)}}, "diffusers", {})
+    with pytest.raises(CheckpointError, match=r"no such module: vae.post_quant_conv"):
+        run(model, tmp_path / "out", ConvertOptions(loras=((file, 1.0),)), SilentReporter())
 
 
 @pytest.mark.parametrize(("weight", "dtype"), [(float("nan"), None), (1e9, "fp16")])

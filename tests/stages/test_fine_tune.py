@@ -74,13 +74,17 @@ def test_a_denoiser_is_tuned_on_forty_pictures_beside_those_of_their_class(
     scenes: Path, clip_run: Path, vae_run: Path, unet_run: Path, photos: Path, class_pictures: Path, tmp_path: Path
 ) -> None:
     whole = unet_recipe(scenes, clip_run / "model", vae_run / "model", steps=30, lr=3e-3, save_every=30, log_every=15)
-    recipe = started(whole, "unet", unet_run, vae="", text_encoder="")
+    diffusers = pytest.importorskip("diffusers")
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(unet_run / "model", safety_checker=None)
+    pipeline.save_pretrained(tmp_path / "diffusers")
+    recipe = started(whole, "unet", tmp_path / "diffusers", vae="", text_encoder="")
     mixed = {"shards": [str(photos), str(class_pictures)], "weights": [1, 1], "loss_weights": [1, 0.5]}
     recipe["data"] |= mixed | {"val_shards": str(photos)}
     trained(recipe, tmp_path / "tuned")
     figures = metrics(tmp_path / "tuned")
     trained({**recipe, "train": {**recipe["train"], "steps": 1, "lr": 1e-9}}, tmp_path / "untouched")
     assert figures[-1]["val_loss"] < 0.9 * metrics(tmp_path / "untouched")[-1]["val_loss"]
+    assert diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "tuned/model", safety_checker=None)
 
 
 def test_the_loss_of_two_sources_is_half_of_dreambooths(

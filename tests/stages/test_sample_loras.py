@@ -19,6 +19,8 @@ from ldm_cli.families.lora_file import write_lora
 from ldm_cli.families.open_family import open_family
 from ldm_cli.formats.png_metadata import read_provenance
 from ldm_cli.pictures.images import read_image
+from ldm_cli.reporting import SilentReporter
+from ldm_cli.stages import convert
 from ldm_cli.storage import file_sha256
 from tests.conftest import Ldm
 from tests.formats.web_ui import parse_parameters
@@ -82,19 +84,33 @@ def test_weights_of_one_name_add_up(model: Path, files: dict[str, str], tmp_path
     assert found == pictures(expected)
 
 
-def test_xl_takes_adapters_of_both_text_encoders(tmp_path: Path) -> None:
-    save_tiny_xl(tmp_path / "xl")
-    file = write_adapters(tmp_path / "xl", tmp_path / "x.safetensors", 3)
+def test_xl_takes_adapters_and_words_of_both_text_encoders_as_merged_weights_do(tmp_path: Path) -> None:
+    xl, merged, file, word = (tmp_path / name for name in ("xl", "merged", "x.safetensors", "toy.safetensors"))
+    save_tiny_xl(xl)
+    write_adapters(xl, file, 3)
     assert {name.split("_")[1] for name in load_file(file)} == {"unet", "te1", "te2"}
-    found = pictures(
-        draw(
-            tmp_path / "xl",
-            tmp_path / "out",
-            prompts=[PROMPT, f"{PROMPT}<lora:x>"],
-            loras=[{"path": str(file), "weight": 0.0}],
-        )
-    )
-    assert found[0] != found[1]
+    convert.run(xl, merged, convert.ConvertOptions(loras=((file, 1.0),)), SilentReporter())
+    generator = torch.Generator().manual_seed(4)
+    save_file({name: torch.randn(2, n, generator=generator) for name, n in (("clip_l", 8), ("clip_g", 16))}, word)
+    prompts, given = ["a toy", PROMPT], {"embeddings": [{"path": str(word)}]}
+    wishes = [prompt + tag for prompt in prompts for tag in ("", "<lora:x>")]
+    found = pictures(draw(xl, tmp_path / "out", prompts=wishes, lora_dir=str(tmp_path), **given))
+    assert len({*found}) == 4
+    assert pictures(draw(merged, tmp_path / "expected", prompts=prompts, **given)) == [found[1], found[3]]
+    plain = pictures(draw(xl, tmp_path / "plain", prompts=prompts))
+    assert plain[0] != found[0]
+    assert plain[1] == found[2]
+
+
+def test_a_grid_of_settings_keeps_the_tags_of_its_prompts(model: Path, files: dict[str, str], tmp_path: Path) -> None:
+    loras = [{"path": path, "weight": 0.0} for path in files.values()]
+    prompts = [f"{PROMPT} <lora:a:0.5>", f"{PROMPT} <lora:b>"]
+    found = draw(model, tmp_path / "grid", prompts=prompts, loras=loras, xy=["steps=1,2"])
+    expected = [
+        pictures(draw(model, tmp_path / str(steps), prompts=prompts, loras=loras, sampling={"steps": steps}))
+        for steps in (1, 2)
+    ]
+    assert pictures(found) == [expected[steps][i] for i in (0, 1) for steps in (0, 1)]
 
 
 def test_a_walk_changes_weights_as_it_changes_words(model: Path, files: dict[str, str], tmp_path: Path) -> None:
@@ -144,6 +160,9 @@ def test_unknown_names_name_their_neighbours(model: Path, files: dict[str, str],
     for weight in ("1:2", "nan", "inf", "x"):
         with pytest.raises(UsageError, match=f"'<lora:watercolor:{weight}>' is not understood: one number is read"):
             draw(model, tmp_path / "out", prompts=[f"x <lora:watercolor:{weight}>"], lora_dir=str(tmp_path))
+    for prompt in ("x <lora:watercolor", "x <lora:watercolor:1> <LoRA:a:<b>>"):
+        with pytest.raises(UsageError, match=r"'<[^<]*(watercolor|<b>>)' is not understood: the tag has no end"):
+            draw(model, tmp_path / "out", prompts=[prompt], lora_dir=str(tmp_path))
     with pytest.raises(UsageError, match="two adapters are named 'a'"):
         draw(model, tmp_path / "out", loras=[{"path": files["a"]}, {"path": files["a"]}])
     with pytest.raises(InputNotFoundError, match=r"no adapters in '.*nothing"):
@@ -151,6 +170,20 @@ def test_unknown_names_name_their_neighbours(model: Path, files: dict[str, str],
     with pytest.raises(InputNotFoundError, match="check --lora-dir"):
         draw(model, tmp_path / "out", lora_dir=str(tmp_path / "nothing"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_name_that_two_subfolders_have_is_refused_where_a_prompt_needs_it(
+    model: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / "loras" / folder).mkdir(parents=True)
+        shutil.copy(files["a"], tmp_path / "loras" / folder)
+    found, tagged = {"lora_dir": str(tmp_path / "loras")}, [f"{PROMPT} <lora:a>"]
+    draw(model, tmp_path / "plain", **found)
+    with pytest.raises(UsageError, match=r"two adapters are named 'a': .*one/a.safetensors and .*two/a.safetensors"):
+        draw(model, tmp_path / "out", prompts=tagged, **found)
+    given = [{"path": str(tmp_path / "loras/two/a.safetensors"), "weight": 0.0}]
+    assert draw(model, tmp_path / "out", prompts=tagged, loras=given, **found)["generated"] == 1
 
 
 def test_the_command_line_gives_files_with_weights(

@@ -8,18 +8,22 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ldm_cli.errors import InputNotFoundError
 from ldm_cli.families.open_family import open_family, resolve_model
+from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages.dry_run import dry_run
 from ldm_cli.storage import file_sha256
 from ldm_cli.training import saving
 from ldm_cli.training.saving import num_checkpoint_bytes
+from ldm_cli.training.trainer import Trainer
 from tests.faults.runs import assert_same_run
 
+from .published_xl import write_published_xl
 from .tiny import lose_after, trained, unet_recipe
 from .tiny_xl import save_tiny_xl, xl_recipe
 
@@ -88,6 +92,10 @@ def test_all_networks_of_xl_are_adapted_in_half_precision_with_recomputed_layers
     recipe = xl_lora_recipe(scenes, xl, lora, steps=4, save_every=2, log_every=2, validation_samples=4, **half)
     trained(recipe, tmp_path / "whole")
     tensors = load_file(tmp_path / "whole/model/tiny.safetensors")
+    with safe_open(tmp_path / "whole/model/tiny.safetensors", "pt") as opened:
+        found = opened.metadata()
+    assert found["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert found["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     prefixes = {"_".join(name.split("_")[:2]) for name in tensors}
     assert prefixes == {"lora_unet", "lora_te1", "lora_te2"}
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
@@ -164,6 +172,54 @@ def test_a_dry_run_of_xl_counts_every_adapter_and_halves_what_bf16_holds(
     num_trained = sum(counted[f"{name}.lora"] for name in adapted)
     assert [sizes[name] for name in ("gradients", "optimizer", "ema")] == [factor * num_trained for factor in (4, 8, 4)]
     assert found["fp32"]["bytes"]["weights"] - sizes["weights"] == 2 * sum(counted[name] for name in adapted)
+
+
+@pytest.mark.parametrize("text_encoder", [False, 3])
+def test_a_run_holds_the_bytes_that_its_dry_run_says(
+    text_encoder: Any, scenes: Path, xl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = {"rank": 2, "text_encoder": text_encoder, "base_precision": "bf16"}
+    short = {"steps": 1, "validation_samples": 4, "ema_decay": 0.9, "precision": "bf16"}
+    recipe = xl_lora_recipe(scenes, xl, lora, **short)
+    sizes = dry_run(TrainUnetRecipe.from_mapping(recipe), SilentReporter())["bytes"]
+    made: list[Any] = []
+    make = Trainer.__init__
+
+    def watched(self: Trainer, *given: Any) -> None:
+        made.append(self)
+        make(self, *given)
+
+    monkeypatch.setattr(Trainer, "__init__", watched)
+    trained(recipe, tmp_path / "run")
+    (trainer,) = made
+    family = trainer.task._base.family
+    adapters, models = trainer.modules.values(), (family.denoiser, family.codec, *family.encoder.models)
+    parameters = [parameter for module in (*adapters, *models) for parameter in module.parameters()]
+    assert sum(parameter.nbytes for parameter in parameters) == sizes["weights"]
+    assert sum(parameter.nbytes for parameter in parameters if parameter.requires_grad) == sizes["gradients"]
+    state = trainer.optimizers.state()
+    moments = sum(value.nbytes for name, value in state.items() if "exp_avg" in name)
+    # The last layer of the first tower is not used, so that its adapters never have a gradient.
+    first = trainer.modules["text_encoder"].named_parameters() if text_encoder else ()
+    idle = sum(parameter.numel() for name, parameter in first if ".layers.1." in name)
+    assert moments == sizes["optimizer"] - 8 * idle
+
+
+def test_adapters_of_the_published_xl_take_a_fifth_of_the_memory_of_all_weights(tmp_path: Path) -> None:
+    """Rank 16 of the transformers: 10 blocks of width 640 within 5 of them, 60 of 1280 within 6, text of 2048."""
+    write_published_xl(tmp_path)
+    recipe = load_recipe("lora/sdxl", [f"start_from={tmp_path}"]).recipe
+    found = dry_run(recipe, SilentReporter())
+    attention = {width: 4 * 2 * width + 2 * 2 * width + 2 * (2048 + width) for width in (640, 1280)}
+    blocks = {width: attention[width] + (1 + 8) * width + (4 + 1) * width for width in (640, 1280)}
+    adapters = 16 * (10 * blocks[640] + 5 * 4 * 640 + 60 * blocks[1280] + 6 * 4 * 1280)
+    others = 83_653_863 + 123_060_480 + 694_659_840
+    assert found["parameters"]["unet.lora"] == adapters
+    assert found["parameters"]["unet"] == 2_567_463_684
+    assert found["bytes"]["weights"] == 4 * (adapters + others) + 2 * 2_567_463_684
+    total = 16 * adapters + 4 * others + 2 * 2_567_463_684
+    note = f"take {total / 2**30:.3f} GiB; to train all weights, {(16 * 2_567_463_684 + 4 * others) / 2**30:.2f} GiB"
+    assert found["notes"][0].endswith(note)
 
 
 def test_the_room_for_a_checkpoint_counts_both_files_of_adapters(

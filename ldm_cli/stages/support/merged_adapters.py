@@ -32,7 +32,7 @@ def merged(models: FoundModels, loras: Sequence[tuple[Path, float]], dtype: str 
     names = {name or (UNET if "_class_name" in m.content else TEXT_ENCODER): name for name, m in models.models.items()}
     adaptable = {
         component: Adaptable(models.models[name].tensors, models.models[name].complete)
-        for component, name in sorted(names.items(), key=lambda pair: (pair[0].startswith(TEXT_ENCODER), pair[0]))
+        for component, name in sorted(names.items())
         if component != VAE
     }
     parts: dict[str, dict[str, list[tuple[WeightUpdate, float]]]] = {}
