@@ -14,7 +14,7 @@ from ldm_cli.core.condition import Condition
 from ldm_cli.core.models.clip import CLIPTextModelWithProjection
 from ldm_cli.core.models.t5_encoder import T5EncoderModel
 from ldm_cli.data.unigram_tokenizer import UnigramTokenizer
-from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, ignore
+from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, ignore, tokenizer_folder
 from ldm_cli.families.family import model_sha256
 from ldm_cli.families.prompt_chunks import BREAK, PromptReading, pieces_of
 from ldm_cli.formats.model_folder import load_model
@@ -50,8 +50,7 @@ class T5TextEncoder:
             InputNotFoundError, CheckpointError: as in `load_model`.
         """
         dtype = torch.bfloat16 if dtype == torch.float16 else dtype
-        beside = folder.parent / tokenizer_of(folder.name)
-        tokenizer = UnigramTokenizer.load(beside if beside != folder and beside.is_dir() else folder)
+        tokenizer = UnigramTokenizer.load(tokenizer_folder(folder))
         return cls(load_model(T5EncoderModel, folder, dtype=dtype), tokenizer, folder)
 
     def save(self, folder: Path) -> None:
