@@ -327,7 +327,10 @@ def test_float8_is_widened_exactly(home: Path) -> None:
         ("model", "new.safetensors", {"shard_bytes": 5}, UsageError("--shard-size is for folders")),
         ("model", "new.ckpt", {}, UsageError("cannot write 'new.ckpt'")),
         ("model", "new", {"ema": True}, UsageError("--ema and --config are for single files")),
-        ("model/vae", "new", {"prediction_type": "epsilon"}, UsageError("--prediction-type is for whole pipelines with a U-Net")),
+        (
+            *("model/vae", "new", {"prediction_type": "epsilon"}),
+            UsageError("--prediction-type is for whole pipelines with a U-Net"),
+        ),
         ("model", "tokenizer", {}, OutputError("'tokenizer' exists")),
         ("model", "tokenizer", {"overwrite": True}, OutputError("'tokenizer' is no model folder")),
         ("model", "folder.safetensors", {"overwrite": True}, OutputError("'folder.safetensors' is no file")),
