@@ -7,27 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from ldm_cli.data.unigram_tokenizer import UnigramTokenizer
 from tests.parity.xl_pipeline import change, tower
 from tests.sampling.tiny import VAE, randomize, tiny_tokenizer
+from tests.stages.tiny_sd3 import tiny_t5_tokenizer
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
-
-
-def tiny_t5_tokenizer() -> UnigramTokenizer:
-    tokenizer = tokenizers.Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always")
-    tokenizer.decoder = decoders.Metaspace("▁", prepend_scheme="always")
-    special = ["<pad>", "</s>", "<unk>"]
-    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>", show_progress=False)
-    captions = ["a small red circle at the top left", "a blue square", "a green triangle left of a red circle"]
-    tokenizer.train_from_iterator(captions * 5, trainer)
-    return UnigramTokenizer(tokenizer)
 
 
 def their_sd3_folder(

@@ -12,9 +12,11 @@ from torch import Tensor
 from ldm_cli import philox
 from ldm_cli.core.condition import Condition
 from ldm_cli.core.diffusion.config import DiffusionConfig
+from ldm_cli.core.diffusion.level_distribution import random_levels
 from ldm_cli.core.diffusion.loss import add_noise, diffusion_loss
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.latent_cache import MASK
+from ldm_cli.families.clip_t5_encoder import CLIPT5Encoder
 from ldm_cli.families.family import Family
 from ldm_cli.pictures.grid import image_grid
 from ldm_cli.pictures.images import save_image
@@ -26,7 +28,7 @@ from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.shared_work import in_turns, merged
 
 _NUM_NOISE_LEVELS = 5
-_PURPOSES = ("posterior noise", "noise", "timestep", "caption dropout")
+_PURPOSES = ("posterior noise", "noise", "timestep", "caption dropout", "encoder dropout")
 
 Encoded = tuple[Batch, Mapping[str, Tensor], Condition]
 """A batch, the codec's moments of its images with the masks at their size, and its conditions."""
@@ -55,17 +57,21 @@ class Denoising:
         Of pictures of a subject and of its class, mixed 1:1, the latter with loss weight λ, it is on average half of
         DreamBooth's loss (Ruiz et al. 2022, arXiv:2208.12242, eq. 2).
         """
-        dropped = philox.uniform(self._keys["caption dropout"], batch.epoch, batch.position, 1)[:, 0]
-        condition = condition.replaced(dropped < self.config.caption_dropout, self.empty)
-        errors = self._error(batch, moments, condition, self.levels(batch.epoch, batch.position), self._keys)
+        u = random_levels(self.config, self._keys["timestep"], batch.epoch, batch.position)
+        errors = self._error(batch, moments, self._with_dropout(batch, condition), u, self._keys)
         return (errors if batch.loss_weights is None else errors * batch.loss_weights).mean()
 
-    def levels(self, epoch: Tensor, position: Tensor) -> Tensor:
-        """u of `Process.at` for each sample: float32 [B], in (0, 1)."""
-        key = self._keys["timestep"]
-        if self.config.timestep_sampling == "uniform":
-            return philox.uniform(key, epoch, position, 1)[:, 0]
-        return torch.sigmoid(philox.normal(key, epoch, position, (1,))[:, 0])
+    def _with_dropout(self, batch: Batch, condition: Condition) -> Condition:
+        """The empty condition in place of some captions, and zeros in place of what some encoders made of others."""
+        encoder, config = self.family.encoder, self.config
+        dropped = self._uniform("caption dropout", batch, 1)[:, 0] < config.caption_dropout
+        if config.encoder_dropout and isinstance(encoder, CLIPT5Encoder):
+            left_out = self._uniform("encoder dropout", batch, encoder.num_encoders) < config.encoder_dropout
+            condition, dropped = encoder.without(condition, left_out), dropped | left_out.all(dim=1)
+        return condition.replaced(dropped, self.empty)
+
+    def _uniform(self, purpose: str, batch: Batch, count: int) -> Tensor:
+        return philox.uniform(self._keys[purpose], batch.epoch, batch.position, count)
 
     def validate(
         self, held_out: Sequence[Batch], encoded: Callable[[Batch], Encoded], ranks: Ranks

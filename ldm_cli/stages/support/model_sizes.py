@@ -14,7 +14,7 @@ from torch import nn
 
 from ldm_cli.errors import InputNotFoundError, RecipeError, amount, first_line
 from ldm_cli.formats.model_folder import fitting_tensors, without_weights
-from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TEXT_ENCODER_2, UNET
+from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TEXT_ENCODER_2, TEXT_ENCODER_3
 from ldm_cli.recipe.schema import StartedRecipe, TrainRecipe, TrainUnetRecipe
 from ldm_cli.stages.support.start import freeze, start_folder
 from ldm_cli.training.config import TrainConfig
@@ -71,11 +71,14 @@ def model_at(field: str, folder: str, outline: Callable[[Path], ModuleT], notes:
 
 
 def halved_models(recipe: TrainRecipe) -> tuple[str, ...]:
-    """The models whose weights are bf16 in memory: those that a LoRA recipe adapts, if it says so."""
-    lora = recipe.lora if isinstance(recipe, TrainUnetRecipe) else None
-    if lora is None or lora.base_precision != "bf16":
+    """The models whose weights are in half precision in memory: those that a LoRA recipe adapts, if it says so, and T5
+    where training computes in half precision."""
+    if not isinstance(recipe, TrainUnetRecipe):
         return ()
-    return (UNET, TEXT_ENCODER, TEXT_ENCODER_2) if lora.text_encoder else (UNET,)
+    t5 = (TEXT_ENCODER_3,) if recipe.train.precision in ("bf16", "fp16") else ()
+    if (lora := recipe.lora) is None or lora.base_precision != "bf16":
+        return t5
+    return (recipe.component, *((TEXT_ENCODER, TEXT_ENCODER_2) if lora.text_encoder else ()), *t5)
 
 
 def training_bytes(
