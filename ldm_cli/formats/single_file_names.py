@@ -32,11 +32,6 @@ class Place:
     path: str
     form: Form = "same"
 
-    @property
-    def third(self) -> int | None:
-        """Which third of the rows it is; None: all."""
-        return THIRDS.index(self.form) if self.form in THIRDS else None
-
 
 Table = Mapping[str, Place]
 Content = Mapping[str, Any]
@@ -222,15 +217,18 @@ def _folded(tensor: Tensor, form: Form) -> Tensor:
     return tensor[:, :, None, None] if is_linear else _unfold(tensor, "same" if form == "convolution" else form)
 
 
-def _unfold(tensor: Tensor, form: Form) -> Tensor:
-    """The part of a file's tensor that an entry of this form stands for, in the shape of the folder's."""
+def rows_of(tensor: Tensor, form: Form) -> Tensor:
+    """The rows of a file's tensor that an entry of this form stands for, in the order of the folder's."""
     if form in THIRDS:
         return tensor.tensor_split(3)[THIRDS.index(form)]
+    return torch.cat(tensor.chunk(2)[::-1]) if form == "swapped" else tensor
+
+
+def _unfold(tensor: Tensor, form: Form) -> Tensor:
+    """`rows_of`, in the shape of the folder's tensor."""
     if form == "convolution" and tensor.ndim == 4:
         return tensor.flatten(1)
-    if form == "swapped":
-        return torch.cat(tensor.chunk(2)[::-1])
-    return tensor.T if form == "transposed" and tensor.ndim == 2 else tensor
+    return tensor.T if form == "transposed" and tensor.ndim == 2 else rows_of(tensor, form)
 
 
 def _ancestors(name: str) -> Iterator[str]:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldm_cli.families.adapted import adaptable_models, adaptable_networks
+from ldm_cli.families.lora_reader import read_lora
 from ldm_cli.families.open_family import open_family
 from ldm_cli.families.stable_diffusion_3 import StableDiffusion3
 from ldm_cli.recipe.schema import TrainUnetRecipe
@@ -96,3 +98,34 @@ def test_a_run_begins_at_a_folder_and_trains_what_is_not_frozen(
     before, after = tiny_sd3().denoiser.state_dict(), open_family(tmp_path).denoiser.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"proj_out.weight", "proj_out.bias"}
+
+
+def test_adapters_of_the_transformer_are_trained_resumed_and_read_by_diffusers(
+    scenes: Path, parts: dict[str, str], tmp_path: Path
+) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    recipe = sd3_recipe(scenes, {}, steps=4, save_every=2, lr=1e-2)
+    recipe = {name: value for name, value in recipe.items() if name not in ("vae", "text_encoder", "transformer")}
+    recipe |= {"start_from": str(Path(parts["vae"]).parent), "diffusion": {}, "lora": {"rank": 2, "targets": ["all"]}}
+    trained(recipe, tmp_path / "whole")
+    lose_after(2, recipe, tmp_path / "broken")
+    trained(recipe, tmp_path / "broken")
+    assert_same_run(tmp_path / "whole", tmp_path / "broken", 4)
+    family = open_family(Path(parts["vae"]).parent)
+    models = adaptable_models(adaptable_networks(family))
+    folder = tmp_path / "whole/model"
+    ours, kohyas = (read_lora(file, models) for file in (folder, folder / "tiny.safetensors"))
+    theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(Path(parts["vae"]).parent)
+    before = {name: tensor.clone() for name, tensor in theirs.transformer.state_dict().items()}
+    theirs.load_lora_weights(folder)
+    theirs.fuse_lora(components=["transformer"])
+    after = {name.replace(".base_layer", ""): tensor for name, tensor in theirs.transformer.state_dict().items()}
+    assert set(ours["transformer"]) == set(kohyas["transformer"])
+    # Nothing attends with the queries of the last text tokens.
+    untrained = {module for module, update in ours["transformer"].items() if not update.delta().any()}
+    assert untrained == {"transformer_blocks.1.attn.add_q_proj"}
+    for module, update in ours["transformer"].items():
+        torch.testing.assert_close(kohyas["transformer"][module].delta(), update.delta())
+        torch.testing.assert_close(
+            after[f"{module}.weight"] - before[f"{module}.weight"], update.delta(), atol=1e-5, rtol=0
+        )
