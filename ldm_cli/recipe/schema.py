@@ -13,6 +13,7 @@ from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.core.models.sd3_transformer_2d_config import SD3Transformer2DConfig
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
+from ldm_cli.core.patch_training_config import PatchTrainingConfig
 from ldm_cli.core.vae_loss_config import VAELossConfig, min_image_size
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.tokenizer_config import TokenizerConfig
@@ -173,6 +174,8 @@ class TrainUnetRecipe(StartedRecipe):
     """The model; fields as in its Hugging Face config.json. null: that of `start_from`, or a transformer."""
     transformer: SD3Transformer2DConfig | None = None
     """Stable Diffusion 3: the model, in place of `unet`; fields as in its Hugging Face config.json."""
+    patches: PatchTrainingConfig = PatchTrainingConfig()
+    """Stable Diffusion 3: patches that are left out in training, or compared with the features of a CLIP."""
     diffusion: DiffusionConfig = DiffusionConfig()
     """Noise schedule, prediction, loss weights, caption dropout. A pipeline in `start_from` gives the defaults of
     schedule and prediction."""

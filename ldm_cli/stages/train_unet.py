@@ -40,6 +40,7 @@ from ldm_cli.stages.support.model_sizes import (
 )
 from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import RunOptions, with_precision
+from ldm_cli.stages.support.patch_training import open_patch_training
 from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_uses
 from ldm_cli.stages.support.text_encoders import TextEncoder, outline_text_encoders, text_folders
 from ldm_cli.stages.support.training_run import Workbench, run_training
@@ -51,6 +52,8 @@ def run(recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter) -> dic
     """Train the denoiser of `recipe`; the result is a complete folder of Stable Diffusion, XL or 3."""
     recipe = with_precision(resolve_start(with_model_folders(recipe, reporter), reporter.warn), options)
     uses = {"vae": recipe.vae, **text_folders(recipe)} | start_uses(recipe)
+    if recipe.patches.clip is not None:
+        uses["patches.clip"] = recipe.patches.clip
     build, sizes = partial(_build, recipe), parameters(recipe, [])
     if recipe.cache is None:
         return run_training(recipe, options, reporter, build, sizes, uses=uses)
@@ -124,7 +127,10 @@ class DenoiserTask:
             empty = self.encoder.condition([""] * recipe.train.part_size()).map(lambda tensor: tensor[:1])
         else:
             empty = self.encoder.cached(bench.cache, "")
-        self.denoising = Denoising(self.family, recipe.diffusion, recipe.seed, empty)
+        patches = open_patch_training(recipe, bench.device)
+        if patches is not None and patches.alignment is not None:
+            self.auxiliary["projection"] = patches.alignment
+        self.denoising = Denoising(self.family, recipe.diffusion, recipe.seed, empty, patches)
         self._held_out: dict[int, Encoded] = {}
 
     def prepare(self, batch: Batch) -> Batch:
@@ -137,7 +143,7 @@ class DenoiserTask:
 
     def loss(self, part: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean denoising error; each sample has its own level, noise and dropout."""
-        return self.denoising.loss(part, *self.encoder(part)), {}
+        return self.denoising.loss(part, *self.encoder(part), step)
 
     def _encoded(self, batch: Batch) -> Encoded:
         """A held-out batch; encoded once, unless the encoder is trained."""

@@ -26,6 +26,7 @@ def expect_known_conditions(recipe: TrainUnetRecipe) -> None:
     Raises:
         RecipeError: naming the fields that ask for others.
     """
+    _expect_fitting_patches(recipe)
     config, known = recipe.model, "addition_embed_type=text_time" if recipe.text_encoder_2 else ""
     if isinstance(config, SD3Transformer2DConfig):
         return
@@ -36,6 +37,25 @@ def expect_known_conditions(recipe: TrainUnetRecipe) -> None:
         problems = tuple(f"unet.{field} asks for a condition that train-unet does not have" for field in fields)
         remedy = "set it to null" + ("" if known or config.addition_embed_type is None else ", or give text_encoder_2")
         raise RecipeError("this U-Net cannot be trained", "; ".join(problems), remedy, problems=problems)
+
+
+def _expect_fitting_patches(recipe: TrainUnetRecipe) -> None:
+    """Raise RecipeError if `patches` asks for something that this recipe does not have."""
+    patches, config, problems = recipe.patches, recipe.model, []
+    if patches.left_out or patches.clip:
+        if not isinstance(config, SD3Transformer2DConfig):
+            problems.append("patches needs a transformer")
+        else:
+            used = {"aligned_block": patches.aligned_block} if patches.clip else {"mixer_blocks": patches.mixer_blocks}
+            problems += [
+                f"patches.{name}={number}, but transformer.num_layers={config.num_layers}"
+                for name, number in used.items()
+                if number > config.num_layers
+            ]
+    if patches.clip and recipe.cache is not None:
+        problems.append("patches.clip looks at the images: leave cache out")
+    if problems:
+        raise RecipeError("this recipe's patches cannot be trained so", "; ".join(problems), problems=tuple(problems))
 
 
 def fitted_config(recipe: TrainUnetRecipe, codec: Codec, texts: Sequence[nn.Module]) -> DenoiserConfig:
