@@ -203,6 +203,8 @@ class TrainUnetRecipe(StartedRecipe):
             self._check_start("text_encoder_2")
         if self.unet is not None and (self.text_encoder_3 or self.max_sequence_length is not None):
             raise ValueError("text_encoder_3 and max_sequence_length belong to a transformer")
+        if self.text_encoder_3 and self.max_sequence_length == 0:
+            raise ValueError("max_sequence_length=0 leaves no room for text_encoder_3")
         if self.lora is not None:
             self._check_lora(self.lora)
         return self

@@ -77,6 +77,9 @@ def parameters(recipe: TrainUnetRecipe, notes: list[str]) -> Parameters:
     found = [text for text in texts.values() if text is not None]
     if vae is not None and len(found) == len(texts):
         fitted_config(recipe, vae, found)
+    if dropout := recipe.diffusion.encoder_dropout:
+        share = 1 - (1 - recipe.diffusion.caption_dropout) * (1 - dropout ** len(texts))
+        notes.append(f"diffusion: {100 * share:.3g} % of captions become the empty one, of {len(texts)} encoders")
     denoiser = outlined(lambda: _CLASSES[recipe.component](recipe.model), recipe)
     used = {"vae": vae, **texts}
     if recipe.lora is not None:

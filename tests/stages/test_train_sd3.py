@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from ldm_cli.core.condition import Condition
+from ldm_cli.data.loader import Loader
+from ldm_cli.data.open_shards import open_shards
+from ldm_cli.errors import CheckpointError, RecipeError
 from ldm_cli.families.adapted import adaptable_models, adaptable_networks
 from ldm_cli.families.lora_reader import read_lora
 from ldm_cli.families.open_family import open_family
 from ldm_cli.families.stable_diffusion_3 import StableDiffusion3
 from ldm_cli.recipe.schema import TrainUnetRecipe
+from ldm_cli.reporting import SilentReporter
+from ldm_cli.stages.dry_run import dry_run
+from ldm_cli.stages.support.batch_encoder import cache_key
+from ldm_cli.stages.support.options import RunOptions, with_precision
 from ldm_cli.stages.support.start import resolve_start
+from ldm_cli.stages.support.training_run import Workbench
+from ldm_cli.stages.train_unet import DenoiserTask
+from ldm_cli.training.run_folder import RunFolder
 
 from ..faults.runs import assert_same_run
 from .test_precompute import assert_a_cache_changes_nothing
-from .tiny import lose_after, trained
+from .tiny import lose_after, losses, trained, unet_recipe
 from .tiny_sd3 import save_tiny_sd3, sd3_recipe, tiny_sd3
+from .tiny_xl import save_tiny_xl
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +144,157 @@ def test_adapters_of_the_transformer_are_trained_resumed_and_read_by_diffusers(
         torch.testing.assert_close(
             after[f"{module}.weight"] - before[f"{module}.weight"], update.delta(), atol=1e-5, rtol=0
         )
+
+
+def make_task(recipe: dict[str, Any], path: Path) -> tuple[DenoiserTask, Loader]:
+    config = with_precision(TrainUnetRecipe.from_mapping(recipe), RunOptions(device="cpu"))
+    shards = open_shards(config.data.shards, config.data, SilentReporter())
+    bench = Workbench(RunFolder(path, SilentReporter()), shards, (), torch.device("cpu"), SilentReporter())
+    return DenoiserTask(config, bench), Loader(shards, config.data, seed=0, batch_size=32)
+
+
+def conditions_seen(recipe: dict[str, Any], path: Path) -> tuple[Condition, Condition, Condition]:
+    """Of a batch of 32: what the transformer is given, what the encoders gave, and the empty condition."""
+    task, loader = make_task(recipe, path)
+    batch = task.prepare(next(iter(loader.batches(0, 1))))
+    seen: list[Condition] = []
+
+    def watched(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        seen.append(condition)
+        return torch.zeros_like(x)
+
+    object.__setattr__(task.family, "denoiser", watched)
+    task.loss(batch, 0)
+    return seen[0], task.encoder(batch)[1], task.denoising.empty
+
+
+def parts_of(condition: Condition, row: int, width: int = 8, projection: int = 10) -> list[list[Tensor]]:
+    """What each of three encoders gave for a sample."""
+    assert condition.tokens is not None
+    assert condition.pooled is not None
+    tokens, pooled = condition.tokens[row], condition.pooled[row]
+    return [[tokens[:12, :width], pooled[:projection]], [tokens[:12, width:], pooled[projection:]], [tokens[12:]]]
+
+
+def test_encoders_are_left_out_by_themselves_and_all_of_them_make_the_empty_caption(
+    scenes: Path, parts: dict[str, str], tmp_path: Path
+) -> None:
+    recipe = sd3_recipe(scenes, parts, {"encoder_dropout": 0.464, "caption_dropout": 0.0}, batch_size=32)
+    given, whole, empty = conditions_seen(recipe, tmp_path)
+    kinds = []
+    for row in range(32):
+        pieces = [parts_of(condition, row if len(condition.tokens) > 1 else 0) for condition in (given, whole, empty)]  # type: ignore[arg-type]
+        if all(
+            torch.equal(one, other)
+            for ours, theirs in zip(pieces[0], pieces[2], strict=True)
+            for one, other in zip(ours, theirs, strict=True)
+        ):
+            kinds.append("empty")
+            continue
+        kind = ""
+        for ours, theirs in zip(pieces[0], pieces[1], strict=True):
+            is_zero = not any(bool(tensor.any()) for tensor in ours)
+            assert is_zero or all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+            kind += "-" if is_zero else "+"
+        kinds.append(kind)
+    assert "---" not in kinds
+    assert set(kinds) >= {"empty", "+++", "-++", "+-+", "++-"}
+
+
+def test_without_dropout_of_encoders_conditions_are_as_they_are(
+    scenes: Path, parts: dict[str, str], tmp_path: Path
+) -> None:
+    given, whole, _ = conditions_seen(sd3_recipe(scenes, parts, {"caption_dropout": 0.0}, batch_size=32), tmp_path)
+    assert torch.equal(given.tokens, whole.tokens)  # type: ignore[arg-type]
+    assert torch.equal(given.pooled, whole.pooled)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("dropout", "share"), [(0.0, "9.99"), (0.1, "19")])
+def test_the_dry_run_says_how_many_captions_become_empty(
+    scenes: Path, parts: dict[str, str], dropout: float, share: str
+) -> None:
+    recipe = sd3_recipe(scenes, parts, {"encoder_dropout": 0.464, "caption_dropout": dropout})
+    result = dry_run(TrainUnetRecipe.from_mapping(recipe), SilentReporter())
+    assert f"{share} % of captions become the empty one" in " ".join(result["notes"])
+    assert result["parameters"].keys() == {"transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"}
+
+
+@pytest.mark.parametrize(
+    ("transformer", "fields", "message"),
+    [
+        ({"joint_attention_dim": 20}, {}, "transformer.joint_attention_dim=20, the towers' width is 24; .*T5's width"),
+        ({"joint_attention_dim": 20}, {"text_encoder_3": ""}, "joint_attention_dim=20, the towers' width is 24"),
+        ({"pooled_projection_dim": 12}, {}, "transformer.pooled_projection_dim=12, the towers project to 22"),
+        ({"in_channels": 9}, {}, "transformer.in_channels=9 .* have 4 channels"),
+        ({"pos_embed_max_size": 5}, {}, "5 patches of 4 pixels, but images have sides of 24 pixels"),
+        ({}, {"diffusion": {}}, "prediction_type=epsilon, expected flow_prediction"),
+        ({"patch_size": 5}, {}, "data.image_size=24 is no multiple of 10"),
+        ({}, {"clip_skip": 3}, "clip_skip=3, but a text encoder has 2 layers"),
+    ],
+)
+def test_parts_that_do_not_fit_are_named_in_the_dry_run(
+    scenes: Path, parts: dict[str, str], transformer: dict[str, Any], fields: dict[str, Any], message: str
+) -> None:
+    recipe = sd3_recipe(scenes, parts) | fields
+    recipe["transformer"] = recipe["transformer"] | transformer
+    with pytest.raises(RecipeError, match=message):
+        dry_run(TrainUnetRecipe.from_mapping(recipe), SilentReporter())
+
+
+def test_encoders_of_a_unet_are_not_left_out_one_by_one(scenes: Path, parts: dict[str, str]) -> None:
+    recipe = unet_recipe(scenes, Path(parts["text_encoder"]), Path(parts["vae"]), {"encoder_dropout": 0.5})
+    with pytest.raises(RecipeError, match=r"diffusion\.encoder_dropout is for a transformer"):
+        dry_run(TrainUnetRecipe.from_mapping(recipe), SilentReporter())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"unet": {}}, "unet and transformer: one of them is trained"),
+        ({"text_encoder_2": ""}, "text_encoder_2: missing"),
+        ({"transformer": None}, "unet: missing"),
+        ({"transformer": None, "unet": {}}, "belong to a transformer"),
+        ({"max_sequence_length": 0}, "max_sequence_length=0 leaves no room for text_encoder_3"),
+    ],
+)
+def test_a_recipe_that_contradicts_itself_is_refused(
+    scenes: Path, parts: dict[str, str], fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainUnetRecipe.from_mapping(sd3_recipe(scenes, parts) | fields)
+
+
+def test_a_transformer_does_not_begin_at_a_unet(scenes: Path, parts: dict[str, str], tmp_path: Path) -> None:
+    save_tiny_xl(tmp_path / "xl")
+    recipe = sd3_recipe(scenes, parts) | {"start_from": str(tmp_path / "xl")}
+    with pytest.raises(RecipeError, match="is a UNet2DConditionModel"):
+        resolve_start(TrainUnetRecipe.from_mapping(recipe), pytest.fail)
+
+
+@pytest.mark.parametrize("value", [-1, 513, "many"])
+def test_a_length_of_t5_that_is_none_is_refused(tmp_path: Path, value: Any) -> None:
+    save_tiny_sd3(tmp_path)
+    index = tmp_path / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"max_sequence_length": value}))
+    with pytest.raises(CheckpointError, match=r"max_sequence_length=.* is no length"):
+        open_family(tmp_path)
+
+
+def test_parts_of_a_batch_and_recomputed_activations_give_the_same_loss(
+    scenes: Path, parts: dict[str, str], tmp_path: Path
+) -> None:
+    for name, train in (("whole", {}), ("parts", {"micro_batch": 4, "gradient_checkpointing": True})):
+        trained(sd3_recipe(scenes, parts, steps=3, log_every=1, **train), tmp_path / name)
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+
+
+def test_a_cache_of_other_encoders_is_refused(scenes: Path, parts: dict[str, str]) -> None:
+    def key(**fields: Any) -> dict[str, Any]:
+        recipe = sd3_recipe(scenes, parts) | fields
+        return cache_key(with_precision(TrainUnetRecipe.from_mapping(recipe), RunOptions(device="cpu"))).text
+
+    whole = key()
+    assert whole.keys() >= {"text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer_3", "max_sequence_length"}
+    assert key(max_sequence_length=10) != whole
+    assert key(text_encoder_3="") != whole
+    assert key(text_encoder=parts["text_encoder_2"]) != whole

@@ -1,4 +1,4 @@
-"""Which noise levels training visits: distributions of u, the share of levels with less noise, in (0, 1).
+"""Which noise levels training visits: distributions of u, the share of levels with less noise, in (0, 1].
 
     uniform         π(u) = 1
     logit_normal    π(u) = exp(−(logit u − m)² / 2s²) / (s √(2π) u (1 − u))            Esser et al. 2024, eq. 19
@@ -28,7 +28,7 @@ def random_levels(config: DiffusionConfig, key: philox.Key, epoch: Tensor, posit
         epoch, position: of the samples, int64 [B].
 
     Returns:
-        float32 [B] in (0, 1).
+        float32 [B] in (0, 1].
     """
     if config.timestep_sampling == "logit_normal":
         normal = philox.normal(key, epoch, position, (1,))[:, 0]
