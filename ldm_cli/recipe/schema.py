@@ -158,8 +158,7 @@ class TrainUnetRecipe(StartedRecipe):
     """Stable Diffusion XL and 3: the second text encoder, a CLIPModel or CLIPTextModelWithProjection, with its
     tokenizer. Empty: that of the pipeline in `start_from`, or none."""
     text_encoder_3: Annotated[str, NamesModel(("text_encoder_3", "tokenizer_3"))] = ""
-    """Stable Diffusion 3: the third text encoder, a T5EncoderModel, with its tokenizer. Empty: that of the pipeline in
-    `start_from`, or none."""
+    """Stable Diffusion 3: a T5EncoderModel, with tokenizer. Empty: that of the pipeline in `start_from`, or none."""
     max_sequence_length: Annotated[int, Field(ge=0, le=512)] | None = None
     """Stable Diffusion 3: tokens of T5, padding included; without T5 as many zeros. null: those of the pipeline in
     `start_from`; else 256, and 0 without T5."""

@@ -40,7 +40,7 @@ from ldm_cli.stages.support.model_sizes import (
 )
 from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import RunOptions, with_precision
-from ldm_cli.stages.support.patch_training import open_patch_training
+from ldm_cli.stages.support.patch_training import open_patch_training, patch_parameters
 from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_uses
 from ldm_cli.stages.support.text_encoders import TextEncoder, outline_text_encoders, text_folders
 from ldm_cli.stages.support.training_run import Workbench, run_training
@@ -85,7 +85,9 @@ def parameters(recipe: TrainUnetRecipe, notes: list[str]) -> Parameters:
     if recipe.lora is not None:
         return lora_parameters(recipe.lora, recipe.train, {recipe.component: denoiser, **used}, notes)
     trained, frozen = trained_parameters(recipe.component, denoiser)
-    return trained, frozen | {name: count_parameters(model) for name, model in used.items() if model is not None}
+    further, compared = patch_parameters(recipe, notes)
+    frozen |= {name: count_parameters(model) for name, model in used.items() if model is not None}
+    return trained | further, frozen | compared
 
 
 def _build(recipe: TrainUnetRecipe, bench: Workbench) -> Task[Batch]:

@@ -81,6 +81,9 @@ def halved_models(recipe: TrainRecipe) -> tuple[str, ...]:
     return (recipe.component, *((TEXT_ENCODER, TEXT_ENCODER_2) if lora.text_encoder else ()), *t5)
 
 
+_AUXILIARY = ("discriminator", "projection")
+
+
 def training_bytes(
     trained: dict[str, int],
     frozen: dict[str, int],
@@ -91,16 +94,18 @@ def training_bytes(
     """What stays in the memory of each of `num_ranks` ranks while so many parameters are trained or used; weights and
     optimizer state are in fp32, but the weights of `halved` models.
 
-    AdamW keeps two numbers per trained weight. The discriminator is not averaged. With `strategy: sharded` the ranks
-    share the trained models, frozen parameters included, but not the discriminator; each holds all other models.
+    AdamW keeps two numbers per trained weight. The discriminator and the projection of features are not averaged. With
+    `strategy: sharded` the ranks share the trained models, frozen parameters included, but not these two; each holds
+    all other models.
     `save` is what rank 0 copies into main memory while it writes a checkpoint: whole weights and averages, frozen ones
     included, and its own moments.
     """
     num_parts = num_ranks if train.strategy == "sharded" else 1
-    held = {name: count if name == "discriminator" else -(-count // num_parts) for name, count in trained.items()}
+    held = {name: count if name in _AUXILIARY else -(-count // num_parts) for name, count in trained.items()}
     used = {name: -(-count // num_parts) if name.endswith(FROZEN) else count for name, count in frozen.items()}
     num_trained = sum(held.values())
-    num_averaged = sum(count for name, count in held.items() if name != "discriminator")
+    num_averaged = sum(count for name, count in held.items() if name not in _AUXILIARY)
+    num_auxiliary = sum(trained.get(name, 0) for name in _AUXILIARY)
     num_saved = sum(trained.values()) + sum(count for name, count in frozen.items() if name.endswith(FROZEN))
     num_copies = 1 if train.ema_decay is None else 2
     return {
@@ -108,7 +113,7 @@ def training_bytes(
         "gradients": 4 * num_trained,
         "optimizer": 8 * num_trained,
         "ema": 4 * num_averaged if train.ema_decay is not None else 0,
-        "save": 4 * (num_copies * num_saved - (num_copies - 1) * trained.get("discriminator", 0)) + 8 * num_trained,
+        "save": 4 * (num_copies * num_saved - (num_copies - 1) * num_auxiliary) + 8 * num_trained,
     }
 
 

@@ -10,15 +10,18 @@ import torch
 from torch import Tensor
 
 from ldm_cli import philox
+from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.core.models.clip_vision import CLIPVisionTransformer
 from ldm_cli.core.models.sd3_transformer_2d_config import SD3Transformer2DConfig
 from ldm_cli.core.patch_training import PatchAlignment, random_subset
 from ldm_cli.core.patch_training_config import PatchTrainingConfig
 from ldm_cli.data.batch import Batch
 from ldm_cli.errors import RecipeError
-from ldm_cli.families.clip_folder import open_clip
+from ldm_cli.families.clip_folder import open_image_processor, outline_clip
 from ldm_cli.families.family import place
+from ldm_cli.formats.model_folder import load_model
 from ldm_cli.recipe.schema import TrainUnetRecipe
+from ldm_cli.stages.support.model_sizes import count_parameters, model_at
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,26 @@ def open_patch_training(recipe: TrainUnetRecipe, device: torch.device) -> PatchT
         return None
     alignment = None
     if config.clip is not None:
-        clip, _, processor = open_clip(Path(config.clip))
-        tower = clip.vision_model
-        if not isinstance(tower, CLIPVisionTransformer):
-            cause, remedy = "it has a ResNet for an image tower", "give a CLIP with a ViT"
-            raise RecipeError(f"patches.clip: '{config.clip}' cannot be used", cause, remedy)
+        tower = _image_tower(load_model(CLIPModel, Path(config.clip)), config.clip)
         place(device, torch.float32, tower)
-        alignment = PatchAlignment(tower, processor, model.width)
+        alignment = PatchAlignment(tower, open_image_processor(Path(config.clip)), model.width)
     whole_from = 1 + round(config.whole_from * recipe.train.steps)
     return PatchTraining(config, model.patch_size, whole_from, philox.key(recipe.seed, "patches"), alignment)
+
+
+def patch_parameters(recipe: TrainUnetRecipe, notes: list[str]) -> tuple[dict[str, int], dict[str, int]]:
+    """Parameters that are trained and used beside those of the models, by name; see `model_sizes.py`."""
+    clip = None if recipe.patches.clip is None else model_at("patches.clip", recipe.patches.clip, outline_clip, notes)
+    if clip is None or not isinstance(recipe.model, SD3Transformer2DConfig):
+        return {}, {}
+    tower = _image_tower(clip, str(recipe.patches.clip))
+    with torch.device("meta"):
+        alignment = PatchAlignment(tower, open_image_processor(Path(str(recipe.patches.clip))), recipe.model.width)
+    return {"projection": count_parameters(alignment)}, {"patches.clip": count_parameters(tower)}
+
+
+def _image_tower(clip: CLIPModel, folder: str) -> CLIPVisionTransformer:
+    if not isinstance(clip.vision_model, CLIPVisionTransformer):
+        cause, remedy = "it has a ResNet for an image tower", "give a CLIP with a ViT"
+        raise RecipeError(f"patches.clip: '{folder}' cannot be used", cause, remedy)
+    return clip.vision_model
