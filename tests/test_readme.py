@@ -53,6 +53,7 @@ NAMES = (
     "eval",
     "compare",
     "study",
+    "ablations",
     "clip",
     "spiral",
     "data",
