@@ -50,7 +50,7 @@ def read_model_json(path: Path) -> dict[str, Any]:
     content = _json_file(*found)
     if content is None:
         component = found[1].parts[0] if found[1].parts else ""
-        remedy = f"put the folder '{component}' beside it" if component.startswith(TEXT_ENCODER) else None
+        remedy = f"put the folder '{component}' beside it" if component.startswith(TEXT_ENCODER) else ""
         raise InputNotFoundError(f"'{path}' not found", f"the file holds {_listed(_opened(found[0]))}", remedy)
     return content
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,7 +128,8 @@ class Denoising:
         if family.takes_sizes and batch.sizes is not None:
             condition = condition.with_sizes(batch.sizes)
         a, b, time = family.process.at(u)
-        given, mask = {}, moments.get(MASK)
+        given: dict[str, Any] = {}
+        mask = moments.get(MASK)
         if self.patches is not None and step is not None:
             given, mask = self.patches.given(batch, latents, mask, step)
         output = family.denoiser(add_noise(latents, noise, a, b), time, condition, **given)

@@ -109,9 +109,9 @@ class LoRATask:
         updates = {name: adapters.low_rank(weights[name]) for name, adapters in self.modules.items()}
         metadata = _metadata(self._base.family, self._recipe)
         write_lora(folder / DIFFUSERS_LORA, updates, "diffusers", metadata)
-        family = self._base.family
-        is_3 = isinstance(family, StableDiffusion3)
-        tables = {TRANSFORMER: transformer_table(family.denoiser.config.to_mapping())} if is_3 else {}
+        tables, family = {}, self._base.family
+        if isinstance(family, StableDiffusion3):
+            tables[TRANSFORMER] = transformer_table(family.denoiser.config.to_mapping())
         write_lora(folder / f"{self._recipe.name}.safetensors", updates, "kohya", metadata, tables)
 
     def restore(self, folder: Path) -> None:
