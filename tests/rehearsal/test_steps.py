@@ -18,7 +18,8 @@ from . import worker as work
 
 STEPS = {"steps": 3, "log_every": 3, "save_every": 3, "ema_decay": 0.9, "validation_samples": 4}
 DENOISERS = [f"{model} from {source}" for model in ("unet", "xl", "sd3") for source in ("cache", "images")]
-TRAINERS = (*DENOISERS, "lora", "vae", "clip")
+PATCHES = {"sd3, patches left out": {"left_out": 0.75}, "sd3, patches aligned": {"aligned_block": 1}}
+TRAINERS = (*DENOISERS, *PATCHES, "lora", "vae", "clip")
 ADAPTERS = {"rank": 2, "targets": ["all"], "conv_rank": 2, "text_encoder": True, "dropout": 0.1, "dora": True}
 TOUCHES = ["send to_device.py:_sent"]
 
@@ -41,10 +42,13 @@ def recipe_of(trainer: str, parts: Path, **train: Any) -> Mapping[str, Any]:
     if model == "xl":
         models = {name: str(parts / "xl" / name) for name in ("vae", "text_encoder", "text_encoder_2")}
         recipe, cache = xl_recipe(scenes, models, diffusion, **train), "xl cache"
-    elif model == "sd3":
+    elif model.startswith("sd3"):
         names = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
         models, every = {name: str(parts / "sd3" / name) for name in names}, {"encoder_dropout": 0.4}
         recipe, cache = sd3_recipe(scenes, models, diffusion | every, **train), "sd3 cache"
+        recipe["patches"] = dict(PATCHES.get(trainer, {}))
+        if trainer == "sd3, patches aligned":
+            recipe["patches"]["clip"] = str(parts / "clip/model")
     else:
         recipe, cache = unet_recipe(scenes, parts / "clip/model", parts / "vae/model", diffusion, **train), "cache"
     recipe["samples"] |= {"num_prompts": 1}
