@@ -2,6 +2,7 @@
 # make test   the tests;  make check   style, types and the fast tests;  make exhaustive   what `make test` leaves out
 # make study  what helps pictures more, a larger text encoder or a larger denoiser: docs/study.md, in 90 minutes
 # make demo-lora   after make demo: its model learns a ninth colour from 40 pictures: docs/lora.md
+# make demo-sd3    after make demo: a small Stable Diffusion 3 on the same scenes: docs/stable-diffusion-3.md
 # make faults kills, signals, full disks, damaged files: everything a run must survive, in a table
 #
 # Where PyPI's torch would bring CUDA along and is not wanted:
@@ -26,7 +27,7 @@ TESTED := $(VENV)/.installed-test
 
 SHELL := /bin/bash -o pipefail
 
-.PHONY: faults setup demo demo-lora study test exhaustive check lint bench gpu-check clean
+.PHONY: faults setup demo demo-lora demo-sd3 study test exhaustive check lint bench gpu-check clean
 
 setup: $(TESTED)
 
@@ -70,6 +71,16 @@ demo-lora: $(INSTALLED)
 	$(LDM) eval lora/eval --out runs/demo-lora-eval --overwrite
 	$(LDM) eval lora/eval "data.shards=data/demo/val-*.tar" --out runs/demo-lora-eval-old --overwrite
 	@echo "Look at runs/demo-lora-before/grid.png and runs/demo-lora-after/grid.png."
+
+# After `make demo`: a transformer on its scenes, with its CLIP and a smaller one, beside its U-Net.
+demo-sd3: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(LDM) train-vae sd3/demo-vae --nproc 2
+	OMP_NUM_THREADS=1 $(LDM) train-clip sd3/demo-clip --nproc 2
+	$(LDM) precompute sd3/demo --out data/demo/cache-sd3
+	OMP_NUM_THREADS=1 $(LDM) train-unet sd3/demo cache=data/demo/cache-sd3 --nproc 2
+	$(LDM) sample demo/sample model=runs/demo-sd3/model --out runs/demo-sd3-samples
+	$(LDM) eval sd3/demo-eval --out runs/demo-sd3-eval
+	@echo "Look at runs/demo-sd3-samples/grid.png; runs/demo-sd3-eval/eval.json has the numbers of both."
 
 # Goes on after an interruption: every part is a command that does.
 study: $(INSTALLED)

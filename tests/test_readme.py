@@ -55,6 +55,7 @@ NAMES = (
     "compare",
     "report",
     "study",
+    "ablations",
     "clip",
     "spiral",
     "data",

@@ -21,7 +21,7 @@ from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.data.shard_writer import write_shard
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.data.tokenizer_config import TokenizerConfig
-from ldm_cli.errors import InputNotFoundError
+from ldm_cli.errors import InputNotFoundError, UsageError
 from ldm_cli.families.clip_pair_encoder import CLIPPairEncoder
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
 from ldm_cli.families.stable_diffusion import StableDiffusion
@@ -99,7 +99,7 @@ def random_family(
         has_denoiser: False leaves the U-Net without weights.
     """
     torch.manual_seed(recipe.seed)
-    unet = recipe.model
+    unet = unet_of(recipe)
     side = unet.sample_size[0] if isinstance(unet.sample_size, tuple) else (unet.sample_size or 64)
     levels = max(1, (recipe.data.image_size // side).bit_length())
     narrow = max(32, unet.block_out_channels[0] * 2 // 5 // 32 * 32)
@@ -143,6 +143,17 @@ def _tower(model_class: Callable[[CLIPTextConfig], CLIPTextModel], width: int, c
         projection_dim=width,
     )
     return CLIPTextEncoder(model_class(config), tokenizer)
+
+
+def unet_of(recipe: TrainUnetRecipe) -> UNet2DConditionConfig:
+    """The U-Net of a recipe.
+
+    Raises:
+        UsageError: it trains a transformer.
+    """
+    if not isinstance(recipe.model, UNet2DConditionConfig):
+        raise UsageError("nothing to measure with", "ldm bench knows U-Nets, and the recipe trains a transformer")
+    return recipe.model
 
 
 def pooled_width(unet: UNet2DConditionConfig) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm_cli.bench.stand_ins import CONTEXT_LENGTH, pooled_width
+from ldm_cli.bench.stand_ins import CONTEXT_LENGTH, pooled_width, unet_of
 from ldm_cli.core.clip_loss import contrastive_loss
 from ldm_cli.core.condition import NUM_SIZES, Condition
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
@@ -39,7 +39,7 @@ def random_batch(
         return {"images": images * 2 - 1}
     if not isinstance(recipe, TrainUnetRecipe):
         raise TypeError(f"no random batch for a {type(recipe).__name__}")
-    unet = recipe.model
+    unet = unet_of(recipe)
     height, width = unet.sample_size if isinstance(unet.sample_size, tuple) else (unet.sample_size or 64,) * 2
     channels = max(unet.per_level(unet.cross_attention_dim))
     pooled = {}
@@ -74,7 +74,7 @@ def new_model(recipe: TrainRecipe) -> nn.Module:
     if isinstance(recipe, TrainVaeRecipe):
         return AutoencoderKL(recipe.model)
     if isinstance(recipe, TrainUnetRecipe):
-        return UNet2DConditionModel(recipe.model)
+        return UNet2DConditionModel(unet_of(recipe))
     raise TypeError(f"no model of a {type(recipe).__name__}")
 
 

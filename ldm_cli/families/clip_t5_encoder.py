@@ -13,17 +13,34 @@ from torch.nn import functional as F
 from ldm_cli.core.condition import Condition
 from ldm_cli.core.models.clip import CLIPTextModelWithProjection
 from ldm_cli.core.models.t5_encoder import T5EncoderModel
+from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.data.unigram_tokenizer import UnigramTokenizer
-from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, ignore
+from ldm_cli.errors import CheckpointError
+from ldm_cli.families.clip_text_encoder import (
+    CLIPTextEncoder,
+    encoder_key,
+    ignore,
+    index_setting,
+    tokenizer_folder,
+)
 from ldm_cli.families.family import model_sha256
 from ldm_cli.families.prompt_chunks import BREAK, PromptReading, pieces_of
 from ldm_cli.formats.model_folder import load_model
-from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TEXT_ENCODER_2, TEXT_ENCODER_3, tokenizer_of
+from ldm_cli.formats.pipeline_folder import (
+    INDEX_NAME,
+    MAX_SEQUENCE_LENGTH,
+    TEXT_ENCODER,
+    TEXT_ENCODER_2,
+    TEXT_ENCODER_3,
+    tokenizer_of,
+)
 from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS
 
 T5_LENGTH = 256
 """Tokens of T5, padding included: diffusers' default."""
+LONGEST_T5 = 512
+"""The most tokens of T5 that diffusers takes."""
 
 
 class T5TextEncoder:
@@ -50,9 +67,9 @@ class T5TextEncoder:
             InputNotFoundError, CheckpointError: as in `load_model`.
         """
         dtype = torch.bfloat16 if dtype == torch.float16 else dtype
-        beside = folder.parent / tokenizer_of(folder.name)
-        tokenizer = UnigramTokenizer.load(beside if beside != folder and beside.is_dir() else folder)
-        return cls(load_model(T5EncoderModel, folder, dtype=dtype), tokenizer, folder)
+        return cls(
+            load_model(T5EncoderModel, folder, dtype=dtype), UnigramTokenizer.load(tokenizer_folder(folder)), folder
+        )
 
     def save(self, folder: Path) -> None:
         """Write encoder and tokenizer into a pipeline folder; errors as in `save_model`."""
@@ -64,7 +81,7 @@ class T5TextEncoder:
     def key(self) -> dict[str, str]:
         """Hashes of the encoder and of the tokenizer; of an encoder that was read from a folder."""
         assert self.folder is not None
-        return {"text_encoder_3": model_sha256(self.folder), "tokenizer_3": self.tokenizer.fingerprint}
+        return _t5_key(self.folder, self.tokenizer)
 
     def encode(self, ids: Tensor) -> Tensor:
         """Token ids int64 [B, L], on any device → states [B, L, D]."""
@@ -75,46 +92,74 @@ class T5TextEncoder:
 class CLIPT5Encoder:
     """An `Encoder` of two CLIP towers with projection, and of T5 or of nothing in its place.
 
-    Its conditions hold `tokens` [B, L + 256, D]: the penultimate states of the towers side by side, filled up with
-    zeros, and after them T5's states, or zeros; and `pooled` [B, P + P'] of both towers.
+    Its conditions hold `tokens` [B, L + M, D]: the penultimate states of the towers side by side, filled up with zeros,
+    and after them T5's states, or zeros; and `pooled` [B, P + P'] of both towers.
 
     Attributes:
         first, second: the towers, each with its own tokenizer.
         third: T5; None: there is none.
         width: D, the denoiser's `joint_attention_dim`.
+        t5_length: M.
+
+    Raises:
+        CheckpointError: the towers take different numbers of tokens, or there is no room for those of T5.
     """
 
     def __init__(
-        self, first: CLIPTextEncoder, second: CLIPTextEncoder, third: T5TextEncoder | None, width: int
+        self,
+        first: CLIPTextEncoder,
+        second: CLIPTextEncoder,
+        third: T5TextEncoder | None,
+        width: int,
+        t5_length: int = T5_LENGTH,
     ) -> None:
-        self.first, self.second, self.third, self.width = first, second, third, width
+        if first.length != second.length:
+            cause = f"the first takes {first.length} tokens, the second {second.length}"
+            raise CheckpointError("the text encoders do not fit together", cause)
+        if third is not None and t5_length == 0:
+            raise CheckpointError(
+                "the text encoders do not fit together", f"{MAX_SEQUENCE_LENGTH}=0, but there is a T5"
+            )
+        self.first, self.second, self.third, self.width, self.t5_length = first, second, third, width, t5_length
 
     @classmethod
     def load(
         cls,
-        folder: Path,
+        folders: Sequence[Path],
         width: int,
         warn: Callable[[str], None] = ignore,
         dtype: torch.dtype = torch.float32,
         *,
-        has_t5: bool = True,
+        t5_length: int = T5_LENGTH,
+        t5_dtype: torch.dtype | None = None,
+        clip_skip: int | None = None,
+        caption_chunks: int = 1,
     ) -> Self:
-        """Read the text encoders of a pipeline folder; errors as in `load_model`.
+        """Read the text encoders and their tokenizers; errors as in `load_model`, and those of the class.
 
         Args:
-            folder: of the pipeline.
+            folders: of two CLIP towers with projection, or whole CLIPs; then that of T5, if there is one.
             width: D.
             warn: called once for each tower if captions are cut.
             dtype: of the weights.
-            has_t5: whether the folder has a T5 that is wanted.
+            t5_length: M.
+            t5_dtype: of the weights of T5; None: `dtype`.
+            clip_skip, caption_chunks: of both towers, as in `CLIPTextEncoder.load`.
         """
         first, second = (
             CLIPTextEncoder.load(
-                folder / name, warn, dtype, model_class=CLIPTextModelWithProjection, is_penultimate=True
+                folder,
+                warn,
+                dtype,
+                model_class=CLIPTextModelWithProjection,
+                is_penultimate=True,
+                clip_skip=clip_skip,
+                caption_chunks=caption_chunks,
             )
-            for name in (TEXT_ENCODER, TEXT_ENCODER_2)
+            for folder in folders[:2]
         )
-        return cls(first, second, T5TextEncoder.load(folder / TEXT_ENCODER_3, dtype) if has_t5 else None, width)
+        third = T5TextEncoder.load(folders[2], t5_dtype or dtype) if len(folders) > 2 else None
+        return cls(first, second, third, width, t5_length)
 
     def save(self, folder: Path) -> None:
         """Write encoders and tokenizers into a pipeline folder; errors as in `save_model`."""
@@ -129,27 +174,50 @@ class CLIPT5Encoder:
         return (*self.first.models, *self.second.models, *([self.third.model] if self.third else []))
 
     @property
+    def num_encoders(self) -> int:
+        """N: 3, or 2 without T5."""
+        return 2 if self.third is None else 3
+
+    @property
     def key(self) -> dict[str, str]:
         """See `Encoder`."""
-        second = {f"{name}_2": value for name, value in self.second.key.items()}
-        return {**self.first.key, **second, **(self.third.key if self.third else {}), "width": str(self.width)}
+        third = {} if self.third is None else self.third.key
+        return _key(self.first.key, self.second.key, third, self.width, self.t5_length)
 
     def tokens(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Of B captions, on the host: `ids` and `ids_2`, int64 [B, L]; with T5 `ids_3`, int64 [B, 256]."""
+        """Of B captions, on the host: `ids` and `ids_2`, int64 [B, L]; with T5 `ids_3`, int64 [B, M]."""
         found = {**self.first.tokens(captions), "ids_2": self.second.tokens(captions)["ids"]}
         return found if self.third is None else {**found, "ids_3": self._t5_ids(captions, ignore)}
 
-    @torch.no_grad()
     def encode_tokens(self, tokens: Mapping[str, Tensor]) -> Condition:
         """B rows from the `tokens` of captions, on any device."""
         towers = {"ids": self.first, "ids_2": self.second}
         conditions = [tower.encode_tokens({"ids": tokens[name]}) for name, tower in towers.items()]
         return self._joined(conditions, tokens.get("ids_3"))
 
+    def without(self, condition: Condition, is_left_out: Tensor) -> Condition:
+        """The condition with zeros in place of what some encoders gave, as if these encoders were not there.
+
+        Args:
+            condition: B rows of this encoder.
+            is_left_out: bool [B, N], of each of the N encoders.
+        """
+        assert condition.tokens is not None
+        assert condition.pooled is not None
+        first, second, *third = (~is_left_out).to(condition.tokens.dtype).chunk(is_left_out.shape[1], dim=1)
+        one, other = self.first.model.config, self.second.model.config
+        states = torch.cat([first.expand(-1, one.hidden_size), second.expand(-1, self.width - one.hidden_size)], dim=1)
+        pooled = torch.cat([first.expand(-1, one.projection_dim), second.expand(-1, other.projection_dim)], dim=1)
+        length = condition.tokens.shape[1] - self.t5_length
+        clip, t5 = condition.tokens[:, :length] * states[:, None], condition.tokens[:, length:]
+        t5 = t5 * third[0][:, None] if third else t5
+        return Condition(tokens=torch.cat([clip, t5], dim=1), pooled=condition.pooled * pooled)
+
     @property
     def index_settings(self) -> dict[str, int]:
         """What the index of a pipeline says about the encoder."""
-        return self.first.index_settings
+        length = {} if self.t5_length == T5_LENGTH else {MAX_SEQUENCE_LENGTH: self.t5_length}
+        return self.first.index_settings | length
 
     def check(self, reading: PromptReading) -> None:
         """See `Encoder`."""
@@ -175,11 +243,10 @@ class CLIPT5Encoder:
 
     def _t5_ids(self, texts: Sequence[str], warn: Callable[[str], None]) -> Tensor:
         assert self.third is not None
-        tokens = self.third.tokenizer.encode(texts, T5_LENGTH)
+        tokens = self.third.tokenizer.encode(texts, self.t5_length)
         for index, rest in tokens.truncated:
-            warn(
-                f"prompt {texts[index][:40]!r}… has more than {T5_LENGTH - 1} tokens of T5; this was cut: {rest!r:.200}"
-            )
+            places = self.t5_length - 1
+            warn(f"prompt {texts[index][:40]!r}… has more than {places} tokens of T5; this was cut: {rest!r:.200}")
         return tokens.input_ids
 
     def _joined(self, conditions: Sequence[Condition], ids_3: Tensor | None) -> Condition:
@@ -188,7 +255,37 @@ class CLIPT5Encoder:
         pooled = torch.cat([c.pooled for c in conditions if c.pooled is not None], dim=-1)
         clip = F.pad(clip, (0, self.width - clip.shape[-1]))
         if self.third is None or ids_3 is None:
-            states = clip.new_zeros(len(clip), T5_LENGTH, self.width)
+            states = clip.new_zeros(len(clip), self.t5_length, self.width)
         else:
             states = self.third.encode(ids_3).to(clip.dtype)
         return Condition(tokens=torch.cat([clip, states], dim=1), pooled=pooled)
+
+
+def t5_length_of(pipeline: Path) -> int:
+    """M of a pipeline folder, as its index says.
+
+    Raises:
+        CheckpointError: it is no number of tokens.
+    """
+    found = index_setting(pipeline / TEXT_ENCODER, MAX_SEQUENCE_LENGTH, T5_LENGTH)
+    if isinstance(found, int) and 0 <= found <= LONGEST_T5:
+        return found
+    raise CheckpointError(f"cannot use '{pipeline / INDEX_NAME}'", f"{MAX_SEQUENCE_LENGTH}={found!r} is no length")
+
+
+def clip_t5_key(folders: Sequence[Path], width: int, t5_length: int) -> dict[str, str]:
+    """`CLIPT5Encoder.key` of the folders of encoders, which are not read; arguments as in `CLIPT5Encoder.load`."""
+    first, second = (encoder_key(folder, Tokenizer.load(tokenizer_folder(folder))) for folder in folders[:2])
+    third = _t5_key(folders[2], UnigramTokenizer.load(tokenizer_folder(folders[2]))) if len(folders) > 2 else {}
+    return _key(first, second, third, width, t5_length)
+
+
+def _key(
+    first: Mapping[str, str], second: Mapping[str, str], third: Mapping[str, str], width: int, t5_length: int
+) -> dict[str, str]:
+    sizes = {"width": str(width), MAX_SEQUENCE_LENGTH: str(t5_length)}
+    return {**first, **{f"{name}_2": value for name, value in second.items()}, **third, **sizes}
+
+
+def _t5_key(folder: Path, tokenizer: UnigramTokenizer) -> dict[str, str]:
+    return {TEXT_ENCODER_3: model_sha256(folder), tokenizer_of(TEXT_ENCODER_3): tokenizer.fingerprint}

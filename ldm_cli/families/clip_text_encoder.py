@@ -21,7 +21,7 @@ from ldm_cli.families.prompt_chunks import PromptReading, TokenRow, chunks_of
 from ldm_cli.formats.model_folder import ModelClass, load_model, outline_model
 from ldm_cli.formats.model_source import has_model_json, outside_file, read_model_json, split_at_file
 from ldm_cli.formats.open_clip_folder import OPEN_CLIP_CONFIG
-from ldm_cli.formats.pipeline_folder import CLIP_SKIP, INDEX_NAME, TEXT_ENCODER, TEXT_ENCODER_2, tokenizer_of
+from ldm_cli.formats.pipeline_folder import CLIP_SKIP, INDEX_NAME, TEXT_ENCODER, tokenizer_of
 from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS
 
@@ -206,7 +206,7 @@ def tokenizer_folder(text_encoder: Path) -> Path:
             return found[0].parent
         return outside_file(found[0], tokenizer_of(found[1].name or TEXT_ENCODER))
     beside = text_encoder.parent / tokenizer_of(text_encoder.name)
-    return beside if text_encoder.name in (TEXT_ENCODER, TEXT_ENCODER_2) and beside.is_dir() else text_encoder
+    return beside if text_encoder.name.startswith(TEXT_ENCODER) and beside.is_dir() else text_encoder
 
 
 def index_setting(component: Path, name: str, default: Any) -> Any:

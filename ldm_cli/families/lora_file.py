@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from ldm_cli.core.low_rank import LowRank
 from ldm_cli.formats.lora_names import kohya_prefix
+from ldm_cli.formats.single_file_names import THIRDS, Form, Table, place_of, rows_of
 from ldm_cli.formats.weight_files import write_tensors
 from ldm_cli.storage import storage_errors
 
@@ -22,6 +25,7 @@ def write_lora(
     adapters: Mapping[str, Mapping[str, LowRank]],
     layout: Literal["diffusers", "kohya"],
     metadata: Mapping[str, str],
+    tables: Mapping[str, Table] | None = None,
 ) -> None:
     """Write adapters as one safetensors file; the tensors keep their types.
 
@@ -34,12 +38,15 @@ def write_lora(
         adapters: component (`unet`, `text_encoder`, `text_encoder_2`, …) → path of a module in it → its update.
         layout: of names and scales.
         metadata: further text. For kohya: at least `ss_base_model_version` and `modelspec.architecture`.
+        tables: of the components whose modules kohya's files name as single files do.
 
     Raises:
         OutputError, StorageError: writing failed.
     """
     tensors: dict[str, Tensor] = {}
     for component, updates in adapters.items():
+        if layout == "kohya" and component in (tables or {}):
+            updates = _as_in_single_file(updates, (tables or {})[component])
         for module, update in updates.items():
             named = _diffusers(component, module, update)
             if layout == "kohya":
@@ -51,6 +58,47 @@ def write_lora(
     with storage_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, tensors, metadata)
+
+
+def _as_in_single_file(updates: Mapping[str, LowRank], table: Table) -> dict[str, LowRank]:
+    """Updates of the modules of a single file, in which one module holds queries, keys and values.
+
+    Magnitudes of some of these three alone cannot be written so: such modules keep their names.
+    """
+    renamed: dict[str, LowRank] = {}
+    three: dict[str, dict[Form, str]] = {}
+    for module, update in updates.items():
+        place = place_of(f"{module}.weight", table)
+        if place is None:
+            renamed[module] = update
+        elif place.form in THIRDS:
+            three.setdefault(place.path.removesuffix(".weight"), {})[place.form] = module
+        else:
+            magnitude = None if update.magnitude is None else rows_of(update.magnitude, place.form)
+            changed = replace(update, up=rows_of(update.up, place.form), magnitude=magnitude)
+            renamed[place.path.removesuffix(".weight")] = changed
+    for name, modules in three.items():
+        own = {form: updates[module] for form, module in modules.items()}
+        if len(own) < len(THIRDS) and any(update.magnitude is not None for update in own.values()):
+            renamed |= {module: updates[module] for module in modules.values()}
+        else:
+            renamed[name] = _stacked(own)
+    return renamed
+
+
+def _stacked(updates: Mapping[Form, LowRank]) -> LowRank:
+    """One update of all rows, Δ = diag(B_q, B_k, B_v) · (A_q, A_k, A_v); what is absent is zeros."""
+    first, rank = next(iter(updates.values())), max(update.rank for update in updates.values())
+    rows, scale = len(first.up), first.alpha / first.rank
+    down, up = first.down.new_zeros(3 * rank, first.down.shape[1]), first.up.new_zeros(3 * rows, 3 * rank)
+    for form, update in updates.items():
+        at, own = THIRDS.index(form), update.alpha / update.rank
+        rest = range(at * rank, at * rank + update.rank)
+        down[rest.start : rest.stop] = update.down
+        up[at * rows : (at + 1) * rows, rest.start : rest.stop] = update.up * (own / scale)
+    norms = [updates[form].magnitude for form in THIRDS if form in updates]
+    magnitude = torch.cat([norm for norm in norms if norm is not None]) if norms[0] is not None else None
+    return LowRank(down, up, 3 * rank * scale, magnitude)
 
 
 def _diffusers(component: str, module: str, update: LowRank) -> dict[str, Tensor]:

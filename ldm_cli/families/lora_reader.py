@@ -19,6 +19,7 @@ from ldm_cli.errors import CheckpointError
 from ldm_cli.formats.json_file import read_json
 from ldm_cli.formats.lora_names import Adaptable, ModuleNames, Target
 from ldm_cli.formats.lora_path import PEFT_CONFIG, PEFT_WEIGHTS, lora_file
+from ldm_cli.formats.single_file_names import THIRDS, Form, rows_of
 from ldm_cli.formats.weight_files import named, read_metadata, read_tensors
 from ldm_cli.formats.weight_values import expect_finite
 
@@ -203,7 +204,7 @@ def _update(
     except RuntimeError:
         raise _misshapen(name, path) from None
     update = replace(update, magnitude=magnitude)  # type: ignore[type-var]
-    return update if target.third is None else _third(update, target.third, name, path)
+    return _with_rows(update, target.form, name, path) if target.form in ("swapped", *THIRDS) else update
 
 
 def _magnitude(tensors: dict[str, Tensor], target: Target, weight: Tensor, name: str, path: Path) -> Tensor | None:
@@ -214,7 +215,7 @@ def _magnitude(tensors: dict[str, Tensor], target: Target, weight: Tensor, name:
             cause = f"the DoRA of {name} has norms of columns, as old versions of LyCORIS wrote them"
             raise CheckpointError(f"cannot use '{path}'", cause, "norms of rows are supported")
         found = scale
-    rows = len(weight) * (1 if target.third is None else 3)
+    rows = len(weight) * (3 if target.form in THIRDS else 1)
     if found is not None and found.numel() != rows:
         raise CheckpointError(f"cannot use '{path}'", f"{name} has {found.numel()} norms for {rows} rows")
     return None if found is None else found.flatten()
@@ -259,9 +260,19 @@ _KINDS: dict[frozenset[str], _Make] = {
 }
 
 
-def _third(update: WeightUpdate, third: int, name: str, path: Path) -> WeightUpdate:
-    """The part of the update of a module that holds queries, keys and values: exact, as these are its rows."""
+def _with_rows(update: WeightUpdate, form: Form, name: str, path: Path) -> WeightUpdate:
+    """The update of those rows of a file's module that are ours: exact.
+
+    An update of queries, keys and values that is a block for each, as `write_lora` makes of three, gives the block.
+    """
     if not isinstance(update, LowRank):
-        raise CheckpointError(f"cannot use '{path}'", f"{name} updates three modules of ours, which only LoRA can")
-    magnitude = None if update.magnitude is None else update.magnitude.tensor_split(3)[third]
-    return replace(update, up=update.up.tensor_split(3)[third], magnitude=magnitude)
+        raise CheckpointError(f"cannot use '{path}'", f"{name} has other rows than modules of ours, for LoRA alone")
+    magnitude = None if update.magnitude is None else rows_of(update.magnitude, form)
+    own = replace(update, up=rows_of(update.up, form), magnitude=magnitude)
+    if form not in THIRDS or update.rank % 3:
+        return own
+    blocks = [rows_of(own.up.T, third) for third in THIRDS]
+    if any(block.any() for third, block in zip(THIRDS, blocks, strict=True) if third != form):
+        return own
+    block = blocks[THIRDS.index(form)].T
+    return replace(own, down=rows_of(update.down, form), up=block, alpha=update.alpha / 3)

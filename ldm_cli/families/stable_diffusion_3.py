@@ -19,7 +19,7 @@ from ldm_cli.core.models.sd3_transformer_2d_config import SD3Transformer2DConfig
 from ldm_cli.core.models.t5_encoder import T5EncoderModel
 from ldm_cli.core.precision import DTYPES
 from ldm_cli.errors import CheckpointError
-from ldm_cli.families.clip_t5_encoder import CLIPT5Encoder
+from ldm_cli.families.clip_t5_encoder import CLIPT5Encoder, t5_length_of
 from ldm_cli.families.clip_text_encoder import outline_tower
 from ldm_cli.families.codec_folder import Autoencoder, codec_dtype, open_codec, outline_codec
 from ldm_cli.families.family import place
@@ -123,7 +123,8 @@ def open_folder(
     settings, dtype = read_settings(folder), DTYPES[precision]
     denoiser = load_model(SD3Transformer2DModel, folder / TRANSFORMER, dtype=dtype)
     width = denoiser.config.joint_attention_dim
-    encoder = CLIPT5Encoder.load(folder, width, dtype=dtype, has_t5=_has_t5(folder))
+    names = [TEXT_ENCODER, TEXT_ENCODER_2, *([TEXT_ENCODER_3] if has_t5(folder) else [])]
+    encoder = CLIPT5Encoder.load([folder / n for n in names], width, dtype=dtype, t5_length=t5_length_of(folder))
     codec = open_codec(folder / VAE, codec_dtype(precision))
     family = StableDiffusion3(denoiser, codec, encoder, settings, folder=folder, is_compiled=compiled)
     _check_parts(folder, denoiser.config, codec, encoder.models)
@@ -141,26 +142,34 @@ def outline_folder(folder: Path) -> dict[str, nn.Module]:
     texts: dict[str, nn.Module] = {
         name: outline_tower(folder / name, CLIPTextModelWithProjection) for name in (TEXT_ENCODER, TEXT_ENCODER_2)
     }
-    if _has_t5(folder):
+    if has_t5(folder):
         texts[TEXT_ENCODER_3] = outline_model(T5EncoderModel, folder / TEXT_ENCODER_3)
     _check_parts(folder, transformer.config, codec, list(texts.values()))
     return {TRANSFORMER: transformer, VAE: codec, **texts}
 
 
-def _has_t5(folder: Path) -> bool:
+def has_t5(folder: Path) -> bool:
+    """Whether a Stable Diffusion 3 folder has a T5."""
     return read_model_json(folder / INDEX_NAME).get(TEXT_ENCODER_3) not in (None, [None, None])
 
 
 def _check_parts(folder: Path, config: SD3Transformer2DConfig, codec: Autoencoder, texts: Sequence[nn.Module]) -> None:
     """Raise CheckpointError if channels or widths differ."""
-    towers = [model.config for model in texts if isinstance(model, CLIPTextModelWithProjection)]
-    clip_width, pooled = (sum(getattr(t, name) for t in towers) for name in ("hidden_size", "projection_dim"))
-    found = []
+    found = size_problems(config, texts)
     if config.out_channels != codec.channels or config.in_channels not in (codec.channels, 2 * codec.channels + 1):
         found.append(
             f"transformer.in_channels={config.in_channels}, out_channels={config.out_channels}, "
             f"vae.latent_channels={codec.channels}"
         )
+    if found:
+        raise CheckpointError(f"the parts of '{folder}' do not fit", "; ".join(found))
+
+
+def size_problems(config: SD3Transformer2DConfig, texts: Sequence[nn.Module]) -> list[str]:
+    """Why a transformer cannot take the conditions of these text encoders, one text per problem."""
+    towers = [model.config for model in texts if isinstance(model, CLIPTextModelWithProjection)]
+    clip_width, pooled = (sum(getattr(t, name) for t in towers) for name in ("hidden_size", "projection_dim"))
+    found = []
     if config.pooled_projection_dim != pooled:
         found.append(
             f"transformer.pooled_projection_dim={config.pooled_projection_dim}, the towers project to {pooled}"
@@ -172,5 +181,4 @@ def _check_parts(folder: Path, config: SD3Transformer2DConfig, codec: Autoencode
             found.append(
                 f"transformer.joint_attention_dim={config.joint_attention_dim}, T5's width is {model.config.d_model}"
             )
-    if found:
-        raise CheckpointError(f"the parts of '{folder}' do not fit", "; ".join(found))
+    return found

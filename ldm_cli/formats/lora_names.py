@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldm_cli.formats.pipeline_folder import TEXT_ENCODER
 from ldm_cli.formats.single_file_layout import KINDS, PLACES
-from ldm_cli.formats.single_file_names import place_of
+from ldm_cli.formats.single_file_names import Form, place_of
 
 # What diffusers put around the modules of attention before version 0.22.
 _PROCESSOR = re.compile(r"\.processor\.(to_\w+)_lora$")
@@ -55,13 +55,13 @@ class Target:
     Attributes:
         component: of the pipeline, such as `unet`.
         module: its path.
-        third: which third of the rows of the named update it takes, where a file has one module for queries, keys and
-            values; None: all.
+        form: which rows of the named update it takes, where those of a single file's module are not its own: see
+            `Place`.
     """
 
     component: str
     module: str
-    third: int | None = None
+    form: Form = "same"
 
 
 class ModuleNames:
@@ -130,4 +130,4 @@ def _paths(component: str, model: Adaptable) -> Iterator[tuple[str, Target]]:
         if module.endswith(".to_out.0"):
             yield module.removesuffix(".0"), target
         if (place := place_of(name, table)) is not None:
-            yield re.sub(r"[._]weight$", "", place.path), Target(component, module, place.third)
+            yield re.sub(r"[._]weight$", "", place.path), Target(component, module, place.form)

@@ -18,7 +18,9 @@ from torch import Tensor
 from ldm_cli.errors import CheckpointError, InputNotFoundError
 from ldm_cli.formats.json_file import read_json
 from ldm_cli.formats.open_clip_folder import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, open_clip_files, open_clip_weights
+from ldm_cli.formats.pipeline_folder import TEXT_ENCODER
 from ldm_cli.formats.single_file import Part, SingleFile, single_file
+from ldm_cli.formats.single_file_index import beside
 from ldm_cli.formats.weight_files import CONFIG_NAME, read_metadata, read_tensors, release, tensors_sha256, weight_files
 from ldm_cli.manifest import remembered_digest
 
@@ -42,17 +44,21 @@ def split_at_file(path: Path) -> tuple[Path, Path] | None:
 
 def read_model_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file of a model; errors as in `read_json` and `single_file`."""
+    path = _located(path)
     found = split_at_file(path)
     if found is None:
         return read_json(path)
     content = _json_file(*found)
     if content is None:
-        raise InputNotFoundError(f"'{path}' not found", f"the file holds {_listed(_opened(found[0]))}")
+        component = found[1].parts[0] if found[1].parts else ""
+        remedy = f"put the folder '{component}' beside it" if component.startswith(TEXT_ENCODER) else ""
+        raise InputNotFoundError(f"'{path}' not found", f"the file holds {_listed(_opened(found[0]))}", remedy)
     return content
 
 
 def has_model_json(path: Path) -> bool:
     """Whether `read_model_json` finds a file; errors as in `single_file`."""
+    path = _located(path)
     found = split_at_file(path)
     return path.is_file() if found is None else _json_file(*found) is not None
 
@@ -64,6 +70,7 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
         CheckpointError: a file is a pickle, damaged, or a pointer to content that was not downloaded; a single file
             holds several models, and the path names none of them.
     """
+    folder = _located(folder)
     found = split_at_file(folder)
     if found is not None:
         return _part(*found).as_in_folder()
@@ -75,6 +82,7 @@ def weights_sha256(folder: Path) -> str:
 
     A folder whose tensors have one type and lie in one file has the hash of a single file with the same tensors.
     """
+    folder = _located(folder)
     found = split_at_file(folder)
     if found is None:
         return tensors_sha256(weight_files(folder))
@@ -91,18 +99,26 @@ def weights_sha256(folder: Path) -> str:
 
 
 def outside_file(file: Path, name: str) -> Path:
-    """The folder of a component that no single file holds, a tokenizer: `a/x/NAME` or `a/NAME` for `a/x.safetensors`.
+    """The folder of a component that no single file holds, a tokenizer, `beside` the file.
 
     Raises:
-        InputNotFoundError: there is neither.
+        InputNotFoundError: there is none.
     """
-    places = [file.with_suffix("") / name, file.parent / name]
-    found = next((place for place in places if place.is_dir()), None)
+    found = beside(file, name)
     if found is None:
-        cause = f"there is no folder '{places[0]}' or '{places[1]}'"
+        cause = f"there is no folder '{file.with_suffix('') / name}' or '{file.parent / name}'"
         remedy = f"put its files there, or run `ldm convert {file} FOLDER --tokenizer DIR`"
         raise InputNotFoundError(f"no {name} for '{file}'", cause, remedy)
     return found
+
+
+def _located(path: Path) -> Path:
+    """The path, or where it leads `beside` a single file that does not hold the text encoder that it names."""
+    file, inside = split_at_file(path) or (path, Path())
+    if not inside.parts or not inside.parts[0].startswith(TEXT_ENCODER) or inside.parts[0] in _opened(file).parts:
+        return path
+    folder = beside(file, inside.parts[0])
+    return path if folder is None else folder.joinpath(*inside.parts[1:])
 
 
 def _json_file(file: Path, inside: Path) -> dict[str, Any] | None:

@@ -18,6 +18,9 @@ ZEROES_EMPTY = "force_zeros_for_empty_prompt"
 CLIP_SKIP = "clip_skip"
 """Setting of the index, ours: the layer of the text towers that the model was trained with, as in `PromptReading`."""
 
+MAX_SEQUENCE_LENGTH = "max_sequence_length"
+"""Setting of the index, ours: tokens of T5 that the model was trained with, by the name of diffusers' argument."""
+
 
 def tokenizer_of(text_encoder: str) -> str:
     """The component with the tokenizer of a text encoder: `text_encoder_2` → `tokenizer_2`."""

@@ -13,14 +13,16 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ldm_cli.errors import CheckpointError
 from ldm_cli.formats import single_file_configs as measured
 from ldm_cli.formats import single_file_names as names
-from ldm_cli.formats.pipeline_folder import SCHEDULER_FILE, TEXT_ENCODER, TEXT_ENCODER_2, UNET
+from ldm_cli.formats import single_file_sd3 as sd3
+from ldm_cli.formats.pipeline_folder import SCHEDULER_FILE, TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER, UNET
 from ldm_cli.formats.single_file_index import pipeline_files, sample_size
-from ldm_cli.formats.single_file_layout import ALONE, EMA_PREFIX, KINDS, NO_WEIGHTS, OTHERS, PLACES
+from ldm_cli.formats.single_file_layout import ALONE, EMA_PREFIX, KINDS, NO_WEIGHTS, OTHERS, PLACES, UNPROJECTED
 from ldm_cli.formats.weight_files import CONFIG_NAME, named
 
 CONFIGS_KEY = "ldm_cli.configs"
@@ -91,7 +93,8 @@ def single_file(
         tensors = _averaged(tensors, found, source)
     own = {folder: _below(tensors, prefix) for folder, (prefix, _) in found.items()}
     try:
-        files = _measured({folder: kind for folder, (_, kind) in found.items()}, own, tensors, metadata)
+        kinds = {folder: kind for folder, (_, kind) in found.items()}
+        files = _measured(kinds, own, source, tensors, metadata)
     except KeyError as error:
         raise CheckpointError(f"cannot use '{source}'", f"the tensor {error} is missing") from error
     except (IndexError, TypeError, ValueError) as error:
@@ -144,18 +147,24 @@ def _averaged(tensors: Mapping[str, Tensor], found: Mapping[str, tuple[str, str]
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors of a model, without its prefix."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if prefix == UNPROJECTED:
+        table = own["text_model.embeddings.token_embedding.weight"]
+        own["text_projection.weight"] = torch.eye(table.shape[-1]).to(table.dtype)
+    return own
 
 
 def _measured(
     kinds: Mapping[str, str],
     own: Mapping[str, Mapping[str, Tensor]],
+    source: Path,
     names_in_file: Collection[str],
     metadata: Mapping[str, str],
 ) -> dict[str, dict[str, Any]]:
     """The JSON files as names and shapes tell."""
     shapes = {folder: {name: tuple(tensor.shape) for name, tensor in inside.items()} for folder, inside in own.items()}
-    is_xl = TEXT_ENCODER_2 in kinds
+    is_3 = TRANSFORMER in kinds
+    is_xl = TEXT_ENCODER_2 in kinds and not is_3
     configs: dict[str, dict[str, Any]] = {}
     for folder, kind in kinds.items():
         inside = shapes[folder]
@@ -163,7 +172,12 @@ def _measured(
             pooled_width = shapes[TEXT_ENCODER_2]["text_projection"][1] if is_xl else 1280
             configs[folder] = measured.unet_config(inside, pooled_width)
         elif kind == "vae":
-            configs[folder] = measured.vae_config(inside, 0.13025 if is_xl else 0.18215)
+            space = (1.5305, 0.0609) if is_3 else (0.13025 if is_xl else 0.18215, None)
+            configs[folder] = measured.vae_config(inside, *space)
+        elif kind == "transformer":
+            configs[folder] = sd3.transformer_config(inside)
+        elif kind == "t5":
+            configs[folder] = sd3.t5_config(inside)
         elif kind == "clip":
             # Only OpenAI's own files say their sizes; the others are of open_clip.
             configs[folder] = measured.clip_config(inside, "quick_gelu" if "input_resolution" in inside else "gelu")
@@ -171,7 +185,9 @@ def _measured(
             configs[folder] = measured.text_config(inside, is_projected=folder != TEXT_ENCODER)
         else:
             configs[folder] = measured.transformers_config(inside)
-    files = pipeline_files(configs, names_in_file, metadata)
+            if folder == TEXT_ENCODER_2:  # that of OpenCLIP
+                configs[folder]["hidden_act"] = "gelu"
+    files = pipeline_files(configs, source, names_in_file, metadata)
     for folder in (folder for folder, kind in kinds.items() if kind == "unet"):
         configs[folder]["sample_size"] = sample_size(files.get(str(SCHEDULER_FILE), {}), configs)
     return files | {str(Path(folder, CONFIG_NAME)): config for folder, config in configs.items()}
@@ -205,21 +221,24 @@ def as_single_file(parts: Mapping[str, tuple[names.Content, Mapping[str, Tensor]
     Raises:
         CheckpointError: single files have no name for a tensor, which is named.
     """
-    is_xl = TEXT_ENCODER_2 in parts
+    towers = "text_encoders" if TRANSFORMER in parts else "conditioner" if TEXT_ENCODER_2 in parts else "cond_stage"
     renamed: dict[str, Tensor] = {}
     for folder, (config, tensors) in parts.items():
-        prefix, kind = _place(folder, config, is_xl)
+        prefix, kind = _place(folder, config, towers)
         try:
             inside = names.to_file(tensors, KINDS[kind].table(config))
         except ValueError as error:
             cause = f"it has no name for the tensor {error} of '{folder or kind}'"
             raise CheckpointError("the model does not fit the layout of single files", cause) from error
+        inside |= {name: inside[first].clone() for name, first in KINDS[kind].repeated.items()}
         renamed |= {prefix + name: tensor for name, tensor in inside.items()}
     return renamed
 
 
-def _place(folder: str, config: names.Content, is_xl: bool) -> tuple[str, str]:
-    """Prefix and kind of a model in a file that is written."""
+def _place(folder: str, config: names.Content, towers: str) -> tuple[str, str]:
+    """Prefix and kind of a model in a file that is written, whose prefixes of text encoders begin with `towers`."""
+    if config.get("_class_name") == "SD3Transformer2DModel":
+        return "model.diffusion_model.", "transformer"
     if config.get("_class_name") == "UNet2DConditionModel":
         return "model.diffusion_model.", "unet"
     if config.get("_class_name") == "AutoencoderKL":
@@ -227,7 +246,8 @@ def _place(folder: str, config: names.Content, is_xl: bool) -> tuple[str, str]:
     if "vision_config" in config:
         return "", "clip"
     # Towers of open_clip keep its names, and only those have the exact GELU. Of XL's two it is always the second.
-    is_of_open_clip = folder == TEXT_ENCODER_2 if is_xl else config["hidden_act"] == "gelu"
-    kind = "openai text" if is_of_open_clip else "transformers text"
-    prefixes = [p for name, p, k in PLACES if (name, k, "conditioner" in p) == (folder, kind, is_xl)]
+    is_of_open_clip = folder == TEXT_ENCODER_2 if towers == "conditioner" else config.get("hidden_act") == "gelu"
+    kind = "openai text" if is_of_open_clip and towers != "text_encoders" else "transformers text"
+    kind = "t5" if config.get("model_type") == "t5" else kind
+    prefixes = [p for name, p, k in PLACES if (name, k) == (folder, kind) and p.startswith(towers)]
     return (prefixes or [""])[0], kind

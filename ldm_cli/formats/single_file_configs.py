@@ -12,8 +12,8 @@ from typing import Any
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of a model's tensors, by their names in the file without the model's prefix."""
 
-# Widths per head of the published models: U-Nets since Stable Diffusion 2, both towers of CLIP.
-_HEAD_WIDTH = 64
+HEAD_WIDTH = 64
+"""Of the published models: U-Nets since Stable Diffusion 2, transformers, both towers of CLIP."""
 _HEADS_OF_STABLE_DIFFUSION_1 = 8
 _SIZE_IDS = 6
 # Text towers of OpenAI's CLIP have this width at most; the wider ones are of open_clip, with the exact GELU.
@@ -34,7 +34,7 @@ def unet_config(shapes: Shapes, pooled_width: int = 1280) -> dict[str, Any]:
     """
     channels, layers, depths, attended = _levels(shapes)
     linear = len(shapes["middle_block.1.proj_in.weight"]) == 2
-    heads = [max(1, width // _HEAD_WIDTH) for width in channels]
+    heads = [max(1, width // HEAD_WIDTH) for width in channels]
     added = shapes.get("label_emb.0.0.weight")
     width = added and (added[1] - pooled_width) // _SIZE_IDS
     return {
@@ -66,17 +66,17 @@ def _levels(shapes: Shapes) -> tuple[list[int], list[int], list[int], list[bool]
             channels[-1] = shapes[f"{block}.0.in_layers.2.weight"][0]
             layers[-1] += 1
             if f"{block}.1.norm.weight" in shapes:
-                depths[-1], attended[-1] = _num_blocks(shapes, f"{block}.1.transformer_blocks"), True
+                depths[-1], attended[-1] = num_blocks(shapes, f"{block}.1.transformer_blocks"), True
         else:
             break
     # The middle has the depth of the innermost level, also where that level itself has no attention.
-    depths[-1] = _num_blocks(shapes, "middle_block.1.transformer_blocks")
+    depths[-1] = num_blocks(shapes, "middle_block.1.transformer_blocks")
     return channels, layers, depths, attended
 
 
-def vae_config(shapes: Shapes, scaling_factor: float) -> dict[str, Any]:
+def vae_config(shapes: Shapes, scaling_factor: float, shift_factor: float | None = None) -> dict[str, Any]:
     """config.json of an autoencoder with the names of latent diffusion; KeyError as in `unet_config`."""
-    levels = _num_blocks(shapes, "encoder.down")
+    levels = num_blocks(shapes, "encoder.down")
     return {
         "_class_name": "AutoencoderKL",
         "in_channels": shapes["encoder.conv_in.weight"][1],
@@ -84,9 +84,10 @@ def vae_config(shapes: Shapes, scaling_factor: float) -> dict[str, Any]:
         "block_out_channels": [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)],
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "layers_per_block": _num_blocks(shapes, "encoder.down.0.block"),
+        "layers_per_block": num_blocks(shapes, "encoder.down.0.block"),
         "latent_channels": shapes["decoder.conv_in.weight"][1],
         "scaling_factor": scaling_factor,
+        "shift_factor": shift_factor,
         "use_quant_conv": "quant_conv.weight" in shapes,
         "use_post_quant_conv": "post_quant_conv.weight" in shapes,
         "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in shapes,
@@ -100,7 +101,7 @@ def transformers_config(shapes: Shapes) -> dict[str, Any]:
     positions = shapes["embeddings.position_embedding.weight"][0]
     inner = shapes["encoder.layers.0.mlp.fc1.weight"][0]
     activation = "quick_gelu" if width <= _WIDEST_OF_OPENAI else "gelu"
-    config = _text_config((vocab_size, positions), width, inner, _num_blocks(shapes, "encoder.layers"), activation)
+    config = _text_config((vocab_size, positions), width, inner, num_blocks(shapes, "encoder.layers"), activation)
     return config | _projection(shapes["text_projection.weight"][0]) if "text_projection.weight" in shapes else config
 
 
@@ -113,7 +114,7 @@ def text_config(shapes: Shapes, activation: str = "gelu", *, is_projected: bool 
         is_projected: whether the pooled feature is used, if there is one; else only the states before the last layer.
     """
     vocab_size, width = shapes["token_embedding.weight"]
-    layers = _num_blocks(shapes, "transformer.resblocks")
+    layers = num_blocks(shapes, "transformer.resblocks")
     inner = shapes["transformer.resblocks.0.mlp.c_fc.weight"][0]
     vocabulary = vocab_size, shapes["positional_embedding"][0]
     if not is_projected or "text_projection" not in shapes:
@@ -131,8 +132,8 @@ def clip_config(shapes: Shapes, activation: str) -> dict[str, Any]:
         "model_type": "clip_vision_model",
         "hidden_size": width,
         "intermediate_size": shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"][0],
-        "num_hidden_layers": _num_blocks(shapes, "visual.transformer.resblocks"),
-        "num_attention_heads": max(1, width // _HEAD_WIDTH),
+        "num_hidden_layers": num_blocks(shapes, "visual.transformer.resblocks"),
+        "num_attention_heads": max(1, width // HEAD_WIDTH),
         "num_channels": channels,
         "image_size": grid * patch,
         "patch_size": patch,
@@ -157,7 +158,7 @@ def _text_config(vocabulary: tuple[int, int], width: int, inner: int, layers: in
         "hidden_size": width,
         "intermediate_size": inner,
         "num_hidden_layers": layers,
-        "num_attention_heads": max(1, width // _HEAD_WIDTH),
+        "num_attention_heads": max(1, width // HEAD_WIDTH),
         "hidden_act": activation,
         "projection_dim": width,
         # The pooled feature is that of the largest id, whatever the vocabulary.
@@ -171,8 +172,8 @@ def _projection(width: int) -> dict[str, Any]:
     return {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": width}
 
 
-def _num_blocks(shapes: Shapes, path: str) -> int:
-    """How many numbered modules there are below a path."""
+def num_blocks(shapes: Shapes, path: str) -> int:
+    """The number of modules below a path, which are numbered."""
     return len({name[len(path) + 1 :].partition(".")[0] for name in shapes if name.startswith(f"{path}.")})
 
 

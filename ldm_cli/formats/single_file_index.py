@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from ldm_cli.formats.pipeline_folder import (
@@ -11,11 +12,15 @@ from ldm_cli.formats.pipeline_folder import (
     SCHEDULER_FILE,
     TEXT_ENCODER,
     TEXT_ENCODER_2,
+    TEXT_ENCODER_3,
+    TRANSFORMER,
     UNET,
     VAE,
+    tokenizer_of,
 )
 
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+_FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 _CHANNELS_WITH_MASK = 9
 _EMPTY = [None, None]
 # ComfyUI's marks of a U-Net that predicts a velocity, and of one that was trained at zero SNR.
@@ -25,15 +30,20 @@ _EPSILON_AT_STEP = 875000
 
 
 def pipeline_files(
-    configs: Mapping[str, Mapping[str, Any]], names: Collection[str], metadata: Mapping[str, str]
+    configs: Mapping[str, Mapping[str, Any]], file: Path, names: Collection[str], metadata: Mapping[str, str]
 ) -> dict[str, dict[str, Any]]:
     """Index and scheduler by relative path; nothing where a U-Net, an autoencoder and a text encoder are not together.
 
+    The text encoders of Stable Diffusion 3 may lie beside the file.
+
     Args:
         configs: configuration of each model, by subfolder.
+        file: the single file.
         names: of all tensors in the file.
         metadata: of the file.
     """
+    if {TRANSFORMER, VAE} <= configs.keys():
+        return _files_of_3(configs, file)
     if not {UNET, VAE, TEXT_ENCODER} <= configs.keys():
         return {}
     is_xl, in_channels = TEXT_ENCODER_2 in configs, configs[UNET]["in_channels"]
@@ -50,11 +60,7 @@ def pipeline_files(
         "feature_extractor": _EMPTY,
         "image_encoder": _EMPTY,
         **{name: _library_and_class(config) for name, config in configs.items()},
-        **{
-            name.replace("text_encoder", "tokenizer"): ["transformers", "CLIPTokenizer"]
-            for name in configs
-            if "text" in name
-        },
+        **{tokenizer_of(name): ["transformers", "CLIPTokenizer"] for name in configs if "text" in name},
     }
     index |= (
         {"force_zeros_for_empty_prompt": True}
@@ -62,6 +68,32 @@ def pipeline_files(
         else {"requires_safety_checker": False, "safety_checker": _EMPTY}
     )
     return {INDEX_NAME: index, str(SCHEDULER_FILE): scheduler}
+
+
+def _files_of_3(configs: Mapping[str, Mapping[str, Any]], file: Path) -> dict[str, dict[str, Any]]:
+    """Index and scheduler of Stable Diffusion 3."""
+    text = {name: ["transformers", "CLIPTextModelWithProjection"] for name in (TEXT_ENCODER, TEXT_ENCODER_2)}
+    tokenizers = {tokenizer_of(name): ["transformers", "CLIPTokenizer"] for name in text}
+    has_t5 = TEXT_ENCODER_3 in configs or beside(file, TEXT_ENCODER_3) is not None
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusion3Pipeline",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "scheduler": ["diffusers", _FLOW["_class_name"]],
+        "feature_extractor": _EMPTY,
+        "image_encoder": _EMPTY,
+        **text,
+        **tokenizers,
+        TEXT_ENCODER_3: ["transformers", "T5EncoderModel"] if has_t5 else _EMPTY,
+        tokenizer_of(TEXT_ENCODER_3): ["transformers", "T5TokenizerFast"] if has_t5 else _EMPTY,
+        **{name: _library_and_class(configs[name]) for name in (TRANSFORMER, VAE)},
+    }
+    return {INDEX_NAME: index, str(SCHEDULER_FILE): dict(_FLOW)}
+
+
+def beside(file: Path, component: str) -> Path | None:
+    """The folder of a component that a single file does not hold: `a/x/NAME` or `a/NAME` for `a/x.safetensors`."""
+    places = [file.with_suffix("") / component, file.parent / component]
+    return next((place for place in places if place.is_dir()), None)
 
 
 def sample_size(scheduler: Mapping[str, Any], configs: Collection[str]) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ldm_cli.formats import single_file_names as names
-from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE
+from ldm_cli.formats import single_file_sd3 as sd3
+from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TEXT_ENCODER_2, TEXT_ENCODER_3, TRANSFORMER, UNET, VAE
 
 
 @dataclass(frozen=True)
@@ -17,11 +18,13 @@ class Kind:
         marks: names that each such model has, and together no other kind.
         table: the table of names of a configuration.
         unused: beginnings of names that its files may hold and the model never reads.
+        repeated: tensors that are written under a second name, by that name.
     """
 
     marks: tuple[str, ...]
     table: Callable[[names.Content], names.Table]
     unused: tuple[str, ...] = ()
+    repeated: Mapping[str, str] = field(default_factory=dict)
 
 
 _OPENAI_MARKS = ("token_embedding.weight", "transformer.resblocks.0.attn.in_proj_weight")
@@ -35,8 +38,20 @@ KINDS: Mapping[str, Kind] = {
         names.vae_table,
         ("loss.", "model_ema."),
     ),
+    "transformer": Kind(
+        ("x_embedder.proj.weight", "joint_blocks.0.x_block.attn.qkv.weight", "final_layer.linear.weight"),
+        sd3.transformer_table,
+    ),
+    "t5": Kind(
+        ("shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"),
+        lambda _: sd3.T5_TABLE,
+        ("encoder.embed_tokens.", "logit_scale"),
+        {"encoder.embed_tokens.weight": "shared.weight"},
+    ),
     "transformers text": Kind(
-        ("text_model.embeddings.token_embedding.weight",), lambda _: names.TRANSFORMERS_TABLE, ("logit_scale",)
+        ("text_model.embeddings.token_embedding.weight",),
+        lambda _: names.TRANSFORMERS_TABLE,
+        ("logit_scale",),
     ),
     # Without the prefix, as versions of transformers before the first release of Stable Diffusion wrote it.
     "old transformers text": Kind(("embeddings.token_embedding.weight",), lambda _: {}),
@@ -51,7 +66,10 @@ KINDS: Mapping[str, Kind] = {
         ("attn_mask", "logit_scale"),
     ),
 }
+UNPROJECTED = "text_encoders.clip_l.transformer."
+"""Prefix of the tower whose pooled text Stable Diffusion 3 takes as it is, whatever projection its file holds."""
 PLACES = (
+    (TRANSFORMER, "model.diffusion_model.", "transformer"),
     (UNET, "model.diffusion_model.", "unet"),
     (VAE, "first_stage_model.", "vae"),
     (VAE, "vae.", "vae"),
@@ -60,9 +78,14 @@ PLACES = (
     (TEXT_ENCODER, "cond_stage_model.model.", "openai text"),
     (TEXT_ENCODER, "conditioner.embedders.0.transformer.", "transformers text"),
     (TEXT_ENCODER_2, "conditioner.embedders.1.model.", "openai text"),
+    (TEXT_ENCODER, UNPROJECTED, "transformers text"),
+    (TEXT_ENCODER_2, "text_encoders.clip_g.transformer.", "transformers text"),
+    (TEXT_ENCODER_3, "text_encoders.t5xxl.transformer.", "t5"),
 )
 """Subfolder of a pipeline, prefix in the file, kind of model; the first that matches is taken."""
-ALONE = tuple(("", "", kind) for kind in ("unet", "vae", "clip", "openai text", "transformers text"))
+ALONE = tuple(
+    ("", "", kind) for kind in ("unet", "transformer", "vae", "clip", "openai text", "transformers text", "t5")
+)
 """The same for a model by itself."""
 EMA_PREFIX = "model_ema."
 NO_WEIGHTS = frozenset(
@@ -71,11 +94,11 @@ NO_WEIGHTS = frozenset(
         *("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"),
         *("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"),
         *("lvlb_weights", "logvar", "scale_factor", "denoiser.sigmas", "v_pred", "ztsnr", "global_step"),
+        *(f"text_encoders.{name}.logit_scale" for name in ("clip_l", "clip_g", "t5xxl")),
     }
 )
 """Tables of the noise schedule, marks, and counters of training."""
 OTHERS = {
-    "joint_blocks.": "Stable Diffusion 3",
     "double_blocks.": "FLUX",
     "lora_": "a LoRA",
     ".lora": "a LoRA",

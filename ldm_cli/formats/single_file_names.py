@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Form = Literal["same", "convolution", "transposed", "query", "key", "value"]
-_THIRDS: tuple[Form, ...] = ("query", "key", "value")
+Form = Literal["same", "convolution", "transposed", "swapped", "query", "key", "value"]
+THIRDS: tuple[Form, ...] = ("query", "key", "value")
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,13 @@ class Place:
 
     Attributes:
         path: in the file, without the prefix of the model.
-        form: `convolution`: a linear layer's weight [O, I] is [O, I, 1, 1] there. `transposed`: [I, O]. `query`, `key`,
-            `value`: a third of the rows of one tensor that holds all three.
+        form: `convolution`: a linear layer's weight [O, I] is [O, I, 1, 1] there. `transposed`: [I, O]. `swapped`: the
+            second half of the rows comes first. `query`, `key`, `value`: a third of the rows of one tensor that holds
+            all three.
     """
 
     path: str
     form: Form = "same"
-
-    @property
-    def third(self) -> int | None:
-        """Which third of the rows it is; None: all."""
-        return _THIRDS.index(self.form) if self.form in _THIRDS else None
 
 
 Table = Mapping[str, Place]
@@ -171,7 +167,7 @@ def _clip_layers(ours: str, theirs: str, num_layers: int) -> dict[str, Place]:
     for i in range(num_layers):
         layer, block = f"{ours}.encoder.layers.{i}", f"{theirs}.resblocks.{i}"
         table |= {f"{layer}.{a}": Place(f"{block}.{b}") for a, b in _CLIP_LAYER.items()}
-        for letter, third in zip("qkv", _THIRDS, strict=True):
+        for letter, third in zip("qkv", THIRDS, strict=True):
             for kind in ("weight", "bias"):
                 table[f"{layer}.self_attn.{letter}_proj.{kind}"] = Place(f"{block}.attn.in_proj_{kind}", third)
     return table
@@ -208,24 +204,31 @@ def to_file(tensors: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
         place = place_of(name, table)
         if place is None:
             raise ValueError(name)
-        if place.form in _THIRDS:
+        if place.form in THIRDS:
             thirds.setdefault(place.path, {})[place.form] = tensor
-        elif place.form == "transposed":
-            renamed[place.path] = tensor.T
         else:
-            renamed[place.path] = (
-                tensor[:, :, None, None] if place.form == "convolution" and tensor.ndim == 2 else tensor
-            )
-    return renamed | {name: torch.cat([parts[third] for third in _THIRDS]) for name, parts in thirds.items()}
+            renamed[place.path] = _folded(tensor, place.form)
+    return renamed | {name: torch.cat([parts[third] for third in THIRDS]) for name, parts in thirds.items()}
+
+
+def _folded(tensor: Tensor, form: Form) -> Tensor:
+    """The inverse of `_unfold`, of a tensor that is no third."""
+    is_linear = form == "convolution" and tensor.ndim == 2
+    return tensor[:, :, None, None] if is_linear else _unfold(tensor, "same" if form == "convolution" else form)
+
+
+def rows_of(tensor: Tensor, form: Form) -> Tensor:
+    """The rows of a file's tensor that an entry of this form stands for, in the order of the folder's."""
+    if form in THIRDS:
+        return tensor.tensor_split(3)[THIRDS.index(form)]
+    return torch.cat(tensor.chunk(2)[::-1]) if form == "swapped" else tensor
 
 
 def _unfold(tensor: Tensor, form: Form) -> Tensor:
-    """The part of a file's tensor that an entry of this form stands for, in the shape of the folder's."""
-    if form in _THIRDS:
-        return tensor.tensor_split(3)[_THIRDS.index(form)]
+    """`rows_of`, in the shape of the folder's tensor."""
     if form == "convolution" and tensor.ndim == 4:
         return tensor.flatten(1)
-    return tensor.T if form == "transposed" and tensor.ndim == 2 else tensor
+    return tensor.T if form == "transposed" and tensor.ndim == 2 else rows_of(tensor, form)
 
 
 def _ancestors(name: str) -> Iterator[str]:

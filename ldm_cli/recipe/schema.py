@@ -11,7 +11,9 @@ from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.lora_config import LoRAConfig
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.clip_config import CLIPConfig
+from ldm_cli.core.models.sd3_transformer_2d_config import SD3Transformer2DConfig
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
+from ldm_cli.core.patch_training_config import PatchTrainingConfig
 from ldm_cli.core.vae_loss_config import VAELossConfig, min_image_size
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.tokenizer_config import TokenizerConfig
@@ -153,17 +155,26 @@ class TrainUnetRecipe(StartedRecipe):
     """The trained CLIPModel or CLIPTextModel, with its tokenizer (`runs/…/model`). Empty: that of the
     pipeline in `start_from`."""
     text_encoder_2: Annotated[str, NamesModel(("text_encoder_2", "tokenizer_2"))] = ""
-    """Stable Diffusion XL: the second text encoder, a CLIPModel or CLIPTextModelWithProjection, with its
+    """Stable Diffusion XL and 3: the second text encoder, a CLIPModel or CLIPTextModelWithProjection, with its
     tokenizer. Empty: that of the pipeline in `start_from`, or none."""
+    text_encoder_3: Annotated[str, NamesModel(("text_encoder_3", "tokenizer_3"))] = ""
+    """Stable Diffusion 3: a T5EncoderModel, with tokenizer. Empty: that of the pipeline in `start_from`, or none."""
+    max_sequence_length: Annotated[int, Field(ge=0, le=512)] | None = None
+    """Stable Diffusion 3: tokens of T5, padding included; without T5 as many zeros. null: those of the pipeline in
+    `start_from`; else 256, and 0 without T5."""
     clip_skip: Annotated[int, Field(ge=1)] | None = None
-    """Layer of the text encoders that gives the text states: 1 the last one, 2 the last but one. null: that which the
-    pipeline of `text_encoder` was trained with; else the last one, in Stable Diffusion XL the last but one."""
+    """Layer of the CLIP text encoders that gives the text states: 1 the last one, 2 the last but one. null: that which
+    the pipeline of `text_encoder` was trained with; else the last one, with two of them the last but one."""
     caption_chunks: Annotated[int, Field(ge=1, le=8)] = 1
     """Chunks of as many tokens as the text encoder takes that every caption is encoded in; longer captions are cut."""
     cache: str | None = None
     """Folder that `ldm precompute` wrote for this recipe, to read latents and text states from; null computes them."""
     unet: UNet2DConditionConfig | None = None
-    """The model; fields as in its Hugging Face config.json. null: that of `start_from`."""
+    """The model; fields as in its Hugging Face config.json. null: that of `start_from`, or a transformer."""
+    transformer: SD3Transformer2DConfig | None = None
+    """Stable Diffusion 3: the model, in place of `unet`; fields as in its Hugging Face config.json."""
+    patches: PatchTrainingConfig = PatchTrainingConfig()
+    """Stable Diffusion 3: patches that are left out in training, or compared with the features of a CLIP."""
     diffusion: DiffusionConfig = DiffusionConfig()
     """Noise schedule, prediction, loss weights, caption dropout. A pipeline in `start_from` gives the defaults of
     schedule and prediction."""
@@ -173,13 +184,26 @@ class TrainUnetRecipe(StartedRecipe):
     """Pictures generated on the way."""
 
     @property
-    def model(self) -> UNet2DConditionConfig:
+    def model(self) -> UNet2DConditionConfig | SD3Transformer2DConfig:
         """The model's configuration, once `start_from` has been read."""
-        return _known(self.unet, "unet")
+        return _known(self.unet, "unet") if self.transformer is None else self.transformer
+
+    @property
+    def component(self) -> str:
+        """The part of the pipeline that is trained, `unet` or `transformer`, once `start_from` has been read."""
+        return "unet" if isinstance(self.model, UNet2DConditionConfig) else "transformer"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        self._check_start("unet", "vae", "text_encoder")
+        if self.unet is not None and self.transformer is not None:
+            raise ValueError("unet and transformer: one of them is trained, leave the other out")
+        self._check_start(*(["unet"] if self.transformer is None else []), "vae", "text_encoder")
+        if self.transformer is not None and self.start_from is None:
+            self._check_start("text_encoder_2")
+        if self.unet is not None and (self.text_encoder_3 or self.max_sequence_length is not None):
+            raise ValueError("text_encoder_3 and max_sequence_length belong to a transformer")
+        if self.text_encoder_3 and self.max_sequence_length == 0:
+            raise ValueError("max_sequence_length=0 leaves no room for text_encoder_3")
         if self.lora is not None:
             self._check_lora(self.lora)
         return self

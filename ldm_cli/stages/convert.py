@@ -20,7 +20,7 @@ from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.hub import model_path
 from ldm_cli.formats.json_file import write_json
 from ldm_cli.formats.model_source import outside_file, split_at_file
-from ldm_cli.formats.pipeline_folder import INDEX_NAME, SCHEDULER_FILE, TOKENIZER, UNET
+from ldm_cli.formats.pipeline_folder import INDEX_NAME, SCHEDULER_FILE, TOKENIZER, TRANSFORMER
 from ldm_cli.formats.save_model import save_sharded
 from ldm_cli.formats.single_file import CONFIGS_KEY, as_single_file
 from ldm_cli.formats.weight_files import (
@@ -35,17 +35,20 @@ from ldm_cli.formats.weight_files import (
 from ldm_cli.formats.weight_values import is_finite
 from ldm_cli.manifest import read_listed
 from ldm_cli.reporting import Reporter
-from ldm_cli.stages.support.convertible import FoundModel, FoundModels, read_file, read_folder, tokenizer_files
+from ldm_cli.stages.support.convertible import (
+    FoundModel,
+    FoundModels,
+    read_file,
+    read_folder,
+    text_encoders_beside,
+    tokenizer_files,
+)
+from ldm_cli.stages.support.folded_projection import without_projection
 from ldm_cli.stages.support.merged_adapters import merged
+from ldm_cli.stages.support.modelspec import modelspec, published_name
 from ldm_cli.storage import TEMPORARY_PREFIX, storage_errors
 
 _PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
-# Parameters of the published U-Nets, with 4 channels of input: web interfaces know these sizes only.
-_PUBLISHED = {
-    859_520_964: "stable-diffusion-v1",
-    865_910_724: "stable-diffusion-v2",
-    2_567_463_684: "stable-diffusion-xl-v1-base",
-}
 
 
 @dataclass(frozen=True)
@@ -113,9 +116,11 @@ def run(source: Path, out: Path, options: ConvertOptions, reporter: Reporter) ->
         return _result(out, {"model": kind}, weights.values()) | {"opens_in": programs}
     models = _changed(merged(_read(source, options), options.loras, options.dtype), options)
     if is_file:
+        models = without_projection(models)
         metadata = _write_file(models, out)
     else:
         metadata = models.metadata
+        models = text_encoders_beside(source, models)
         _write_folder(_with_tokenizers(models, source, options, reporter), out, options.shard_bytes)
     tensors = [tensor for model in models.models.values() for tensor in model.tensors.values()]
     kinds = {name or "model": model.kind for name, model in models.models.items()}
@@ -173,7 +178,8 @@ def _read(source: Path, options: ConvertOptions) -> FoundModels:
 
 def _with_tokenizers(models: FoundModels, source: Path, options: ConvertOptions, reporter: Reporter) -> FoundModels:
     """The models with the tokenizers that the options name, or that a pipeline needs and does not hold."""
-    needed = [name for name in models.json_files.get(INDEX_NAME, {}) if name.startswith(TOKENIZER)]
+    index = models.json_files.get(INDEX_NAME, {})
+    needed = [name for name, kind in index.items() if name.startswith(TOKENIZER) and kind[1] is not None]
     if options.tokenizer is None and (models.companions or not needed):
         return models
     given = options.config
@@ -189,8 +195,8 @@ def _changed(models: FoundModels, options: ConvertOptions) -> FoundModels:
     """The models in the type, and with the prediction, that the options name."""
     json_files = dict(models.json_files)
     if options.prediction_type is not None:
-        if str(SCHEDULER_FILE) not in json_files:
-            raise UsageError("--prediction-type is for whole pipelines", remedy="leave it out")
+        if str(SCHEDULER_FILE) not in json_files or TRANSFORMER in models.models:
+            raise UsageError("--prediction-type is for whole pipelines with a U-Net", remedy="leave it out")
         scheduler = json_files[str(SCHEDULER_FILE)] | {"prediction_type": options.prediction_type}
         json_files[str(SCHEDULER_FILE)] = scheduler
     changed = {name: _retyped(model, options.dtype) for name, model in models.models.items()}
@@ -215,25 +221,11 @@ def _write_file(models: FoundModels, out: Path) -> dict[str, str]:
     parts = {name: (model.complete, model.tensors) for name, model in models.models.items()}
     tensors = as_single_file(parts)
     configs = {str(Path(name, CONFIG_NAME)): model.complete for name, model in models.models.items()}
-    metadata = models.metadata | _modelspec(models, out.stem) | {CONFIGS_KEY: json.dumps(configs | models.json_files)}
+    metadata = models.metadata | modelspec(models, out.stem) | {CONFIGS_KEY: json.dumps(configs | models.json_files)}
     with storage_errors(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(out, tensors, metadata)
     return metadata
-
-
-def _modelspec(models: FoundModels, title: str) -> dict[str, str]:
-    """What Stability AI's modelspec 1.0.1 asks for, of a pipeline."""
-    if INDEX_NAME not in models.json_files:
-        return {}
-    prediction = models.json_files[str(SCHEDULER_FILE)].get("prediction_type", "epsilon")
-    return {
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": _published(models) or "ldm-cli-unet-v1",
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": models.metadata.get("modelspec.title", title),
-        "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction,
-    }
 
 
 def _write_folder(models: FoundModels, out: Path, shard_bytes: int | None) -> None:
@@ -267,25 +259,16 @@ def _fill(models: FoundModels, folder: Path, shard_bytes: int | None) -> None:
         (folder / path).write_bytes(read_listed(file, MOST_TOKENIZER_BYTES))
 
 
-def _published(models: FoundModels) -> str | None:
-    """Name of the published architecture whose sizes the U-Net has; None if it has others."""
-    if UNET not in models.models:
-        return None
-    tensors = models.models[UNET].tensors
-    further = tensors["conv_in.weight"][:, 4:].numel()
-    return _PUBLISHED.get(sum(tensor.numel() for tensor in tensors.values()) - further)
-
-
 def _programs(models: FoundModels, is_file: bool) -> list[str]:
     """The programs that open what was written."""
     kind = next(iter(models.models.values())).kind
     index = models.json_files.get(INDEX_NAME)
     name = kind if index is None else str(index.get("_class_name"))
-    library = "transformers" if name.startswith("CLIP") else "diffusers"
+    library = "transformers" if name.startswith(("CLIP", "T5")) else "diffusers"
     if not is_file:
         return ["ldm", f"{library} {name}.from_pretrained"]
     if library == "transformers":
         return ["ldm", "open_clip" if kind == "CLIPModel" else "ComfyUI"]
-    is_known = _published(models) is not None
+    is_known = published_name(models) is not None
     theirs = f"diffusers {name}.from_single_file" + ("" if is_known or index is None else ", with config=FOLDER")
     return ["ldm", theirs, *(["ComfyUI", "AUTOMATIC1111"] if is_known else [])]

@@ -30,6 +30,7 @@ _HARMLESS = {
     "vae",
     "text_encoder",
     "text_encoder_2",
+    "text_encoder_3",
     "tokenizer.path",
     "start_from",
     "cache",

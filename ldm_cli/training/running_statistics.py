@@ -9,14 +9,20 @@ from torch import Tensor, nn
 
 
 class RunningStatistics:
-    """The buffers of some modules, which must not depend on the order of a batch's parts.
+    """The statistics of some modules' batch norms, which must not depend on the order of a batch's parts.
 
     Every part of a batch starts from the buffers as they were before the step. After the step they hold the mean of
     the parts' results.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._buffers = [buffer for module in modules for buffer in module.buffers()]
+        self._buffers = [
+            buffer
+            for module in modules
+            for layer in module.modules()
+            if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)
+            for buffer in layer.buffers()
+        ]
         self._before: list[Tensor] = []
 
     def begin_step(self) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm_cli.core.low_rank import LowRank
@@ -18,10 +18,13 @@ from ldm_cli.families.lora_file import write_lora
 from ldm_cli.families.lora_reader import read_lora
 from ldm_cli.formats.lora_names import Adaptable, ModuleNames
 from ldm_cli.formats.lora_path import lora_name, lora_sha256
+from ldm_cli.formats.single_file_names import to_file
+from ldm_cli.formats.single_file_sd3 import transformer_table
 from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.storage import file_sha256
 from tests.stages.published_xl import published_models
+from tests.stages.tiny_sd3 import tiny_sd3
 
 MODELS = {
     "unet": Adaptable(
@@ -262,3 +265,48 @@ def test_pefts_configuration_counts_in_the_hash_and_other_types_are_refused(tmp_
     config.write_text(json.dumps({"peft_type": "IA3"}))
     with pytest.raises(CheckpointError, match="adapters of PEFT's type IA3 are not supported"):
         read_lora(tmp_path, MODELS)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_transformers_adapters_in_kohyas_layout_name_the_modules_of_a_single_file(tmp_path: Path, dora: bool) -> None:
+    """Queries, keys and values are one module there, and halves of the last modulations change places."""
+    model = tiny_sd3(has_t5=False).denoiser
+    table, generator = transformer_table(model.config.to_mapping()), torch.Generator().manual_seed(0)
+
+    def update(weight: torch.Tensor) -> LowRank:
+        up, down = (torch.randn(size, generator=generator) for size in ((len(weight), 2), (2, weight.shape[1])))
+        return LowRank(down, up, 0.6, torch.rand(len(weight), generator=generator) if dora else None)
+
+    weights = {name: t for name, t in model.state_dict().items() if name.endswith(".weight") and t.ndim == 2}
+    updates = {name.removesuffix(".weight"): update(weight) for name, weight in weights.items()}
+    file = tmp_path / "a.safetensors"
+    write_lora(file, {"transformer": updates}, "kohya", {}, {"transformer": table})
+    expected = to_file({f"{module}.weight": one.delta() for module, one in updates.items()}, table)
+    tensors = load_file(file)
+    names = {f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}" for name in expected}
+    assert names == {name.partition(".")[0] for name in tensors}
+    assert "lora_unet_joint_blocks_0_context_block_attn_qkv" in names
+    for name, delta in expected.items():
+        own = f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}"
+        down, up, alpha = (tensors[f"{own}.{role}"] for role in ("lora_down.weight", "lora_up.weight", "alpha"))
+        torch.testing.assert_close(alpha / len(down) * up @ down, delta)
+    found = read_lora(file, {"transformer": Adaptable(model.state_dict(), model.config.to_mapping())})["transformer"]
+    assert set(found) == set(updates)
+    for module, one in updates.items():
+        again = found[module]
+        assert isinstance(again, LowRank)
+        assert torch.equal(again.down, one.down)
+        assert torch.equal(again.up, one.up)
+        assert again.alpha == pytest.approx(one.alpha)
+        assert again.magnitude is None if one.magnitude is None else torch.equal(again.magnitude, one.magnitude)
+
+
+def test_queries_alone_become_a_block_beside_zeros(tmp_path: Path) -> None:
+    model = tiny_sd3(has_t5=False).denoiser
+    config, name = model.config.to_mapping(), "transformer_blocks.0.attn.to_q"
+    one = LowRank(torch.randn(2, 16), torch.randn(16, 2), 2.0)
+    file = tmp_path / "a.safetensors"
+    write_lora(file, {"transformer": {name: one}}, "kohya", {}, {"transformer": transformer_table(config)})
+    found = read_lora(file, {"transformer": Adaptable(model.state_dict(), config)})["transformer"]
+    assert torch.equal(found[name].delta(), one.delta())
+    assert not any(update.delta().any() for module, update in found.items() if module != name)

@@ -16,7 +16,7 @@ from ..conftest import REPOSITORY
 from .lives import STEPS, Held, Life, Strace
 from .matrix import Bench, Row
 
-NAMES = ("vae", "clip", "unet", "lora")
+NAMES = ("vae", "clip", "unet", "sd3", "lora")
 
 
 def _duration(bench: Bench, name: str) -> float:

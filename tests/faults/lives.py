@@ -187,13 +187,14 @@ def _session(leader: int) -> list[int]:
 
 
 class Home:
-    """Scenes, tiny models and recipes of the three trainers and of adapters, in a folder."""
+    """Scenes, tiny models and recipes of the three trainers, of a transformer and of adapters, in a folder."""
 
     def __init__(self, folder: Path) -> None:
         from ldm_cli.data.scenes import write_scenes
         from ldm_cli.reporting import SilentReporter
 
         from ..stages.tiny import RESNET, clip_recipe, unet_recipe, vae_recipe
+        from ..stages.tiny_sd3 import save_tiny_sd3, sd3_recipe
 
         self.folder = folder
         scenes = folder / "scenes"
@@ -210,6 +211,7 @@ class Home:
         self._write("unet", unet)
         adapters = {"rank": 2, "targets": ["all"], "conv_rank": 2, "text_encoder": True, "dropout": 0.1, "dora": True}
         kept = {field: value for field, value in unet.items() if field not in ("unet", "vae", "text_encoder")}
+        self._write("sd3", sd3_recipe(scenes, save_tiny_sd3(folder / "sd3"), {"encoder_dropout": 0.4}, **train))
         self._write("lora", kept | {"start_from": str(folder / "whole-unet"), "lora": adapters})
 
     def _write(self, name: str, recipe: Mapping[str, Any]) -> None:

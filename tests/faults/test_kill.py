@@ -104,9 +104,10 @@ def after_checkpoints(out: Path) -> bool:
         ("vae", (started, while_saving, after_checkpoints)),
         ("clip", (while_saving,)),
         ("unet", (while_saving,)),
+        ("sd3", (while_saving,)),
         ("lora", (while_saving,)),
     ],
-    ids=["vae", "clip", "unet", "lora"],
+    ids=["vae", "clip", "unet", "sd3", "lora"],
 )
 def test_killed_and_repeated_it_ends_in_the_same_bits(
     home: Home, start: Callable[..., Life], tmp_path: Path, name: str, moments: tuple[Moment, ...]

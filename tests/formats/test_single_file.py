@@ -230,10 +230,6 @@ def test_averages_of_the_unet_are_taken_where_asked_for() -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (
-            ["model.diffusion_model.joint_blocks.0.x"],
-            "names are those of Stable Diffusion 3: model.diffusion_model.joint",
-        ),
         (["double_blocks.0.x"], "names are those of FLUX: double_blocks.0.x"),
         (["lora_unet_down.lora_up.weight"], "names are those of a LoRA"),
         (["down_blocks.0.resnets.0.conv1.weight"], "those of diffusers, which are read as a folder"),

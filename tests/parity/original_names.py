@@ -78,6 +78,61 @@ def vae(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
     return renamed
 
 
+def sd3_transformer(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A transformer of Stable Diffusion 3 under the names of the reference implementation."""
+    last = max(int(name.split(".")[1]) for name in state if name.startswith("transformer_blocks."))
+    words = (
+        ("pos_embed.pos_embed", "pos_embed"),
+        ("pos_embed.proj", "x_embedder.proj"),
+        ("time_text_embed.timestep_embedder.linear_1", "t_embedder.mlp.0"),
+        ("time_text_embed.timestep_embedder.linear_2", "t_embedder.mlp.2"),
+        ("time_text_embed.text_embedder.linear_1", "y_embedder.mlp.0"),
+        ("time_text_embed.text_embedder.linear_2", "y_embedder.mlp.2"),
+        ("norm_out.linear", "final_layer.adaLN_modulation.1"),
+        ("proj_out", "final_layer.linear"),
+        ("norm1_context.linear", "context_block.adaLN_modulation.1"),
+        ("norm1.linear", "x_block.adaLN_modulation.1"),
+        ("ff_context.net.0.proj", "context_block.mlp.fc1"),
+        ("ff_context.net.2", "context_block.mlp.fc2"),
+        ("ff.net.0.proj", "x_block.mlp.fc1"),
+        ("ff.net.2", "x_block.mlp.fc2"),
+        ("attn.to_add_out", "context_block.attn.proj"),
+        ("attn.norm_added_", "context_block.attn.ln_"),
+        ("transformer_blocks", "joint_blocks"),
+    )
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        is_swapped = name.startswith((f"transformer_blocks.{last}.norm1_context", "norm_out"))
+        for ours, theirs in words:
+            name = name.replace(ours, theirs)
+        name = re.sub(r"\d\.attn(2?)\.to_out\.0", lambda m: f"{m[0][0]}.x_block.attn{m[1]}.proj", name)
+        name = re.sub(r"\d\.attn(2?)\.norm_", lambda m: f"{m[0][0]}.x_block.attn{m[1]}.ln_", name)
+        if is_swapped:
+            shift, scale = tensor.chunk(2)
+            tensor = torch.cat([scale, shift])
+        renamed[name] = tensor
+    for name in list(renamed):
+        if match := re.fullmatch(r"(joint_blocks\.\d)\.(attn2?)\.(to_q|add_q_proj)\.(\w+)", name):
+            block, attention, query, kind = match.groups()
+            three = [f"{block}.{attention}.{query.replace('q', letter)}.{kind}" for letter in "qkv"]
+            side = "x_block" if query == "to_q" else "context_block"
+            renamed[f"{block}.{side}.{attention}.qkv.{kind}"] = torch.cat([renamed.pop(one) for one in three])
+    return renamed
+
+
+def write_sd3(pipeline: Any, file: Path, *, has_encoders: bool = True) -> Path:
+    """A Stable Diffusion 3 pipeline of diffusers as one file; returns that."""
+    tensors = prefixed("model.diffusion_model.", sd3_transformer(pipeline.transformer.state_dict()))
+    levels = len(pipeline.vae.config.block_out_channels)
+    tensors |= prefixed("first_stage_model.", vae(pipeline.vae.state_dict(), levels))
+    encoders = {"clip_l": pipeline.text_encoder, "clip_g": pipeline.text_encoder_2, "t5xxl": pipeline.text_encoder_3}
+    for name, model in encoders.items():
+        if has_encoders and model is not None:
+            tensors |= prefixed(f"text_encoders.{name}.transformer.", model.state_dict())
+    save_file({name: tensor.clone() for name, tensor in tensors.items() if "position_ids" not in name}, file)
+    return file
+
+
 def open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A text tower, or a whole CLIP."""
     words = (

@@ -9,7 +9,7 @@ from ldm_cli.core.diffusion import exponential_samplers, samplers
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.diffusion.process import process_of
 from ldm_cli.core.diffusion.spacing import SigmaSpacing
-from ldm_cli.core.diffusion.timesteps import euler_timesteps
+from ldm_cli.core.diffusion.timesteps import Timesteps, euler_timesteps
 from ldm_cli.formats.scheduler_file import SchedulerSettings
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.denoising import denoise, visited_timesteps
@@ -139,6 +139,38 @@ def test_lcm_equals_that_of_diffusers(monkeypatch, prediction_type, steps):
 @pytest.mark.parametrize("name", ["flow_euler", "flow_heun"])
 def test_flow_trajectory_equals_that_of_diffusers(monkeypatch, name, shift, steps):
     compare(monkeypatch, name, steps, "linspace", prediction_type="flow_prediction", flow_shift=shift)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 28])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("name", ["dpmpp_2m", "unipc"])
+def test_a_stiff_solver_on_a_flow_equals_that_of_diffusers(name, shift, steps):
+    scheduler_class, extra = SCHEDULERS[name]
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
+    scheduler = scheduler_class(**extra, **flow)
+    scheduler.set_timesteps(steps)
+    diffusion = DiffusionConfig(prediction_type="flow_prediction", flow_shift=shift)
+    process, mine, other = process_of(diffusion), ToyNetwork("flow_prediction"), ToyNetwork("flow_prediction")
+    model = samplers.clean_predictor(mine, process.prediction)
+    if name == "dpmpp_2m":
+        result = denoise(
+            model,
+            initial_noise(),
+            process,
+            SchedulerSettings({}),
+            SamplingConfig(sampler=name, steps=steps),
+            step_noise,
+        )
+    else:  # on their levels, which are not those of DPM-Solver++
+        path = Timesteps.through([process.at_time(1000 * float(s)) for s in scheduler.sigmas[:-1]], process)
+        result = exponential_samplers.unipc(model, initial_noise(), path)
+    expected = initial_noise()
+    for t, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):
+        # diffusers rounds the times that it shows to the network to whole numbers.
+        assert abs(t - 1000 * sigma) <= 1.0
+        expected = scheduler.step(other(expected, 1000 * sigma), t, expected).prev_sample
+    torch.testing.assert_close(torch.tensor(mine.times), torch.tensor(other.times), rtol=0, atol=2e-3)
+    torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("pairs", [1, 4])

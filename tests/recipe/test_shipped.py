@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ldm_cli.recipe.load import load_recipe
-from ldm_cli.recipe.schema import RECIPES, TrainUnetRecipe
+from ldm_cli.recipe.schema import RECIPES, TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.recipe.shipped import find_recipe, recipes_folder, shipped_recipes
 from ldm_cli.recipe.yaml_source import to_yaml
 from ldm_cli.reporting import SilentReporter
@@ -23,6 +23,8 @@ PUBLISHED = {
     "unet/sd15": {"unet": 859_520_964},
     "unet/sd21": {"unet": 865_910_724},
     "unet/sdxl": {"unet": 2_567_463_684},
+    "sd3/medium": {"transformer": 2_028_328_000},
+    "sd3/large": {"transformer": 8_056_627_520},
 }
 
 
@@ -30,9 +32,10 @@ def test_the_shipped_recipes_are_these() -> None:
     bench = ["bench/clip", "bench/unet", "bench/vae"]
     demo = ["demo/clip", "demo/eval", "demo/sample", "demo/unet", "demo/vae"]
     lora = ["lora/demo", "lora/eval", "lora/sd15", "lora/sdxl"]
+    sd3 = ["sd3/demo", "sd3/demo-clip", "sd3/demo-eval", "sd3/demo-vae"]
     small = [f"{room}/{data}" for room in ("clip", "vae", "unet", "eval") for data in ("cifar10", "emoji")]
-    assert sorted([*bench, *demo, *lora, *small, *PUBLISHED]) == NAMES
-    assert len(NAMES) == len(list(recipes_folder().rglob("*.y*ml"))) == 27
+    assert sorted([*bench, *demo, *lora, *sd3, *small, *PUBLISHED]) == NAMES
+    assert len(NAMES) == len(list(recipes_folder().rglob("*.y*ml"))) == 33
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -60,6 +63,38 @@ def test_the_parts_of_a_family_fit_together(name: str) -> None:
     assert recipe.unet.cross_attention_dim == clip.clip.text_config.hidden_size  # type: ignore[union-attr]
     assert recipe.unet.in_channels == recipe.unet.out_channels == vae.vae.latent_channels  # type: ignore[union-attr]
     assert recipe.unet.sample_size == recipe.data.image_size // factor
+
+
+def test_the_parts_of_the_small_stable_diffusion_3_fit_together() -> None:
+    recipe, vae = load_recipe("sd3/demo").recipe, load_recipe("sd3/demo-vae").recipe
+    clips = [load_recipe(name).recipe for name in ("demo/clip", "sd3/demo-clip")]
+    assert isinstance(recipe, TrainUnetRecipe)
+    assert isinstance(vae, TrainVaeRecipe)
+    towers = [clip.model.text_config for clip in clips if isinstance(clip, TrainClipRecipe)]
+    config = recipe.transformer
+    assert config is not None
+    assert config.joint_attention_dim == sum(tower.hidden_size for tower in towers)
+    assert config.pooled_projection_dim == sum(tower.projection_dim for tower in towers)
+    assert len({tower.max_position_embeddings for tower in towers}) == 1
+    assert len({tower.hidden_size for tower in towers}) == 2
+    assert config.in_channels == config.out_channels == vae.model.latent_channels == 16
+    assert config.sample_size == recipe.data.image_size // 2 ** (len(vae.model.block_out_channels) - 1)
+
+
+@pytest.mark.parametrize("name", ["sd3/medium", "sd3/large"])
+def test_eight_ranks_share_a_transformer_of_published_size(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sizes = dry_run(load_recipe(name).recipe, SilentReporter(), num_ranks=8)["bytes"]
+    share = PUBLISHED[name]["transformer"] // 8
+    assert sizes == {
+        "weights": 4 * share,
+        "gradients": 4 * share,
+        "optimizer": 8 * share,
+        "ema": 4 * share,
+        "save": 72 * share,
+    }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -17,14 +17,15 @@ from ldm_cli.stages.support.options import RunOptions
 
 from ..sampling.tiny import tiny_pipeline
 from ..stages.tiny import clip_recipe, trained, unet_recipe, vae_recipe
+from ..stages.tiny_sd3 import save_tiny_sd3, sd3_recipe
 from ..stages.tiny_xl import save_tiny_xl, xl_recipe
 from . import device
 
 
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of `scenes`, `clip` and `vae` models that were hardly trained, an `xl` pipeline, and `cache` and
-    `xl cache` of their encodings."""
+    """Folder of `scenes`, `clip` and `vae` models that were hardly trained, `xl` and `sd3` pipelines, and `cache`,
+    `xl cache` and `sd3 cache` of their encodings."""
     folder = tmp_path_factory.mktemp("rehearsal")
     scenes = folder / "scenes"
     write_scenes(scenes, 40, 32, 0, SilentReporter(), val_samples=8, shard_samples=20)
@@ -33,6 +34,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipes = {
         "cache": unet_recipe(scenes, folder / "clip/model", folder / "vae/model"),
         "xl cache": xl_recipe(scenes, save_tiny_xl(folder / "xl")),
+        "sd3 cache": sd3_recipe(scenes, save_tiny_sd3(folder / "sd3")),
     }
     for name, recipe in recipes.items():
         cached = TrainUnetRecipe.from_mapping(recipe | {"cache": str(folder / name)})

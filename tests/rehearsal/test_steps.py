@@ -12,11 +12,14 @@ import pytest
 from ldm_cli.errors import CheckpointError
 
 from ..stages.tiny import clip_recipe, losses, trained, unet_recipe, vae_recipe
+from ..stages.tiny_sd3 import sd3_recipe
 from ..stages.tiny_xl import xl_recipe
 from . import worker as work
 
 STEPS = {"steps": 3, "log_every": 3, "save_every": 3, "ema_decay": 0.9, "validation_samples": 4}
-TRAINERS = ("unet from cache", "unet from images", "xl from cache", "xl from images", "lora", "vae", "clip")
+DENOISERS = [f"{model} from {source}" for model in ("unet", "xl", "sd3") for source in ("cache", "images")]
+PATCHES = {"sd3, patches left out": {"left_out": 0.75}, "sd3, patches aligned": {"aligned_block": 1}}
+TRAINERS = (*DENOISERS, *PATCHES, "lora", "vae", "clip")
 ADAPTERS = {"rank": 2, "targets": ["all"], "conv_rank": 2, "text_encoder": True, "dropout": 0.1, "dora": True}
 TOUCHES = ["send to_device.py:_sent"]
 
@@ -39,6 +42,13 @@ def recipe_of(trainer: str, parts: Path, **train: Any) -> Mapping[str, Any]:
     if model == "xl":
         models = {name: str(parts / "xl" / name) for name in ("vae", "text_encoder", "text_encoder_2")}
         recipe, cache = xl_recipe(scenes, models, diffusion, **train), "xl cache"
+    elif model.startswith("sd3"):
+        names = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+        models, every = {name: str(parts / "sd3" / name) for name in names}, {"encoder_dropout": 0.4}
+        recipe, cache = sd3_recipe(scenes, models, diffusion | every, **train), "sd3 cache"
+        recipe["patches"] = dict(PATCHES.get(trainer, {}))
+        if trainer == "sd3, patches aligned":
+            recipe["patches"]["clip"] = str(parts / "clip/model")
     else:
         recipe, cache = unet_recipe(scenes, parts / "clip/model", parts / "vae/model", diffusion, **train), "cache"
     recipe["samples"] |= {"num_prompts": 1}
@@ -75,7 +85,7 @@ def test_a_run_goes_on_with_the_kind_of_device_that_it_began_with(
         worker.submit(work.train, recipe_of("clip", parts, steps=1), tmp_path / "run", None).result()
 
 
-@pytest.mark.parametrize("trainer", ["xl from images", "lora", "vae", "clip"])
+@pytest.mark.parametrize("trainer", ["xl from images", "sd3 from images", "lora", "vae", "clip"])
 def test_a_step_in_half_precision_touches_the_host_no_more(
     trainer: str, parts: Path, worker: ProcessPoolExecutor, tmp_path: Path
 ) -> None:

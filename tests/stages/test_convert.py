@@ -327,7 +327,10 @@ def test_float8_is_widened_exactly(home: Path) -> None:
         ("model", "new.safetensors", {"shard_bytes": 5}, UsageError("--shard-size is for folders")),
         ("model", "new.ckpt", {}, UsageError("cannot write 'new.ckpt'")),
         ("model", "new", {"ema": True}, UsageError("--ema and --config are for single files")),
-        ("model/vae", "new", {"prediction_type": "epsilon"}, UsageError("--prediction-type is for whole pipelines")),
+        (
+            *("model/vae", "new", {"prediction_type": "epsilon"}),
+            UsageError("--prediction-type is for whole pipelines with a U-Net"),
+        ),
         ("model", "tokenizer", {}, OutputError("'tokenizer' exists")),
         ("model", "tokenizer", {"overwrite": True}, OutputError("'tokenizer' is no model folder")),
         ("model", "folder.safetensors", {"overwrite": True}, OutputError("'folder.safetensors' is no file")),
@@ -350,9 +353,10 @@ def test_nothing_is_said_of_what_a_folder_does_not_have(home: Path) -> None:
 
 def test_a_pipeline_of_another_architecture_is_refused(home: Path) -> None:
     index = json.loads((home / "model" / "model_index.json").read_text())
-    index |= {"_class_name": "StableDiffusion3Pipeline", "unet": [None, None], "transformer": ["diffusers", "SD3"]}
+    index |= {"_class_name": "FluxPipeline", "unet": [None, None]}
+    index |= {"transformer": ["diffusers", "FluxTransformer2DModel"]}
     (home / "model" / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="the unet of its StableDiffusion3Pipeline is missing"):
+    with pytest.raises(CheckpointError, match="the transformer of its FluxPipeline is of class FluxTransformer2DModel"):
         run(home / "model", home / "x.safetensors", ConvertOptions())
 
 

@@ -336,17 +336,3 @@ def test_other_data_under_the_same_path_is_another_run(clip_run: Path, vae_run: 
     write_scenes(tmp_path / "scenes", 8, 32, 1, SilentReporter(), val_samples=4, overwrite=True)
     with pytest.raises(CheckpointError, match="the fingerprint of data"):
         trained(recipe, tmp_path / "run")
-
-
-def test_logit_normal_levels_follow_the_logistic_of_a_normal_and_stay_in_range(
-    parts: tuple[Path, Path, Path], tmp_path: Path
-) -> None:
-    task, _ = make_task(parts, tmp_path / "run", diffusion={"timestep_sampling": "logit_normal"})
-    position = torch.arange(20_000)
-    _, _, t = task.family.process.at(task.denoising.levels(torch.zeros_like(position), position))
-    assert bool((t == t.long()).all())
-    assert 0 <= t.min() < 40
-    assert 960 < t.max() <= 999
-    # P(t < 500) = ½, and P(t < 1000/(1+e)) = P(normal < −1) = 0.1587
-    assert (t < 500).float().mean().item() == pytest.approx(0.5, abs=0.015)
-    assert (t < 1000 / (1 + math.e)).float().mean().item() == pytest.approx(0.1587, abs=0.01)

@@ -257,7 +257,14 @@ class Flow:
         return level
 
     def levels(self, num_steps: int, spacing: LinearSpacing, offset: int, cut: Cut) -> list[Level]:
-        """From the last to the first training level; see `is_shifted_once`."""
+        """From the last to the first training level; see `is_shifted_once`.
+
+        An `open` cut is that of diffusers' DPMSolverMultistepScheduler with `use_flow_sigmas`: from the last level
+        but one in equal parts towards zero, which is not among them.
+        """
+        if cut == "open":
+            highest = 1.0 - 1.0 / self.num_timesteps
+            return [self._level(self._shifted(highest * (1.0 - i / num_steps))) for i in range(num_steps)]
         last, first = (self.training_level(i).noise for i in (self.num_timesteps - 1, 0))
         if self.is_shifted_once:
             last, first = 1.0, 1.0 / self.num_timesteps

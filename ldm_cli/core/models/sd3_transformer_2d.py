@@ -15,6 +15,7 @@ from ldm_cli.core.models.checkpointing import Checkpointable, Checkpointed
 from ldm_cli.core.models.joint_transformer import JointTransformerBlock, Modulation, modulated
 from ldm_cli.core.models.layers import TimestepEmbedding, timestep_embedding
 from ldm_cli.core.models.sd3_transformer_2d_config import SD3Transformer2DConfig
+from ldm_cli.core.patch_training import PatchSubset
 
 _NUM_FREQUENCIES = 256
 
@@ -59,7 +60,14 @@ class SD3Transformer2DModel(Checkpointable, Checkpointed):
             nn.init.zeros_(layer.weight)
         nn.init.zeros_(self.proj_out.weight)
 
-    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Condition,
+        subset: PatchSubset | None = None,
+        tokens_after: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The prediction for a noisy latent: a `Denoiser`.
 
         Args:
@@ -67,9 +75,11 @@ class SD3Transformer2DModel(Checkpointable, Checkpointed):
             t: float [B] or [1], 1000 times the share of noise σ.
             condition: `tokens` [B, M, joint_attention_dim], `pooled` [B, pooled_projection_dim]; `concat`
                 [B, C', h, w] where `in_channels` is C + C'.
+            subset: in training, the patches that are seen; the prediction is 0 elsewhere.
+            tokens_after: in training, a number of blocks after which image tokens are asked for.
 
         Returns:
-            [B, out_channels, h, w].
+            [B, out_channels, h, w]; with `tokens_after` also the image tokens [B, L, D].
 
         Raises:
             ValueError: a condition is missing or of no use, or a size does not fit.
@@ -79,10 +89,16 @@ class SD3Transformer2DModel(Checkpointable, Checkpointed):
         image = self.pos_embed(x if condition.concat is None else torch.cat([x, condition.concat], dim=1))
         text: Tensor | None = self.context_embedder(tokens)
         embedding = F.silu(self.time_text_embed(t, pooled))
-        for block in self.transformer_blocks:
+        num_patches, asked = image.shape[1], image
+        for i, block in enumerate(self.transformer_blocks):
+            if subset is not None and i == subset.first_block:
+                image = subset.of(image)
             image, text = self.run(block, image, text, embedding)
+            asked = image if i + 1 == tokens_after else asked
         scale, shift = self.norm_out(embedding)
-        return self._unpatchified(self.proj_out(modulated(image, shift, scale)), size)
+        patches = self.proj_out(modulated(image, shift, scale))
+        prediction = self._unpatchified(patches if subset is None else subset.spread(patches, num_patches), size)
+        return prediction if tokens_after is None else (prediction, asked)
 
     def _unpatchified(self, patches: Tensor, size: torch.Size) -> Tensor:
         """[B, L, p·p·C] → [B, C, h, w]; the channel is the innermost index of a patch."""

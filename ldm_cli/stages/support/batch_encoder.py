@@ -16,13 +16,11 @@ from ldm_cli.core.precision import autocast
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.cache_manifest import CacheKey
 from ldm_cli.data.latent_cache import MASK, LatentCache
-from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import RecipeError
-from ldm_cli.families.clip_pair_encoder import CLIPPairEncoder, pair_key
-from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, clip_skip_of, encoder_key, tokenizer_folder
 from ldm_cli.families.codec_folder import open_codec
 from ldm_cli.families.family import model_sha256, place
 from ldm_cli.recipe.schema import TrainUnetRecipe
+from ldm_cli.stages.support.text_encoders import open_text_encoder, text_key
 
 # Fields of an autoencoder's config.json on which the moments do not depend.
 _IRRELEVANT = {"sample_size", "scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast"}
@@ -41,15 +39,9 @@ class BatchEncoder:
     """
 
     def __init__(self, recipe: TrainUnetRecipe, device: torch.device, warn: Callable[[str], None]) -> None:
-        self.codec, text = open_codec(Path(recipe.vae)), Path(recipe.text_encoder)
-        skip, chunks = recipe.clip_skip, recipe.caption_chunks
-        self.encoder: CLIPTextEncoder | CLIPPairEncoder
-        if recipe.text_encoder_2:
-            second = Path(recipe.text_encoder_2)
-            self.encoder = CLIPPairEncoder.load(text, second, warn, clip_skip=skip, caption_chunks=chunks)
-        else:
-            self.encoder = CLIPTextEncoder.load(text, warn, clip_skip=skip, caption_chunks=chunks)
-        place(device, torch.float32, self.codec, *self.encoder.models, channels_last=recipe.train.channels_last)
+        self.codec, self.encoder = open_codec(Path(recipe.vae)), open_text_encoder(recipe, warn)
+        for model in (self.codec, *self.encoder.models):
+            place(device, next(model.parameters()).dtype, model, channels_last=recipe.train.channels_last)
         self._device, self._precision = device, recipe.train.precision
         self.adapts_text = False
 
@@ -114,19 +106,13 @@ def cache_key(recipe: TrainUnetRecipe) -> CacheKey:
             "a cache holds the square of each image",
             "remove data.aspect_buckets, or train without a cache",
         )
-    data, text = recipe.data, Path(recipe.text_encoder)
-    if recipe.text_encoder_2:
-        text_key = pair_key(text, Path(recipe.text_encoder_2))
-    else:
-        text_key = encoder_key(text, Tokenizer.load(tokenizer_folder(text)))
+    data = recipe.data
     names = ("image_size", "crop", "background", "max_pixels", "max_member_bytes", "mask")
     preparation = {f"data.{name}": value for name, value in data.to_mapping().items() if name in names}
-    text_key["clip_skip"] = str(recipe.clip_skip or clip_skip_of(text))
-    text_key["caption_chunks"] = str(recipe.caption_chunks)
     precision = {"train.precision": recipe.train.precision}
     probability = data.flip_probability
     return CacheKey(
         latents={"vae": model_sha256(Path(recipe.vae), _IRRELEVANT), **preparation, **precision},
-        text={**text_key, **precision},
+        text={**text_key(recipe), **precision},
         flips=tuple(flip for flip in (False, True) if probability != (0.0 if flip else 1.0)),
     )

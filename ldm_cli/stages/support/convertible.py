@@ -11,26 +11,40 @@ from torch import Tensor
 
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
+from ldm_cli.core.models.sd3_transformer_2d import SD3Transformer2DModel
+from ldm_cli.core.models.t5_encoder import T5EncoderModel
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.data.tokenizer import Tokenizer
+from ldm_cli.data.unigram_tokenizer import UnigramTokenizer
 from ldm_cli.errors import CheckpointError, InputNotFoundError
 from ldm_cli.formats.json_file import read_json
 from ldm_cli.formats.model_folder import fitted, parse_as, read_config, unfilled
 from ldm_cli.formats.model_source import load_tensors
-from ldm_cli.formats.pipeline_folder import INDEX_NAME, SCHEDULER_FILE, TOKENIZER, UNET, VAE
+from ldm_cli.formats.pipeline_folder import (
+    INDEX_NAME,
+    SCHEDULER_FILE,
+    TEXT_ENCODER_3,
+    TOKENIZER,
+    TRANSFORMER,
+    UNET,
+    VAE,
+    tokenizer_of,
+)
 from ldm_cli.formats.single_file import single_file
 from ldm_cli.formats.weight_files import CONFIG_NAME, is_pickle, read_metadata, read_pickle, read_tensors, weight_files
 from ldm_cli.formats.weight_values import expect_sound
 
 _CLASSES: dict[str, Any] = {
     "UNet2DConditionModel": UNet2DConditionModel,
+    "SD3Transformer2DModel": SD3Transformer2DModel,
     "AutoencoderKL": AutoencoderKL,
     "CLIPTextModel": CLIPTextModel,
     "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
     "CLIPModel": CLIPModel,
+    "T5EncoderModel": T5EncoderModel,
 }
 _TOKENIZER_FILES = (
-    *("tokenizer.json", "vocab.json", "merges.txt"),
+    *("tokenizer.json", "vocab.json", "merges.txt", "spiece.model"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -115,14 +129,15 @@ def read_folder(folder: Path, *, allow_pickle: bool) -> FoundModels:
     index = read_json(folder / INDEX_NAME)
     components = {name: value[1] for name, value in index.items() if isinstance(value, list) and value[1] is not None}
     kept = {name for name, kind in components.items() if kind in _CLASSES}
-    for name in (UNET, VAE):
+    denoiser = TRANSFORMER if TRANSFORMER in components else UNET
+    for name in (denoiser, VAE):
         if name not in kept:
             kind = f"is of class {components[name]}" if name in components else "is missing"
             cause = f"the {name} of its {index.get('_class_name')} {kind}"
             raise CheckpointError(f"cannot convert '{folder}'", cause, f"it must be one of {', '.join(_CLASSES)}")
     models = {
         name: _model(read_config(folder / name), _tensors(folder / name, allow_pickle), folder / name)
-        for name in sorted(kept, key=lambda name: (name != UNET, name))
+        for name in sorted(kept, key=lambda name: (name != denoiser, name))
     }
     companions = {
         path: file
@@ -133,7 +148,7 @@ def read_folder(folder: Path, *, allow_pickle: bool) -> FoundModels:
     left_out = [name for name in components if name not in kept and not name.startswith((TOKENIZER, "scheduler"))]
     index |= {name: [None, None] for name in left_out}
     json_files = {INDEX_NAME: index, str(SCHEDULER_FILE): read_json(folder / SCHEDULER_FILE)}
-    metadata = _metadata(folder / UNET, allow_pickle)
+    metadata = _metadata(folder / denoiser, allow_pickle)
     return FoundModels(models, json_files, companions, metadata, [], left_out)
 
 
@@ -142,11 +157,11 @@ def tokenizer_files(folder: Path, component: str) -> dict[str, Path]:
 
     Args:
         folder: of the tokenizer, or with subfolders for each.
-        component: `tokenizer`, `tokenizer_2`, or "" for that of a model by itself.
+        component: `tokenizer`, `tokenizer_2`, `tokenizer_3`, or "" for that of a model by itself.
 
     Raises:
         InputNotFoundError: it is not there.
-        CheckpointError: it is no tokenizer of a CLIP.
+        CheckpointError: it is no tokenizer of a CLIP, or of T5.
     """
     inside = folder / component
     if not inside.is_dir() and component in (TOKENIZER, folder.name):
@@ -157,7 +172,25 @@ def tokenizer_files(folder: Path, component: str) -> dict[str, Path]:
         raise InputNotFoundError(
             f"no {component or TOKENIZER}", cause, "give its folder, or that around it, as --tokenizer"
         )
+    if component == tokenizer_of(TEXT_ENCODER_3):
+        UnigramTokenizer.load(inside)
     return files
+
+
+def text_encoders_beside(file: Path, models: FoundModels) -> FoundModels:
+    """The models of a single file with the text encoders that its pipeline needs and that lie in folders beside it.
+
+    Raises:
+        InputNotFoundError, CheckpointError: one is missing or damaged.
+    """
+    index = models.json_files.get(INDEX_NAME, {})
+    needed = [name for name in index if name.startswith("text_encoder") and index[name][1] is not None]
+    further = {
+        name: _model(read_config(file / name), load_tensors(file / name), file / name)
+        for name in needed
+        if name not in models.models
+    }
+    return replace(models, models=models.models | further)
 
 
 def _files(folder: Path, inside: str, names: tuple[str, ...]) -> dict[str, Path]:

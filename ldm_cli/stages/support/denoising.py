@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +13,11 @@ from torch import Tensor
 from ldm_cli import philox
 from ldm_cli.core.condition import Condition
 from ldm_cli.core.diffusion.config import DiffusionConfig
+from ldm_cli.core.diffusion.level_distribution import random_levels
 from ldm_cli.core.diffusion.loss import add_noise, diffusion_loss
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.latent_cache import MASK
+from ldm_cli.families.clip_t5_encoder import CLIPT5Encoder
 from ldm_cli.families.family import Family
 from ldm_cli.pictures.grid import image_grid
 from ldm_cli.pictures.images import save_image
@@ -22,11 +25,12 @@ from ldm_cli.recipe.schema import SamplesConfig
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import requests_for
 from ldm_cli.sampling.sample_options import SampleOptions
+from ldm_cli.stages.support.patch_training import PatchTraining
 from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.shared_work import in_turns, merged
 
 _NUM_NOISE_LEVELS = 5
-_PURPOSES = ("posterior noise", "noise", "timestep", "caption dropout")
+_PURPOSES = ("posterior noise", "noise", "timestep", "caption dropout", "encoder dropout")
 
 Encoded = tuple[Batch, Mapping[str, Tensor], Condition]
 """A batch, the codec's moments of its images with the masks at their size, and its conditions."""
@@ -42,30 +46,45 @@ class Denoising:
         config: distribution of the noise levels, weights of the loss, caption dropout.
         seed: of all random numbers; each sample has its own, by epoch and position.
         empty: the condition that takes the place of a dropped one: one row.
+        patches: of a transformer.
     """
 
-    def __init__(self, family: Family, config: DiffusionConfig, seed: int, empty: Condition) -> None:
-        self.family, self.config, self.empty = family, config, empty
+    def __init__(
+        self,
+        family: Family,
+        config: DiffusionConfig,
+        seed: int,
+        empty: Condition,
+        patches: PatchTraining | None = None,
+    ) -> None:
+        self.family, self.config, self.empty, self.patches = family, config, empty, patches
         self._keys = {purpose: philox.key(seed, purpose) for purpose in _PURPOSES}
         self._fixed_keys = {purpose: philox.key(seed, f"validation {purpose}") for purpose in _PURPOSES}
 
-    def loss(self, batch: Batch, moments: Mapping[str, Tensor], condition: Condition) -> Tensor:
-        """The mean error of a batch, a scalar; each sample has its own level, noise and dropout.
+    def loss(
+        self, batch: Batch, moments: Mapping[str, Tensor], condition: Condition, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean error of a batch, a scalar, and figures; each sample has its own level, noise and dropout.
 
         Of pictures of a subject and of its class, mixed 1:1, the latter with loss weight λ, it is on average half of
         DreamBooth's loss (Ruiz et al. 2022, arXiv:2208.12242, eq. 2).
         """
-        dropped = philox.uniform(self._keys["caption dropout"], batch.epoch, batch.position, 1)[:, 0]
-        condition = condition.replaced(dropped < self.config.caption_dropout, self.empty)
-        errors = self._error(batch, moments, condition, self.levels(batch.epoch, batch.position), self._keys)
-        return (errors if batch.loss_weights is None else errors * batch.loss_weights).mean()
+        u = random_levels(self.config, self._keys["timestep"], batch.epoch, batch.position)
+        errors, tokens = self._error(batch, moments, self._with_dropout(batch, condition), u, self._keys, step)
+        loss = (errors if batch.loss_weights is None else errors * batch.loss_weights).mean()
+        return (loss, {}) if tokens is None or self.patches is None else self.patches.added(loss, tokens, batch)
 
-    def levels(self, epoch: Tensor, position: Tensor) -> Tensor:
-        """u of `Process.at` for each sample: float32 [B], in (0, 1)."""
-        key = self._keys["timestep"]
-        if self.config.timestep_sampling == "uniform":
-            return philox.uniform(key, epoch, position, 1)[:, 0]
-        return torch.sigmoid(philox.normal(key, epoch, position, (1,))[:, 0])
+    def _with_dropout(self, batch: Batch, condition: Condition) -> Condition:
+        """The empty condition in place of some captions, and zeros in place of what some encoders made of others."""
+        encoder, config = self.family.encoder, self.config
+        dropped = self._uniform("caption dropout", batch, 1)[:, 0] < config.caption_dropout
+        if config.encoder_dropout and isinstance(encoder, CLIPT5Encoder):
+            left_out = self._uniform("encoder dropout", batch, encoder.num_encoders) < config.encoder_dropout
+            condition, dropped = encoder.without(condition, left_out), dropped | left_out.all(dim=1)
+        return condition.replaced(dropped, self.empty)
+
+    def _uniform(self, purpose: str, batch: Batch, count: int) -> Tensor:
+        return philox.uniform(self._keys[purpose], batch.epoch, batch.position, count)
 
     def validate(
         self, held_out: Sequence[Batch], encoded: Callable[[Batch], Encoded], ranks: Ranks
@@ -83,7 +102,7 @@ class Denoising:
             sums = torch.zeros(_NUM_NOISE_LEVELS, dtype=torch.float64, device=self.family.device)
             for level in range(_NUM_NOISE_LEVELS):
                 u = torch.full((len(batch),), (level + 0.5) / _NUM_NOISE_LEVELS, device=sums.device)
-                sums[level] = self._error(batch, moments, condition, u, self._fixed_keys).double().sum()
+                sums[level] = self._error(batch, moments, condition, u, self._fixed_keys)[0].double().sum()
             return sums
 
         if not held_out:
@@ -99,8 +118,9 @@ class Denoising:
         condition: Condition,
         u: Tensor,
         keys: Mapping[str, philox.Key],
-    ) -> Tensor:
-        """Weighted squared error per sample, float32 [B]."""
+        step: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Weighted squared error per sample, float32 [B]; in a step of training also the tokens to be aligned."""
         family = self.family
         mode = family.codec.latents(moments)
         latents = family.codec.latents(moments, _normal(keys["posterior noise"], batch, mode))
@@ -108,9 +128,14 @@ class Denoising:
         if family.takes_sizes and batch.sizes is not None:
             condition = condition.with_sizes(batch.sizes)
         a, b, time = family.process.at(u)
-        output = family.denoiser(add_noise(latents, noise, a, b), time, condition)
-        gamma, mask = self.config.snr_gamma, moments.get(MASK)
-        return diffusion_loss(family.process.prediction, output, latents, noise, a, b, gamma, mask)
+        given: dict[str, Any] = {}
+        mask = moments.get(MASK)
+        if self.patches is not None and step is not None:
+            given, mask = self.patches.given(batch, latents, mask, step)
+        output = family.denoiser(add_noise(latents, noise, a, b), time, condition, **given)
+        output, tokens = output if isinstance(output, tuple) else (output, None)
+        gamma = self.config.snr_gamma
+        return diffusion_loss(family.process.prediction, output, latents, noise, a, b, gamma, mask), tokens
 
 
 def _normal(key: philox.Key, batch: Batch, like: Tensor) -> Tensor:

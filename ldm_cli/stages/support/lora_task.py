@@ -19,9 +19,11 @@ from ldm_cli.families.adapted import adaptable_models, adaptable_networks
 from ldm_cli.families.family import Family, place
 from ldm_cli.families.lora_file import write_lora
 from ldm_cli.families.lora_reader import read_lora
+from ldm_cli.families.stable_diffusion_3 import StableDiffusion3
 from ldm_cli.families.stable_diffusion_xl import StableDiffusionXL
 from ldm_cli.formats.lora_path import DIFFUSERS_LORA
-from ldm_cli.formats.pipeline_folder import TEXT_ENCODER
+from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TRANSFORMER
+from ldm_cli.formats.single_file_sd3 import transformer_table
 from ldm_cli.recipe.schema import TrainRecipe
 from ldm_cli.stages.support.batch_encoder import BatchEncoder
 from ldm_cli.stages.support.denoising import Denoising
@@ -107,15 +109,19 @@ class LoRATask:
         updates = {name: adapters.low_rank(weights[name]) for name, adapters in self.modules.items()}
         metadata = _metadata(self._base.family, self._recipe)
         write_lora(folder / DIFFUSERS_LORA, updates, "diffusers", metadata)
-        write_lora(folder / f"{self._recipe.name}.safetensors", updates, "kohya", metadata)
+        tables, family = {}, self._base.family
+        if isinstance(family, StableDiffusion3):
+            tables[TRANSFORMER] = transformer_table(family.denoiser.config.to_mapping())
+        write_lora(folder / f"{self._recipe.name}.safetensors", updates, "kohya", metadata, tables)
 
     def restore(self, folder: Path) -> None:
         """Read the adapters of `export` back."""
         models = adaptable_models({name: self._networks[name] for name in self.modules})
         found = read_lora(folder / f"{self._recipe.name}.safetensors", models)
         for name, adapters in self.modules.items():
-            own = {path: one for path, one in found.get(name, {}).items() if isinstance(one, LowRank)}
-            adapters.load_low_rank(own)
+            # A kohya file has zeros for those of queries, keys and values that are not adapted.
+            own = {path: one for path, one in found.get(name, {}).items() if path in adapters.modules_by_path}
+            adapters.load_low_rank({path: one for path, one in own.items() if isinstance(one, LowRank)})
 
     def finalize(self) -> dict[str, float]:
         """See `base`."""
@@ -173,6 +179,8 @@ def _metadata(family: Family, recipe: TrainRecipe) -> dict[str, str]:
     width = getattr(getattr(family.denoiser, "config", None), "cross_attention_dim", None)
     if isinstance(family, StableDiffusionXL):
         version, architecture = "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"
+    elif isinstance(family, StableDiffusion3):
+        version, architecture = "sd3", "stable-diffusion-3/lora"
     elif width == 1024:
         version, architecture = "sd_v2", "stable-diffusion-v2-512/lora"
     else:

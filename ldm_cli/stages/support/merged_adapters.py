@@ -12,7 +12,7 @@ from ldm_cli.errors import CheckpointError
 from ldm_cli.families.adapted import updated
 from ldm_cli.families.lora_reader import read_lora
 from ldm_cli.formats.lora_names import Adaptable
-from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, UNET, VAE
+from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TEXT_ENCODER_3, TRANSFORMER, UNET, VAE
 from ldm_cli.stages.support.convertible import FoundModels
 
 
@@ -29,11 +29,12 @@ def merged(models: FoundModels, loras: Sequence[tuple[Path, float]], dtype: str 
     """
     if not loras:
         return models
-    names = {name or (UNET if "_class_name" in m.content else TEXT_ENCODER): name for name, m in models.models.items()}
+    alone = {"UNet2DConditionModel": UNET, "SD3Transformer2DModel": TRANSFORMER}
+    names = {name or alone.get(m.kind, TEXT_ENCODER): name for name, m in models.models.items()}
     adaptable = {
         component: Adaptable(models.models[name].tensors, models.models[name].complete)
-        for component, name in sorted(names.items())
-        if component != VAE
+        for component, name in sorted(names.items(), key=lambda pair: (pair[0].startswith(TEXT_ENCODER), pair[0]))
+        if component not in (VAE, TEXT_ENCODER_3)
     }
     parts: dict[str, dict[str, list[tuple[WeightUpdate, float]]]] = {}
     for path, scale in loras:

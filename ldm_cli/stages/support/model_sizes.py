@@ -14,7 +14,7 @@ from torch import nn
 
 from ldm_cli.errors import InputNotFoundError, RecipeError, amount, first_line
 from ldm_cli.formats.model_folder import fitting_tensors, without_weights
-from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TEXT_ENCODER_2, UNET
+from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TEXT_ENCODER_2, TEXT_ENCODER_3
 from ldm_cli.recipe.schema import StartedRecipe, TrainRecipe, TrainUnetRecipe
 from ldm_cli.stages.support.start import freeze, start_folder
 from ldm_cli.training.config import TrainConfig
@@ -71,11 +71,17 @@ def model_at(field: str, folder: str, outline: Callable[[Path], ModuleT], notes:
 
 
 def halved_models(recipe: TrainRecipe) -> tuple[str, ...]:
-    """The models whose weights are bf16 in memory: those that a LoRA recipe adapts, if it says so."""
-    lora = recipe.lora if isinstance(recipe, TrainUnetRecipe) else None
-    if lora is None or lora.base_precision != "bf16":
+    """The models whose weights are in half precision in memory: those that a LoRA recipe adapts, if it says so, and T5
+    where training computes in half precision."""
+    if not isinstance(recipe, TrainUnetRecipe):
         return ()
-    return (UNET, TEXT_ENCODER, TEXT_ENCODER_2) if lora.text_encoder else (UNET,)
+    t5 = (TEXT_ENCODER_3,) if recipe.train.precision in ("bf16", "fp16") else ()
+    if (lora := recipe.lora) is None or lora.base_precision != "bf16":
+        return t5
+    return (recipe.component, *((TEXT_ENCODER, TEXT_ENCODER_2) if lora.text_encoder else ()), *t5)
+
+
+_AUXILIARY = ("discriminator", "projection")
 
 
 def training_bytes(
@@ -88,16 +94,18 @@ def training_bytes(
     """What stays in the memory of each of `num_ranks` ranks while so many parameters are trained or used; weights and
     optimizer state are in fp32, but the weights of `halved` models.
 
-    AdamW keeps two numbers per trained weight. The discriminator is not averaged. With `strategy: sharded` the ranks
-    share the trained models, frozen parameters included, but not the discriminator; each holds all other models.
+    AdamW keeps two numbers per trained weight. The discriminator and the projection of features are not averaged. With
+    `strategy: sharded` the ranks share the trained models, frozen parameters included, but not these two; each holds
+    all other models.
     `save` is what rank 0 copies into main memory while it writes a checkpoint: whole weights and averages, frozen ones
     included, and its own moments.
     """
     num_parts = num_ranks if train.strategy == "sharded" else 1
-    held = {name: count if name == "discriminator" else -(-count // num_parts) for name, count in trained.items()}
+    held = {name: count if name in _AUXILIARY else -(-count // num_parts) for name, count in trained.items()}
     used = {name: -(-count // num_parts) if name.endswith(FROZEN) else count for name, count in frozen.items()}
     num_trained = sum(held.values())
-    num_averaged = sum(count for name, count in held.items() if name != "discriminator")
+    num_averaged = sum(count for name, count in held.items() if name not in _AUXILIARY)
+    num_auxiliary = sum(trained.get(name, 0) for name in _AUXILIARY)
     num_saved = sum(trained.values()) + sum(count for name, count in frozen.items() if name.endswith(FROZEN))
     num_copies = 1 if train.ema_decay is None else 2
     return {
@@ -105,7 +113,7 @@ def training_bytes(
         "gradients": 4 * num_trained,
         "optimizer": 8 * num_trained,
         "ema": 4 * num_averaged if train.ema_decay is not None else 0,
-        "save": 4 * (num_copies * num_saved - (num_copies - 1) * trained.get("discriminator", 0)) + 8 * num_trained,
+        "save": 4 * (num_copies * num_saved - (num_copies - 1) * num_auxiliary) + 8 * num_trained,
     }
 
 

@@ -13,14 +13,25 @@ from torch import nn
 from ldm_cli.config import Config
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig
+from ldm_cli.core.models.sd3_transformer_2d_config import SD3Transformer2DConfig
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError, InputNotFoundError, RecipeError
+from ldm_cli.families.clip_t5_encoder import t5_length_of
 from ldm_cli.families.clip_text_encoder import tokenizer_folder
 from ldm_cli.families.open_family import resolve_model
+from ldm_cli.families.stable_diffusion_3 import has_t5
 from ldm_cli.formats.model_folder import ModelClass, load_model, read_as
 from ldm_cli.formats.model_source import has_model_json, read_model_json, split_at_file
-from ldm_cli.formats.pipeline_folder import INDEX_NAME, TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE
+from ldm_cli.formats.pipeline_folder import (
+    INDEX_NAME,
+    TEXT_ENCODER,
+    TEXT_ENCODER_2,
+    TEXT_ENCODER_3,
+    TRANSFORMER,
+    UNET,
+    VAE,
+)
 from ldm_cli.formats.scheduler_file import read_scheduler
 from ldm_cli.formats.weight_files import CONFIG_NAME
 from ldm_cli.recipe.schema import StartedRecipe, TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
@@ -68,15 +79,30 @@ def _taken_fields(recipe: StartedRecipe, folder: Path, warn: Callable[[str], Non
         return {"vae": _agreed("vae", recipe.vae, vae, folder)}
     if not isinstance(recipe, TrainUnetRecipe):
         raise TypeError(f"start_from of a {type(recipe).__name__}")
-    unet = read_as(UNet2DConditionConfig.from_hugging_face, folder / CONFIG_NAME)
-    taken: dict[str, Any] = {"unet": _agreed("unet", recipe.unet, unet, folder)}
+    taken = _taken_denoiser(recipe, folder)
     if _is_pipeline(pipeline := folder.parent):
-        taken["vae"] = recipe.vae or str(pipeline / VAE)
-        taken["text_encoder"] = recipe.text_encoder or str(pipeline / TEXT_ENCODER)
-        if unet.addition_embed_type is not None:
-            taken["text_encoder_2"] = recipe.text_encoder_2 or str(pipeline / TEXT_ENCODER_2)
+        names = [VAE, TEXT_ENCODER]
+        if "transformer" in taken:
+            names += [TEXT_ENCODER_2, *([TEXT_ENCODER_3] if has_t5(pipeline) else [])]
+            if recipe.max_sequence_length is None:
+                taken["max_sequence_length"] = t5_length_of(pipeline)
+        elif taken["unet"]["addition_embed_type"] is not None:
+            names.append(TEXT_ENCODER_2)
+        taken |= {name: getattr(recipe, name) or str(pipeline / name) for name in names}
         taken["diffusion"] = recipe.diffusion.to_mapping() | _process_defaults(recipe, pipeline, warn)
     return taken
+
+
+def _taken_denoiser(recipe: TrainUnetRecipe, folder: Path) -> dict[str, Any]:
+    """The configuration of the denoiser in a folder, under the field of its kind."""
+    kind = read_model_json(folder / CONFIG_NAME).get("_class_name")
+    if kind == SD3Transformer2DConfig.hugging_face_class and recipe.unet is None:
+        transformer = read_as(SD3Transformer2DConfig.from_hugging_face, folder / CONFIG_NAME)
+        return {"transformer": _agreed("transformer", recipe.transformer, transformer, folder)}
+    if recipe.transformer is not None:
+        raise RecipeError("the recipe contradicts start_from", f"'{folder}' is a {kind}", "leave transformer out")
+    unet = read_as(UNet2DConditionConfig.from_hugging_face, folder / CONFIG_NAME)
+    return {"unet": _agreed("unet", recipe.unet, unet, folder)}
 
 
 def start_folder(recipe: StartedRecipe) -> Path:
@@ -97,6 +123,8 @@ def start_folder(recipe: StartedRecipe) -> Path:
     if not _is_pipeline(root) or isinstance(recipe, TrainClipRecipe):
         return root
     part = VAE if isinstance(recipe, TrainVaeRecipe) else UNET
+    if part == UNET and has_model_json(root / TRANSFORMER / CONFIG_NAME):
+        part = TRANSFORMER
     if not has_model_json(root / part / CONFIG_NAME):
         kind = read_model_json(root / INDEX_NAME).get("_class_name")
         raise CheckpointError(

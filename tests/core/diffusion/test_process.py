@@ -106,11 +106,12 @@ def test_an_unshifted_flow_is_one_minus_u_and_u():
 def test_flow_levels_lie_on_the_straight_line_from_data_to_noise(shift):
     flow = process(prediction_type="flow_prediction", flow_shift=shift)
     assert isinstance(flow, Flow)
-    a, b, time = flow.at(torch.tensor([0.25, 0.5, 1.0]))
-    torch.testing.assert_close(a + b, torch.ones(3, dtype=torch.float64))
-    assert b.tolist() == pytest.approx([shift * u / (1 + (shift - 1) * u) for u in (0.25, 0.5, 1.0)])
+    shares = torch.linspace(0.0, 1.0, 1001, dtype=torch.float64)
+    a, b, time = flow.at(shares)
+    torch.testing.assert_close(a + b, torch.ones_like(shares))
+    torch.testing.assert_close(b, shift * shares / (1 + (shift - 1) * shares))
     torch.testing.assert_close(time, 1000 * b.float())
-    x0, noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x0, noise = torch.randn(2, 1001, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     velocity = flow.prediction.target(x0, noise, a, b)
     torch.testing.assert_close(add_noise(x0, noise, a, b) - b[:, None] * velocity, x0)
 
