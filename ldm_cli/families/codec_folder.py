@@ -8,17 +8,17 @@ import torch
 
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.autoencoder_tiny import AutoencoderTiny
+from ldm_cli.core.models.vq_model import VQModel
 from ldm_cli.core.precision import DTYPES
 from ldm_cli.formats.model_folder import load_model, outline_model, read_config
 
-Autoencoder = AutoencoderKL | AutoencoderTiny
+Autoencoder = AutoencoderKL | AutoencoderTiny | VQModel
+_CLASSES: dict[object, type[Autoencoder]] = {one.__name__: one for one in (AutoencoderTiny, VQModel)}
 
 
 def open_codec(folder: Path, dtype: torch.dtype = torch.float32) -> Autoencoder:
-    """Read an autoencoder of either class, in a type; errors as in `load_model`."""
-    if _is_tiny(folder):
-        return load_model(AutoencoderTiny, folder, dtype=dtype)
-    return load_model(AutoencoderKL, folder, dtype=dtype)
+    """Read an autoencoder of any of the classes, in a type; errors as in `load_model`."""
+    return load_model(_class_of(folder), folder, dtype=dtype)
 
 
 def codec_dtype(precision: str) -> torch.dtype:
@@ -27,9 +27,9 @@ def codec_dtype(precision: str) -> torch.dtype:
 
 
 def outline_codec(folder: Path) -> Autoencoder:
-    """The `outline_model` of either class."""
-    return outline_model(AutoencoderTiny, folder) if _is_tiny(folder) else outline_model(AutoencoderKL, folder)
+    """The `outline_model` of any of the classes."""
+    return outline_model(_class_of(folder), folder)
 
 
-def _is_tiny(folder: Path) -> bool:
-    return read_config(folder).get("_class_name") == AutoencoderTiny.__name__
+def _class_of(folder: Path) -> type[Autoencoder]:
+    return _CLASSES.get(read_config(folder).get("_class_name"), AutoencoderKL)
