@@ -24,7 +24,7 @@ from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import TrainRecipe, TrainUnetRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.config import SamplingConfig
-from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.sampling.pipeline_of import pipeline_of
 from ldm_cli.sampling.request import requests_for
 
 
@@ -217,5 +217,5 @@ def generate(turns: Turns, folder: str, images: int, steps: int, device: str, co
     precision = "fp32" if device == "cpu" else "fp16"
     settings = {"sampler": "ddim", "steps": steps, "guidance": GUIDANCE, "images_per_prompt": images}
     config = SamplingConfig.from_mapping(settings | {"batch_size": min(images, 16), "precision": precision})
-    pipeline = Pipeline(open_family(Path(folder), device, precision, compiled=compiled))
+    pipeline = pipeline_of(open_family(Path(folder), device, precision, compiled=compiled))
     turns.repeat(images, lambda: [*pipeline.generate(requests_for([PROMPT], config), config)])

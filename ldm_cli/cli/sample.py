@@ -36,6 +36,11 @@ def command(
     sampler: arg.Sampler = None,
     guidance: arg.Guidance = None,
     eta: arg.Eta = None,
+    temperature: arg.Temperature = None,
+    top_k: arg.TopK = None,
+    top_p: arg.TopP = None,
+    best_of: arg.BestOf = None,
+    clip: arg.Clip = None,
     size: arg.Size = None,
     batch_size: arg.BatchSize = None,
     long_prompts: arg.LongPrompts = None,
@@ -71,17 +76,22 @@ def command(
 ) -> None:
     """Generate pictures from prompts and from other pictures, with a pipeline folder of ours or of diffusers."""
     become_ranks(context.obj, nproc, dry_run)
-    recipe, changes = _split(arguments or [])
-    provenance = None if repeat is None else _provenance(repeat, recipe)
-    loaded = _load(recipe, changes, arg.recipe_fields(context), provenance)
+    loaded, provenance = _recipe(context, arguments or [], repeat)
     reporter = make_rank_reporter()
     loaded = _with_prompts(loaded, _read_prompts(prompts, prompt or [], reporter), provenance)
     if dry_run:
         show_dry_run(loaded, json)
-        return
-    result = _run(loaded, out, device, overwrite, reporter, latents, provenance)
-    if is_first_rank():
+    elif (result := _run(loaded, out, device, overwrite, reporter, latents, provenance)) and is_first_rank():
         show_result(result, json)
+
+
+def _recipe(
+    context: typer.Context, arguments: list[str], repeat: Path | None
+) -> tuple[LoadedRecipe, dict[str, Any] | None]:
+    """The recipe with options and changes applied, and the settings of the picture of `--repeat`."""
+    recipe, changes = _split(arguments)
+    provenance = None if repeat is None else _provenance(repeat, recipe)
+    return _load(recipe, changes, arg.recipe_fields(context), provenance), provenance
 
 
 def _run(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from transformers import AutoModelForCausalLM, LlamaForCausalLM as Theirs  # isort: skip
 
 from ldm_cli.core.models.llama import KeyValueCache, LlamaForCausalLM

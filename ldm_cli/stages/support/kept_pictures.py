@@ -11,7 +11,7 @@ from ldm_cli.pictures.writer import Write
 from ldm_cli.recipe.schema import SampleRecipe
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.edit_config import EditConfig
-from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.sampling.picture_pipeline import PicturePipeline
 from ldm_cli.sampling.request import ImageRequest
 from ldm_cli.sampling.sample_options import PLAIN
 from ldm_cli.stages.support.job_adapters import JobAdapters
@@ -20,7 +20,7 @@ from ldm_cli.training.ranks import Ranks
 
 
 def kept_pictures(
-    path: Path, pipeline: Pipeline, sampling: SamplingConfig, captions: Sequence[str], ranks: Ranks
+    path: Path, pipeline: PicturePipeline, sampling: SamplingConfig, captions: Sequence[str], ranks: Ranks
 ) -> Write:
     """A function that writes a picture by its index; picture i has caption i and seed `sampling.seed + i`.
 
