@@ -62,7 +62,7 @@ def _module_of(folder: Path) -> Any:
         if hasattr(module, "is_mine") and module.is_mine(folder):
             return module
     if not has_model_json(folder / INDEX_NAME):
-        remedy = "give a Stable Diffusion folder, or a run of train-unet"
+        remedy = "give a folder of Stable Diffusion, or a run of train-unet or train-ar"
         raise InputNotFoundError(f"no pipeline in '{folder}'", f"{INDEX_NAME} is missing", remedy)
     kind = read_model_json(folder / INDEX_NAME).get("_class_name")
     raise CheckpointError(f"cannot use '{folder}'", f"it holds a {kind!r}, which is not supported")

@@ -22,7 +22,8 @@ from ldm_cli.families.clip_pair_encoder import CLIPPairEncoder, pair_key
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, clip_skip_of, encoder_key, tokenizer_folder
 from ldm_cli.families.codec_folder import open_codec
 from ldm_cli.families.family import model_sha256, place
-from ldm_cli.recipe.schema import TrainUnetRecipe
+from ldm_cli.formats.model_source import weights_sha256
+from ldm_cli.recipe.schema import TrainArRecipe, TrainUnetRecipe
 
 # Fields of an autoencoder's config.json on which the moments do not depend.
 _IRRELEVANT = {"sample_size", "scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast"}
@@ -95,7 +96,7 @@ def _as_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def cache_key(recipe: TrainUnetRecipe) -> CacheKey:
+def cache_key(recipe: TrainUnetRecipe | TrainArRecipe) -> CacheKey:
     """What decides the cache of a recipe: the weights and configurations of its models, its preprocessing.
 
     Raises:
@@ -114,19 +115,23 @@ def cache_key(recipe: TrainUnetRecipe) -> CacheKey:
             "a cache holds the square of each image",
             "remove data.aspect_buckets, or train without a cache",
         )
-    data, text = recipe.data, Path(recipe.text_encoder)
+    data = recipe.data
+    names = ("image_size", "crop", "background", "max_pixels", "max_member_bytes", "mask")
+    preparation = {f"data.{name}": value for name, value in data.to_mapping().items() if name in names}
+    flips = tuple(flip for flip in (False, True) if data.flip_probability != (0.0 if flip else 1.0))
+    if isinstance(recipe, TrainArRecipe):
+        # The codes are computed in float32, and captions cost nothing to encode.
+        return CacheKey({"vq": weights_sha256(Path(recipe.vq)), **preparation}, text={}, flips=flips)
+    text = Path(recipe.text_encoder)
     if recipe.text_encoder_2:
         text_key = pair_key(text, Path(recipe.text_encoder_2))
     else:
         text_key = encoder_key(text, Tokenizer.load(tokenizer_folder(text)))
-    names = ("image_size", "crop", "background", "max_pixels", "max_member_bytes", "mask")
-    preparation = {f"data.{name}": value for name, value in data.to_mapping().items() if name in names}
     text_key["clip_skip"] = str(recipe.clip_skip or clip_skip_of(text))
     text_key["caption_chunks"] = str(recipe.caption_chunks)
     precision = {"train.precision": recipe.train.precision}
-    probability = data.flip_probability
     return CacheKey(
         latents={"vae": model_sha256(Path(recipe.vae), _IRRELEVANT), **preparation, **precision},
         text={**text_key, **precision},
-        flips=tuple(flip for flip in (False, True) if probability != (0.0 if flip else 1.0)),
+        flips=flips,
     )
