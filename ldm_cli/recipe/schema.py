@@ -7,12 +7,14 @@ from typing import Annotated, Literal, Self, TypeVar
 from pydantic import Field, model_validator
 
 from ldm_cli.config import Config, NamesModel
+from ldm_cli.core.codebook_config import CodebookConfig
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.lora_config import LoRAConfig
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.core.models.llama_config import LlamaConfig
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
+from ldm_cli.core.models.vq_model_config import VQModelConfig
 from ldm_cli.core.vae_loss_config import VAELossConfig, min_image_size
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.tokenizer_config import TokenizerConfig
@@ -105,21 +107,27 @@ class TrainVaeRecipe(StartedRecipe):
     start_from: Annotated[str | None, NamesModel(("vae",))] = None
     """As in every trainer; of a pipeline its autoencoder."""
     vae: AutoencoderKLConfig | None = None
-    """The model; fields as in its Hugging Face config.json. null: that of `start_from`."""
+    """The model, with a continuous latent; fields as in its Hugging Face config.json. null: that of `start_from`."""
+    vq: VQModelConfig | None = None
+    """The model, with a codebook, in place of `vae`; fields as in its Hugging Face config.json."""
+    codebook: CodebookConfig = CodebookConfig()
+    """With `vq`: how its codebook is learnt."""
     loss: VAELossConfig = VAELossConfig()
     """Reconstruction, KL, perceptual and adversarial terms."""
 
     @property
-    def model(self) -> AutoencoderKLConfig:
+    def model(self) -> AutoencoderKLConfig | VQModelConfig:
         """The model's configuration, once `start_from` has been read."""
-        return _known(self.vae, "vae")
+        return _known(self.vae or self.vq, "vae or vq")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        self._check_start("vae")
+        if self.start_from is not None or self.vq is None:
+            self._check_start("vae")
         self._expect_plain_loss()
-        size = self.data.image_size
-        if self.vae is not None and size % (factor := 2 ** (len(self.vae.block_out_channels) - 1)):
+        self._check_codebook()
+        size, model = self.data.image_size, self.vae or self.vq
+        if model is not None and size % (factor := 2 ** (len(model.block_out_channels) - 1)):
             raise ValueError(f"data.image_size={size} is no multiple of the autoencoder's factor {factor}")
         if self.train.strategy == "sharded" and self.loss.adversarial_weight > 0 and self.loss.adversarial_adaptive:
             raise ValueError("train.strategy=sharded has no whole last layer for loss.adversarial_adaptive")
@@ -130,6 +138,19 @@ class TrainVaeRecipe(StartedRecipe):
                 f"{self.loss.discriminator_layers}, which need {smallest} px"
             )
         return self
+
+    def _check_codebook(self) -> None:
+        if self.vae is not None and self.vq is not None:
+            raise ValueError("vae and vq are both given; expected one")
+        if self.vae is not None and self.codebook != CodebookConfig():
+            raise ValueError("codebook has no meaning with vae, which has no codebook")
+        if self.vq is None:
+            return
+        self.codebook.expect_fitting(self.vq.num_vq_embeddings, self.vq.code_channels)
+        if self.loss.kl_weight != VAELossConfig().kl_weight:
+            raise ValueError("loss.kl_weight has no meaning with vq: codes have no distribution")
+        if self.train.strategy == "sharded" and self.codebook.kind == "ema":
+            raise ValueError("train.strategy=sharded has no whole codebook for codebook.kind=ema")
 
 
 class SamplesConfig(Config):

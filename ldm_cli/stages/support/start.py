@@ -15,6 +15,7 @@ from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig
 from ldm_cli.core.models.llama_config import LlamaConfig
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
+from ldm_cli.core.models.vq_model_config import VQModelConfig
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError, InputNotFoundError, RecipeError
 from ldm_cli.families.autoregressive import VQ
@@ -66,6 +67,9 @@ def _taken_fields(recipe: StartedRecipe, folder: Path, warn: Callable[[str], Non
         tokenizer = {**recipe.tokenizer.to_mapping(), "path": str(_agreed_tokenizer(recipe, folder, clip.text_config))}
         return {"clip": _agreed("clip", recipe.clip, clip, folder), "tokenizer": tokenizer}
     if isinstance(recipe, TrainVaeRecipe):
+        if read_model_json(folder / CONFIG_NAME).get("_class_name") == VQModelConfig.hugging_face_class:
+            vq = read_as(VQModelConfig.from_hugging_face, folder / CONFIG_NAME)
+            return {"vq": _agreed("vq", recipe.vq, vq, folder)}
         vae = read_as(AutoencoderKLConfig.from_hugging_face, folder / CONFIG_NAME)
         return {"vae": _agreed("vae", recipe.vae, vae, folder)}
     if isinstance(recipe, TrainArRecipe):
