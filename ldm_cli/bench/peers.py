@@ -19,7 +19,8 @@ from ldm_cli.bench.race import Turns
 from ldm_cli.bench.workload import random_batch
 from ldm_cli.core.condition import NUM_SIZES
 from ldm_cli.core.precision import autocast
-from ldm_cli.recipe.schema import TrainClipRecipe, TrainRecipe, TrainUnetRecipe, TrainVaeRecipe
+from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
+from ldm_cli.recipe.train_recipe import TrainRecipe
 
 
 def train(turns: Turns, recipe: TrainRecipe, device: str, channels_last: bool = False, compiled: bool = False) -> None:

@@ -21,7 +21,8 @@ from ldm_cli.core.precision import precision_on
 from ldm_cli.errors import UnavailableError, UsageError
 from ldm_cli.families.open_family import open_family
 from ldm_cli.recipe.load import load_recipe
-from ldm_cli.recipe.schema import TrainRecipe, TrainUnetRecipe
+from ldm_cli.recipe.schema import TrainUnetRecipe
+from ldm_cli.recipe.train_recipe import TrainRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.pipeline_of import pipeline_of

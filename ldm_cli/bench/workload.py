@@ -17,7 +17,8 @@ from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.vq_model import VQModel
 from ldm_cli.families.codec_folder import trained_class
-from ldm_cli.recipe.schema import TrainClipRecipe, TrainRecipe, TrainUnetRecipe, TrainVaeRecipe
+from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
+from ldm_cli.recipe.train_recipe import TrainRecipe
 from ldm_cli.stages.support.model_sizes import count_parameters
 
 

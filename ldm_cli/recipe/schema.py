@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -12,63 +12,15 @@ from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.lora_config import LoRAConfig
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.clip_config import CLIPConfig
-from ldm_cli.core.models.llama_config import LlamaConfig
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.core.models.vq_model_config import VQModelConfig
 from ldm_cli.core.vae_loss_config import VAELossConfig, min_image_size
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.tokenizer_config import TokenizerConfig
-from ldm_cli.pictures.job import PromptEntry
-from ldm_cli.pictures.prompt_adapters import EmbeddingEntry, LoraEntry
+from ldm_cli.recipe.ar_recipe import TrainArRecipe
 from ldm_cli.recipe.eval_section import EvalSection
-from ldm_cli.sampling.config import SamplingConfig
-from ldm_cli.sampling.edit_config import EditConfig
-from ldm_cli.training.config import TrainConfig
-
-ConfigT = TypeVar("ConfigT", bound=Config)
-Variant = Literal["fp16", "bf16"] | None
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-
-
-class TrainRecipe(Config):
-    """The fields that every trainer's recipe has."""
-
-    command: str
-    """Which command this recipe is for."""
-    name: Name
-    """Name of the run, whose folder is `runs/NAME`."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of everything random."""
-    data: DataConfig
-    """Shards and preprocessing."""
-    train: TrainConfig
-    """Optimization."""
-    variant: Variant = None
-    """Precision of the weights of models that are named by hub name; null: full, where there is such."""
-
-    def _expect_plain_loss(self) -> None:
-        """Make sure that the data asks for nothing that only the loss of a denoiser has."""
-        if given := [name for name in ("loss_weights", "mask") if getattr(self.data, name) is not None]:
-            raise ValueError(f"data.{given[0]} has no meaning here: it changes the loss of train-unet")
-
-
-class StartedRecipe(TrainRecipe):
-    """A recipe whose training may begin at trained weights."""
-
-    start_from: Annotated[str | None, NamesModel()] = None
-    """Begin at these trained weights: a model of this kind as we, diffusers or transformers write it, a run or a
-    checkpoint. null: fresh weights."""
-    freeze: tuple[str, ...] = ()
-    """Parameters that stay as they are in `start_from`, by patterns of their names such as `encoder.*`. A pattern that
-    begins with `!` excepts what it matches; the last match wins."""
-
-    def _check_start(self, *sections: str) -> None:
-        """Make sure that `start_from` or the recipe gives each section."""
-        missing = [name for name in sections if not getattr(self, name)]
-        if self.start_from is None and missing:
-            raise ValueError(f"{' and '.join(missing)}: missing, and there is no start_from to take it from")
-        if self.start_from is None and self.freeze:
-            raise ValueError("freeze needs start_from: fresh weights would stay random")
+from ldm_cli.recipe.sample_recipe import SampleRecipe, Variant
+from ldm_cli.recipe.train_recipe import SamplesConfig, StartedRecipe, TrainRecipe, known
 
 
 class TrainClipRecipe(StartedRecipe):
@@ -88,7 +40,7 @@ class TrainClipRecipe(StartedRecipe):
     @property
     def model(self) -> CLIPConfig:
         """The model's configuration, once `start_from` has been read."""
-        return _known(self.clip, "clip")
+        return known(self.clip, "clip")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -118,7 +70,7 @@ class TrainVaeRecipe(StartedRecipe):
     @property
     def model(self) -> AutoencoderKLConfig | VQModelConfig:
         """The model's configuration, once `start_from` has been read."""
-        return _known(self.vae or self.vq, "vae or vq")
+        return known(self.vae or self.vq, "vae or vq")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -151,17 +103,6 @@ class TrainVaeRecipe(StartedRecipe):
             raise ValueError("loss.kl_weight has no meaning with vq: codes have no distribution")
         if self.train.strategy == "sharded" and self.codebook.kind == "ema":
             raise ValueError("train.strategy=sharded has no whole codebook for codebook.kind=ema")
-
-
-class SamplesConfig(Config):
-    """Pictures generated while a denoiser trains, always from the same prompts and seeds."""
-
-    prompts: tuple[str, ...] = ()
-    """Fixed prompts; empty: captions of the first held-out samples."""
-    num_prompts: Annotated[int, Field(ge=1, le=64)] = 8
-    """How many captions to take when `prompts` is empty."""
-    sampling: SamplingConfig = SamplingConfig(steps=20, images_per_prompt=1)
-    """Sampler, steps, guidance, size."""
 
 
 class TrainUnetRecipe(StartedRecipe):
@@ -197,7 +138,7 @@ class TrainUnetRecipe(StartedRecipe):
     @property
     def model(self) -> UNet2DConditionConfig:
         """The model's configuration, once `start_from` has been read."""
-        return _known(self.unet, "unet")
+        return known(self.unet, "unet")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -217,105 +158,6 @@ class TrainUnetRecipe(StartedRecipe):
             raise ValueError("lora.text_encoder changes the text states of captions: leave cache out")
         if lora.base_precision == "bf16" and self.train.precision in ("fp32", "fp16"):
             raise ValueError("lora.base_precision=bf16 needs train.precision=bf16")
-
-
-class TokenSamplesConfig(SamplesConfig):
-    """Pictures generated while an autoregressive model trains, always from the same prompts and seeds."""
-
-    sampling: SamplingConfig = SamplingConfig(images_per_prompt=1)
-    """Temperature, top-k, top-p, guidance."""
-
-
-class TrainArRecipe(StartedRecipe):
-    """`ldm train-ar`: a Transformer over the tokens of a caption and the codes of its picture."""
-
-    command: Literal["train-ar"]
-    """Which command this recipe is for."""
-    vq: Annotated[str, NamesModel(("vq",))] = ""
-    """The trained VQModel (`runs/…/model`). Empty: that of `start_from`."""
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    """Train a vocabulary from the captions, or load one, such as that of a CLIP."""
-    text_length: Annotated[int, Field(ge=3, le=2**16)] = 77
-    """Tokens of a caption, start and end included; shorter ones are padded, longer ones cut."""
-    transformer: LlamaConfig | None = None
-    """The model; fields as in transformers' LlamaConfig. null: that of `start_from`."""
-    text_loss_weight: Annotated[float, Field(ge=0)] = 0.125
-    """Weight of the captions' tokens beside the codes; those of a dropped caption do not count."""
-    caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Share of the samples that are trained with the empty caption, which guidance needs."""
-    cache: str | None = None
-    """Folder that `ldm precompute` wrote for this recipe, to read codes from; null computes them."""
-    samples: TokenSamplesConfig = TokenSamplesConfig()
-    """Pictures generated on the way."""
-
-    @property
-    def model(self) -> LlamaConfig:
-        """The model's configuration, once `start_from` has been read."""
-        return _known(self.transformer, "transformer")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        self._check_start("transformer", "vq")
-        self._expect_plain_loss()
-        if self.data.aspect_buckets is not None:
-            raise ValueError("data.aspect_buckets has no meaning here: all pictures have the same grid of codes")
-        tied = self.transformer is not None and self.transformer.tie_word_embeddings
-        if tied and self.train.strategy == "sharded":
-            raise ValueError("train.strategy=sharded cannot share a weight: set transformer.tie_word_embeddings=false")
-        return self
-
-
-def _known(config: ConfigT | None, section: str) -> ConfigT:
-    if config is None:
-        raise ValueError(f"{section} is None: read start_from first")
-    return config
-
-
-class SampleRecipe(Config):
-    """`ldm sample`: pictures from prompts."""
-
-    command: Literal["sample"]
-    """Which command this recipe is for."""
-    model: Annotated[str, NamesModel()]
-    """A pipeline, a run or a checkpoint of `train-unet`: by its folder, or by its name on the hub."""
-    variant: Variant = None
-    """Precision of the weights of models that are named by hub name; null: full, where there is such."""
-    prompts: tuple[str | PromptEntry, ...] = ()
-    """Prompts, one entry each, as text or with settings of its own; `--prompts FILE` and `-p` come on top."""
-    weighted_words: bool = True
-    """Whether `(word:1.3)` in a prompt is a weight, or text like all else."""
-    loras: tuple[LoraEntry, ...] = ()
-    """Adapters: LoRA, LoHa, LoKr, DoRA. `<lora:NAME:WEIGHT>` in a prompt adds to the weight in its pictures."""
-    lora_dir: str | None = None
-    """Folder of further adapters that prompts may name; null: none."""
-    embeddings: tuple[EmbeddingEntry, ...] = ()
-    """Embeddings of textual inversion, each under a word for prompts."""
-    wildcards: str | None = None
-    """Folder of word lists: `__color__` in a prompt becomes a line of `color.txt`, by the seed; null: it is text."""
-    out: str | None = None
-    """Folder for the pictures; null: `samples/PROMPT-HASH`, a folder of its own for every job."""
-    sampling: SamplingConfig = SamplingConfig()
-    """Sampler, steps, guidance, size."""
-    edit: EditConfig = EditConfig()
-    """A picture to work on."""
-    variation: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Above 0, all images of a prompt resemble the first: this is how far each leans towards its own seed."""
-    interpolate: Annotated[int, Field(ge=0, le=10_000)] = 0
-    """Pictures from each prompt to the next, as a strip and an animation; 0: none."""
-    xy: Annotated[tuple[str, ...], Field(max_length=2)] = ()
-    """One or two of `field=a,b,c`: a labelled grid with a picture for each value, or pair of values."""
-    tile: Annotated[int, Field(ge=16)] | None = None
-    """Side in pixels of the windows in which larger pictures are denoised, decoded and encoded; null: all at once."""
-    format: Literal["png", "jpg", "webp"] = "png"
-    """Of the pictures; only PNG keeps every pixel as it was generated."""
-    metadata: bool = True
-    """Whether pictures say how they were generated: for web UIs, and for `ldm sample --repeat`."""
-    preview_every: Annotated[int, Field(ge=0)] = 0
-    """Predictions after which `preview.png` shows the unfinished pictures again; some samplers predict twice per step.
-    0: never."""
-    preview_vae: Annotated[str | None, NamesModel(("vae",))] = None
-    """An autoencoder of the same latents that decodes previews, such as an AutoencoderTiny, which takes a
-    fraction of the time; null: the model's own."""
 
 
 class EvalRecipe(Config):

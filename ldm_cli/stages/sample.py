@@ -22,7 +22,7 @@ from ldm_cli.pictures.provenance import check_repeatable
 from ldm_cli.pictures.sheets import Sheets
 from ldm_cli.pictures.wildcards import Wildcards
 from ldm_cli.pictures.writer import written_meanwhile
-from ldm_cli.recipe.schema import SampleRecipe
+from ldm_cli.recipe.sample_recipe import SampleRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.pipeline_of import pipeline_of
 from ldm_cli.stages.support.job_adapters import JobAdapters

@@ -26,7 +26,7 @@ from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.formats.pipeline_folder import TRANSFORMER
 from ldm_cli.formats.save_model import save_frozen, save_model
 from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS
-from ldm_cli.recipe.schema import TrainArRecipe
+from ldm_cli.recipe.ar_recipe import TrainArRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.batch_encoder import cache_key
 from ldm_cli.stages.support.code_encoder import CodeEncoder

@@ -17,7 +17,7 @@ from ldm_cli.core.token_loss import sequences, token_losses
 from ldm_cli.errors import DataError, RecipeError
 from ldm_cli.families.autoregressive import Autoregressive
 from ldm_cli.families.open_family import open_family
-from ldm_cli.recipe.schema import TrainArRecipe
+from ldm_cli.recipe.ar_recipe import TrainArRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.pipeline_of import pipeline_of

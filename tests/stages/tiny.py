@@ -14,7 +14,8 @@ from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS
-from ldm_cli.recipe.schema import TrainArRecipe, TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
+from ldm_cli.recipe.ar_recipe import TrainArRecipe
+from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.reporting import Reporter, SilentReporter
 from ldm_cli.stages import train_ar, train_clip, train_unet, train_vae
 from ldm_cli.stages.support.options import RunOptions

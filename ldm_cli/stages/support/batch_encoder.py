@@ -23,7 +23,8 @@ from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, clip_skip_of, en
 from ldm_cli.families.codec_folder import open_codec
 from ldm_cli.families.family import model_sha256, place
 from ldm_cli.formats.model_source import weights_sha256
-from ldm_cli.recipe.schema import TrainArRecipe, TrainUnetRecipe
+from ldm_cli.recipe.ar_recipe import TrainArRecipe
+from ldm_cli.recipe.schema import TrainUnetRecipe
 
 # Fields of an autoencoder's config.json on which the moments do not depend.
 _IRRELEVANT = {"sample_size", "scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast"}

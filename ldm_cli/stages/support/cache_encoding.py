@@ -25,7 +25,8 @@ from ldm_cli.errors import DivergedError
 from ldm_cli.families.autoregressive import CodeGrid
 from ldm_cli.families.codec_folder import outline_codec
 from ldm_cli.formats.model_folder import outline_model
-from ldm_cli.recipe.schema import TrainArRecipe, TrainUnetRecipe
+from ldm_cli.recipe.ar_recipe import TrainArRecipe
+from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.stages.support.batch_encoder import BatchEncoder
 from ldm_cli.stages.support.code_encoder import CodeEncoder
 

@@ -14,7 +14,7 @@ from ldm_cli.data.batch import Batch
 from ldm_cli.families.autoregressive import CodeGrid
 from ldm_cli.families.family import place
 from ldm_cli.formats.model_folder import load_model
-from ldm_cli.recipe.schema import TrainArRecipe
+from ldm_cli.recipe.ar_recipe import TrainArRecipe
 
 
 class CodeEncoder:

@@ -18,7 +18,7 @@ from ldm_cli.data.latent_cache import MASK
 from ldm_cli.families.family import Family, ImageGenerator
 from ldm_cli.pictures.grid import image_grid
 from ldm_cli.pictures.images import save_image
-from ldm_cli.recipe.schema import SamplesConfig
+from ldm_cli.recipe.train_recipe import SamplesConfig
 from ldm_cli.sampling.pipeline_of import pipeline_of
 from ldm_cli.sampling.request import requests_for
 from ldm_cli.sampling.sample_options import SampleOptions

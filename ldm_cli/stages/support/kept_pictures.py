@@ -8,7 +8,7 @@ from pathlib import Path
 from ldm_cli.pictures.job import Item
 from ldm_cli.pictures.job_folder import JobFolder
 from ldm_cli.pictures.writer import Write
-from ldm_cli.recipe.schema import SampleRecipe
+from ldm_cli.recipe.sample_recipe import SampleRecipe
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.edit_config import EditConfig
 from ldm_cli.sampling.picture_pipeline import PicturePipeline

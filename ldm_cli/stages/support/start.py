@@ -26,7 +26,9 @@ from ldm_cli.formats.model_source import has_model_json, read_model_json, split_
 from ldm_cli.formats.pipeline_folder import INDEX_NAME, TEXT_ENCODER, TEXT_ENCODER_2, TOKENIZER, TRANSFORMER, UNET, VAE
 from ldm_cli.formats.scheduler_file import read_scheduler
 from ldm_cli.formats.weight_files import CONFIG_NAME
-from ldm_cli.recipe.schema import StartedRecipe, TrainArRecipe, TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
+from ldm_cli.recipe.ar_recipe import TrainArRecipe
+from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
+from ldm_cli.recipe.train_recipe import StartedRecipe
 from ldm_cli.training.run_identity import flatten
 
 RecipeT = TypeVar("RecipeT", bound=StartedRecipe)

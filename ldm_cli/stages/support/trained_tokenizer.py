@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ldm_cli.data.loader import sequential_batches
 from ldm_cli.data.tokenizer import Tokenizer
-from ldm_cli.recipe.schema import TrainArRecipe, TrainClipRecipe
+from ldm_cli.recipe.ar_recipe import TrainArRecipe
+from ldm_cli.recipe.schema import TrainClipRecipe
 from ldm_cli.stages.support.training_run import Workbench
 from ldm_cli.training.checkpoint import commit_folder
 
