@@ -117,7 +117,7 @@ class TrainVaeRecipe(StartedRecipe):
     @property
     def model(self) -> AutoencoderKLConfig | VQModelConfig:
         """The model's configuration, once `start_from` has been read."""
-        return _known(self.vae or self.vq, "vae or vq")
+        return self.vq or _known(self.vae, "vae or vq")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
