@@ -169,7 +169,8 @@ class TrainUnetRecipe(StartedRecipe):
     command: Literal["train-unet"]
     """Which command this recipe is for."""
     vae: Annotated[str, NamesModel(("vae",))] = ""
-    """The trained AutoencoderKL (`runs/…/model`) or AutoencoderTiny. Empty: that of the pipeline in `start_from`."""
+    """The trained AutoencoderKL or VQModel (`runs/…/model`), or an AutoencoderTiny. Empty: that of the pipeline in
+    `start_from`."""
     text_encoder: Annotated[str, NamesModel(("text_encoder", "tokenizer"))] = ""
     """The trained CLIPModel or CLIPTextModel, with its tokenizer (`runs/…/model`). Empty: that of the
     pipeline in `start_from`."""
