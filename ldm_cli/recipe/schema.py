@@ -70,7 +70,7 @@ class TrainVaeRecipe(StartedRecipe):
     @property
     def model(self) -> AutoencoderKLConfig | VQModelConfig:
         """The model's configuration, once `start_from` has been read."""
-        return known(self.vae or self.vq, "vae or vq")
+        return self.vq or known(self.vae, "vae or vq")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -111,7 +111,8 @@ class TrainUnetRecipe(StartedRecipe):
     command: Literal["train-unet"]
     """Which command this recipe is for."""
     vae: Annotated[str, NamesModel(("vae",))] = ""
-    """The trained AutoencoderKL (`runs/…/model`) or AutoencoderTiny. Empty: that of the pipeline in `start_from`."""
+    """The trained AutoencoderKL or VQModel (`runs/…/model`), or an AutoencoderTiny. Empty: that of the pipeline in
+    `start_from`."""
     text_encoder: Annotated[str, NamesModel(("text_encoder", "tokenizer"))] = ""
     """The trained CLIPModel or CLIPTextModel, with its tokenizer (`runs/…/model`). Empty: that of the
     pipeline in `start_from`."""

@@ -185,7 +185,7 @@ class Home:
         from ldm_cli.data.scenes import write_scenes
         from ldm_cli.reporting import SilentReporter
 
-        from ..stages.tiny import RESNET, clip_recipe, unet_recipe, vae_recipe
+        from ..stages.tiny import RESNET, clip_recipe, unet_recipe, vae_recipe, vq_recipe
 
         self.folder = folder
         scenes = folder / "scenes"
@@ -195,6 +195,7 @@ class Home:
         flips = {"flip_probability": 0.5}
         self._write("clip", clip_recipe(scenes, RESNET, micro_batch=4, **train))
         self._write("vae", vae_recipe(scenes, loss=adversarial, data=flips, **train))
+        self._write("vq", vq_recipe(scenes, loss=adversarial, data=flips, **train))
         for name in ("clip", "vae"):
             self.finished(name)
         models = folder / "whole-clip/model", folder / "whole-vae/model"

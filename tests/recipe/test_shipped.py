@@ -20,6 +20,7 @@ PUBLISHED = {
     "clip/vit-l-14": {"clip": 427_616_513},
     "clip/rn50": {"clip": 102_007_137},
     "vae/sd-vae": {"vae": 83_653_863},
+    "vae/vq-f16": {"vae": 76_073_859},
     "unet/sd15": {"unet": 859_520_964},
     "unet/sd21": {"unet": 865_910_724},
     "unet/sdxl": {"unet": 2_567_463_684},
@@ -28,11 +29,11 @@ PUBLISHED = {
 
 def test_the_shipped_recipes_are_these() -> None:
     bench = ["bench/clip", "bench/unet", "bench/vae"]
-    demo = ["demo/clip", "demo/eval", "demo/sample", "demo/unet", "demo/vae"]
+    demo = ["demo/clip", "demo/eval", "demo/sample", "demo/unet", "demo/vae", "demo/vq"]
     lora = ["lora/demo", "lora/eval", "lora/sd15", "lora/sdxl"]
     small = [f"{room}/{data}" for room in ("clip", "vae", "unet", "eval") for data in ("cifar10", "emoji")]
     assert sorted([*bench, *demo, *lora, *small, *PUBLISHED]) == NAMES
-    assert len(NAMES) == len(list(recipes_folder().rglob("*.y*ml"))) == 27
+    assert len(NAMES) == len(list(recipes_folder().rglob("*.y*ml"))) == 29
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -68,6 +68,13 @@ def vae_recipe(
     }
 
 
+def vq_recipe(scenes: Path, codebook: Mapping[str, Any] | None = None, **given: Any) -> dict[str, Any]:
+    """As `vae_recipe`, with a codebook of 16 codes of 4 channels; it changes fast."""
+    recipe = vae_recipe(scenes, **given)
+    sizes = {"num_vq_embeddings": 16, "vq_embed_dim": 4}
+    return recipe | {"vae": None, "vq": recipe["vae"] | sizes, "codebook": {"decay": 0.8, **(codebook or {})}}
+
+
 def unet_recipe(
     scenes: Path,
     clip: Path,

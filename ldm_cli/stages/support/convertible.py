@@ -12,6 +12,7 @@ from torch import Tensor
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
+from ldm_cli.core.models.vq_model import VQModel
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError, InputNotFoundError
 from ldm_cli.formats.json_file import read_json
@@ -24,6 +25,7 @@ from ldm_cli.formats.weight_files import CONFIG_NAME, is_pickle, read_metadata, 
 _CLASSES: dict[str, Any] = {
     "UNet2DConditionModel": UNet2DConditionModel,
     "AutoencoderKL": AutoencoderKL,
+    "VQModel": VQModel,
     "CLIPTextModel": CLIPTextModel,
     "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
     "CLIPModel": CLIPModel,
