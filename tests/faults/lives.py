@@ -185,7 +185,8 @@ class Home:
         from ldm_cli.data.scenes import write_scenes
         from ldm_cli.reporting import SilentReporter
 
-        from ..stages.tiny import RESNET, clip_recipe, unet_recipe, vae_recipe, vq_recipe
+        from ..sampling.tiny_ar import save_tiny_vq
+        from ..stages.tiny import RESNET, ar_recipe, clip_recipe, unet_recipe, vae_recipe, vq_recipe
 
         self.folder = folder
         scenes = folder / "scenes"
@@ -196,6 +197,8 @@ class Home:
         self._write("clip", clip_recipe(scenes, RESNET, micro_batch=4, **train))
         self._write("vae", vae_recipe(scenes, loss=adversarial, data=flips, **train))
         self._write("vq", vq_recipe(scenes, loss=adversarial, data=flips, **train))
+        save_tiny_vq(folder / "codes")
+        self._write("ar", ar_recipe(scenes, folder / "codes", data=flips, **train))
         for name in ("clip", "vae"):
             self.finished(name)
         models = folder / "whole-clip/model", folder / "whole-vae/model"

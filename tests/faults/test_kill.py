@@ -103,11 +103,12 @@ def after_checkpoints(out: Path) -> bool:
     [
         ("vae", (started, while_saving, after_checkpoints)),
         ("vq", (while_saving,)),
+        ("ar", (while_saving,)),
         ("clip", (while_saving,)),
         ("unet", (while_saving,)),
         ("lora", (while_saving,)),
     ],
-    ids=["vae", "vq", "clip", "unet", "lora"],
+    ids=["vae", "vq", "ar", "clip", "unet", "lora"],
 )
 def test_killed_and_repeated_it_ends_in_the_same_bits(
     home: Home, start: Callable[..., Life], tmp_path: Path, name: str, moments: tuple[Moment, ...]

@@ -20,7 +20,8 @@ from ldm_cli.data.scenes import write_scenes
 from ldm_cli.reporting import SilentReporter
 
 from ..conftest import REPOSITORY
-from ..stages.tiny import RESNET, clip_recipe, vae_recipe, vq_recipe
+from ..sampling.tiny_ar import save_tiny_vq
+from ..stages.tiny import RESNET, ar_recipe, clip_recipe, vae_recipe, vq_recipe
 from ..stages.tiny_xl import save_tiny_xl, xl_recipe
 from ..training.forked import ForkedRanks
 from .lives import _session
@@ -72,6 +73,27 @@ def test_a_codebook_has_the_same_bits_on_one_and_two_ranks(scenes: Path, tmp_pat
     one, two = (trained(recipe, tmp_path / str(count), count) for count in (1, 2))
     assert different(one, two) is None
     assert trace(one) == trace(two)
+
+
+def test_a_model_of_tokens_has_the_same_bits_on_one_and_two_ranks(scenes: Path, tmp_path: Path) -> None:
+    save_tiny_vq(tmp_path / "vq")
+    recipe = ar_recipe(scenes, tmp_path / "vq", data={"flip_probability": 0.5}, **ELASTIC)
+    one, two = (trained(recipe, tmp_path / str(count), count) for count in (1, 2))
+    assert different(one, two) is None
+    assert trace(one) == trace(two)
+
+
+@pytest.mark.slow
+def test_sharded_ranks_log_the_losses_of_one_to_rounding(scenes: Path, tmp_path: Path) -> None:
+    save_tiny_vq(tmp_path / "vq")
+    train = ELASTIC | {"deterministic": "run", "lr": 1e-3, "log_every": 1}
+    recipe = ar_recipe(scenes, tmp_path / "vq", **train)
+    one = trained(recipe, tmp_path / "one", 1)
+    recipe["train"]["strategy"] = "sharded"
+    two = trained(recipe, tmp_path / "two", 2)
+    losses = [[line["loss"] for line in metrics(run) if "loss" in line] for run in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert len(losses[0]) == 6
 
 
 @pytest.mark.slow
