@@ -42,6 +42,7 @@ NAMES = (
     "train-vae",
     "train-unet",
     "precompute",
+    "train-ar",
     "convert",
     "sample",
     "samplers",
