@@ -152,7 +152,9 @@ class _Attention(nn.Module):
         mask = None
         if cached:
             keys, values, positions, mask = cached
-            k, v = keys.index_copy_(2, positions, k), values.index_copy_(2, positions, v)
+            # Under autocast the layers compute in another type than the cache has.
+            k = keys.index_copy_(2, positions, k.to(keys.dtype))
+            v = values.index_copy_(2, positions, v.to(values.dtype))
         attended = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.is_grouped
         )
