@@ -180,7 +180,7 @@ def test_a_denoiser_learns_and_samples_in_its_latents(
         (["loss.kl_weight=0.1"], "loss.kl_weight has no meaning with vq"),
         (["codebook.kind=fsq", "codebook.levels=[4, 3]"], "are 12 codes of 2 channels, vq has 16 of 4"),
         (["data.image_size=33"], "no multiple of the autoencoder's factor 2"),
-        (["train.strategy=sharded"], "no whole codebook for codebook.kind=ema"),
+        (["train.strategy=sharded"], "no whole codebook for vq"),
     ],
 )
 def test_what_cannot_work_is_a_fault_of_the_recipe(
