@@ -22,9 +22,9 @@ class CodebookConfig(Config):
     """Weight of the term that pulls the encoder's vectors towards their codes: β of van den Oord et al. 2017, eq. 3."""
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """`ema`: decay of the running means, per step."""
-    restart_below: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    restart_below: Annotated[float, Field(ge=0, lt=1)] = 0.03
     """`ema`: a code whose running share of all vectors falls below this fraction of an equal share starts again at a
-    vector of the batch; 0: never."""
+    vector of the batch that its code is far from; 0: never."""
     levels: tuple[Annotated[int, Field(ge=2, le=2**10)], ...] = ()
     """`fsq`: numbers of values per channel; their product is the number of codes."""
 

@@ -101,8 +101,8 @@ class TrainVaeRecipe(StartedRecipe):
         self.codebook.expect_fitting(self.vq.num_vq_embeddings, self.vq.code_channels)
         if self.loss.kl_weight != VAELossConfig().kl_weight:
             raise ValueError("loss.kl_weight has no meaning with vq: codes have no distribution")
-        if self.train.strategy == "sharded" and self.codebook.kind == "ema":
-            raise ValueError("train.strategy=sharded has no whole codebook for codebook.kind=ema")
+        if self.train.strategy == "sharded":
+            raise ValueError("train.strategy=sharded has no whole codebook for vq: use replicated")
 
 
 class TrainUnetRecipe(StartedRecipe):

@@ -56,7 +56,7 @@ ZOO = [
         "name: tiny",
         "name: tiny\nzzz: 1",
         "r.yaml:3:1: zzz: unknown key; expected one of command, name, seed, data, train, variant, start_from, freeze, "
-        "vae, loss",
+        "vae, vq, codebook, loss",
     ),
     ("  steps: 10\n", "", "r.yaml:6:1: train: missing required key 'steps'"),
     ("name: tiny\n", "", "r.yaml:1:1: missing required key 'name'"),

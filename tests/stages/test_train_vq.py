@@ -19,9 +19,12 @@ from ldm_cli.formats.model_folder import load_model
 from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.weight_files import read_tensors
 from ldm_cli.recipe.load import load_recipe
-from ldm_cli.recipe.schema import TrainVaeRecipe
+from ldm_cli.recipe.schema import EvalRecipe, TrainVaeRecipe
 from ldm_cli.reporting import SilentReporter
+from ldm_cli.stages import convert, evaluate
+from ldm_cli.stages.convert import ConvertOptions
 from ldm_cli.stages.dry_run import dry_run
+from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.stages.support.training_run import Workbench
 from ldm_cli.stages.train_vae import VAETask
 from ldm_cli.training.run_folder import RunFolder
@@ -36,7 +39,7 @@ WEIGHT = "quantize.embedding.weight"
 @pytest.fixture(scope="module")
 def vq_run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "vq"
-    trained(vq_recipe(scenes, steps=60, lr=1e-2, log_every=10, ema_decay=0.9), out)
+    trained(vq_recipe(scenes, steps=60, lr=1e-2, log_every=10, ema_decay=0.9, validation_samples=24), out)
     return out
 
 
@@ -74,6 +77,21 @@ def test_the_deviation_of_the_latents_is_measured_and_stored(vq_run: Path, scene
         ]
     assert torch.cat(latents).std().item() == pytest.approx(1, abs=1e-3)
     assert latents[0].shape[1:] == (4, 16, 16)
+
+
+def test_eval_measures_the_reconstructions_that_validation_measured(vq_run: Path, scenes: Path) -> None:
+    data = {"shards": str(scenes / "val-*.tar"), "image_size": 32}
+    section = {"vae": str(vq_run / "model"), "metrics": ["reconstruction"]}
+    recipe = EvalRecipe.from_mapping({"command": "eval", "data": data, "eval": section})
+    found = evaluate.run(recipe, RunOptions(device="cpu"), SilentReporter())["metrics"]["reconstruction"]
+    assert found["psnr"] == pytest.approx(metrics(vq_run)[-1]["val_psnr_ema"], rel=1e-4)
+    assert 0 < found["ssim"] < 1
+
+
+def test_a_folder_is_converted_to_half_precision_and_read_again(vq_run: Path, tmp_path: Path) -> None:
+    convert.run(vq_run / "model", tmp_path / "half", ConvertOptions(dtype="fp16"), SilentReporter())
+    half, whole = load_model(VQModel, tmp_path / "half"), load_model(VQModel, vq_run / "model")
+    assert torch.equal(half.quantize.embedding.weight, whole.quantize.embedding.weight.half().float())
 
 
 @pytest.mark.parametrize("kind", ["ema", "gradient", "fsq"])
@@ -162,7 +180,7 @@ def test_a_denoiser_learns_and_samples_in_its_latents(
         (["loss.kl_weight=0.1"], "loss.kl_weight has no meaning with vq"),
         (["codebook.kind=fsq", "codebook.levels=[4, 3]"], "are 12 codes of 2 channels, vq has 16 of 4"),
         (["data.image_size=33"], "no multiple of the autoencoder's factor 2"),
-        (["train.strategy=sharded"], "no whole codebook for codebook.kind=ema"),
+        (["train.strategy=sharded"], "no whole codebook for vq"),
     ],
 )
 def test_what_cannot_work_is_a_fault_of_the_recipe(

@@ -32,7 +32,8 @@ class DiscreteLatent:
     def __init__(self, vae: VQModel, config: CodebookConfig, seed: int, batch_size: int, is_trained: bool) -> None:
         self.auxiliary = {}
         self._vae, self._config, self._batch_size = vae, config, batch_size
-        self._key = philox.key(seed, "codebook restarts")
+        self._image_key = philox.key(seed, "codebook restarts: image")
+        self._place_key = philox.key(seed, "codebook restarts: place")
         self._running: RunningCodebook | None = None
         weight = vae.quantize.embedding.weight
         if config.kind == "fsq":
@@ -54,21 +55,26 @@ class DiscreteLatent:
         figures = {"perplexity": perplexity(shares), "codes_used": (shares > 0).float().mean()}
         if self._running is not None:
             figures["dead_codes"] = self._running.num_dead()
-            self._running.observe(z, indices, self._candidates(z.detach(), start, step))
+            self._running.observe(z, indices, self._candidates(z.detach(), codes, start, step))
         return self._vae.decode_codes(straight_through(z, codes)), LatentTerms(weighted, figures)
 
-    def _candidates(self, z: Tensor, start: int, step: int) -> Tensor:
-        """The argument of `RunningCodebook.observe`: for each code a random vector of the global batch.
+    def _candidates(self, z: Tensor, codes: Tensor, start: int, step: int) -> Tensor:
+        """The argument of `RunningCodebook.observe`: for each code a vector of an image of the global batch.
 
-        The part that has the vector gives it, times the number of parts; the others give 0.
+        The image is drawn evenly; of its vectors one, by the squares of their distances from their codes, as in
+        k-means++ (Arthur & Vassilvitskii 2007, section 2.2), or else flat areas would get nearly all codes. The part
+        that has the image gives the vector, times the number of parts; the others give 0.
         """
-        size, _, height, width = z.shape
-        num_codes, num_places = self._vae.config.num_vq_embeddings, height * width
-        code = torch.arange(num_codes, device=z.device)
-        drawn = philox.integers(self._key, torch.full_like(code, step), code, 1, self._batch_size * num_places)[:, 0]
-        place = drawn - start * num_places
-        is_here = (place >= 0) & (place < size * num_places)
-        vectors = z.permute(0, 2, 3, 1).flatten(0, 2)[place.clamp(0, size * num_places - 1)]
+        size = len(z)
+        code = torch.arange(self._vae.config.num_vq_embeddings, device=z.device)
+        steps = torch.full_like(code, step)
+        image = philox.integers(self._image_key, steps, code, 1, self._batch_size)[:, 0] - start
+        is_here = (image >= 0) & (image < size)
+        image = image.clamp(0, size - 1)
+        sums = (z - codes).square().sum(dim=1).flatten(1).cumsum(dim=1)[image]
+        drawn = philox.uniform(self._place_key, steps, code, 1) * sums[:, -1:]
+        place = torch.searchsorted(sums, drawn)[:, 0].clamp(max=sums.shape[1] - 1)
+        vectors = z.permute(0, 2, 3, 1).flatten(1, 2)[image, place]
         return vectors * is_here[:, None] * (self._batch_size // size)
 
     def held_out_rows(self, images: Tensor) -> Tensor:
