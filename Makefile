@@ -3,6 +3,7 @@
 # make study  what helps pictures more, a larger text encoder or a larger denoiser: docs/study.md, in 90 minutes
 # make demo-lora   after make demo: its model learns a ninth colour from 40 pictures: docs/lora.md
 # make demo-sd3    after make demo: a small Stable Diffusion 3 on the same scenes: docs/stable-diffusion-3.md
+# make demo-ar     after make demo: a model that writes pictures token by token: docs/train-ar.md
 # make faults kills, signals, full disks, damaged files: everything a run must survive, in a table
 #
 # Where PyPI's torch would bring CUDA along and is not wanted:
@@ -27,7 +28,7 @@ TESTED := $(VENV)/.installed-test
 
 SHELL := /bin/bash -o pipefail
 
-.PHONY: faults setup demo demo-lora demo-sd3 study test exhaustive check lint bench gpu-check clean
+.PHONY: faults setup demo demo-ar demo-lora demo-sd3 study test exhaustive check lint bench gpu-check clean
 
 setup: $(TESTED)
 
@@ -57,6 +58,16 @@ demo: $(INSTALLED)
 	$(LDM) sample demo/sample
 	$(LDM) eval demo/eval --out runs/demo-eval
 	@echo "Look at runs/demo-samples/grid.png; runs/demo-eval/eval.json has the numbers."
+
+# After `make demo`, whose scenes and CLIP it takes: a VQ model, and a Transformer that writes pictures code by code.
+demo-ar: $(INSTALLED)
+	$(LDM) train-vae demo/vq --nproc 2
+	$(LDM) precompute demo/ar --out data/demo/codes
+	OMP_NUM_THREADS=1 $(LDM) train-ar demo/ar cache=data/demo/codes --nproc 2
+	$(LDM) sample --model runs/demo-ar -p "a large red circle" -p "a blue square" -p "a green triangle" -n 4 \
+	  --guidance 3 --top-p 0.95 --best-of 8 --clip runs/demo-clip/model --out runs/demo-ar-samples
+	$(LDM) eval demo/ar-eval --out runs/demo-ar-eval
+	@echo "Look at runs/demo-ar-samples/grid.png; runs/demo-ar-eval/eval.json has the numbers."
 
 # After `make demo`: the model learns a ninth colour from 40 pictures, and is measured before and after: docs/lora.md.
 MAROON := --model runs/demo-unet -p "a maroon circle" -p "a maroon star" -p "a red circle" -p "a blue square" -n 4

@@ -21,7 +21,7 @@ from ldm_cli.bench.race import Contender, Turns, race
 from ldm_cli.bench.stand_ins import CONTEXT_LENGTH, with_stand_ins
 from ldm_cli.bench.workload import size_of
 from ldm_cli.recipe.load import load_recipe
-from ldm_cli.recipe.schema import TrainRecipe
+from ldm_cli.recipe.train_recipe import TrainRecipe
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ import torch
 
 from ldm_cli.data.scenes import write_scenes
 from ldm_cli.recipe.load import load_recipe
-from ldm_cli.recipe.schema import TrainRecipe
+from ldm_cli.recipe.train_recipe import TrainRecipe
 from ldm_cli.reporting import Figure, SilentReporter
 from ldm_cli.stages import trainer_stage
 from ldm_cli.stages.support.options import RunOptions

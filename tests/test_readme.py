@@ -43,6 +43,7 @@ NAMES = (
     "train-vae",
     "train-unet",
     "precompute",
+    "train-ar",
     "convert",
     "sample",
     "samplers",

@@ -19,7 +19,8 @@ from ldm_cli.bench.race import Turns
 from ldm_cli.bench.workload import random_batch
 from ldm_cli.core.condition import NUM_SIZES
 from ldm_cli.core.precision import autocast
-from ldm_cli.recipe.schema import TrainClipRecipe, TrainRecipe, TrainUnetRecipe, TrainVaeRecipe
+from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
+from ldm_cli.recipe.train_recipe import TrainRecipe
 
 
 def train(turns: Turns, recipe: TrainRecipe, device: str, channels_last: bool = False, compiled: bool = False) -> None:
@@ -62,7 +63,7 @@ def peer_model(recipe: TrainRecipe) -> Any:
         return transformers.CLIPModel(transformers.CLIPConfig(**recipe.model.to_hugging_face())).train()
     diffusers = importlib.import_module("diffusers")
     if isinstance(recipe, TrainVaeRecipe):
-        return diffusers.AutoencoderKL(**recipe.model.to_mapping()).train()
+        return getattr(diffusers, recipe.model.hugging_face_class)(**recipe.model.to_mapping()).train()
     if isinstance(recipe, TrainUnetRecipe):
         return diffusers.UNet2DConditionModel(**recipe.model.to_mapping()).train()
     raise TypeError(f"no peer of a {type(recipe).__name__}")
@@ -72,6 +73,8 @@ def loss_of(recipe: TrainRecipe, model: Any, batch: Mapping[str, Tensor]) -> Cal
     """Computes the loss of the model on the batch, each time with other noise."""
     if isinstance(recipe, TrainClipRecipe):
         return lambda: model(batch["ids"], batch["pixels"], return_loss=True).loss
+    if isinstance(recipe, TrainVaeRecipe) and recipe.vq is not None:
+        return partial(_codebook_loss, model, batch["images"])
     if isinstance(recipe, TrainVaeRecipe):
         return partial(_autoencoder_loss, model, batch["images"], recipe.loss.kl_weight)
     added = {}
@@ -94,6 +97,12 @@ def _autoencoder_loss(model: Any, images: Tensor, kl_weight: float) -> Tensor:
     reconstruction = model.decode(posterior.sample()).sample
     kl: Tensor = posterior.kl().mean() / images[0].numel()
     return F.l1_loss(reconstruction.float(), images) + kl_weight * kl
+
+
+def _codebook_loss(model: Any, images: Tensor) -> Tensor:
+    reconstruction, commitment = model(images, return_dict=False)
+    loss: Tensor = F.l1_loss(reconstruction.float(), images) + commitment
+    return loss
 
 
 def generate(

@@ -21,10 +21,11 @@ from ldm_cli.core.precision import precision_on
 from ldm_cli.errors import UnavailableError, UsageError
 from ldm_cli.families.open_family import open_family
 from ldm_cli.recipe.load import load_recipe
-from ldm_cli.recipe.schema import TrainRecipe, TrainUnetRecipe
+from ldm_cli.recipe.schema import TrainUnetRecipe
+from ldm_cli.recipe.train_recipe import TrainRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.config import SamplingConfig
-from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.sampling.pipeline_of import pipeline_of
 from ldm_cli.sampling.request import requests_for
 
 
@@ -217,5 +218,5 @@ def generate(turns: Turns, folder: str, images: int, steps: int, device: str, co
     precision = "fp32" if device == "cpu" else "fp16"
     settings = {"sampler": "ddim", "steps": steps, "guidance": GUIDANCE, "images_per_prompt": images}
     config = SamplingConfig.from_mapping(settings | {"batch_size": min(images, 16), "precision": precision})
-    pipeline = Pipeline(open_family(Path(folder), device, precision, compiled=compiled))
+    pipeline = pipeline_of(open_family(Path(folder), device, precision, compiled=compiled))
     turns.repeat(images, lambda: [*pipeline.generate(requests_for([PROMPT], config), config)])

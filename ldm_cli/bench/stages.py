@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm_cli.bench.race import Turns
-from ldm_cli.recipe.schema import TrainRecipe, TrainUnetRecipe
+from ldm_cli.recipe.schema import TrainUnetRecipe
+from ldm_cli.recipe.train_recipe import TrainRecipe
 from ldm_cli.reporting import Figure, SilentReporter
 from ldm_cli.stages import precompute, trainer_stage
 from ldm_cli.stages.support.options import RunOptions

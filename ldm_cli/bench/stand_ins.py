@@ -30,7 +30,8 @@ from ldm_cli.formats.model_folder import without_weights
 from ldm_cli.formats.model_source import split_at_file
 from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TEXT_ENCODER_2, VAE
 from ldm_cli.formats.scheduler_file import our_settings
-from ldm_cli.recipe.schema import TrainClipRecipe, TrainRecipe, TrainUnetRecipe
+from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe
+from ldm_cli.recipe.train_recipe import TrainRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages import precompute
 from ldm_cli.stages.support.options import RunOptions

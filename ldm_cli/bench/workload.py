@@ -15,7 +15,10 @@ from ldm_cli.core.condition import NUM_SIZES, Condition
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
-from ldm_cli.recipe.schema import TrainClipRecipe, TrainRecipe, TrainUnetRecipe, TrainVaeRecipe
+from ldm_cli.core.models.vq_model import VQModel
+from ldm_cli.families.codec_folder import trained_class
+from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
+from ldm_cli.recipe.train_recipe import TrainRecipe
 from ldm_cli.stages.support.model_sizes import count_parameters
 
 
@@ -72,7 +75,7 @@ def new_model(recipe: TrainRecipe) -> nn.Module:
     if isinstance(recipe, TrainClipRecipe):
         return CLIPModel(recipe.model)
     if isinstance(recipe, TrainVaeRecipe):
-        return AutoencoderKL(recipe.model)
+        return trained_class(recipe.model)(recipe.model)
     if isinstance(recipe, TrainUnetRecipe):
         return UNet2DConditionModel(unet_of(recipe))
     raise TypeError(f"no model of a {type(recipe).__name__}")
@@ -85,6 +88,8 @@ def simple_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return contrastive_loss(images, texts, scale)[0]
     if isinstance(model, AutoencoderKL):
         return model.decode(model.posterior(batch["images"]).mean).square().mean()
+    if isinstance(model, VQModel):
+        return model.decode_codes(model.encode_z(batch["images"])).square().mean()
     condition = Condition(tokens=batch["tokens"], pooled=batch.get("pooled"))
     output: Tensor = model(batch["latents"], batch["timesteps"].float(), condition)
     return output.square().mean()

@@ -13,7 +13,7 @@ from ldm_cli.cli.show import show_result
 from ldm_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from ldm_cli.recipe.schema import StartedRecipe, TrainRecipe
+    from ldm_cli.recipe.train_recipe import StartedRecipe, TrainRecipe
 
 _SUBJECTS = "train-clip|train-vae|train-unet|precompute|sample|data|published|all"
 

@@ -13,6 +13,7 @@ from ldm_cli.cli.startup import importing
 from ldm_cli.errors import UsageError
 
 _DTYPES = ("fp32", "fp16", "bf16")
+_COMMANDS = ("train-unet", "train-ar")
 
 
 def command(
@@ -36,14 +37,17 @@ def command(
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:
-    """Encode the images and captions of a train-unet recipe once; with `cache: DIR` it then trains on these."""
+    """Encode the data of a train-unet or train-ar recipe once; with `cache: DIR` it then trains on these."""
     changes, limit = given.check_overrides(overrides), given.seconds(max_time)
     if dtype not in (None, *_DTYPES):
         raise UsageError(f"unknown --dtype '{dtype}'", remedy="it takes " + ", ".join(_DTYPES))
     become_ranks(context.obj, nproc, dry_run)
     from ldm_cli.recipe.load import load_recipe
 
-    loaded: Any = load_recipe(recipe, changes, expected_command="train-unet")
+    loaded: Any = load_recipe(recipe, changes)
+    if loaded.recipe.command not in _COMMANDS:
+        remedy = f"give a recipe for {' or '.join(_COMMANDS)}"
+        raise UsageError(f"'{recipe}' is a {loaded.recipe.command} recipe", "it has nothing to encode", remedy)
     with importing():
         from ldm_cli.stages import precompute  # imports torch: a faulty recipe is refused before
         from ldm_cli.stages.support.options import RunOptions

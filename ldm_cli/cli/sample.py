@@ -19,7 +19,7 @@ from ldm_cli.reporting import Reporter
 if TYPE_CHECKING:
     from ldm_cli.pictures.job import PromptEntry
     from ldm_cli.recipe.load import LoadedRecipe
-    from ldm_cli.recipe.schema import SampleRecipe
+    from ldm_cli.recipe.sample_recipe import SampleRecipe
 
 
 def command(
@@ -36,6 +36,11 @@ def command(
     sampler: arg.Sampler = None,
     guidance: arg.Guidance = None,
     eta: arg.Eta = None,
+    temperature: arg.Temperature = None,
+    top_k: arg.TopK = None,
+    top_p: arg.TopP = None,
+    best_of: arg.BestOf = None,
+    clip: arg.Clip = None,
     size: arg.Size = None,
     batch_size: arg.BatchSize = None,
     long_prompts: arg.LongPrompts = None,
@@ -71,17 +76,22 @@ def command(
 ) -> None:
     """Generate pictures from prompts and from other pictures, with a pipeline folder of ours or of diffusers."""
     become_ranks(context.obj, nproc, dry_run)
-    recipe, changes = _split(arguments or [])
-    provenance = None if repeat is None else _provenance(repeat, recipe)
-    loaded = _load(recipe, changes, arg.recipe_fields(context), provenance)
     reporter = make_rank_reporter()
-    loaded = _with_prompts(loaded, _read_prompts(prompts, prompt or [], reporter), provenance)
+    loaded, provenance = _recipe(context, reporter)
     if dry_run:
         show_dry_run(loaded, json)
-        return
-    result = _run(loaded, out, device, overwrite, reporter, latents, provenance)
-    if is_first_rank():
+    elif (result := _run(loaded, out, device, overwrite, reporter, latents, provenance)) and is_first_rank():
         show_result(result, json)
+
+
+def _recipe(context: typer.Context, reporter: Reporter) -> tuple[LoadedRecipe, dict[str, Any] | None]:
+    """The recipe with options, changes and prompts, and the settings of the picture of `--repeat`."""
+    values = context.params
+    recipe, changes = _split(values["arguments"] or [])
+    provenance = None if values["repeat"] is None else _provenance(values["repeat"], recipe)
+    loaded = _load(recipe, changes, arg.recipe_fields(context), provenance)
+    prompts = _read_prompts(values["prompts"], values["prompt"] or [], reporter)
+    return _with_prompts(loaded, prompts, provenance), provenance
 
 
 def _run(

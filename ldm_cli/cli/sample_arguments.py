@@ -23,6 +23,13 @@ Seed = Annotated[int | None, option("--seed", metavar="S", text="Image i of a pr
 Steps = Annotated[int | None, option("--steps", metavar="N", text="Denoising steps.")]
 Sampler = Annotated[str | None, option("--sampler", metavar="NAME", text="ddim, euler, dpmpp_2m, unipc, …")]
 Guidance = Annotated[float | None, option("--guidance", metavar="G", text="Classifier-free guidance scale.")]
+Temperature = Annotated[
+    float | None, option("--temperature", metavar="T", text="Autoregressive: below 1 bolder, 0 the most probable.")
+]
+TopK = Annotated[int | None, option("--top-k", metavar="K", text="Autoregressive: among the K most probable tokens.")]
+TopP = Annotated[float | None, option("--top-p", metavar="P", text="Autoregressive: among tokens of probability P.")]
+BestOf = Annotated[int | None, option("--best-of", metavar="N", text="Generate N for each, keep the best by --clip.")]
+Clip = Annotated[str | None, option("--clip", metavar="DIR|NAME", text="The CLIP that chooses for --best-of.")]
 Eta = Annotated[float | None, option("--eta", metavar="E", text="DDIM: 0 adds no noise, 1 is DDPM.")]
 Size = Annotated[str | None, option("--size", metavar="WxH", text="Image size in pixels.")]
 BatchSize = Annotated[int | None, option("--batch-size", metavar="B", text="Images at a time; changes no image.")]
@@ -98,6 +105,11 @@ _FIELDS = {
     "sampler": "sampling.sampler",
     "guidance": "sampling.guidance.scale",
     "eta": "sampling.eta",
+    "temperature": "sampling.temperature",
+    "top_k": "sampling.top_k",
+    "top_p": "sampling.top_p",
+    "best_of": "sampling.guidance.best_of.candidates",
+    "clip": "sampling.guidance.best_of.clip",
     "batch_size": "sampling.batch_size",
     "long_prompts": "sampling.long_prompts",
     "clip_skip": "sampling.clip_skip",

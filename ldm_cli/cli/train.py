@@ -14,8 +14,9 @@ from ldm_cli.training.interruption import release_signals
 
 COMMANDS = {
     "train-clip": "Train CLIP on image-text shards; writes a CLIPModel folder with its tokenizer.",
-    "train-vae": "Train an image autoencoder on shards; writes an AutoencoderKL folder.",
+    "train-vae": "Train an image autoencoder on shards; writes an AutoencoderKL or VQModel folder.",
     "train-unet": "Train a text-to-image denoiser in the space of a VAE; writes a pipeline folder.",
+    "train-ar": "Train an autoregressive text-to-image model on the codes of a VQ model; writes a folder for sample.",
 }
 """Command → its help."""
 

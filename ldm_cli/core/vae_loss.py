@@ -1,4 +1,4 @@
-"""The autoencoder's loss: reconstruction, KL, perceptual and adversarial terms in one scalar.
+"""The autoencoder's loss: reconstruction, latent, perceptual and adversarial terms in one scalar.
 
 The discriminator learns in the same backward pass as the autoencoder: its own loss sees the reconstruction
 detached, and the autoencoder's adversarial term sees the discriminator's weights detached, so each gradient
@@ -7,6 +7,7 @@ reaches only its own side and one loss, one loop and one step suffice.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ldm_cli.core.models.autoencoder_kl import AutoencoderKL, DiagonalGaussian
+from ldm_cli.core.models.autoencoder_kl import DiagonalGaussian
 from ldm_cli.core.models.clip_image_processor import CLIPImageProcessor
 from ldm_cli.core.models.clip_vision import CLIPVisionTransformer
 from ldm_cli.core.models.patch_discriminator import PatchDiscriminator, hinge_loss
@@ -24,6 +25,11 @@ from ldm_cli.core.vae_loss_config import VAELossConfig
 def reconstruction_loss(kind: Literal["l1", "l2"], reconstruction: Tensor, images: Tensor) -> Tensor:
     """Scalar mean of |x̂ − x| or (x̂ − x)² over [B, C, H, W]."""
     return F.l1_loss(reconstruction, images) if kind == "l1" else F.mse_loss(reconstruction, images)
+
+
+def kl_loss(posterior: DiagonalGaussian, images: Tensor) -> Tensor:
+    """KL divergence of the posterior of images [B, 3, H, W], divided by the values of an image: scalar, in nats."""
+    return posterior.kl().mean() / images[0].numel()
 
 
 class PerceptualDistance(nn.Module):
@@ -66,30 +72,36 @@ class VAELoss(nn.Module):
             else None
         )
 
-    def forward(self, vae: AutoencoderKL, images: Tensor, noise: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self,
+        images: Tensor,
+        reconstruction: Tensor,
+        latent: Mapping[str, tuple[float, Tensor]],
+        last_layer: Tensor,
+        step: int,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its terms.
 
         Args:
             images: [B, 3, H, W] in [−1, 1].
-            noise: [B, C, h, w] standard normal, for sampling the posterior.
+            reconstruction: of the images, with gradient.
+            latent: name → weight and value of the terms that the latent adds, scalars.
+            last_layer: the decoder's weight at which the adversarial term is balanced.
             step: 1-based training step.
         """
-        posterior: DiagonalGaussian = vae.posterior(images)
-        reconstruction = vae.decode_z(posterior.sample(noise)).float()
-        config = self.config
-        terms = {
-            "reconstruction": reconstruction_loss(config.reconstruction, reconstruction, images),
-            "kl": posterior.kl().mean() / images[0].numel(),
-        }
-        loss = terms["reconstruction"] + config.kl_weight * terms["kl"]
+        config, reconstruction = self.config, reconstruction.float()
+        terms = {"reconstruction": reconstruction_loss(config.reconstruction, reconstruction, images)}
+        terms |= {name: term for name, (_, term) in latent.items()}
+        loss = terms["reconstruction"]
+        for weight, term in latent.values():
+            loss = loss + weight * term
         if config.perceptual_weight > 0 and self.perceptual is not None:
             terms["perceptual"] = self.perceptual(reconstruction, images)
             loss = loss + config.perceptual_weight * terms["perceptual"]
         if self.discriminator is not None and step > config.adversarial_start:
-            last_layer = vae.decoder.conv_out.weight
             terms |= self._adversarial(loss, reconstruction, images, last_layer)
-            weight = config.adversarial_weight * terms["adaptive_weight"]
-            loss = loss + weight * terms["adversarial"] + terms["discriminator"]
+            balance = config.adversarial_weight * terms["adaptive_weight"]
+            loss = loss + balance * terms["adversarial"] + terms["discriminator"]
         return loss, terms
 
     def _adversarial(

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -75,14 +75,21 @@ class LatentCache:
         self._folder, self._source = folder, shards
         files = [folder / shard.file for shard in _matched(folder, manifest, shards, reporter)]
         self._moments = _open(files, reporter)
-        self._text = _open([folder / name for name in manifest.text_files], reporter)
         for path, ours, theirs in zip(files, self._moments.indexes, shards.indexes, strict=True):
             same = (ours.keys, ours.key_ends) == (theirs.keys, theirs.key_ends)
             if not same or ours.sample_starts[-1] != ours.num_samples:
                 raise DataError(f"'{path}' is damaged", "it holds other samples than its shard", REMEDY)
-        self._digests, self._places = _directory(self._text)
-        self._moments_reader, self._text_reader = ShardReader(self._moments), ShardReader(self._text)
         self._verified: set[Path] = set()
+        self._moments_reader = ShardReader(self._moments)
+        self._text_reader: ShardReader | None = None
+        self._known: Callable[[str], dict[str, Tensor]] = lambda _: {}
+        if manifest.text_files:
+            self._open_text(manifest, reporter)
+
+    def _open_text(self, manifest: Manifest, reporter: Reporter) -> None:
+        self._text = _open([self._folder / name for name in manifest.text_files], reporter)
+        self._digests, self._places = _directory(self._text)
+        self._text_reader = ShardReader(self._text)
         # A caption comes back in other samples and other epochs; moments only in other epochs: pages of the file do.
         size = sum(tensor.nbytes for tensor in self._read_condition("").values())
         self._known = lru_cache(maxsize=_KNOWN_BYTES // max(1, size))(self._read_condition)
@@ -108,11 +115,12 @@ class LatentCache:
         return {n.removesuffix(MIRRORED): t for n, t in tensors.items() if n.endswith(MIRRORED) == mirrored}
 
     def condition(self, caption: str) -> dict[str, Tensor]:
-        """The fields of a caption's condition, each without the batch dimension and not to be written to; errors as
-        in `moments`."""
+        """The fields of a caption's condition, each without the batch dimension and not to be written to; none in a
+        cache of images alone. Errors as in `moments`."""
         return self._known(caption)
 
     def _read_condition(self, caption: str) -> dict[str, Tensor]:
+        assert self._text_reader is not None
         key = caption_digest(caption)
         row = int(torch.searchsorted(self._digests, _number(key)))
         if row < len(self._digests):
@@ -135,7 +143,8 @@ class LatentCache:
     def close(self) -> None:
         """Close the files."""
         self._moments_reader.close()
-        self._text_reader.close()
+        if self._text_reader is not None:
+            self._text_reader.close()
 
 
 class CachedDecoder:

@@ -89,7 +89,7 @@ class EvalConfig(Config):
     preprocessing: Preprocessing = "torch-fidelity"
     """Program whose preparation of pictures for the Inception network is taken."""
     vae: Annotated[str | None, NamesModel(("vae",))] = None
-    """An AutoencoderKL or AutoencoderTiny: for `reconstruction` (PSNR, SSIM), `lpips`, `rfid`."""
+    """An AutoencoderKL, AutoencoderTiny or VQModel: for `reconstruction` (PSNR, SSIM), `lpips`, `rfid`."""
     pipeline: Annotated[str | None, NamesModel()] = None
     """Pipeline that generates pictures of the captions, for `clip_score`, `frechet_distance`,
     `attribute_accuracy`, `fid`, `kid`, `prdc`, `is`, `cmmd`, `fd_dinov2`."""

@@ -7,18 +7,27 @@ from pathlib import Path
 import torch
 
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
+from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.autoencoder_tiny import AutoencoderTiny
+from ldm_cli.core.models.vq_model import VQModel
+from ldm_cli.core.models.vq_model_config import VQModelConfig
 from ldm_cli.core.precision import DTYPES
-from ldm_cli.formats.model_folder import load_model, outline_model, read_config
+from ldm_cli.formats.model_folder import ModelClass, load_model, outline_model, read_config
 
-Autoencoder = AutoencoderKL | AutoencoderTiny
+Autoencoder = AutoencoderKL | AutoencoderTiny | VQModel
+AutoencoderConfig = AutoencoderKLConfig | VQModelConfig
+"""Of the autoencoders that are trained here."""
+_CLASSES: dict[object, ModelClass[Autoencoder]] = {"AutoencoderTiny": AutoencoderTiny, "VQModel": VQModel}
+
+
+def trained_class(config: AutoencoderConfig) -> ModelClass[AutoencoderKL | VQModel]:
+    """The class of an autoencoder that is trained here, by its configuration."""
+    return VQModel if isinstance(config, VQModelConfig) else AutoencoderKL
 
 
 def open_codec(folder: Path, dtype: torch.dtype = torch.float32) -> Autoencoder:
-    """Read an autoencoder of either class, in a type; errors as in `load_model`."""
-    if _is_tiny(folder):
-        return load_model(AutoencoderTiny, folder, dtype=dtype)
-    return load_model(AutoencoderKL, folder, dtype=dtype)
+    """Read an autoencoder of any of the classes, in a type; errors as in `load_model`."""
+    return load_model(_class_of(folder), folder, dtype=dtype)
 
 
 def codec_dtype(precision: str) -> torch.dtype:
@@ -27,9 +36,9 @@ def codec_dtype(precision: str) -> torch.dtype:
 
 
 def outline_codec(folder: Path) -> Autoencoder:
-    """The `outline_model` of either class."""
-    return outline_model(AutoencoderTiny, folder) if _is_tiny(folder) else outline_model(AutoencoderKL, folder)
+    """The `outline_model` of any of the classes."""
+    return outline_model(_class_of(folder), folder)
 
 
-def _is_tiny(folder: Path) -> bool:
-    return read_config(folder).get("_class_name") == AutoencoderTiny.__name__
+def _class_of(folder: Path) -> ModelClass[Autoencoder]:
+    return _CLASSES.get(read_config(folder).get("_class_name"), AutoencoderKL)

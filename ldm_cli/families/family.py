@@ -55,9 +55,55 @@ class Encoder(Protocol):
         """
 
 
+class ImageGenerator(ABC):
+    """What text-to-image models of every kind have in common; subclasses are frozen dataclasses."""
+
+    codec: Codec
+    """Images to latents and back."""
+    folder: Path | None
+    """Where it was read; None if it was not."""
+    is_compiled: bool
+    """Whether its networks are compiled."""
+    components: ClassVar[tuple[str, ...]]
+    """Subfolders that hold weights, that of the network that is trained first."""
+
+    @cached_property
+    def weights_sha256(self) -> dict[str, str]:
+        """Hex sha256 of each component's tensors; empty if the model was not read from a folder."""
+        return {} if self.folder is None else {name: weights_sha256(self.folder / name) for name in self.components}
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the networks are."""
+
+    @property
+    @abstractmethod
+    def sample_size(self) -> tuple[int | None, int | None]:
+        """Height and width of the latents that the model was trained at; None where its files do not say."""
+
+    @property
+    def takes_sizes(self) -> bool:
+        """Whether sizes of the picture follow the pooled text: see `Condition.with_sizes`."""
+        return False
+
+    @property
+    def guidance_width(self) -> int | None:
+        """Width of the guidance scale's embedding, for a denoiser that was distilled with guidance; else None."""
+        return None
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write a folder that `open_family` opens.
+
+        Raises:
+            StorageError, OutputError: writing failed.
+        """
+
+
 @dataclass(frozen=True, eq=False)
-class Family(ABC):
-    """A text-to-image model.
+class Family(ImageGenerator):
+    """A text-to-image model with a denoiser.
 
     Attributes:
         denoiser: a `Denoiser` of latents.
@@ -74,9 +120,6 @@ class Family(ABC):
     settings: SchedulerSettings
     folder: Path | None = None
     is_compiled: bool = False
-
-    components: ClassVar[tuple[str, ...]]
-    """Subfolders that hold weights, that of the denoiser first."""
 
     @cached_property
     def process(self) -> Process:
@@ -104,20 +147,10 @@ class Family(ABC):
         codec = {VAE: self.codec} if isinstance(self.codec, nn.Module) else {}
         return {self.components[0]: self.denoiser, **codec, **texts}
 
-    @cached_property
-    def weights_sha256(self) -> dict[str, str]:
-        """Hex sha256 of each component's tensors; empty if the model was not read from a folder."""
-        return {} if self.folder is None else {name: weights_sha256(self.folder / name) for name in self.components}
-
     @property
     def device(self) -> torch.device:
         """Where the networks are."""
         return next(self.denoiser.parameters()).device
-
-    @property
-    @abstractmethod
-    def sample_size(self) -> tuple[int | None, int | None]:
-        """Height and width of the latents that the denoiser was trained at; None where its files do not say."""
 
     @property
     def patch_size(self) -> int:
@@ -134,22 +167,8 @@ class Family(ABC):
         """Whether the denoiser fills masks: `concat` is then the mask, followed by the masked latents."""
         return False
 
-    @property
-    def takes_sizes(self) -> bool:
-        """Whether sizes of the picture follow the pooled text: see `Condition.with_sizes`."""
-        return False
-
-    @property
-    def guidance_width(self) -> int | None:
-        """Width of the guidance scale's embedding, for a denoiser that was distilled with guidance; else None."""
-        return None
-
     def save(self, folder: Path) -> None:
-        """Write a folder that `open_family` opens.
-
-        Raises:
-            StorageError, OutputError: writing failed.
-        """
+        """See `ImageGenerator`."""
         self.save_denoiser(folder)
         self.save_companions(folder)
 

@@ -13,7 +13,7 @@ from torch import nn
 from ldm_cli import families
 from ldm_cli.core.precision import precision_on
 from ldm_cli.errors import CheckpointError, InputNotFoundError
-from ldm_cli.families.family import Family
+from ldm_cli.families.family import ImageGenerator
 from ldm_cli.formats.lora_path import DIFFUSERS_LORA
 from ldm_cli.formats.model_source import has_model_json, read_model_json, split_at_file
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
@@ -23,8 +23,9 @@ from ldm_cli.storage import resolve_model_folder
 
 def open_family(
     path: Path, device: torch.device | str = "cpu", precision: str | None = None, *, compiled: bool = False
-) -> Family:
-    """Read a model: a folder of a known kind from anywhere, a run of `train-unet` or one of its checkpoints.
+) -> ImageGenerator:
+    """Read a model: a folder of a known kind from anywhere, a run of `train-unet` or `train-ar`, or one
+    of its checkpoints.
 
     A family is a module of this package with three functions: `is_mine(folder)`, `open_folder(folder, device,
     precision, compiled=…)` and `outline_folder(folder)`, whose arguments and errors are those of this function.
@@ -33,15 +34,16 @@ def open_family(
         path: the folder, or a single file.
         device: where to put the networks.
         precision: `fp32`, `bf16` or `fp16`; None: as in `precision_on`.
-        compiled: whether denoiser and codec are compiled.
+        compiled: whether its networks are compiled.
 
     Raises:
         InputNotFoundError: the folder or a part of it is missing.
         CheckpointError: it is of an unknown kind, damaged, or asks for something that is not implemented.
     """
     folder = resolve_model(path)
-    family: Family = _module_of(folder).open_folder(folder, device, precision_on(device, precision), compiled=compiled)
-    return family
+    open_folder = _module_of(folder).open_folder
+    generator: ImageGenerator = open_folder(folder, device, precision_on(device, precision), compiled=compiled)
+    return generator
 
 
 def outline_family(folder: Path) -> dict[str, nn.Module]:
@@ -60,7 +62,7 @@ def _module_of(folder: Path) -> Any:
         if hasattr(module, "is_mine") and module.is_mine(folder):
             return module
     if not has_model_json(folder / INDEX_NAME):
-        remedy = "give a Stable Diffusion folder, or a run of train-unet"
+        remedy = "give a folder of Stable Diffusion, or a run of train-unet or train-ar"
         raise InputNotFoundError(f"no pipeline in '{folder}'", f"{INDEX_NAME} is missing", remedy)
     kind = read_model_json(folder / INDEX_NAME).get("_class_name")
     raise CheckpointError(f"cannot use '{folder}'", f"it holds a {kind!r}, which is not supported")

@@ -52,4 +52,4 @@ def _library(kind: str | None) -> str | None:
     """The library that has a class."""
     if kind is None:
         return None
-    return "transformers" if kind.startswith(("CLIP", "T5")) else "diffusers"
+    return "transformers" if kind.startswith(("CLIP", "T5", "Llama")) else "diffusers"

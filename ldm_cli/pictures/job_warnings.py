@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from ldm_cli.families.family import Family
+from ldm_cli.families.family import Family, ImageGenerator
 from ldm_cli.families.prompt_chunks import BREAK
 from ldm_cli.families.prompt_weights import parse_weights
 from ldm_cli.pictures.job import Item
@@ -31,7 +31,7 @@ _COMMANDS = re.compile(
 )
 
 
-def job_warnings(items: Sequence[Item], family: Family, weighted: bool) -> list[str]:
+def job_warnings(items: Sequence[Item], family: ImageGenerator, weighted: bool) -> list[str]:
     """One message for each kind of setting or word without the effect that it seems to ask for.
 
     Args:
@@ -73,10 +73,10 @@ def foreign_commands(prompts: Iterable[str], weighted: bool) -> list[str]:
     return list(commands)
 
 
-def _unused_settings(config: SamplingConfig, family: Family) -> Iterator[tuple[str, str]]:
+def _unused_settings(config: SamplingConfig, family: ImageGenerator) -> Iterator[tuple[str, str]]:
     """The kind and the message of each setting that changes nothing."""
     guidance, is_distilled = config.guidance, family.guidance_width is not None
-    if config.eta is not None and not takes_eta(family.settings, config):
+    if isinstance(family, Family) and config.eta is not None and not takes_eta(family.settings, config):
         yield "eta", f"sampling.eta={config.eta:g} has no effect on {sampler_of(family.settings, config)}"
     given_sizes = {"sizes": config.sizes, "negative_sizes": config.negative_sizes}
     if not family.takes_sizes:
@@ -104,7 +104,7 @@ def _unused_settings(config: SamplingConfig, family: Family) -> Iterator[tuple[s
             yield name, f"sampling.{name} has no effect {reason}"
 
 
-def _unused_prompts(item: Item, family: Family) -> Iterator[tuple[str, str]]:
+def _unused_prompts(item: Item, family: ImageGenerator) -> Iterator[tuple[str, str]]:
     """The kind and the message of each setting that leaves the prompt without effect."""
     guidance, edit = item.sampling.guidance, item.edit
     # Outside of the interval the scale is 1.

@@ -142,7 +142,7 @@ def check_repeatable(shared: Mapping[str, Any], repeated: Mapping[str, Any], war
         DataError: a picture to work on, or the latents, have changed.
     """
     for name in ("weights", "scheduler"):
-        if shared[name] != repeated.get(name):
+        if shared.get(name) != repeated.get(name):
             raise CheckpointError("cannot repeat the picture", f"the model's {name} have changed since", "give --model")
     for name, digest in repeated.get("guidance_models", {}).items():
         if shared.get("guidance_models", {}).get(name, digest) != digest:
@@ -172,9 +172,9 @@ def _parameters(provenance: Mapping[str, Any], size: tuple[int, int]) -> str:
     loras: Mapping[str, float] = provenance.get("loras", {})
     hashes = [f"{name}: {provenance['lora_sha256'][name][:8]}" for name in loras]
     fields = {
-        "Steps": sampling["steps"],
-        "Sampler": _A1111_SAMPLERS[sampling["sampler"]],
-        "Schedule type": _A1111_SCHEDULES.get(sampling["timestep_spacing"]),
+        "Steps": sampling.get("steps"),
+        "Sampler": _A1111_SAMPLERS.get(sampling.get("sampler")),
+        "Schedule type": _A1111_SCHEDULES.get(sampling.get("timestep_spacing")),
         "CFG scale": sampling["guidance"]["scale"],
         "Seed": provenance["seed"],
         "Size": f"{size[1]}x{size[0]}",

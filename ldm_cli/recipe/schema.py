@@ -2,72 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from ldm_cli.config import Config, NamesModel
+from ldm_cli.core.codebook_config import CodebookConfig
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.lora_config import LoRAConfig
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.core.models.sd3_transformer_2d_config import SD3Transformer2DConfig
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
+from ldm_cli.core.models.vq_model_config import VQModelConfig
 from ldm_cli.core.patch_training_config import PatchTrainingConfig
 from ldm_cli.core.vae_loss_config import VAELossConfig, min_image_size
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.tokenizer_config import TokenizerConfig
-from ldm_cli.pictures.job import PromptEntry
-from ldm_cli.pictures.prompt_adapters import EmbeddingEntry, LoraEntry
+from ldm_cli.recipe.ar_recipe import TrainArRecipe
 from ldm_cli.recipe.eval_section import EvalSection
-from ldm_cli.sampling.config import SamplingConfig
-from ldm_cli.sampling.edit_config import EditConfig
-from ldm_cli.training.config import TrainConfig
-
-ConfigT = TypeVar("ConfigT", bound=Config)
-Variant = Literal["fp16", "bf16"] | None
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-
-
-class TrainRecipe(Config):
-    """The fields that every trainer's recipe has."""
-
-    command: str
-    """Which command this recipe is for."""
-    name: Name
-    """Name of the run, whose folder is `runs/NAME`."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of everything random."""
-    data: DataConfig
-    """Shards and preprocessing."""
-    train: TrainConfig
-    """Optimization."""
-    variant: Variant = None
-    """Precision of the weights of models that are named by hub name; null: full, where there is such."""
-
-    def _expect_plain_loss(self) -> None:
-        """Make sure that the data asks for nothing that only the loss of a denoiser has."""
-        if given := [name for name in ("loss_weights", "mask") if getattr(self.data, name) is not None]:
-            raise ValueError(f"data.{given[0]} has no meaning here: it changes the loss of train-unet")
-
-
-class StartedRecipe(TrainRecipe):
-    """A recipe whose training may begin at trained weights."""
-
-    start_from: Annotated[str | None, NamesModel()] = None
-    """Begin at these trained weights: a model of this kind as we, diffusers or transformers write it, a run or a
-    checkpoint. null: fresh weights."""
-    freeze: tuple[str, ...] = ()
-    """Parameters that stay as they are in `start_from`, by patterns of their names such as `encoder.*`. A pattern that
-    begins with `!` excepts what it matches; the last match wins."""
-
-    def _check_start(self, *sections: str) -> None:
-        """Make sure that `start_from` or the recipe gives each section."""
-        missing = [name for name in sections if not getattr(self, name)]
-        if self.start_from is None and missing:
-            raise ValueError(f"{' and '.join(missing)}: missing, and there is no start_from to take it from")
-        if self.start_from is None and self.freeze:
-            raise ValueError("freeze needs start_from: fresh weights would stay random")
+from ldm_cli.recipe.sample_recipe import SampleRecipe, Variant
+from ldm_cli.recipe.train_recipe import SamplesConfig, StartedRecipe, TrainRecipe, known
 
 
 class TrainClipRecipe(StartedRecipe):
@@ -87,7 +42,7 @@ class TrainClipRecipe(StartedRecipe):
     @property
     def model(self) -> CLIPConfig:
         """The model's configuration, once `start_from` has been read."""
-        return _known(self.clip, "clip")
+        return known(self.clip, "clip")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -106,21 +61,27 @@ class TrainVaeRecipe(StartedRecipe):
     start_from: Annotated[str | None, NamesModel(("vae",))] = None
     """As in every trainer; of a pipeline its autoencoder."""
     vae: AutoencoderKLConfig | None = None
-    """The model; fields as in its Hugging Face config.json. null: that of `start_from`."""
+    """The model, with a continuous latent; fields as in its Hugging Face config.json. null: that of `start_from`."""
+    vq: VQModelConfig | None = None
+    """The model, with a codebook, in place of `vae`; fields as in its Hugging Face config.json."""
+    codebook: CodebookConfig = CodebookConfig()
+    """With `vq`: how its codebook is learnt."""
     loss: VAELossConfig = VAELossConfig()
     """Reconstruction, KL, perceptual and adversarial terms."""
 
     @property
-    def model(self) -> AutoencoderKLConfig:
+    def model(self) -> AutoencoderKLConfig | VQModelConfig:
         """The model's configuration, once `start_from` has been read."""
-        return _known(self.vae, "vae")
+        return self.vq or known(self.vae, "vae or vq")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        self._check_start("vae")
+        if self.start_from is not None or self.vq is None:
+            self._check_start("vae")
         self._expect_plain_loss()
-        size = self.data.image_size
-        if self.vae is not None and size % (factor := 2 ** (len(self.vae.block_out_channels) - 1)):
+        self._check_codebook()
+        size, model = self.data.image_size, self.vae or self.vq
+        if model is not None and size % (factor := 2 ** (len(model.block_out_channels) - 1)):
             raise ValueError(f"data.image_size={size} is no multiple of the autoencoder's factor {factor}")
         if self.train.strategy == "sharded" and self.loss.adversarial_weight > 0 and self.loss.adversarial_adaptive:
             raise ValueError("train.strategy=sharded has no whole last layer for loss.adversarial_adaptive")
@@ -132,16 +93,18 @@ class TrainVaeRecipe(StartedRecipe):
             )
         return self
 
-
-class SamplesConfig(Config):
-    """Pictures generated while a denoiser trains, always from the same prompts and seeds."""
-
-    prompts: tuple[str, ...] = ()
-    """Fixed prompts; empty: captions of the first held-out samples."""
-    num_prompts: Annotated[int, Field(ge=1, le=64)] = 8
-    """How many captions to take when `prompts` is empty."""
-    sampling: SamplingConfig = SamplingConfig(steps=20, images_per_prompt=1)
-    """Sampler, steps, guidance, size."""
+    def _check_codebook(self) -> None:
+        if self.vae is not None and self.vq is not None:
+            raise ValueError("vae and vq are both given; expected one")
+        if self.vae is not None and self.codebook != CodebookConfig():
+            raise ValueError("codebook has no meaning with vae, which has no codebook")
+        if self.vq is None:
+            return
+        self.codebook.expect_fitting(self.vq.num_vq_embeddings, self.vq.code_channels)
+        if self.loss.kl_weight != VAELossConfig().kl_weight:
+            raise ValueError("loss.kl_weight has no meaning with vq: codes have no distribution")
+        if self.train.strategy == "sharded":
+            raise ValueError("train.strategy=sharded has no whole codebook for vq: use replicated")
 
 
 class TrainUnetRecipe(StartedRecipe):
@@ -150,7 +113,8 @@ class TrainUnetRecipe(StartedRecipe):
     command: Literal["train-unet"]
     """Which command this recipe is for."""
     vae: Annotated[str, NamesModel(("vae",))] = ""
-    """The trained AutoencoderKL (`runs/…/model`) or AutoencoderTiny. Empty: that of the pipeline in `start_from`."""
+    """The trained AutoencoderKL or VQModel (`runs/…/model`), or an AutoencoderTiny. Empty: that of the pipeline in
+    `start_from`."""
     text_encoder: Annotated[str, NamesModel(("text_encoder", "tokenizer"))] = ""
     """The trained CLIPModel or CLIPTextModel, with its tokenizer (`runs/…/model`). Empty: that of the
     pipeline in `start_from`."""
@@ -186,7 +150,7 @@ class TrainUnetRecipe(StartedRecipe):
     @property
     def model(self) -> UNet2DConditionConfig | SD3Transformer2DConfig:
         """The model's configuration, once `start_from` has been read."""
-        return _known(self.unet, "unet") if self.transformer is None else self.transformer
+        return known(self.unet, "unet") if self.transformer is None else self.transformer
 
     @property
     def component(self) -> str:
@@ -221,59 +185,6 @@ class TrainUnetRecipe(StartedRecipe):
             raise ValueError("lora.base_precision=bf16 needs train.precision=bf16")
 
 
-def _known(config: ConfigT | None, section: str) -> ConfigT:
-    if config is None:
-        raise ValueError(f"{section} is None: read start_from first")
-    return config
-
-
-class SampleRecipe(Config):
-    """`ldm sample`: pictures from prompts."""
-
-    command: Literal["sample"]
-    """Which command this recipe is for."""
-    model: Annotated[str, NamesModel()]
-    """A pipeline, a run or a checkpoint of `train-unet`: by its folder, or by its name on the hub."""
-    variant: Variant = None
-    """Precision of the weights of models that are named by hub name; null: full, where there is such."""
-    prompts: tuple[str | PromptEntry, ...] = ()
-    """Prompts, one entry each, as text or with settings of its own; `--prompts FILE` and `-p` come on top."""
-    weighted_words: bool = True
-    """Whether `(word:1.3)` in a prompt is a weight, or text like all else."""
-    loras: tuple[LoraEntry, ...] = ()
-    """Adapters: LoRA, LoHa, LoKr, DoRA. `<lora:NAME:WEIGHT>` in a prompt adds to the weight in its pictures."""
-    lora_dir: str | None = None
-    """Folder of further adapters that prompts may name; null: none."""
-    embeddings: tuple[EmbeddingEntry, ...] = ()
-    """Embeddings of textual inversion, each under a word for prompts."""
-    wildcards: str | None = None
-    """Folder of word lists: `__color__` in a prompt becomes a line of `color.txt`, by the seed; null: it is text."""
-    out: str | None = None
-    """Folder for the pictures; null: `samples/PROMPT-HASH`, a folder of its own for every job."""
-    sampling: SamplingConfig = SamplingConfig()
-    """Sampler, steps, guidance, size."""
-    edit: EditConfig = EditConfig()
-    """A picture to work on."""
-    variation: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Above 0, all images of a prompt resemble the first: this is how far each leans towards its own seed."""
-    interpolate: Annotated[int, Field(ge=0, le=10_000)] = 0
-    """Pictures from each prompt to the next, as a strip and an animation; 0: none."""
-    xy: Annotated[tuple[str, ...], Field(max_length=2)] = ()
-    """One or two of `field=a,b,c`: a labelled grid with a picture for each value, or pair of values."""
-    tile: Annotated[int, Field(ge=16)] | None = None
-    """Side in pixels of the windows in which larger pictures are denoised, decoded and encoded; null: all at once."""
-    format: Literal["png", "jpg", "webp"] = "png"
-    """Of the pictures; only PNG keeps every pixel as it was generated."""
-    metadata: bool = True
-    """Whether pictures say how they were generated: for web UIs, and for `ldm sample --repeat`."""
-    preview_every: Annotated[int, Field(ge=0)] = 0
-    """Predictions after which `preview.png` shows the unfinished pictures again; some samplers predict twice per step.
-    0: never."""
-    preview_vae: Annotated[str | None, NamesModel(("vae",))] = None
-    """An autoencoder of the same latents that decodes previews, such as an AutoencoderTiny, which takes a
-    fraction of the time; null: the model's own."""
-
-
 class EvalRecipe(Config):
     """`ldm eval`: metrics of trained models on shards."""
 
@@ -294,6 +205,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "train-clip": TrainClipRecipe,
     "train-vae": TrainVaeRecipe,
     "train-unet": TrainUnetRecipe,
+    "train-ar": TrainArRecipe,
     "sample": SampleRecipe,
     "eval": EvalRecipe,
 }

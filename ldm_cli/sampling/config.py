@@ -78,6 +78,14 @@ class SamplingConfig(Config):
     timesteps: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] | None = None
     """A table of timesteps to visit, falling, in place of a spacing, such as those of Align Your Steps (Sabour et al.
     2024, arXiv:2404.14507); with another number of `steps` it is resampled, linearly in log σ, as they do."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Autoregressive models: logits are divided by it; below 1 probable tokens become more so, 0 takes the most
+    probable."""
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    """Autoregressive models: choose among so many of the most probable tokens; null: all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Autoregressive models: choose among the most probable tokens that together have this probability (Holtzman et al.
+    2020, arXiv:1904.09751); 1: all."""
     images_per_prompt: Annotated[int, Field(ge=1)] = 4
     """Image i of a prompt has the seed `seed + i`."""
     seed: Annotated[int, Field(ge=0)] = 0

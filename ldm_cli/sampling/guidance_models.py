@@ -24,7 +24,7 @@ from ldm_cli.core.models.joint_transformer import JointTransformerBlock
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError, UsageError
 from ldm_cli.families.clip_folder import open_clip
-from ldm_cli.families.family import Family, place
+from ldm_cli.families.family import Family, ImageGenerator, place
 from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.hub import recorded
 from ldm_cli.formats.model_folder import load_model
@@ -109,8 +109,9 @@ def _weaker(folder: Path, family: Family) -> nn.Module:
     return weaker
 
 
-def guidance_folders(config: GuidanceConfig, family: Family) -> dict[str, Path]:
-    """Folder of each further network that `config` asks for beside those of `family`: `model`, `clip`.
+def guidance_folders(config: GuidanceConfig, family: ImageGenerator) -> dict[str, Path]:
+    """Folder of each further network that `config` asks for beside those of `family`: `model`, `clip`,
+    `best_of`.
 
     Raises:
         InputNotFoundError: there is no model.
@@ -121,6 +122,8 @@ def guidance_folders(config: GuidanceConfig, family: Family) -> dict[str, Path]:
         folders["model"] = folder / family.components[0] if has_model_json(folder / INDEX_NAME) else folder
     if config.clip is not None and config.clip.scale > 0.0:
         folders["clip"] = resolve_model(Path(config.clip.model))
+    if config.best_of is not None:
+        folders["best_of"] = resolve_model(Path(config.best_of.clip))
     return folders
 
 
@@ -129,8 +132,11 @@ def with_absolute_paths(config: GuidanceConfig) -> GuidanceConfig:
     clip = config.clip
     if clip is not None:
         clip = clip.model_copy(update={"model": recorded(Path(clip.model).absolute())})
+    best_of = config.best_of
+    if best_of is not None:
+        best_of = best_of.model_copy(update={"clip": recorded(Path(best_of.clip).absolute())})
     model = None if config.model is None else recorded(Path(config.model).absolute())
-    return config.model_copy(update={"model": model, "clip": clip})
+    return config.model_copy(update={"model": model, "clip": clip, "best_of": best_of})
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,31 +18,42 @@ from ldm_cli.core.first_nonfinite import first_nonfinite
 from ldm_cli.errors import DivergedError, UsageError
 from ldm_cli.families.family import Family
 from ldm_cli.families.prompt_chunks import PromptReading
-from ldm_cli.reporting import Progress, Reporter, SilentReporter
+from ldm_cli.reporting import Progress, Reporter
 from ldm_cli.sampling.config import SamplingConfig
+from ldm_cli.sampling.denoising import sampler_of, visited_timesteps
 from ldm_cli.sampling.fixed_rows import DENOISED_PIXELS, enough_rows, filled, row_groups
 from ldm_cli.sampling.guidance_models import GuidanceModels, guidance_folders
 from ldm_cli.sampling.latent_sampler import LatentSampler, prompt_conditions, prompts_of
 from ldm_cli.sampling.noise import initial_noise
+from ldm_cli.sampling.picture_pipeline import PicturePipeline
 from ldm_cli.sampling.pixels import decode_pixels, encode_edit_input
 from ldm_cli.sampling.request import GeneratedImage, ImageRequest
 from ldm_cli.sampling.sample_options import PLAIN, SampleOptions
 
 
-class Pipeline:
-    """Generates pictures with a model.
+class Pipeline(PicturePipeline):
+    """Generates pictures with a denoiser."""
 
-    Attributes:
-        family: the model.
-    """
+    family: Family
+    meaningless: ClassVar[tuple[str, ...]] = ("temperature", "top_k", "top_p")
+    hint: ClassVar[str] = "it belongs to autoregressive models"
 
     def __init__(self, family: Family) -> None:
-        self.family = family
+        super().__init__(family)
         self._guidance: dict[Hashable, GuidanceModels] = {}
         self._enough: dict[Hashable, int] = {}
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The scheduler, without its sampler: `recorded` names the one that is used."""
+        return {"scheduler": {n: value for n, value in vars(self.family.settings).items() if n != "sampler"}}
+
+    def recorded(self, config: SamplingConfig) -> dict[str, Any]:
+        """See `PicturePipeline`."""
+        return super().recorded(config) | {"sampler": sampler_of(self.family.settings, config)}
+
     def image_size(self, config: SamplingConfig) -> tuple[int, int]:
-        """Height and width of the pictures, in pixels.
+        """See `PicturePipeline`.
 
         Raises:
             UsageError: not a multiple of what codec and denoiser need, too large for the denoiser, or not known.
@@ -62,46 +74,34 @@ class Pipeline:
             sizes.append(size)
         return sizes[0], sizes[1]
 
-    def latent_shape(self, config: SamplingConfig) -> tuple[int, int, int]:
-        """C×h×w of the latents behind one picture; errors as in `image_size`."""
-        height, width = self.image_size(config)
-        codec = self.family.codec
-        return codec.channels, height // codec.factor, width // codec.factor
-
-    def generate(
+    def check(
         self,
         requests: Sequence[ImageRequest],
         config: SamplingConfig,
         noise: Tensor | None = None,
-        reporter: Reporter | None = None,
         options: SampleOptions = PLAIN,
-    ) -> Iterator[GeneratedImage]:
-        """Generate pictures, in the order of the requests.
-
-        On a CPU a picture is the same bit for bit whatever the other requests and `config.batch_size` are; on other
-        devices it is the same up to rounding.
-
-        Args:
-            requests: the pictures.
-            config: sampler, guidance, size.
-            noise: initial noise, standard normal [N, C, h, w], one per request; None: by the seeds.
-            reporter: receives progress, and warnings of prompts that are cut.
-            options: a picture to work on, windows, weighted words, previews.
-
-        Raises:
-            UsageError: a size, a number of steps or a `clip_skip` that the model cannot do.
-            DivergedError: a picture is not finite, unless `options.on_nonfinite` says otherwise.
-            ValueError: `noise` of another shape.
-        """
-        reporter = reporter or SilentReporter()
-        shape = self.latent_shape(config)
+    ) -> None:
+        """See `PicturePipeline`."""
+        super().check(requests, config, noise, options)
+        shape, family, edit = self.latent_shape(config), self.family, options.edit_input
         if noise is not None and noise.shape != (len(requests), *shape):
             raise ValueError(f"noise of shape {tuple(noise.shape)}, expected {(len(requests), *shape)}")
-        family, edit, window = self.family, options.edit_input, options.window
-        reading = PromptReading(options.weighted, config.long_prompts, config.clip_skip)
-        family.encoder.check(reading)
+        family.encoder.check(PromptReading(clip_skip=config.clip_skip))
+        visited_timesteps(family.process_at((shape[1], shape[2])), family.settings, config)
         if family.takes_mask and (edit is None or edit.mask is None):
             raise UsageError("this model fills masks", "no mask is given", "add --init and --mask, or --extend")
+
+    def _generate(
+        self,
+        requests: Sequence[ImageRequest],
+        config: SamplingConfig,
+        noise: Tensor | None,
+        reporter: Reporter,
+        options: SampleOptions,
+    ) -> Iterator[GeneratedImage]:
+        """See `PicturePipeline`."""
+        family, edit, window, shape = self.family, options.edit_input, options.window, self.latent_shape(config)
+        reading = PromptReading(options.weighted, config.long_prompts, config.clip_skip)
         sampler = LatentSampler(
             family,
             config,

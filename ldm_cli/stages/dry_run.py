@@ -19,7 +19,9 @@ from ldm_cli.families.codec_folder import outline_codec
 from ldm_cli.families.open_family import outline_family, resolve_model
 from ldm_cli.formats.model_source import has_model_json
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
-from ldm_cli.recipe.schema import EvalRecipe, Recipe, SampleRecipe, StartedRecipe
+from ldm_cli.recipe.sample_recipe import SampleRecipe
+from ldm_cli.recipe.schema import EvalRecipe, Recipe
+from ldm_cli.recipe.train_recipe import StartedRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages import trainer_stage
 from ldm_cli.stages.support.eval_models import Pipelines, needed_models

@@ -1,4 +1,4 @@
-"""`ldm precompute`: the moments and conditions of a denoiser's training data, computed once and written to a cache."""
+"""`ldm precompute`: what frozen models make of training data, computed once and written to a cache."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
-from ldm_cli.core.precision import DTYPES
 from ldm_cli.data.cache_manifest import CachedShard, CacheKey, Dtype, Manifest, differences, stem_of
 from ldm_cli.data.cache_writer import (
     bad_members,
@@ -35,11 +32,17 @@ from ldm_cli.data.sample_decoder import SampleDecoder, Wanted
 from ldm_cli.data.shards import ShardSet
 from ldm_cli.data.to_device import sent_to_device
 from ldm_cli.errors import OutputError, Preempted
-from ldm_cli.families.codec_folder import outline_codec
-from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import Progress, Reporter
-from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
-from ldm_cli.stages.support.cache_encoding import CacheEncoder, Chunks, EncodedChunk
+from ldm_cli.stages.support.batch_encoder import cache_key
+from ldm_cli.stages.support.cache_encoding import (
+    CachedRecipe,
+    CacheEncoder,
+    Chunks,
+    EncodedChunk,
+    FrozenEncoder,
+    bytes_per_sample,
+    open_encoder,
+)
 from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import RunOptions, resolve_device, with_precision
 from ldm_cli.stages.support.start import resolve_start
@@ -52,11 +55,10 @@ from ldm_cli.training.ranks import Ranks
 T = TypeVar("T")
 
 _CAPTIONS_PER_FILE = 10_000
-_TAR_OVERHEAD = 1536  # of a sample: headers of tar and safetensors, padding
 
 
 def run(
-    recipe: TrainUnetRecipe,
+    recipe: CachedRecipe,
     options: RunOptions,
     reporter: Reporter,
     dtype: Dtype | None = None,
@@ -91,7 +93,7 @@ def run(
             failures.check()
             before, is_damaged = manifest_to_update(folder, reporter.warn)
             key = _key_to_use(folder, before, wanted, dtype, options.overwrite)
-            encoder = BatchEncoder(recipe, device, reporter.warn)
+            encoder = open_encoder(recipe, device, reporter.warn)
             work = _Precomputation(recipe, folder, shards, key, encoder, stop, reporter, failures, ranks)
             counts = work.run(before, is_damaged)
     size = sum(path.stat().st_size for path in folder.glob("*.tar"))
@@ -100,14 +102,14 @@ def run(
 
 
 def dry_run(
-    recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter, dtype: Dtype | None = None
+    recipe: CachedRecipe, options: RunOptions, reporter: Reporter, dtype: Dtype | None = None
 ) -> dict[str, Any]:
     """What `run` would write: samples, and bytes for each; errors as in `run`."""
     recipe = with_precision(resolve_start(with_model_folders(recipe, reporter), reporter.warn), options)
     shards = open_shards(recipe.data.shards, recipe.data, reporter)
     folder = _folder(recipe, options, shards)
     key = _key_to_use(folder, Manifest.read(folder), cache_key(recipe), dtype, options.overwrite)
-    size = _sample_bytes(recipe, key)
+    size = bytes_per_sample(recipe, key)
     return {
         "cache": str(folder),
         "dtype": key.dtype,
@@ -118,19 +120,9 @@ def dry_run(
     }
 
 
-def _folder(recipe: TrainUnetRecipe, options: RunOptions, shards: ShardSet) -> Path:
+def _folder(recipe: CachedRecipe, options: RunOptions, shards: ShardSet) -> Path:
     """Where the recipe says, else beside the shards."""
     return options.out or Path(recipe.cache or shards.paths[0].parent / "cache")
-
-
-def _sample_bytes(recipe: TrainUnetRecipe, key: CacheKey) -> int:
-    """What a sample takes in a latents file, about."""
-    side, codec = recipe.data.image_size, outline_codec(Path(recipe.vae))
-    moments = codec.moments(torch.empty(1, 3, side, side, device="meta"))
-    numbers = sum(tensor.numel() for tensor in moments.values())
-    if recipe.data.mask is not None:
-        numbers += (side // codec.factor) ** 2
-    return numbers * len(key.flips) * DTYPES[key.dtype].itemsize + _TAR_OVERHEAD
 
 
 def _key_to_use(
@@ -156,11 +148,11 @@ class _Precomputation:
 
     def __init__(
         self,
-        recipe: TrainUnetRecipe,
+        recipe: CachedRecipe,
         folder: Path,
         shards: ShardSet,
         key: CacheKey,
-        encoder: BatchEncoder,
+        encoder: FrozenEncoder,
         stop: StopRequest,
         reporter: Reporter,
         failures: FailureJournal,
@@ -172,7 +164,7 @@ class _Precomputation:
         self._stop, self._reporter = stop, reporter
         self._encoder = CacheEncoder(encoder, recipe, key)
         self._device = next(encoder.codec.parameters()).device
-        self._sample_bytes = _sample_bytes(recipe, key)
+        self._sample_bytes = bytes_per_sample(recipe, key)
 
     def run(self, before: Manifest | None, is_damaged: bool) -> dict[str, int]:
         """Write the missing files; `cache.json` names a file only when it exists. Files of another recipe are deleted,
@@ -252,6 +244,8 @@ class _Precomputation:
 
     def _write_text(self) -> tuple[list[str], int]:
         """Encode the captions that no file has yet; the stems of all files, and how many captions they hold."""
+        if not self._key.text:
+            return [], 0
         prefix = self._key.text_stem()
         files = self._found_by_first(lambda: find_whole(self._folder, prefix, self._reporter.warn))
         stems = [stem_of(Path(name)) for name in files]

@@ -22,9 +22,9 @@ from ldm_cli.pictures.provenance import check_repeatable
 from ldm_cli.pictures.sheets import Sheets
 from ldm_cli.pictures.wildcards import Wildcards
 from ldm_cli.pictures.writer import written_meanwhile
-from ldm_cli.recipe.schema import SampleRecipe
+from ldm_cli.recipe.sample_recipe import SampleRecipe
 from ldm_cli.reporting import Reporter
-from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.sampling.pipeline_of import pipeline_of
 from ldm_cli.stages.support.job_adapters import JobAdapters
 from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import RunOptions, resolve_device, settled
@@ -71,7 +71,7 @@ def run(
         job = _job(recipe, loras)
         family = open_family(Path(recipe.model), device, sampling.precision, compiled=sampling.compile is True)
         adapters = JobAdapters(family, job.items, loras.paths, recipe.embeddings)
-        generator = PictureGenerator(Pipeline(family), recipe, latents, len(job.items), adapters)
+        generator = PictureGenerator(pipeline_of(family), recipe, latents, len(job.items), adapters)
         generator.check(job.items)
         for message in job_warnings(job.items, family, recipe.weighted_words):
             reporter.warn(message)

@@ -18,7 +18,6 @@ from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.core.models.clip_image_processor import CLIPImageProcessor
 from ldm_cli.core.models.clip_resnet import StatisticsKept
 from ldm_cli.data.batch import Batch
-from ldm_cli.data.loader import sequential_batches
 from ldm_cli.data.to_device import sent_to_device
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.families.caption_tokens import CaptionTokens
@@ -35,8 +34,9 @@ from ldm_cli.stages.support.model_sizes import Parameters, outlined, trained_par
 from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import RunOptions, with_precision
 from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_folder, start_uses
+from ldm_cli.stages.support.trained_tokenizer import tokenizer_of
 from ldm_cli.stages.support.training_run import Workbench, run_training
-from ldm_cli.training.checkpoint import commit_folder, link_folder
+from ldm_cli.training.checkpoint import link_folder
 from ldm_cli.training.gradient_sum import gradient_sum
 from ldm_cli.training.shared_work import in_turns
 from ldm_cli.training.task import WeightsByModule
@@ -91,7 +91,7 @@ class CLIPTask:
 
     def __init__(self, recipe: TrainClipRecipe, bench: Workbench) -> None:
         self.recipe, self.bench = recipe, bench
-        self.tokenizer = _tokenizer(recipe, bench)
+        self.tokenizer = tokenizer_of(recipe, bench)
         self.tokenizer.model_max_length = recipe.model.text_config.max_position_embeddings
         config = recipe.model if recipe.start_from else fit_to_tokenizer(recipe.model, self.tokenizer)
         self.model = build_model(CLIPModel, config, recipe)
@@ -243,21 +243,6 @@ def _image_processor(recipe: TrainClipRecipe) -> CLIPImageProcessor:
     if recipe.start_from is None:
         return CLIPImageProcessor.for_side(recipe.model.vision_config.image_size)
     return open_image_processor(start_folder(recipe))
-
-
-def _tokenizer(recipe: TrainClipRecipe, bench: Workbench) -> Tokenizer:
-    """The recipe's vocabulary, or one trained from the captions; trained once and kept in the run folder."""
-    if recipe.tokenizer.path is not None:
-        return Tokenizer.load(Path(recipe.tokenizer.path))
-    folder = bench.run.path / "tokenizer"
-    if not folder.is_dir():
-        bench.run.log("training the tokenizer from the captions")
-        stream = sequential_batches(
-            bench.shards, recipe.data, 1024, limit=recipe.tokenizer.max_captions, with_images=False
-        )
-        captions = [caption for batch in stream for caption in batch.captions]
-        commit_folder(folder, Tokenizer.train(captions, recipe.tokenizer).save)
-    return Tokenizer.load(folder)
 
 
 def fit_to_tokenizer(config: CLIPConfig, tokenizer: Tokenizer) -> CLIPConfig:

@@ -21,7 +21,7 @@ _ADAMW_RMS = 0.4  # root mean square of an update, in learning rates; AdamW's is
 _MOST_TOGETHER = 8
 _ELEMENTS_TOGETHER = 1 << 22
 _SIDE_TO_SHARE = 128  # on two ranks of one CPU core each sharing takes 29 ms instead of 40 at 128, as long at 64
-_EDGES = ("embed", "conv_in", "conv_out", "projection", "quant_conv")
+_EDGES = ("embed", "conv_in", "conv_out", "projection", "quant_conv", "lm_head")
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:

@@ -74,7 +74,8 @@ class GuardedOptimizers:
     def __init__(self, weights: Weights, config: TrainConfig, device: torch.device) -> None:
         self.weights, self.config = weights, config
         held = weights.parameters
-        self.optimizers = {name: build_optimizers(held[name], config, weights.ranks) for name in held}
+        built = {name: build_optimizers(held[name], config, weights.ranks) for name in held}
+        self.optimizers = {name: optimizers for name, optimizers in built.items() if optimizers}
         scale = _FIRST_LOSS_SCALE if config.precision == "fp16" else 1.0
         self.loss_scale = torch.tensor(scale, device=device)
         self.steps_since_overflow = torch.tensor(0.0, device=device)

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+
+@runtime_checkable
+class EndsStep(Protocol):
+    """A module whose buffers change beyond a mean, or whose weights follow from them."""
+
+    def end_step(self, kept: Tensor) -> None:
+        """Called when the buffers of a step are there, on all ranks alike; `kept` is 0 for a skipped step, else 1."""
 
 
 class RunningStatistics:
@@ -16,13 +25,12 @@ class RunningStatistics:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._buffers = [
-            buffer
-            for module in modules
-            for layer in module.modules()
-            if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)
-            for buffer in layer.buffers()
-        ]
+        modules = list(modules)
+        self._followers = [module for module in modules if isinstance(module, EndsStep)]
+        layers = [layer for module in modules for layer in module.modules()]
+        norms = [layer for layer in layers if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)]
+        owners: list[nn.Module] = [*norms, *(module for module in modules if isinstance(module, EndsStep))]
+        self._buffers = [buffer for owner in owners for buffer in owner.buffers()]
         self._before: list[Tensor] = []
 
     def begin_step(self) -> None:
@@ -47,3 +55,5 @@ class RunningStatistics:
         changes = torch.split(change, [buffer.numel() for buffer in self._buffers])
         for buffer, before, part in zip(self._buffers, self._before, changes, strict=True):
             buffer.copy_(torch.where(kept > 0, before + part.view(before.shape), before))
+        for module in self._followers:
+            module.end_step(kept)

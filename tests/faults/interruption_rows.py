@@ -231,6 +231,8 @@ def _read(file: Path) -> str:
 ROWS: dict[str, tuple[Row, int]] = {
     "kill-at-random": (kill_at_random, 200),
     "kill-adapters-at-random": (partial(kill_at_random, names=("lora",)), 20),
+    "kill-codebook-at-random": (partial(kill_at_random, names=("vq",)), 20),
+    "kill-tokens-at-random": (partial(kill_at_random, names=("ar",)), 20),
     "kill-at-system-call": (kill_at_system_call, 0),
     "kill-while-indexing": (killed_while_indexing, 0),
     "signal-to-process": (partial(stopped, group=False), 12),

@@ -193,7 +193,8 @@ class Home:
         from ldm_cli.data.scenes import write_scenes
         from ldm_cli.reporting import SilentReporter
 
-        from ..stages.tiny import RESNET, clip_recipe, unet_recipe, vae_recipe
+        from ..sampling.tiny_ar import save_tiny_vq
+        from ..stages.tiny import RESNET, ar_recipe, clip_recipe, unet_recipe, vae_recipe, vq_recipe
         from ..stages.tiny_sd3 import save_tiny_sd3, sd3_recipe
 
         self.folder = folder
@@ -204,6 +205,9 @@ class Home:
         flips = {"flip_probability": 0.5}
         self._write("clip", clip_recipe(scenes, RESNET, micro_batch=4, **train))
         self._write("vae", vae_recipe(scenes, loss=adversarial, data=flips, **train))
+        self._write("vq", vq_recipe(scenes, loss=adversarial, data=flips, **train))
+        save_tiny_vq(folder / "codes")
+        self._write("ar", ar_recipe(scenes, folder / "codes", data=flips, **train))
         for name in ("clip", "vae"):
             self.finished(name)
         models = folder / "whole-clip/model", folder / "whole-vae/model"

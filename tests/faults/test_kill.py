@@ -102,12 +102,14 @@ def after_checkpoints(out: Path) -> bool:
     ("name", "moments"),
     [
         ("vae", (started, while_saving, after_checkpoints)),
+        ("vq", (while_saving,)),
+        ("ar", (while_saving,)),
         ("clip", (while_saving,)),
         ("unet", (while_saving,)),
         ("sd3", (while_saving,)),
         ("lora", (while_saving,)),
     ],
-    ids=["vae", "clip", "unet", "sd3", "lora"],
+    ids=["vae", "vq", "ar", "clip", "unet", "sd3", "lora"],
 )
 def test_killed_and_repeated_it_ends_in_the_same_bits(
     home: Home, start: Callable[..., Life], tmp_path: Path, name: str, moments: tuple[Moment, ...]

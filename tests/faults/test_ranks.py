@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ldm_cli.cli.app import run as ldm_run
 from ldm_cli.data.scenes import write_scenes
 from ldm_cli.reporting import SilentReporter
 
 from ..conftest import REPOSITORY
-from ..stages.tiny import RESNET, clip_recipe, vae_recipe
+from ..sampling.tiny_ar import save_tiny_vq
+from ..stages.tiny import RESNET, ar_recipe, clip_recipe, vae_recipe, vq_recipe
 from ..stages.tiny_xl import save_tiny_xl, xl_recipe
 from ..training.forked import ForkedRanks
 from .lives import _session
 from .matrix import different
-from .runs import metrics, status
+from .runs import metrics, status, tensors
 
 ELASTIC = {"steps": 6, "batch_size": 16, "save_every": 3, "ema_decay": 0.9, "lr": 1e-2, "deterministic": "elastic"}
 ADVERSARIAL = {"adversarial_weight": 0.5, "discriminator_channels": 8, "discriminator_layers": 2}
@@ -63,6 +65,45 @@ def test_elastic_training_has_the_same_bits_and_samples_on_one_and_two_ranks(sce
     one, two = (trained(recipe, tmp_path / str(count), count) for count in (1, 2))
     assert different(one, two) is None
     assert trace(one) == trace(two)
+
+
+def test_a_codebook_has_the_same_bits_on_one_and_two_ranks(scenes: Path, tmp_path: Path) -> None:
+    """Its means are of the whole batch, and a code starts again at the same vector wherever that is."""
+    recipe = vq_recipe(scenes, {"restart_below": 0.5}, data={"flip_probability": 0.5}, **ELASTIC)
+    one, two = (trained(recipe, tmp_path / str(count), count) for count in (1, 2))
+    assert different(one, two) is None
+    assert trace(one) == trace(two)
+
+
+def test_a_model_of_tokens_has_the_same_bits_on_one_and_two_ranks(scenes: Path, tmp_path: Path) -> None:
+    save_tiny_vq(tmp_path / "vq")
+    recipe = ar_recipe(scenes, tmp_path / "vq", data={"flip_probability": 0.5}, **ELASTIC)
+    one, two = (trained(recipe, tmp_path / str(count), count) for count in (1, 2))
+    assert different(one, two) is None
+    assert trace(one) == trace(two)
+
+
+@pytest.mark.slow
+def test_sharded_ranks_log_the_losses_of_one_to_rounding(scenes: Path, tmp_path: Path) -> None:
+    save_tiny_vq(tmp_path / "vq")
+    train = ELASTIC | {"deterministic": "run", "lr": 1e-3, "log_every": 1}
+    recipe = ar_recipe(scenes, tmp_path / "vq", **train)
+    one = trained(recipe, tmp_path / "one", 1)
+    recipe["train"]["strategy"] = "sharded"
+    two = trained(recipe, tmp_path / "two", 2)
+    losses = [[line["loss"] for line in metrics(run) if "loss" in line] for run in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert len(losses[0]) == 6
+
+
+@pytest.mark.slow
+def test_without_elastic_two_ranks_learn_the_codebook_of_one_to_rounding(scenes: Path, tmp_path: Path) -> None:
+    recipe = vq_recipe(scenes, {"restart_below": 0.5}, **ELASTIC | {"deterministic": "run", "steps": 3, "lr": 1e-3})
+    one, two = (trained(recipe, tmp_path / str(count), count) for count in (1, 2))
+    books = [
+        tensors(run, 3)["model/diffusion_pytorch_model.safetensors:quantize.embedding.weight"] for run in (one, two)
+    ]
+    torch.testing.assert_close(books[0], books[1], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.exhaustive

@@ -36,6 +36,8 @@ from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisi
 from ldm_cli.core.models.clip_image_processor import CLIPImageProcessor
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
+from ldm_cli.core.models.vq_model import VQModel
+from ldm_cli.core.models.vq_model_config import VQModelConfig
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.data.tokenizer_config import TokenizerConfig
 from tests.core.models.weights import randomise
@@ -90,6 +92,21 @@ def tiny_images(content: Content) -> tuple[Any, Any]:
         found = torch.cat((ours.encode(images).flatten(), ours.decode(ours.encode(images)).flatten()))
         scaled = latents * theirs.config.scaling_factor
         return found, torch.cat((scaled.flatten(), theirs.decode(latents).sample.flatten()))
+
+
+def quantized_images(content: Content) -> tuple[Any, Any]:
+    """Latents and reconstructions of the autoencoder with a codebook."""
+    ours = VQModel(VQModelConfig.from_hugging_face(content)).eval()
+    theirs = diffusers.VQModel.from_config(dict(content)).eval()
+    randomise(theirs)
+    ours.load_state_dict(theirs.state_dict())
+    torch.manual_seed(0)
+    images = torch.rand(2, theirs.config.in_channels, 16, 16)
+    with torch.no_grad():
+        z = theirs.encode(images).latents
+        scaled = z * theirs.config.scaling_factor
+        found = torch.cat((ours.encode(images).flatten(), ours.decode(scaled).flatten()))
+        return found, torch.cat((scaled.flatten(), theirs.decode(z).sample.flatten()))
 
 
 def text_states(content: Content) -> tuple[Tensor, Tensor]:
@@ -276,10 +293,12 @@ VAE = Foreign(
         "in_channels": [1],
         "out_channels": [4],
         "down_block_types": [
-            {"up_block_types": ["UpDecoderBlock2D"], "block_out_channels": [8], "": ["DownEncoderBlock2D"]}
+            {"up_block_types": ["UpDecoderBlock2D"], "block_out_channels": [8], "": ["DownEncoderBlock2D"]},
+            ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"],
         ],
         "up_block_types": [
-            {"down_block_types": ["DownEncoderBlock2D"], "block_out_channels": [8], "": ["UpDecoderBlock2D"]}
+            {"down_block_types": ["DownEncoderBlock2D"], "block_out_channels": [8], "": ["UpDecoderBlock2D"]},
+            ["AttnUpDecoderBlock2D", "UpDecoderBlock2D"],
         ],
         "block_out_channels": [[16, 8]],
         "layers_per_block": [2],
@@ -295,6 +314,23 @@ VAE = Foreign(
     },
     refused={"latents_mean": [0.0, 0.1, 0.0, 0.0], "latents_std": [1.0, 1.0, 2.0, 1.0]},
     harmless={"sample_size": [64, 32]},
+)
+VQ = Foreign(
+    "VQModel",
+    "vae/config.json",
+    parameters_of(diffusers.VQModel.__init__),
+    {**VAE.base, "num_vq_embeddings": 24},
+    quantized_images,
+    honoured={
+        **{name: VAE.honoured[name] for name in ("in_channels", "out_channels", "down_block_types", "up_block_types")},
+        **{name: VAE.honoured[name] for name in ("block_out_channels", "layers_per_block", "act_fn")},
+        **{name: VAE.honoured[name] for name in ("norm_num_groups", "scaling_factor", "mid_block_add_attention")},
+        "latent_channels": [4],
+        "num_vq_embeddings": [5],
+        "vq_embed_dim": [6],
+    },
+    refused={"norm_type": "spatial"},
+    harmless={"sample_size": 64, "lookup_from_codebook": True, "force_upcast": True},
 )
 TINY_VAE = Foreign(
     "AutoencoderTiny",
@@ -489,4 +525,4 @@ IMAGES = Foreign(
         "return_tensors": "pt",
     },
 )
-CLASSES = (UNET, VAE, TINY_VAE, TEXT, VISION, CLIP, TOKENIZER, IMAGES, *SCHEDULERS)
+CLASSES = (UNET, VAE, TINY_VAE, VQ, TEXT, VISION, CLIP, TOKENIZER, IMAGES, *SCHEDULERS)

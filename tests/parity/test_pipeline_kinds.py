@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ldm_cli.errors import CheckpointError, RecipeError
 from ldm_cli.families.open_family import open_family
-from ldm_cli.recipe.schema import SampleRecipe, TrainUnetRecipe
+from ldm_cli.recipe.sample_recipe import SampleRecipe
+from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.request import ImageRequest

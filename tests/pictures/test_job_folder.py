@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from ldm_cli.errors import CheckpointError, InputNotFoundError, OutputError, UsageError
 from ldm_cli.pictures.images import read_image
-from ldm_cli.recipe.schema import SampleRecipe
+from ldm_cli.recipe.sample_recipe import SampleRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.edit_config import EditConfig

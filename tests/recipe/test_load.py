@@ -57,7 +57,7 @@ ZOO = [
         "name: tiny",
         "name: tiny\nzzz: 1",
         "r.yaml:3:1: zzz: unknown key; expected one of command, name, seed, data, train, variant, start_from, freeze, "
-        "vae, loss",
+        "vae, vq, codebook, loss",
     ),
     ("  steps: 10\n", "", "r.yaml:6:1: train: missing required key 'steps'"),
     ("name: tiny\n", "", "r.yaml:1:1: missing required key 'name'"),
@@ -143,13 +143,13 @@ ZOO = [
     (
         "command: train-vae",
         "command: train-vea",
-        "r.yaml:1:10: command: expected one of train-clip, train-vae, train-unet, sample, eval,"
+        "r.yaml:1:10: command: expected one of train-clip, train-vae, train-unet, train-ar, sample, eval,"
         " found text 'train-vea' (did you mean 'train-vae'?)",
     ),
     (
         "command: train-vae\n",
         "",
-        "r.yaml:1:1: missing required key 'command'; one of train-clip, train-vae, train-unet, sample, eval",
+        "r.yaml:1:1: missing required key 'command'; one of train-clip, train-vae, train-unet, train-ar, sample, eval",
     ),
     ("name: tiny", "name: tiny\nname: two", "r.yaml:3:1: name: duplicate key, first given at line 2"),
 ]

@@ -15,6 +15,7 @@ from ldm_cli.families.open_family import open_family
 from ldm_cli.sampling import latent_sampler
 from ldm_cli.sampling.config import SamplerName, SamplingConfig
 from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.sampling.pipeline_of import pipeline_of
 from ldm_cli.sampling.request import ImageRequest, requests_for
 
 from . import worker as work
@@ -65,6 +66,17 @@ def test_pictures_of_the_device_are_those_of_the_cpu(pipeline: Path, worker: Pro
     expected = Pipeline(open_family(pipeline)).generate(requests_for(["a red circle"], config), config)
     for pixels, picture in zip(made["pixels"], expected, strict=True):
         assert (torch.tensor(pixels) - picture.pixels.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_tokens_do_not_touch_the_host(scale: float, parts: Path, worker: ProcessPoolExecutor) -> None:
+    sampling = {"images_per_prompt": 3, "guidance": {"scale": scale}, "top_k": 8, "top_p": 0.9}
+    made = worker.submit(work.sample, parts / "ar", **sampling).result()
+    assert made["touches"] == []
+    assert made["rows"] == [3 if scale == 1.0 else 6] * 16
+    config = SamplingConfig.from_mapping(sampling)
+    expected = pipeline_of(open_family(parts / "ar")).generate(requests_for(["a red circle"], config), config)
+    assert made["pixels"] == [picture.pixels.tolist() for picture in expected]
 
 
 def makes_noise_on_the_host(patch: pytest.MonkeyPatch) -> None:

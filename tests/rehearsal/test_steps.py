@@ -11,7 +11,7 @@ import pytest
 
 from ldm_cli.errors import CheckpointError
 
-from ..stages.tiny import clip_recipe, losses, trained, unet_recipe, vae_recipe
+from ..stages.tiny import ar_recipe, clip_recipe, losses, trained, unet_recipe, vae_recipe, vq_recipe
 from ..stages.tiny_sd3 import sd3_recipe
 from ..stages.tiny_xl import xl_recipe
 from . import worker as work
@@ -19,7 +19,7 @@ from . import worker as work
 STEPS = {"steps": 3, "log_every": 3, "save_every": 3, "ema_decay": 0.9, "validation_samples": 4}
 DENOISERS = [f"{model} from {source}" for model in ("unet", "xl", "sd3") for source in ("cache", "images")]
 PATCHES = {"sd3, patches left out": {"left_out": 0.75}, "sd3, patches aligned": {"aligned_block": 1}}
-TRAINERS = (*DENOISERS, *PATCHES, "lora", "vae", "clip")
+TRAINERS = (*DENOISERS, *PATCHES, "lora", "vae", "vq", "clip", "ar from cache", "ar from images")
 ADAPTERS = {"rank": 2, "targets": ["all"], "conv_rank": 2, "text_encoder": True, "dropout": 0.1, "dora": True}
 TOUCHES = ["send to_device.py:_sent"]
 
@@ -33,7 +33,13 @@ def recipe_of(trainer: str, parts: Path, **train: Any) -> Mapping[str, Any]:
         return vae_recipe(
             scenes, loss | {"perceptual_weight": 0.1, "perceptual_clip": str(parts / "clip/model")}, **train
         )
+    if trainer == "vq":
+        return vq_recipe(scenes, **train)
     model, _, source = trainer.partition(" from ")
+    if model == "ar":
+        return ar_recipe(scenes, parts / "ar/vq", **train) | (
+            {"cache": str(parts / "codes")} if source == "cache" else {}
+        )
     diffusion = {"caption_dropout": 0.1, "snr_gamma": 5.0}
     if trainer == "lora":
         recipe = xl_recipe(scenes, {}, diffusion, **train) | {"start_from": str(parts / "xl"), "lora": ADAPTERS}
@@ -85,7 +91,9 @@ def test_a_run_goes_on_with_the_kind_of_device_that_it_began_with(
         worker.submit(work.train, recipe_of("clip", parts, steps=1), tmp_path / "run", None).result()
 
 
-@pytest.mark.parametrize("trainer", ["xl from images", "sd3 from images", "lora", "vae", "clip"])
+@pytest.mark.parametrize(
+    "trainer", ["xl from images", "sd3 from images", "lora", "vae", "vq", "clip", "ar from images"]
+)
 def test_a_step_in_half_precision_touches_the_host_no_more(
     trainer: str, parts: Path, worker: ProcessPoolExecutor, tmp_path: Path
 ) -> None:

@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from ldm_cli.families.autoregressive import Autoregressive
 from ldm_cli.families.open_family import open_family
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplingConfig
-from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.sampling.picture_pipeline import PicturePipeline
+from ldm_cli.sampling.pipeline_of import pipeline_of
 from ldm_cli.sampling.request import requests_for
 from ldm_cli.stages import precompute
 from ldm_cli.stages.support import training_run
@@ -89,9 +91,11 @@ def sample(folder: Path, plant: Callable[[pytest.MonkeyPatch], None] | None = No
         sampling: fields of the configuration.
 
     Returns:
-        `touches` between the first call of the denoiser and the last; the `rows` of each call; the `pixels`.
+        `touches` between the first call of the network and the last; the `rows` of each call; the `pixels`.
     """
     pipeline = _opened(folder)
+    family: Any = pipeline.family
+    network = family.transformer.model if isinstance(family, Autoregressive) else family.denoiser
     config = SamplingConfig.from_mapping(sampling)
     calls: list[tuple[int, int]] = []
 
@@ -99,7 +103,7 @@ def sample(folder: Path, plant: Callable[[pytest.MonkeyPatch], None] | None = No
         calls.append((len(given[0]), len(device.touches)))
 
     device.touches.clear()
-    with pytest.MonkeyPatch.context() as patch, pipeline.family.denoiser.register_forward_pre_hook(called):
+    with pytest.MonkeyPatch.context() as patch, network.register_forward_pre_hook(called):
         if plant is not None:
             plant(patch)
         pictures = pipeline.generate(requests_for(["a red circle"], config), config)
@@ -109,5 +113,5 @@ def sample(folder: Path, plant: Callable[[pytest.MonkeyPatch], None] | None = No
 
 
 @cache
-def _opened(folder: Path) -> Pipeline:
-    return Pipeline(open_family(folder, torch.device(device.NAME, 0)))
+def _opened(folder: Path) -> PicturePipeline:
+    return pipeline_of(open_family(folder, torch.device(device.NAME, 0)))

@@ -17,7 +17,8 @@ from ldm_cli.data.pack import pack
 from ldm_cli.errors import DataError, RecipeError
 from ldm_cli.families.open_family import open_family
 from ldm_cli.families.prompt_chunks import PromptReading
-from ldm_cli.recipe.schema import SampleRecipe, TrainUnetRecipe, TrainVaeRecipe
+from ldm_cli.recipe.sample_recipe import SampleRecipe
+from ldm_cli.recipe.schema import TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages import precompute, sample
 from ldm_cli.stages.support.batch_encoder import BatchEncoder

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from ldm_cli.cli.app import run as ldm
 from ldm_cli.pictures.images import read_image
-from ldm_cli.recipe.schema import EvalRecipe, SampleRecipe, TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
+from ldm_cli.recipe.sample_recipe import SampleRecipe
+from ldm_cli.recipe.schema import EvalRecipe, TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages.dry_run import dry_run
 from ldm_cli.stages.support.named_models import with_model_folders

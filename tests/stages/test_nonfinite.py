@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ldm_cli.errors import CheckpointError, DivergedError, RecipeError
 from ldm_cli.recipe.load import load_recipe
-from ldm_cli.recipe.schema import SampleRecipe
+from ldm_cli.recipe.sample_recipe import SampleRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages.sample import run
 from ldm_cli.stages.support.options import RunOptions

@@ -15,7 +15,7 @@ from ldm_cli.errors import InputNotFoundError, UsageError
 from ldm_cli.formats.save_model import save_model
 from ldm_cli.pictures.images import read_image
 from ldm_cli.pictures.sheets import Sheets
-from ldm_cli.recipe.schema import SampleRecipe
+from ldm_cli.recipe.sample_recipe import SampleRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages.sample import run
 from ldm_cli.stages.support.options import RunOptions

@@ -20,7 +20,7 @@ from ldm_cli.formats.png_metadata import read_provenance
 from ldm_cli.pictures.images import read_image, save_image
 from ldm_cli.pictures.provenance import recipe_of, repeatable_provenance
 from ldm_cli.recipe.load import load_recipe
-from ldm_cli.recipe.schema import SampleRecipe
+from ldm_cli.recipe.sample_recipe import SampleRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplerName, SamplingConfig
 from ldm_cli.stages import sample

@@ -14,9 +14,10 @@ from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS
+from ldm_cli.recipe.ar_recipe import TrainArRecipe
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.reporting import Reporter, SilentReporter
-from ldm_cli.stages import train_clip, train_unet, train_vae
+from ldm_cli.stages import train_ar, train_clip, train_unet, train_vae
 from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.training.run_folder import RunFolder
 
@@ -28,6 +29,7 @@ _STAGES: dict[str, tuple[Any, Any]] = {
     "train-clip": (TrainClipRecipe, train_clip.run),
     "train-vae": (TrainVaeRecipe, train_vae.run),
     "train-unet": (TrainUnetRecipe, train_unet.run),
+    "train-ar": (TrainArRecipe, train_ar.run),
 }
 
 
@@ -66,6 +68,13 @@ def vae_recipe(
     }
 
 
+def vq_recipe(scenes: Path, codebook: Mapping[str, Any] | None = None, **given: Any) -> dict[str, Any]:
+    """As `vae_recipe`, with a codebook of 16 codes of 4 channels; it changes fast."""
+    recipe = vae_recipe(scenes, **given)
+    sizes = {"num_vq_embeddings": 16, "vq_embed_dim": 4}
+    return recipe | {"vae": None, "vq": recipe["vae"] | sizes, "codebook": {"decay": 0.8, **(codebook or {})}}
+
+
 def unet_recipe(
     scenes: Path,
     clip: Path,
@@ -92,6 +101,16 @@ def unet_recipe(
         "unet": model,
         "diffusion": dict(diffusion or {}),
         "samples": samples,
+    }
+
+
+def ar_recipe(scenes: Path, vq: Path, data: Mapping[str, Any] | None = None, **train: Any) -> dict[str, Any]:
+    return _base("train-ar", scenes, data or {}, train) | {
+        "vq": str(vq),
+        "tokenizer": {"vocab_size": 560},
+        "text_length": 16,
+        "transformer": _TOWER | {"initializer_range": 0.1},
+        "samples": {"num_prompts": 2},
     }
 
 

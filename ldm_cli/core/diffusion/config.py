@@ -109,6 +109,15 @@ class CLIPGuidanceConfig(Config):
     """Multiplies the gradient of the cosine similarity of image and prompt; 0 is off."""
 
 
+class BestOfConfig(Config):
+    """The best of several candidates by a CLIP score, as DALL·E does (Ramesh et al. 2021, section 2.6)."""
+
+    candidates: Annotated[int, Field(ge=2, le=1024)] = 8
+    """How many pictures are generated for one."""
+    clip: Annotated[str, NamesModel()]
+    """A CLIP model, such as `train-clip` writes."""
+
+
 NoiseLevel = Annotated[float, Field(ge=0)]
 
 
@@ -136,6 +145,8 @@ class GuidanceConfig(Config):
     conditional prediction takes the place of the unconditional one; null: off."""
     clip: CLIPGuidanceConfig | None = None
     """Guidance by a CLIP score; null: off."""
+    best_of: BestOfConfig | None = None
+    """Generate several pictures for each, and keep the one that fits the prompt best; null: off."""
 
     @model_validator(mode="after")
     def _check(self) -> GuidanceConfig:

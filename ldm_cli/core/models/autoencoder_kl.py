@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm_cli.core.models.attention import AttentionBlock2D
-from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
+from ldm_cli.core.models.autoencoder_kl_config import AutoencoderConfig, AutoencoderKLConfig
 from ldm_cli.core.models.checkpointing import Checkpointable, Checkpointed
 from ldm_cli.core.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
 
@@ -73,44 +73,61 @@ class _MidBlock(Checkpointed):
         return result
 
 
-class _EncoderLevel(Checkpointed):
-    """Residual blocks, then a stride-2 convolution."""
+class _Level(Checkpointed):
+    """Residual blocks, each with self-attention after it where the level has attention."""
 
-    def __init__(self, in_channels: int, channels: int, num_layers: int, groups: int, *, downsample: bool) -> None:
+    def __init__(self, in_channels: int, channels: int, num_layers: int, groups: int, *, attention: bool) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(
             _resnet(in_channels if i == 0 else channels, channels, groups) for i in range(num_layers)
         )
+        blocks = [AttentionBlock2D(channels, groups=groups, eps=_EPS) for _ in range(num_layers)] if attention else []
+        self.attentions = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, resnet in enumerate(self.resnets):
+            x = self.run(resnet, x)
+            if self.attentions:
+                x = self.run(self.attentions[i], x)
+        return x
+
+
+class _EncoderLevel(_Level):
+    """The blocks of a level, then a stride-2 convolution."""
+
+    def __init__(
+        self, in_channels: int, channels: int, num_layers: int, groups: int, *, attention: bool, downsample: bool
+    ) -> None:
+        super().__init__(in_channels, channels, num_layers, groups, attention=attention)
         self.downsamplers = nn.ModuleList([Downsample2D(channels, asymmetric=True)] if downsample else [])
 
     def forward(self, x: Tensor) -> Tensor:
-        for resnet in self.resnets:
-            x = self.run(resnet, x)
+        x = super().forward(x)
         for downsampler in self.downsamplers:
             x = downsampler(x)
         return x
 
 
-class _DecoderLevel(Checkpointed):
-    """Residual blocks, then an enlargement by two."""
+class _DecoderLevel(_Level):
+    """The blocks of a level, then an enlargement by two."""
 
-    def __init__(self, in_channels: int, channels: int, num_layers: int, groups: int, *, upsample: bool) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(
-            _resnet(in_channels if i == 0 else channels, channels, groups) for i in range(num_layers)
-        )
+    def __init__(
+        self, in_channels: int, channels: int, num_layers: int, groups: int, *, attention: bool, upsample: bool
+    ) -> None:
+        super().__init__(in_channels, channels, num_layers, groups, attention=attention)
         self.upsamplers = nn.ModuleList([Upsample2D(channels)] if upsample else [])
 
     def forward(self, x: Tensor) -> Tensor:
-        for resnet in self.resnets:
-            x = self.run(resnet, x)
+        x = super().forward(x)
         for upsampler in self.upsamplers:
             x = upsampler(x, (2 * x.shape[-2], 2 * x.shape[-1]))
         return x
 
 
-class _Encoder(nn.Module):
-    def __init__(self, config: AutoencoderKLConfig) -> None:
+class Encoder(nn.Module):
+    """The encoder of an autoencoder: images to `out_channels` channels, smaller by a factor."""
+
+    def __init__(self, config: AutoencoderConfig, out_channels: int) -> None:
         super().__init__()
         channels, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
@@ -120,25 +137,28 @@ class _Encoder(nn.Module):
                 channels[i],
                 config.layers_per_block,
                 groups,
+                attention="Attn" in config.down_block_types[i],
                 downsample=i < len(channels) - 1,
             )
             for i in range(len(channels))
         )
         self.mid_block = _MidBlock(channels[-1], groups, attention=config.mid_block_add_attention)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=_EPS)
-        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] → moments [B, 2C, h, w]."""
+        """[B, 3, H, W] → [B, out_channels, h, w]."""
         x = self.conv_in(x)
         for level in self.down_blocks:
             x = level(x)
-        moments: Tensor = self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
-        return moments
+        encoded: Tensor = self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return encoded
 
 
-class _Decoder(nn.Module):
-    def __init__(self, config: AutoencoderKLConfig) -> None:
+class Decoder(nn.Module):
+    """The decoder of an autoencoder: `latent_channels` channels to images."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         channels, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
@@ -149,6 +169,7 @@ class _Decoder(nn.Module):
                 channels[i],
                 config.layers_per_block + 1,
                 groups,
+                attention="Attn" in config.up_block_types[i],
                 upsample=i < len(channels) - 1,
             )
             for i in range(len(channels))
@@ -165,6 +186,13 @@ class _Decoder(nn.Module):
         return image
 
 
+def expect_multiple(images: Tensor, factor: int) -> None:
+    """Raises ValueError if `factor` does not divide the height or the width of the images [B, 3, H, W]."""
+    height, width = images.shape[-2:]
+    if height % factor or width % factor:
+        raise ValueError(f"image of {height}×{width} px: not a multiple of factor={factor}")
+
+
 class AutoencoderKL(Checkpointable):
     """Images to latents and back: a `Codec`. PyTorch's default initialisation, as in latent diffusion.
 
@@ -177,8 +205,8 @@ class AutoencoderKL(Checkpointable):
         super().__init__()
         self.config = config
         channels = config.latent_channels
-        self.encoder = _Encoder(config)
-        self.decoder = _Decoder(config)
+        self.encoder = Encoder(config, 2 * channels)
+        self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if config.use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else None
 
@@ -198,11 +226,13 @@ class AutoencoderKL(Checkpointable):
         Raises:
             ValueError: f does not divide the height or the width.
         """
-        height, width = images.shape[-2:]
-        if height % self.factor or width % self.factor:
-            raise ValueError(f"image of {height}×{width} px: not a multiple of factor={self.factor}")
+        expect_multiple(images, self.factor)
         moments = self.encoder(images)
         return DiagonalGaussian.from_moments(moments if self.quant_conv is None else self.quant_conv(moments))
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] through the mode of their posterior and back; raises as `posterior`."""
+        return self.decode_z(self.posterior(images).mode())
 
     def decode_z(self, z: Tensor) -> Tensor:
         """Posterior samples z [B, C, h, w] → images [B, 3, h·f, w·f], about [-1, 1], not clamped."""

@@ -9,18 +9,16 @@ from pydantic import Field, model_validator
 from ldm_cli.core.models.model_config import Depth, DiffusersConfig, Size, list_of
 
 
-class AutoencoderKLConfig(DiffusersConfig):
-    """The autoencoder; fields as in diffusers' AutoencoderKL."""
-
-    hugging_face_class: ClassVar[str] = "AutoencoderKL"
+class AutoencoderConfig(DiffusersConfig):
+    """Encoder and decoder, as several classes of diffusers have them."""
 
     in_channels: Size = 3
     """Channels of the image."""
     out_channels: Size = 3
     """Channels of the reconstruction."""
-    down_block_types: tuple[Literal["DownEncoderBlock2D"], ...] = ("DownEncoderBlock2D",)
-    """One per level of the encoder."""
-    up_block_types: tuple[Literal["UpDecoderBlock2D"], ...] = ("UpDecoderBlock2D",)
+    down_block_types: tuple[Literal["DownEncoderBlock2D", "AttnDownEncoderBlock2D"], ...] = ("DownEncoderBlock2D",)
+    """One per level of the encoder; `Attn…` has self-attention after each residual block."""
+    up_block_types: tuple[Literal["UpDecoderBlock2D", "AttnUpDecoderBlock2D"], ...] = ("UpDecoderBlock2D",)
     """One per level of the decoder."""
     block_out_channels: tuple[Size, ...] = (64,)
     """Channels per level, outermost first; each level but the last halves height and width."""
@@ -35,19 +33,7 @@ class AutoencoderKLConfig(DiffusersConfig):
     sample_size: Size | tuple[Size, Size] = 32
     """Height and width of training images, in pixels; for information."""
     scaling_factor: Annotated[float, Field(gt=0)] = 0.18215
-    """Latents are (z − shift) × scale, so that their deviation is about 1."""
-    shift_factor: float | None = None
-    """Mean of z, subtracted before scaling; null is 0."""
-    latents_mean: Annotated[None, list_of(0.0, None)] = None
-    """Per-channel means are not supported, except zeros."""
-    latents_std: Annotated[None, list_of(1.0, None)] = None
-    """Per-channel deviations are not supported, except ones."""
-    force_upcast: bool = True
-    """Decode in fp32 even where the pipeline runs in fp16, because activations overflow."""
-    use_quant_conv: bool = True
-    """1×1 convolution after the encoder."""
-    use_post_quant_conv: bool = True
-    """1×1 convolution before the decoder."""
+    """Latents are z × scale, with (z − shift) for z where there is a shift, so that their deviation is about 1."""
     mid_block_add_attention: bool = True
     """Self-attention at the lowest resolution."""
 
@@ -65,3 +51,22 @@ class AutoencoderKLConfig(DiffusersConfig):
                     f"norm_num_groups={self.norm_num_groups} does not divide {channels} of block_out_channels"
                 )
         return self
+
+
+class AutoencoderKLConfig(AutoencoderConfig):
+    """The autoencoder; fields as in diffusers' AutoencoderKL."""
+
+    hugging_face_class: ClassVar[str] = "AutoencoderKL"
+
+    shift_factor: float | None = None
+    """Mean of z, subtracted before scaling; null is 0."""
+    latents_mean: Annotated[None, list_of(0.0, None)] = None
+    """Per-channel means are not supported, except zeros."""
+    latents_std: Annotated[None, list_of(1.0, None)] = None
+    """Per-channel deviations are not supported, except ones."""
+    force_upcast: bool = True
+    """Decode in fp32 even where the pipeline runs in fp16, because activations overflow."""
+    use_quant_conv: bool = True
+    """1×1 convolution after the encoder."""
+    use_post_quant_conv: bool = True
+    """1×1 convolution before the decoder."""

@@ -19,6 +19,8 @@ from ldm_cli.data.latent_cache import MASK, LatentCache
 from ldm_cli.errors import RecipeError
 from ldm_cli.families.codec_folder import open_codec
 from ldm_cli.families.family import model_sha256, place
+from ldm_cli.formats.model_source import weights_sha256
+from ldm_cli.recipe.ar_recipe import TrainArRecipe
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.stages.support.text_encoders import open_text_encoder, text_key
 
@@ -87,7 +89,7 @@ def _as_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def cache_key(recipe: TrainUnetRecipe) -> CacheKey:
+def cache_key(recipe: TrainUnetRecipe | TrainArRecipe) -> CacheKey:
     """What decides the cache of a recipe: the weights and configurations of its models, its preprocessing.
 
     Raises:
@@ -109,10 +111,13 @@ def cache_key(recipe: TrainUnetRecipe) -> CacheKey:
     data = recipe.data
     names = ("image_size", "crop", "background", "max_pixels", "max_member_bytes", "mask")
     preparation = {f"data.{name}": value for name, value in data.to_mapping().items() if name in names}
+    flips = tuple(flip for flip in (False, True) if data.flip_probability != (0.0 if flip else 1.0))
+    if isinstance(recipe, TrainArRecipe):
+        # The codes are computed in float32, and captions cost nothing to encode.
+        return CacheKey({"vq": weights_sha256(Path(recipe.vq)), **preparation}, text={}, flips=flips)
     precision = {"train.precision": recipe.train.precision}
-    probability = data.flip_probability
     return CacheKey(
         latents={"vae": model_sha256(Path(recipe.vae), _IRRELEVANT), **preparation, **precision},
         text={**text_key(recipe), **precision},
-        flips=tuple(flip for flip in (False, True) if probability != (0.0 if flip else 1.0)),
+        flips=flips,
     )

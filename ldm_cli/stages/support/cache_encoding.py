@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ldm_cli.core.codec import Codec
+from ldm_cli.core.models.vq_model import VQModel
 from ldm_cli.core.precision import DTYPES
 from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.cache_manifest import CacheKey
@@ -19,9 +22,17 @@ from ldm_cli.data.prefetch import made_ahead
 from ldm_cli.data.sample_decoder import Draw, SampleDecoder, Wanted
 from ldm_cli.data.shards import ShardSet
 from ldm_cli.errors import DivergedError
+from ldm_cli.families.autoregressive import CodeGrid
+from ldm_cli.families.codec_folder import outline_codec
+from ldm_cli.formats.model_folder import outline_model
+from ldm_cli.recipe.ar_recipe import TrainArRecipe
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.stages.support.batch_encoder import BatchEncoder
+from ldm_cli.stages.support.code_encoder import CodeEncoder
 
+CachedRecipe = TrainUnetRecipe | TrainArRecipe
+FrozenEncoder = BatchEncoder | CodeEncoder
+_TAR_OVERHEAD = 1536  # of a sample: headers of tar and safetensors, padding
 _NEVER = 2.0  # a random number above every probability
 
 
@@ -86,6 +97,26 @@ class Chunks:
         return made_ahead(self, numbers, num_workers=config.num_workers, timeout=config.worker_timeout)
 
 
+def open_encoder(recipe: CachedRecipe, device: torch.device, warn: Callable[[str], None]) -> FrozenEncoder:
+    """The frozen models of a recipe on a device; `warn` is called once if captions are cut."""
+    return CodeEncoder(recipe, device) if isinstance(recipe, TrainArRecipe) else BatchEncoder(recipe, device, warn)
+
+
+def bytes_per_sample(recipe: CachedRecipe, key: CacheKey) -> int:
+    """What a sample takes in a latents file, about."""
+    side, width = recipe.data.image_size, DTYPES[key.dtype].itemsize
+    codec: Codec
+    if isinstance(recipe, TrainArRecipe):
+        codec = CodeGrid(outline_model(VQModel, Path(recipe.vq)))
+    else:
+        codec = outline_codec(Path(recipe.vae))
+    moments = codec.moments(torch.empty(1, 3, side, side, device="meta")).values()
+    size = sum(tensor.numel() * (width if tensor.is_floating_point() else tensor.itemsize) for tensor in moments)
+    if recipe.data.mask is not None:
+        size += width * (side // codec.factor) ** 2
+    return size * len(key.flips) + _TAR_OVERHEAD
+
+
 class CacheEncoder:
     """The networks of a recipe, run on batches of the size that training uses.
 
@@ -95,7 +126,7 @@ class CacheEncoder:
         size: samples per batch.
     """
 
-    def __init__(self, encoder: BatchEncoder, recipe: TrainUnetRecipe, key: CacheKey) -> None:
+    def __init__(self, encoder: FrozenEncoder, recipe: CachedRecipe, key: CacheKey) -> None:
         self._encoder, self._key, self._dtype = encoder, key, DTYPES[key.dtype]
         self._crop, self.size = recipe.data.crop, recipe.train.part_size()
 
@@ -111,6 +142,7 @@ class CacheEncoder:
 
     def conditions(self, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         """The fields of each caption's condition as they are kept; at most `size` captions; errors as in `chunk`."""
+        assert isinstance(self._encoder, BatchEncoder)
         filled = [*captions, *[""] * (self.size - len(captions))]
         fields = {name: self._kept(tensor) for name, tensor in self._encoder.condition(filled).tensors.items()}
         return [{name: tensor[i] for name, tensor in fields.items()} for i in range(len(captions))]
@@ -148,7 +180,7 @@ class CacheEncoder:
         if not bool(tensor.isfinite().all()):
             raise DivergedError(
                 "an encoder gives numbers that are not finite",
-                f"in {self._key.latents['train.precision']}, kept as {self._key.dtype}",
+                f"in {self._key.latents.get('train.precision')}, kept as {self._key.dtype}",
                 "set train.precision=fp32 or bf16, or --dtype fp32",
             )
         return tensor

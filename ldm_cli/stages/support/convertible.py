@@ -14,6 +14,7 @@ from ldm_cli.core.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWith
 from ldm_cli.core.models.sd3_transformer_2d import SD3Transformer2DModel
 from ldm_cli.core.models.t5_encoder import T5EncoderModel
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
+from ldm_cli.core.models.vq_model import VQModel
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.data.unigram_tokenizer import UnigramTokenizer
 from ldm_cli.errors import CheckpointError, InputNotFoundError
@@ -38,6 +39,7 @@ _CLASSES: dict[str, Any] = {
     "UNet2DConditionModel": UNet2DConditionModel,
     "SD3Transformer2DModel": SD3Transformer2DModel,
     "AutoencoderKL": AutoencoderKL,
+    "VQModel": VQModel,
     "CLIPTextModel": CLIPTextModel,
     "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
     "CLIPModel": CLIPModel,

@@ -18,11 +18,11 @@ from ldm_cli.core.diffusion.loss import add_noise, diffusion_loss
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.latent_cache import MASK
 from ldm_cli.families.clip_t5_encoder import CLIPT5Encoder
-from ldm_cli.families.family import Family
+from ldm_cli.families.family import Family, ImageGenerator
 from ldm_cli.pictures.grid import image_grid
 from ldm_cli.pictures.images import save_image
-from ldm_cli.recipe.schema import SamplesConfig
-from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.recipe.train_recipe import SamplesConfig
+from ldm_cli.sampling.pipeline_of import pipeline_of
 from ldm_cli.sampling.request import requests_for
 from ldm_cli.sampling.sample_options import SampleOptions
 from ldm_cli.stages.support.patch_training import PatchTraining
@@ -143,7 +143,7 @@ def _normal(key: philox.Key, batch: Batch, like: Tensor) -> Tensor:
 
 
 def generate_samples(
-    family: Family,
+    family: ImageGenerator,
     config: SamplesConfig,
     captions: Sequence[str],
     folder: Path | None,
@@ -167,7 +167,7 @@ def generate_samples(
     options = SampleOptions(on_nonfinite=lambda error: problems.append(f"{error.what}: {error.cause}"))
     requests = requests_for(prompts, config.sampling)
     own = range(ranks.rank, len(requests), ranks.world_size)
-    generated = Pipeline(family).generate([requests[i] for i in own], config.sampling, options=options)
+    generated = pipeline_of(family).generate([requests[i] for i in own], config.sampling, options=options)
     pixels = merged({str(own[picture.index]): picture.pixels.cpu() for picture in generated}, ranks)
     for text in ranks.texts(json.dumps(problems)):
         for problem in json.loads(text):

@@ -20,7 +20,8 @@ from ldm_cli.families.open_family import open_family, resolve_model
 from ldm_cli.formats.hub import recorded
 from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.sampling.config import SamplingConfig
-from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.sampling.picture_pipeline import PicturePipeline
+from ldm_cli.sampling.pipeline_of import pipeline_of
 
 _METRICS_BY_MODEL = {
     "clip": {"clip_score", "zero_shot", "linear_probe", "retrieval", "frechet_distance", "cmmd"},
@@ -100,7 +101,7 @@ class Pipelines:
         needed = needed_models(config)
         self._folders = needed.get("pipeline") or needed.get("pipelines", {})
         self._sampling, self._device = sampling, device
-        self._loaded: dict[str, Pipeline] = {}
+        self._loaded: dict[str, PicturePipeline] = {}
 
     @staticmethod
     def are_needed(config: EvalConfig) -> bool:
@@ -112,14 +113,14 @@ class Pipelines:
         """In the order of the recipe."""
         return list(self._folders)
 
-    def load(self, name: str) -> Pipeline:
+    def load(self, name: str) -> PicturePipeline:
         """A pipeline, in place of the one that was loaded before; errors as in `open_family`."""
         if name not in self._loaded:
             self._loaded.clear()
             compiled = self._sampling.compile is True
             folder = Path(self._folders[name])
             family = open_family(folder, self._device, self._sampling.precision, compiled=compiled)
-            self._loaded[name] = Pipeline(family)
+            self._loaded[name] = pipeline_of(family)
         return self._loaded[name]
 
     def provenance(self, name: str) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from ldm_cli.recipe.eval_section import EvalSection
 from ldm_cli.recipe.schema import EvalRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.config import SamplingConfig
-from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.sampling.picture_pipeline import PicturePipeline
 from ldm_cli.sampling.pixels import is_sound
 from ldm_cli.sampling.request import ImageRequest
 from ldm_cli.stages.support.eval_models import Models, Pipelines
@@ -232,7 +232,7 @@ def measure_generated(
     config: EvalSection,
     sampling: SamplingConfig,
     captions: Sequence[str],
-    pipeline: Pipeline,
+    pipeline: PicturePipeline,
     models: Models,
     reporter: Reporter,
     ranks: Ranks,
@@ -270,7 +270,7 @@ def _drop(index: int, pixels: Tensor) -> None:
 
 
 def _generated(
-    pipeline: Pipeline, requests: list[ImageRequest], sampling: SamplingConfig, reporter: Reporter
+    pipeline: PicturePipeline, requests: list[ImageRequest], sampling: SamplingConfig, reporter: Reporter
 ) -> Iterator[Tensor]:
     """Pictures uint8 [3, H, W]."""
     return (picture.pixels for picture in pipeline.generate(requests, sampling, reporter=reporter))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ldm_cli.errors import UsageError
 from ldm_cli.families.adapted import AdaptedNetworks, adaptable_models, adaptable_networks
-from ldm_cli.families.family import Family
+from ldm_cli.families.family import Family, ImageGenerator
 from ldm_cli.families.lora_reader import read_lora
 from ldm_cli.families.text_inversion import add_words
 from ldm_cli.formats.embedding_file import read_embedding
@@ -26,7 +27,7 @@ class JobAdapters:
 
     def __init__(
         self,
-        family: Family,
+        family: ImageGenerator,
         items: Sequence[Item],
         paths: Mapping[str, Path],
         embeddings: Sequence[EmbeddingEntry],
@@ -40,13 +41,16 @@ class JobAdapters:
             embeddings: files of embeddings.
         """
         read = [read_embedding(Path(entry.path), entry.word) for entry in embeddings]
-        add_words(family.encoder, read)
+        names = sorted({name for item in items for name, _ in item.loras})
+        if isinstance(family, Family):
+            add_words(family.encoder, read)
+        elif read or names:
+            raise UsageError("this model takes no adapters and no embeddings", "they belong to denoisers")
         self.embeddings = {one.word: Path(entry.path) for one, entry in zip(read, embeddings, strict=True)}
         self.embedding_sha256 = {word: file_sha256(path) for word, path in self.embeddings.items()}
-        names = sorted({name for item in items for name, _ in item.loras})
         self.paths = {name: paths[name] for name in names}
         self.sha256 = {name: lora_sha256(path) for name, path in self.paths.items()}
-        networks = adaptable_networks(family) if names else {}
+        networks = adaptable_networks(family) if names and isinstance(family, Family) else {}
         models = adaptable_models(networks)
         self._networks = AdaptedNetworks(networks, {n: read_lora(path, models) for n, path in self.paths.items()})
 

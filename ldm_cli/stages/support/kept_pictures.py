@@ -8,10 +8,10 @@ from pathlib import Path
 from ldm_cli.pictures.job import Item
 from ldm_cli.pictures.job_folder import JobFolder
 from ldm_cli.pictures.writer import Write
-from ldm_cli.recipe.schema import SampleRecipe
+from ldm_cli.recipe.sample_recipe import SampleRecipe
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.edit_config import EditConfig
-from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.sampling.picture_pipeline import PicturePipeline
 from ldm_cli.sampling.request import ImageRequest
 from ldm_cli.sampling.sample_options import PLAIN
 from ldm_cli.stages.support.job_adapters import JobAdapters
@@ -21,7 +21,7 @@ from ldm_cli.training.ranks import Ranks
 
 def kept_pictures(
     path: Path,
-    pipeline: Pipeline,
+    pipeline: PicturePipeline,
     sampling: SamplingConfig,
     captions: Sequence[str],
     ranks: Ranks,

@@ -24,7 +24,7 @@ from ldm_cli.families.stable_diffusion_xl import StableDiffusionXL
 from ldm_cli.formats.lora_path import DIFFUSERS_LORA
 from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TRANSFORMER
 from ldm_cli.formats.single_file_sd3 import transformer_table
-from ldm_cli.recipe.schema import TrainRecipe
+from ldm_cli.recipe.train_recipe import TrainRecipe
 from ldm_cli.stages.support.batch_encoder import BatchEncoder
 from ldm_cli.stages.support.denoising import Denoising
 from ldm_cli.stages.support.model_sizes import Parameters, count_parameters, training_bytes

@@ -15,7 +15,8 @@ from torch import nn
 from ldm_cli.errors import InputNotFoundError, RecipeError, amount, first_line
 from ldm_cli.formats.model_folder import fitting_tensors, without_weights
 from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TEXT_ENCODER_2, TEXT_ENCODER_3
-from ldm_cli.recipe.schema import StartedRecipe, TrainRecipe, TrainUnetRecipe
+from ldm_cli.recipe.schema import TrainUnetRecipe
+from ldm_cli.recipe.train_recipe import StartedRecipe, TrainRecipe
 from ldm_cli.stages.support.start import freeze, start_folder
 from ldm_cli.training.config import TrainConfig
 

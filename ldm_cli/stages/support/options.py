@@ -12,7 +12,7 @@ import torch
 from ldm_cli.core.compiling import should_compile
 from ldm_cli.core.precision import precision_on
 from ldm_cli.errors import UnavailableError, UsageError
-from ldm_cli.recipe.schema import TrainRecipe
+from ldm_cli.recipe.train_recipe import TrainRecipe
 from ldm_cli.sampling.config import SamplingConfig
 
 

@@ -15,23 +15,21 @@ from ldm_cli.core.codec import Codec
 from ldm_cli.core.diffusion.config import GuidanceConfig
 from ldm_cli.errors import CheckpointError, UsageError
 from ldm_cli.families.codec_folder import open_codec
-from ldm_cli.families.family import Family, place
+from ldm_cli.families.family import ImageGenerator, place
 from ldm_cli.families.open_family import resolve_model
-from ldm_cli.families.prompt_chunks import PromptReading
 from ldm_cli.formats.hub import recorded
 from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.formats.weight_files import read_tensors, tensors_sha256
 from ldm_cli.pictures.job import Item
 from ldm_cli.pictures.progress import PartOfProgress
 from ldm_cli.pictures.provenance import embedding_source, lora_source
-from ldm_cli.recipe.schema import SampleRecipe
+from ldm_cli.recipe.sample_recipe import SampleRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.config import SamplingConfig
-from ldm_cli.sampling.denoising import sampler_of, visited_timesteps
 from ldm_cli.sampling.edit_config import EditConfig
 from ldm_cli.sampling.edit_input import EditInput, open_edit_input
 from ldm_cli.sampling.guidance_models import guidance_folders, with_absolute_paths
-from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.sampling.picture_pipeline import PicturePipeline
 from ldm_cli.sampling.request import ImageRequest
 from ldm_cli.sampling.sample_options import OnNonfinite, OnPreview, SampleOptions
 from ldm_cli.stages.support.job_adapters import JobAdapters
@@ -60,7 +58,7 @@ class PictureGenerator:
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        pipeline: PicturePipeline,
         recipe: SampleRecipe,
         latents: Latents | None,
         num_images: int,
@@ -97,7 +95,7 @@ class PictureGenerator:
         Raises:
             UsageError: naming them.
         """
-        for sampling, edit in {(item.sampling, item.edit): None for item in items}:
+        for sampling in {item.sampling: None for item in items}:
             for name in ("precision", "compile"):
                 asked, shared = getattr(sampling, name), getattr(self.recipe.sampling, name)
                 if asked != shared:
@@ -106,18 +104,19 @@ class PictureGenerator:
                         f"the model is loaded once, with {name}={shared}",
                         "give them a command of their own",
                     )
-            sized = self._sized(sampling, self._edit_input(sampling, edit))
-            family, (_, *latent_size) = self.pipeline.family, self.pipeline.latent_shape(sized)
-            family.encoder.check(PromptReading(clip_skip=sampling.clip_skip))
-            visited_timesteps(family.process_at((latent_size[0], latent_size[1])), family.settings, sized)
+        for part in _alike(items, range(len(items))):
+            sampling, edit = items[part[0]].sampling, items[part[0]].edit
+            options = self._options(sampling, edit)
+            noise = None if self._noise is None else self._noise[part]
+            requests = [items[i].request for i in part]
+            self.pipeline.check(requests, self._sized(sampling, options.edit_input), noise, options)
 
     @cached_property
     def shared(self) -> dict[str, Any]:
         """The provenance that all pictures of the job share, as JSON."""
         provenance: dict[str, Any] = {
             "sampling": self._sampling_provenance(self.recipe.sampling, self.recipe.edit),
-            # Without its sampler: `sampling` names the one that is used.
-            "scheduler": {n: value for n, value in vars(self.pipeline.family.settings).items() if n != "sampler"},
+            **self.pipeline.facts,
             "weights": self.pipeline.family.weights_sha256,
             "weighted_words": self.recipe.weighted_words,
         }
@@ -169,15 +168,7 @@ class PictureGenerator:
             for part in _alike(items, indices):
                 self._adapters.use_for(items[part[0]])
                 sampling, edit = items[part[0]].sampling, items[part[0]].edit
-                options = SampleOptions(
-                    edit_input=self._edit_input(sampling, edit),
-                    window=self._window,
-                    weighted=self.recipe.weighted_words,
-                    preview_every=self.recipe.preview_every,
-                    on_preview=on_preview,
-                    preview_codec=self._preview_codec,
-                    on_nonfinite=on_nonfinite,
-                )
+                options = replace(self._options(sampling, edit), on_preview=on_preview, on_nonfinite=on_nonfinite)
                 sized = self._sized(sampling, options.edit_input)
                 noise = None if self._noise is None else self._noise[part]
                 requests = [items[i].request for i in part]
@@ -185,6 +176,15 @@ class PictureGenerator:
                 for image in self.pipeline.generate(requests, sized, noise, inner, options):
                     yield part[image.index], image.pixels
                 done += len(part)
+
+    def _options(self, sampling: SamplingConfig, edit: EditConfig) -> SampleOptions:
+        return SampleOptions(
+            edit_input=self._edit_input(sampling, edit),
+            window=self._window,
+            weighted=self.recipe.weighted_words,
+            preview_every=self.recipe.preview_every,
+            preview_codec=self._preview_codec,
+        )
 
     def _edit_input(self, sampling: SamplingConfig, edit: EditConfig) -> EditInput | None:
         """The picture to work on, read once."""
@@ -205,9 +205,8 @@ class PictureGenerator:
     def _sampling_provenance(self, sampling: SamplingConfig, edit: EditConfig) -> dict[str, Any]:
         """The configuration as JSON; without sizes that follow from the picture to work on."""
         sized = sampling if edit.image is not None else self._sized(sampling, None)
-        guidance = with_absolute_paths(sampling.guidance).to_mapping()
-        sampler = sampler_of(self.pipeline.family.settings, sampling)
-        recorded = sized.to_mapping() | {"sampler": sampler, "guidance": guidance}
+        guidance = with_absolute_paths(sampling.guidance)
+        recorded = self.pipeline.recorded(sized.model_copy(update={"guidance": guidance}))
         return {name: value for name, value in recorded.items() if name not in _NOT_RECORDED}
 
     def _guidance_hashes(self, sampling: SamplingConfig) -> dict[str, str]:
@@ -226,7 +225,7 @@ class PictureGenerator:
         return provenance
 
 
-def _preview_codec(folder: str, family: Family) -> Codec:
+def _preview_codec(folder: str, family: ImageGenerator) -> Codec:
     """The autoencoder of a folder, for the latents of a family.
 
     Raises:

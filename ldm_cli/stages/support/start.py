@@ -13,10 +13,13 @@ from torch import nn
 from ldm_cli.config import Config
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig
+from ldm_cli.core.models.llama_config import LlamaConfig
 from ldm_cli.core.models.sd3_transformer_2d_config import SD3Transformer2DConfig
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
+from ldm_cli.core.models.vq_model_config import VQModelConfig
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError, InputNotFoundError, RecipeError
+from ldm_cli.families.autoregressive import VQ
 from ldm_cli.families.clip_t5_encoder import t5_length_of
 from ldm_cli.families.clip_text_encoder import tokenizer_folder
 from ldm_cli.families.open_family import resolve_model
@@ -28,13 +31,16 @@ from ldm_cli.formats.pipeline_folder import (
     TEXT_ENCODER,
     TEXT_ENCODER_2,
     TEXT_ENCODER_3,
+    TOKENIZER,
     TRANSFORMER,
     UNET,
     VAE,
 )
 from ldm_cli.formats.scheduler_file import read_scheduler
 from ldm_cli.formats.weight_files import CONFIG_NAME
-from ldm_cli.recipe.schema import StartedRecipe, TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
+from ldm_cli.recipe.ar_recipe import TrainArRecipe
+from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
+from ldm_cli.recipe.train_recipe import StartedRecipe
 from ldm_cli.training.run_identity import flatten
 
 RecipeT = TypeVar("RecipeT", bound=StartedRecipe)
@@ -75,8 +81,13 @@ def _taken_fields(recipe: StartedRecipe, folder: Path, warn: Callable[[str], Non
         tokenizer = {**recipe.tokenizer.to_mapping(), "path": str(_agreed_tokenizer(recipe, folder, clip.text_config))}
         return {"clip": _agreed("clip", recipe.clip, clip, folder), "tokenizer": tokenizer}
     if isinstance(recipe, TrainVaeRecipe):
+        if read_model_json(folder / CONFIG_NAME).get("_class_name") == VQModelConfig.hugging_face_class:
+            vq = read_as(VQModelConfig.from_hugging_face, folder / CONFIG_NAME)
+            return {"vq": _agreed("vq", recipe.vq, vq, folder)}
         vae = read_as(AutoencoderKLConfig.from_hugging_face, folder / CONFIG_NAME)
         return {"vae": _agreed("vae", recipe.vae, vae, folder)}
+    if isinstance(recipe, TrainArRecipe):
+        return _taken_by_ar(recipe, folder)
     if not isinstance(recipe, TrainUnetRecipe):
         raise TypeError(f"start_from of a {type(recipe).__name__}")
     taken = _taken_denoiser(recipe, folder)
@@ -122,7 +133,7 @@ def start_folder(recipe: StartedRecipe) -> Path:
     root = resolve_model(path)
     if not _is_pipeline(root) or isinstance(recipe, TrainClipRecipe):
         return root
-    part = VAE if isinstance(recipe, TrainVaeRecipe) else UNET
+    part = VAE if isinstance(recipe, TrainVaeRecipe) else TRANSFORMER if isinstance(recipe, TrainArRecipe) else UNET
     if part == UNET and has_model_json(root / TRANSFORMER / CONFIG_NAME):
         part = TRANSFORMER
     if not has_model_json(root / part / CONFIG_NAME):
@@ -131,6 +142,18 @@ def start_folder(recipe: StartedRecipe) -> Path:
             f"start_from: no {part} in '{root}'", f"it holds a {kind}", "give a pipeline that has one"
         )
     return root / part
+
+
+def _taken_by_ar(recipe: TrainArRecipe, folder: Path) -> dict[str, Any]:
+    config = read_as(LlamaConfig.from_hugging_face, folder / CONFIG_NAME)
+    taken: dict[str, Any] = {"transformer": _agreed("transformer", recipe.transformer, config, folder)}
+    if config.ldm is not None and "text_length" not in recipe.model_fields_set:
+        taken["text_length"] = config.ldm.text_length
+    if _is_pipeline(pipeline := folder.parent):
+        taken["vq"] = recipe.vq or str(pipeline / VQ)
+        path = recipe.tokenizer.path or str(pipeline / TOKENIZER)
+        taken["tokenizer"] = {**recipe.tokenizer.to_mapping(), "path": path}
+    return taken
 
 
 def start_uses(recipe: StartedRecipe) -> dict[str, str]:

@@ -24,7 +24,7 @@ from ldm_cli.data.streaming import Stream, open_stream
 from ldm_cli.data.to_device import sent_to_device
 from ldm_cli.errors import RecipeError
 from ldm_cli.formats.model_source import weights_sha256
-from ldm_cli.recipe.schema import TrainRecipe
+from ldm_cli.recipe.train_recipe import TrainRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.data_trace import traced
 from ldm_cli.stages.support.model_sizes import Parameters, expect_memory
