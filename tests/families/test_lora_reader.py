@@ -84,6 +84,10 @@ DOWN, UP = torch.ones(2, 4), torch.ones(6, 2)
             {"unet__a__b__lora_A__weight": torch.ones(2, 2, 2, 1), "unet__a__b__lora_B__weight": UP},
             r"of another shape: unet.a.b is for \[6, 2, 2, 1\], not \[6, 4\]",
         ),
+        (
+            {"unet__a__b__lora_A__weight": torch.ones(2, 6), "unet__a__b__lora_B__weight": torch.ones(4, 2)},
+            r"of another shape: unet.a.b is for \[4, 6\], not \[6, 4\]",
+        ),
         ({"unet:0:up": UP, "unet:0:down": DOWN}, "no such module: unet:0"),
         ({"<s1>": DOWN}, "of no supported kind of adapter: <s1>"),
         ({"unet__a__b__lora_A__weight": DOWN / 0, "unet__a__b__lora_B__weight": UP}, "are not finite"),
@@ -139,6 +143,17 @@ def test_a_configuration_of_peft_that_makes_no_sense_is_refused(metadata: str, m
     save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": metadata})
     with pytest.raises(CheckpointError, match=message):
         read_lora(tmp_path / "a.safetensors", MODELS)
+
+
+def test_a_kernel_of_one_pixel_updates_a_matrix_and_a_matrix_a_kernel(tmp_path: Path) -> None:
+    pairs = {"b": (DOWN[..., None, None], UP[..., None, None]), "conv": (torch.randn(2, 36), UP + 1)}
+    tensors = {f"unet__a__{name}__lora_A__weight": down for name, (down, _) in pairs.items()}
+    tensors |= {f"unet__a__{name}__lora_B__weight": up for name, (_, up) in pairs.items()}
+    found = read_lora(saved(tmp_path / "a.safetensors", **tensors), MODELS)["unet"]
+    for name, (down, up) in pairs.items():
+        weight = MODELS["unet"].weight(f"a.{name}")
+        expected = (up.flatten(1) @ down.flatten(1)).view_as(weight)
+        torch.testing.assert_close(found[f"a.{name}"].applied(weight), expected)
 
 
 def test_a_third_of_the_rows_goes_to_each_of_queries_keys_and_values(tmp_path: Path) -> None:
