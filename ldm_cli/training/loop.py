@@ -151,10 +151,8 @@ def _begin(trainer: Trainer, start: Path | None, validates_start: bool) -> None:
         run.restore_metrics(own)
         check_room(trainer)
         run.status("running", step=trainer.step, steps=trainer.config.steps)
-    if validates_start and trainer.step == 0:
-        figures = _validate(trainer)
-        if figures and is_first:
-            _log_figures(trainer, trainer.step, figures)
+    if validates_start and trainer.step == 0 and (figures := _validate(trainer)) and is_first:
+        _log_figures(trainer, trainer.step, figures)
 
 
 def _after_step(

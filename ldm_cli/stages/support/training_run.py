@@ -106,9 +106,7 @@ def run_training(
         expect_trackers(recipe.train.track)
         if ranks.is_first:
             _say_what_is_slow(recipe, device, reporter)
-        if open_cache and isinstance(shards, Stream):
-            raise RecipeError("a cache cannot be used with data.stream", "its samples are numbered", "remove one")
-        cache = open_cache(shards) if open_cache and isinstance(shards, ShardSet) else None
+        cache = _cache_of(shards, open_cache) if open_cache else None
         with run if ranks.is_first else nullcontext():
             if ranks.is_first and options.resume == "never":
                 run.expect_unused()
@@ -118,6 +116,12 @@ def run_training(
             bench = Workbench(run, shards, (), device, reporter, cache, ranks)
             figures = _train(recipe, options, bench, build, stop, with_captions, "start_from" in (uses or {}))
     return _result(run, recipe.train.steps, figures)
+
+
+def _cache_of(shards: ShardSet | Stream, open_cache: Callable[[ShardSet], LatentCache]) -> LatentCache:
+    if isinstance(shards, Stream):
+        raise RecipeError("a cache cannot be used with data.stream", "its samples are numbered", "remove one")
+    return open_cache(shards)
 
 
 def _train(
