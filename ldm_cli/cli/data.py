@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ldm_cli.cli import options as given
+from ldm_cli.cli.launch import become_ranks, is_first_rank, make_rank_reporter
 from ldm_cli.cli.report import make_reporter
 from ldm_cli.cli.show import show_result
 from ldm_cli.errors import DataError, UsageError
@@ -155,17 +156,22 @@ def stats(
 
 @commands.command()
 def index(
+    context: typer.Context,
     arguments: Shards,
     sizes: Annotated[Path | None, given.option("--sizes", metavar="FILE", text="Also write a sizes.json.")] = None,
     hashed: Annotated[bool, typer.Option("--hash", help="Also hash every byte of the shards, for later runs.")] = False,
+    nproc: given.NumProcesses = None,
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:
     """Index shards ahead of a run."""
     config = _config(arguments)
+    become_ranks(context.obj, nproc)
     from ldm_cli.stages import data
 
-    show_result(data.index(config, make_reporter(), sizes, hashed), json)
+    result = data.index(config, make_rank_reporter(), sizes, hashed)
+    if is_first_rank():
+        show_result(result, json)
 
 
 def _duplicates(config: DataConfig, file: Path | None, against: str | None, threshold: float) -> dict[str, Any]:

@@ -1,120 +1,103 @@
-"""Shard indexes kept between runs, outside the data's folder: `$XDG_CACHE_HOME/ldm/index` or
-`~/.cache/ldm/index`.
+"""Tables of shards kept between runs, outside the data's folder: `$XDG_CACHE_HOME/ldm/index` or `~/.cache/ldm/index`.
 
-A cached index is used only if the shard's size and times are those of the file that was indexed. The system sets the
-time of change (ctime) at every write; if that alone differs, as after `chmod` or a hard link, the fingerprint of the
-contents decides. A stale index that passes these checks is still found, because every read verifies the header of the
-member.
+A table is used only if the shard's size and times are those of the file that was indexed. The system sets the time of
+change (ctime) at every write; if that alone differs, as after `chmod` or a hard link, the fingerprint of the contents
+decides. A stale table that passes these checks is still found, because every read verifies the header of the member.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
-import json
 import os
-from array import array
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
+from ldm_cli.data.columns import read_columns, read_facts, write_columns
 from ldm_cli.data.fingerprint import fingerprint_of_contents
 from ldm_cli.data.tar_index import ShardIndex
+from ldm_cli.errors import InputNotFoundError
 from ldm_cli.storage import user_cache
 
-_VERSION = 3
-_FACTS = ("file_size", "end", "extensions", "ignored", "contents", "sha256")
-_ARRAYS = ("key_ends", "sample_starts", "members")
+_VERSION = 4
+_FACTS = ("file_size", "end", "ignored", "contents", "sha256")
+_COLUMNS = {"keys": "B", "key_ends": "I", "sample_starts": "I", "members": "I"}
+
+Stamp = tuple[int, int, int]
+"""Size, time of modification and time of change of a local shard, in bytes and ns; two hashes of what its server says
+in place of the times of a remote one."""
 
 
 def cache_folder() -> Path:
-    """Where indexes are kept."""
+    """Where tables are kept."""
     return user_cache() / "index"
 
 
-def load_index(shard: Path, folder: Path) -> ShardIndex | None:
-    """The cached index of `shard`, or None if there is none that fits it."""
-    found = load_tensors(_file(shard, folder))
-    if found is None:
-        return None
-    tensors, facts = found
-    try:
-        described: dict[str, Any] = {name: facts[name] for name in _FACTS}
-        described |= {name: array("q", _bytes_of(tensors[name])) for name in _ARRAYS}
-        described |= {"keys": _bytes_of(tensors["keys"]), "extensions": tuple(facts["extensions"])}
-        index = ShardIndex(**described)
-        status = shard.stat()
-        if facts["version"] != _VERSION or (status.st_size, status.st_mtime_ns) != (index.file_size, facts["mtime_ns"]):
-            return None
-        if status.st_ctime_ns != facts["ctime_ns"]:
-            if fingerprint_of_contents(shard) != index.contents:
-                return None
-            with contextlib.suppress(OSError):  # else it is compared every time
-                save_index(shard, index, folder)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return index
+def table_file(name: str, folder: Path | None = None) -> Path:
+    """The file with the table of the shard of this name: an absolute path, or an address without credentials."""
+    return (folder or cache_folder()) / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.safetensors"
 
 
-def save_index(shard: Path, index: ShardIndex, folder: Path) -> None:
-    """Keep the index of an undamaged shard; errors as in `save_tensors`."""
-    status = shard.stat()
-    facts = {"version": _VERSION, "mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}
-    facts |= {name: getattr(index, name) for name in _FACTS}
-    columns = {name: bytearray(getattr(index, name)) for name in ("keys", *_ARRAYS)}
-    tensors = {name: torch.frombuffer(c, dtype=torch.uint8) if c else torch.empty(0) for name, c in columns.items()}
-    save_tensors(_file(shard, folder), tensors, facts)
-
-
-def load_tensors(file: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """The tensors and facts of a file of `save_tensors`; None if there is none, or a damaged one."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            metadata = opened.metadata()
-            sound = metadata["sha256"] == _digest(tensors, metadata["facts"])
-            return (tensors, json.loads(metadata["facts"])) if sound else None
-    except (OSError, RuntimeError, SafetensorError, ValueError, KeyError, TypeError):  # torch opens it, too
-        return None
-
-
-def save_tensors(file: Path, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Replace a file of the cache; other processes see the old file or the new one, never a part.
+def stamp_of(shard: Path) -> Stamp:
+    """The stamp of a local shard.
 
     Raises:
-        OSError: the folder cannot be written.
+        InputNotFoundError: there is none.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".tmp-{os.getpid()}")
     try:
-        text = json.dumps(facts)
-        save_file(tensors, temporary, {"facts": text, "sha256": _digest(tensors, text)})
-        temporary.replace(file)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        return stamp_from(os.stat(shard))  # noqa: PTH116
+    except OSError as error:
+        raise InputNotFoundError(f"cannot open shard '{shard}'", os.strerror(error.errno or 0)) from error
 
 
-def _file(shard: Path, folder: Path) -> Path:
-    name = hashlib.sha256(os.fsencode(os.path.realpath(shard))).hexdigest()[:32]
-    return folder / f"{name}.safetensors"
+def stamp_from(status: os.stat_result) -> Stamp:
+    """The stamp in the status of a local shard."""
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _bytes_of(tensor: Tensor) -> bytes:
-    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+def described(file: Path, stamp: Stamp, shard: Path | None) -> dict[str, Any] | None:
+    """The facts of a table that fits a shard with that stamp, without reading the table; else None.
+
+    Args:
+        file: of the table.
+        stamp: of the shard.
+        shard: the file of a local shard.
+    """
+    facts = read_facts(file)
+    if facts is None or facts.get("version") != _VERSION or facts["stamp"][:2] != [*stamp[:2]]:
+        return None
+    if facts["stamp"][2] != stamp[2]:
+        if shard is None or fingerprint_of_contents(shard) != facts["contents"]:
+            return None
+        with contextlib.suppress(OSError):  # else it is compared every time
+            if (index := load_table(file)) is not None:
+                save_table(file, index, stamp)
+    return facts
 
 
-def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:
-    digest = hashlib.sha256(facts.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes_of(tensor))
-    return digest.hexdigest()
+def load_table(file: Path) -> ShardIndex | None:
+    """The index of a shard, mapped into memory; None if there is none, or a damaged one."""
+    found = read_columns(file)
+    if found is None or found[1].get("version") != _VERSION:
+        return None
+    columns, facts = found
+    known = {name: facts[name] for name in _FACTS} | {"extensions": tuple(facts["extensions"])}
+    return ShardIndex(**known, **{name: columns[name].cast(kind) for name, kind in _COLUMNS.items()})
+
+
+def save_table(file: Path, index: ShardIndex, stamp: Stamp) -> None:
+    """Keep the index of an undamaged shard; errors as in `write_columns`."""
+    facts = {name: getattr(index, name) for name in (*_FACTS, "extensions")}
+    facts |= {
+        "version": _VERSION,
+        "stamp": stamp,
+        "num_samples": index.num_samples,
+        "members": index.extension_counts(),
+    }
+    write_columns(file, {name: getattr(index, name) for name in _COLUMNS}, facts)
+
+
+def forget_table(file: Path) -> None:
+    """Let the next start index a shard again."""
+    with contextlib.suppress(OSError):
+        file.unlink()

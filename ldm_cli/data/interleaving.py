@@ -1,8 +1,8 @@
 """Several streams interleaved by their shares: exact in the long run, and addressable at any place.
 
 The interleaved stream is cut into blocks of about L items. Up to the end of block b, it has floor(b·L·share_i) items of
-stream i, so that no remainder is lost. Within a block a counter-based random order applies. The item at place t
-is therefore a function of t.
+stream i, so that no remainder is lost. Within a block a permutation applies. The item at place t
+is therefore a function of t, found with the items of its block.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from functools import lru_cache
 
 import torch
 
-from ldm_cli import philox
-from ldm_cli.data.order import permutation
+from ldm_cli.data.permutation import Permutation
 
 _NUM_CACHED_BLOCKS = 2
 
@@ -23,17 +22,17 @@ class Interleaving:
     """`interleaving(t)` is (stream, number within that stream).
 
     Args:
-        key: of the random order within blocks.
+        name: of the random order within blocks.
         weights: of the streams, positive; their shares are in proportion.
         block: items per block (L).
     """
 
-    def __init__(self, key: philox.Key, weights: Sequence[float], block: int) -> None:
+    def __init__(self, name: str, weights: Sequence[float], block: int) -> None:
         if not weights or min(weights) <= 0 or block < 1:
             raise ValueError(f"Interleaving: weights={weights}, block={block}")
         total = sum(map(Fraction, weights), Fraction())
         self._rates = [block * Fraction(weight) / total for weight in weights]
-        self._key, self._block = key, block
+        self._name, self._block = name, block
         self._items = lru_cache(maxsize=_NUM_CACHED_BLOCKS)(self._make_items)
 
     def __call__(self, place: int) -> tuple[int, int]:
@@ -58,7 +57,8 @@ class Interleaving:
         counts = [end - first for first, end in zip(before, after, strict=True)]
         streams = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
         items = []
-        for stream in streams[permutation(self._key, block, torch.arange(len(streams)))].tolist():
+        order = Permutation(f"{self._name}/{block}", len(streams)).at(torch.arange(len(streams)))
+        for stream in streams[order].tolist():
             items.append((stream, before[stream]))
             before[stream] += 1
         return items

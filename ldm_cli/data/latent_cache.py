@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -34,7 +34,6 @@ from ldm_cli.data.config import DataConfig
 from ldm_cli.data.open_shards import index_shards
 from ldm_cli.data.sample_decoder import Draw, Sample, SampleDecoder, Wanted
 from ldm_cli.data.shards import ShardReader, ShardSet
-from ldm_cli.data.tar_format import Member
 from ldm_cli.errors import DataError, InputNotFoundError
 from ldm_cli.reporting import Reporter
 
@@ -75,11 +74,8 @@ class LatentCache:
         self._folder, self._source = folder, shards
         files = [folder / shard.file for shard in _matched(folder, manifest, shards, reporter)]
         self._moments = _open(files, reporter)
-        for path, ours, theirs in zip(files, self._moments.indexes, shards.indexes, strict=True):
-            same = (ours.keys, ours.key_ends) == (theirs.keys, theirs.key_ends)
-            if not same or ours.sample_starts[-1] != ours.num_samples:
-                raise DataError(f"'{path}' is damaged", "it holds other samples than its shard", REMEDY)
         self._verified: set[Path] = set()
+        self._matching: set[int] = set()
         self._moments_reader = ShardReader(self._moments)
         self._text_reader: ShardReader | None = None
         self._known: Callable[[str], dict[str, Tensor]] = lambda _: {}
@@ -106,10 +102,15 @@ class LatentCache:
             DataError, StorageError: the cache has changed, is damaged or cannot be read.
         """
         index = self._moments.indexes[shard]
-        extension, *place = index.members[4 * sample : 4 * sample + 4]  # a sample is one member
+        if shard not in self._matching:
+            if not index.has_keys_of(self._source.indexes[shard]) or index.sample_starts[-1] != index.num_samples:
+                path = self._moments.paths[shard]
+                raise DataError(f"'{path}' is damaged", "it holds other samples than its shard", REMEDY)
+            self._matching.add(shard)
+        ((extension, (member,)),) = index.sample(sample).items()
         self._expect_whole(self._moments.paths[shard])
-        data = self._moments_reader.read(shard, Member(*place))
-        if index.extensions[extension] == BAD:
+        data = self._moments_reader.read(shard, member)
+        if extension == BAD:
             raise BadSampleError(**json.loads(data))
         tensors = _tensors(self._moments.paths[shard], data)
         return {n.removesuffix(MIRRORED): t for n, t in tensors.items() if n.endswith(MIRRORED) == mirrored}
@@ -161,6 +162,10 @@ class CachedDecoder:
         sizes = moments.pop(SIZES)
         return replace(plain, sizes=sizes, moments=moments, condition=self._cache.condition(plain.caption))
 
+    def keep(self, shards: Collection[int]) -> None:
+        """Close the files of all other shards."""
+        self._decoder.keep(shards)
+
     def close(self) -> None:
         """Close the files."""
         self._decoder.close()
@@ -192,9 +197,10 @@ def _matched(folder: Path, manifest: Manifest, shards: ShardSet, reporter: Repor
     for entry in manifest.shards:
         entries[entry.fingerprint].append(entry)
     found, changed = [], []
-    for path, index in zip(shards.paths, shards.indexes, strict=True):
-        candidates = sorted(entries[index.fingerprint()], key=lambda entry: entry.name != path.name)
-        match = next((entry for entry in candidates if entry.fits(path, reporter)), None)
+    for shard, path in enumerate(shards.paths):
+        candidates = sorted(entries[shards.fingerprint_of(shard)], key=lambda entry: entry.name != path.name)
+        is_remote = shards.paths.address(shard) is not None  # a copy that is fetched again has another time
+        match = next((entry for entry in candidates if is_remote or entry.fits(path, reporter)), None)
         if match is None:
             changed.append(f"'{path}'")
         else:
@@ -211,7 +217,7 @@ def _directory(text: ShardSet) -> tuple[Tensor, Tensor]:
     for shard, (path, index) in enumerate(zip(text.paths, text.indexes, strict=True)):
         if len(index.keys) != _DIGEST_LENGTH * index.num_samples:
             raise DataError(f"'{path}' is damaged", "its keys are no digests of captions", REMEDY)
-        hexadecimal = index.keys.decode()
+        hexadecimal = str(index.keys, "utf-8")
         starts = range(0, len(hexadecimal), _DIGEST_LENGTH)
         numbers.append(torch.tensor([_number(hexadecimal[start:]) for start in starts]))
         places.append(torch.stack([torch.full((len(starts),), shard), torch.arange(len(starts))], dim=1))

@@ -23,6 +23,7 @@ from ldm_cli.data.order import global_positions, rank_slice
 from ldm_cli.data.prefetch import made_ahead
 from ldm_cli.data.sample_decoder import Draw, MembersDecoder, Sample, SampleDecoder, Wanted
 from ldm_cli.data.shards import ShardSet
+from ldm_cli.data.shards_ahead import ShardsAhead
 from ldm_cli.data.step_plan import Place, StepPlan
 from ldm_cli.data.streaming import Stream, StreamedSteps, decoded, read_stream
 from ldm_cli.errors import DataError
@@ -188,6 +189,7 @@ class _Steps:
         self._plan = StepPlan(seed, shards, config, batch_size)
         self._draw_key = philox.key(seed, "data/draw")
         self._decoder = decoder
+        self._ahead = ShardsAhead(shards, decoder.keep)
         self._loss_weights: dict[int, float] | None = None
         if config.loss_weights is not None:
             weighted = zip(shards.sources, config.loss_weights, strict=True)
@@ -199,6 +201,7 @@ class _Steps:
         epoch, position = epoch[self._places], position[self._places]
         draws = philox.uniform(self._draw_key, epoch, position, 3).tolist()
         shape, turns = self._plan.step(step, self._places)
+        self._ahead.look(turns)
 
         def find(number: int, bad: list[BadSample]) -> tuple[Sample, str]:
             turn, draw = turns[number], draws[number]

@@ -1,22 +1,22 @@
-"""Open the shards of a data set: find, index, and choose samples."""
+"""Open the shards of a data set: find them, index those that are new or have changed, and choose samples."""
 
 from __future__ import annotations
 
-import itertools
+from array import array
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from ldm_cli.data.config import DataConfig
-from ldm_cli.data.index_cache import cache_folder, load_index, save_index
-from ldm_cli.data.patterns import find_sources
-from ldm_cli.data.remote import StagingArea, forget_fetched
+from ldm_cli.data.index_cache import stamp_of
+from ldm_cli.data.indexing import Indexing, ShardIndexing
+from ldm_cli.data.patterns import Found, find_sources
 from ldm_cli.data.sample_filter import choose_samples
+from ldm_cli.data.shard_paths import ShardPaths
 from ldm_cli.data.shards import ShardSet
-from ldm_cli.data.tar_index import ShardIndex, index_tar
-from ldm_cli.errors import DataError, InputNotFoundError, RecipeError
+from ldm_cli.data.staging import StagingArea, place_of
+from ldm_cli.errors import InputNotFoundError, RecipeError
 from ldm_cli.reporting import Reporter
-from ldm_cli.storage import file_sha256
 
 
 class NoSamplesError(InputNotFoundError):
@@ -24,18 +24,23 @@ class NoSamplesError(InputNotFoundError):
 
 
 def open_shards(
-    shards: str | tuple[str, ...], config: DataConfig, reporter: Reporter, hashed: bool = False
+    shards: str | tuple[str, ...],
+    config: DataConfig,
+    reporter: Reporter,
+    hashed: bool = False,
+    needs_tables: bool = False,
 ) -> ShardSet:
     """Find and index shards, and choose samples by `config.filter` and `config.quarantine`.
 
-    Without these two, only headers are read.
+    Without these two, only headers are read, and of a data set that has not changed since it was opened before, a file
+    of a few numbers a shard.
 
     Args:
         shards: a path, glob, folder or brace pattern, or several; usually `config.shards` or
             `config.val_shards`.
         config: how to treat damage, and which samples to choose.
         reporter: receives warnings about damaged shards and about a cache that cannot be written.
-        hashed: read every shard as a whole, unless its hash is kept with its index.
+        hashed, needs_tables: as in `Indexing`.
 
     Raises:
         InputNotFoundError: shards are missing, empty or unreadable (all of them are listed), or hold no
@@ -49,17 +54,13 @@ def open_shards(
         raise RecipeError(
             "data.stream=true is for training only", "this needs indexed shards", "name shards that can be indexed"
         )
-    staging = StagingArea(config.max_fetched_bytes, reporter)
-    found = find_sources(shards, config.remote_schemes, staging.fetch)
-    ends = (0, *itertools.accumulate(map(len, found)))
-    result = replace(
-        index_shards(tuple(itertools.chain.from_iterable(found)), config.on_bad_shard, reporter, hashed),
-        sources=tuple(itertools.starmap(range, itertools.pairwise(ends))),
-        staging=staging,
-    )
+    found = find_sources(shards, config.remote_schemes)
+    result = replace(_indexing(found, config, reporter, hashed, needs_tables).open(), sources=found.sources)
+    del found  # names of half a million shards
     if not result.num_samples:
         raise NoSamplesError(f"there are no samples in {len(result.paths)} shards", f"first one: '{result.paths[0]}'")
-    if config.mask and shards == config.shards and all(config.mask not in index.extensions for index in result.indexes):
+    facts = result.facts
+    if config.mask and shards == config.shards and facts.is_indexed and config.mask not in facts.members:
         raise InputNotFoundError(f"no sample of data.shards has a mask '.{config.mask}'", remedy="correct data.mask")
     if config.filter or config.aspect_buckets or config.quarantine:
         result = choose_samples(result, config, reporter)
@@ -69,43 +70,20 @@ def open_shards(
     return result
 
 
-def index_shards(
-    paths: tuple[Path, ...], on_bad_shard: Literal["stop", "skip"], reporter: Reporter, hashed: bool = False
-) -> ShardSet:
+def make_tables(config: DataConfig, reporter: Reporter, hashed: bool, rank: int, world_size: int) -> None:
+    """Index every `world_size`-th shard of `config.shards`, from number `rank` on; errors as in `open_shards`."""
+    found = find_sources(config.shards, config.remote_schemes)
+    indexing = _indexing(found, config, reporter, hashed, needs_tables=True)
+    indexing.make_tables(range(rank, len(found.names), world_size))
+
+
+def index_shards(paths: tuple[Path, ...], on_bad_shard: Literal["stop", "skip"], reporter: Reporter) -> ShardSet:
     """Index these files, which may hold no samples; arguments and errors are those of `open_shards`."""
-    folder: Path | None = cache_folder()
-    indexes: list[ShardIndex] = []
-    with reporter.progress("indexing shards", total=len(paths), unit="shard") as progress:
-        for number, path in enumerate(paths, start=1):
-            known = load_index(path, folder) if folder else None
-            index = known or _indexed(path, on_bad_shard, reporter)
-            if hashed and index.sha256 is None:
-                index = replace(index, sha256=file_sha256(path))
-            if index is not known and not index.damage and folder:
-                folder = _keep(path, index, folder, reporter)
-            indexes.append(index)
-            progress.update(number)
-    return ShardSet(paths, tuple(indexes))
+    stamps = array("q", [number for path in paths for number in stamp_of(path)])
+    return ShardIndexing(ShardPaths(map(str, paths)), stamps, Indexing(on_bad_shard), reporter).open()
 
 
-def _indexed(path: Path, on_bad_shard: Literal["stop", "skip"], reporter: Reporter) -> ShardIndex:
-    """A fresh index. A fetched shard that is damaged is fetched again by the next start."""
-    try:
-        index = index_tar(path, on_bad_shard)
-    except DataError:
-        forget_fetched(path)
-        raise
-    if index.damage:
-        forget_fetched(path)
-        reporter.warn(f"shard '{path}' is damaged ({index.damage}): using {index.num_samples} whole samples")
-    return index
-
-
-def _keep(path: Path, index: ShardIndex, folder: Path, reporter: Reporter) -> Path | None:
-    """Cache the index. If that fails, warn once and return None: no cache any more."""
-    try:
-        save_index(path, index, folder)
-    except OSError as error:
-        reporter.warn(f"cannot keep shard indexes in '{folder}': {error}; every run builds them again")
-        return None
-    return folder
+def _indexing(found: Found, config: DataConfig, reporter: Reporter, hashed: bool, needs_tables: bool) -> ShardIndexing:
+    how = Indexing(config.on_bad_shard, hashed, needs_tables, config.num_workers, config.worker_timeout)
+    staging = StagingArea(config.max_fetched_bytes, reporter)
+    return ShardIndexing(ShardPaths(found.names, place_of), found.stamps, how, reporter, staging)

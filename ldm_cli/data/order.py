@@ -1,24 +1,28 @@
 """The order of samples as a function of seed, epoch and position: no state, nothing to restore.
 
-An epoch permutes the shards, cuts them into windows of W shards and permutes the samples of each window. A permutation
-is the order of counter-based random keys (Philox), so that finding a position takes only its own window. Consecutive
-steps take consecutive positions of the endless stream of epochs; no sample is dropped at the end of an epoch.
+The seed deals the shards into groups of 64 windows of W shards. An epoch permutes the groups, the shards of each group,
+and the samples of each window. A place of these permutations is computed by itself (`permutation.py`), so that finding
+a position takes a table of the groups' sizes and one of its own group's shards. Consecutive steps take consecutive
+positions of the endless stream of epochs; no sample is dropped at the end of an epoch.
 """
 
 from __future__ import annotations
 
-import itertools
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ldm_cli import philox
+from ldm_cli.data.permutation import Permutation
 
-_NUM_CACHED_WINDOWS = 4
-_NUM_CACHED_EPOCHS = 2
+ORDER = "grouped windows"
+"""Name of this order in the facts of a run: a run goes on in the order that it began with."""
+
+_WINDOWS_PER_GROUP = 64
+_NUM_CACHED = 8
 
 
 def global_positions(step: int, batch_size: int, num_samples: int) -> tuple[Tensor, Tensor]:
@@ -50,6 +54,24 @@ def rank_slice(batch_size: int, rank: int, world_size: int) -> slice:
     return slice(rank * part, (rank + 1) * part)
 
 
+@dataclass(frozen=True)
+class Window:
+    """The samples that are shuffled together.
+
+    Attributes:
+        first, end: its positions in the epoch are first … end - 1.
+        shards: in the order of the epoch.
+        ends: how many samples the first 1, 2, … of them have.
+        permutation: of its samples.
+    """
+
+    first: int
+    end: int
+    shards: list[int]
+    ends: list[int]
+    permutation: Permutation
+
+
 class Order:
     """`order(seed, epoch, position)` over shards of given sizes. It keeps a few windows, only to save time.
 
@@ -58,56 +80,65 @@ class Order:
         shard_sizes: samples per shard, some of which may be 0.
         window: shards per window (W).
         stream: number of the order among those of one run, which are independent.
+
+    Attributes:
+        num_samples: samples per epoch.
     """
 
-    def __init__(self, seed: int, shard_sizes: Sequence[int], window: int, stream: int = 0) -> None:
-        if window < 1 or not any(shard_sizes):
-            raise ValueError(f"Order: window={window}, {sum(shard_sizes)} samples in {len(shard_sizes)} shards")
-        suffix = f"/{stream}" if stream else ""
-        self._shard_key = philox.key(seed, "order/shards" + suffix)
-        self._sample_key = philox.key(seed, "order/samples" + suffix)
-        self._sizes = tuple(shard_sizes)
-        self._starts = (0, *itertools.accumulate(self._sizes))
+    def __init__(self, seed: int, shard_sizes: Sequence[int] | Tensor, window: int, stream: int = 0) -> None:
+        self._sizes = torch.as_tensor(shard_sizes, dtype=torch.int64)
+        self._ends = self._sizes.cumsum(0)
+        self.num_samples = int(self._ends[-1]) if len(self._ends) else 0
+        if window < 1 or not self.num_samples:
+            raise ValueError(f"Order: window={window}, {self.num_samples} samples in {len(self._sizes)} shards")
+        self._name = f"{ORDER}/{seed}/{stream}"
         self._window = window
-        self._epoch = lru_cache(maxsize=_NUM_CACHED_EPOCHS)(self._make_epoch)
-        self._permuted = lru_cache(maxsize=_NUM_CACHED_WINDOWS)(self._make_window)
-
-    @property
-    def num_samples(self) -> int:
-        """Samples per epoch."""
-        return self._starts[-1]
+        self._dealt = Permutation(f"{self._name}/deal", len(self._sizes))
+        self._groups = torch.arange(len(self._sizes)).split(window * _WINDOWS_PER_GROUP)
+        self._group_sizes = torch.stack([self._sizes[self._dealt.at(places)].sum() for places in self._groups])
+        self._epoch = lru_cache(maxsize=_NUM_CACHED)(self._make_epoch)
+        self._group = lru_cache(maxsize=_NUM_CACHED)(self._make_group)
+        self._window_of = lru_cache(maxsize=_NUM_CACHED)(self._make_window)
 
     def __call__(self, epoch: int, position: int) -> tuple[int, int]:
         """(shard, sample within the shard) at `position` of `epoch`."""
+        window = self.window(epoch, position)
+        number = window.permutation(position - window.first)
+        slot = bisect_right(window.ends, number)
+        return window.shards[slot], number - (window.ends[slot - 1] if slot else 0)
+
+    def window(self, epoch: int, position: int) -> Window:
+        """The window that `position` of `epoch` is in."""
         if not 0 <= position < self.num_samples:
             raise ValueError(f"Order: position={position} is not in [0, {self.num_samples})")
-        _, ends = self._epoch(epoch)
-        window = bisect_right(ends, position)
-        start = ends[window - 1] if window else 0
-        return self.locate(self._permuted(epoch, window)[position - start])
+        groups, ends = self._epoch(epoch)
+        slot = bisect_right(ends, position)
+        first = ends[slot - 1] if slot else 0
+        shard = bisect_right(self._group(epoch, groups[slot])[1], position - first)
+        return self._window_of(epoch, groups[slot], first, shard // self._window)
 
     def locate(self, number: int) -> tuple[int, int]:
         """(shard, sample within the shard) of the sample with this number, counted over all shards in order."""
-        shard = bisect_right(self._starts, number) - 1
-        return shard, number - self._starts[shard]
+        shard = int(torch.searchsorted(self._ends, number, right=True))
+        return shard, number - int(self._ends[shard] - self._sizes[shard])
 
     def _make_epoch(self, epoch: int) -> tuple[list[int], list[int]]:
-        """The permuted shards of an epoch, and the position at which each window ends."""
-        shards = permutation(self._shard_key, epoch, torch.arange(len(self._sizes))).tolist()
-        sizes = [
-            sum(self._sizes[shard] for shard in shards[first : first + self._window])
-            for first in range(0, len(shards), self._window)
-        ]
-        return shards, list(itertools.accumulate(sizes))
+        """The groups in the order of an epoch, and the position at which each ends."""
+        groups = Permutation(f"{self._name}/{epoch}/groups", len(self._groups)).at(torch.arange(len(self._groups)))
+        return groups.tolist(), self._group_sizes[groups].cumsum(0).tolist()
 
-    def _make_window(self, epoch: int, window: int) -> list[int]:
-        """Numbers of the samples of a window, in the order in which they are read."""
-        shards = self._epoch(epoch)[0][window * self._window : (window + 1) * self._window]
-        numbers = torch.cat([torch.arange(self._starts[s], self._starts[s + 1]) for s in shards])
-        return permutation(self._sample_key, epoch, numbers).tolist()
+    def _make_group(self, epoch: int, group: int) -> tuple[list[int], list[int]]:
+        """The shards of a group in the order of an epoch, and the samples up to the end of each."""
+        places = self._groups[group]
+        permutation = Permutation(f"{self._name}/{epoch}/{group}/shards", len(places))
+        shards = self._dealt.at(places[permutation.at(places - places[0])])
+        return shards.tolist(), self._sizes[shards].cumsum(0).tolist()
 
-
-def permutation(key: philox.Key, epoch: int, numbers: Tensor) -> Tensor:
-    """`numbers` int64 [n], sorted by the 62-bit random keys of (epoch, number); ties keep their order."""
-    words = philox.bits(key, torch.full_like(numbers, epoch), numbers, 2)
-    return numbers[torch.argsort((words[:, 0] << 30) | (words[:, 1] >> 2), stable=True)]
+    def _make_window(self, epoch: int, group: int, first: int, number: int) -> Window:
+        """A window by its number in a group, which begins at the position `first`."""
+        shards, ends = self._group(epoch, group)
+        begin, stop = number * self._window, min((number + 1) * self._window, len(shards))
+        before, last = ends[begin - 1] if begin else 0, ends[stop - 1]
+        permutation = Permutation(f"{self._name}/{epoch}/{group}/{number}/samples", last - before)
+        own = [end - before for end in ends[begin:stop]]
+        return Window(first + before, first + last, shards[begin:stop], own, permutation)

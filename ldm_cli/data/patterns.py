@@ -6,9 +6,15 @@ import glob
 import itertools
 import os
 import re
+import stat
+from array import array
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise, starmap
 from pathlib import Path
 
+from ldm_cli.data.index_cache import stamp_from
 from ldm_cli.data.remote import without_credentials
 from ldm_cli.errors import InputNotFoundError, RecipeError, UnavailableError
 
@@ -52,44 +58,65 @@ def expand_braces(pattern: str) -> Iterator[str]:
     return ("".join(parts) for parts in itertools.product(*pieces))
 
 
-def find_sources(
-    patterns: str | tuple[str, ...], schemes: tuple[str, ...] = (), fetch: Callable[[str], Path] | None = None
-) -> tuple[tuple[Path, ...], ...]:
-    """The shard files of each of `patterns`; globs and folders in sorted order, each file once.
+@dataclass(frozen=True)
+class Found:
+    """The shards of a recipe.
+
+    Attributes:
+        names: their paths and addresses, each file once.
+        stamps: three numbers each, as `stamp_from` has them; zeros for addresses.
+        sources: the shards of each pattern.
+    """
+
+    names: list[str]
+    stamps: array[int]
+    sources: tuple[range, ...]
+
+
+def find_sources(patterns: str | tuple[str, ...], schemes: tuple[str, ...] = ()) -> Found:
+    """The shards of each of `patterns`; globs and folders in sorted order.
 
     Args:
         patterns: from the recipe.
-        schemes: of the addresses that may be fetched.
-        fetch: returns the local copy of a remote shard.
+        schemes: of the addresses that may be fetched; nothing is fetched here.
 
     Raises:
         InputNotFoundError: a pattern matches nothing, or files are missing, empty or unreadable; all are
             listed.
         UnavailableError: a pattern names a remote or piped source that is not allowed.
-        LdmError: as `fetch`.
     """
+    found = Found([], array("q"), ())
     seen: set[str] = set()
-    sources: list[tuple[Path, ...]] = []
     problems: list[str] = []
+    ends = [0]
+    real_folder = lru_cache(maxsize=64)(os.path.realpath)
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         remote = _is_remote(pattern, schemes)
-        source: list[Path] = []
         for path in expand_braces(pattern):
-            found = [fetch(path)] if remote and fetch else _local_files(path)
-            if not found:
+            files = [path] if remote else _local_files(path)
+            if not files:
                 problems.append(f"'{path}' ({_absence(path)})")
-            for file in found:
-                reason = _unreadable(file)
-                if reason:
-                    problems.append(f"'{file}' ({reason})")
-                if (real := os.path.realpath(file)) not in seen:
+            for file in files:
+                status = None if remote else _status(file)
+                if isinstance(status, str):
+                    problems.append(f"'{file}' ({status})")
+                    continue
+                real = file if remote else _real(file, real_folder)
+                if real not in seen:
                     seen.add(real)
-                    source.append(file)
-        sources.append(tuple(source))
+                    found.names.append(file)
+                    found.stamps.extend(stamp_from(status) if status else (0, 0, 0))
+        ends.append(len(found.names))
     _expect_none(problems)
     if not seen:
         raise InputNotFoundError("there are no shards", "data.shards is empty", "name at least one tar file")
-    return tuple(sources)
+    return replace(found, sources=tuple(starmap(range, pairwise(ends))))
+
+
+def _real(file: str, real_folder: Callable[[str], str]) -> str:
+    """The path of a file without links; most shards of a set share a folder."""
+    folder, name = os.path.split(file)
+    return os.path.realpath(file) if os.path.islink(file) else f"{real_folder(folder)}/{name}"  # noqa: PTH114
 
 
 def find_streams(patterns: str | tuple[str, ...], schemes: tuple[str, ...]) -> tuple[str, ...]:
@@ -111,7 +138,7 @@ def find_streams(patterns: str | tuple[str, ...], schemes: tuple[str, ...]) -> t
             if not files and not remote:
                 problems.append(f"'{path}' ({_absence(path)})")
             problems += [f"'{file}' (no permission to read)" for file in files if not os.access(file, os.R_OK)]
-            found += [path] if remote else map(str, files)
+            found += [path] if remote else files
     _expect_none(problems)
     if not found:
         raise InputNotFoundError("there are no shards", "data.shards is empty", "name at least one tar file")
@@ -151,18 +178,20 @@ def _is_remote(pattern: str, schemes: tuple[str, ...], streamed: bool = False) -
     raise UnavailableError(f"cannot read shards '{shown}'", f"'{scheme}:' is not allowed", remedy)
 
 
-def _local_files(path: str) -> list[Path]:
+def _local_files(path: str) -> list[str]:
     """A folder's tars, a glob's matches, or the path itself if it exists."""
-    if Path(path).is_dir():
-        return sorted(Path(path).glob("*.tar"))
-    if Path(path).exists():
-        return [Path(path)]
-    if not glob.has_magic(path):
-        return []
+    try:
+        is_folder = stat.S_ISDIR(os.stat(path).st_mode)  # noqa: PTH116
+    except (OSError, ValueError):
+        return _matches(path) if glob.has_magic(path) else []
+    return sorted(map(str, Path(path).glob("*.tar"))) if is_folder else [path]
+
+
+def _matches(path: str) -> list[str]:
     # Brackets in the name of a folder that is there are no pattern.
     folder = next((parent for parent in Path(path).parents if parent.is_dir()), Path())
     pattern = f"{glob.escape(str(folder))}/{os.path.relpath(path, folder)}"
-    return [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
+    return sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
 
 
 def _absence(path: str) -> str:
@@ -171,10 +200,14 @@ def _absence(path: str) -> str:
     return "matches nothing" if glob.has_magic(path) else "missing"
 
 
-def _unreadable(file: Path) -> str:
-    """Why a file cannot be a shard, judged without opening it; empty if it can."""
-    if not file.is_file():
+def _status(file: str) -> os.stat_result | str:
+    """The status of a file that can be a shard, judged without opening it; else why it cannot."""
+    try:
+        status = os.stat(file)  # noqa: PTH116
+    except OSError:
+        return "not a regular file"
+    if not stat.S_ISREG(status.st_mode):
         return "not a regular file"
     if not os.access(file, os.R_OK):
         return "no permission to read"
-    return "" if file.stat().st_size else "empty"
+    return status if status.st_size else "empty"

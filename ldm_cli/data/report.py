@@ -48,7 +48,7 @@ def check(shards: ShardSet, config: DataConfig, reporter: Reporter) -> dict[str,
             except BadSampleError as error:
                 bad.append(BadSample(str(shards.paths[shard]), index.key(number), error.reason, error.detail))
     damaged = {
-        str(path): index.damage for path, index in zip(shards.paths, shards.indexes, strict=True) if index.damage
+        str(shards.paths[shard]): str(index.damage) for shard, index in shards.indexes.held.items() if index.damage
     }
     return {
         "ok": not bad and not damaged and not members.hidden,
@@ -133,7 +133,7 @@ def stats(shards: ShardSet, config: DataConfig, reporter: Reporter) -> dict[str,
     return {
         "shards": len(shards.paths),
         "samples": shards.num_samples,
-        "bytes": sum(index.file_size for index in shards.indexes),
+        "bytes": sum(shards.facts.stamps[::3]),
         "extensions": dict(extensions.most_common()),
         "formats": dict(formats.most_common()),
         "width": _spread([width for width, _ in sizes]),
@@ -158,7 +158,7 @@ def index(shards: ShardSet, sizes_file: Path | None = None) -> dict[str, Any]:
             read it; None: nowhere.
 
     Returns:
-        `shards` (path to number of samples), `samples`, `images` (samples with an image), `ignored`,
+        `shards` (path to number of samples), `samples`, `members` (by extension), `ignored`,
         `fingerprint`, `sha256` (of every byte, if the shards were hashed whole).
 
     Raises:
@@ -174,11 +174,7 @@ def index(shards: ShardSet, sizes_file: Path | None = None) -> dict[str, Any]:
     return {
         "shards": {str(path): size for path, size in zip(shards.paths, shards.sizes, strict=True)},
         "samples": shards.num_samples,
-        "images": sum(
-            any(extension in IMAGE_EXTENSIONS for extension in one.sample(number))
-            for one in shards.indexes
-            for number in range(one.num_samples)
-        ),
+        "members": shards.facts.members,
         "ignored": shards.ignored,
         "fingerprint": shards.fingerprint,
         "sha256": shards.sha256,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -211,6 +211,10 @@ class SampleDecoder(MembersDecoder):
     def close(self) -> None:
         """Close the files."""
         self._reader.close()
+
+    def keep(self, shards: Collection[int]) -> None:
+        """Close the files of all other shards."""
+        self._reader.keep(shards)
 
     def decode(self, shard: int, sample: int, draw: Draw) -> Sample:
         """`decode_members` of the sample with this number in its shard. A changed shard raises DataError."""

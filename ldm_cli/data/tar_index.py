@@ -7,28 +7,29 @@ in the shard.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from struct import Struct
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from ldm_cli.data.fingerprint import fingerprint_of_contents
-from ldm_cli.data.tar_format import Member, TarDamage, TarScan
+from ldm_cli.data.tar_format import BLOCK, Member, TarDamage, TarScan
 from ldm_cli.errors import DataError, InputNotFoundError, StorageError
 
 _KEY_AND_EXTENSION = re.compile(rb"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _META = re.compile(rb"__[^/]*__($|/)")
-_ROW = Struct("4q")  # of `ShardIndex.members`
+_ROW = Struct("4I")  # of `ShardIndex.members`
+_MAX_MEMBER = 1 << 32
 _NEVER_READ = frozenset(("pkl", "pickle", "pyd", "pth", "npy"))
+
+Column: TypeAlias = "array[int] | memoryview"
 
 
 @dataclass(frozen=True)
@@ -41,65 +42,66 @@ class ShardIndex:
         extensions: the extensions that occur, lower-case, without the first dot.
         ignored: how many members were passed over, by reason.
         keys: all keys in UTF-8, one after the other.
-        key_ends: int64 [N], where each key ends in `keys`.
-        sample_starts: int64 [N+1]; sample i has the members `sample_starts[i]` … `sample_starts[i+1] - 1`.
-        members: int64 [4M], four numbers each: number of the extension, offset, size, CRC-32 of the header.
+        key_ends: uint32 [N], where each key ends in `keys`.
+        sample_starts: uint32 [N+1]; sample i has the members `sample_starts[i]` … `sample_starts[i+1] - 1`.
+        members: uint32 [4M], four numbers each: number of the extension, offset in blocks, size, CRC-32 of the header.
         contents: the shard's `fingerprint_of_contents`.
         damage: the damage of the shard, if it was to be read up to there; else None.
         sha256: of the whole file, where it was asked for.
+        chosen: the samples to use, in this order; None: all of them.
     """
 
     file_size: int
     end: int
     extensions: tuple[str, ...]
     ignored: dict[str, int]
-    keys: bytes
-    key_ends: array[int]
-    sample_starts: array[int]
-    members: array[int]
+    keys: bytes | memoryview
+    key_ends: Column
+    sample_starts: Column
+    members: Column
     contents: str
     damage: str | None = None
     sha256: str | None = None
+    chosen: Column | None = None
 
     @property
     def num_samples(self) -> int:
         """How many samples there are, good or not."""
-        return len(self.key_ends)
+        return len(self.key_ends if self.chosen is None else self.chosen)
 
     def key(self, sample: int) -> str:
         """The key of a sample."""
-        return self.keys[self.key_ends[sample - 1] if sample else 0 : self.key_ends[sample]].decode()
+        own = sample if self.chosen is None else self.chosen[sample]
+        return str(self.keys[self.key_ends[own - 1] if own else 0 : self.key_ends[own]], "utf-8")
+
+    def has_keys_of(self, other: ShardIndex) -> bool:
+        """Whether the samples of both have the same keys in the same order."""
+        if self.chosen is None and other.chosen is None:
+            return self.keys == other.keys and self.key_ends == other.key_ends
+        numbers = range(self.num_samples)
+        return len(numbers) == other.num_samples and all(self.key(n) == other.key(n) for n in numbers)
+
+    def extension_counts(self) -> dict[str, int]:
+        """How many members there are of each extension, of all samples."""
+        return {self.extensions[number]: count for number, count in Counter(self.members[::4]).items()}
 
     def sample(self, sample: int) -> dict[str, list[Member]]:
         """The members of a sample by extension; a list of two is a duplicate that makes it unusable."""
         found: dict[str, list[Member]] = {}
-        for extension, offset, size, header_crc in _ROW.iter_unpack(self._rows(sample)):
-            found.setdefault(self.extensions[extension], []).append(Member(offset, size, header_crc))
+        own = sample if self.chosen is None else self.chosen[sample]
+        rows = self.members[4 * self.sample_starts[own] : 4 * self.sample_starts[own + 1]]
+        for extension, block, size, header_crc in _ROW.iter_unpack(rows):
+            found.setdefault(self.extensions[extension], []).append(Member(block * BLOCK, size, header_crc))
         return found
-
-    def select(self, samples: Sequence[int]) -> ShardIndex:
-        """The index of these samples alone."""
-        keys = [self.key(sample).encode() for sample in samples]
-        return replace(self, **_columns(keys, [self._rows(sample) for sample in samples]))
-
-    def _rows(self, sample: int) -> array[int]:
-        return self.members[4 * self.sample_starts[sample] : 4 * self.sample_starts[sample + 1]]
-
-    def fingerprint(self) -> str:
-        """SHA-256 of keys, places, sizes, headers and sampled blocks; the same wherever the shard lies."""
-        digest = hashlib.sha256(json.dumps([self.file_size, self.extensions, self.contents]).encode())
-        for column in (self.keys, self.key_ends, self.sample_starts, self.members):
-            digest.update(column)
-        return digest.hexdigest()
 
 
 def _columns(keys: Sequence[bytes], members: Sequence[array[int]]) -> dict[str, Any]:
     """The arrays of a `ShardIndex`, from key and members of each sample."""
     return {
         "keys": b"".join(keys),
-        "key_ends": array("q", accumulate(map(len, keys))),
-        "sample_starts": array("q", accumulate((len(rows) // 4 for rows in members), initial=0)),
-        "members": array("q", b"".join(members)),
+        "key_ends": array("I", accumulate(map(len, keys))),
+        "sample_starts": array("I", accumulate((len(rows) // 4 for rows in members), initial=0)),
+        "members": array("I", b"".join(members)),
     }
 
 
@@ -181,7 +183,7 @@ class _Grouping:
 
     def __init__(self) -> None:
         self.ignored: Counter[str] = Counter()
-        self._samples: dict[bytes, array[int]] = defaultdict(lambda: array("q"))  # rows as in ShardIndex.members
+        self._samples: dict[bytes, array[int]] = defaultdict(lambda: array("I"))  # rows as in ShardIndex.members
         self._extensions: dict[str, int] = {}
         self._last = b""  # key of the last member
 
@@ -191,8 +193,12 @@ class _Grouping:
         if isinstance(found, str):
             self.ignored[found] += 1
             return
+        if member.size >= _MAX_MEMBER:
+            self.ignored["member of 4 GiB or more"] += 1
+            return
         self._last, extension = found
-        self._samples[self._last].extend((self._extensions.setdefault(extension, len(self._extensions)), *member))
+        number = self._extensions.setdefault(extension, len(self._extensions))
+        self._samples[self._last].extend((number, member.offset // BLOCK, member.size, member.header_crc))
 
     def drop_incomplete(self, damage: TarDamage) -> None:
         """Forget the sample that the damage may have cut.

@@ -8,13 +8,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ldm_cli.data import pack as packing
 from ldm_cli.data import report, scenes
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.duplicates import find_duplicates
-from ldm_cli.data.open_shards import NoSamplesError, open_shards
+from ldm_cli.data.open_shards import NoSamplesError, make_tables, open_shards
 from ldm_cli.errors import DataError
 from ldm_cli.reporting import Reporter
+from ldm_cli.training.distributed import SECONDS_OF_SILENCE, joined
 
 synth = scenes.write_scenes
 """Write synthetic scenes with captions and ground truth as shards."""
@@ -52,5 +55,15 @@ def duplicates(
 def index(
     config: DataConfig, reporter: Reporter, sizes_file: Path | None = None, hashed: bool = False
 ) -> dict[str, Any]:
-    """Index `config.shards` and keep the indexes for later runs: `report.index`."""
-    return report.index(open_shards(config.shards, config, reporter, hashed), sizes_file)
+    """Index `config.shards` and keep the tables for later runs; several ranks share the work.
+
+    Returns:
+        That of `report.index`; nothing on all ranks but the first.
+    """
+    with joined(torch.device("cpu"), SECONDS_OF_SILENCE) as ranks:
+        if ranks.world_size > 1:
+            make_tables(config, reporter, hashed, ranks.rank, ranks.world_size)
+            ranks.wait()
+        if not ranks.is_first:
+            return {}
+        return report.index(open_shards(config.shards, config, reporter, hashed, needs_tables=True), sizes_file)

@@ -170,8 +170,8 @@ class _Precomputation:
         """Write the missing files; `cache.json` names a file only when it exists. Files of another recipe are deleted,
         unless the manifest `is_damaged` and did not say that they are."""
         known, is_first = before.shards if before else (), self._ranks.is_first
-        places = zip(self._shards.paths, self._shards.indexes, strict=True) if is_first else ()
-        shards = tuple(CachedShard.of(path, index.fingerprint(), known) for path, index in places)
+        own, numbers = self._shards, range(len(self._shards.paths)) if is_first else ()
+        shards = tuple(CachedShard.of(own.file(number), own.fingerprint_of(number), known) for number in numbers)
         if is_first and (before is None or before.key != self._key):
             write_manifest(self._folder, Manifest(self._key, shards))
         num_encoded = self._write_latents(shards)

@@ -217,7 +217,7 @@ def test_index_counts_and_writes_sizes_once(tmp_path: Path) -> None:
     sizes = tmp_path / "sizes.json"
     result = stage.index(config, SilentReporter(), sizes)
     assert json.loads(sizes.read_text()) == {"000.tar": 3, "001.tar": 2}
-    assert (result["samples"], result["images"]) == (5, 5)
+    assert (result["samples"], result["members"]["png"]) == (5, 5)
     with pytest.raises(OutputError, match=r"sizes\.json"):
         stage.index(config, SilentReporter(), sizes)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import os
 import threading
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from typing import Any
 import fsspec
 import pytest
 
-from ldm_cli.data import remote
+from ldm_cli.data import remote, staging
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.loader import Loader
 from ldm_cli.data.open_shards import open_shards
-from ldm_cli.data.remote import StagingArea, without_credentials
+from ldm_cli.data.remote import without_credentials
 from ldm_cli.data.shards import ShardSet
+from ldm_cli.data.staging import StagingArea
 from ldm_cli.errors import DataError, InputNotFoundError, LdmError, StorageError, UnavailableError
 from ldm_cli.reporting import SilentReporter
 from tests.data.tars import numbered_shards, opened
@@ -47,7 +49,7 @@ def test_remote_shards_give_the_batches_of_local_ones_and_are_fetched_once(memor
     open_shards(config.shards, config, reporter)
     assert len([m for m in reporter.messages if m.startswith("fetching")]) == 3
     memory.pipe("/bucket/001.tar", (tmp_path / "d/000.tar").read_bytes())  # changed over there
-    assert open_shards(config.shards, config, reporter).sizes == (3, 3, 4)
+    assert open_shards(config.shards, config, reporter).sizes == array("q", (3, 3, 4))
 
 
 def test_a_missing_remote_shard_is_named(memory: Any) -> None:
@@ -60,14 +62,21 @@ def test_fetched_shards_stay_within_their_bound(memory: Any, index_cache: Path) 
     size = memory.info("/bucket/000.tar")["size"]
     area = index_cache.parent / "shards"
     for name in ("000", "001", "002"):
-        StagingArea(2 * size + 9000, SilentReporter()).fetch(f"memory://bucket/{name}.tar")
+        _fetch(StagingArea(2 * size + 9000, SilentReporter()), f"memory://bucket/{name}.tar")
         assert sum(path.stat().st_size for path in area.rglob("*") if path.is_file()) <= 2 * size + 9000
     assert {path.name for path in area.rglob("*.tar")} == {"001.tar", "002.tar"}, "the oldest gave way"
     one_run = StagingArea(2 * size + 9000, SilentReporter())
-    one_run.fetch("memory://bucket/000.tar")
-    one_run.fetch("memory://bucket/001.tar")
+    _fetch(one_run, "memory://bucket/000.tar")
+    _fetch(one_run, "memory://bucket/001.tar")
+    _fetch(one_run, "memory://bucket/002.tar")
+    assert {path.name for path in area.rglob("*.tar")} == {"001.tar", "002.tar"}, "a run's own shards give way, too"
     with pytest.raises(StorageError, match="max_fetched_bytes"):
-        one_run.fetch("memory://bucket/002.tar")
+        _fetch(StagingArea(1000, SilentReporter()), "memory://bucket/000.tar")
+
+
+def _fetch(area: StagingArea, url: str) -> Path:
+    """The shard as it is at its server now."""
+    return area.fetch(url, area.stamp(url))
 
 
 def _area_of(memory: Any, num_shards: int, reporter: SilentReporter | None = None) -> StagingArea:
@@ -78,9 +87,9 @@ def _area_of(memory: Any, num_shards: int, reporter: SilentReporter | None = Non
 def test_shards_of_an_open_data_set_are_never_removed(memory: Any, index_cache: Path) -> None:
     """Not by another data set of the same process, nor by another process while one that was forked lives."""
     first = _area_of(memory, 2)
-    held = first.fetch("memory://bucket/000.tar")
-    _area_of(memory, 2).fetch("memory://bucket/001.tar")
-    _area_of(memory, 2).fetch("memory://bucket/002.tar")
+    held = _fetch(first, "memory://bucket/000.tar")
+    _fetch(_area_of(memory, 2), "memory://bucket/001.tar")
+    _fetch(_area_of(memory, 2), "memory://bucket/002.tar")
     assert held.exists()
     assert {path.name for path in (index_cache.parent / "shards").rglob("*.tar")} == {"000.tar", "002.tar"}
     reading, writing = os.pipe()
@@ -89,10 +98,10 @@ def test_shards_of_an_open_data_set_are_never_removed(memory: Any, index_cache: 
         os._exit(0)
     del first
     with pytest.raises(StorageError, match="in use"):
-        _area_of(memory, 1).fetch("memory://bucket/001.tar")
+        _fetch(_area_of(memory, 1), "memory://bucket/001.tar")
     os.write(writing, b"0")
     os.waitpid(child, 0)
-    _area_of(memory, 1).fetch("memory://bucket/001.tar")
+    _fetch(_area_of(memory, 1), "memory://bucket/001.tar")
     assert not held.exists()
     assert len(list((index_cache.parent / "shards").glob(".lease-*"))) <= 2, "notes of the dead are cleared away"
 
@@ -117,7 +126,7 @@ def test_addresses_that_differ_in_the_query_alone_are_different_shards(memory: A
     for name in ("000", "001"):
         memory.pipe(f"/bucket/get?shard={name}", memory.cat(f"/bucket/{name}.tar"))
     config = DataConfig(shards="memory://bucket/get?shard={000,001}", remote_schemes=("memory",))
-    assert open_shards(config.shards, config, SilentReporter()).sizes == (3, 2)
+    assert open_shards(config.shards, config, SilentReporter()).sizes == array("q", (3, 2))
 
 
 class _Answer(Exception):
@@ -150,33 +159,33 @@ def _masked(status: int) -> FileNotFoundError:
 def test_what_may_pass_is_tried_again(
     memory: Any, monkeypatch: pytest.MonkeyPatch, method: str, make: Callable[[], BaseException]
 ) -> None:
-    monkeypatch.setattr(remote, "_PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(staging, "_PAUSES", (0.0, 0.0, 0.0))
     call = getattr(memory, method)
     monkeypatch.setattr(memory, method, _failing(call, [make() for _ in range(3)]))
     reporter = SilentReporter()
     fetched = _area_of(memory, 3, reporter) if method == "open" else StagingArea(10**9, reporter)
-    assert fetched.fetch("memory://bucket/000.tar").read_bytes() == memory.cat("/bucket/000.tar")
+    assert _fetch(fetched, "memory://bucket/000.tar").read_bytes() == memory.cat("/bucket/000.tar")
     assert sum("next attempt in 0 s" in message for message in reporter.messages) == 3
     monkeypatch.setattr(memory, method, _failing(call, [make() for _ in range(4)]))
     with pytest.raises(StorageError, match=r"001\.tar") as caught:
-        fetched.fetch("memory://bucket/001.tar")
+        _fetch(fetched, "memory://bucket/001.tar")
     assert "secretword" not in str(caught.value) + "".join(reporter.messages)
 
 
 def test_without_its_server_a_run_goes_on_with_what_was_fetched(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which is said; the server is tried again for the first shard alone, and what never came is an error."""
-    monkeypatch.setattr(remote, "_PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(staging, "_PAUSES", (0.0, 0.0, 0.0))
     config = DataConfig(shards="memory://bucket/{000..001}.tar", remote_schemes=("memory",))
     before = open_shards(config.shards, config, SilentReporter())
     failures: list[BaseException] = [ConnectionResetError(104, "") for _ in range(6)]
-    monkeypatch.setattr(memory, "info", _failing(memory.info, failures))
+    monkeypatch.setattr(staging, "server_facts", _failing(remote.server_facts, failures))  # of all threads
     reporter = SilentReporter()
     assert open_shards(config.shards, config, reporter).fingerprint == before.fingerprint
     assert sum("using the copy that was fetched before" in message for message in reporter.messages) == 2
     assert len(failures) == 1
     failures += [ConnectionResetError(104, "") for _ in range(6)]
     with pytest.raises(StorageError, match=r"002\.tar"):
-        StagingArea(10**9, reporter).fetch("memory://bucket/002.tar")
+        _fetch(StagingArea(10**9, reporter), "memory://bucket/002.tar")
 
 
 @pytest.mark.parametrize(
@@ -189,7 +198,7 @@ def test_what_lasts_is_told_at_once(
     monkeypatch.setattr(memory, "info", _failing(memory.info, [error]))
     reporter = SilentReporter()
     with pytest.raises(kind):
-        StagingArea(10**9, reporter).fetch("memory://bucket/000.tar")
+        _fetch(StagingArea(10**9, reporter), "memory://bucket/000.tar")
     assert reporter.messages == []
 
 
@@ -213,7 +222,7 @@ class _Cut:
 
 def test_a_body_that_is_cut_is_noticed_and_fetched_again(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its announced size; where none is announced, as a damaged shard, which the next start fetches again."""
-    monkeypatch.setattr(remote, "_PAUSES", (0.0,))
+    monkeypatch.setattr(staging, "_PAUSES", (0.0,))
     info, open_file = memory.info, memory.open
     size = info("/bucket/000.tar")["size"]
     config = DataConfig(shards="memory://bucket/000.tar", remote_schemes=("memory",))
@@ -224,16 +233,16 @@ def test_a_body_that_is_cut_is_noticed_and_fetched_again(memory: Any, monkeypatc
     with pytest.raises(DataError, match="end-of-archive"):
         open_shards(config.shards, config, SilentReporter())
     monkeypatch.setattr(memory, "open", open_file)
-    assert open_shards(config.shards, config, SilentReporter()).sizes == (3,)
+    assert open_shards(config.shards, config, SilentReporter()).sizes == array("q", (3,))
 
 
 def test_a_shard_of_unknown_size_stays_within_the_bound(
     memory: Any, index_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "_CHUNK", 1024)
+    monkeypatch.setattr(staging, "CHUNK", 1024)
     monkeypatch.setattr(memory, "info", lambda path, **k: {"name": path})
     with pytest.raises(StorageError, match="max_fetched_bytes=9000"):
-        StagingArea(9000, SilentReporter()).fetch("memory://bucket/000.tar")
+        _fetch(StagingArea(9000, SilentReporter()), "memory://bucket/000.tar")
     assert not list((index_cache.parent / "shards").rglob("*.tar"))
 
 

@@ -46,8 +46,13 @@ def test_folders_globs_braces_and_lists_find_the_same_shards_in_order(tmp_path: 
     expected = tuple(folder / f"{k:03d}.tar" for k in range(3))
     (folder / "notes.txt").write_text("not a shard")
     for patterns in (str(folder), f"{folder}/*.tar", f"{folder}/{{000..002}}.tar"):
-        assert find_sources(patterns) == (expected,)
-    assert find_sources((str(expected[2]), f"{folder}/00*.tar")) == (expected[2:], expected[:2])
+        assert _found(patterns) == [expected]
+    assert _found((str(expected[2]), f"{folder}/00*.tar")) == [expected[2:], expected[:2]]
+
+
+def _found(patterns: str | tuple[str, ...]) -> list[tuple[Path, ...]]:
+    found = find_sources(patterns)
+    return [tuple(Path(found.names[number]) for number in source) for source in found.sources]
 
 
 @pytest.mark.parametrize("folder", ["photos [2021]", "a[b-d]", "x[!y]z/deep"])
@@ -56,7 +61,7 @@ def test_brackets_in_the_name_of_a_folder_are_no_pattern(tmp_path: Path, folder:
     numbered_shards(tmp_path / "ab", [1])
     expected = tuple(tmp_path / folder / name for name in ("000.tar", "001.tar"))
     for pattern in ("*.tar", "00[01].tar", "00{0,1}.tar"):
-        assert find_sources(f"{tmp_path}/{folder}/{pattern}") == (expected,)
+        assert _found(f"{tmp_path}/{folder}/{pattern}") == [expected]
 
 
 def test_all_holes_are_listed_at_once(tmp_path: Path) -> None:
@@ -107,8 +112,8 @@ def test_an_index_is_made_once_and_equals_a_fresh_one(
 ) -> None:
     folder = numbered_shards(tmp_path / "d", [3, 2])
     first, _ = opened(folder)
-    assert len(list(index_cache.iterdir())) == 2
-    monkeypatch.setattr("ldm_cli.data.open_shards.index_tar", None)  # whoever indexes again fails
+    assert len(list(index_cache.iterdir())) == 3, "a table for each shard, and the facts of the set"
+    monkeypatch.setattr("ldm_cli.data.indexing.index_tar", None)  # whoever indexes again fails
     again, _ = opened(folder)
     assert again.fingerprint == first.fingerprint
     assert [again.name(s, i) for s in range(2) for i in range(again.sizes[s])] == [
@@ -146,12 +151,17 @@ def test_a_shard_that_was_cut_or_extended_is_noticed_despite_its_cached_index(tm
 def test_a_broken_cache_file_is_replaced(tmp_path: Path, index_cache: Path, damage: bytes) -> None:
     folder = numbered_shards(tmp_path / "d", [3])
     fingerprint = opened(folder)[0].fingerprint
-    (file,) = index_cache.iterdir()
-    whole = file.read_bytes()
-    for content in (damage, whole[:-1], whole[:-100] + bytes(100)):
-        file.write_bytes(content)
-        assert opened(folder)[0].fingerprint == fingerprint
-    assert len(file.read_bytes()) == len(whole)
+    assert opened(folder)[0].indexes[0].key(2) == "0002"
+    files = sorted(index_cache.iterdir())
+    assert len(files) == 2
+    for file in files:
+        whole = file.read_bytes()
+        for content in (damage, whole[:-1], whole[:-100] + bytes(100)):
+            file.write_bytes(content)
+            shards = opened(folder)[0]
+            assert shards.fingerprint == fingerprint
+            assert shards.indexes[0].key(2) == "0002"
+        assert len(file.read_bytes()) == len(whole)
 
 
 def test_moved_data_has_the_same_fingerprint_and_times_do_not_matter(tmp_path: Path) -> None:

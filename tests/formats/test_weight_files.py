@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ldm_cli.data.index_cache import load_index, save_index
+from ldm_cli.data.index_cache import load_table, save_table, stamp_of
 from ldm_cli.data.tar_index import index_tar
 from ldm_cli.errors import StorageError, as_ldm_error
 from ldm_cli.formats.weight_files import read_tensors
@@ -33,10 +33,10 @@ def test_a_device_that_fails_is_no_bug(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_an_index_that_cannot_be_read_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tar(shard := tmp_path / "a.tar", [("a.png", png()), ("a.txt", b"t")])
-    save_index(shard, index_tar(shard), tmp_path / "cache")
-    assert load_index(shard, tmp_path / "cache") is not None
+    save_table(file := tmp_path / "cache/table", index_tar(shard), stamp_of(shard))
+    assert load_table(file) is not None
     monkeypatch.setattr(torch.UntypedStorage, "from_file", broken)
-    assert load_index(shard, tmp_path / "cache") is None
+    assert load_table(file) is None
 
 
 @pytest.mark.parametrize("share", [0.5, 1.5])
