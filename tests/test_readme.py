@@ -135,9 +135,7 @@ def check_command(words: list[str], valid_recipe: bool = True) -> None:
         return
     for name in names:
         if valid_recipe and not (name.endswith(".yaml") and path[0] == "recipe"):  # made by the block itself
-            load_recipe(
-                name, changes, {"recipe": None, "bench": None, "precompute": "train-unet"}.get(path[0], path[0])
-            )
+            load_recipe(name, changes, {"recipe": None, "bench": None, "precompute": None}.get(path[0], path[0]))
 
 
 def complaint_about(words: list[str]) -> LdmError | None:
