@@ -150,6 +150,32 @@ CASES = (
         figures("new/eval.json"),
     ),
     Case(
+        "convert",
+        ("convert", "{stage}/whole-unet", "{stage}/new.safetensors"),
+        MODEL,
+        (),
+        lambda stage: content_of(stage / "new.safetensors"),
+    ),
+    Case(
+        "pictures of a model of others",
+        (
+            "sample",
+            "--model",
+            "{stage}/foreign",
+            "-p",
+            "a red circle",
+            "--steps",
+            "2",
+            "-n",
+            "1",
+            "--out",
+            "{stage}/new",
+        ),
+        (),
+        ("foreign/*", "foreign/*/*"),
+        pictures("new"),
+    ),
+    Case(
         "data check", ("data", "check", "{stage}/scenes/train-*.tar"), ("home/ldm/index/*",), ("scenes/*",), lambda _: 0
     ),
 )
@@ -271,6 +297,8 @@ class Stage:
         self._write(
             "sample", {"command": "sample", "sampling": sampling, **model, "wildcards": str(self.path / "wildcards")}
         )
+        subprocess.run(["cp", "-a", str(self.path / "whole-unet/model"), str(self.path / "foreign")], check=True)
+        (self.path / "foreign/manifest.json").unlink()
         (self.path / "prompts.txt").write_text("a __color__ circle\na blue square\n")
         (self.path / "wildcards").mkdir()
         (self.path / "wildcards/color.txt").write_text("red\ngreen\n")
