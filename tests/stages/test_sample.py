@@ -215,7 +215,7 @@ def test_a_picture_holds_names_and_hashes_and_no_path(model, pictures, tmp_path)
     assert str(tmp_path).encode() not in drawn.read_bytes()
     record = read_provenance(drawn)
     assert record["sources"] == {"model": model.name, "image": Path(pictures["image"]).name}
-    assert record["sampling"]["guidance"]["model"] == "weaker"
+    assert record["sampling"]["guidance"]["model"] == "weaker/unet"
     assert len(record["weights"]["unet"]) == 64
     assert repeatable_provenance(drawn)["sources"]["model"] == str(model)
     alone = tmp_path / "sent" / drawn.name
