@@ -12,6 +12,7 @@ import torch
 from ldm_cli import __version__
 from ldm_cli.errors import CheckpointError, DataError, LdmError
 from ldm_cli.formats.hub import HubName
+from ldm_cli.formats.pipeline_folder import TRANSFORMER, UNET
 from ldm_cli.formats.png_metadata import OURS, PARAMETERS, format_parameters, read_provenance
 from ldm_cli.inputs import MOST_PICTURE_BYTES, read_input
 
@@ -97,6 +98,9 @@ def _with_paths(provenance: Mapping[str, Any], paths: Mapping[str, Any], shown: 
 
 def _name(source: str) -> str:
     """A model or file without the folders above it; the name of a hub's model as it is."""
+    path = Path(source)
+    if path.name in (UNET, TRANSFORMER):
+        return f"{_name(str(path.parent))}/{path.name}"
     return source if HubName.parse(source) else _model_name(source) or source
 
 

@@ -183,14 +183,20 @@ def test_every_error_class_keeps_its_documented_code() -> None:
     assert {error.code for error in [LdmError, *LdmError.__subclasses__()]} == documented
 
 
-def _interrupt_when_busy(process: subprocess.Popen[str], is_busy: Callable[[], bool]) -> None:
+def _interrupt_when_busy(
+    process: subprocess.Popen[str], is_busy: Callable[[], bool], number: int = signal.SIGINT
+) -> None:
     deadline = time.monotonic() + 60
     while not is_busy() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
 
 
-def test_control_c_is_130(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "word"),
+    [(signal.SIGINT, "interrupted: received SIGINT"), (signal.SIGTERM, "terminated: received SIGTERM")],
+)
+def test_control_c_is_130_and_sigterm_143(number: signal.Signals, word: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ldm_cli", "data", "synth", "scenes", "--samples", "100000"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     # A shell that runs the tests in the background has SIGINT ignored, and Python would leave it so.
@@ -200,9 +206,10 @@ def test_control_c_is_130(tmp_path: Path) -> None:
     finally:
         signal.signal(signal.SIGINT, before)
     with process:
-        _interrupt_when_busy(process, lambda: (tmp_path / "scenes").exists())
+        _interrupt_when_busy(process, lambda: (tmp_path / "scenes").exists(), number)
         _, stderr = process.communicate(timeout=60)
-    assert (process.returncode, last_line(stderr)) == (130, "ldm: error: interrupted")
+    assert (process.returncode, last_line(stderr)) == (128 + number, f"ldm: error: {word} [E-INTERRUPTED]")
+    assert not list((tmp_path / "scenes").glob(".tmp-*"))
     assert "Traceback" not in stderr
 
 
@@ -221,7 +228,7 @@ def test_control_c_of_which_a_library_makes_another_error_is_130_too(
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
-    assert capfd.readouterr().err == "ldm: error: interrupted\n"
+    assert capfd.readouterr().err == "ldm: error: interrupted: received SIGINT [E-INTERRUPTED]\n"
 
 
 def test_an_exit_that_is_no_failure_says_nothing() -> None:

@@ -157,6 +157,32 @@ CASES = (
         figures("new/eval.json"),
     ),
     Case(
+        "convert",
+        ("convert", "{stage}/whole-unet", "{stage}/new.safetensors"),
+        MODEL,
+        (),
+        lambda stage: content_of(stage / "new.safetensors"),
+    ),
+    Case(
+        "pictures of a model of others",
+        (
+            "sample",
+            "--model",
+            "{stage}/foreign",
+            "-p",
+            "a red circle",
+            "--steps",
+            "2",
+            "-n",
+            "1",
+            "--out",
+            "{stage}/new",
+        ),
+        (),
+        ("foreign/*", "foreign/*/*"),
+        pictures("new"),
+    ),
+    Case(
         "data check", ("data", "check", "{stage}/scenes/train-*.tar"), ("home/ldm/index/*",), ("scenes/*",), lambda _: 0
     ),
 )

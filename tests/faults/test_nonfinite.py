@@ -57,6 +57,7 @@ def test_the_samples_of_skipped_steps_are_noted(tmp_path: Path, world_size: int)
     # The first update leaves weights of 1e25, whose images have squares beyond float32.
     codes, words = trained(tmp_path, world_size, lr=1e25, max_nonfinite=2)
     assert codes == [80] * world_size, words
+    assert ("first in the output of vae." if world_size == 1 else "somewhere in the model") in words
     lines, log = (tmp_path / "trace").read_text().splitlines(), (tmp_path / "run/log.txt").read_text()
     for step in (2, 3, 4):
         assert f"warning: step {step} was skipped: loss or gradient is not finite" in log
@@ -97,3 +98,10 @@ def test_one_rank_that_never_has_a_finite_loss_again_ends_the_job(tmp_path: Path
     assert codes == [80, 80], words
     found = checkpoints(tmp_path / "run/checkpoints")
     assert [(folder.name, problem_with(folder)) for folder in found][-1] == ("step-00000006", None)
+
+
+def test_a_run_never_ends_in_numbers_that_are_none(tmp_path: Path) -> None:
+    codes, words = trained(tmp_path, 1, lr=1e25, max_nonfinite=100)
+    assert codes == [80], words
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
+    assert not (tmp_path / "run/model").exists()

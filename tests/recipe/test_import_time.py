@@ -72,9 +72,9 @@ def test_a_fault_in_a_recipe_is_named_without_torch(ldm: Ldm, tmp_path: Path, ol
     ],
 )
 def test_an_unknown_key_on_the_command_line_is_refused_without_torch(ldm: Ldm, command: str, recipe: str) -> None:
-    code, words, heavy = run(ldm, command, recipe, "unknown.key=1")
+    code, words, heavy = run(ldm, command, recipe, "unknown.field=1")
     assert (code, heavy) == (78, set())
-    assert words[-1].startswith("ldm: error: override 'unknown.key=1': unknown: unknown key")
+    assert words[-1].startswith("ldm: error: override 'unknown.field=1': unknown: unknown key")
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,23 @@ def test_a_repeated_picture_needs_what_it_was_drawn_with(model, pictures, tmp_pa
         repeat(draw(model, tmp_path / "e")["images"][0]["file"], tmp_path / "f", model=str(other))
 
 
+def test_a_picture_holds_names_and_hashes_and_no_path(model, pictures, tmp_path):
+    tiny_pipeline().family.save(tmp_path / "weaker")
+    guided = {"guidance": {"scale": 3.0, "model": str(tmp_path / "weaker")}}
+    job = {"edit": {"image": pictures["image"], "strength": 0.4}, "sampling": guided}
+    drawn = Path(draw(model, tmp_path / "a", **job)["images"][0]["file"])
+    assert str(tmp_path).encode() not in drawn.read_bytes()
+    record = read_provenance(drawn)
+    assert record["sources"] == {"model": model.name, "image": Path(pictures["image"]).name}
+    assert record["sampling"]["guidance"]["model"] == "weaker/unet"
+    assert len(record["weights"]["unet"]) == 64
+    assert repeatable_provenance(drawn)["sources"]["model"] == str(model)
+    alone = tmp_path / "sent" / drawn.name
+    alone.parent.mkdir()
+    alone.write_bytes(drawn.read_bytes())
+    assert repeatable_provenance(alone) == record
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
 def test_every_format_can_be_repeated_and_be_without_metadata(model, tmp_path, suffix):
     drawn = draw(model, tmp_path / "a", format=suffix)["images"][0]["file"]

@@ -33,6 +33,8 @@ from tests.faults.runs import assert_same_run, metrics
 from .tiny import RESNET, clip_recipe, lose_after, trained, unet_recipe, vae_recipe
 
 DECODER_ONLY = ["encoder.*", "quant_conv.*"]
+# A folder that a test changes on purpose has no list of its files.
+UNLISTED = shutil.ignore_patterns("manifest.json")
 
 
 def started(recipe: Mapping[str, Any], section: str, source: Path, **fields: Any) -> dict[str, Any]:
@@ -53,7 +55,7 @@ def changed(source: Path, model: Path) -> set[str]:
 
 def test_a_decoder_alone_is_tuned_and_its_encoder_keeps_every_bit(scenes: Path, vae_run: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
-    shutil.copytree(vae_run / "model", source)
+    shutil.copytree(vae_run / "model", source, ignore=UNLISTED)
     theirs = json.loads((source / "config.json").read_text()) | {"scaling_factor": 0.75, "shift_factor": 0.25}
     (source / "config.json").write_text(json.dumps(theirs))
     result = trained(decoder_recipe(scenes, source, steps=6, lr=1e-2, ema_decay=0.5), tmp_path / "run")
@@ -199,7 +201,7 @@ def test_the_dry_run_refuses_weights_that_do_not_fit_their_configuration(
     scenes: Path, vae_run: Path, clip_run: Path, tmp_path: Path
 ) -> None:
     def misfit(source: Path, field: str, value: Any) -> Path:
-        folder = Path(shutil.copytree(source, tmp_path / field))
+        folder = Path(shutil.copytree(source, tmp_path / field, ignore=UNLISTED))
         config = json.loads((folder / "config.json").read_text()) | {field: value}
         (folder / "config.json").write_text(json.dumps(config))
         return folder
@@ -238,7 +240,7 @@ def test_a_clip_without_a_tokenizer_takes_the_one_that_is_named_if_it_fits(
 ) -> None:
     bare, named = tmp_path / "bare", tmp_path / "named"
     named.mkdir()
-    shutil.copytree(clip_run / "model", bare)
+    shutil.copytree(clip_run / "model", bare, ignore=UNLISTED)
     for file in [path for path in bare.iterdir() if path.suffix in (".json", ".txt")]:
         if file.name not in ("config.json", "preprocessor_config.json"):
             file.rename(named / file.name)
@@ -348,7 +350,7 @@ def test_an_adaptive_weight_needs_the_last_layer(scenes: Path, vae_run: Path, tm
 def test_a_clip_that_is_continued_keeps_the_image_processor_of_its_source(
     scenes: Path, clip_run: Path, tmp_path: Path
 ) -> None:
-    source = Path(shutil.copytree(clip_run / "model", tmp_path / "source"))
+    source = Path(shutil.copytree(clip_run / "model", tmp_path / "source", ignore=UNLISTED))
     file = source / "preprocessor_config.json"
     ours = json.loads(file.read_text())
     # Transformers 5 writes it there.
