@@ -271,6 +271,32 @@ def test_a_cache_of_other_encoders_is_refused(scenes: Path, parts: dict[str, str
     assert key(text_encoder=parts["text_encoder_2"]) != whole
 
 
+@pytest.mark.parametrize("has_t5", [False, True])
+def test_a_run_begins_at_a_folder_of_diffusers_and_ends_in_one(scenes: Path, tmp_path: Path, has_t5: bool) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    from tests.parity.sd3_pipeline import their_sd3_folder
+
+    theirs = their_sd3_folder(tmp_path, has_t5=has_t5)
+    recipe = sd3_recipe(scenes, {}, steps=3, batch_size=4)
+    recipe = {name: value for name, value in recipe.items() if name not in ("vae", "text_encoder", "transformer")}
+    recipe |= {"start_from": str(theirs), "diffusion": {}, "data": recipe["data"] | {"image_size": 16}}
+    trained(recipe, tmp_path / "run")
+    absent = {} if has_t5 else {"text_encoder_3": None, "tokenizer_3": None}
+    before, after = (
+        diffusers.StableDiffusion3Pipeline.from_pretrained(folder, **absent)
+        for folder in (theirs, tmp_path / "run/model")
+    )
+    assert after.scheduler.config.shift == before.scheduler.config.shift
+    changed = [
+        not torch.equal(one, other)
+        for one, other in zip(before.transformer.parameters(), after.transformer.parameters(), strict=True)
+    ]
+    assert sum(changed) > len(changed) // 2
+    for name in ("text_encoder", "text_encoder_2", "vae"):
+        ours = getattr(after, name).state_dict()
+        assert all(torch.equal(value, ours[key]) for key, value in getattr(before, name).state_dict().items())
+
+
 def test_a_step_does_not_copy_the_positions_of_patches() -> None:
     """They are a buffer, but no running statistics."""
     statistics = RunningStatistics([tiny_sd3().denoiser])
