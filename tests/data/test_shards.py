@@ -152,7 +152,8 @@ def test_a_broken_cache_file_is_replaced(tmp_path: Path, index_cache: Path, dama
     folder = numbered_shards(tmp_path / "d", [3])
     fingerprint = opened(folder)[0].fingerprint
     assert opened(folder)[0].indexes[0].key(2) == "0002"
-    assert len(files := sorted(index_cache.iterdir())) == 2
+    files = sorted(index_cache.iterdir())
+    assert len(files) == 2
     for file in files:
         whole = file.read_bytes()
         for content in (damage, whole[:-1], whole[:-100] + bytes(100)):
