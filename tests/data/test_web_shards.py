@@ -1,4 +1,4 @@
-"""Shards of a web server that is slow, cuts answers and changes objects, and a cache that holds a tenth of its shards."""
+"""Shards of a web server that is slow, cuts answers and changes objects, in a cache that holds a tenth of them."""
 
 from __future__ import annotations
 
