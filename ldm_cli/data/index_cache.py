@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ldm_cli.data.columns import read_columns, read_facts, write_columns
 from ldm_cli.data.fingerprint import fingerprint_of_contents
@@ -21,7 +21,7 @@ from ldm_cli.storage import user_cache
 
 _VERSION = 4
 _FACTS = ("file_size", "end", "ignored", "contents", "sha256")
-_COLUMNS = {"keys": "B", "key_ends": "I", "sample_starts": "I", "members": "I"}
+_COLUMNS: dict[str, Literal["B", "I"]] = {"keys": "B", "key_ends": "I", "sample_starts": "I", "members": "I"}
 
 Stamp = tuple[int, int, int]
 """Size, time of modification and time of change of a local shard, in bytes and ns; two hashes of what its server says

@@ -94,7 +94,7 @@ class Order:
         self._name = f"{ORDER}/{seed}/{stream}"
         self._window = window
         self._dealt = Permutation(f"{self._name}/deal", len(self._sizes))
-        self._groups = torch.arange(len(self._sizes)).split(window * _WINDOWS_PER_GROUP)
+        self._groups = torch.split(torch.arange(len(self._sizes)), window * _WINDOWS_PER_GROUP)
         self._group_sizes = torch.stack([self._sizes[self._dealt.at(places)].sum() for places in self._groups])
         self._epoch = lru_cache(maxsize=_NUM_CACHED)(self._make_epoch)
         self._group = lru_cache(maxsize=_NUM_CACHED)(self._make_group)

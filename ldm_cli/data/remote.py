@@ -1,4 +1,4 @@
-"""Remote shards: what their servers say of them, and their bytes, through fsspec.
+"""Remote shards: what their servers say of them, and their bytes; from the web, and through fsspec from elsewhere.
 
 User, password and query of an address are never shown or stored.
 """
@@ -6,15 +6,15 @@ User, password and query of an address are never shown or stored.
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Iterator
 from typing import IO, Any
-from urllib.parse import urldefrag, urlsplit, urlunsplit
+from urllib.parse import unquote, urldefrag, urlsplit, urlunsplit
 
 from ldm_cli.errors import InputNotFoundError, LdmError, StorageError, UnavailableError
 
 CHUNK = 1 << 22
 _TAGS = ("size", "ETag", "etag", "LastModified", "last_modified", "mtime", "md5Hash", "created")
+_HEADERS = ("Content-Length", "ETag", "Last-Modified")
 _TEMPORARY = {408, 425, 429}
 """HTTP status codes below 500 that may not recur."""
 _READ_TIMEOUT = 60
@@ -37,7 +37,12 @@ class FetchingFailed(Exception):
 
 
 def server_facts(url: str) -> dict[str, Any]:
-    """Size, time and tags of a remote file, as far as its file system reports them; raises what the back end raises."""
+    """Size, time and tags of a remote file, as far as its server reports them; raises what the back end raises."""
+    if _is_web(url):
+        with _answer(url, "HEAD") as answer:
+            found = {name: answer.headers[name] for name in _HEADERS if answer.headers[name] is not None}
+        length = str(found.pop("Content-Length", ""))
+        return found | ({"size": int(length)} if length.isdigit() else {})
     system, path = _system(url)
     info = system.info(path)
     return {key: info[key] if key == "size" else str(info[key]) for key in _TAGS if info.get(key) is not None}
@@ -52,27 +57,44 @@ def server_stamp(facts: dict[str, Any]) -> tuple[int, int, int]:
 
 def chunks_of(url: str) -> Iterator[bytes]:
     """The bytes of a remote file; raises `FetchingFailed`, or what the back end raises before the first byte."""
-    system, path = _system(url)
-    with system.open(path, "rb") as source:
+    if _is_web(url):
+        opened = _answer(url, "GET")
+    else:
+        system, path = _system(url)
+        opened = system.open(path, "rb")
+    with opened as source:
         while chunk := _read(source):
             yield chunk
+
+
+def _is_web(url: str) -> bool:
+    """Whether Python's own library fetches it: fsspec hides how a web server has failed, and needs a package more."""
+    return urlsplit(url).scheme.lower() in ("http", "https")
+
+
+def _answer(url: str, method: str) -> Any:
+    """The answer of a web server.
+
+    Raises:
+        HTTPError: it is none of success.
+        OSError: there is none.
+    """
+    from base64 import b64encode
+    from urllib.request import Request, urlopen  # slow imports, needed for remote shards alone
+
+    parts = urlsplit(urldefrag(url)[0])
+    request = Request(urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])), method=method)
+    if parts.username is not None:
+        secret = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        request.add_header("Authorization", "Basic " + b64encode(secret.encode()).decode())
+    return urlopen(request, timeout=_READ_TIMEOUT)
 
 
 def _system(url: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs  # a slow import, needed for remote shards alone
 
-    system, path = url_to_fs(url, **_options(url))
+    system, path = url_to_fs(url)
     return system, path
-
-
-def _options(url: str) -> dict[str, Any]:
-    """Options of the back end: a timeout for silence, none for the whole shard."""
-    if urlsplit(url).scheme.lower() not in ("http", "https"):
-        return {}
-    timeout = importlib.import_module("aiohttp").ClientTimeout(
-        total=None, sock_connect=_READ_TIMEOUT, sock_read=_READ_TIMEOUT
-    )
-    return {"client_kwargs": {"timeout": timeout}}
 
 
 def _read(source: IO[bytes]) -> bytes:
@@ -84,31 +106,18 @@ def _read(source: IO[bytes]) -> bytes:
 
 
 def permanent_error(error: Exception, shown: str) -> LdmError | None:
-    """An error of fsspec or a back end as ours, None if a new attempt may succeed. Its message may hold credentials,
+    """An error of a server or a back end as ours, None if a new attempt may succeed. Its message may hold credentials,
     and is not repeated."""
     what, status = f"cannot fetch shard '{shown}'", _status(error)
-    if isinstance(error, FileNotFoundError) and not _is_masked(error):
+    if status in (404, 410) or (isinstance(error, FileNotFoundError) and status is None):
         return InputNotFoundError(what, "it does not exist", "correct data.shards")
     if isinstance(error, PermissionError) or (status is not None and 400 <= status < 500 and status not in _TEMPORARY):
-        return _failure(error, shown)
+        return StorageError(what, named(error), "check the address and your access rights")
     if isinstance(error, ImportError | ValueError):
         scheme = shown.partition(":")[0]
         reason = str(error) if isinstance(error, ImportError) else "fsspec does not know it"
         return UnavailableError(what, f"'{scheme}:' cannot be read: {reason}", "install what it needs")
     return None
-
-
-def _failure(error: Exception, shown: str) -> StorageError:
-    remedy = "check the address and your access rights"
-    return StorageError(f"cannot fetch shard '{shown}'", named(error), remedy)
-
-
-def _is_masked(error: FileNotFoundError) -> bool:
-    """Whether this stands for an unreachable or failing server: fsspec reports those of HTTP as missing files."""
-    cause, status = error.__cause__, _status(error)
-    if status is not None:
-        return status not in (404, 410)
-    return cause is not None and type(cause).__module__.partition(".")[0] == "aiohttp"
 
 
 def _status(error: BaseException) -> int | None:

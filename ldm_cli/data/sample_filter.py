@@ -81,7 +81,7 @@ class _Chooser:
         reading = config.model_copy(update={"missing_caption": "empty"})
         self._decoder = SampleDecoder(shards, reading, Wanted(image=False, label=False, metadata=True))
         rules = config.filter.to_mapping() if config.filter else None
-        inputs = [_VERSION, rules, self._shapes, config.caption, config.max_pixels, config.max_member_bytes]
+        inputs: list[Any] = [_VERSION, rules, self._shapes, config.caption, config.max_pixels, config.max_member_bytes]
         inputs += [config.image, sorted((name, sorted(keys)) for name, keys in self._quarantined.items())]
         inputs += [sorted(self._scores.items())]
         self._settings = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
@@ -163,7 +163,7 @@ class _Chooser:
         each sample passes the filter, bool [N]; and why that could not be kept. They are read once."""
         file, problem = self._facts_file(shard), ""
         if (found := read_columns(file)) is not None:
-            sizes, kept = found[0]["sizes"].cast("i"), bytearray(found[0]["kept"])
+            sizes, kept = array("i", bytes(found[0]["sizes"])), bytearray(found[0]["kept"])
         else:
             sizes, kept = _read_facts(self._shards, shard, self._config, self._decoder)
             try:

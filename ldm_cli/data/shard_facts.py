@@ -88,8 +88,15 @@ class ShardFacts:
             members.update(fact.members)
             is_indexed &= fact.is_indexed
         whole = bytes(hashes) if len(hashes) == len(contents) else b""
-        by_name = (dict(sorted(one.items())) for one in (ignored, members))
-        return cls(counts, stamps, bytes(contents), whole, *by_name, is_indexed)
+        return cls(
+            counts,
+            stamps,
+            bytes(contents),
+            whole,
+            dict(sorted(ignored.items())),
+            dict(sorted(members.items())),
+            is_indexed,
+        )
 
     def contents_of(self, shard: int) -> str:
         """The `fingerprint_of_contents` of a shard."""

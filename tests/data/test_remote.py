@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import http.server
 import os
-import threading
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -263,22 +261,3 @@ def test_a_back_end_that_is_not_installed_is_named() -> None:
     config = DataConfig(shards="nosuch://a/b.tar", remote_schemes=("nosuch",))
     with pytest.raises(UnavailableError, match="nosuch"):
         open_shards(config.shards, config, SilentReporter())
-
-
-def test_shards_come_over_http(tmp_path: Path) -> None:
-    pytest.importorskip("aiohttp")
-    folder = numbered_shards(tmp_path / "d", [3])
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args, directory=str(folder))
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_address[1]}/000.tar"
-        config = DataConfig(shards=url, remote_schemes=("http",))
-        assert open_shards(url, config, SilentReporter()).num_samples == 3
-        server.shutdown()

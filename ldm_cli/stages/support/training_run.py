@@ -19,6 +19,7 @@ from ldm_cli.data.config import DataConfig
 from ldm_cli.data.latent_cache import LatentCache
 from ldm_cli.data.loader import Loader, sequential_batches
 from ldm_cli.data.open_shards import open_shards
+from ldm_cli.data.order import ORDER
 from ldm_cli.data.shards import ShardSet
 from ldm_cli.data.streaming import Stream, open_stream
 from ldm_cli.data.to_device import sent_to_device
@@ -192,7 +193,7 @@ def open_data(config: DataConfig, reporter: Reporter, hashed: bool = False) -> S
 
 def _of_data(shards: ShardSet | Stream) -> dict[str, str]:
     """The fingerprints of the training data by name."""
-    return {"data": shards.fingerprint} | ({} if shards.sha256 is None else {EVERY_BYTE: shards.sha256})
+    return {"data": shards.fingerprint, "order": ORDER} | ({} if shards.sha256 is None else {EVERY_BYTE: shards.sha256})
 
 
 def _nothing_to_save(stop: StopRequest, ranks: Ranks, *, with_limit: bool = True) -> AbstractContextManager[None]:
