@@ -238,14 +238,14 @@ def substitute(file: Path, dice: random.Random, place: float) -> None:
 DAMAGES = (flip, flip, cut, zero_fill, swap, link, replace, special, append, substitute)
 
 
-def corrupted_files(bench: Bench) -> None:
+def corrupted_files(bench: Bench, cases: Sequence[Case] = CASES) -> None:
     """One damaged file of those that a command reads."""
     stage = Stage(bench.home, bench.folder)
-    expected = {case.name: stage.undamaged(case) for case in CASES}
+    expected = {case.name: stage.undamaged(case) for case in cases}
     outcomes: Counter[str] = Counter()
     while bench.tally.trials < bench.trials:
-        case = CASES[bench.tally.trials % len(CASES)]
-        what, outcome = _trial(bench, stage, case, expected[case.name])
+        case = cases[bench.tally.trials % len(cases)]
+        what, outcome = trial(bench, stage, case, expected[case.name])
         outcomes[outcome] += 1
         bench.tally.trials += 1
         with (bench.folder / "trials.txt").open("a") as journal:
@@ -262,7 +262,7 @@ class Stage:
     """
 
     def __init__(self, home: Home, folder: Path) -> None:
-        self.path, self._whole = folder / "stage", folder / "whole"
+        self.path, self.whole = folder / "stage", folder / "whole"
         self.path.mkdir(parents=True)
         finished = [home.finished(name) for name in ("unet", "vae", "clip")]
         for source in (home.folder / "scenes", home.half_done("vae"), *finished):
@@ -302,7 +302,7 @@ class Stage:
         for arguments in (("precompute", "{stage}/cached.json"), CASES[1].arguments, CASES[-1].arguments):
             assert (life := self.life(arguments)).end(PATIENCE) == 0, life.errors
         max((self.path / "out").glob("0*.png")).unlink()
-        self.path.rename(self._whole)
+        self.path.rename(self.whole)
 
     def _recipe(self, home: Home, name: str) -> dict[str, Any]:
         """A recipe of `home` with the paths of this folder."""
@@ -316,7 +316,7 @@ class Stage:
     def restore(self) -> None:
         """All files as they were."""
         shutil.rmtree(self.path, ignore_errors=True)
-        subprocess.run(["cp", "-a", str(self._whole), str(self.path)], check=True)
+        subprocess.run(["cp", "-a", str(self.whole), str(self.path)], check=True)
 
     def life(self, arguments: Sequence[str]) -> Life:
         """A process of a command."""
@@ -337,7 +337,7 @@ class Stage:
         return case.result(self.path), life.peak
 
 
-def _trial(bench: Bench, stage: Stage, case: Case, expected: tuple[Any, int]) -> tuple[str, str]:
+def trial(bench: Bench, stage: Stage, case: Case, expected: tuple[Any, int]) -> tuple[str, str]:
     """One damage; what it was, and in a word what it came to."""
     dice, tally = bench.random, bench.tally
     stage.restore()
