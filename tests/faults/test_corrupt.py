@@ -52,5 +52,5 @@ def test_every_damage_changes_the_file_and_a_silent_change_is_counted(bench: Ben
     ours = Bench(bench.home, random.Random(0), tmp_path, trials=1)
     staged = Stage.__new__(Stage)
     staged.path, staged.whole = bench.folder / "stage", bench.folder / "whole"
-    assert trial(ours, staged, case, (1, 0))[1] == "silent"
+    assert trial(ours, staged, case, (1, 0, 300.0))[1] == "silent"
     assert len(ours.tally.silent) == 1
