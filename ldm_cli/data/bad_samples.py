@@ -10,6 +10,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from ldm_cli.errors import DataError, StorageError
 from ldm_cli.inputs import read_input
 from ldm_cli.storage import open_output
@@ -41,6 +43,9 @@ class BadSample:
     detail: str
     step: int | None = None
     place: int | None = None
+
+
+_ENTRY = TypeAdapter(BadSample)
 
 
 class BadSampleAccount:
@@ -95,6 +100,7 @@ class BadSampleLog:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._known: dict[BadSample, None] = dict.fromkeys(read_bad_samples(path) if path.exists() else ())
+        self._is_cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
 
     def __call__(self, sample: BadSample) -> None:
         """Write the sample down, unless the file has it already."""
@@ -103,7 +109,8 @@ class BadSampleLog:
         self._known[sample] = None
         try:
             with os.fdopen(open_output(self._path, os.O_WRONLY | os.O_APPEND), "ab", buffering=0) as file:
-                file.write((json.dumps(asdict(sample)) + "\n").encode())
+                file.write((("\n" if self._is_cut else "") + json.dumps(asdict(sample)) + "\n").encode())
+                self._is_cut = False
         except OSError as error:
             raise StorageError(f"cannot write '{self._path}'", str(error.strerror)) from error
 
@@ -127,6 +134,6 @@ def read_bad_samples(path: Path) -> list[BadSample]:
     """
     found = []
     for line in read_input(path, _MOST_BYTES).splitlines():
-        with suppress(ValueError, TypeError):
-            found.append(BadSample(**json.loads(line)))
+        with suppress(ValueError):
+            found.append(_ENTRY.validate_json(line, strict=True))
     return found

@@ -10,6 +10,7 @@ from typing import Any
 from ldm_cli.errors import DataError
 from ldm_cli.formats.json_file import read_json
 from ldm_cli.stages.support.eval_result import RESULT_NAME
+from ldm_cli.storage import is_sealed
 from ldm_cli.training.run_identity import flatten, recipe_changes
 
 _NETWORKS = {
@@ -71,12 +72,17 @@ def _read(file: Path, name: str) -> list[_Result]:
     metrics, provenance, points = content.get("metrics"), content.get("provenance"), content.get("points")
     if not isinstance(metrics, dict) or not isinstance(provenance, dict) or "recipe" not in provenance:
         raise DataError(f"cannot compare '{file}'", "it is no result of ldm eval")
+    if "sha256" in content and not is_sealed(content):
+        raise DataError(f"'{file}' is damaged", "it is not as it was written", "measure again with ldm eval")
     if not points:
         return [_Result(name, metrics, provenance)]
     found = []
-    for point in points:
-        settings = [f"{field} {value}" for field, value in point["settings"].items()]
-        found.append(_Result(", ".join([name, point["pipeline"], *settings]), point["metrics"], provenance))
+    try:
+        for point in points:
+            settings = [f"{field} {value}" for field, value in point["settings"].items()]
+            found.append(_Result(", ".join([name, point["pipeline"], *settings]), point["metrics"], provenance))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"cannot compare '{file}'", "its points are none of ldm eval") from error
     return found
 
 

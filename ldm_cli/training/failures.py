@@ -61,6 +61,6 @@ class FailureJournal:
                 entry = json.loads(line)
             except ValueError:
                 continue  # cut short by a kill
-            if isinstance(entry, dict) and entry.keys() >= {"step", "cause"}:
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int) and "cause" in entry:
                 entries.append(entry)
         return entries

@@ -346,7 +346,6 @@ def test_the_log_and_the_counts_are_those_of_an_uninterrupted_run(folder: Path, 
         list(life.batches(start, end))
         with path.open("ab") as file:
             file.write(b'{"shard": "cut by a ki')
-            file.write(b"\n")
     assert (life.account.num_read, life.account.reasons) == (whole.account.num_read, whole.account.reasons)
     ours, theirs = read_bad_samples(path), read_bad_samples(tmp_path / "whole.jsonl")
     assert ours == theirs

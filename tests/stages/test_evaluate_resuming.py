@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from ldm_cli.errors import OutputError
+from ldm_cli.errors import DataError, OutputError
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.pipeline import Pipeline
+from ldm_cli.stages import compare_results
 from ldm_cli.stages.evaluate import run
 from ldm_cli.stages.support.options import RunOptions
 
@@ -157,6 +158,21 @@ def test_overwriting_begins_anew_and_goes_on_when_it_was_killed(home: Path, tmp_
                 assert path.stat().st_mtime_ns == time
     assert again.end() == 0, again.errors
     assert_same_result(out, finished(home))
+
+
+def test_a_damaged_result_is_measured_again(home: Path, tmp_path: Path) -> None:
+    out, reporter = tmp_path / "out", SilentReporter()
+    quick = recipe(home, ["reconstruction"])
+    expected = run(quick, RunOptions(device="cpu", out=out), SilentReporter())["metrics"]
+    sound = (out / "eval.json").read_text()
+    (out / "eval.json").write_text(sound.replace('"psnr": ', '"psnr": 1', 1))
+    assert (out / "eval.json").read_text() != sound
+    with pytest.raises(DataError, match="damaged: it is not as it was written"):
+        compare_results.run([out / "eval.json"])
+    assert run(quick, RunOptions(device="cpu", out=out), reporter)["metrics"] == expected
+    assert any("is damaged: it is measured again" in message for message in reporter.messages)
+    assert json.loads((out / "eval.json").read_text())["metrics"] == json.loads(sound)["metrics"]
+    assert "sha256" not in run(quick, RunOptions(device="cpu", out=out), SilentReporter())
 
 
 def test_measurements_of_other_models_are_refused(home: Path, tmp_path: Path) -> None:

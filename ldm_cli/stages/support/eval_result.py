@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ldm_cli.errors import LdmError, OutputError
-from ldm_cli.formats.json_file import write_json
+from ldm_cli.formats.json_file import write_json, write_sealed
 from ldm_cli.inputs import read_input
 from ldm_cli.reporting import Reporter
-from ldm_cli.storage import storage_errors
+from ldm_cli.storage import is_sealed, storage_errors
 from ldm_cli.training.run_identity import fingerprint_changes, flatten, recipe_changes
 from ldm_cli.training.run_lock import RunLock
 
@@ -56,8 +56,10 @@ class EvalResult:
         if self._file.exists() and not overwrite:
             result = _content(self._file)
             self._expect_same(result.get("provenance"), self._file)
-            self._reporter.info(f"the result is in {self._file} already")
-            return result
+            if is_sealed(result):
+                self._reporter.info(f"the result is in {self._file} already")
+                return {name: value for name, value in result.items() if name != "sha256"}
+            self._reporter.warn(f"'{self._file}' is damaged: it is measured again")
         file = self.measured / _PROVENANCE
         with storage_errors(self.measured):
             self.measured.mkdir(parents=True, exist_ok=True)
@@ -77,7 +79,7 @@ class EvalResult:
         Raises:
             OutputError, StorageError: writing failed.
         """
-        write_json(self._file, result)
+        write_sealed(self._file, result)
         with storage_errors(self.measured):
             shutil.rmtree(self.measured)
         self._reporter.info(f"results are in {self._file}")

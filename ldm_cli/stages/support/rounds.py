@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -57,7 +57,7 @@ def measured_in_rounds(
         own = zip(numbers, measure(together[ranks.rank :: ranks.world_size]), strict=True)
         every = merged({f"{i} {name}": tensor for i, found in own for name, tensor in found.items()}, ranks)
         if folder is not None and ranks.is_first:
-            _keep(folder / f"{done:08d}.safetensors", every)
+            _keep(folder, done, every)
         if ranks.is_first:
             yield from _by_batch(every).values()
         done += len(together)
@@ -72,21 +72,30 @@ def _by_batch(tensors: Mapping[str, Tensor]) -> dict[int, Measured]:
     return dict(sorted(found.items()))
 
 
-def _keep(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    with storage_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(file) as temporary:
-        temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+def _keep(folder: Path, first: int, tensors: Mapping[str, Tensor]) -> None:
+    """Write a round, in a file named by its first batch and its content."""
+    content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(folder / f"{first:08d}-{_hash(content)}.safetensors") as temporary:
+        temporary.write_bytes(content)
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _kept_rounds(folder: Path) -> Iterator[dict[int, Measured]]:
-    """The rounds from the first one on, up to one that is missing or damaged."""
+    """The rounds from the first one on, up to one of which there is no whole file."""
     expected = 0
     for file in sorted(folder.glob("[0-9]*.safetensors")):
         try:
-            kept = _by_batch(load(read_input(file, 2**34)))
-        except (LdmError, SafetensorError, ValueError):
-            return
+            content = read_input(file, 2**34)
+        except LdmError:
+            continue
+        if file.stem.partition("-")[2] != _hash(content):
+            continue
+        kept = _by_batch(load(content))
         if not kept or list(kept) != list(range(expected, expected + len(kept))):
             return
         yield kept

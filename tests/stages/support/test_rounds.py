@@ -46,11 +46,12 @@ def test_finished_rounds_are_not_measured_again(tmp_path: Path) -> None:
     assert asked == []
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
 def test_what_follows_a_damaged_round_is_measured_again(tmp_path: Path, damage: str) -> None:
     measured(tmp_path, [])
-    file = tmp_path / "00000003.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
+    (file,) = tmp_path.glob("00000003-*.safetensors")
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + (b"" if damage == "cut" else bytes([content[-1] ^ 1])))
     if damage == "missing":
         file.unlink()
     asked: list[int] = []
