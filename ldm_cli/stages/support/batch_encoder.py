@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from ldm_cli.core.condition import Condition
@@ -52,6 +52,12 @@ class BatchEncoder:
         place(device, torch.float32, self.codec, *self.encoder.models, channels_last=recipe.train.channels_last)
         self._device, self._precision = device, recipe.train.precision
         self.adapts_text = False
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks, by what users call them."""
+        texts = {("text_encoder", "text_encoder_2")[i]: model for i, model in enumerate(self.encoder.models)}
+        return {**({"vae": self.codec} if isinstance(self.codec, nn.Module) else {}), **texts}
 
     def prepare(self, batch: Batch) -> Batch:
         """With the tokens of its captions, unless it is out of a cache; on the host."""
