@@ -37,7 +37,7 @@ def input_errors(path: Path, remedy: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
+        reason = error.strerror or str(error)
         if isinstance(error, FileNotFoundError | NotADirectoryError):
             raise InputNotFoundError(f"'{path}' not found", remedy=remedy) from error
         if error.errno in NOT_READABLE:

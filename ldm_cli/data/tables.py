@@ -241,7 +241,7 @@ def _opened_parquet(table: Path) -> Iterator[Any]:
         remedy = "install it with pip install 'ldm-cli[parquet]'"
         raise UnavailableError(f"cannot read '{table}'", "pyarrow is not installed", remedy) from error
     try:
-        with ParquetFile(table) as file:
+        with open_input(table) as stream, ParquetFile(stream) as file:
             yield file
     except (ArrowException, OSError) as error:
         raise DataError(f"cannot read '{table}'", str(error)) from error

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from ldm_cli.core.condition import Condition
@@ -20,6 +20,7 @@ from ldm_cli.errors import RecipeError
 from ldm_cli.families.codec_folder import open_codec
 from ldm_cli.families.family import model_sha256, place
 from ldm_cli.formats.model_source import weights_sha256
+from ldm_cli.formats.pipeline_folder import TEXT_ENCODER
 from ldm_cli.recipe.ar_recipe import TrainArRecipe
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.stages.support.text_encoders import open_text_encoder, text_key
@@ -46,6 +47,12 @@ class BatchEncoder:
             place(device, next(model.parameters()).dtype, model, channels_last=recipe.train.channels_last)
         self._device, self._precision = device, recipe.train.precision
         self.adapts_text = False
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks, by what users call them."""
+        texts = {TEXT_ENCODER + (f"_{n}" if n > 1 else ""): model for n, model in enumerate(self.encoder.models, 1)}
+        return {**({"vae": self.codec} if isinstance(self.codec, nn.Module) else {}), **texts}
 
     def prepare(self, batch: Batch) -> Batch:
         """With the tokens of its captions, unless it is out of a cache; on the host."""

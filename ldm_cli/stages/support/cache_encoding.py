@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ldm_cli.core.codec import Codec
+from ldm_cli.core.first_nonfinite import first_nonfinite
 from ldm_cli.core.models.vq_model import VQModel
 from ldm_cli.core.precision import DTYPES
 from ldm_cli.data.bad_samples import BadSampleError
@@ -142,9 +144,9 @@ class CacheEncoder:
 
     def conditions(self, captions: Sequence[str]) -> list[dict[str, Tensor]]:
         """The fields of each caption's condition as they are kept; at most `size` captions; errors as in `chunk`."""
-        assert isinstance(self._encoder, BatchEncoder)
-        filled = [*captions, *[""] * (self.size - len(captions))]
-        fields = {name: self._kept(tensor) for name, tensor in self._encoder.condition(filled).tensors.items()}
+        encoder, filled = self._encoder, [*captions, *[""] * (self.size - len(captions))]
+        assert isinstance(encoder, BatchEncoder)
+        fields = self._kept(lambda: encoder.condition(filled).tensors)
         return [{name: tensor[i] for name, tensor in fields.items()} for i in range(len(captions))]
 
     def _moments(self, images: Tensor, masks: Tensor | None) -> dict[str, Tensor]:
@@ -159,9 +161,10 @@ class CacheEncoder:
         for mirrored in self._key.flips:
             suffix = MIRRORED if mirrored else ""
             own = masks.flip(-1) if mirrored and masks is not None else masks
-            encoded = self._encoder.moments(images.flip(-1) if mirrored else images, own)
-            moments |= {name + suffix: tensor for name, tensor in encoded.items()}
-        return {name: self._kept(tensor[:number]) for name, tensor in moments.items()}
+            seen = images.flip(-1) if mirrored else images
+            encoded = self._kept(partial(self._encoder.moments, seen, own))
+            moments |= {name + suffix: tensor[:number].contiguous() for name, tensor in encoded.items()}
+        return moments
 
     def _sizes(self, sizes: Tensor) -> dict[str, Tensor]:
         """The sizes [n, 6] of images, as they are and mirrored, as the recipe asks."""
@@ -174,13 +177,22 @@ class CacheEncoder:
             found[SIZES + MIRRORED if mirrored else SIZES] = torch.stack(rows)
         return found
 
-    def _kept(self, tensor: Tensor) -> Tensor:
-        """The numbers to write; integers stay as they are."""
-        tensor = tensor.to("cpu", self._dtype if tensor.is_floating_point() else None).contiguous()
-        if not bool(tensor.isfinite().all()):
+    def _kept(self, encode: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The numbers to write; integers stay as they are.
+
+        Raises:
+            DivergedError: some are not finite; it names where they begin.
+        """
+        kept = {
+            name: tensor.to("cpu", self._dtype if tensor.is_floating_point() else None).contiguous()
+            for name, tensor in encode().items()
+        }
+        if not all(bool(tensor.isfinite().all()) for tensor in kept.values()):
+            origin = first_nonfinite(self._encoder.networks, encode) or "the type that they are kept in"
+            precision = f"in {self._key.latents.get('train.precision')}, kept as {self._key.dtype}"
             raise DivergedError(
                 "an encoder gives numbers that are not finite",
-                f"in {self._key.latents.get('train.precision')}, kept as {self._key.dtype}",
+                f"{precision}; the first such value is in {origin}",
                 "set train.precision=fp32 or bf16, or --dtype fp32",
             )
-        return tensor
+        return kept

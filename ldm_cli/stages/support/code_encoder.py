@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm_cli.core.models.vq_model import VQModel
 from ldm_cli.core.pixels import to_signed
@@ -28,6 +28,11 @@ class CodeEncoder:
     def __init__(self, recipe: TrainArRecipe, device: torch.device) -> None:
         self.codec, self._device = CodeGrid(load_model(VQModel, Path(recipe.vq))), device
         place(device, torch.float32, self.codec, channels_last=recipe.train.channels_last)
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The network, by what users call it."""
+        return {"vq": self.codec}
 
     def __call__(self, batch: Batch) -> Tensor:
         """Indices int64 [B, 1, h, w] of a batch on the device: out of its cache, or computed."""
