@@ -108,13 +108,13 @@ class _Stack(Checkpointed):
         states = self.embed_tokens(input_ids)
         if cache is None:
             places = torch.arange(input_ids.shape[1], device=input_ids.device)
-            turn = rotation(places, self.config, states.dtype)
+            cos, sin = rotation(places, self.config, states.dtype)
             for layer in self.layers:
-                states = self.run(layer, states, *turn)
+                states = self.run(layer, states, cos, sin)
         else:
-            *turn, layers = cache.take(input_ids.shape[1])
+            cos, sin, layers = cache.take(input_ids.shape[1])
             for layer, cached in zip(self.layers, layers, strict=True):
-                states = layer(states, *turn, *cached)
+                states = layer(states, cos, sin, *cached)
         normed: Tensor = self.norm(states)
         return normed
 
