@@ -179,7 +179,7 @@ def _session(leader: int) -> list[int]:
 
 
 class Home:
-    """Scenes, tiny models and recipes of the three trainers and of adapters, in a folder."""
+    """Scenes, tiny models and recipes of the three trainers, of a codebook and of adapters, in a folder."""
 
     def __init__(self, folder: Path) -> None:
         from ldm_cli.data.scenes import write_scenes
