@@ -130,7 +130,8 @@ def open_folder(folder: Path, device: torch.device | str, precision: str, *, com
     transformer = load_model(LlamaForCausalLM, folder / TRANSFORMER, dtype=DTYPES[precision])
     vq, tokenizer = load_model(VQModel, folder / VQ), Tokenizer.load(folder / TOKENIZER)
     _expect_fitting_parts(folder, transformer.config, vq, tokenizer)
-    place(device, DTYPES[precision], transformer)
+    # Not tuned for a CPU: the tuned layers lose at the few rows of a token.
+    transformer.requires_grad_(False).eval().to(device)
     place(device, torch.float32, vq)
     if compiled:
         compile_regions(transformer)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ldm_cli import philox
-from ldm_cli.core.cpu import tune_for_cpu
 from ldm_cli.core.models.llama import KeyValueCache
 from ldm_cli.errors import DivergedError, UsageError
 from ldm_cli.families.autoregressive import Autoregressive
@@ -181,7 +180,6 @@ class TokenPipeline(PicturePipeline):
             head = nn.Linear(weight.shape[1], tokens.num_codes, bias=False)
         rows = weight.detach()[tokens.image_token_offset : tokens.begin_id]
         head.weight = nn.Parameter(rows, requires_grad=False)
-        tune_for_cpu(head)
         return head
 
 
@@ -197,7 +195,13 @@ class _Sequence:
         self._copies = 1 if self._scale in (0.0, 1.0) else 2
         self._ids = torch.stack(own + negative if self._copies == 2 else own if self._scale else negative)
         transformer, tokens = self._family.transformer, self._family.tokens
-        self._cache = KeyValueCache(transformer.config, len(self._ids), tokens.length, transformer.head_weight)
+        self._cache = KeyValueCache(
+            transformer.config,
+            len(self._ids),
+            tokens.length,
+            transformer.head_weight,
+            is_static=self._family.is_compiled,
+        )
 
     def begin(self, codes: Tensor) -> Tensor:
         """The guided logits [N, K] after the prompt and the first codes, int64 [N, p]."""

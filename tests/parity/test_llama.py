@@ -61,12 +61,13 @@ def test_our_model_reads_a_folder_of_transformers(fields: dict[str, Any], tmp_pa
 
 
 @pytest.mark.parametrize("fields", KINDS)
+@pytest.mark.parametrize("is_static", [False, True])
 @torch.inference_mode()
-def test_cached_logits_equal_uncached_ones(fields: dict[str, Any]) -> None:
+def test_cached_logits_equal_uncached_ones(fields: dict[str, Any], is_static: bool) -> None:
     model = randomize(LlamaForCausalLM(LlamaConfig(**(SIZES | fields))), 2)
     tokens = ids(2, 17)
-    cache = KeyValueCache(model.config, 2, 20, model.head_weight)
-    steps = [tokens[:, :6], *tokens[:, 6:16].split(1, dim=1), tokens[:, 16:]]
+    cache = KeyValueCache(model.config, 2, 20, model.head_weight, is_static=is_static)
+    steps = [tokens[:, :6], *tokens[:, 6:14].split(1, dim=1), tokens[:, 14:]]
     cached = torch.cat([model(part, cache) for part in steps], dim=1)
     torch.testing.assert_close(cached, model(tokens), rtol=1e-5, atol=1e-5)
 

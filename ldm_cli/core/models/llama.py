@@ -7,6 +7,9 @@ width, H heads, G heads of keys and values, d width of a head, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,38 +22,38 @@ from ldm_cli.core.models.llama_config import LlamaConfig
 class KeyValueCache:
     """Keys and values of the tokens that a model has seen, in memory that is allocated once.
 
-    All shapes stay the same from token to token, and nothing is read on the host.
-
-    Attributes:
-        next_position: of the next token, int64 [1].
+    Args:
+        config: of the model.
+        rows: B.
+        length: M, the most tokens.
+        like: a tensor of the model's type and device.
+        is_static: whether attention sees all places and masks those that are empty: each token has the same shapes, as
+            compiled code wants. Without, it sees the filled ones alone, which is less work.
     """
 
-    def __init__(self, config: LlamaConfig, rows: int, length: int, like: Tensor) -> None:
-        """Make room.
+    def __init__(self, config: LlamaConfig, rows: int, length: int, like: Tensor, *, is_static: bool = False) -> None:
+        shape = (config.num_hidden_layers, rows, config.key_value_heads, length, config.head_width)
+        self._keys, self._values = like.new_zeros(shape), like.new_zeros(shape)
+        self._places, self._is_static = torch.arange(length, device=like.device), is_static
+        self._cos, self._sin = rotation(self._places, config, like.dtype)
+        self._num_tokens = 0
 
-        Args:
-            config: of the model.
-            rows: B.
-            length: M, the most tokens.
-            like: a tensor of the model's type and device.
-        """
-        shape = (rows, config.key_value_heads, length, config.head_width)
-        self.keys = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
-        self.values = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
-        self.next_position = torch.zeros(1, dtype=torch.int64, device=like.device)
-        self._places = torch.arange(length, device=like.device)
-        self._rotation = rotation(self._places, config, like.dtype)
-
-    def take(self, num_tokens: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Give the next tokens their places.
+    def take(self, num_tokens: int) -> tuple[Tensor, Tensor, Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]]:
+        """Give the next L tokens their places.
 
         Returns:
-            Positions int64 [L]; whether each of them sees each place, bool [L, M]; their rotation.
+            Cosine and sine of their rotation; for each layer keys and values of the places that are seen, the positions
+            int64 [L], and whether each token sees each place, bool [L, M]; None: all see all.
         """
-        positions = self.next_position + self._places[:num_tokens]
-        self.next_position = self.next_position + num_tokens
-        cos, sin = self._rotation
-        return positions, self._places <= positions[:, None], (cos[positions], sin[positions])
+        new = slice(self._num_tokens, self._num_tokens + num_tokens)
+        self._num_tokens = new.stop
+        seen = slice(0, None if self._is_static else new.stop)
+        positions, mask = self._places[new], None
+        if self._is_static or num_tokens > 1:
+            mask = self._places[seen] <= positions[:, None]
+        keys, values = self._keys[:, :, :, seen], self._values[:, :, :, seen]
+        layers = ((k, v, positions, mask) for k, v in zip(keys.unbind(), values.unbind(), strict=True))
+        return self._cos[new], self._sin[new], layers
 
 
 class LlamaForCausalLM(Checkpointable):
@@ -105,13 +108,13 @@ class _Stack(Checkpointed):
         states = self.embed_tokens(input_ids)
         if cache is None:
             places = torch.arange(input_ids.shape[1], device=input_ids.device)
-            turn = rotation(places, self.config, states.dtype)
+            cos, sin = rotation(places, self.config, states.dtype)
             for layer in self.layers:
-                states = self.run(layer, states, *turn)
+                states = self.run(layer, states, cos, sin)
         else:
-            positions, mask, turn = cache.take(input_ids.shape[1])
-            for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-                states = layer(states, *turn, keys, values, positions, mask)
+            cos, sin, layers = cache.take(input_ids.shape[1])
+            for layer, cached in zip(self.layers, layers, strict=True):
+                states = layer(states, cos, sin, *cached)
         normed: Tensor = self.norm(states)
         return normed
 
@@ -124,7 +127,7 @@ class _Block(Region):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = _FeedForward(config)
 
-    def forward(self, states: Tensor, cos: Tensor, sin: Tensor, *cached: Tensor) -> Tensor:
+    def forward(self, states: Tensor, cos: Tensor, sin: Tensor, *cached: Any) -> Tensor:
         """[B, L, D] → [B, L, D]; the rotation of the tokens; keys, values, positions and mask of a cache, if any."""
         states = states + self.self_attn(self.input_layernorm(states), cos, sin, *cached)
         hidden: Tensor = self.mlp(self.post_attention_layernorm(states))
@@ -142,7 +145,7 @@ class _Attention(nn.Module):
         self.v_proj = nn.Linear(width, shared, bias=False)
         self.o_proj = nn.Linear(inner, width, bias=False)
 
-    def forward(self, states: Tensor, cos: Tensor, sin: Tensor, *cached: Tensor) -> Tensor:
+    def forward(self, states: Tensor, cos: Tensor, sin: Tensor, *cached: Any) -> Tensor:
         """See `_Block`."""
         q, k, v = (
             layer(states).unflatten(2, (-1, self.width)).transpose(1, 2)
@@ -156,7 +159,7 @@ class _Attention(nn.Module):
             k = keys.index_copy_(2, positions, k.to(keys.dtype))
             v = values.index_copy_(2, positions, v.to(values.dtype))
         attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.is_grouped
+            q, k, v, attn_mask=mask, is_causal=not cached, enable_gqa=self.is_grouped
         )
         projected: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
         return projected
