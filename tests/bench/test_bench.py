@@ -19,7 +19,7 @@ from ldm_cli.bench.workload import random_batch, size_of
 from ldm_cli.cli.app import run as ldm
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
-from ldm_cli.errors import UnavailableError
+from ldm_cli.errors import UnavailableError, UsageError
 from ldm_cli.formats.save_model import save_model
 from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import TrainUnetRecipe
@@ -245,3 +245,12 @@ def test_what_cannot_be_measured_is_a_line_and_2(
     assert captured.out == ""
     assert message in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_a_transformer_is_refused_by_name(tmp_path: Path) -> None:
+    recipe = load_recipe("sd3/demo").recipe
+    assert isinstance(recipe, TrainUnetRecipe)
+    with pytest.raises(UsageError, match="ldm bench knows U-Nets"):
+        with_stand_ins(recipe, tmp_path, "cpu", num_images=4)
+    with pytest.raises(UsageError, match="ldm bench knows U-Nets"):
+        size_of(recipe)

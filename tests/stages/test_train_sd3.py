@@ -27,6 +27,7 @@ from ldm_cli.stages.support.start import resolve_start
 from ldm_cli.stages.support.training_run import Workbench
 from ldm_cli.stages.train_unet import DenoiserTask
 from ldm_cli.training.run_folder import RunFolder
+from ldm_cli.training.running_statistics import RunningStatistics
 
 from ..faults.runs import assert_same_run
 from .test_precompute import assert_a_cache_changes_nothing
@@ -104,13 +105,16 @@ def test_a_run_begins_at_a_folder_and_trains_what_is_not_frozen(
     recipe = sd3_recipe(scenes, {}, steps=3)
     recipe = {name: value for name, value in recipe.items() if name not in ("vae", "text_encoder", "transformer")}
     recipe |= {"start_from": folder, "freeze": ["*", "!proj_out.*"], "diffusion": {}}
+    recipe["data"]["image_size"] = 16
     filled = resolve_start(TrainUnetRecipe.from_mapping(recipe), pytest.fail)
     assert filled.component == "transformer"
     assert filled.text_encoder_3 == parts["text_encoder_3"]
     assert filled.max_sequence_length == 9
     assert (filled.diffusion.prediction_type, filled.diffusion.flow_shift) == ("flow_prediction", 3.0)
     trained(recipe, tmp_path)
-    before, after = tiny_sd3().denoiser.state_dict(), open_family(tmp_path).denoiser.state_dict()
+    family = open_family(tmp_path)
+    assert family.sample_size == (12, 12), "the size that the positions of the patches belong to"
+    before, after = tiny_sd3().denoiser.state_dict(), family.denoiser.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"proj_out.weight", "proj_out.bias"}
 
@@ -298,3 +302,44 @@ def test_a_cache_of_other_encoders_is_refused(scenes: Path, parts: dict[str, str
     assert key(max_sequence_length=10) != whole
     assert key(text_encoder_3="") != whole
     assert key(text_encoder=parts["text_encoder_2"]) != whole
+
+
+@pytest.mark.parametrize("has_t5", [False, True])
+def test_a_run_begins_at_a_folder_of_diffusers_and_ends_in_one(scenes: Path, tmp_path: Path, has_t5: bool) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    from tests.parity.sd3_pipeline import their_sd3_folder
+
+    theirs = their_sd3_folder(tmp_path, has_t5=has_t5)
+    recipe = sd3_recipe(scenes, {}, steps=3, batch_size=4)
+    recipe = {name: value for name, value in recipe.items() if name not in ("vae", "text_encoder", "transformer")}
+    recipe |= {"start_from": str(theirs), "diffusion": {}, "data": recipe["data"] | {"image_size": 16}}
+    trained(recipe, tmp_path / "run")
+    absent = {} if has_t5 else {"text_encoder_3": None, "tokenizer_3": None}
+    before, after = (
+        diffusers.StableDiffusion3Pipeline.from_pretrained(folder, **absent)
+        for folder in (theirs, tmp_path / "run/model")
+    )
+    assert after.scheduler.config.shift == before.scheduler.config.shift
+    changed = [
+        not torch.equal(one, other)
+        for one, other in zip(before.transformer.parameters(), after.transformer.parameters(), strict=True)
+    ]
+    assert sum(changed) > len(changed) // 2
+    for name in ("text_encoder", "text_encoder_2", "vae"):
+        ours = getattr(after, name).state_dict()
+        assert all(torch.equal(value, ours[key]) for key, value in getattr(before, name).state_dict().items())
+
+
+def test_a_step_does_not_copy_the_positions_of_patches() -> None:
+    """They are a buffer, but no running statistics."""
+    statistics = RunningStatistics([tiny_sd3().denoiser])
+    statistics.begin_step()
+    assert statistics.take_change() == []
+
+
+def test_adapters_are_counted_for_transformer_and_towers_but_not_for_t5(scenes: Path, parts: dict[str, str]) -> None:
+    recipe = sd3_recipe(scenes, parts) | {"start_from": str(Path(parts["vae"]).parent)}
+    recipe |= {"lora": {"rank": 2, "text_encoder": True}}
+    trained_parts = dry_run(TrainUnetRecipe.from_mapping(recipe), SilentReporter())["parameters"]
+    adapted = {name for name in trained_parts if name.endswith(".lora")}
+    assert adapted == {"transformer.lora", "text_encoder.lora", "text_encoder_2.lora"}

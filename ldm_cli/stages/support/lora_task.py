@@ -22,7 +22,7 @@ from ldm_cli.families.lora_reader import read_lora
 from ldm_cli.families.stable_diffusion_3 import StableDiffusion3
 from ldm_cli.families.stable_diffusion_xl import StableDiffusionXL
 from ldm_cli.formats.lora_path import DIFFUSERS_LORA
-from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TRANSFORMER
+from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER
 from ldm_cli.formats.single_file_sd3 import transformer_table
 from ldm_cli.recipe.schema import TrainRecipe
 from ldm_cli.stages.support.batch_encoder import BatchEncoder
@@ -159,7 +159,7 @@ def lora_parameters(
     """
     present = {name: model for name, model in models.items() if model is not None}
     denoiser = next(iter(models))
-    networks = {name: model for name, model in present.items() if name == denoiser or name.startswith(TEXT_ENCODER)}
+    networks = {name: present[name] for name in (denoiser, TEXT_ENCODER, TEXT_ENCODER_2) if name in present}
     frozen = {name: count_parameters(model) for name, model in present.items()}
     trained = {
         f"{name}.lora": count_parameters(Adapters(networks[name], ranks, lora))
