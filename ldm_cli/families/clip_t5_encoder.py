@@ -71,17 +71,25 @@ class T5TextEncoder:
             load_model(T5EncoderModel, folder, dtype=dtype), UnigramTokenizer.load(tokenizer_folder(folder)), folder
         )
 
-    def save(self, folder: Path) -> None:
-        """Write encoder and tokenizer into a pipeline folder; errors as in `save_model`."""
+    def save(self, folder: Path, component: str = TEXT_ENCODER_3, length: int = T5_LENGTH) -> None:
+        """Write encoder and tokenizer, for texts of a length, as a component of a pipeline folder; errors as in
+        `save_model`."""
         weights, config = self.model.state_dict(), self.model.config.to_hugging_face()
-        save_model(folder / TEXT_ENCODER_3, weights, config, TRANSFORMERS_WEIGHTS)
-        self.tokenizer.save(folder / tokenizer_of(TEXT_ENCODER_3), T5_LENGTH)
+        save_model(folder / component, weights, config, TRANSFORMERS_WEIGHTS)
+        self.tokenizer.save(folder / tokenizer_of(component), length)
 
     @property
     def key(self) -> dict[str, str]:
         """Hashes of the encoder and of the tokenizer; of an encoder that was read from a folder."""
         assert self.folder is not None
         return _t5_key(self.folder, self.tokenizer)
+
+    def ids(self, texts: Sequence[str], length: int, warn: Callable[[str], None]) -> Tensor:
+        """Token ids int64 [B, L] of texts, on the host; `warn` is called for each text that is cut."""
+        tokens = self.tokenizer.encode(texts, length)
+        for index, rest in tokens.truncated:
+            warn(f"prompt {texts[index][:40]!r}… has more than {length - 1} tokens of T5; this was cut: {rest!r:.200}")
+        return tokens.input_ids
 
     def encode(self, ids: Tensor) -> Tensor:
         """Token ids int64 [B, L], on any device → states [B, L, D]."""
@@ -187,7 +195,7 @@ class CLIPT5Encoder:
     def tokens(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Of B captions, on the host: `ids` and `ids_2`, int64 [B, L]; with T5 `ids_3`, int64 [B, M]."""
         found = {**self.first.tokens(captions), "ids_2": self.second.tokens(captions)["ids"]}
-        return found if self.third is None else {**found, "ids_3": self._t5_ids(captions, ignore)}
+        return found if self.third is None else {**found, "ids_3": self.third.ids(captions, self.t5_length, ignore)}
 
     def encode_tokens(self, tokens: Mapping[str, Tensor]) -> Condition:
         """B rows from the `tokens` of captions, on any device."""
@@ -237,17 +245,7 @@ class CLIPT5Encoder:
         conditions = [tower.encode_prompts(prompts, reading, num_chunks=num_chunks, warn=warn) for tower in towers]
         if self.third is None:
             return self._joined(conditions, None)
-        plain = ["".join(piece.text for piece in pieces_of(prompt, reading)) for prompt in prompts]
-        plain = [BREAK.sub(" ", text) for text in plain] if reading.long else plain
-        return self._joined(conditions, self._t5_ids(plain, warn))
-
-    def _t5_ids(self, texts: Sequence[str], warn: Callable[[str], None]) -> Tensor:
-        assert self.third is not None
-        tokens = self.third.tokenizer.encode(texts, self.t5_length)
-        for index, rest in tokens.truncated:
-            places = self.t5_length - 1
-            warn(f"prompt {texts[index][:40]!r}… has more than {places} tokens of T5; this was cut: {rest!r:.200}")
-        return tokens.input_ids
+        return self._joined(conditions, self.third.ids(plain_texts(prompts, reading), self.t5_length, warn))
 
     def _joined(self, conditions: Sequence[Condition], ids_3: Tensor | None) -> Condition:
         """The conditions of the towers and the token ids of T5, as one."""
@@ -259,6 +257,12 @@ class CLIPT5Encoder:
         else:
             states = self.third.encode(ids_3).to(clip.dtype)
         return Condition(tokens=torch.cat([clip, states], dim=1), pooled=pooled)
+
+
+def plain_texts(prompts: Sequence[str], reading: PromptReading) -> list[str]:
+    """Prompts without the marks of weights and chunks."""
+    plain = ["".join(piece.text for piece in pieces_of(prompt, reading)) for prompt in prompts]
+    return [BREAK.sub(" ", text) for text in plain] if reading.long else plain
 
 
 def t5_length_of(pipeline: Path) -> int:

@@ -24,6 +24,7 @@ from ldm_cli.errors import CheckpointError
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
 from ldm_cli.families.codec_folder import Autoencoder
 from ldm_cli.families.family import Family, place
+from ldm_cli.families.t5_encoder import T5Encoder
 from ldm_cli.formats import pipeline_folder as layout
 from ldm_cli.formats.model_source import has_model_json, read_model_json
 from ldm_cli.formats.save_model import save_model
@@ -135,7 +136,7 @@ def expect_fitting_parts(
     folder: Path | None,
     unet: UNet2DConditionConfig,
     codec: Autoencoder,
-    towers: Mapping[str, CLIPTextEncoder],
+    towers: Mapping[str, CLIPTextEncoder | T5Encoder],
     further: Sequence[str],
 ) -> None:
     """Make sure that the parts of a family belong together.

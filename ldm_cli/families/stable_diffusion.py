@@ -15,7 +15,9 @@ from ldm_cli.core.precision import DTYPES
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, outline_tower, tokenizer_folder
 from ldm_cli.families.codec_folder import Autoencoder, codec_dtype, open_codec, outline_codec
+from ldm_cli.families.family import place
 from ldm_cli.families.latent_diffusion import LatentDiffusion, expect_fitting_parts, pipeline_of, read_settings
+from ldm_cli.families.t5_encoder import T5Encoder, is_t5, outline_t5
 from ldm_cli.formats.model_folder import load_model, outline_model
 from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, UNET, VAE, tokenizer_of
 
@@ -25,7 +27,7 @@ class StableDiffusion(LatentDiffusion):
     """A Stable Diffusion model; `save` writes a folder that `StableDiffusionPipeline.from_pretrained` opens."""
 
     denoiser: UNet2DConditionModel
-    encoder: CLIPTextEncoder
+    encoder: CLIPTextEncoder | T5Encoder
 
     components: ClassVar[tuple[str, ...]] = (UNET, VAE, TEXT_ENCODER)
     pipelines: ClassVar[tuple[str, ...]] = (
@@ -41,7 +43,9 @@ class StableDiffusion(LatentDiffusion):
         """Write all but the U-Net; errors as in `save`."""
         self.save_codec(folder)
         self.encoder.save(folder)
-        text = {TEXT_ENCODER: "CLIPTextModel", tokenizer_of(TEXT_ENCODER): "CLIPTokenizer"}
+        has_t5 = isinstance(self.encoder, T5Encoder)
+        kinds = ("T5EncoderModel", "T5TokenizerFast") if has_t5 else ("CLIPTextModel", "CLIPTokenizer")
+        text = dict(zip((TEXT_ENCODER, tokenizer_of(TEXT_ENCODER)), kinds, strict=True))
         self.save_index(folder, text, requires_safety_checker=False, **self.encoder.index_settings)
 
 
@@ -53,16 +57,19 @@ def is_mine(folder: Path) -> bool:
 def open_folder(folder: Path, device: torch.device | str, precision: str, *, compiled: bool = False) -> StableDiffusion:
     """Read a folder; see `open_family`."""
     settings, dtype = read_settings(folder), DTYPES[precision]
+    kind = T5Encoder if is_t5(folder / TEXT_ENCODER) else CLIPTextEncoder
     family = StableDiffusion(
         denoiser=load_model(UNet2DConditionModel, folder / UNET, dtype=dtype),
         codec=open_codec(folder / VAE, codec_dtype(precision)),
-        encoder=CLIPTextEncoder.load(folder / TEXT_ENCODER, dtype=dtype),
+        encoder=kind.load(folder / TEXT_ENCODER, dtype=dtype),
         settings=settings,
         folder=folder,
         is_compiled=compiled,
     )
     check_fit(family)
-    family.placed(device, precision, family.encoder.models)
+    family.placed(device, precision, () if isinstance(family.encoder, T5Encoder) else family.encoder.models)
+    if isinstance(family.encoder, T5Encoder):
+        place(device, next(family.encoder.model.parameters()).dtype, family.encoder.model)
     return family
 
 
@@ -71,10 +78,13 @@ def outline_folder(folder: Path) -> dict[str, nn.Module]:
     read_settings(folder)
     unet = outline_model(UNet2DConditionModel, folder / UNET)
     vae = outline_codec(folder / VAE)
-    text = outline_tower(folder / TEXT_ENCODER)
-    tokenizer = Tokenizer.load(tokenizer_folder(folder / TEXT_ENCODER))
-    _check_parts(folder, unet.config, vae, CLIPTextEncoder(text, tokenizer))
-    return {UNET: unet, VAE: vae, TEXT_ENCODER: text}
+    place_of_text = folder / TEXT_ENCODER
+    if is_t5(place_of_text):
+        encoder: CLIPTextEncoder | T5Encoder = outline_t5(place_of_text)
+    else:
+        encoder = CLIPTextEncoder(outline_tower(place_of_text), Tokenizer.load(tokenizer_folder(place_of_text)))
+    _check_parts(folder, unet.config, vae, encoder)
+    return {UNET: unet, VAE: vae, TEXT_ENCODER: encoder.model}
 
 
 def check_fit(family: StableDiffusion) -> None:
@@ -87,7 +97,7 @@ def check_fit(family: StableDiffusion) -> None:
 
 
 def _check_parts(
-    folder: Path | None, unet: UNet2DConditionConfig, codec: Autoencoder, encoder: CLIPTextEncoder
+    folder: Path | None, unet: UNet2DConditionConfig, codec: Autoencoder, encoder: CLIPTextEncoder | T5Encoder
 ) -> None:
     further = [f"unet.{field} asks for a condition that is not supported" for field in unet.pooled_fields]
     expect_fitting_parts(folder, unet, codec, {TEXT_ENCODER: encoder}, further)

@@ -250,4 +250,6 @@ def _place(folder: str, config: names.Content, towers: str) -> tuple[str, str]:
     kind = "openai text" if is_of_open_clip and towers != "text_encoders" else "transformers text"
     kind = "t5" if config.get("model_type") == "t5" else kind
     prefixes = [p for name, p, k in PLACES if (name, k) == (folder, kind) and p.startswith(towers)]
+    if folder and not prefixes:
+        raise CheckpointError("the model does not fit the layout of single files", f"it has no place for '{folder}'")
     return (prefixes or [""])[0], kind

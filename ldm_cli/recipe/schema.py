@@ -116,15 +116,15 @@ class TrainUnetRecipe(StartedRecipe):
     """The trained AutoencoderKL or VQModel (`runs/…/model`), or an AutoencoderTiny. Empty: that of the pipeline in
     `start_from`."""
     text_encoder: Annotated[str, NamesModel(("text_encoder", "tokenizer"))] = ""
-    """The trained CLIPModel or CLIPTextModel, with its tokenizer (`runs/…/model`). Empty: that of the
-    pipeline in `start_from`."""
+    """The trained CLIPModel, CLIPTextModel or, for a U-Net, T5EncoderModel, with its tokenizer (`runs/…/model`). Empty:
+    that of the pipeline in `start_from`."""
     text_encoder_2: Annotated[str, NamesModel(("text_encoder_2", "tokenizer_2"))] = ""
     """Stable Diffusion XL and 3: the second text encoder, a CLIPModel or CLIPTextModelWithProjection, with its
     tokenizer. Empty: that of the pipeline in `start_from`, or none."""
     text_encoder_3: Annotated[str, NamesModel(("text_encoder_3", "tokenizer_3"))] = ""
     """Stable Diffusion 3: a T5EncoderModel, with tokenizer. Empty: that of the pipeline in `start_from`, or none."""
     max_sequence_length: Annotated[int, Field(ge=0, le=512)] | None = None
-    """Stable Diffusion 3: tokens of T5, padding included; without T5 as many zeros. null: those of the pipeline in
+    """Tokens of T5, padding included; in Stable Diffusion 3 without T5 as many zeros. null: those of the pipeline in
     `start_from`; else 256, and 0 without T5."""
     clip_skip: Annotated[int, Field(ge=1)] | None = None
     """Layer of the CLIP text encoders that gives the text states: 1 the last one, 2 the last but one. null: that which
@@ -164,8 +164,8 @@ class TrainUnetRecipe(StartedRecipe):
         self._check_start(*(["unet"] if self.transformer is None else []), "vae", "text_encoder")
         if self.transformer is not None and self.start_from is None:
             self._check_start("text_encoder_2")
-        if self.unet is not None and (self.text_encoder_3 or self.max_sequence_length is not None):
-            raise ValueError("text_encoder_3 and max_sequence_length belong to a transformer")
+        if self.unet is not None and self.text_encoder_3:
+            raise ValueError("text_encoder_3 belongs to a transformer; a U-Net takes T5 as text_encoder")
         if self.text_encoder_3 and self.max_sequence_length == 0:
             raise ValueError("max_sequence_length=0 leaves no room for text_encoder_3")
         if self.lora is not None:

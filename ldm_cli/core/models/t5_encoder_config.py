@@ -49,6 +49,16 @@ class T5EncoderConfig(TransformersConfig):
     eos_token_id: Annotated[int, Field(ge=0)] = 1
     """Token at the end of a text."""
 
+    @property
+    def hidden_size(self) -> int:
+        """`d_model`, by the name that all models of transformers know."""
+        return self.d_model
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """`num_layers`, by the name that all models of transformers know."""
+        return self.num_layers
+
     @classmethod
     def from_hugging_face(cls, mapping: Mapping[str, Any]) -> Self:
         """See `TransformersConfig`; fields of the decoder, and those that follow from others, are left out."""

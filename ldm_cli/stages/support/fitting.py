@@ -11,6 +11,7 @@ from torch import nn
 from ldm_cli.core.codec import Codec
 from ldm_cli.core.models.clip_config import CLIPTextConfig
 from ldm_cli.core.models.sd3_transformer_2d_config import SD3Transformer2DConfig
+from ldm_cli.core.models.t5_encoder_config import T5EncoderConfig
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.errors import RecipeError
 from ldm_cli.families import stable_diffusion_3, stable_diffusion_xl
@@ -123,10 +124,18 @@ def _transformer_problems(recipe: TrainUnetRecipe, config: SD3Transformer2DConfi
 
 
 def _unet_problems(
-    recipe: TrainUnetRecipe, config: UNet2DConditionConfig, texts: Sequence[CLIPTextConfig]
+    recipe: TrainUnetRecipe, config: UNet2DConditionConfig, texts: Sequence[CLIPTextConfig | T5EncoderConfig]
 ) -> list[str]:
     """What does not fit the text encoders."""
-    problems = stable_diffusion_xl.size_problems(config, texts[-1].projection_dim) if len(texts) > 1 else []
+    pooled = getattr(texts[-1], "projection_dim", 0)
+    problems = stable_diffusion_xl.size_problems(config, pooled) if len(texts) > 1 else []
+    has_t5 = isinstance(texts[0], T5EncoderConfig)
+    if has_t5 and len(texts) > 1:
+        problems.append("text_encoder is T5, which stands alone beside a U-Net: leave text_encoder_2 out")
+    if has_t5 and (recipe.clip_skip or recipe.caption_chunks > 1):
+        problems.append("clip_skip and caption_chunks are for CLIP, and text_encoder is T5")
+    if not has_t5 and recipe.max_sequence_length is not None:
+        problems.append("max_sequence_length is for T5, and text_encoder is a CLIP")
     text_width, widths = sum(text.hidden_size for text in texts), config.cross_attention_dim
     if any(width != text_width for width in ((widths,) if isinstance(widths, int) else widths)):
         given = " and ".join(f"'{folder}'" for folder in (recipe.text_encoder, recipe.text_encoder_2) if folder)

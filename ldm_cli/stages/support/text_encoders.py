@@ -22,12 +22,13 @@ from ldm_cli.families.clip_text_encoder import (
     outline_tower,
     tokenizer_folder,
 )
+from ldm_cli.families.t5_encoder import T5Encoder, is_t5, t5_key, t5_length_of
 from ldm_cli.formats.model_folder import outline_model
 from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TEXT_ENCODER_2, TEXT_ENCODER_3
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.stages.support.model_sizes import model_at
 
-TextEncoder = CLIPTextEncoder | CLIPPairEncoder | CLIPT5Encoder
+TextEncoder = CLIPTextEncoder | CLIPPairEncoder | CLIPT5Encoder | T5Encoder
 
 
 def text_folders(recipe: TrainUnetRecipe) -> dict[str, str]:
@@ -61,6 +62,8 @@ def open_text_encoder(recipe: TrainUnetRecipe, warn: Callable[[str], None]) -> T
         )
     if len(folders) > 1:
         return CLIPPairEncoder.load(folders[0], folders[1], warn, clip_skip=skip, caption_chunks=chunks)
+    if is_t5(folders[0]):
+        return T5Encoder.load(folders[0], DTYPES[recipe.train.precision or "fp32"], recipe.max_sequence_length)
     return CLIPTextEncoder.load(folders[0], warn, clip_skip=skip, caption_chunks=chunks)
 
 
@@ -71,6 +74,8 @@ def text_key(recipe: TrainUnetRecipe) -> dict[str, str]:
         key = clip_t5_key(folders, recipe.model.joint_attention_dim, _t5_length(recipe))
     elif len(folders) > 1:
         key = pair_key(folders[0], folders[1])
+    elif is_t5(folders[0]):
+        return t5_key(folders[0], recipe.max_sequence_length or t5_length_of(folders[0]))
     else:
         key = encoder_key(folders[0], Tokenizer.load(tokenizer_folder(folders[0])))
     skip = recipe.clip_skip or clip_skip_of(folders[0])
@@ -82,11 +87,15 @@ def outline_text_encoders(recipe: TrainUnetRecipe, notes: list[str]) -> dict[str
     projecting = partial(outline_tower, model_class=CLIPTextModelWithProjection)
     is_first_projecting = isinstance(recipe.model, SD3Transformer2DConfig)
     outlines: dict[str, Callable[[Path], nn.Module]] = {
-        TEXT_ENCODER: projecting if is_first_projecting else partial(outline_tower, model_class=CLIPTextModel),
+        TEXT_ENCODER: projecting if is_first_projecting else _outline_alone,
         TEXT_ENCODER_2: projecting,
         TEXT_ENCODER_3: partial(outline_model, T5EncoderModel),
     }
     return {field: model_at(field, folder, outlines[field], notes) for field, folder in text_folders(recipe).items()}
+
+
+def _outline_alone(folder: Path) -> nn.Module:
+    return outline_model(T5EncoderModel, folder) if is_t5(folder) else outline_tower(folder, CLIPTextModel)
 
 
 def _t5_length(recipe: TrainUnetRecipe) -> int:
