@@ -72,6 +72,8 @@ def _opened(file: Path) -> tuple[dict[str, memoryview], dict[str, Any]] | None:
 
 def _mapped(file: Path) -> memoryview:
     """The bytes of a file, mapped without a descriptor, which Python's mmap would keep."""
+    if not file.is_file():  # a FIFO would be waited for
+        raise OSError(f"'{file}' is no regular file")
     size = file.stat().st_size
     storage = torch.UntypedStorage.from_file(str(file), False, size)
     array = (ctypes.c_ubyte * size).from_address(storage.data_ptr())
