@@ -15,6 +15,7 @@ import tempfile
 import time
 from array import array
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -54,7 +55,7 @@ def simulate(num_shards: int, samples: int, num_ranks: int, batch_size: int, pos
     dice = random.Random(0)
     order, fresh = (Order(_SEED, shards.sizes, config.shuffle_window) for _ in range(2))
     places = [(dice.randrange(20), dice.randrange(total)) for _ in range(positions)]
-    found = [_timed(lambda place=place: order(*place)) for place in places]  # type: ignore[misc]
+    found = [_timed(partial(order, *place)) for place in places]
     dice.shuffle(shuffled := list(range(positions)))
     same = sum(fresh(*places[number]) == found[number][0] for number in shuffled)
     late = 7 * total // batch_size + 12_345

@@ -81,8 +81,9 @@ def load_table(file: Path) -> ShardIndex | None:
     if found is None or found[1].get("version") != _VERSION:
         return None
     columns, facts = found
-    known = {name: facts[name] for name in _FACTS} | {"extensions": tuple(facts["extensions"])}
-    return ShardIndex(**known, **{name: columns[name].cast(kind) for name, kind in _COLUMNS.items()})
+    known: dict[str, Any] = {name: facts[name] for name in _FACTS} | {"extensions": tuple(facts["extensions"])}
+    known |= {name: columns[name].cast(kind) for name, kind in _COLUMNS.items()}
+    return ShardIndex(**known)
 
 
 def save_table(file: Path, index: ShardIndex, stamp: Stamp) -> None:
