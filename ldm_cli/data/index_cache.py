@@ -74,6 +74,8 @@ def save_index(shard: Path, index: ShardIndex, folder: Path) -> None:
 
 def load_tensors(file: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """The tensors and facts of a file of `save_tensors`; None if there is none, or a damaged one."""
+    if not file.is_file():  # a FIFO would be waited for
+        return None
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
