@@ -164,6 +164,16 @@ def test_a_broken_cache_file_is_replaced(tmp_path: Path, index_cache: Path, dama
         assert len(file.read_bytes()) == len(whole)
 
 
+def test_a_fifo_in_the_place_of_an_index_is_replaced(tmp_path: Path, index_cache: Path) -> None:
+    folder = numbered_shards(tmp_path / "d", [3])
+    fingerprint = opened(folder)[0].fingerprint
+    (file,) = index_cache.iterdir()
+    file.unlink()
+    os.mkfifo(file)
+    assert opened(folder)[0].fingerprint == fingerprint
+    assert file.is_file()
+
+
 def test_moved_data_has_the_same_fingerprint_and_times_do_not_matter(tmp_path: Path) -> None:
     folder = numbered_shards(tmp_path / "d", [3, 2])
     fingerprint = opened(folder)[0].fingerprint
