@@ -16,6 +16,7 @@ from torch import Tensor
 from ldm_cli.config import causes
 from ldm_cli.core.low_rank import Hadamard, Kronecker, LowRank, WeightUpdate
 from ldm_cli.errors import CheckpointError
+from ldm_cli.formats.embedding_file import words_beside
 from ldm_cli.formats.json_file import read_json
 from ldm_cli.formats.lora_names import Adaptable, ModuleNames, Target
 from ldm_cli.formats.lora_path import PEFT_CONFIG, PEFT_WEIGHTS, lora_file
@@ -83,7 +84,8 @@ def read_lora(path: Path, models: Mapping[str, Adaptable]) -> Adapters:
     file = lora_file(path)
     tensors = read_tensors(file)
     expect_finite(tensors, path)
-    parts = _by_module(tensors, path)
+    words = words_beside(tensors, file)
+    parts = _by_module({name: tensor for name, tensor in tensors.items() if name not in words}, path)
     if zero := [name for name, roles in parts.items() if not any(bool(tensor.any()) for tensor in roles.values())]:
         raise CheckpointError(f"cannot use '{path}'", f"nothing but zeros: {named(zero)}", "download or save it again")
     names, configs = ModuleNames(models), _peft_configs(file, models)

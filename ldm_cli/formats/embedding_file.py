@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm_cli.errors import CheckpointError, InputNotFoundError
-from ldm_cli.formats.weight_files import is_pickle, named, read_tensors
+from ldm_cli.formats.weight_files import is_pickle, named, read_metadata, read_tensors
 from ldm_cli.formats.weight_values import expect_sound
 
 _TOWERS = ("clip_l", "clip_g")
@@ -33,12 +33,13 @@ class TextEmbedding:
         return next((vectors for vectors in self.vectors if vectors.shape[1] == width), None)
 
 
-def read_embedding(path: Path, word: str | None) -> TextEmbedding:
-    """Read a file of AUTOMATIC1111 or diffusers, for one tower or for both of Stable Diffusion XL.
+def read_embeddings(path: Path, word: str | None) -> list[TextEmbedding]:
+    """Read a file of AUTOMATIC1111 or diffusers, for one tower or for both of Stable Diffusion XL; or the words that
+    lora_diffusion keeps beside its adapters.
 
     Args:
         path: safetensors.
-        word: what the vectors are called; None: as diffusers' file says, else the name of the file without its ending.
+        word: what the vectors are called; None: as the file says, else the name of the file without its ending.
 
     Raises:
         InputNotFoundError: there is no such file.
@@ -51,6 +52,12 @@ def read_embedding(path: Path, word: str | None) -> TextEmbedding:
         raise CheckpointError(f"cannot use '{path}'", cause, "save it as safetensors with the program that wrote it")
     tensors = read_tensors(path)
     expect_sound(tensors, path)
+    if words := words_beside(tensors, path):
+        if word is not None and len(words) > 1:
+            raise CheckpointError(
+                f"cannot call '{path}' {word!r}", f"it holds the words {named(words)}", "leave it out"
+            )
+        return [TextEmbedding(word or own, (tensors[own][None],)) for own in words]
     found = _vectors(tensors)
     if found is None or not all(vectors.ndim == 2 for vectors in found.values()):
         cause = f"it holds {named(list(tensors)) or 'nothing'}"
@@ -58,7 +65,13 @@ def read_embedding(path: Path, word: str | None) -> TextEmbedding:
     own = next(iter(found))
     if word is None:
         word = path.stem if own in ("emb_params", *_TOWERS) else own
-    return TextEmbedding(word, tuple(found.values()))
+    return [TextEmbedding(word, tuple(found.values()))]
+
+
+def words_beside(tensors: Mapping[str, Tensor], path: Path) -> list[str]:
+    """The names of the vectors [D] that a file of lora_diffusion holds beside adapters."""
+    metadata = read_metadata(path)
+    return [name for name, tensor in tensors.items() if metadata.get(name) == "<embed>" and tensor.ndim == 1]
 
 
 def _vectors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:

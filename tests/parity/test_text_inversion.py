@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from ldm_cli.errors import CheckpointError, InputNotFoundError, UsageError
+from ldm_cli.families.lora_reader import read_lora
 from ldm_cli.families.open_family import open_family
 from ldm_cli.families.prompt_chunks import PromptReading
 from ldm_cli.families.text_inversion import add_words
-from ldm_cli.formats.embedding_file import read_embedding
+from ldm_cli.formats.embedding_file import read_embeddings
+from ldm_cli.formats.lora_names import Adaptable
 from ldm_cli.formats.png_metadata import read_provenance
 from ldm_cli.pictures.images import read_image
 from tests.parity.their_pipeline import scheduler, their_folder
@@ -51,7 +53,7 @@ def test_states_are_those_of_diffusers(content: dict[str, torch.Tensor], word: s
     save_file(content, file)
     encoder = open_family(folder).encoder
     before = our_states(encoder, PROMPTS[-1]).tokens
-    add_words(encoder, [read_embedding(file, word)])
+    add_words(encoder, read_embeddings(file, word))
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipeline.load_textual_inversion(str(file), token="<cat>")
     for prompt in PROMPTS:
@@ -67,7 +69,7 @@ def test_both_towers_of_xl_get_theirs_and_pool_at_the_end(tmp_path: Path) -> Non
     assert widths[0] != widths[1]
     content = {"clip_l": vectors(2, widths[0]), "clip_g": vectors(2, widths[1], seed=1)}
     save_file(content, file)
-    add_words(encoder, [read_embedding(file, "<cat>")])
+    add_words(encoder, read_embeddings(file, "<cat>"))
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
     for name, number in (("clip_l", ""), ("clip_g", "_2")):
         tower, tokenizer = getattr(pipeline, f"text_encoder{number}"), getattr(pipeline, f"tokenizer{number}")
@@ -82,16 +84,16 @@ def test_both_towers_of_xl_get_theirs_and_pool_at_the_end(tmp_path: Path) -> Non
 def test_files_that_are_no_embedding_are_named(tmp_path: Path) -> None:
     encoder = open_family(their_folder(tmp_path, scheduler("ddim"))).encoder
     with pytest.raises(InputNotFoundError, match="check --embedding"):
-        read_embedding(tmp_path / "none.safetensors", None)
+        read_embeddings(tmp_path / "none.safetensors", None)
     torch.save({"string_to_param": {"*": vectors(2, 24)}}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match="it is a pickle"):
-        read_embedding(tmp_path / "a.pt", None)
+        read_embeddings(tmp_path / "a.pt", None)
     for content in ({"a": vectors(2, 24), "b": vectors(2, 24)}, {"a": vectors(2, 2, 2)}):
         save_file(content, tmp_path / "b.safetensors")
         with pytest.raises(CheckpointError, match="is no embedding: it holds a"):
-            read_embedding(tmp_path / "b.safetensors", None)
+            read_embeddings(tmp_path / "b.safetensors", None)
     save_file({"emb_params": vectors(2, 10)}, tmp_path / "c.safetensors")
-    other = read_embedding(tmp_path / "c.safetensors", None)
+    (other,) = read_embeddings(tmp_path / "c.safetensors", None)
     assert other.word == "c"
     with pytest.raises(CheckpointError, match=r"'c' does not fit the model: its vectors have 10 numbers, .* 24"):
         add_words(encoder, [other])
@@ -112,3 +114,18 @@ def test_a_job_has_its_words_records_and_repeats_them(tmp_path: Path) -> None:
     save_file({"emb_params": vectors(3, 24, seed=5)}, file)
     with pytest.raises(CheckpointError, match="the embedding '<cat>' has changed since"):
         repeat(picture, tmp_path / "changed")
+
+
+def test_words_beside_adapters_are_read_as_embeddings_and_passed_over_as_adapters(tmp_path: Path) -> None:
+    file = tmp_path / "style.safetensors"
+    words = {"<s1>": torch.randn(6), "<s2>": torch.randn(6)}
+    adapter = {"unet:0:down": torch.randn(1, 4), "unet:0:up": torch.randn(4, 1)}
+    save_file({**words, **adapter}, file, dict.fromkeys(words, "<embed>"))
+    found = read_embeddings(file, None)
+    assert [(one.word, one.vectors[0].tolist()) for one in found] == [(n, [v.tolist()]) for n, v in words.items()]
+    with pytest.raises(CheckpointError, match="it holds the words <s1>, <s2>"):
+        read_embeddings(file, "style")
+    unet = Adaptable({}, {"block_out_channels": [4], "layers_per_block": 1})
+    with pytest.raises(CheckpointError, match="unet:0") as caught:  # this model has no module
+        read_lora(file, {"unet": unet})
+    assert "<s1>" not in str(caught.value)

@@ -10,7 +10,7 @@ from ldm_cli.families.adapted import AdaptedNetworks, adaptable_models, adaptabl
 from ldm_cli.families.family import Family, ImageGenerator
 from ldm_cli.families.lora_reader import read_lora
 from ldm_cli.families.text_inversion import add_words
-from ldm_cli.formats.embedding_file import read_embedding
+from ldm_cli.formats.embedding_file import read_embeddings
 from ldm_cli.formats.lora_path import lora_sha256
 from ldm_cli.pictures.job import Item
 from ldm_cli.pictures.prompt_adapters import EmbeddingEntry
@@ -40,7 +40,7 @@ class JobAdapters:
             paths: files of adapters, by name; those are read that some picture uses.
             embeddings: files of embeddings.
         """
-        read = [read_embedding(Path(entry.path), entry.word) for entry in embeddings]
+        read = [one for entry in embeddings for one in read_embeddings(Path(entry.path), entry.word)]
         names = sorted({name for item in items for name, _ in item.loras})
         if isinstance(family, Family):
             add_words(family.encoder, read)
