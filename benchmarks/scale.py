@@ -59,13 +59,10 @@ def simulate(num_shards: int, samples: int, num_ranks: int, batch_size: int, pos
     dice.shuffle(shuffled := list(range(positions)))
     same = sum(fresh(*places[number]) == found[number][0] for number in shuffled)
     late = 7 * total // batch_size + 12_345
-    resumed = {
-        name: median(
-            _timed(lambda step=step: StepPlan(_SEED, shards, config, batch_size).step(step, slice(0, 8)))[1]
-            for _ in range(3)
-        )
-        for name, step in (("step 0", 0), ("epoch 7", late))
-    }
+    resumed = {}
+    for name, step in (("step 0", 0), ("epoch 7", late)):
+        begin = partial(_first_step, shards, config, batch_size, step)
+        resumed[name] = median(_timed(begin)[1] for _ in range(3))
     part = rank_slice(batch_size, num_ranks - 1, num_ranks)
     _, step_seconds = _timed(lambda: [plan.step(late + number, part) for number in range(100)])
     return {
@@ -85,6 +82,11 @@ def simulate(num_shards: int, samples: int, num_ranks: int, batch_size: int, pos
         "step_of_a_rank_ms": round(10 * step_seconds, 3),
         **_traffic(order, samples, config.shuffle_window, batch_size, num_ranks),
     }
+
+
+def _first_step(shards: ShardSet, config: DataConfig, batch_size: int, step: int) -> object:
+    """What a run that is continued at a step begins with."""
+    return StepPlan(_SEED, shards, config, batch_size).step(step, slice(0, 8))
 
 
 def _traffic(order: Order, samples: int, window: int, batch_size: int, num_ranks: int) -> dict[str, Any]:
