@@ -65,7 +65,7 @@ demo-ar: $(INSTALLED)
 	$(LDM) precompute demo/ar --out data/demo/codes
 	OMP_NUM_THREADS=1 $(LDM) train-ar demo/ar cache=data/demo/codes --nproc 2
 	$(LDM) sample --model runs/demo-ar -p "a large red circle" -p "a blue square" -p "a green triangle" -n 4 \
-	  --guidance 3 --top-p 0.95 --best-of 8 --clip runs/demo-clip/model --out runs/demo-ar-samples
+	  --guidance 1.5 --top-p 0.95 --best-of 8 --clip runs/demo-clip/model --out runs/demo-ar-samples
 	$(LDM) eval demo/ar-eval --out runs/demo-ar-eval
 	@echo "Look at runs/demo-ar-samples/grid.png; runs/demo-ar-eval/eval.json has the numbers."
 
