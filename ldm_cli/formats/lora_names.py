@@ -130,4 +130,6 @@ def _paths(component: str, model: Adaptable) -> Iterator[tuple[str, Target]]:
         if module.endswith(".to_out.0"):
             yield module.removesuffix(".0"), target
         if (place := place_of(name, table)) is not None:
-            yield re.sub(r"[._]weight$", "", place.path), Target(component, module, place.form)
+            # An update has the shape of the layer, however the single file lays its weight out.
+            form = "same" if place.form in ("convolution", "transposed") else place.form
+            yield re.sub(r"[._]weight$", "", place.path), Target(component, module, form)

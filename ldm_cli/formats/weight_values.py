@@ -15,6 +15,8 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.f
 
 # Layers that begin as zeros, so that a block of an untrained network passes on what it is given.
 _BEGIN_AS_ZEROS = frozenset({"conv2", "conv_out", "proj_out", "linear"})
+# Of DINOv2; features of whole images do not take it.
+_UNUSED = ".mask_token"
 
 
 class ValueProblems:
@@ -31,7 +33,7 @@ class ValueProblems:
             self._infinite.append(name)
         layer = name.rpartition(".")[0].rpartition(".")[2]
         is_matrix = tensor.is_floating_point() and tensor.ndim > 1 and tensor.numel() > 0
-        if is_matrix and largest == 0 and layer not in _BEGIN_AS_ZEROS:
+        if is_matrix and largest == 0 and layer not in _BEGIN_AS_ZEROS and not name.endswith(_UNUSED):
             self._zero.append(name)
 
     def expect_none(self, source: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ldm_cli.cli.app import run as ldm_run
-from ldm_cli.core.models.autoencoder_kl import _Decoder
+from ldm_cli.core.models.autoencoder_kl import Decoder
 from ldm_cli.data.scenes import write_scenes
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.training.checkpoint import checkpoints, problem_with
@@ -27,7 +27,7 @@ def poison(after: int, times: int) -> None:
     calls = itertools.count()
 
     def spoil(module: torch.nn.Module, given: object, result: torch.Tensor) -> torch.Tensor | None:
-        if isinstance(module, _Decoder) and after <= next(calls) < after + times:
+        if isinstance(module, Decoder) and after <= next(calls) < after + times:
             return result * math.nan
         return None
 

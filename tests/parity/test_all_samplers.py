@@ -72,7 +72,16 @@ def theirs(monkeypatch, name, network, diffusion, steps, spacing, times=None):
     if extra is None:
         scheduler = scheduler_class(shift=diffusion.flow_shift)
     else:
-        left_out = ("snr_gamma", "caption_dropout", "flow_shift", "timestep_sampling")
+        left_out = (
+            "snr_gamma",
+            "caption_dropout",
+            "flow_shift",
+            "timestep_sampling",
+            "logit_mean",
+            "logit_std",
+            "mode_scale",
+            "encoder_dropout",
+        )
         fields = {k: v for k, v in diffusion.to_mapping().items() if k not in left_out}
         if name in ("pndm", "lcm", "heun", "dpm2"):
             del fields["rescale_betas_zero_snr"]

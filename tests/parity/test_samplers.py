@@ -60,7 +60,16 @@ def ours(name, network, noise, process, steps, spacing, offset, eta, alpha_to_on
 
 
 def theirs(monkeypatch, name, network, noise, config, steps, spacing, offset, eta, alpha_to_one):
-    training_only = ("snr_gamma", "caption_dropout", "flow_shift", "timestep_sampling")
+    training_only = (
+        "snr_gamma",
+        "caption_dropout",
+        "flow_shift",
+        "timestep_sampling",
+        "logit_mean",
+        "logit_std",
+        "mode_scale",
+        "encoder_dropout",
+    )
     fields = {k: v for k, v in config.to_mapping().items() if k not in training_only}
     if name in ("ddpm", "ddim"):
         fields["clip_sample"] = False

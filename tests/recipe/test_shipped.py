@@ -37,7 +37,7 @@ def test_the_shipped_recipes_are_these() -> None:
     sd3 = ["sd3/demo", "sd3/demo-clip", "sd3/demo-eval", "sd3/demo-vae"]
     small = [f"{room}/{data}" for room in ("clip", "vae", "unet", "eval") for data in ("cifar10", "emoji")]
     assert sorted([*bench, *demo, *lora, *sd3, *small, *PUBLISHED]) == NAMES
-    assert len(NAMES) == len(list(recipes_folder().rglob("*.y*ml"))) == 36
+    assert len(NAMES) == len(list(recipes_folder().rglob("*.y*ml"))) == 38
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -36,7 +36,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def made(home: Path, out: Path, repeated: dict[str, Any] | None = None, **changes: Any) -> list[Path]:
     recipe = {"command": "sample", "model": str(home / "model"), "prompts": ["a red circle"], "sampling": SAMPLING}
-    recipe = recipe | changes if repeated is None else recipe_of(repeated)
+    recipe = recipe | changes if repeated is None else recipe_of(repeated) | {"model": recipe["model"]} | changes
     options = RunOptions(out=out, device="cpu")
     result = sample.run(SampleRecipe.from_mapping(recipe), options, SilentReporter(), repeated=repeated)
     return [Path(image["file"]) for image in result["images"]]

@@ -257,7 +257,7 @@ def test_encoders_of_a_unet_are_not_left_out_one_by_one(scenes: Path, parts: dic
         ({"unet": {}}, "unet and transformer: one of them is trained"),
         ({"text_encoder_2": ""}, "text_encoder_2: missing"),
         ({"transformer": None}, "unet: missing"),
-        ({"transformer": None, "unet": {}}, "belong to a transformer"),
+        ({"transformer": None, "unet": {}}, "belongs to a transformer"),
         ({"max_sequence_length": 0}, "max_sequence_length=0 leaves no room for text_encoder_3"),
     ],
 )

@@ -19,7 +19,7 @@ class _Embeddings(nn.Module):
         super().__init__()
         width, patch = config.hidden_size, config.patch_size
         self.side = config.image_size // patch
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.cls_token = nn.Parameter(torch.randn(1, 1, width))
         if config.use_mask_token:
             self.mask_token = nn.Parameter(torch.zeros(1, width))
         self.position_embeddings = nn.Parameter(torch.randn(1, self.side**2 + 1, width))
