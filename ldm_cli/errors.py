@@ -28,7 +28,7 @@ from typing import ClassVar
 _SECRET = re.compile(
     r"(^|[._-])(token|keys?|api_?key|password|passwd|passphrase|secrets?|credentials?|auth)([._-]|$)", re.IGNORECASE
 )
-_ASSIGNMENT = re.compile(r"([A-Za-z][\w.-]*)=(?!value\b)([^\s'\"]+)")
+_ASSIGNMENT = re.compile(r"([A-Za-z][\w.-]*)=(?!(?:value|VALUE)[,;.]?(?:[\s'\"]|$))([^\s'\"]+)")
 
 
 def printable(text: str) -> str:
@@ -48,6 +48,8 @@ def without_secrets(text: str) -> str:
 
     >>> without_secrets("override 'hub.token=abc'"), without_secrets("tokenizer.path=abc")
     ("override 'hub.token=…'", 'tokenizer.path=abc')
+    >>> without_secrets("it is not KEY=VALUE; key=value-1")
+    'it is not KEY=VALUE; key=…'
     """
     return _ASSIGNMENT.sub(lambda found: f"{found[1]}=…" if is_secret(found[1]) else found[0], text)
 

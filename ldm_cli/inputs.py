@@ -17,6 +17,8 @@ MOST_BYTES = 2**24
 MOST_PICTURE_BYTES = 2**28
 """Largest picture, or list of pictures, that is read whole."""
 
+_CHUNK = 2**16
+
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFCHR: "a device",
@@ -94,4 +96,9 @@ def read_input(
                 f"cannot read '{path}'", f"{amount(size)} are more than the {amount(most_bytes)} it may have"
             )
         with input_errors(path, remedy):
-            return stream.read(size)  # a limit as argument would be allocated
+            content = stream.read(size)  # a limit as argument would be allocated
+            while more := stream.read(_CHUNK):  # the file grows, or says that it has no bytes, as those of /proc do
+                content += more
+                if len(content) > most_bytes:
+                    raise too_large(f"cannot read '{path}'", f"it has more than the {amount(most_bytes)} it may have")
+        return content

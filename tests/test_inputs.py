@@ -56,6 +56,16 @@ def test_a_larger_file_than_is_sensible_is_not_read(tmp_path: Path) -> None:
             read_input(tmp_path / "large", too_large=kind)
 
 
+def test_a_file_that_says_it_is_empty_is_read_to_its_end_within_the_limit() -> None:
+    status = Path("/proc/self/status")
+    assert status.stat().st_size == 0
+    assert b"VmRSS" in read_input(status)
+    with pytest.raises(DataError, match="more than the 9 bytes it may have"):
+        read_input(status, 9)
+    with pytest.raises(StorageError, match="Input/output error"):
+        read_input(Path("/proc/self/mem"))
+
+
 def test_a_link_is_refused_where_it_could_lead_anywhere(tmp_path: Path) -> None:
     (tmp_path / "words.txt").symlink_to("/etc/passwd")
     with pytest.raises(InputNotFoundError, match=r"words\.txt"):

@@ -12,7 +12,8 @@ import io
 import json
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -241,12 +242,15 @@ def _shards(split: Split, count: int, shard_samples: int) -> list[_Shard]:
 
 def _write_shards(out: Path, shards: Sequence[_Shard], make: Callable[..., Scene], reporter: Reporter) -> None:
     write, total = partial(_write_shard, out, shards, make), sum(len(indices) for _, _, indices in shards)
-    with reporter.progress(f"writing scenes into {out}", total, unit="scene") as progress:
-        for done in accumulate(_on_all_cores(write, len(shards), out)):
+    with (
+        reporter.progress(f"writing scenes into {out}", total, unit="scene") as progress,
+        closing(_on_all_cores(write, len(shards), out)) as written,
+    ):
+        for done in accumulate(written):
             progress.update(done)
 
 
-def _on_all_cores(write: Callable[[int], int], count: int, folder: Path) -> Iterator[int]:
+def _on_all_cores(write: Callable[[int], int], count: int, folder: Path) -> Generator[int]:
     """`write(n)` for each n below `count`, in any order; when one fails, no partial file stays in `folder`."""
     num_workers = min(count, len(os.sched_getaffinity(0)))
     if num_workers == 1:

@@ -75,7 +75,8 @@ def made_by_workers(
     try:
         for number in range(num_workers):
             part = numbers[number::num_workers]
-            workers.append(_Worker(number, make, part, num_ahead, workers, with_children))
+            with _signals_blocked():  # one that came before the worker is listed would leave it running
+                workers.append(_Worker(number, make, part, num_ahead, workers, with_children))
         for count in range(len(numbers)):
             yield workers[count % num_workers].receive(timeout, interruption)
     finally:
@@ -100,7 +101,7 @@ class _Worker(Generic[Item]):
         self._memory = _anonymous_file()
         self._socket, theirs = socket.socketpair()
         parent, in_main_thread = os.getpid(), threading.current_thread() is threading.main_thread()
-        with theirs, _signals_blocked():  # the worker inherits the block, so that no signal finds it unprepared
+        with theirs:  # the worker inherits the block of signals, so that none finds it unprepared
             try:
                 self._pid = os.fork()
             except OSError as error:

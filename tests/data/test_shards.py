@@ -167,11 +167,14 @@ def test_a_broken_cache_file_is_replaced(tmp_path: Path, index_cache: Path, dama
 def test_a_fifo_in_the_place_of_an_index_is_replaced(tmp_path: Path, index_cache: Path) -> None:
     folder = numbered_shards(tmp_path / "d", [3])
     fingerprint = opened(folder)[0].fingerprint
-    (file,) = index_cache.iterdir()
-    file.unlink()
-    os.mkfifo(file)
-    assert opened(folder)[0].fingerprint == fingerprint
-    assert file.is_file()
+    files = list(index_cache.iterdir())
+    assert len(files) == 2, "a table, and the facts of the set"
+    for file in files:
+        file.unlink()
+        os.mkfifo(file)
+    shards = opened(folder)[0]
+    assert (shards.fingerprint, shards.indexes[0].key(2)) == (fingerprint, "0002")
+    assert all(file.is_file() for file in files)
 
 
 def test_moved_data_has_the_same_fingerprint_and_times_do_not_matter(tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_clip_scores_leave_out_captions_that_do_not_fit(tmp_path: Path) -> None:
         for shard, number, cosine in [("000", 0, 0.3), ("000", 1, 0.19), ("001", 3, 0.2), ("001", 4, -0.1)]
     ]
     rule = {"clip_score": {"min": 0.2, "scores": str(file)}}
-    with pytest.raises(InputNotFoundError, match="there is no"):
+    with pytest.raises(InputNotFoundError, match=r"scores\.json' not found"):
         opened(folder, filter=rule)
     file.write_text(json.dumps({"pictures": pictures}))
     shards, _ = opened(folder, filter=rule)

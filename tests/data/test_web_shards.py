@@ -16,6 +16,7 @@ import torch
 
 from ldm_cli.data import staging
 from ldm_cli.data.batch import Batch
+from ldm_cli.data.bounded_folder import BoundedFolder
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.loader import Loader
 from ldm_cli.data.open_shards import open_shards
@@ -102,13 +103,15 @@ def test_a_faulty_server_and_a_small_cache_change_neither_trace_nor_bits(
     size = (server.folder / "000.tar").stat().st_size + 200  # with what is kept beside it
     config = _config(server, 200, max_fetched_bytes=20 * size, num_workers=num_workers)
     area, most = index_cache.parent / "shards", 0
+    room = BoundedFolder(area, 0)
     server.is_faulty = True
     remote = open_shards(config.shards, config, SilentReporter())
     loader = Loader(remote, config, seed=1, batch_size=8)
     found = []
     for batch in loader.batches(0, 75):  # an epoch and a half
         found.append(batch)
-        most = max(most, len(list(area.rglob("*.tar"))))
+        with room.locked():  # no shard comes or goes meanwhile
+            most = max(most, len({path.parent for path in area.rglob("*.tar")}))
     local, settings = opened(server.folder, shuffle_window=4)
     expected = list(Loader(local, settings, seed=1, batch_size=8).batches(0, 75))
     assert _trace(found) == _trace(expected)

@@ -174,6 +174,24 @@ def test_workers_ignore_the_signals_that_a_batch_queue_sends_to_all() -> None:
         assert {item.pid for item in items} == pids
 
 
+def test_a_signal_while_workers_are_started_leaves_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    fork = os.fork
+
+    def interrupted() -> int:
+        if (pid := fork()) > 0:
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        return pid
+
+    monkeypatch.setattr(os, "fork", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            next(_made(_item, 9))
+        assert not _children()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_errors_arrive_as_they_were_raised_after_the_items_before_them() -> None:
     errors = (
         DataError("what", "cause", "remedy"),

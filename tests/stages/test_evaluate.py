@@ -38,6 +38,7 @@ from ldm_cli.stages import compare
 from ldm_cli.stages.compare import CompareOptions
 from ldm_cli.stages.evaluate import run
 from ldm_cli.stages.support.options import RunOptions
+from ldm_cli.storage import sealed
 from tests.evaluation.inception_weights import inception_weights
 from tests.evaluation.lpips_weights import lpips_weights
 
@@ -98,7 +99,7 @@ def test_every_metric_is_measured_and_carries_its_provenance(home: Path, tmp_pat
     assert provenance["data"]["shards"] == ["val-000000.tar", "val-000001.tar", "val-000002.tar"]
     assert (provenance["data"]["num_samples"], provenance["data"]["num_generated"]) == (20, 6)
     assert EvalRecipe.from_mapping(provenance["recipe"]) == asked
-    assert json.loads((tmp_path / "out" / "eval.json").read_text()) == json.loads(json.dumps(result))
+    assert json.loads((tmp_path / "out" / "eval.json").read_text()) == sealed(json.loads(json.dumps(result)))
 
 
 def test_a_linear_probe_is_fitted_to_other_shards(home: Path) -> None:

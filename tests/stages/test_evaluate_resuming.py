@@ -129,7 +129,7 @@ def test_a_damaged_round_is_measured_again(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     rounds = out / "eval-measured" / "001-pipeline"
     kill_when(started(home, out), lambda: rounds.is_dir())
-    file = next((out / "eval-measured" / "real").glob("*2.safetensors"))
+    file = next((out / "eval-measured" / "real").glob("00000002-*.safetensors"))
     file.write_bytes(file.read_bytes()[:-8])
     run(asked(home), RunOptions(device="cpu", out=out), SilentReporter())
     assert_same_result(out, finished(home))
