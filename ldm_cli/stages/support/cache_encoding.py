@@ -183,10 +183,9 @@ class CacheEncoder:
         Raises:
             DivergedError: some are not finite; it names where they begin.
         """
-        kept = {
-            name: tensor.to("cpu", self._dtype if tensor.is_floating_point() else None).contiguous()
-            for name, tensor in encode().items()
-        }
+        kept = {}
+        for name, tensor in encode().items():
+            kept[name] = tensor.to("cpu", self._dtype if tensor.is_floating_point() else None).contiguous()
         if not all(bool(tensor.isfinite().all()) for tensor in kept.values()):
             origin = first_nonfinite(self._encoder.networks, encode) or "the type that they are kept in"
             precision = f"in {self._key.latents.get('train.precision')}, kept as {self._key.dtype}"
