@@ -183,11 +183,11 @@ def test_a_signal_while_workers_are_started_leaves_none_of_them(monkeypatch: pyt
         return pid
 
     monkeypatch.setattr(os, "fork", interrupted)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before, others = signal.signal(signal.SIGINT, signal.default_int_handler), _children()
     try:
         with pytest.raises(KeyboardInterrupt):
             next(_made(_item, 9))
-        assert not _children()
+        assert _children() <= others
     finally:
         signal.signal(signal.SIGINT, before)
 
