@@ -27,14 +27,6 @@ def test_a_few_damages_are_noticed_or_mended(bench: Bench) -> None:
     assert bench.tally.trials == 6
 
 
-@pytest.mark.exhaustive
-def test_sixty_damages_are_noticed_or_mended(bench: Bench, tmp_path: Path) -> None:
-    # `python -m tests.faults.matrix --only corrupted-files --trials 1000` tries a thousand.
-    many = Bench(bench.home, random.Random(6), tmp_path / "work", trials=60)
-    corrupted_files(many)
-    assert many.tally.problems == []
-
-
 def test_every_damage_changes_the_file_and_a_silent_change_is_counted(bench: Bench, tmp_path: Path) -> None:
     stage = tmp_path / "stage"
     for damage in DAMAGES:
