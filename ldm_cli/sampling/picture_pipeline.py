@@ -113,8 +113,13 @@ class PicturePipeline(ABC):
         if best.clip not in self._rerankers:
             folder = guidance_folders(config.guidance, self.family)["best_of"]
             self._rerankers[best.clip] = Reranker(folder, self.family.device)
-        generate = lambda some, inner, own: self._generate(some, config, None, inner, own)  # noqa: E731
-        yield from self._rerankers[best.clip].best(generate, requests, best.candidates, reporter, options)
+        yield from self._rerankers[best.clip].best(
+            lambda some, inner, own: self._generate(some, config, None, inner, own),
+            requests,
+            best.candidates,
+            reporter,
+            options,
+        )
 
     @abstractmethod
     def _generate(

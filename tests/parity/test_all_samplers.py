@@ -14,6 +14,8 @@ from ldm_cli.formats.scheduler_file import SchedulerSettings
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.denoising import denoise, visited_timesteps
 
+from .training_fields import TRAINING_FIELDS
+
 diffusers = pytest.importorskip("diffusers")
 
 SHAPE = (2, 4, 6, 6)
@@ -72,17 +74,7 @@ def theirs(monkeypatch, name, network, diffusion, steps, spacing, times=None):
     if extra is None:
         scheduler = scheduler_class(shift=diffusion.flow_shift)
     else:
-        left_out = (
-            "snr_gamma",
-            "caption_dropout",
-            "flow_shift",
-            "timestep_sampling",
-            "logit_mean",
-            "logit_std",
-            "mode_scale",
-            "encoder_dropout",
-        )
-        fields = {k: v for k, v in diffusion.to_mapping().items() if k not in left_out}
+        fields = {k: v for k, v in diffusion.to_mapping().items() if k not in TRAINING_FIELDS}
         if name in ("pndm", "lcm", "heun", "dpm2"):
             del fields["rescale_betas_zero_snr"]
         grid = SIGMA_GRIDS.get(spacing, {"timestep_spacing": spacing})

@@ -9,6 +9,8 @@ from ldm_cli.core.diffusion import exponential_samplers, samplers, timesteps
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.diffusion.process import process_of
 
+from .training_fields import TRAINING_FIELDS
+
 diffusers = pytest.importorskip("diffusers")
 
 SHAPE = (2, 4, 6, 6)
@@ -60,17 +62,7 @@ def ours(name, network, noise, process, steps, spacing, offset, eta, alpha_to_on
 
 
 def theirs(monkeypatch, name, network, noise, config, steps, spacing, offset, eta, alpha_to_one):
-    training_only = (
-        "snr_gamma",
-        "caption_dropout",
-        "flow_shift",
-        "timestep_sampling",
-        "logit_mean",
-        "logit_std",
-        "mode_scale",
-        "encoder_dropout",
-    )
-    fields = {k: v for k, v in config.to_mapping().items() if k not in training_only}
+    fields = {k: v for k, v in config.to_mapping().items() if k not in TRAINING_FIELDS}
     if name in ("ddpm", "ddim"):
         fields["clip_sample"] = False
     if name == "ddim":
