@@ -21,7 +21,7 @@ from ldm_cli.families.prompt_chunks import PromptReading
 from ldm_cli.reporting import Progress, Reporter
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.denoising import sampler_of, visited_timesteps
-from ldm_cli.sampling.fixed_rows import DENOISED_PIXELS, enough_rows, filled, row_groups
+from ldm_cli.sampling.fixed_rows import DENOISED_PIXELS, enough_rows, filled, images_per_call, row_groups
 from ldm_cli.sampling.guidance_models import GuidanceModels, guidance_folders
 from ldm_cli.sampling.latent_sampler import LatentSampler, prompt_conditions, prompts_of
 from ldm_cli.sampling.noise import initial_noise
@@ -157,7 +157,7 @@ class Pipeline(PicturePipeline):
         their prompts have the same number of chunks."""
         config, window = sampler.config, sampler.window
         height, width = (side if window is None else min(side, window) for side in shape[1:])
-        size, device = height * width, self.family.device
+        on_cpu, device = images_per_call(DENOISED_PIXELS, height * width), self.family.device
         # Compiled code is made for each number of rows; within and outside of an interval the numbers differ.
         can_try = not self.family.is_compiled and config.guidance.interval is None
 
@@ -177,7 +177,7 @@ class Pipeline(PicturePipeline):
         for _, alike in groupby(requests, key=sampler.conditions.num_chunks):
             first, *others = alike
             ask = partial(enough, first) if can_try else None
-            for images, rows in row_groups(1 + len(others), DENOISED_PIXELS, size, device, config.batch_size, ask):
+            for images, rows in row_groups(1 + len(others), on_cpu, device, config.batch_size, ask):
                 yield slice(start + images.start, start + images.stop), rows
             start += 1 + len(others)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ldm_cli.core.codec import Codec
 from ldm_cli.core.pixels import to_bytes, to_signed
 from ldm_cli.sampling.edit_input import EditInput, LatentEditInput, adain, latent_mask
-from ldm_cli.sampling.fixed_rows import DECODED_PIXELS, filled, row_groups
+from ldm_cli.sampling.fixed_rows import DECODED_PIXELS, filled, images_per_call, row_groups
 from ldm_cli.sampling.tiling import in_parts
 
 # Per pixel of a decoder as Stable Diffusion's. Its live activations take half of that in float32: 256 channels of the
@@ -41,7 +41,7 @@ def decode_pixels(codec: Codec, latents: Tensor, window: int | None = None) -> l
     num_pixels = height * width * codec.factor**2
     most = max(1, pixels_per_call(latents.device) // num_pixels)
     pictures: list[Tensor | None] = []
-    for images, rows in row_groups(len(latents), DECODED_PIXELS, num_pixels, latents.device, most):
+    for images, rows in row_groups(len(latents), images_per_call(DECODED_PIXELS, num_pixels), latents.device, most):
         part = latents[images]
         decoded = decode_images(codec, filled(part, rows), window)[: len(part)]
         kept = (part.isfinite().flatten(1).all(1) & is_sound(decoded)).tolist()

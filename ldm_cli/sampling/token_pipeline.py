@@ -20,7 +20,7 @@ from ldm_cli.families.prompt_weights import parse_weights
 from ldm_cli.reporting import Progress, Reporter
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.edit_input import EditInput, latent_mask
-from ldm_cli.sampling.fixed_rows import DENOISED_PIXELS, enough_rows, row_groups
+from ldm_cli.sampling.fixed_rows import TOKEN_ROWS, enough_rows, row_groups
 from ldm_cli.sampling.picture_pipeline import PicturePipeline
 from ldm_cli.sampling.pixels import decode_pixels, encode_pixels
 from ldm_cli.sampling.request import GeneratedImage, ImageRequest
@@ -97,12 +97,12 @@ class TokenPipeline(PicturePipeline):
         options: SampleOptions,
     ) -> Iterator[GeneratedImage]:
         """See `PicturePipeline`."""
-        family, edit, num_places = self.family, options.edit_input, self.family.tokens.num_places
+        family, edit = self.family, options.edit_input
         prompts = list(dict.fromkeys([config.negative, *(request.prompt for request in requests)]))
         ids = dict(zip(prompts, family.prompt_tokens(prompts, reporter.warn), strict=True))
         known = None if edit is None else self._known_codes(edit)
         enough = None if family.is_compiled else partial(self._enough_rows, config, ids)
-        groups = row_groups(len(requests), DENOISED_PIXELS, num_places, family.device, config.batch_size, enough)
+        groups = row_groups(len(requests), TOKEN_ROWS, family.device, config.batch_size, enough)
         with reporter.progress("sampling", len(requests), unit="image") as progress:
             for images, rows in groups:
                 group = list(requests[images])

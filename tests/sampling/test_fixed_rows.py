@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_cli.sampling.fixed_rows import enough_rows, filled, row_groups
+from ldm_cli.sampling.fixed_rows import enough_rows, filled, images_per_call, row_groups
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def groups(num_images: int, num_pixels: int, device: torch.device = CPU) -> list[tuple[slice, int]]:
-    return list(row_groups(num_images, 2048, num_pixels, device, 3))
+    return list(row_groups(num_images, images_per_call(2048, num_pixels), device, 3))
 
 
 @pytest.mark.parametrize(("num_pixels", "rows"), [(64, 8), (256, 8), (480, 4), (1024, 2), (4096, 1)])
@@ -37,7 +37,7 @@ def test_only_a_call_that_is_not_full_asks_how_many_rows_will_do() -> None:
         asked.append((count, size))
         return 4
 
-    assert list(row_groups(11, 2048, 64, CPU, 3, enough)) == [(slice(0, 8), 8), (slice(8, 11), 4)]
+    assert list(row_groups(11, 8, CPU, 3, enough)) == [(slice(0, 8), 8), (slice(8, 11), 4)]
     assert asked == [(3, 8)]
 
 
