@@ -45,6 +45,8 @@ class Case:
         checked: patterns below that folder of files whose damage must be noticed or mended.
         free: patterns of files that no other one vouches for.
         result: what the command made, to be compared.
+        shards_by_content: whether shards that exchange their names are only read in another order: a cache knows them
+            by their content.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Case:
     checked: tuple[str, ...]
     free: tuple[str, ...]
     result: Result
+    shards_by_content: bool = False
 
     def files(self, stage: Path) -> list[tuple[Path, bool]]:
         """Every file to damage, and whether its damage must be noticed."""
@@ -138,6 +141,7 @@ CASES = (
         (*CACHE, *PARTS, "scenes/train-*.tar"),
         ("cached.json",),
         training("new"),
+        shards_by_content=True,
     ),
     Case(
         "precompute",
@@ -391,7 +395,8 @@ def trial(bench: Bench, stage: Stage, case: Case, expected: tuple[Any, int, floa
         return what, f"refused ({code})"
     if case.result(stage.path) == expected[0]:
         return what, "right"
-    if not is_checked:
+    is_reordered = case.shards_by_content and damage is swap and file.parent.name == "scenes"
+    if not is_checked or is_reordered:
         return what, "another input"
     if file.is_file() and file.read_bytes() == before:
         return what, "right"  # the damage changed nothing
