@@ -4,6 +4,7 @@
 # make demo-lora   after make demo: its model learns a ninth colour from 40 pictures: docs/lora.md
 # make demo-sd3    after make demo: a small Stable Diffusion 3 on the same scenes: docs/stable-diffusion-3.md
 # make demo-ar     after make demo: a model that writes pictures token by token: docs/train-ar.md
+# make gallery   every demo that has been run side by side, on one page: runs/gallery/index.html
 # make faults kills, signals, full disks, damaged files: everything a run must survive, in a table
 #
 # Where PyPI's torch would bring CUDA along and is not wanted:
@@ -28,7 +29,7 @@ TESTED := $(VENV)/.installed-test
 
 SHELL := /bin/bash -o pipefail
 
-.PHONY: faults setup demo demo-ar demo-lora demo-sd3 study test exhaustive check lint bench gpu-check clean
+.PHONY: faults setup demo demo-ar demo-lora demo-sd3 study gallery test exhaustive check lint bench gpu-check clean
 
 setup: $(TESTED)
 
@@ -96,6 +97,10 @@ demo-sd3: $(INSTALLED)
 # Goes on after an interruption: every part is a command that does.
 study: $(INSTALLED)
 	$(BIN)/python benchmarks/study.py
+
+# Takes the demos that have been run; the others are named.
+gallery: $(INSTALLED)
+	$(BIN)/python benchmarks/gallery.py
 
 # One thread per process: the processes share the cores, and results do not depend on the machine.
 test: $(TESTED)
