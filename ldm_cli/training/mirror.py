@@ -55,6 +55,7 @@ class _TensorBoard:
 
     def close(self) -> None:
         """See `_Tracker`."""
+        self._writer.flush()  # closing alone says nothing of what could not be written
         self._writer.close()
 
 

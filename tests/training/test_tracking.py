@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -163,6 +164,24 @@ def test_a_tracker_that_cannot_write_stops_nothing(name: TrackerName, tmp_path: 
     said = run(tmp_path, name)
     assert all("train.track" in line for line in said)
     assert len(said) <= 1
+    assert len(written(tmp_path)) == 8
+
+
+@pytest.mark.slow
+@each_tracker
+def test_a_run_outlives_the_full_disk_of_its_tracker_and_says_so_once(
+    name: TrackerName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    popen = tracking.subprocess.Popen
+
+    def popen_without_room(*arguments: Any, **options: Any) -> Any:
+        process = popen(*arguments, **options)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (256, 256))  # its children inherit it
+        return process
+
+    monkeypatch.setattr(tracking.subprocess, "Popen", popen_without_room)
+    said = run(tmp_path, name)
+    assert [f"{name} failed" in line for line in said] == [True]
     assert len(written(tmp_path)) == 8
 
 
