@@ -21,6 +21,7 @@ from ldm_cli.data.config import DataConfig
 from ldm_cli.data.tokenizer_config import TokenizerConfig
 from ldm_cli.recipe.ar_recipe import TrainArRecipe
 from ldm_cli.recipe.eval_section import EvalSection
+from ldm_cli.recipe.prior_recipe import TrainPriorRecipe
 from ldm_cli.recipe.sample_recipe import SampleRecipe, Variant
 from ldm_cli.recipe.train_recipe import SamplesConfig, StartedRecipe, TrainRecipe, known
 
@@ -206,6 +207,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "train-vae": TrainVaeRecipe,
     "train-unet": TrainUnetRecipe,
     "train-ar": TrainArRecipe,
+    "train-prior": TrainPriorRecipe,
     "sample": SampleRecipe,
     "eval": EvalRecipe,
 }

@@ -35,8 +35,8 @@ class Pipeline(PicturePipeline):
     """Generates pictures with a denoiser."""
 
     family: Family
-    meaningless: ClassVar[tuple[str, ...]] = ("temperature", "top_k", "top_p")
-    hint: ClassVar[str] = "it belongs to autoregressive models"
+    meaningless: ClassVar[tuple[str, ...]] = ("temperature", "top_k", "top_p", "prior")
+    hint: ClassVar[str] = "it belongs to models of another kind"
 
     def __init__(self, family: Family) -> None:
         super().__init__(family)

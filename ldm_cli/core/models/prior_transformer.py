@@ -1,6 +1,7 @@
-"""unCLIP's prior: from a caption to the CLIP embedding of a picture (Ramesh et al. 2022, arXiv:2204.06125, section 2.2).
+"""unCLIP's prior: from a caption to an image embedding of CLIP (Ramesh et al. 2022, section 2.2, arXiv:2204.06125).
 
-Parameter names are those of diffusers. Letters: B batch, E size of an embedding, M text tokens, L = M + 4 tokens, D width.
+Parameter names are those of diffusers. Letters: B batch, E size of an embedding, M text tokens, L = M + 4 tokens, D
+width.
 """
 
 from __future__ import annotations

@@ -16,12 +16,15 @@ from ldm_cli.core.precision import autocast
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.cache_manifest import CacheKey
 from ldm_cli.data.latent_cache import MASK, LatentCache
+from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import RecipeError
+from ldm_cli.families.clip_text_encoder import tokenizer_folder
 from ldm_cli.families.codec_folder import open_codec
 from ldm_cli.families.family import model_sha256, place
 from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.formats.pipeline_folder import TEXT_ENCODER
 from ldm_cli.recipe.ar_recipe import TrainArRecipe
+from ldm_cli.recipe.prior_recipe import TrainPriorRecipe
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.stages.support.text_encoders import open_text_encoder, text_key
 
@@ -60,10 +63,16 @@ class BatchEncoder:
 
     def __call__(self, batch: Batch) -> tuple[dict[str, Tensor], Condition]:
         """Moments and conditions of a prepared batch on the device: out of the cache, or computed."""
-        if batch.moments is None or batch.condition is None:
-            return self.moments(batch.images, batch.masks), self.condition_of(batch.tokens)
-        moments = {name: tensor.float() for name, tensor in batch.moments.items()}
+        moments = self.moments_of(batch)
+        if batch.condition is None:
+            return moments, self.condition_of(batch.tokens)
         return moments, Condition(**batch.condition).map(_as_float32)
+
+    def moments_of(self, batch: Batch) -> dict[str, Tensor]:
+        """The moments of a batch's images: out of the cache, or computed."""
+        if batch.moments is None:
+            return self.moments(batch.images, batch.masks)
+        return {name: tensor.float() for name, tensor in batch.moments.items()}
 
     @torch.no_grad()
     def moments(self, images: Tensor, masks: Tensor | None = None) -> dict[str, Tensor]:
@@ -96,7 +105,7 @@ def _as_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def cache_key(recipe: TrainUnetRecipe | TrainArRecipe) -> CacheKey:
+def cache_key(recipe: TrainUnetRecipe | TrainArRecipe | TrainPriorRecipe) -> CacheKey:
     """What decides the cache of a recipe: the weights and configurations of its models, its preprocessing.
 
     Raises:
@@ -123,6 +132,10 @@ def cache_key(recipe: TrainUnetRecipe | TrainArRecipe) -> CacheKey:
         # The codes are computed in float32, and captions cost nothing to encode.
         return CacheKey({"vq": weights_sha256(Path(recipe.vq)), **preparation}, text={}, flips=flips)
     precision = {"train.precision": recipe.train.precision}
+    if isinstance(recipe, TrainPriorRecipe):
+        clip = {"clip": model_sha256(Path(recipe.clip))}
+        tokenizer = {"tokenizer": Tokenizer.load(tokenizer_folder(Path(recipe.clip))).fingerprint}
+        return CacheKey({**clip, **preparation, **precision}, {**clip, **tokenizer, **precision}, flips)
     return CacheKey(
         latents={"vae": model_sha256(Path(recipe.vae), _IRRELEVANT), **preparation, **precision},
         text={**text_key(recipe), **precision},

@@ -29,7 +29,8 @@ from ldm_cli.stages.support.patch_training import PatchTraining
 from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.shared_work import in_turns, merged
 
-_NUM_NOISE_LEVELS = 5
+NUM_NOISE_LEVELS = 5
+"""How many levels a held-out loss is measured at."""
 _PURPOSES = ("posterior noise", "noise", "timestep", "caption dropout", "encoder dropout")
 
 Encoded = tuple[Batch, Mapping[str, Tensor], Condition]
@@ -99,9 +100,9 @@ class Denoising:
 
         def errors(held: Batch) -> Tensor:
             batch, moments, condition = encoded(held)
-            sums = torch.zeros(_NUM_NOISE_LEVELS, dtype=torch.float64, device=self.family.device)
-            for level in range(_NUM_NOISE_LEVELS):
-                u = torch.full((len(batch),), (level + 0.5) / _NUM_NOISE_LEVELS, device=sums.device)
+            sums = torch.zeros(NUM_NOISE_LEVELS, dtype=torch.float64, device=self.family.device)
+            for level in range(NUM_NOISE_LEVELS):
+                u = torch.full((len(batch),), (level + 0.5) / NUM_NOISE_LEVELS, device=sums.device)
                 sums[level] = self._error(batch, moments, condition, u, self._fixed_keys)[0].double().sum()
             return sums
 
