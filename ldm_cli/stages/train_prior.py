@@ -107,7 +107,7 @@ class PriorTask:
     def _normalizer(self, model: PriorTransformer) -> ImageNormalizer:
         """Measured, and given to the model; or that of the model of `start_from`, on the device."""
         if self.recipe.start_from is not None:
-            return ImageNormalizer.of(model.clip_mean.to(self.bench.device), model.clip_std.to(self.bench.device))
+            return ImageNormalizer.of(model.clip_mean, model.clip_std).to(self.bench.device)
         normalizer = measured_normalizer(self.recipe, self.bench, self.encoder, self.recipe.num_measured)
         model.clip_mean.data.copy_(normalizer.mean)
         model.clip_std.data.copy_(normalizer.std)

@@ -25,6 +25,7 @@ from ldm_cli.data.sample_decoder import Draw, SampleDecoder, Wanted
 from ldm_cli.data.shards import ShardSet
 from ldm_cli.errors import DivergedError
 from ldm_cli.families.autoregressive import CodeGrid
+from ldm_cli.families.clip_image_encoder import outline_image_tower
 from ldm_cli.families.codec_folder import outline_codec
 from ldm_cli.formats.model_folder import outline_model
 from ldm_cli.recipe.ar_recipe import TrainArRecipe
@@ -120,6 +121,8 @@ def bytes_per_sample(recipe: CachedRecipe, key: CacheKey) -> int:
         codec = outline_codec(Path(recipe.vae))
     moments = codec.moments(torch.empty(1, 3, side, side, device="meta")).values()
     size = sum(tensor.numel() * (width if tensor.is_floating_point() else tensor.itemsize) for tensor in moments)
+    if isinstance(recipe, TrainUnetRecipe) and recipe.image_embedding is not None:
+        size += width * outline_image_tower(Path(recipe.image_embedding.image_encoder)).config.projection_dim
     if recipe.data.mask is not None:
         size += width * (side // codec.factor) ** 2
     return size * len(key.flips) + _TAR_OVERHEAD

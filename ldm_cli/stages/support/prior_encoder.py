@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm_cli.core.models.clip import CLIPTextModelWithProjection
-from ldm_cli.core.precision import autocast
 from ldm_cli.families.clip_image_encoder import CLIPImageEncoder
 from ldm_cli.families.family import place
-from ldm_cli.families.prior import EMBEDDINGS, PriorTextEncoder
+from ldm_cli.families.prior import PriorTextEncoder
 from ldm_cli.formats.pipeline_folder import IMAGE_ENCODER, TEXT_ENCODER
 from ldm_cli.recipe.prior_recipe import TrainPriorRecipe
 from ldm_cli.stages.support.batch_encoder import BatchEncoder
@@ -37,14 +36,6 @@ class PriorBatchEncoder(BatchEncoder):
         """The networks, by what users call them."""
         return {IMAGE_ENCODER: self.image_encoder, TEXT_ENCODER: self.encoder.model}
 
-    @torch.no_grad()
     def moments(self, images: Tensor, masks: Tensor | None = None) -> dict[str, Tensor]:
         """Images uint8 [B, 3, H, W] → their embeddings, float32 [B, E]."""
-        return {EMBEDDINGS: embeddings_of(self.image_encoder, images, self._device, self._precision)}
-
-
-@torch.no_grad()
-def embeddings_of(encoder: CLIPImageEncoder, images: Tensor, device: torch.device, precision: str | None) -> Tensor:
-    """Images uint8 [B, 3, H, W] → their embeddings float32 [B, E] on the device, computed in a precision."""
-    with autocast(device, precision):
-        return encoder(images.to(device, non_blocking=True)).float()
+        return self.embeddings(images)
