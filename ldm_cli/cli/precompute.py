@@ -13,7 +13,7 @@ from ldm_cli.cli.startup import importing
 from ldm_cli.errors import UsageError
 
 _DTYPES = ("fp32", "fp16", "bf16")
-_COMMANDS = ("train-unet", "train-ar")
+_COMMANDS = ("train-unet", "train-ar", "train-prior")
 
 
 def command(
@@ -37,7 +37,7 @@ def command(
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:
-    """Encode the data of a train-unet or train-ar recipe once; with `cache: DIR` it then trains on these."""
+    """Encode the data of a recipe of train-unet, train-ar or train-prior once; `cache: DIR` then trains on these."""
     changes, limit = given.check_overrides(overrides), given.seconds(max_time)
     if dtype not in (None, *_DTYPES):
         raise UsageError(f"unknown --dtype '{dtype}'", remedy="it takes " + ", ".join(_DTYPES))

@@ -53,6 +53,13 @@ def command(
     mask: arg.Mask = None,
     extend: arg.Extend = None,
     style: arg.Style = None,
+    image: arg.Image = None,
+    from_text: arg.FromText = None,
+    to_text: arg.ToText = None,
+    amount: arg.Amount = None,
+    prior_steps: arg.PriorSteps = None,
+    prior_scale: arg.PriorScale = None,
+    noise_level: arg.NoiseLevel = None,
     variation: arg.Variation = None,
     tile: arg.Tile = None,
     interpolate: arg.Interpolate = None,
@@ -159,6 +166,8 @@ def _with_prompts(
     """Add `prompts` to those of the recipe; with `--repeat`, they replace the picture's prompt."""
     recipe = cast("SampleRecipe", loaded.recipe)
     together = (*recipe.prompts, *prompts) if provenance is None or not prompts else tuple(prompts)
+    if not together and recipe.edit.embedded:
+        together = ("",)
     if not together:
         raise UsageError("no prompt given", remedy="add -p TEXT, --prompts FILE, or prompts to the recipe")
     return dataclasses.replace(loaded, recipe=recipe.model_copy(update={"prompts": together}))

@@ -17,6 +17,7 @@ COMMANDS = {
     "train-vae": "Train an image autoencoder on shards; writes an AutoencoderKL or VQModel folder.",
     "train-unet": "Train a text-to-image denoiser in the space of a VAE; writes a pipeline folder.",
     "train-ar": "Train an autoregressive text-to-image model on the codes of a VQ model; writes a folder for sample.",
+    "train-prior": "Train unCLIP's prior, from captions to CLIP's image embeddings; ldm convert joins it to a decoder.",
 }
 """Command → its help."""
 

@@ -21,12 +21,13 @@ class Condition:
     """What one batch is conditioned on; each field has B rows, or is None where the denoiser has no use for it.
 
     Attributes:
-        tokens: [B, M, D], seen by cross- or joint-attention.
+        tokens: [B, M, D], seen by cross- or joint-attention, or by a prior's self-attention.
         pooled: [B, P], added to the time embedding: pooled text and, for SDXL, the six sizes in pixels after it; an
             image embedding; or class indices, int64 [B].
         image_tokens: [B, M', D], tokens of image prompts.
         concat: [B, C', h, w], joined to the noisy sample as further channels: a mask and the masked latents, or a
             low-resolution image.
+        mask: [B, M], 1 for tokens that a prior sees, 0 for padding.
         guidance: [B, P'], embedding of the guidance scale, for denoisers that were distilled with guidance.
     """
 
@@ -34,6 +35,7 @@ class Condition:
     pooled: Tensor | None = None
     image_tokens: Tensor | None = None
     concat: Tensor | None = None
+    mask: Tensor | None = None
     guidance: Tensor | None = None
 
     @classmethod

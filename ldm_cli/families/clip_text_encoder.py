@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class CLIPTextEncoder:
         is_penultimate: bool = False,
         clip_skip: int | None = None,
         caption_chunks: int = 1,
-    ) -> CLIPTextEncoder:
+    ) -> Self:
         """Read the folder of a text tower or of a whole CLIP; errors as in `load_model`.
 
         Args:
@@ -196,7 +196,8 @@ def outline_tower(folder: Path, model_class: ModelClass[CLIPTextModel] = CLIPTex
 def tokenizer_folder(text_encoder: Path) -> Path:
     """Where the tokenizer of a tower lies: in the same folder, or in `tokenizer` beside it, as in pipelines.
 
-    That of `text_encoder_2` is `tokenizer_2`. Folders of open_clip hold it beside the file of weights.
+    That of `text_encoder_2` is `tokenizer_2`, that of `prior_text_encoder` `prior_tokenizer`. Folders of open_clip hold
+    it beside the file of weights.
 
     Raises:
         InputNotFoundError: the tower is in a single file, and there is no such folder beside that.
@@ -206,7 +207,7 @@ def tokenizer_folder(text_encoder: Path) -> Path:
             return found[0].parent
         return outside_file(found[0], tokenizer_of(found[1].name or TEXT_ENCODER))
     beside = text_encoder.parent / tokenizer_of(text_encoder.name)
-    return beside if text_encoder.name.startswith(TEXT_ENCODER) and beside.is_dir() else text_encoder
+    return beside if TEXT_ENCODER in text_encoder.name and beside.is_dir() else text_encoder
 
 
 def index_setting(component: Path, name: str, default: Any) -> Any:

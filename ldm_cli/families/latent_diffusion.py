@@ -39,9 +39,14 @@ class LatentDiffusion(Family):
     codec: Autoencoder
 
     pipelines: ClassVar[tuple[str, ...]]
-    """Classes of diffusers whose folders are opened; that of the folders that are written comes first."""
+    """Classes of diffusers whose folders are opened; that of the folders that are written usually comes first."""
     absent: ClassVar[tuple[str, ...]]
     """Components that these classes know and that are not written."""
+
+    @property
+    def pipeline(self) -> str:
+        """The class of diffusers whose folder is written."""
+        return self.pipelines[0]
 
     @property
     def sample_size(self) -> tuple[int | None, int | None]:
@@ -94,7 +99,7 @@ class LatentDiffusion(Family):
         absent = dict.fromkeys(self.absent)
         own = {self.components[0]: type(self.denoiser).__name__, layout.VAE: type(self.codec).__name__}
         classes = {**absent, layout.SCHEDULER: self.scheduler_class, **text, **own}
-        layout.write_index(folder, self.pipelines[0], classes, settings)
+        layout.write_index(folder, self.pipeline, classes, settings)
 
     def placed(self, device: torch.device | str, precision: str, text: Sequence[nn.Module]) -> None:
         """Bring the networks to the device and compile them if asked to; `force_upcast` keeps the codec out of fp16.

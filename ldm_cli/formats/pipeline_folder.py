@@ -13,6 +13,8 @@ INDEX_NAME = "model_index.json"
 UNET, TRANSFORMER, VAE, SCHEDULER, TOKENIZER = "unet", "transformer", "vae", "scheduler", "tokenizer"
 SCHEDULER_FILE = Path(SCHEDULER) / "scheduler_config.json"
 TEXT_ENCODER, TEXT_ENCODER_2, TEXT_ENCODER_3 = "text_encoder", "text_encoder_2", "text_encoder_3"
+PRIOR, PRIOR_PREFIX, IMAGE_NORMALIZER = "prior", "prior_", "image_normalizer"
+IMAGE_ENCODER, FEATURE_EXTRACTOR, IMAGE_PROCESSOR = "image_encoder", "feature_extractor", "image_processor"
 ZEROES_EMPTY = "force_zeros_for_empty_prompt"
 """Setting of the index: the condition of the empty prompt is zeros."""
 CLIP_SKIP = "clip_skip"
@@ -52,4 +54,6 @@ def _library(kind: str | None) -> str | None:
     """The library that has a class."""
     if kind is None:
         return None
+    if kind == "StableUnCLIPImageNormalizer":
+        return "stable_diffusion"
     return "transformers" if kind.startswith(("CLIP", "T5", "Llama")) else "diffusers"

@@ -183,7 +183,7 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
     """What scheduler/scheduler_config.json of a pipeline folder says, for any solver of ours.
 
     As in the pipelines of Stable Diffusion 1 and 2, `clip_sample` is ignored and `steps_offset` is 1 whatever the file
-    says; those of Stable Diffusion XL honour both, and clipping is refused.
+    says; those of Stable Diffusion XL and Stable unCLIP honour both, and clipping is refused.
 
     Args:
         folder: of the pipeline.
@@ -204,10 +204,10 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
         neutral["solver_order"] = (2, 3)
     if "Inpaint" in pipeline:
         neutral.pop("skip_prk_steps", None)
-    is_xl = pipeline.startswith("StableDiffusionXL")
-    if is_xl:
+    is_exact = pipeline.startswith(("StableDiffusionXL", "StableUnCLIP"))
+    if is_exact:
         content = {"clip_sample": found in _CLIPPING_BY_DEFAULT, **content}
-    if is_xl or pipeline.startswith("LatentConsistency"):
+    if is_exact or pipeline.startswith("LatentConsistency"):
         neutral["clip_sample"] = _OFF
     if found in _FLOW_SCHEDULERS:
         # These classes say nothing of the prediction, which is always a velocity, and call its shift so.
@@ -229,7 +229,7 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
     return SchedulerSettings(
         diffusion=_diffusion(content),
         timestep_spacing=content.get("timestep_spacing"),
-        steps_offset=content.get("steps_offset", 0) if is_xl else 1,
+        steps_offset=content.get("steps_offset", 0) if is_exact else 1,
         set_alpha_to_one=bool(content["set_alpha_to_one"]) if "set_alpha_to_one" in content else None,
         sigmas=_sigmas(content),
         sigma_min=content.get("sigma_min"),

@@ -17,6 +17,8 @@ from ldm_cli.sampling.edit_config import EditConfig
 from ldm_cli.sampling.request import Blend, ImageRequest, variations, walk
 
 _MOST_PICTURES = 100_000
+_FRAMES_BETWEEN = 7
+"""Pictures from one embedded picture to the other, the last one not counted, where no number is given."""
 
 
 class PromptEntry(Config):
@@ -99,8 +101,12 @@ def make_job(
         UsageError: wishes that contradict one another, or values that cannot be.
     """
     entries = [PromptEntry(prompt=p) if isinstance(p, str) else p for p in prompts]
+    if len(edit.embedded) == 2 and (variation > 0 or axes):
+        raise UsageError("two pictures to go between do not go with --variation or --xy", remedy="give one picture")
     if (variation > 0) + (frames > 0) + bool(axes) > 1:
         raise UsageError("--variation, --interpolate and --xy do not go together", remedy="give one of them")
+    if len(edit.embedded) == 2 and not any(entry.blend for entry in entries):
+        return _between(entries, sampling, edit, frames or _FRAMES_BETWEEN)
     if frames:
         return _walks(entries, sampling, edit, frames)
     if axes:
@@ -189,6 +195,21 @@ def _walks(entries: list[PromptEntry], sampling: SamplingConfig, edit: EditConfi
         first = len(items)
         items += frames_of_walk
         sheets.append(Sheet(tuple(range(first, len(items))), len(frames_of_walk), is_walk=True))
+    return Job(tuple(items), tuple(sheets))
+
+
+def _between(entries: list[PromptEntry], sampling: SamplingConfig, edit: EditConfig, frames: int) -> Job:
+    """A walk from one embedded picture to the other for each prompt and seed."""
+    items: list[Item] = []
+    sheets: list[Sheet] = []
+    for entry, i in product(entries, range(sampling.images_per_prompt)):
+        first = len(items)
+        own, its_edit = with_changes(sampling, edit, entry.sampling, f"prompt {entry.prompt[:40]!r}")
+        for k in range(frames + 1):
+            blend = Blend(prompt=entry.prompt, seed=own.seed + i, weight=k / frames)
+            items.append(Item(ImageRequest(entry.prompt, own.seed + i, blend), own, its_edit))
+        _check_size(len(items))
+        sheets.append(Sheet(tuple(range(first, len(items))), frames + 1, is_walk=True))
     return Job(tuple(items), tuple(sheets))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,11 @@ def lora_source(name: str) -> str:
 def embedding_source(word: str) -> str:
     """The key of `sources` under which the path of an embedding is."""
     return f"embedding {word}"
+
+
+def picture_sources(names: Sequence[str]) -> dict[str, str]:
+    """Embedded pictures under their keys of `sources`."""
+    return {f"picture {number}": name for number, name in enumerate(names, start=1)}
 
 
 def full_provenance(job: Mapping[str, Any], image: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
@@ -116,6 +121,8 @@ def recipe_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe, as plain data, of the job whose only picture is this one."""
     sources, edit = provenance.get("sources", {}), dict(provenance.get("edit") or {})
     edit = {name: value for name, value in edit.items() if not name.endswith("_sha256")}
+    if pictures := [sources[name] for name in picture_sources(("", "")) if name in sources]:
+        edit["embedded"] = pictures
     entry = {"prompt": provenance["prompt"], "blend": provenance.get("blend")}
     return {
         "command": "sample",
@@ -159,7 +166,7 @@ def check_repeatable(shared: Mapping[str, Any], repeated: Mapping[str, Any], war
         if shared.get("embedding_sha256", {}).get(word, digest) != digest:
             raise CheckpointError("cannot repeat the picture", f"the embedding '{word}' has changed since")
     ours, theirs = shared.get("edit") or {}, repeated.get("edit") or {}
-    for name in ("image", "mask", "style"):
+    for name in ("image", "mask", "style", "embedded"):
         if theirs.get(f"{name}_sha256") != ours.get(f"{name}_sha256"):
             raise DataError("cannot repeat the picture", f"the {name} it was made of has changed since")
     if repeated.get("latents_sha256") != shared.get("latents_sha256"):
@@ -187,7 +194,7 @@ def _parameters(provenance: Mapping[str, Any], size: tuple[int, int]) -> str:
         "Variation seed": variation.get("seed"),
         "Variation seed strength": variation.get("weight"),
         "Clip skip": sampling.get("clip_skip"),
-        "Denoising strength": None if edit is None else edit["strength"],
+        "Denoising strength": edit["strength"] if edit and edit.get("image_sha256") else None,
         "Lora hashes": ", ".join(hashes) or None,
         "Version": f"ldm_cli {VERSIONS['ldm']}",
     }

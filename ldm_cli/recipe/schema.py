@@ -21,6 +21,8 @@ from ldm_cli.data.config import DataConfig
 from ldm_cli.data.tokenizer_config import TokenizerConfig
 from ldm_cli.recipe.ar_recipe import TrainArRecipe
 from ldm_cli.recipe.eval_section import EvalSection
+from ldm_cli.recipe.image_embedding_config import ImageEmbeddingConfig
+from ldm_cli.recipe.prior_recipe import TrainPriorRecipe
 from ldm_cli.recipe.sample_recipe import SampleRecipe, Variant
 from ldm_cli.recipe.train_recipe import SamplesConfig, StartedRecipe, TrainRecipe, known
 
@@ -142,6 +144,8 @@ class TrainUnetRecipe(StartedRecipe):
     diffusion: DiffusionConfig = DiffusionConfig()
     """Noise schedule, prediction, loss weights, caption dropout. A pipeline in `start_from` gives the defaults of
     schedule and prediction."""
+    image_embedding: ImageEmbeddingConfig | None = None
+    """unCLIP: the U-Net also decodes CLIP's embedding of the picture. null: it is given text alone."""
     lora: LoRAConfig | None = None
     """Train low-rank adapters of the denoiser in `start_from`, and of the text encoders, in place of the weights."""
     samples: SamplesConfig = SamplesConfig()
@@ -168,6 +172,8 @@ class TrainUnetRecipe(StartedRecipe):
             raise ValueError("text_encoder_3 belongs to a transformer; a U-Net takes T5 as text_encoder")
         if self.text_encoder_3 and self.max_sequence_length == 0:
             raise ValueError("max_sequence_length=0 leaves no room for text_encoder_3")
+        if self.image_embedding is not None and (self.transformer or self.text_encoder_2 or self.lora):
+            raise ValueError("image_embedding is for a U-Net with one text encoder, whose weights are trained")
         if self.lora is not None:
             self._check_lora(self.lora)
         return self
@@ -206,6 +212,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "train-vae": TrainVaeRecipe,
     "train-unet": TrainUnetRecipe,
     "train-ar": TrainArRecipe,
+    "train-prior": TrainPriorRecipe,
     "sample": SampleRecipe,
     "eval": EvalRecipe,
 }

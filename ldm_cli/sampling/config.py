@@ -51,6 +51,17 @@ class SizesConfig(Config):
         return *(self.original or (height, width)), *self.crop, *(self.target or (height, width))
 
 
+class PriorConfig(Config):
+    """unCLIP: how its prior makes an image embedding of a prompt, and how closely a picture follows it."""
+
+    steps: Annotated[int, Field(ge=1, le=1000)] = 25
+    """Denoising steps of the prior."""
+    scale: Annotated[float, Field(ge=0, le=1000)] = 4.0
+    """Classifier-free guidance scale of the prior: 1 is the conditional model."""
+    noise_level: Annotated[int, Field(ge=0, lt=1000)] = 0
+    """Noise that is added to the embedding, whether it is the prior's or a picture's: the more, the freer."""
+
+
 class SamplingConfig(Config):
     """Sampler, steps, guidance and size of the pictures; every field is also an option of `ldm sample`."""
 
@@ -86,6 +97,8 @@ class SamplingConfig(Config):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Autoregressive models: choose among the most probable tokens that together have this probability (Holtzman et al.
     2020, arXiv:1904.09751); 1: all."""
+    prior: PriorConfig = PriorConfig()
+    """unCLIP: the way from a prompt to an image embedding."""
     images_per_prompt: Annotated[int, Field(ge=1)] = 4
     """Image i of a prompt has the seed `seed + i`."""
     seed: Annotated[int, Field(ge=0)] = 0

@@ -29,14 +29,33 @@ class EditConfig(Config):
     style_strength: Annotated[float, Field(ge=0, le=1)] = 1.0
     """How much of the style: 0 none, 1 all of its statistics."""
 
+    embedded: Annotated[tuple[str, ...], Field(max_length=2)] = ()
+    """unCLIP: pictures whose CLIP embeddings take the place of the prior's: one to vary, or two to go between."""
+    from_text: str | None = None
+    """unCLIP: what is to change in the picture, in words: it becomes `to_text`."""
+    to_text: str | None = None
+    """unCLIP: what it is to become."""
+    amount: Annotated[float, Field(ge=0, le=1)] = 0.35
+    """unCLIP: how far the embedding moves along the difference of both texts, from 0, not at all, to 1, until it points
+    there; the paper goes from 0.25 to 0.5."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if (self.from_text is None) != (self.to_text is None):
+            raise ValueError("from_text and to_text: one is given without the other")
+        if self.from_text is not None and not self.embedded:
+            raise ValueError("from_text and to_text without a picture whose embedding they change")
         if self.image is None:
             given = [name for name in ("strength", "mask", "style") if getattr(self, name) is not None]
             given += ["extend"] if any(self.extend) else []
             if given:
                 raise ValueError(f"{', '.join(given)} without an image to work on")
         return self
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is any picture to work on."""
+        return self.image is not None or bool(self.embedded)
 
     @property
     def is_masked(self) -> bool:

@@ -20,7 +20,7 @@ from ldm_cli.families.prompt_chunks import PromptReading
 from ldm_cli.sampling.config import SamplingConfig, SizesConfig
 from ldm_cli.sampling.denoising import Start, denoise
 from ldm_cli.sampling.edit_input import LatentEditInput
-from ldm_cli.sampling.fixed_rows import texts_per_call
+from ldm_cli.sampling.fixed_rows import filled, texts_per_call
 from ldm_cli.sampling.guidance_models import GuidanceModels, perturbed_network
 from ldm_cli.sampling.network import in_windows, keep_known_region
 from ldm_cli.sampling.noise import step_noise
@@ -62,6 +62,8 @@ class LatentSampler:
         image_size: height and width of the pictures, in pixels.
         edit: the picture to work on, if any.
         window: side, in latents, of the windows that the networks see; None: they see all.
+        pooled: [N, P], pooled vectors of the N requests, beside which the guidance's other side has zeros; None: those
+            of the prompts.
     """
 
     family: Family
@@ -71,6 +73,13 @@ class LatentSampler:
     image_size: tuple[int, int]
     edit: LatentEditInput | None = None
     window: int | None = None
+    pooled: Tensor | None = None
+
+    def of(self, images: slice, rows: int) -> LatentSampler:
+        """The sampler of some of the requests, whose last one fills up the rows."""
+        if self.pooled is None:
+            return self
+        return replace(self, pooled=filled(self.pooled[images], rows))
 
     @torch.inference_mode()
     def sample(self, requests: Sequence[ImageRequest], noise: Tensor, watch: Watch) -> Tensor:
@@ -108,6 +117,9 @@ class LatentSampler:
         negative = self.conditions.rows[self.config.negative, self.conditions.num_chunks(requests[0])]
         conditional = Condition.cat([self._condition(request) for request in requests])
         unconditional = Condition.cat([negative] * len(requests))
+        if self.pooled is not None:
+            conditional = replace(conditional, pooled=self.pooled)
+            unconditional = replace(unconditional, pooled=torch.zeros_like(self.pooled))
         if family.guidance_width is not None:
             # The embedding of the scale, which the denoiser was distilled with, takes the place of the second call.
             guidance = guidance.model_copy(update={"scale": 1.0})

@@ -16,14 +16,18 @@ from ldm_cli.core.diffusion.samplers import NoiseSource
 from ldm_cli.sampling.request import ImageRequest
 
 
-def initial_noise(requests: Sequence[ImageRequest], shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """What sampling starts from, standard normal float32 [N, *shape]."""
-    return _noise_source(requests, "sampling: initial noise", shape, device)(0)
+def initial_noise(
+    requests: Sequence[ImageRequest], shape: tuple[int, ...], device: torch.device, of: str = "sampling"
+) -> Tensor:
+    """What sampling starts from, standard normal float32 [N, *shape]; `of` names what is sampled."""
+    return _noise_source(requests, f"{of}: initial noise", shape, device)(0)
 
 
-def step_noise(requests: Sequence[ImageRequest], shape: tuple[int, ...], device: torch.device) -> NoiseSource:
-    """What a sampler adds in each step: step number → standard normal float32 [N, *shape]."""
-    return _noise_source(requests, "sampling: step noise", shape, device)
+def step_noise(
+    requests: Sequence[ImageRequest], shape: tuple[int, ...], device: torch.device, of: str = "sampling"
+) -> NoiseSource:
+    """What a sampler adds in each step: step number → standard normal float32 [N, *shape]; `of` as above."""
+    return _noise_source(requests, f"{of}: step noise", shape, device)
 
 
 def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -35,8 +35,8 @@ class Pipeline(PicturePipeline):
     """Generates pictures with a denoiser."""
 
     family: Family
-    meaningless: ClassVar[tuple[str, ...]] = ("temperature", "top_k", "top_p")
-    hint: ClassVar[str] = "it belongs to autoregressive models"
+    meaningless: ClassVar[tuple[str, ...]] = ("temperature", "top_k", "top_p", "prior")
+    hint: ClassVar[str] = "it belongs to models of another kind"
 
     def __init__(self, family: Family) -> None:
         super().__init__(family)
@@ -102,15 +102,7 @@ class Pipeline(PicturePipeline):
         """See `PicturePipeline`."""
         family, edit, window, shape = self.family, options.edit_input, options.window, self.latent_shape(config)
         reading = PromptReading(options.weighted, config.long_prompts, config.clip_skip)
-        sampler = LatentSampler(
-            family,
-            config,
-            prompt_conditions(family, requests, config.negative, reading, reporter.warn),
-            self._guidance_models(config.guidance),
-            self.image_size(config),
-            None if edit is None else encode_edit_input(family.codec, edit, family.device, window),
-            window,
-        )
+        sampler = self._sampler(requests, config, options, reading, reporter.warn)
         origin: str | None = None
         with reporter.progress("sampling", len(requests), unit="image") as progress:
             for images, rows in self._groups(requests, shape, sampler):
@@ -118,15 +110,36 @@ class Pipeline(PicturePipeline):
                 padded = group + [group[-1]] * (rows - len(group))
                 start = initial_noise(padded, shape, family.device) if noise is None else filled(noise[images], rows)
                 watch = partial(self._watched, progress=progress, images=images, options=options)
-                x0 = sampler.sample(padded, start, watch)[: len(group)]
+                x0 = sampler.of(images, rows).sample(padded, start, watch)[: len(group)]
                 for i, pixels in enumerate(decode_pixels(family.codec, x0, window)):
                     if pixels is None:
                         if origin is None:  # of the first one: to find it takes as long as a picture
-                            origin = self._origin(sampler, group[i], start[i : i + 1], reading)
+                            own = sampler.of(slice(images.start + i, images.start + i + 1), 1)
+                            origin = self._origin(own, group[i], start[i : i + 1], reading)
                         options.on_nonfinite(_nonfinite(group[i], x0[i], sampler, origin))
                         continue
                     yield GeneratedImage(images.start + i, group[i], pixels if edit is None else edit.pasted(pixels))
                 progress.update(images.stop)
+
+    def _sampler(
+        self,
+        requests: Sequence[ImageRequest],
+        config: SamplingConfig,
+        options: SampleOptions,
+        reading: PromptReading,
+        warn: Callable[[str], None],
+    ) -> LatentSampler:
+        """What all groups of requests have in common."""
+        family, edit, window = self.family, options.edit_input, options.window
+        return LatentSampler(
+            family,
+            config,
+            prompt_conditions(family, requests, config.negative, reading, warn),
+            self._guidance_models(config.guidance),
+            self.image_size(config),
+            None if edit is None else encode_edit_input(family.codec, edit, family.device, window),
+            window,
+        )
 
     def _origin(self, sampler: LatentSampler, request: ImageRequest, noise: Tensor, reading: PromptReading) -> str:
         """Where the first value that is not finite comes from, on the way to a picture; as `first_nonfinite`."""
@@ -165,7 +178,7 @@ class Pipeline(PicturePipeline):
         def trial(request: ImageRequest, rows: int) -> Tensor:
             noise = initial_noise([replace(request, seed=seed) for seed in range(rows)], shape, device)
             level = Level(self.family.process.num_timesteps / 2, 0.5**0.5, 0.5**0.5)
-            return sampler.predictor([request] * rows)(noise, level)
+            return sampler.of(slice(0, 1), rows).predictor([request] * rows)(noise, level)
 
         def enough(request: ImageRequest, count: int, full: int) -> int:
             question = count, full, shape, window, config.guidance, sampler.conditions.num_chunks(request)

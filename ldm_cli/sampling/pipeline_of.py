@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from ldm_cli.families.autoregressive import Autoregressive
 from ldm_cli.families.family import Family, ImageGenerator
+from ldm_cli.families.unclip import UnCLIP
 from ldm_cli.sampling.picture_pipeline import PicturePipeline
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.token_pipeline import TokenPipeline
+from ldm_cli.sampling.unclip_pipeline import UnCLIPPipeline
 
 
 def pipeline_of(generator: ImageGenerator) -> PicturePipeline:
@@ -17,6 +19,8 @@ def pipeline_of(generator: ImageGenerator) -> PicturePipeline:
     """
     if isinstance(generator, Autoregressive):
         return TokenPipeline(generator)
+    if isinstance(generator, UnCLIP):
+        return UnCLIPPipeline(generator)
     if isinstance(generator, Family):
         return Pipeline(generator)
     raise TypeError(f"pipeline_of a {type(generator).__name__}")

@@ -22,6 +22,20 @@ def _raise(error: DivergedError) -> None:
 
 
 @dataclass(frozen=True)
+class TextDifference:
+    """unCLIP: what changes an image embedding, said by two texts.
+
+    Attributes:
+        source, target: the texts; the embedding moves along target − source.
+        amount: share of the arc towards that direction, 0 … 1.
+    """
+
+    source: str
+    target: str
+    amount: float
+
+
+@dataclass(frozen=True)
 class SampleOptions:
     """Options of a call of `Pipeline.generate`.
 
@@ -32,6 +46,9 @@ class SampleOptions:
         preview_every: calls of the predictor between previews; 0: none.
         on_preview: receives them.
         preview_codec: decodes them; None: that of the family.
+        image_embeds: unCLIP: embeddings [N, K, E] of given pictures in place of the prior's, for each of N requests, or
+            [1, K, E] for all: of one picture, or of two to go between by the weight of a request's blend.
+        text_difference: unCLIP: how all embeddings are changed; None: not at all.
         on_nonfinite: is called for each picture that is not finite; it raises the error unless told otherwise.
     """
 
@@ -41,6 +58,8 @@ class SampleOptions:
     preview_every: int = 0
     on_preview: OnPreview | None = None
     preview_codec: Codec | None = None
+    image_embeds: Tensor | None = None
+    text_difference: TextDifference | None = None
     on_nonfinite: OnNonfinite = _raise
 
 

@@ -163,7 +163,7 @@ class _Precomputation:
         self._data, self._folder, self._shards, self._key = recipe.data, folder, shards, key
         self._stop, self._reporter = stop, reporter
         self._encoder = CacheEncoder(encoder, recipe, key)
-        self._device = next(encoder.codec.parameters()).device
+        self._device = next(next(iter(encoder.networks.values())).parameters()).device
         self._sample_bytes = bytes_per_sample(recipe, key)
 
     def run(self, before: Manifest | None, is_damaged: bool) -> dict[str, int]:

@@ -18,6 +18,7 @@ from ldm_cli.families.clip_pair_encoder import CLIPPairEncoder
 from ldm_cli.families.clip_t5_encoder import CLIPT5Encoder
 from ldm_cli.families.codec_folder import Autoencoder, outline_codec
 from ldm_cli.families.latent_diffusion import LatentDiffusion
+from ldm_cli.families.prior import EMBEDDINGS
 from ldm_cli.families.stable_diffusion import StableDiffusion
 from ldm_cli.families.stable_diffusion_3 import StableDiffusion3
 from ldm_cli.families.stable_diffusion_xl import StableDiffusionXL
@@ -30,6 +31,7 @@ from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
 from ldm_cli.stages.support.denoising import Denoising, Encoded, generate_samples
 from ldm_cli.stages.support.fitting import expect_known_conditions, fitted_config
+from ldm_cli.stages.support.image_condition import ImageCondition, outline_image_encoder
 from ldm_cli.stages.support.lora_task import LoRATask, lora_parameters
 from ldm_cli.stages.support.model_sizes import (
     Parameters,
@@ -54,6 +56,8 @@ def run(recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter) -> dic
     uses = {"vae": recipe.vae, **text_folders(recipe)} | start_uses(recipe)
     if recipe.patches.clip is not None:
         uses["patches.clip"] = recipe.patches.clip
+    if recipe.image_embedding is not None:
+        uses["image_embedding.image_encoder"] = recipe.image_embedding.image_encoder
     build, sizes = partial(_build, recipe), parameters(recipe, [])
     if recipe.cache is None:
         return run_training(recipe, options, reporter, build, sizes, uses=uses)
@@ -73,7 +77,7 @@ def parameters(recipe: TrainUnetRecipe, notes: list[str]) -> Parameters:
     """
     expect_known_conditions(recipe)
     vae = model_at("vae", recipe.vae, outline_codec, notes)
-    texts = outline_text_encoders(recipe, notes)
+    texts, images = outline_text_encoders(recipe, notes), outline_image_encoder(recipe, notes)
     found = [text for text in texts.values() if text is not None]
     if vae is not None and len(found) == len(texts):
         fitted_config(recipe, vae, found)
@@ -81,7 +85,7 @@ def parameters(recipe: TrainUnetRecipe, notes: list[str]) -> Parameters:
         share = 1 - (1 - recipe.diffusion.caption_dropout) * (1 - dropout ** len(texts))
         notes.append(f"diffusion: {100 * share:.3g} % of captions become the empty one, of {len(texts)} encoders")
     denoiser = outlined(lambda: _CLASSES[recipe.component](recipe.model), recipe)
-    used = {"vae": vae, **texts}
+    used = {"vae": vae, **texts, **images}
     if recipe.lora is not None:
         return lora_parameters(recipe.lora, recipe.train, {recipe.component: denoiser, **used}, notes)
     trained, frozen = trained_parameters(recipe.component, denoiser)
@@ -124,6 +128,10 @@ class DenoiserTask:
         if recipe.train.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
         self.family = _family(denoiser, codec, encoder, our_settings(recipe.diffusion.to_mapping()))
+        self.image_condition: ImageCondition | None = None
+        if recipe.image_embedding is not None:
+            self.image_condition = ImageCondition(recipe.image_embedding, recipe, bench, self.encoder)
+            self.family = self.image_condition.family(self.family)
         self.modules = {self._component: denoiser}
         self.auxiliary: dict[str, torch.nn.Module] = {}
         self.num_files = 1
@@ -135,7 +143,7 @@ class DenoiserTask:
         patches = open_patch_training(recipe, bench.device)
         if patches is not None and patches.alignment is not None:
             self.auxiliary["projection"] = patches.alignment
-        self.denoising = Denoising(self.family, recipe.diffusion, recipe.seed, empty, patches)
+        self.denoising = Denoising(self.family, recipe.diffusion, recipe.seed, empty, patches, self.image_condition)
         self._held_out: dict[int, Encoded] = {}
 
     def prepare(self, batch: Batch) -> Batch:
@@ -165,7 +173,10 @@ class DenoiserTask:
         """See `generate_samples`."""
         captions = [caption for batch in self.bench.held_out for caption in batch.captions]
         samples, warn = self.recipe.samples, self.bench.run.warn
-        generate_samples(self.family, samples, captions, folder, warn, self.bench.sharing)
+        embeddings = None
+        if self.image_condition is not None and captions:
+            embeddings = torch.cat([self._encoded(batch)[1][EMBEDDINGS] for batch in self.bench.held_out])
+        generate_samples(self.family, samples, captions, folder, warn, self.bench.sharing, embeddings)
 
     def save_unchanged(self, folder: Path) -> None:
         """Write the parts of the model folder that training does not change."""

@@ -15,9 +15,10 @@ from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS
 from ldm_cli.recipe.ar_recipe import TrainArRecipe
+from ldm_cli.recipe.prior_recipe import TrainPriorRecipe
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.reporting import Reporter, SilentReporter
-from ldm_cli.stages import train_ar, train_clip, train_unet, train_vae
+from ldm_cli.stages import train_ar, train_clip, train_prior, train_unet, train_vae
 from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.training.run_folder import RunFolder
 
@@ -30,6 +31,7 @@ _STAGES: dict[str, tuple[Any, Any]] = {
     "train-vae": (TrainVaeRecipe, train_vae.run),
     "train-unet": (TrainUnetRecipe, train_unet.run),
     "train-ar": (TrainArRecipe, train_ar.run),
+    "train-prior": (TrainPriorRecipe, train_prior.run),
 }
 
 
@@ -112,6 +114,22 @@ def ar_recipe(scenes: Path, vq: Path, data: Mapping[str, Any] | None = None, **t
         "transformer": _TOWER | {"initializer_range": 0.1},
         "samples": {"num_prompts": 2},
     }
+
+
+def prior_recipe(scenes: Path, clip: Path, data: Mapping[str, Any] | None = None, **train: Any) -> dict[str, Any]:
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1}
+    return _base("train-prior", scenes, data or {}, train) | {
+        "clip": str(clip),
+        "prior": sizes | {"embedding_dim": 16, "num_embeddings": 24},
+        "validation": {"steps": 3, "scale": 1.0},
+    }
+
+
+def decoder_recipe(scenes: Path, clip: Path, vae: Path, **given: Any) -> dict[str, Any]:
+    """As `unet_recipe`, of a decoder of the CLIP's image embeddings."""
+    recipe = unet_recipe(scenes, clip, vae, **given)
+    embedding = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 32}
+    return recipe | {"unet": recipe["unet"] | embedding, "image_embedding": {"image_encoder": str(clip)}}
 
 
 def trained(

@@ -30,6 +30,7 @@ def attend(
     num_heads: int,
     *,
     is_causal: bool = False,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """softmax(Q Kᵀ / √d) V per head (Vaswani et al. 2017, eq. 1).
 
@@ -37,12 +38,13 @@ def attend(
         query: [B, L, D]; `num_heads` divides D.
         key, value: [B, M, D].
         is_causal: token i sees tokens 0..i only.
+        bias: added to the logits Q Kᵀ / √d, of a shape that broadcasts to [B, heads, L, M]; None: nothing.
 
     Returns:
         [B, L, D].
     """
     q, k, v = (x.view(*x.shape[:2], num_heads, -1).transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v, bias, is_causal=is_causal).transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
@@ -63,10 +65,10 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """[B, L, D] and [B, M, context_dim] → [B, L, D]."""
+    def forward(self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """[B, L, D] and [B, M, context_dim] → [B, L, D]; `bias` as in `attend`."""
         context = x if context is None else context
-        attended = attend(self.to_q(x), self.to_k(context), self.to_v(context), self.num_heads)
+        attended = attend(self.to_q(x), self.to_k(context), self.to_v(context), self.num_heads, bias=bias)
         projected: Tensor = self.to_out[0](attended)
         return projected
 

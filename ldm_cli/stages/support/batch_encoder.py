@@ -16,12 +16,17 @@ from ldm_cli.core.precision import autocast
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.cache_manifest import CacheKey
 from ldm_cli.data.latent_cache import MASK, LatentCache
+from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import RecipeError
+from ldm_cli.families.clip_image_encoder import CLIPImageEncoder
+from ldm_cli.families.clip_text_encoder import tokenizer_folder
 from ldm_cli.families.codec_folder import open_codec
 from ldm_cli.families.family import model_sha256, place
+from ldm_cli.families.prior import EMBEDDINGS
 from ldm_cli.formats.model_source import weights_sha256
-from ldm_cli.formats.pipeline_folder import TEXT_ENCODER
+from ldm_cli.formats.pipeline_folder import IMAGE_ENCODER, TEXT_ENCODER
 from ldm_cli.recipe.ar_recipe import TrainArRecipe
+from ldm_cli.recipe.prior_recipe import TrainPriorRecipe
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.stages.support.text_encoders import open_text_encoder, text_key
 
@@ -43,7 +48,10 @@ class BatchEncoder:
 
     def __init__(self, recipe: TrainUnetRecipe, device: torch.device, warn: Callable[[str], None]) -> None:
         self.codec, self.encoder = open_codec(Path(recipe.vae)), open_text_encoder(recipe, warn)
-        for model in (self.codec, *self.encoder.models):
+        self.image_encoder: CLIPImageEncoder | None = None
+        if recipe.image_embedding is not None:
+            self.image_encoder = CLIPImageEncoder.load(Path(recipe.image_embedding.image_encoder))
+        for model in (self.codec, *self.encoder.models, *([] if self.image_encoder is None else [self.image_encoder])):
             place(device, next(model.parameters()).dtype, model, channels_last=recipe.train.channels_last)
         self._device, self._precision = device, recipe.train.precision
         self.adapts_text = False
@@ -52,7 +60,8 @@ class BatchEncoder:
     def networks(self) -> dict[str, nn.Module]:
         """The networks, by what users call them."""
         texts = {TEXT_ENCODER + (f"_{n}" if n > 1 else ""): model for n, model in enumerate(self.encoder.models, 1)}
-        return {**({"vae": self.codec} if isinstance(self.codec, nn.Module) else {}), **texts}
+        images = {} if self.image_encoder is None else {IMAGE_ENCODER: self.image_encoder}
+        return {**({"vae": self.codec} if isinstance(self.codec, nn.Module) else {}), **texts, **images}
 
     def prepare(self, batch: Batch) -> Batch:
         """With the tokens of its captions, unless it is out of a cache; on the host."""
@@ -60,20 +69,34 @@ class BatchEncoder:
 
     def __call__(self, batch: Batch) -> tuple[dict[str, Tensor], Condition]:
         """Moments and conditions of a prepared batch on the device: out of the cache, or computed."""
-        if batch.moments is None or batch.condition is None:
-            return self.moments(batch.images, batch.masks), self.condition_of(batch.tokens)
-        moments = {name: tensor.float() for name, tensor in batch.moments.items()}
+        moments = self.moments_of(batch)
+        if batch.condition is None:
+            return moments, self.condition_of(batch.tokens)
         return moments, Condition(**batch.condition).map(_as_float32)
+
+    def moments_of(self, batch: Batch) -> dict[str, Tensor]:
+        """The moments of a batch's images: out of the cache, or computed."""
+        if batch.moments is None:
+            return self.moments(batch.images, batch.masks)
+        return {name: tensor.float() for name, tensor in batch.moments.items()}
 
     @torch.no_grad()
     def moments(self, images: Tensor, masks: Tensor | None = None) -> dict[str, Tensor]:
         """Images uint8 [B, 3, H, W] → the codec's moments; masks uint8 [B, 1, H, W] → `mask`, averaged over each
-        latent's pixels, float32 [B, 1, h, w] in 0 … 1."""
+        latent's pixels, float32 [B, 1, h, w] in 0 … 1; the embeddings of the images, where the recipe asks for them."""
         with autocast(self._device, self._precision):
             moments = self.codec.moments(to_signed(images, self._device))
+        moments |= self.embeddings(images)
         if masks is not None:
             moments[MASK] = avg_pool2d(masks.to(self._device).float() / 255, self.codec.factor)
         return moments
+
+    def embeddings(self, images: Tensor) -> dict[str, Tensor]:
+        """Images uint8 [B, 3, H, W] → their embeddings, float32 [B, E]; nothing without an image encoder."""
+        if self.image_encoder is None:
+            return {}
+        with torch.no_grad(), autocast(self._device, self._precision):
+            return {EMBEDDINGS: self.image_encoder(images.to(self._device, non_blocking=True)).float()}
 
     def condition(self, captions: Sequence[str]) -> Condition:
         """B captions → B rows."""
@@ -96,7 +119,7 @@ def _as_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def cache_key(recipe: TrainUnetRecipe | TrainArRecipe) -> CacheKey:
+def cache_key(recipe: TrainUnetRecipe | TrainArRecipe | TrainPriorRecipe) -> CacheKey:
     """What decides the cache of a recipe: the weights and configurations of its models, its preprocessing.
 
     Raises:
@@ -123,8 +146,15 @@ def cache_key(recipe: TrainUnetRecipe | TrainArRecipe) -> CacheKey:
         # The codes are computed in float32, and captions cost nothing to encode.
         return CacheKey({"vq": weights_sha256(Path(recipe.vq)), **preparation}, text={}, flips=flips)
     precision = {"train.precision": recipe.train.precision}
+    if isinstance(recipe, TrainPriorRecipe):
+        clip = {"clip": model_sha256(Path(recipe.clip))}
+        tokenizer = {"tokenizer": Tokenizer.load(tokenizer_folder(Path(recipe.clip))).fingerprint}
+        return CacheKey({**clip, **preparation, **precision}, {**clip, **tokenizer, **precision}, flips)
+    images = {}
+    if recipe.image_embedding is not None:
+        images = {IMAGE_ENCODER: model_sha256(Path(recipe.image_embedding.image_encoder))}
     return CacheKey(
-        latents={"vae": model_sha256(Path(recipe.vae), _IRRELEVANT), **preparation, **precision},
+        latents={"vae": model_sha256(Path(recipe.vae), _IRRELEVANT), **images, **preparation, **precision},
         text={**text_key(recipe), **precision},
         flips=flips,
     )

@@ -25,14 +25,17 @@ from ldm_cli.data.sample_decoder import Draw, SampleDecoder, Wanted
 from ldm_cli.data.shards import ShardSet
 from ldm_cli.errors import DivergedError
 from ldm_cli.families.autoregressive import CodeGrid
+from ldm_cli.families.clip_image_encoder import outline_image_tower
 from ldm_cli.families.codec_folder import outline_codec
 from ldm_cli.formats.model_folder import outline_model
 from ldm_cli.recipe.ar_recipe import TrainArRecipe
+from ldm_cli.recipe.prior_recipe import TrainPriorRecipe
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.stages.support.batch_encoder import BatchEncoder
 from ldm_cli.stages.support.code_encoder import CodeEncoder
+from ldm_cli.stages.support.prior_encoder import PriorBatchEncoder
 
-CachedRecipe = TrainUnetRecipe | TrainArRecipe
+CachedRecipe = TrainUnetRecipe | TrainArRecipe | TrainPriorRecipe
 FrozenEncoder = BatchEncoder | CodeEncoder
 _TAR_OVERHEAD = 1536  # of a sample: headers of tar and safetensors, padding
 _NEVER = 2.0  # a random number above every probability
@@ -101,12 +104,16 @@ class Chunks:
 
 def open_encoder(recipe: CachedRecipe, device: torch.device, warn: Callable[[str], None]) -> FrozenEncoder:
     """The frozen models of a recipe on a device; `warn` is called once if captions are cut."""
+    if isinstance(recipe, TrainPriorRecipe):
+        return PriorBatchEncoder(recipe, device, warn)
     return CodeEncoder(recipe, device) if isinstance(recipe, TrainArRecipe) else BatchEncoder(recipe, device, warn)
 
 
 def bytes_per_sample(recipe: CachedRecipe, key: CacheKey) -> int:
     """What a sample takes in a latents file, about."""
     side, width = recipe.data.image_size, DTYPES[key.dtype].itemsize
+    if isinstance(recipe, TrainPriorRecipe):
+        return width * recipe.model.embedding_dim * len(key.flips) + _TAR_OVERHEAD
     codec: Codec
     if isinstance(recipe, TrainArRecipe):
         codec = CodeGrid(outline_model(VQModel, Path(recipe.vq)))
@@ -114,6 +121,8 @@ def bytes_per_sample(recipe: CachedRecipe, key: CacheKey) -> int:
         codec = outline_codec(Path(recipe.vae))
     moments = codec.moments(torch.empty(1, 3, side, side, device="meta")).values()
     size = sum(tensor.numel() * (width if tensor.is_floating_point() else tensor.itemsize) for tensor in moments)
+    if isinstance(recipe, TrainUnetRecipe) and recipe.image_embedding is not None:
+        size += width * outline_image_tower(Path(recipe.image_embedding.image_encoder)).config.projection_dim
     if recipe.data.mask is not None:
         size += width * (side // codec.factor) ** 2
     return size * len(key.flips) + _TAR_OVERHEAD

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,8 +30,19 @@ from ldm_cli.stages.support.patch_training import PatchTraining
 from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.shared_work import in_turns, merged
 
-_NUM_NOISE_LEVELS = 5
+NUM_NOISE_LEVELS = 5
+"""How many levels a held-out loss is measured at."""
 _PURPOSES = ("posterior noise", "noise", "timestep", "caption dropout", "encoder dropout")
+
+
+class AddedCondition(Protocol):
+    """What a condition has beside the text, made of the picture itself."""
+
+    def __call__(
+        self, condition: Condition, batch: Batch, moments: Mapping[str, Tensor], *, is_training: bool
+    ) -> Condition:
+        """The condition, captions already dropped, with more fields; random numbers are those of the samples."""
+
 
 Encoded = tuple[Batch, Mapping[str, Tensor], Condition]
 """A batch, the codec's moments of its images with the masks at their size, and its conditions."""
@@ -47,6 +59,7 @@ class Denoising:
         seed: of all random numbers; each sample has its own, by epoch and position.
         empty: the condition that takes the place of a dropped one: one row.
         patches: of a transformer.
+        added: what conditions have beside the text; None: nothing.
     """
 
     def __init__(
@@ -56,8 +69,9 @@ class Denoising:
         seed: int,
         empty: Condition,
         patches: PatchTraining | None = None,
+        added: AddedCondition | None = None,
     ) -> None:
-        self.family, self.config, self.empty, self.patches = family, config, empty, patches
+        self.family, self.config, self.empty, self.patches, self._added = family, config, empty, patches, added
         self._keys = {purpose: philox.key(seed, purpose) for purpose in _PURPOSES}
         self._fixed_keys = {purpose: philox.key(seed, f"validation {purpose}") for purpose in _PURPOSES}
 
@@ -70,7 +84,10 @@ class Denoising:
         DreamBooth's loss (Ruiz et al. 2022, arXiv:2208.12242, eq. 2).
         """
         u = random_levels(self.config, self._keys["timestep"], batch.epoch, batch.position)
-        errors, tokens = self._error(batch, moments, self._with_dropout(batch, condition), u, self._keys, step)
+        condition = self._with_dropout(batch, condition)
+        if self._added is not None:
+            condition = self._added(condition, batch, moments, is_training=True)
+        errors, tokens = self._error(batch, moments, condition, u, self._keys, step)
         loss = (errors if batch.loss_weights is None else errors * batch.loss_weights).mean()
         return (loss, {}) if tokens is None or self.patches is None else self.patches.added(loss, tokens, batch)
 
@@ -99,9 +116,11 @@ class Denoising:
 
         def errors(held: Batch) -> Tensor:
             batch, moments, condition = encoded(held)
-            sums = torch.zeros(_NUM_NOISE_LEVELS, dtype=torch.float64, device=self.family.device)
-            for level in range(_NUM_NOISE_LEVELS):
-                u = torch.full((len(batch),), (level + 0.5) / _NUM_NOISE_LEVELS, device=sums.device)
+            if self._added is not None:
+                condition = self._added(condition, batch, moments, is_training=False)
+            sums = torch.zeros(NUM_NOISE_LEVELS, dtype=torch.float64, device=self.family.device)
+            for level in range(NUM_NOISE_LEVELS):
+                u = torch.full((len(batch),), (level + 0.5) / NUM_NOISE_LEVELS, device=sums.device)
                 sums[level] = self._error(batch, moments, condition, u, self._fixed_keys)[0].double().sum()
             return sums
 
@@ -149,6 +168,7 @@ def generate_samples(
     folder: Path | None,
     warn: Callable[[str], None],
     ranks: Ranks,
+    embeddings: Tensor | None = None,
 ) -> None:
     """`grid.png` of the fixed prompts and seeds, and `prompts.json` with their names.
 
@@ -159,14 +179,19 @@ def generate_samples(
         folder: where rank 0 writes.
         warn: is called for each picture that is not finite, and is left out.
         ranks: those that call, and share the pictures.
+        embeddings: unCLIP: of the pictures of the captions, [N, E], which are then varied.
     """
-    prompts = list(config.prompts) or list(captions[: config.num_prompts])
+    given = list(config.prompts) if embeddings is None else []
+    prompts = given or list(captions[: config.num_prompts])
     if not prompts:
         return
     problems: list[str] = []
     options = SampleOptions(on_nonfinite=lambda error: problems.append(f"{error.what}: {error.cause}"))
     requests = requests_for(prompts, config.sampling)
     own = range(ranks.rank, len(requests), ranks.world_size)
+    if embeddings is not None:
+        rows = embeddings[: len(prompts)].repeat_interleave(config.sampling.images_per_prompt, 0)
+        options = replace(options, image_embeds=rows[own.start :: own.step, None])
     generated = pipeline_of(family).generate([requests[i] for i in own], config.sampling, options=options)
     pixels = merged({str(own[picture.index]): picture.pixels.cpu() for picture in generated}, ranks)
     for text in ranks.texts(json.dumps(problems)):

@@ -29,6 +29,8 @@ def expect_known_conditions(recipe: TrainUnetRecipe) -> None:
     """
     _expect_fitting_patches(recipe)
     config, known = recipe.model, "addition_embed_type=text_time" if recipe.text_encoder_2 else ""
+    if recipe.image_embedding is not None:
+        known = "class_embed_type=projection"
     if isinstance(config, SD3Transformer2DConfig):
         return
     fields = [field for field in config.pooled_fields if field != known]

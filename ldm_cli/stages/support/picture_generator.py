@@ -22,16 +22,17 @@ from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.formats.weight_files import read_tensors, tensors_sha256
 from ldm_cli.pictures.job import Item
 from ldm_cli.pictures.progress import PartOfProgress
-from ldm_cli.pictures.provenance import embedding_source, lora_source
+from ldm_cli.pictures.provenance import embedding_source, lora_source, picture_sources
 from ldm_cli.recipe.sample_recipe import SampleRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.edit_config import EditConfig
 from ldm_cli.sampling.edit_input import EditInput, open_edit_input
+from ldm_cli.sampling.embedded_pictures import embedded_pictures
 from ldm_cli.sampling.guidance_models import guidance_folders, with_absolute_paths
 from ldm_cli.sampling.picture_pipeline import PicturePipeline
 from ldm_cli.sampling.request import ImageRequest
-from ldm_cli.sampling.sample_options import OnNonfinite, OnPreview, SampleOptions
+from ldm_cli.sampling.sample_options import OnNonfinite, OnPreview, SampleOptions, TextDifference
 from ldm_cli.stages.support.job_adapters import JobAdapters
 from ldm_cli.storage import file_sha256
 
@@ -66,6 +67,7 @@ class PictureGenerator:
     ) -> None:
         self.pipeline, self.recipe, self._adapters = pipeline, recipe, adapters
         self._edit_inputs: dict[tuple[EditConfig, int | None, int | None], EditInput] = {}
+        self._embeddings: dict[tuple[str, ...], Tensor] = {}
         self._hashes: dict[GuidanceConfig, dict[str, str]] = {}
         self._sha256 = cache(weights_sha256)
         self._latents, self._noise = latents, None
@@ -85,6 +87,7 @@ class PictureGenerator:
         """Absolute paths of the model, or its name on the hub, and of the files that the pictures are made of."""
         paths = {"model": self.pipeline.family.folder, "latents": self._latents.file if self._latents else None}
         paths |= {name: getattr(self.recipe.edit, name) for name in ("image", "mask", "style")}
+        paths |= picture_sources(self.recipe.edit.embedded)
         paths |= {lora_source(name): path for name, path in self._adapters.paths.items()}
         paths |= {embedding_source(word): path for word, path in self._adapters.embeddings.items()}
         return {n: recorded(Path(p).expanduser().absolute()) for n, p in paths.items() if p is not None}
@@ -120,7 +123,7 @@ class PictureGenerator:
             "weights": self.pipeline.family.weights_sha256,
             "weighted_words": self.recipe.weighted_words,
         }
-        if self.recipe.edit.image is not None:
+        if self.recipe.edit.is_given:
             provenance["edit"] = self._edit_provenance(self.recipe.edit)
         if self.recipe.variant is not None:
             provenance["variant"] = self.recipe.variant
@@ -146,7 +149,7 @@ class PictureGenerator:
         sampling = self._sampling_provenance(item.sampling, item.edit)
         if sampling != self.shared["sampling"]:
             own["sampling"] = sampling
-        if item.edit.image is not None and self._edit_provenance(item.edit) != self.shared["edit"]:
+        if item.edit.is_given and self._edit_provenance(item.edit) != self.shared["edit"]:
             own["edit"] = self._edit_provenance(item.edit)
         if self._guidance_hashes(item.sampling) != self.shared.get("guidance_models", {}):
             own["guidance_models"] = self._guidance_hashes(item.sampling)
@@ -178,8 +181,13 @@ class PictureGenerator:
                 done += len(part)
 
     def _options(self, sampling: SamplingConfig, edit: EditConfig) -> SampleOptions:
+        difference = None
+        if edit.from_text is not None and edit.to_text is not None:
+            difference = TextDifference(edit.from_text, edit.to_text, edit.amount)
         return SampleOptions(
             edit_input=self._edit_input(sampling, edit),
+            image_embeds=self._embedded(edit.embedded) if edit.embedded else None,
+            text_difference=difference,
             window=self._window,
             weighted=self.recipe.weighted_words,
             preview_every=self.recipe.preview_every,
@@ -196,6 +204,12 @@ class PictureGenerator:
             size = None if None in given else self.pipeline.image_size(sampling)
             self._edit_inputs[key] = open_edit_input(edit, factor, size)
         return self._edit_inputs[key]
+
+    def _embedded(self, names: tuple[str, ...]) -> Tensor:
+        """The embeddings of pictures, [1, K, E], computed once."""
+        if names not in self._embeddings:
+            self._embeddings[names] = embedded_pictures(self.pipeline.family, names)
+        return self._embeddings[names]
 
     def _sized(self, sampling: SamplingConfig, edit_input: EditInput | None) -> SamplingConfig:
         """With the size of the picture, which is that of the picture to work on where there is one."""
@@ -222,6 +236,10 @@ class PictureGenerator:
         for name in ("image", "mask", "style"):
             path = provenance.pop(name)
             provenance[f"{name}_sha256"] = None if path is None else file_sha256(Path(path))
+        if edit.embedded:
+            provenance["embedded_sha256"] = [file_sha256(Path(path)) for path in edit.embedded]
+        for name in ("embedded", *(() if edit.embedded else ("from_text", "to_text", "amount"))):
+            del provenance[name]
         return provenance
 
 

@@ -14,6 +14,7 @@ from ldm_cli.config import Config
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig
 from ldm_cli.core.models.llama_config import LlamaConfig
+from ldm_cli.core.models.prior_transformer_config import PriorTransformerConfig
 from ldm_cli.core.models.sd3_transformer_2d_config import SD3Transformer2DConfig
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.core.models.vq_model_config import VQModelConfig
@@ -28,6 +29,7 @@ from ldm_cli.formats.model_folder import ModelClass, load_model, read_as
 from ldm_cli.formats.model_source import has_model_json, read_model_json, split_at_file
 from ldm_cli.formats.pipeline_folder import (
     INDEX_NAME,
+    PRIOR,
     TEXT_ENCODER,
     TEXT_ENCODER_2,
     TEXT_ENCODER_3,
@@ -39,6 +41,7 @@ from ldm_cli.formats.pipeline_folder import (
 from ldm_cli.formats.scheduler_file import read_scheduler
 from ldm_cli.formats.weight_files import CONFIG_NAME
 from ldm_cli.recipe.ar_recipe import TrainArRecipe
+from ldm_cli.recipe.prior_recipe import TrainPriorRecipe
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.recipe.train_recipe import StartedRecipe
 from ldm_cli.training.run_identity import flatten
@@ -88,6 +91,9 @@ def _taken_fields(recipe: StartedRecipe, folder: Path, warn: Callable[[str], Non
         return {"vae": _agreed("vae", recipe.vae, vae, folder)}
     if isinstance(recipe, TrainArRecipe):
         return _taken_by_ar(recipe, folder)
+    if isinstance(recipe, TrainPriorRecipe):
+        prior = read_as(PriorTransformerConfig.from_hugging_face, folder / CONFIG_NAME)
+        return {"prior": _agreed("prior", recipe.prior, prior, folder)}
     if not isinstance(recipe, TrainUnetRecipe):
         raise TypeError(f"start_from of a {type(recipe).__name__}")
     taken = _taken_denoiser(recipe, folder)
@@ -133,7 +139,8 @@ def start_folder(recipe: StartedRecipe) -> Path:
     root = resolve_model(path)
     if not _is_pipeline(root) or isinstance(recipe, TrainClipRecipe):
         return root
-    part = VAE if isinstance(recipe, TrainVaeRecipe) else TRANSFORMER if isinstance(recipe, TrainArRecipe) else UNET
+    parts: dict[type, str] = {TrainVaeRecipe: VAE, TrainArRecipe: TRANSFORMER, TrainPriorRecipe: PRIOR}
+    part = parts.get(type(recipe), UNET)
     if part == UNET and has_model_json(root / TRANSFORMER / CONFIG_NAME):
         part = TRANSFORMER
     if not has_model_json(root / part / CONFIG_NAME):
