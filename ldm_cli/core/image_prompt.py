@@ -24,10 +24,13 @@ class ImagePrompts:
     Args:
         unet: a UNet2DConditionModel. Code that is compiled must not have run before.
         prompts: adapter and scale s of each picture; an adapter may serve several.
+
+    Attributes:
+        factor: by which all scales are multiplied.
     """
 
     def __init__(self, unet: nn.Module, prompts: Sequence[tuple[IPAdapter, float]]) -> None:
-        self._prompts = prompts
+        self._prompts, self.factor = prompts, 1.0
         self._lengths = [adapter.image_proj.num_tokens for adapter, _ in prompts]
         self._tokens: Tensor | None = None
         unet.register_forward_pre_hook(self._take_tokens)
@@ -57,7 +60,7 @@ class ImagePrompts:
         assert self._tokens is not None
         total: Tensor | None = None
         for (adapter, scale), tokens in zip(self._prompts, self._tokens.split(self._lengths, dim=1), strict=True):
-            part: Tensor = scale * adapter.ip_adapter[number](query, tokens, num_heads)
+            part: Tensor = self.factor * scale * adapter.ip_adapter[number](query, tokens, num_heads)
             total = part if total is None else total + part
         assert total is not None
         return total

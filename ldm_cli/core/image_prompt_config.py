@@ -12,6 +12,7 @@ HEAD_WIDTH = 64
 """Width of a head of the resampler, as in all published files, which do not say it."""
 _TOKENS = {"base": 4, "plus": 16}
 
+Kind = Literal["base", "plus"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -20,7 +21,7 @@ class ImagePromptConfig(Config):
 
     image_encoder: Annotated[str, NamesModel(("image_encoder",))]
     """The image tower that sees the pictures: a CLIPVisionModelWithProjection, or a CLIPModel of `train-clip`."""
-    kind: Literal["base", "plus"] = "base"
+    kind: Kind = "base"
     """`base` makes tokens of the embedding of a picture; `plus` of the states of its patches, which keep details."""
     num_tokens: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Tokens of a picture; null: 4, of `plus` 16. diffusers opens files of kind `base` with 4 tokens only."""

@@ -46,16 +46,6 @@ class CLIPImageEncoder:
         model = load_model(CLIPVisionModelWithProjection, folder, vision_config_of, allow_extra=True, dtype=dtype)
         return cls(model, image_processor_for(model.config.image_size, folder))
 
-    @property
-    def width(self) -> int:
-        """Of the states."""
-        return self.model.config.hidden_size
-
-    @property
-    def embedding_width(self) -> int:
-        """Of the embeddings."""
-        return self.model.config.projection_dim
-
     def embeddings(self, images: Tensor) -> Tensor:
         """Pictures uint8 [B, 3, H, W] → [B, projection_dim] in the joint space, not normalised."""
         return self.model.project(self.model(self._prepared(images)))

@@ -86,6 +86,8 @@ class SamplingConfig(Config):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Autoregressive models: choose among the most probable tokens that together have this probability (Holtzman et al.
     2020, arXiv:1904.09751); 1: all."""
+    image_scale: Annotated[float, Field(ge=-100, le=100)] = 1.0
+    """Image prompts: their scales are multiplied by it; 0: the text alone."""
     images_per_prompt: Annotated[int, Field(ge=1)] = 4
     """Image i of a prompt has the seed `seed + i`."""
     seed: Annotated[int, Field(ge=0)] = 0

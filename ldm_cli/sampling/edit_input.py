@@ -79,10 +79,10 @@ def open_edit_input(edit: EditConfig, factor: int, size: tuple[int, int] | None)
         UsageError: picture and mask differ in size, or the mask is empty.
     """
     assert edit.image is not None
-    image = _open(edit.image, "--init", size)
+    image = open_picture(edit.image, "--init", size)
     mask = torch.zeros(image.shape[1:], dtype=torch.bool)
     if edit.mask is not None:
-        given = _open(edit.mask, "--mask", size)
+        given = open_picture(edit.mask, "--mask", size)
         if given.shape != image.shape:
             raise UsageError(
                 f"mask '{edit.mask}' is {given.shape[2]}x{given.shape[1]} px",
@@ -102,7 +102,7 @@ def open_edit_input(edit: EditConfig, factor: int, size: tuple[int, int] | None)
         mask=F.pad(mask, padding, value=False) if edit.is_masked else None,
         size=(height, width),
         strength=edit.resolved_strength,
-        style=None if edit.style is None else _with_factor(_open(edit.style, "--style", None), factor),
+        style=None if edit.style is None else _with_factor(open_picture(edit.style, "--style", None), factor),
         style_strength=edit.style_strength,
     )
 
@@ -126,8 +126,17 @@ def adain(content: Tensor, style: Tensor, amount: float) -> Tensor:
     return torch.lerp(content, styled, amount)
 
 
-def _open(name: str, option: str, size: tuple[int, int] | None) -> Tensor:
-    """A picture, uint8 [3, H, W]."""
+def open_picture(name: str, option: str, size: tuple[int, int] | None = None) -> Tensor:
+    """A picture, uint8 [3, H, W].
+
+    Args:
+        name: of its file.
+        option: that names it, for messages.
+        size: height and width to fit it into, covering it; None: as it is.
+
+    Raises:
+        InputNotFoundError, DataError: it cannot be read.
+    """
     try:
         data = read_input(Path(name), MOST_PICTURE_BYTES, remedy=f"check {option}")
         image = decode_rgb(data, _BLACK if option == "--mask" else _WHITE, _MOST_PIXELS).image

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm_cli.core.condition import Condition
 from ldm_cli.core.image_prompt import ImagePrompts
 from ldm_cli.core.models.clip_config import CLIPVisionConfig
+from ldm_cli.core.models.clip_image_processor import CLIPImageProcessor
 from ldm_cli.core.models.clip_vision import CLIPVisionModelWithProjection
 from ldm_cli.core.models.ip_adapter import ImageProjection, IPAdapter, Resampler, cross_attentions
 from ldm_cli.families.clip_image_encoder import CLIPImageEncoder
-from ldm_cli.families.ip_adapter_file import read_ip_adapter, write_ip_adapter
+from ldm_cli.families.ip_adapter import read_ip_adapter, write_ip_adapter
 from ldm_cli.families.open_family import open_family
+from ldm_cli.pictures.images import read_image, save_image
+from ldm_cli.recipe.sample_recipe import SampleRecipe
+from ldm_cli.reporting import SilentReporter
+from ldm_cli.stages import sample
+from ldm_cli.stages.support.options import RunOptions
+from ldm_cli.stages.support.picture_generator import Latents
 from tests.parity.their_pipeline import scheduler, their_folder
 from tests.parity.xl_pipeline import their_xl_folder
 from tests.sampling.tiny import randomize
@@ -65,7 +72,10 @@ def published_tensors(unet: Any, kind: str, seed: int) -> dict[str, Tensor]:
             for role in ("k", "v"):
                 tensors[f"ip_adapter.{n}.to_{role}_ip.weight"] = random(layer.to_q.out_features, dim)
     if kind == "base":
-        shapes: dict[str, tuple[int, ...]] = {"proj.weight": (4 * dim, VISION["projection_dim"]), "proj.bias": (4 * dim,)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "proj.weight": (4 * dim, VISION["projection_dim"]),
+            "proj.bias": (4 * dim,),
+        }
         shapes |= {"norm.weight": (dim,), "norm.bias": (dim,)}
     else:
         width, heads = 128, 2
@@ -75,7 +85,10 @@ def published_tensors(unet: Any, kind: str, seed: int) -> dict[str, Tensor]:
         for i in range(4):
             for name in ("0.norm1", "0.norm2", "1.0"):
                 shapes |= {f"layers.{i}.{name}.weight": (width,), f"layers.{i}.{name}.bias": (width,)}
-            shapes |= {f"layers.{i}.0.to_q.weight": (64 * heads, width), f"layers.{i}.0.to_kv.weight": (128 * heads, width)}
+            shapes |= {
+                f"layers.{i}.0.to_q.weight": (64 * heads, width),
+                f"layers.{i}.0.to_kv.weight": (128 * heads, width),
+            }
             shapes |= {f"layers.{i}.0.to_out.weight": (width, 64 * heads)}
             shapes |= {f"layers.{i}.1.1.weight": (4 * width, width), f"layers.{i}.1.3.weight": (width, 4 * width)}
     return tensors | {f"image_proj.{name}": random(*shape) for name, shape in shapes.items()}
@@ -161,3 +174,108 @@ def test_several_adapters_add_up_as_in_diffusers(sd: Path, tmp_path: Path) -> No
         added = {"image_embeds": [image[:, None] for image in features]}
         expected = theirs.unet(x, t, condition.tokens, added_cond_kwargs=added).sample
     assert (output - expected).abs().max() <= TOLERANCE * expected.std()
+
+
+def test_what_we_write_opens_in_diffusers(xl: Path, tmp_path: Path) -> None:
+    unet: Any = open_family(xl).denoiser  # type: ignore[attr-defined]
+    layers, dim = cross_attentions(unet), unet.config.cross_attention_dim
+    encoder = CLIPImageEncoder(
+        randomize(CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION)), 9), CLIPImageProcessor.for_side(32)
+    )
+    encoder.save(tmp_path / "models/image_encoder")
+    for kind, image_proj in (("base", ImageProjection(20, dim, 4)), ("plus", Resampler(32, dim, 16, 128, 2))):
+        adapter = randomize(IPAdapter(image_proj, layers), 3)
+        file = tmp_path / "models/ip_adapter.safetensors"
+        write_ip_adapter(file, adapter.state_dict())
+        theirs = load_theirs(xl, [file])
+        features = image_features(kind)
+        with torch.inference_mode():
+            (expected,) = theirs.unet.encoder_hid_proj([features[:, None]])
+            assert (adapter(features) - expected[:, 0]).abs().max() <= TOLERANCE
+            pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+            embedding = encoder.model.project(encoder.model(pixels))
+            assert (embedding - theirs.image_encoder(pixels).image_embeds).abs().max() <= TOLERANCE
+        again = read_ip_adapter(file, unet).state_dict()
+        assert all(torch.equal(again[name], tensor) for name, tensor in adapter.state_dict().items())
+
+
+def picture(folder: Path, seed: int, size: tuple[int, int] = (32, 32)) -> Path:
+    pixels = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    save_image(folder / f"{seed}.png", pixels)
+    return folder / f"{seed}.png"
+
+
+@pytest.mark.parametrize("model", ["sd", "xl"])
+def test_pictures_are_those_of_diffusers(model: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(model)
+    base, kinds = diffusers.DiffusionPipeline.from_pretrained(folder), ("base", "plus")
+    files = [publish(tmp_path, base, kind, seed) for seed, kind in enumerate(kinds)]
+    images = [picture(tmp_path, seed, size) for seed, size in enumerate([(32, 32), (48, 80)])]
+    theirs, scales = load_theirs(folder, files), [0.7, 0.4]
+    theirs.set_ip_adapter_scale(scales)
+    theirs.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    result = theirs(
+        "a blue square",
+        negative_prompt="green",
+        ip_adapter_image=[Image.open(image) for image in images],
+        num_inference_steps=5,
+        guidance_scale=3.0,
+        latents=noise,
+        output_type="np",
+    )
+    expected = (torch.from_numpy(result.images[0]).permute(2, 0, 1) * 255).round()
+    save_file({"latents": noise}, tmp_path / "latents.safetensors")
+    prompts = [
+        {"image": str(image), "scale": scale, "adapter": str(file)}
+        for image, scale, file in zip(images, scales, files, strict=True)
+    ]
+    sampling = {"steps": 5, "guidance": 3.0, "negative": "green", "width": 16, "height": 16, "images_per_prompt": 1}
+    recipe = {"command": "sample", "model": str(folder), "prompts": ["a blue square"], "sampling": sampling}
+    found = []
+    for name, given in (("with", prompts), ("without", [])):
+        options = RunOptions(tmp_path / name, "cpu")
+        latents = Latents(tmp_path / "latents.safetensors")
+        fields = recipe | {"image_prompts": given}
+        run = sample.run(SampleRecipe.from_mapping(fields), options, SilentReporter(), latents)
+        found.append(read_image(Path(run["images"][0]["file"])).float())
+    assert found[0].std() > 10, "flat pictures prove nothing"
+    assert (found[0] - expected).abs().max() <= 2
+    assert (found[1] - expected).abs().max() > 10, "the image prompts change something"
+
+
+@pytest.mark.parametrize("kind", ["base", "plus"])
+def test_gradients_are_those_of_diffusers(kind: str, sd: Path, tmp_path: Path) -> None:
+    """Autograd through the attention processors of diffusers, for all weights of the adapter."""
+    file = publish(tmp_path, diffusers.DiffusionPipeline.from_pretrained(sd), kind)
+    theirs = load_theirs(sd, [file]).unet
+    unet: Any = open_family(sd).denoiser  # type: ignore[attr-defined]
+    adapter = read_ip_adapter(file, unet).requires_grad_(True)
+    ImagePrompts(unet, [(adapter, 1.0)])
+    unet.enable_gradient_checkpointing()
+    x, t, condition, _ = inputs(unet)
+    features = image_features(kind)
+    target = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    (unet(x, t, with_tokens(condition, adapter(features))) - target).square().mean().backward()
+    theirs.requires_grad_(True)
+    output = theirs(x, t, condition.tokens, added_cond_kwargs={"image_embeds": [features[:, None]]}).sample
+    (output - target).square().mean().backward()
+    assert all(parameter.grad is None for parameter in unet.parameters())
+    processors = [p for name, p in theirs.attn_processors.items() if name.endswith("attn2.processor")]
+    for number, processor in enumerate(processors):
+        own: Any = adapter.ip_adapter[str(2 * number + 1)]
+        for mine, other in ((own.to_k_ip, processor.to_k_ip[0]), (own.to_v_ip, processor.to_v_ip[0])):
+            assert_close(mine.weight.grad, other.weight.grad)
+    projection: Any = theirs.encoder_hid_proj.image_projection_layers[0]
+    own = adapter.image_proj
+    if kind == "base":
+        assert_close(own.proj.weight.grad, projection.image_embeds.weight.grad)
+    else:
+        assert_close(own.latents.grad, projection.latents.grad)
+        kv = torch.cat([projection.layers[0].attn.to_k.weight.grad, projection.layers[0].attn.to_v.weight.grad])
+        assert_close(own.layers[0][0].to_kv.weight.grad, kv)
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    assert expected.abs().max() > 1e-6
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ldm_cli.core.image_prompt_config import HEAD_WIDTH
+from ldm_cli.core.image_prompt_config import HEAD_WIDTH, Kind
 from ldm_cli.core.models.attention import Attention, attend
 
 NUM_RESAMPLER_LAYERS = 4
@@ -111,6 +111,11 @@ class IPAdapter(nn.Module):
         self.ip_adapter = nn.ModuleDict()
         for number, layer in layers.items():
             self.ip_adapter[str(number)] = ImageAttention(layer.to_k.in_features, layer.to_k.out_features)
+
+    @property
+    def kind(self) -> Kind:
+        """What it makes tokens of: see `ImagePromptConfig.kind`."""
+        return "plus" if isinstance(self.image_proj, Resampler) else "base"
 
     @torch.no_grad()
     def begin_as_text(self, layers: Mapping[int, Attention]) -> None:

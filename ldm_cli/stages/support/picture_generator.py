@@ -33,6 +33,7 @@ from ldm_cli.sampling.picture_pipeline import PicturePipeline
 from ldm_cli.sampling.request import ImageRequest
 from ldm_cli.sampling.sample_options import OnNonfinite, OnPreview, SampleOptions
 from ldm_cli.stages.support.job_adapters import JobAdapters
+from ldm_cli.stages.support.job_image_prompts import JobImagePrompts
 from ldm_cli.storage import file_sha256
 
 _MOST_TOGETHER = 256
@@ -63,8 +64,9 @@ class PictureGenerator:
         latents: Latents | None,
         num_images: int,
         adapters: JobAdapters,
+        image_prompts: JobImagePrompts | None = None,
     ) -> None:
-        self.pipeline, self.recipe, self._adapters = pipeline, recipe, adapters
+        self.pipeline, self.recipe, self._adapters, self._image_prompts = pipeline, recipe, adapters, image_prompts
         self._edit_inputs: dict[tuple[EditConfig, int | None, int | None], EditInput] = {}
         self._hashes: dict[GuidanceConfig, dict[str, str]] = {}
         self._sha256 = cache(weights_sha256)
@@ -87,6 +89,7 @@ class PictureGenerator:
         paths |= {name: getattr(self.recipe.edit, name) for name in ("image", "mask", "style")}
         paths |= {lora_source(name): path for name, path in self._adapters.paths.items()}
         paths |= {embedding_source(word): path for word, path in self._adapters.embeddings.items()}
+        paths |= {} if self._image_prompts is None else self._image_prompts.sources
         return {n: recorded(Path(p).expanduser().absolute()) for n, p in paths.items() if p is not None}
 
     def check(self, items: Sequence[Item]) -> None:
@@ -132,6 +135,8 @@ class PictureGenerator:
             provenance["embedding_sha256"] = self._adapters.embedding_sha256
         if self._adapters.sha256:
             provenance["lora_sha256"] = self._adapters.sha256
+        if self._image_prompts is not None:
+            provenance["image_prompts"] = self._image_prompts.provenance
         if self._latents is not None:
             provenance["latents_sha256"] = tensors_sha256([self._latents.file])
         return provenance
@@ -167,6 +172,8 @@ class PictureGenerator:
             done = 0
             for part in _alike(items, indices):
                 self._adapters.use_for(items[part[0]])
+                if self._image_prompts is not None:
+                    self._image_prompts.use_for(items[part[0]])
                 sampling, edit = items[part[0]].sampling, items[part[0]].edit
                 options = replace(self._options(sampling, edit), on_preview=on_preview, on_nonfinite=on_nonfinite)
                 sized = self._sized(sampling, options.edit_input)
@@ -180,6 +187,7 @@ class PictureGenerator:
     def _options(self, sampling: SamplingConfig, edit: EditConfig) -> SampleOptions:
         return SampleOptions(
             edit_input=self._edit_input(sampling, edit),
+            image_tokens=None if self._image_prompts is None else self._image_prompts.tokens,
             window=self._window,
             weighted=self.recipe.weighted_words,
             preview_every=self.recipe.preview_every,

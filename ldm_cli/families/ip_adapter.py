@@ -1,4 +1,7 @@
-"""Files of image prompt adapters (IP-Adapter): the published flat layout, which is a module's state dict."""
+"""Image prompt adapters (IP-Adapter): their files, and what they take of an image encoder.
+
+The published flat layout is the state dict of the module.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm_cli.core.image_prompt_config import HEAD_WIDTH
+from ldm_cli.core.image_prompt_config import HEAD_WIDTH, Kind
+from ldm_cli.core.models.clip_config import CLIPVisionConfig
 from ldm_cli.core.models.ip_adapter import ImageProjection, IPAdapter, Resampler, cross_attentions
 from ldm_cli.errors import CheckpointError, InputNotFoundError
-from ldm_cli.families.clip_image_encoder import IMAGE_ENCODER
+from ldm_cli.families.clip_image_encoder import IMAGE_ENCODER, CLIPImageEncoder
 from ldm_cli.formats.model_folder import fitted, without_weights
 from ldm_cli.formats.weight_files import named, read_tensors, write_tensors
 from ldm_cli.formats.weight_values import expect_finite
@@ -100,3 +104,28 @@ def _projection(tensors: Mapping[str, Tensor], file: Path) -> ImageProjection | 
 def write_ip_adapter(file: Path, weights: Mapping[str, Tensor]) -> None:
     """Write the state dict of an `IPAdapter`; errors as in `write_tensors`."""
     write_tensors(file, {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()})
+
+
+def image_features(encoder: CLIPImageEncoder, kind: Kind, images: Tensor) -> Tensor:
+    """What an adapter of a kind takes of pictures uint8 [B, 3, H, W]: [B, E], of `plus` [B, L, E]."""
+    return encoder.states(images) if kind == "plus" else encoder.embeddings(images)
+
+
+def absent_features(encoder: CLIPImageEncoder, kind: Kind) -> Tensor:
+    """What stands for no picture, one row: an embedding of zeros; of `plus` the states of a picture of zeros."""
+    weight = encoder.model.visual_projection.weight
+    return encoder.black_states() if kind == "plus" else weight.new_zeros(1, encoder.model.config.projection_dim)
+
+
+def expect_fitting_encoder(adapter: IPAdapter, config: CLIPVisionConfig, folder: Path) -> None:
+    """Raise CheckpointError unless the image encoder of a folder, so configured, gives what the adapter takes."""
+    width, wanted = feature_width(config, adapter.kind), adapter.image_proj.image_dim
+    if width != wanted:
+        cause = f"it gives {width} numbers, and the adapter takes {wanted}"
+        remedy = "name the image encoder that the adapter was trained with: --image-encoder DIR"
+        raise CheckpointError(f"the image encoder in '{folder}' does not fit the adapter", cause, remedy)
+
+
+def feature_width(config: CLIPVisionConfig, kind: Kind) -> int:
+    """E of `image_features`."""
+    return config.hidden_size if kind == "plus" else config.projection_dim
