@@ -31,17 +31,13 @@ def open_clip(folder: Path) -> tuple[CLIPModel, Tokenizer, CLIPImageProcessor]:
 
 
 def open_image_processor(folder: Path) -> CLIPImageProcessor:
-    """The image processor of a CLIPModel folder; errors as in `read_as` and `image_processor_for`."""
-    config = read_as(CLIPConfig.from_hugging_face, resolve_model_folder(folder) / CONFIG_NAME)
-    return image_processor_for(config.vision_config.image_size, folder)
-
-
-def image_processor_for(size: int, folder: Path) -> CLIPImageProcessor:
-    """The image processor of a folder, for images of `size` px; where it has none, OpenAI's.
+    """The image processor of a CLIPModel folder; where it has none, OpenAI's. Errors as in `read_as`.
 
     Raises:
-        CheckpointError: the image processor does not give images of this size.
+        CheckpointError: the image processor does not give images of the model's size.
     """
+    config = read_as(CLIPConfig.from_hugging_face, resolve_model_folder(folder) / CONFIG_NAME)
+    size = config.vision_config.image_size
     processor = read_image_processor(CLIPImageProcessor.from_hugging_face, folder)
     processor = CLIPImageProcessor.for_side(size) if processor is None else processor
     if processor.side != size:
