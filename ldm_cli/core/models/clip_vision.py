@@ -106,3 +106,17 @@ class CLIPVisionModel(Checkpointable):
         """Normalised images [B, 3, H, W] → the class token's feature."""
         output: VisionOutput = self.vision_model(pixel_values, output_hidden_states=output_hidden_states)
         return output
+
+
+class CLIPVisionModelWithProjection(CLIPVisionModel):
+    """A Vision Transformer and its projection into the joint space."""
+
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__(config)
+        self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        nn.init.normal_(self.visual_projection.weight, std=config.hidden_size**-0.5)
+
+    def project(self, output: VisionOutput) -> Tensor:
+        """The feature in the joint space: [B, projection_dim], not normalised."""
+        projected: Tensor = self.visual_projection(output.pooled)
+        return projected
