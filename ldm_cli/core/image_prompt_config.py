@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ldm_cli.config import Config, NamesModel
 
@@ -31,6 +31,12 @@ class ImagePromptConfig(Config):
     """Chance that a picture is dropped while its caption is kept. `diffusion.caption_dropout` drops both."""
     text_dropout: Share = 0.05
     """Chance that a caption is dropped while its picture is kept."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (total := self.image_dropout + self.text_dropout) > 1:
+            raise ValueError(f"image_dropout and text_dropout are {total:g} together, which is above 1")
+        return self
 
     @property
     def resolved_num_tokens(self) -> int:

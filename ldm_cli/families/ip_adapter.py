@@ -6,22 +6,28 @@ The published flat layout is the state dict of the module.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ldm_cli.core.image_prompt_config import HEAD_WIDTH, Kind
+from ldm_cli.core.image_prompt_config import HEAD_WIDTH, ImagePromptConfig, Kind
 from ldm_cli.core.models.clip_config import CLIPVisionConfig
+from ldm_cli.core.models.clip_image_processor import CLIPImageProcessor
 from ldm_cli.core.models.ip_adapter import ImageProjection, IPAdapter, Resampler, cross_attentions
 from ldm_cli.errors import CheckpointError, InputNotFoundError
-from ldm_cli.families.clip_image_encoder import IMAGE_ENCODER, CLIPImageEncoder
-from ldm_cli.formats.model_folder import fitted, without_weights
+from ldm_cli.families.clip_image_encoder import CLIPImageEncoder, processor_folder
+from ldm_cli.families.family import model_sha256
+from ldm_cli.formats.model_folder import fitted, read_image_processor, without_weights
+from ldm_cli.formats.pipeline_folder import IMAGE_ENCODER
 from ldm_cli.formats.weight_files import named, read_tensors, write_tensors
 from ldm_cli.formats.weight_values import expect_finite
 
 IP_ADAPTER = "ip_adapter.safetensors"
 """Name of the files that `train-unet` writes."""
+IMAGE_FEATURES = "image_features"
+"""Name of `ImageFeatures` among the moments of pictures."""
 _PROJECTION = "image_proj."
 # Names that tell the kinds that are not implemented.
 _OTHER_KINDS = {
@@ -106,15 +112,42 @@ def write_ip_adapter(file: Path, weights: Mapping[str, Tensor]) -> None:
     write_tensors(file, {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()})
 
 
-def image_features(encoder: CLIPImageEncoder, kind: Kind, images: Tensor) -> Tensor:
-    """What an adapter of a kind takes of pictures uint8 [B, 3, H, W]: [B, E], of `plus` [B, L, E]."""
-    return encoder.states(images) if kind == "plus" else encoder.embeddings(images)
+@dataclass(frozen=True, eq=False)
+class ImageFeatures:
+    """What adapters of a kind take of pictures; E numbers, of `plus` E for each of L places.
+
+    Attributes:
+        encoder: the image tower.
+        kind: of the adapters.
+    """
+
+    encoder: CLIPImageEncoder
+    kind: Kind
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Pictures uint8 [B, 3, H, W], on the encoder's device → [B, E] or [B, L, E]."""
+        if self.kind == "base":
+            embeddings: Tensor = self.encoder(images)
+            return embeddings
+        return self._states(self.encoder.processor(images))
+
+    def absent(self) -> Tensor:
+        """What stands for no picture, [1, …]: an embedding of zeros; of `plus` the states of a picture of zeros."""
+        config, weight = self.encoder.model.config, self.encoder.model.visual_projection.weight
+        if self.kind == "base":
+            return weight.new_zeros(1, config.projection_dim)
+        return self._states(weight.new_zeros(1, config.num_channels, config.image_size, config.image_size))
+
+    def _states(self, pixels: Tensor) -> Tensor:
+        """Of prepared pixels the states before the tower's last layer, [B, L, E]."""
+        pixels = pixels.to(self.encoder.model.visual_projection.weight.dtype)
+        states: Tensor = self.encoder.model(pixels, output_hidden_states=True).hidden_states[-2]
+        return states
 
 
-def absent_features(encoder: CLIPImageEncoder, kind: Kind) -> Tensor:
-    """What stands for no picture, one row: an embedding of zeros; of `plus` the states of a picture of zeros."""
-    weight = encoder.model.visual_projection.weight
-    return encoder.black_states() if kind == "plus" else weight.new_zeros(1, encoder.model.config.projection_dim)
+def open_image_features(config: ImagePromptConfig) -> ImageFeatures:
+    """The features that an adapter is trained with; errors as in `CLIPImageEncoder.load`."""
+    return ImageFeatures(CLIPImageEncoder.load(Path(config.image_encoder)), config.kind)
 
 
 def expect_fitting_encoder(adapter: IPAdapter, config: CLIPVisionConfig, folder: Path) -> None:
@@ -127,5 +160,17 @@ def expect_fitting_encoder(adapter: IPAdapter, config: CLIPVisionConfig, folder:
 
 
 def feature_width(config: CLIPVisionConfig, kind: Kind) -> int:
-    """E of `image_features`."""
+    """E of `ImageFeatures`."""
     return config.hidden_size if kind == "plus" else config.projection_dim
+
+
+def num_features(config: CLIPVisionConfig, kind: Kind) -> int:
+    """Numbers of a picture's `ImageFeatures`: E, of `plus` L · E."""
+    places = 1 + (config.image_size // config.patch_size) ** 2
+    return feature_width(config, kind) * (places if kind == "plus" else 1)
+
+
+def image_features_key(folder: Path, kind: Kind) -> dict[str, str]:
+    """What decides the `ImageFeatures` of an image encoder's folder, by names that users know."""
+    processor = read_image_processor(CLIPImageProcessor.from_hugging_face, processor_folder(folder))
+    return {IMAGE_ENCODER: model_sha256(folder), "image_prompt.kind": kind, "the image processor": repr(processor)}

@@ -20,6 +20,7 @@ from ldm_cli.core.models.ip_adapter import ImageProjection, IPAdapter, Resampler
 from ldm_cli.families.clip_image_encoder import CLIPImageEncoder
 from ldm_cli.families.ip_adapter import read_ip_adapter, write_ip_adapter
 from ldm_cli.families.open_family import open_family
+from ldm_cli.formats.pipeline_folder import IMAGE_ENCODER
 from ldm_cli.pictures.images import read_image, save_image
 from ldm_cli.recipe.sample_recipe import SampleRecipe
 from ldm_cli.reporting import SilentReporter
@@ -182,7 +183,7 @@ def test_what_we_write_opens_in_diffusers(xl: Path, tmp_path: Path) -> None:
     encoder = CLIPImageEncoder(
         randomize(CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION)), 9), CLIPImageProcessor.for_side(32)
     )
-    encoder.save(tmp_path / "models/image_encoder")
+    encoder.save(tmp_path / "models", IMAGE_ENCODER)
     for kind, image_proj in (("base", ImageProjection(20, dim, 4)), ("plus", Resampler(32, dim, 16, 128, 2))):
         adapter = randomize(IPAdapter(image_proj, layers), 3)
         file = tmp_path / "models/ip_adapter.safetensors"

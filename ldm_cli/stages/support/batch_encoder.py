@@ -19,8 +19,9 @@ from ldm_cli.data.latent_cache import MASK, LatentCache
 from ldm_cli.errors import RecipeError
 from ldm_cli.families.codec_folder import open_codec
 from ldm_cli.families.family import model_sha256, place
+from ldm_cli.families.ip_adapter import IMAGE_FEATURES, image_features_key, open_image_features
 from ldm_cli.formats.model_source import weights_sha256
-from ldm_cli.formats.pipeline_folder import TEXT_ENCODER
+from ldm_cli.formats.pipeline_folder import IMAGE_ENCODER, TEXT_ENCODER
 from ldm_cli.recipe.ar_recipe import TrainArRecipe
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.stages.support.text_encoders import open_text_encoder, text_key
@@ -43,7 +44,8 @@ class BatchEncoder:
 
     def __init__(self, recipe: TrainUnetRecipe, device: torch.device, warn: Callable[[str], None]) -> None:
         self.codec, self.encoder = open_codec(Path(recipe.vae)), open_text_encoder(recipe, warn)
-        for model in (self.codec, *self.encoder.models):
+        self.images = None if recipe.image_prompt is None else open_image_features(recipe.image_prompt)
+        for model in (self.codec, *self.encoder.models, *(() if self.images is None else (self.images.encoder,))):
             place(device, next(model.parameters()).dtype, model, channels_last=recipe.train.channels_last)
         self._device, self._precision = device, recipe.train.precision
         self.adapts_text = False
@@ -52,7 +54,8 @@ class BatchEncoder:
     def networks(self) -> dict[str, nn.Module]:
         """The networks, by what users call them."""
         texts = {TEXT_ENCODER + (f"_{n}" if n > 1 else ""): model for n, model in enumerate(self.encoder.models, 1)}
-        return {**({"vae": self.codec} if isinstance(self.codec, nn.Module) else {}), **texts}
+        images = {} if self.images is None else {IMAGE_ENCODER: self.images.encoder}
+        return {**({"vae": self.codec} if isinstance(self.codec, nn.Module) else {}), **texts, **images}
 
     def prepare(self, batch: Batch) -> Batch:
         """With the tokens of its captions, unless it is out of a cache; on the host."""
@@ -68,9 +71,11 @@ class BatchEncoder:
     @torch.no_grad()
     def moments(self, images: Tensor, masks: Tensor | None = None) -> dict[str, Tensor]:
         """Images uint8 [B, 3, H, W] → the codec's moments; masks uint8 [B, 1, H, W] → `mask`, averaged over each
-        latent's pixels, float32 [B, 1, h, w] in 0 … 1."""
+        latent's pixels, float32 [B, 1, h, w] in 0 … 1; with image prompts also `IMAGE_FEATURES`."""
         with autocast(self._device, self._precision):
             moments = self.codec.moments(to_signed(images, self._device))
+            if self.images is not None:
+                moments[IMAGE_FEATURES] = self.images(images.to(self._device)).float()
         if masks is not None:
             moments[MASK] = avg_pool2d(masks.to(self._device).float() / 255, self.codec.factor)
         return moments
@@ -123,6 +128,8 @@ def cache_key(recipe: TrainUnetRecipe | TrainArRecipe) -> CacheKey:
         # The codes are computed in float32, and captions cost nothing to encode.
         return CacheKey({"vq": weights_sha256(Path(recipe.vq)), **preparation}, text={}, flips=flips)
     precision = {"train.precision": recipe.train.precision}
+    if recipe.image_prompt is not None:
+        preparation |= image_features_key(Path(recipe.image_prompt.image_encoder), recipe.image_prompt.kind)
     return CacheKey(
         latents={"vae": model_sha256(Path(recipe.vae), _IRRELEVANT), **preparation, **precision},
         text={**text_key(recipe), **precision},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ldm_cli.pictures.images import save_image
 from ldm_cli.recipe.train_recipe import SamplesConfig
 from ldm_cli.sampling.pipeline_of import pipeline_of
 from ldm_cli.sampling.request import requests_for
-from ldm_cli.sampling.sample_options import SampleOptions
+from ldm_cli.sampling.sample_options import PLAIN, SampleOptions
 from ldm_cli.stages.support.patch_training import PatchTraining
 from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.shared_work import in_turns, merged
@@ -149,6 +150,7 @@ def generate_samples(
     folder: Path | None,
     warn: Callable[[str], None],
     ranks: Ranks,
+    options: SampleOptions = PLAIN,
 ) -> None:
     """`grid.png` of the fixed prompts and seeds, and `prompts.json` with their names.
 
@@ -159,12 +161,13 @@ def generate_samples(
         folder: where rank 0 writes.
         warn: is called for each picture that is not finite, and is left out.
         ranks: those that call, and share the pictures.
+        options: of all pictures; `on_nonfinite` is not used.
     """
     prompts = list(config.prompts) or list(captions[: config.num_prompts])
     if not prompts:
         return
     problems: list[str] = []
-    options = SampleOptions(on_nonfinite=lambda error: problems.append(f"{error.what}: {error.cause}"))
+    options = replace(options, on_nonfinite=lambda error: problems.append(f"{error.what}: {error.cause}"))
     requests = requests_for(prompts, config.sampling)
     own = range(ranks.rank, len(requests), ranks.world_size)
     generated = pipeline_of(family).generate([requests[i] for i in own], config.sampling, options=options)

@@ -18,10 +18,9 @@ from ldm_cli.errors import UsageError
 from ldm_cli.families.clip_image_encoder import CLIPImageEncoder
 from ldm_cli.families.family import Family, ImageGenerator, place
 from ldm_cli.families.ip_adapter import (
-    absent_features,
+    ImageFeatures,
     expect_fitting_encoder,
     image_encoder_beside,
-    image_features,
     ip_adapter_file,
     read_ip_adapter,
 )
@@ -83,16 +82,16 @@ class JobImagePrompts:
 
     def _load(self, folder: Path) -> CLIPImageEncoder:
         encoder = CLIPImageEncoder.load(folder)
-        place(self._family.device, torch.float32, encoder.model)
+        place(self._family.device, torch.float32, encoder)
         return encoder
 
     @torch.inference_mode()
     def _tokens(self, prompt: _Prompt, adapter: IPAdapter, encoder: CLIPImageEncoder) -> tuple[Tensor, Tensor]:
         """The tokens of a picture, and those of none, in float32."""
         expect_fitting_encoder(adapter, encoder.model.config, prompt.image_encoder)
-        pixels = open_picture(str(prompt.image), "--image-prompt")[None]
-        given, absent = image_features(encoder, adapter.kind, pixels), absent_features(encoder, adapter.kind)
-        return adapter(given), adapter(absent)
+        pixels = open_picture(str(prompt.image), "--image-prompt")[None].to(self._family.device)
+        features = ImageFeatures(encoder, adapter.kind)
+        return adapter(features(pixels)), adapter(features.absent())
 
     def use_for(self, item: Item) -> None:
         """Set the scale for one picture, and all others with its settings."""
