@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,6 +107,18 @@ LoraDir = Annotated[str | None, option("--lora-dir", metavar="DIR", text="Folder
 Embedding = Annotated[
     list[str] | None, option("--embedding", metavar="FILE[=WORD]", text="Textual inversion, and its word in prompts.")
 ]
+ImagePrompt = Annotated[
+    list[str] | None,
+    option("--image-prompt", metavar="IMAGE[=S]", panel=_EDITING, text="Picture that prompts beside the text."),
+]
+IPAdapter = Annotated[
+    list[str] | None,
+    option("--ip-adapter", metavar="FILE|RUN", panel=_EDITING, text="Adapter of all --image-prompt, or of each."),
+]
+ImageEncoder = Annotated[
+    str | None,
+    option("--image-encoder", metavar="DIR", panel=_EDITING, text="Image encoder that is not beside the adapter."),
+]
 Wildcards = Annotated[
     str | None, option("--wildcards", metavar="DIR", text="Folder of word lists for __name__ in prompts.")
 ]
@@ -155,6 +168,7 @@ _FIELDS = {
     "lora": "loras",
     "lora_dir": "lora_dir",
     "embedding": "embeddings",
+    "image_prompt": "image_prompts",
     "wildcards": "wildcards",
 }
 
@@ -172,6 +186,7 @@ def recipe_fields(context: typer.Context) -> list[tuple[str, str, Any]]:
     options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
     embeddings = [_embedding(text) for text in context.params["embedding"] or ()]
     values = {**context.params, "lora": loras, "embedding": embeddings, "extend": _edges(context.params["extend"])}
+    values["image_prompt"] = _image_prompts(context.params)
     for name, convert in (("model", str), ("negative", readable)):
         if values[name] is not None:
             values[name] = convert(values[name])
@@ -195,6 +210,23 @@ def _embedding(text: str) -> dict[str, Any]:
     """`FILE` or `FILE=WORD`."""
     path, _, word = text.rpartition("=")
     return {"path": path, "word": word} if path and not Path(text).exists() else {"path": text}
+
+
+def _image_prompts(params: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`--image-prompt IMAGE[=SCALE]`, each with its `--ip-adapter`; one adapter serves them all."""
+    images = [weighted_path(text) for text in params["image_prompt"] or ()]
+    adapters, encoder = params["ip_adapter"] or [], params["image_encoder"]
+    if not images and (adapters or encoder):
+        name = "--ip-adapter" if adapters else "--image-encoder"
+        raise UsageError(f"{name} without --image-prompt", remedy="give the picture that prompts")
+    if images and len(adapters) not in (1, len(images)):
+        what = f"--image-prompt is given {len(images)} times, --ip-adapter {len(adapters)} times"
+        raise UsageError(what, remedy="give --ip-adapter once, or once for each picture")
+    together = zip(images, adapters * (len(images) if len(adapters) == 1 else 1), strict=True)
+    return [
+        {"image": image, "scale": scale, "adapter": adapter, "image_encoder": encoder}
+        for (image, scale), adapter in together
+    ]
 
 
 def _edges(text: str | None) -> list[int] | None:

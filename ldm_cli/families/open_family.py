@@ -14,11 +14,17 @@ from ldm_cli import families
 from ldm_cli.core.precision import precision_on
 from ldm_cli.errors import CheckpointError, InputNotFoundError
 from ldm_cli.families.family import ImageGenerator
+from ldm_cli.families.ip_adapter import IP_ADAPTER
 from ldm_cli.formats.lora_path import DIFFUSERS_LORA
 from ldm_cli.formats.model_source import has_model_json, read_model_json, split_at_file
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
 from ldm_cli.formats.weight_files import CONFIG_NAME
 from ldm_cli.storage import resolve_model_folder
+
+_ADAPTERS = (
+    (DIFFUSERS_LORA, "adapters of one (LoRA)", "--lora"),
+    (IP_ADAPTER, "an image prompt adapter", "--ip-adapter"),
+)
 
 
 def open_family(
@@ -89,9 +95,10 @@ def resolve_model(path: Path) -> Path:
     for folder in (path, path / "ema", path / "model", *newest):
         if (folder / INDEX_NAME).is_file() or (folder / CONFIG_NAME).is_file():
             return folder
-    if lora := next((one for one in (path, path / "model", *newest) if (one / DIFFUSERS_LORA).is_file()), None):
-        remedy = f"name the model they were trained on, and give them as --lora {lora}"
-        raise InputNotFoundError(f"no model in '{path}'", "it holds adapters of one (LoRA)", remedy)
+    for name, what, option in _ADAPTERS:
+        if found := next((one for one in (path, path / "model", *newest) if (one / name).is_file()), None):
+            remedy = f"name the model that was trained with it, and give this as {option} {found}"
+            raise InputNotFoundError(f"no model in '{path}'", f"it holds {what}", remedy)
     raise InputNotFoundError(
         f"no model in '{path}'", f"neither {INDEX_NAME} nor {CONFIG_NAME}", "give a model folder or a run"
     )

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from ldm_cli.config import Config
 from ldm_cli.errors import InputNotFoundError, UsageError
@@ -35,6 +38,19 @@ class EmbeddingEntry(Config):
     """The file."""
     word: str | None = None
     """What prompts call it; null: as the file says, else its name."""
+
+
+class ImagePromptEntry(Config):
+    """A picture that prompts beside the text, through an image prompt adapter (IP-Adapter)."""
+
+    image: str
+    """The picture."""
+    scale: Annotated[float, Field(ge=-100, le=100)] = 1.0
+    """How much the attention to it counts, where that to the text counts 1; pictures add up."""
+    adapter: str
+    """The adapter: its file, or a run of `train-unet` with `image_prompt`."""
+    image_encoder: str | None = None
+    """Folder of the image encoder that the adapter was trained with; null: `image_encoder` beside its file."""
 
 
 class LoraFiles:

@@ -38,6 +38,8 @@ _A1111_SAMPLERS = {
 _A1111_SCHEDULES = {"karras": "Karras", "exponential": "Exponential"}
 _FOLDERS_WITHIN_A_RUN = ("model", "ema")
 
+IMAGE_PROMPT_ROLES = ("image", "adapter", "image_encoder")
+"""What an image prompt is made of."""
 IMAGES_FILE = "images.json"
 """What `ldm sample` writes beside its pictures."""
 VERSIONS = {"ldm": __version__, "torch": torch.__version__}
@@ -56,6 +58,11 @@ def embedding_source(word: str) -> str:
 def picture_sources(names: Sequence[str]) -> dict[str, str]:
     """Embedded pictures under their keys of `sources`."""
     return {f"picture {number}": name for number, name in enumerate(names, start=1)}
+
+
+def image_prompt_source(number: int, role: str) -> str:
+    """The key of `sources` under which the `image`, `adapter` or `image_encoder` of an image prompt is."""
+    return f"image prompt {number}: {role}"
 
 
 def full_provenance(job: Mapping[str, Any], image: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
@@ -137,6 +144,10 @@ def recipe_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
         "embeddings": [
             {"path": sources[embedding_source(w)], "word": w} for w in provenance.get("embedding_sha256", ())
         ],
+        "image_prompts": [
+            {"scale": own["scale"], **{role: sources[image_prompt_source(i, role)] for role in IMAGE_PROMPT_ROLES}}
+            for i, own in enumerate(provenance.get("image_prompts", ()), 1)
+        ],
     }
 
 
@@ -165,6 +176,11 @@ def check_repeatable(shared: Mapping[str, Any], repeated: Mapping[str, Any], war
     for word, digest in repeated.get("embedding_sha256", {}).items():
         if shared.get("embedding_sha256", {}).get(word, digest) != digest:
             raise CheckpointError("cannot repeat the picture", f"the embedding '{word}' has changed since")
+    for i, (own, other) in enumerate(zip(*(p.get("image_prompts", ()) for p in (shared, repeated)), strict=False), 1):
+        for role in IMAGE_PROMPT_ROLES:
+            if own[f"{role}_sha256"] != other[f"{role}_sha256"]:
+                error = DataError if role == "image" else CheckpointError
+                raise error("cannot repeat the picture", f"the {role} of image prompt {i} has changed since")
     ours, theirs = shared.get("edit") or {}, repeated.get("edit") or {}
     for name in ("image", "mask", "style", "embedded"):
         if theirs.get(f"{name}_sha256") != ours.get(f"{name}_sha256"):

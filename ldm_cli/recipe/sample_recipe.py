@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ldm_cli.config import Config, NamesModel
 from ldm_cli.pictures.job import PromptEntry
-from ldm_cli.pictures.prompt_adapters import EmbeddingEntry, LoraEntry
+from ldm_cli.pictures.prompt_adapters import EmbeddingEntry, ImagePromptEntry, LoraEntry
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.edit_config import EditConfig
 
@@ -34,6 +34,8 @@ class SampleRecipe(Config):
     """Folder of further adapters that prompts may name; null: none."""
     embeddings: tuple[EmbeddingEntry, ...] = ()
     """Embeddings of textual inversion, each under a word for prompts."""
+    image_prompts: tuple[ImagePromptEntry, ...] = ()
+    """Pictures that prompt beside the text; `sampling.image_scale` scales all of them."""
     wildcards: str | None = None
     """Folder of word lists: `__color__` in a prompt becomes a line of `color.txt`, by the seed; null: it is text."""
     out: str | None = None

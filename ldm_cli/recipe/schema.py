@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from ldm_cli.config import Config, NamesModel
 from ldm_cli.core.codebook_config import CodebookConfig
 from ldm_cli.core.diffusion.config import DiffusionConfig
+from ldm_cli.core.image_prompt_config import ImagePromptConfig
 from ldm_cli.core.lora_config import LoRAConfig
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.clip_config import CLIPConfig
@@ -148,6 +149,8 @@ class TrainUnetRecipe(StartedRecipe):
     """unCLIP: the U-Net also decodes CLIP's embedding of the picture. null: it is given text alone."""
     lora: LoRAConfig | None = None
     """Train low-rank adapters of the denoiser in `start_from`, and of the text encoders, in place of the weights."""
+    image_prompt: ImagePromptConfig | None = None
+    """Train an image prompt adapter on the U-Net in `start_from`, in place of the weights."""
     samples: SamplesConfig = SamplesConfig()
     """Pictures generated on the way."""
 
@@ -176,6 +179,8 @@ class TrainUnetRecipe(StartedRecipe):
             raise ValueError("image_embedding is for a U-Net with one text encoder, whose weights are trained")
         if self.lora is not None:
             self._check_lora(self.lora)
+        if self.image_prompt is not None:
+            self._check_image_prompt()
         return self
 
     def _check_lora(self, lora: LoRAConfig) -> None:
@@ -189,6 +194,14 @@ class TrainUnetRecipe(StartedRecipe):
             raise ValueError("lora.text_encoder changes the text states of captions: leave cache out")
         if lora.base_precision == "bf16" and self.train.precision in ("fp32", "fp16"):
             raise ValueError("lora.base_precision=bf16 needs train.precision=bf16")
+
+    def _check_image_prompt(self) -> None:
+        if self.start_from is None:
+            raise ValueError("image_prompt needs start_from: an adapter belongs to trained weights")
+        if given := [name for name in ("transformer", "lora", "freeze") if getattr(self, name)]:
+            raise ValueError(f"image_prompt does not go with {', '.join(given)}: the U-Net stays as it is")
+        if self.train.strategy == "sharded":
+            raise ValueError("image_prompt does not work with train.strategy=sharded: use replicated")
 
 
 class EvalRecipe(Config):

@@ -99,6 +99,8 @@ class SamplingConfig(Config):
     2020, arXiv:1904.09751); 1: all."""
     prior: PriorConfig = PriorConfig()
     """unCLIP: the way from a prompt to an image embedding."""
+    image_scale: Annotated[float, Field(ge=-100, le=100)] = 1.0
+    """Image prompts: their scales are multiplied by it; 0: the text alone."""
     images_per_prompt: Annotated[int, Field(ge=1)] = 4
     """Image i of a prompt has the seed `seed + i`."""
     seed: Annotated[int, Field(ge=0)] = 0

@@ -26,6 +26,7 @@ from ldm_cli.sampling.network import in_windows, keep_known_region
 from ldm_cli.sampling.noise import step_noise
 from ldm_cli.sampling.pixels import decode_images
 from ldm_cli.sampling.request import ImageRequest
+from ldm_cli.sampling.sample_options import ImageTokens
 
 Watch = Callable[[CleanPredictor], CleanPredictor]
 """Wraps the x_0 predictor of a group, to count its calls or to look at its results."""
@@ -64,6 +65,7 @@ class LatentSampler:
         window: side, in latents, of the windows that the networks see; None: they see all.
         pooled: [N, P], pooled vectors of the N requests, beside which the guidance's other side has zeros; None: those
             of the prompts.
+        image_tokens: of image prompts, if any.
     """
 
     family: Family
@@ -74,6 +76,7 @@ class LatentSampler:
     edit: LatentEditInput | None = None
     window: int | None = None
     pooled: Tensor | None = None
+    image_tokens: ImageTokens | None = None
 
     def of(self, images: slice, rows: int) -> LatentSampler:
         """The sampler of some of the requests, whose last one fills up the rows."""
@@ -113,13 +116,16 @@ class LatentSampler:
 
     def predictor(self, requests: Sequence[ImageRequest]) -> CleanPredictor:
         """x_t [N, C, h, w] and its level → guided x_0, of some requests, whose prompts have as many chunks."""
-        guidance, family = self.config.guidance, self.family
+        guidance, family, image = self.config.guidance, self.family, self.image_tokens
         negative = self.conditions.rows[self.config.negative, self.conditions.num_chunks(requests[0])]
         conditional = Condition.cat([self._condition(request) for request in requests])
         unconditional = Condition.cat([negative] * len(requests))
         if self.pooled is not None:
             conditional = replace(conditional, pooled=self.pooled)
             unconditional = replace(unconditional, pooled=torch.zeros_like(self.pooled))
+        if image is not None:
+            conditional = replace(conditional, image_tokens=image.given.expand(len(requests), -1, -1))
+            unconditional = replace(unconditional, image_tokens=image.absent.expand(len(requests), -1, -1))
         if family.guidance_width is not None:
             # The embedding of the scale, which the denoiser was distilled with, takes the place of the second call.
             guidance = guidance.model_copy(update={"scale": 1.0})

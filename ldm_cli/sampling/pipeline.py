@@ -90,6 +90,8 @@ class Pipeline(PicturePipeline):
         visited_timesteps(family.process_at((shape[1], shape[2])), family.settings, config)
         if family.takes_mask and (edit is None or edit.mask is None):
             raise UsageError("this model fills masks", "no mask is given", "add --init and --mask, or --extend")
+        if options.image_tokens is not None and config.guidance.model is not None:
+            raise UsageError("image prompts and guidance.model do not go together", "the weaker model has no adapter")
 
     def _generate(
         self,
@@ -139,6 +141,7 @@ class Pipeline(PicturePipeline):
             self.image_size(config),
             None if edit is None else encode_edit_input(family.codec, edit, family.device, window),
             window,
+            image_tokens=options.image_tokens,
         )
 
     def _origin(self, sampler: LatentSampler, request: ImageRequest, noise: Tensor, reading: PromptReading) -> str:
@@ -173,6 +176,7 @@ class Pipeline(PicturePipeline):
         on_cpu, device = images_per_call(DENOISED_PIXELS, height * width), self.family.device
         # Compiled code is made for each number of rows; within and outside of an interval the numbers differ.
         can_try = not self.family.is_compiled and config.guidance.interval is None
+        num_tokens = 0 if sampler.image_tokens is None else sampler.image_tokens.given.shape[1]
 
         @torch.inference_mode()
         def trial(request: ImageRequest, rows: int) -> Tensor:
@@ -181,7 +185,7 @@ class Pipeline(PicturePipeline):
             return sampler.of(slice(0, 1), rows).predictor([request] * rows)(noise, level)
 
         def enough(request: ImageRequest, count: int, full: int) -> int:
-            question = count, full, shape, window, config.guidance, sampler.conditions.num_chunks(request)
+            question = count, full, shape, window, config.guidance, sampler.conditions.num_chunks(request), num_tokens
             if question not in self._enough:
                 self._enough[question] = enough_rows(partial(trial, request), count, full)
             return self._enough[question]

@@ -1,4 +1,4 @@
-"""What a job may want beside prompts and a sampler: a picture to work on, windows, weighted words, previews."""
+"""What a job may want beside prompts and a sampler: a picture to work on, image prompts, windows, previews."""
 
 from __future__ import annotations
 
@@ -36,11 +36,25 @@ class TextDifference:
 
 
 @dataclass(frozen=True)
+class ImageTokens:
+    """Image prompts, for a denoiser with adapters for them: see `core/image_prompt.py`.
+
+    Attributes:
+        given: tokens of the pictures, side by side, [1, N, D].
+        absent: what stands for no picture, of that shape: guidance steers away from it.
+    """
+
+    given: Tensor
+    absent: Tensor
+
+
+@dataclass(frozen=True)
 class SampleOptions:
     """Options of a call of `Pipeline.generate`.
 
     Attributes:
         edit_input: a picture to work on; None: from nothing.
+        image_tokens: of image prompts; None: there are none.
         window: side, in latents, of the windows in which networks see larger pictures; None: they see all.
         weighted: whether `(word:1.3)` in a prompt is a weight.
         preview_every: calls of the predictor between previews; 0: none.
@@ -53,6 +67,7 @@ class SampleOptions:
     """
 
     edit_input: EditInput | None = None
+    image_tokens: ImageTokens | None = None
     window: int | None = None
     weighted: bool = False
     preview_every: int = 0

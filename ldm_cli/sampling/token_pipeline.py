@@ -34,6 +34,7 @@ class TokenPipeline(PicturePipeline):
     family: Autoregressive
     meaningless: ClassVar[tuple[str, ...]] = (
         *("prior", "sampler", "steps", "eta", "timestep_spacing", "timesteps", "sizes", "negative_sizes"),
+        "image_scale",
         *("long_prompts", "clip_skip", "guidance.rescale", "guidance.interval", "guidance.threshold"),
         *("guidance.apg", "guidance.perturb", "guidance.model", "guidance.clip"),
     )

@@ -26,6 +26,7 @@ from ldm_cli.recipe.sample_recipe import SampleRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.pipeline_of import pipeline_of
 from ldm_cli.stages.support.job_adapters import JobAdapters
+from ldm_cli.stages.support.job_image_prompts import open_image_prompts
 from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import RunOptions, resolve_device, settled
 from ldm_cli.stages.support.picture_generator import Latents, PictureGenerator
@@ -71,7 +72,8 @@ def run(
         job = _job(recipe, loras)
         family = open_family(Path(recipe.model), device, sampling.precision, compiled=sampling.compile is True)
         adapters = JobAdapters(family, job.items, loras.paths, recipe.embeddings)
-        generator = PictureGenerator(pipeline_of(family), recipe, latents, len(job.items), adapters)
+        image_prompts = open_image_prompts(family, job.items, recipe.image_prompts)
+        generator = PictureGenerator(pipeline_of(family), recipe, latents, len(job.items), adapters, image_prompts)
         generator.check(job.items)
         for message in job_warnings(job.items, family, recipe.weighted_words):
             reporter.warn(message)

@@ -28,10 +28,12 @@ from ldm_cli.formats.save_model import save_frozen, save_model
 from ldm_cli.formats.scheduler_file import SchedulerSettings, our_settings
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import Reporter
+from ldm_cli.sampling.sample_options import PLAIN, SampleOptions
 from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
 from ldm_cli.stages.support.denoising import Denoising, Encoded, generate_samples
 from ldm_cli.stages.support.fitting import expect_known_conditions, fitted_config
 from ldm_cli.stages.support.image_condition import ImageCondition, outline_image_encoder
+from ldm_cli.stages.support.image_prompt_task import ImagePromptTask, image_prompt_parameters
 from ldm_cli.stages.support.lora_task import LoRATask, lora_parameters
 from ldm_cli.stages.support.model_sizes import (
     Parameters,
@@ -58,6 +60,8 @@ def run(recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter) -> dic
         uses["patches.clip"] = recipe.patches.clip
     if recipe.image_embedding is not None:
         uses["image_embedding.image_encoder"] = recipe.image_embedding.image_encoder
+    if recipe.image_prompt is not None:
+        uses["image_prompt.image_encoder"] = recipe.image_prompt.image_encoder
     build, sizes = partial(_build, recipe), parameters(recipe, [])
     if recipe.cache is None:
         return run_training(recipe, options, reporter, build, sizes, uses=uses)
@@ -88,6 +92,8 @@ def parameters(recipe: TrainUnetRecipe, notes: list[str]) -> Parameters:
     used = {"vae": vae, **texts, **images}
     if recipe.lora is not None:
         return lora_parameters(recipe.lora, recipe.train, {recipe.component: denoiser, **used}, notes)
+    if recipe.image_prompt is not None:
+        return image_prompt_parameters(recipe.image_prompt, {recipe.component: denoiser, **used}, notes)
     trained, frozen = trained_parameters(recipe.component, denoiser)
     further, compared = patch_parameters(recipe, notes)
     frozen |= {name: count_parameters(model) for name, model in used.items() if model is not None}
@@ -98,6 +104,8 @@ def _build(recipe: TrainUnetRecipe, bench: Workbench) -> Task[Batch]:
     task = DenoiserTask(recipe, bench)
     if recipe.lora is not None:
         return LoRATask(task, recipe, recipe.lora, bench)
+    if recipe.image_prompt is not None:
+        return ImagePromptTask(task, recipe, recipe.image_prompt, bench)
     bench.run.share(task.save_unchanged)
     return task
 
@@ -158,7 +166,7 @@ class DenoiserTask:
         """The mean denoising error; each sample has its own level, noise and dropout."""
         return self.denoising.loss(part, *self.encoder(part), step)
 
-    def _encoded(self, batch: Batch) -> Encoded:
+    def encoded(self, batch: Batch) -> Encoded:
         """A held-out batch; encoded once, unless the encoder is trained."""
         if id(batch) not in self._held_out or self.encoder.adapts_text:
             sent = self.prepare(batch).map(lambda tensor: tensor.to(self.bench.device))
@@ -167,16 +175,16 @@ class DenoiserTask:
 
     def validate(self) -> dict[str, float]:
         """See `Denoising.validate`."""
-        return self.denoising.validate(self.bench.held_out, self._encoded, self.bench.sharing)
+        return self.denoising.validate(self.bench.held_out, self.encoded, self.bench.sharing)
 
-    def picture(self, folder: Path | None) -> None:
+    def picture(self, folder: Path | None, options: SampleOptions = PLAIN) -> None:
         """See `generate_samples`."""
         captions = [caption for batch in self.bench.held_out for caption in batch.captions]
         samples, warn = self.recipe.samples, self.bench.run.warn
         embeddings = None
         if self.image_condition is not None and captions:
-            embeddings = torch.cat([self._encoded(batch)[1][EMBEDDINGS] for batch in self.bench.held_out])
-        generate_samples(self.family, samples, captions, folder, warn, self.bench.sharing, embeddings)
+            embeddings = torch.cat([self.encoded(batch)[1][EMBEDDINGS] for batch in self.bench.held_out])
+        generate_samples(self.family, samples, captions, folder, warn, self.bench.sharing, embeddings, options)
 
     def save_unchanged(self, folder: Path) -> None:
         """Write the parts of the model folder that training does not change."""

@@ -22,6 +22,7 @@ from ldm_cli.families.clip_image_encoder import CLIPImageEncoder
 from ldm_cli.families.clip_text_encoder import tokenizer_folder
 from ldm_cli.families.codec_folder import open_codec
 from ldm_cli.families.family import model_sha256, place
+from ldm_cli.families.ip_adapter import IMAGE_FEATURES, image_features_key, open_image_features
 from ldm_cli.families.prior import EMBEDDINGS
 from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.formats.pipeline_folder import IMAGE_ENCODER, TEXT_ENCODER
@@ -51,7 +52,9 @@ class BatchEncoder:
         self.image_encoder: CLIPImageEncoder | None = None
         if recipe.image_embedding is not None:
             self.image_encoder = CLIPImageEncoder.load(Path(recipe.image_embedding.image_encoder))
-        for model in (self.codec, *self.encoder.models, *([] if self.image_encoder is None else [self.image_encoder])):
+        self.images = None if recipe.image_prompt is None else open_image_features(recipe.image_prompt)
+        encoders = (self.image_encoder, None if self.images is None else self.images.encoder)
+        for model in (self.codec, *self.encoder.models, *(one for one in encoders if one is not None)):
             place(device, next(model.parameters()).dtype, model, channels_last=recipe.train.channels_last)
         self._device, self._precision = device, recipe.train.precision
         self.adapts_text = False
@@ -61,6 +64,7 @@ class BatchEncoder:
         """The networks, by what users call them."""
         texts = {TEXT_ENCODER + (f"_{n}" if n > 1 else ""): model for n, model in enumerate(self.encoder.models, 1)}
         images = {} if self.image_encoder is None else {IMAGE_ENCODER: self.image_encoder}
+        images |= {} if self.images is None else {IMAGE_ENCODER: self.images.encoder}
         return {**({"vae": self.codec} if isinstance(self.codec, nn.Module) else {}), **texts, **images}
 
     def prepare(self, batch: Batch) -> Batch:
@@ -83,9 +87,12 @@ class BatchEncoder:
     @torch.no_grad()
     def moments(self, images: Tensor, masks: Tensor | None = None) -> dict[str, Tensor]:
         """Images uint8 [B, 3, H, W] → the codec's moments; masks uint8 [B, 1, H, W] → `mask`, averaged over each
-        latent's pixels, float32 [B, 1, h, w] in 0 … 1; the embeddings of the images, where the recipe asks for them."""
+        latent's pixels, float32 [B, 1, h, w] in 0 … 1; the embeddings of the images or, with image prompts,
+        `IMAGE_FEATURES`, where the recipe asks for them."""
         with autocast(self._device, self._precision):
             moments = self.codec.moments(to_signed(images, self._device))
+            if self.images is not None:
+                moments[IMAGE_FEATURES] = self.images(images.to(self._device)).float()
         moments |= self.embeddings(images)
         if masks is not None:
             moments[MASK] = avg_pool2d(masks.to(self._device).float() / 255, self.codec.factor)
@@ -146,6 +153,8 @@ def cache_key(recipe: TrainUnetRecipe | TrainArRecipe | TrainPriorRecipe) -> Cac
         # The codes are computed in float32, and captions cost nothing to encode.
         return CacheKey({"vq": weights_sha256(Path(recipe.vq)), **preparation}, text={}, flips=flips)
     precision = {"train.precision": recipe.train.precision}
+    if recipe.image_prompt is not None:
+        preparation |= image_features_key(Path(recipe.image_prompt.image_encoder), recipe.image_prompt.kind)
     if isinstance(recipe, TrainPriorRecipe):
         clip = {"clip": model_sha256(Path(recipe.clip))}
         tokenizer = {"tokenizer": Tokenizer.load(tokenizer_folder(Path(recipe.clip))).fingerprint}

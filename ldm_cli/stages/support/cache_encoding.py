@@ -27,6 +27,7 @@ from ldm_cli.errors import DivergedError
 from ldm_cli.families.autoregressive import CodeGrid
 from ldm_cli.families.clip_image_encoder import outline_image_tower
 from ldm_cli.families.codec_folder import outline_codec
+from ldm_cli.families.ip_adapter import num_features
 from ldm_cli.formats.model_folder import outline_model
 from ldm_cli.recipe.ar_recipe import TrainArRecipe
 from ldm_cli.recipe.prior_recipe import TrainPriorRecipe
@@ -125,6 +126,8 @@ def bytes_per_sample(recipe: CachedRecipe, key: CacheKey) -> int:
         size += width * outline_image_tower(Path(recipe.image_embedding.image_encoder)).config.projection_dim
     if recipe.data.mask is not None:
         size += width * (side // codec.factor) ** 2
+    if isinstance(recipe, TrainUnetRecipe) and (prompt := recipe.image_prompt) is not None:
+        size += width * num_features(outline_image_tower(Path(prompt.image_encoder)).config, prompt.kind)
     return size * len(key.flips) + _TAR_OVERHEAD
 
 

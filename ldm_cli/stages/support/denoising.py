@@ -25,7 +25,7 @@ from ldm_cli.pictures.images import save_image
 from ldm_cli.recipe.train_recipe import SamplesConfig
 from ldm_cli.sampling.pipeline_of import pipeline_of
 from ldm_cli.sampling.request import requests_for
-from ldm_cli.sampling.sample_options import SampleOptions
+from ldm_cli.sampling.sample_options import PLAIN, SampleOptions
 from ldm_cli.stages.support.patch_training import PatchTraining
 from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.shared_work import in_turns, merged
@@ -169,6 +169,7 @@ def generate_samples(
     warn: Callable[[str], None],
     ranks: Ranks,
     embeddings: Tensor | None = None,
+    options: SampleOptions = PLAIN,
 ) -> None:
     """`grid.png` of the fixed prompts and seeds, and `prompts.json` with their names.
 
@@ -180,13 +181,14 @@ def generate_samples(
         warn: is called for each picture that is not finite, and is left out.
         ranks: those that call, and share the pictures.
         embeddings: unCLIP: of the pictures of the captions, [N, E], which are then varied.
+        options: of all pictures; `on_nonfinite` is not used.
     """
     given = list(config.prompts) if embeddings is None else []
     prompts = given or list(captions[: config.num_prompts])
     if not prompts:
         return
     problems: list[str] = []
-    options = SampleOptions(on_nonfinite=lambda error: problems.append(f"{error.what}: {error.cause}"))
+    options = replace(options, on_nonfinite=lambda error: problems.append(f"{error.what}: {error.cause}"))
     requests = requests_for(prompts, config.sampling)
     own = range(ranks.rank, len(requests), ranks.world_size)
     if embeddings is not None:

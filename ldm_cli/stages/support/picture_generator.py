@@ -34,6 +34,7 @@ from ldm_cli.sampling.picture_pipeline import PicturePipeline
 from ldm_cli.sampling.request import ImageRequest
 from ldm_cli.sampling.sample_options import OnNonfinite, OnPreview, SampleOptions, TextDifference
 from ldm_cli.stages.support.job_adapters import JobAdapters
+from ldm_cli.stages.support.job_image_prompts import JobImagePrompts
 from ldm_cli.storage import file_sha256
 
 _MOST_TOGETHER = 256
@@ -64,8 +65,9 @@ class PictureGenerator:
         latents: Latents | None,
         num_images: int,
         adapters: JobAdapters,
+        image_prompts: JobImagePrompts | None = None,
     ) -> None:
-        self.pipeline, self.recipe, self._adapters = pipeline, recipe, adapters
+        self.pipeline, self.recipe, self._adapters, self._image_prompts = pipeline, recipe, adapters, image_prompts
         self._edit_inputs: dict[tuple[EditConfig, int | None, int | None], EditInput] = {}
         self._embeddings: dict[tuple[str, ...], Tensor] = {}
         self._hashes: dict[GuidanceConfig, dict[str, str]] = {}
@@ -90,6 +92,7 @@ class PictureGenerator:
         paths |= picture_sources(self.recipe.edit.embedded)
         paths |= {lora_source(name): path for name, path in self._adapters.paths.items()}
         paths |= {embedding_source(word): path for word, path in self._adapters.embeddings.items()}
+        paths |= {} if self._image_prompts is None else self._image_prompts.sources
         return {n: recorded(Path(p).expanduser().absolute()) for n, p in paths.items() if p is not None}
 
     def check(self, items: Sequence[Item]) -> None:
@@ -135,6 +138,8 @@ class PictureGenerator:
             provenance["embedding_sha256"] = self._adapters.embedding_sha256
         if self._adapters.sha256:
             provenance["lora_sha256"] = self._adapters.sha256
+        if self._image_prompts is not None:
+            provenance["image_prompts"] = self._image_prompts.provenance
         if self._latents is not None:
             provenance["latents_sha256"] = tensors_sha256([self._latents.file])
         return provenance
@@ -170,6 +175,8 @@ class PictureGenerator:
             done = 0
             for part in _alike(items, indices):
                 self._adapters.use_for(items[part[0]])
+                if self._image_prompts is not None:
+                    self._image_prompts.use_for(items[part[0]])
                 sampling, edit = items[part[0]].sampling, items[part[0]].edit
                 options = replace(self._options(sampling, edit), on_preview=on_preview, on_nonfinite=on_nonfinite)
                 sized = self._sized(sampling, options.edit_input)
@@ -188,6 +195,7 @@ class PictureGenerator:
             edit_input=self._edit_input(sampling, edit),
             image_embeds=self._embedded(edit.embedded) if edit.embedded else None,
             text_difference=difference,
+            image_tokens=None if self._image_prompts is None else self._image_prompts.tokens,
             window=self._window,
             weighted=self.recipe.weighted_words,
             preview_every=self.recipe.preview_every,
