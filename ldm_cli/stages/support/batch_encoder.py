@@ -153,12 +153,12 @@ def cache_key(recipe: TrainUnetRecipe | TrainArRecipe | TrainPriorRecipe) -> Cac
         # The codes are computed in float32, and captions cost nothing to encode.
         return CacheKey({"vq": weights_sha256(Path(recipe.vq)), **preparation}, text={}, flips=flips)
     precision = {"train.precision": recipe.train.precision}
-    if recipe.image_prompt is not None:
-        preparation |= image_features_key(Path(recipe.image_prompt.image_encoder), recipe.image_prompt.kind)
     if isinstance(recipe, TrainPriorRecipe):
         clip = {"clip": model_sha256(Path(recipe.clip))}
         tokenizer = {"tokenizer": Tokenizer.load(tokenizer_folder(Path(recipe.clip))).fingerprint}
         return CacheKey({**clip, **preparation, **precision}, {**clip, **tokenizer, **precision}, flips)
+    if recipe.image_prompt is not None:
+        preparation |= image_features_key(Path(recipe.image_prompt.image_encoder), recipe.image_prompt.kind)
     images = {}
     if recipe.image_embedding is not None:
         images = {IMAGE_ENCODER: model_sha256(Path(recipe.image_embedding.image_encoder))}
