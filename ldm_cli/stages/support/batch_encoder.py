@@ -103,9 +103,9 @@ def cache_key(recipe: TrainUnetRecipe | TrainArRecipe) -> CacheKey:
         RecipeError: it crops at random, so that no encoding would serve twice, or to other shapes than the square.
         InputNotFoundError, CheckpointError: a model cannot be read.
     """
-    if recipe.data.crop == "random":
+    if recipe.data.crop in ("random", "native"):
         raise RecipeError(
-            "data.crop=random cannot be cached",
+            f"data.crop={recipe.data.crop} cannot be cached",
             "every epoch sees another part of each image",
             "set data.crop=center or squash, or train without a cache",
         )
