@@ -34,9 +34,7 @@ def resampled(images: Tensor, size: tuple[int, int], *, corners: bool) -> Tensor
         corners: the centres of the corner pixels stay where they are, so that bilinear enlargement with `align_corners`
             puts every pixel back in its place; else the edges of the picture do.
     """
-    rows, columns = (
-        _resampling(old, new, corners, images) for old, new in zip(images.shape[-2:], size, strict=True)
-    )
+    rows, columns = (_resampling(old, new, corners, images) for old, new in zip(images.shape[-2:], size, strict=True))
     return rows @ images @ columns.T
 
 

@@ -149,7 +149,9 @@ class MembersDecoder:
         if self._wanted.image:
             config, data = self._config, members.image(self._image_extensions)
             shape = draw.shape or (config.image_size, config.image_size)
-            picture = decode_rgb(data, config.background, config.max_pixels, None if config.crop == "native" else max(shape))
+            picture = decode_rgb(
+                data, config.background, config.max_pixels, None if config.crop == "native" else max(shape)
+            )
             remarks += picture.remarks
             mirror, place = draw.flip < config.flip_probability, draw.place(config.crop)
             image = to_rectangle(picture.image, shape, config.crop, place, mirror)

@@ -183,7 +183,8 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
     """What scheduler/scheduler_config.json of a pipeline folder says, for any solver of ours.
 
     As in the pipelines of Stable Diffusion 1 and 2, `clip_sample` is ignored and `steps_offset` is 1 whatever the file
-    says; those of Stable Diffusion XL honour both, and clipping is refused.
+    says; those of Stable Diffusion XL and its upscaler honour both, and clipping is
+    refused.
 
     Args:
         folder: of the pipeline.
@@ -204,7 +205,7 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
         neutral["solver_order"] = (2, 3)
     if "Inpaint" in pipeline:
         neutral.pop("skip_prk_steps", None)
-    is_xl = pipeline.startswith("StableDiffusionXL")
+    is_xl = pipeline.startswith(("StableDiffusionXL", "StableDiffusionUpscale"))
     if is_xl:
         content = {"clip_sample": found in _CLIPPING_BY_DEFAULT, **content}
     if is_xl or pipeline.startswith("LatentConsistency"):

@@ -36,9 +36,7 @@ def test_resampling_between_corners_keeps_every_pixel_in_its_place() -> None:
     back = F.interpolate(small, (33, 65), mode="bilinear", align_corners=True)
     inner = slice(9, -9)
     assert (back - ramp)[..., inner].abs().max() < 1e-5
-    shifted = F.interpolate(
-        resampled(ramp, (9, 17), corners=False), (33, 65), mode="bilinear", align_corners=True
-    )
+    shifted = F.interpolate(resampled(ramp, (9, 17), corners=False), (33, 65), mode="bilinear", align_corners=True)
     assert (shifted - ramp)[..., inner].abs().max() > 0.02
 
 
