@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_cli.core.condition import Condition
+from ldm_cli.core.diffusion.config import ThresholdConfig
 from ldm_cli.core.diffusion.guidance import ConditionalNetwork, along_score, guided
 from ldm_cli.core.diffusion.process import Level
 from ldm_cli.core.diffusion.samplers import CleanPredictor, NoiseSource
@@ -130,6 +131,10 @@ class LatentSampler:
         if family.guidance_width is not None:
             # The embedding of the scale, which the denoiser was distilled with, takes the place of the second call.
             guidance = guidance.model_copy(update={"scale": 1.0})
+        if guidance.threshold is None and family.settings.threshold is not None:
+            share, most = family.settings.threshold
+            threshold = ThresholdConfig(percentile=share, max_scale=most)
+            guidance = guidance.model_copy(update={"threshold": threshold})
         network = self._network(family.denoiser)
         model = guided(
             network,
@@ -177,7 +182,7 @@ class LatentSampler:
             # Times and sizes stay float32: half precision cannot tell 998 from 999.
             t = torch.full((1,), level.t, device=x.device)
             cast = replace(condition.map(lambda tensor: tensor.to(dtype)), pooled=condition.pooled)
-            prediction: Tensor = denoiser(x.to(dtype), t, cast)
+            prediction: Tensor = denoiser(x.to(dtype), t, cast)[:, : x.shape[1]]  # without a variance
             return prediction.to(torch.float32, copy=True)  # a replayed network writes the next one into its place
 
         return network if self.window is None else in_windows(network, self.window)

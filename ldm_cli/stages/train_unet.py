@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm_cli.core.codec import PixelCodec
+from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.models.sd3_transformer_2d import SD3Transformer2DModel
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.data.batch import Batch
@@ -16,15 +18,16 @@ from ldm_cli.data.cache_manifest import Manifest
 from ldm_cli.data.latent_cache import LatentCache
 from ldm_cli.families.clip_pair_encoder import CLIPPairEncoder
 from ldm_cli.families.clip_t5_encoder import CLIPT5Encoder
-from ldm_cli.families.codec_folder import Autoencoder, outline_codec
-from ldm_cli.families.latent_diffusion import LatentDiffusion
+from ldm_cli.families.codec_folder import outline_codec
+from ldm_cli.families.family import Family
+from ldm_cli.families.pixel_diffusion import PixelDiffusion, pixel_settings
 from ldm_cli.families.stable_diffusion import StableDiffusion
 from ldm_cli.families.stable_diffusion_3 import StableDiffusion3
 from ldm_cli.families.stable_diffusion_xl import StableDiffusionXL
 from ldm_cli.formats.model_folder import ModelClass, load_weights
 from ldm_cli.formats.pipeline_folder import TRANSFORMER, UNET
 from ldm_cli.formats.save_model import save_frozen, save_model
-from ldm_cli.formats.scheduler_file import SchedulerSettings, our_settings
+from ldm_cli.formats.scheduler_file import our_settings
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
@@ -41,8 +44,9 @@ from ldm_cli.stages.support.model_sizes import (
 from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import RunOptions, with_precision
 from ldm_cli.stages.support.patch_training import open_patch_training, patch_parameters
+from ldm_cli.stages.support.pixel_training import prompts_of_batch
 from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_uses
-from ldm_cli.stages.support.text_encoders import TextEncoder, outline_text_encoders, text_folders
+from ldm_cli.stages.support.text_encoders import outline_text_encoders, text_folders
 from ldm_cli.stages.support.training_run import Workbench, run_training
 from ldm_cli.training.checkpoint import link_folder
 from ldm_cli.training.task import Task, WeightsByModule
@@ -51,7 +55,8 @@ from ldm_cli.training.task import Task, WeightsByModule
 def run(recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
     """Train the denoiser of `recipe`; the result is a complete folder of Stable Diffusion, XL or 3."""
     recipe = with_precision(resolve_start(with_model_folders(recipe, reporter), reporter.warn), options)
-    uses = {"vae": recipe.vae, **text_folders(recipe)} | start_uses(recipe)
+    codec = {} if recipe.is_of_pixels else {"vae": recipe.vae}
+    uses = {**codec, **text_folders(recipe)} | start_uses(recipe)
     if recipe.patches.clip is not None:
         uses["patches.clip"] = recipe.patches.clip
     build, sizes = partial(_build, recipe), parameters(recipe, [])
@@ -72,11 +77,12 @@ def parameters(recipe: TrainUnetRecipe, notes: list[str]) -> Parameters:
         RecipeError: the models do not fit together.
     """
     expect_known_conditions(recipe)
-    vae = model_at("vae", recipe.vae, outline_codec, notes)
+    vae = None if recipe.is_of_pixels else model_at("vae", recipe.vae, outline_codec, notes)
+    codec = PixelCodec() if recipe.is_of_pixels else vae
     texts = outline_text_encoders(recipe, notes)
     found = [text for text in texts.values() if text is not None]
-    if vae is not None and len(found) == len(texts):
-        fitted_config(recipe, vae, found)
+    if codec is not None and len(found) == len(texts):
+        fitted_config(recipe, codec, found)
     if dropout := recipe.diffusion.encoder_dropout:
         share = 1 - (1 - recipe.diffusion.caption_dropout) * (1 - dropout ** len(texts))
         notes.append(f"diffusion: {100 * share:.3g} % of captions become the empty one, of {len(texts)} encoders")
@@ -101,8 +107,11 @@ def _build(recipe: TrainUnetRecipe, bench: Workbench) -> Task[Batch]:
 _CLASSES: dict[str, ModelClass[Any]] = {UNET: UNet2DConditionModel, TRANSFORMER: SD3Transformer2DModel}
 
 
-def _family(denoiser: Any, codec: Autoencoder, encoder: TextEncoder, settings: SchedulerSettings) -> LatentDiffusion:
-    """The family to which a text encoder of this kind belongs."""
+def _family(denoiser: Any, codec: Any, encoder: Any, diffusion: DiffusionConfig) -> Family:
+    """The family to which a codec and an encoder of these kinds belong."""
+    if isinstance(codec, PixelCodec):
+        return PixelDiffusion(denoiser, codec, encoder, pixel_settings(diffusion.to_mapping()))
+    settings = our_settings(diffusion.to_mapping())
     if isinstance(encoder, CLIPT5Encoder):
         return StableDiffusion3(denoiser, codec, encoder, settings)
     if isinstance(encoder, CLIPPairEncoder):
@@ -123,7 +132,7 @@ class DenoiserTask:
         self._frozen = frozen_names(denoiser)
         if recipe.train.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
-        self.family = _family(denoiser, codec, encoder, our_settings(recipe.diffusion.to_mapping()))
+        self.family = _family(denoiser, codec, encoder, recipe.diffusion)
         self.modules = {self._component: denoiser}
         self.auxiliary: dict[str, torch.nn.Module] = {}
         self.num_files = 1
@@ -163,7 +172,7 @@ class DenoiserTask:
 
     def picture(self, folder: Path | None) -> None:
         """See `generate_samples`."""
-        captions = [caption for batch in self.bench.held_out for caption in batch.captions]
+        captions = [caption for batch in self.bench.held_out for caption in prompts_of_batch(batch, self.recipe)]
         samples, warn = self.recipe.samples, self.bench.run.warn
         generate_samples(self.family, samples, captions, folder, warn, self.bench.sharing)
 

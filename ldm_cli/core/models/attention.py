@@ -30,6 +30,7 @@ def attend(
     num_heads: int,
     *,
     is_causal: bool = False,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """softmax(Q Kᵀ / √d) V per head (Vaswani et al. 2017, eq. 1).
 
@@ -37,12 +38,14 @@ def attend(
         query: [B, L, D]; `num_heads` divides D.
         key, value: [B, M, D].
         is_causal: token i sees tokens 0..i only.
+        mask: bool [B, 1, L, M], True where a token sees another, in place of `is_causal`; None: all see all.
 
     Returns:
         [B, L, D].
     """
     q, k, v = (x.view(*x.shape[:2], num_heads, -1).transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal).transpose(1, 2).flatten(2)
+    is_causal = is_causal and mask is None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal).transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):

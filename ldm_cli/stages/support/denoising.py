@@ -134,6 +134,7 @@ class Denoising:
             given, mask = self.patches.given(batch, latents, mask, step)
         output = family.denoiser(add_noise(latents, noise, a, b), time, condition, **given)
         output, tokens = output if isinstance(output, tuple) else (output, None)
+        output = output[:, : latents.shape[1]]  # of pixels, without the channels of a variance
         gamma = self.config.snr_gamma
         return diffusion_loss(family.process.prediction, output, latents, noise, a, b, gamma, mask), tokens
 

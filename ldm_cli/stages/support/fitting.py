@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ldm_cli.core.codec import Codec
+from ldm_cli.core.codec import Codec, PixelCodec
 from ldm_cli.core.models.clip_config import CLIPTextConfig
 from ldm_cli.core.models.sd3_transformer_2d_config import SD3Transformer2DConfig
 from ldm_cli.core.models.t5_encoder_config import T5EncoderConfig
@@ -17,6 +17,7 @@ from ldm_cli.errors import RecipeError
 from ldm_cli.families import stable_diffusion_3, stable_diffusion_xl
 from ldm_cli.formats.pipeline_folder import TRANSFORMER
 from ldm_cli.recipe.schema import TrainUnetRecipe
+from ldm_cli.stages.support.pixel_training import pixel_problems
 
 DenoiserConfig = UNet2DConditionConfig | SD3Transformer2DConfig
 
@@ -29,6 +30,8 @@ def expect_known_conditions(recipe: TrainUnetRecipe) -> None:
     """
     _expect_fitting_patches(recipe)
     config, known = recipe.model, "addition_embed_type=text_time" if recipe.text_encoder_2 else ""
+    if recipe.classes is not None:
+        known = f"num_class_embeds={len(recipe.classes) + 1}"
     if isinstance(config, SD3Transformer2DConfig):
         return
     fields = [field for field in config.pooled_fields if field != known]
@@ -75,15 +78,18 @@ def fitted_config(recipe: TrainUnetRecipe, codec: Codec, texts: Sequence[nn.Modu
     if isinstance(config, SD3Transformer2DConfig):
         step = codec.factor * config.patch_size
         problems = _transformer_problems(recipe, config, step) + stable_diffusion_3.size_problems(config, texts)
+    elif isinstance(codec, PixelCodec):
+        step = codec.factor
+        problems = pixel_problems(config, texts)
     else:
         step = codec.factor
         problems = _unet_problems(recipe, config, text_configs)
     if recipe.diffusion.encoder_dropout and name != TRANSFORMER:
         problems.append("diffusion.encoder_dropout is for a transformer's text encoders: use diffusion.caption_dropout")
-    layers = min(config.num_hidden_layers for config in text_configs[:2])
+    layers = min([config.num_hidden_layers for config in text_configs[:2]], default=1)
     if (recipe.clip_skip or 1) > layers:
         problems.append(f"clip_skip={recipe.clip_skip}, but a text encoder has {layers} layers")
-    if config.in_channels != channels or config.out_channels != channels:
+    if not recipe.is_of_pixels and (config.in_channels != channels or config.out_channels != channels):
         problems.append(
             f"{name}.in_channels={config.in_channels} and {name}.out_channels={config.out_channels}, "
             f"but the latents of '{recipe.vae}' have {channels} channels"
