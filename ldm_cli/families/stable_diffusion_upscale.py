@@ -1,4 +1,4 @@
-"""Stable Diffusion's upscaler (Rombach et al. 2022, arXiv:2112.10752, section 4.4): pictures enlarged in latent space."""
+"""Pictures enlarged in latent space: Stable Diffusion's upscaler (Rombach et al. 2022, arXiv:2112.10752, 4.4)."""
 
 from __future__ import annotations
 

@@ -194,8 +194,8 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
     """What scheduler/scheduler_config.json of a pipeline folder says, for any solver of ours.
 
     As in the pipelines of Stable Diffusion 1 and 2, `clip_sample` is ignored and `steps_offset` is 1 whatever the file
-    says; those of Stable Diffusion XL and its upscaler honour both, and clipping is refused. Those of IF honour both and
-    thresholding; a learned variance is read as the fixed one.
+    says; those of Stable Diffusion XL and its upscaler honour both, and clipping is refused. Those of IF honour both,
+    and thresholding; a learned variance is read as the fixed one.
 
     Args:
         folder: of the pipeline.

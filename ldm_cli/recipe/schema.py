@@ -10,6 +10,7 @@ from ldm_cli.config import Config, NamesModel
 from ldm_cli.core.codebook_config import CodebookConfig
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.lora_config import LoRAConfig
+from ldm_cli.core.low_resolution_config import LowResolutionConfig
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.core.models.sd3_transformer_2d_config import SD3Transformer2DConfig
@@ -145,6 +146,8 @@ class TrainUnetRecipe(StartedRecipe):
     """Stable Diffusion 3: the model, in place of `unet`; fields as in its Hugging Face config.json."""
     patches: PatchTrainingConfig = PatchTrainingConfig()
     """Stable Diffusion 3: patches that are left out in training, or compared with the features of a CLIP."""
+    low_resolution: LowResolutionConfig | None = None
+    """Train a U-Net to enlarge pictures, in latents or in pixels; null: to generate them."""
     diffusion: DiffusionConfig = DiffusionConfig()
     """Noise schedule, prediction, loss weights, caption dropout. A pipeline in `start_from` gives the defaults of
     schedule and prediction."""
@@ -183,6 +186,11 @@ class TrainUnetRecipe(StartedRecipe):
         if self.lora is not None:
             self._check_lora(self.lora)
         self._check_pixels()
+        if self.low_resolution is not None:
+            given = [name for name in ("transformer", "cache", "classes", "lora") if getattr(self, name)]
+            given += [f"data.{name}" for name in ("aspect_buckets",) if getattr(self.data, name)]
+            if given:
+                raise ValueError(f"low_resolution does not go with {', '.join(given)}")
         return self
 
     def _check_pixels(self) -> None:

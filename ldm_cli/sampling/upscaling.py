@@ -18,7 +18,7 @@ from ldm_cli.errors import DivergedError, UsageError
 from ldm_cli.families.family import Family
 from ldm_cli.families.low_resolution import LowResolution
 from ldm_cli.families.prompt_chunks import PromptReading
-from ldm_cli.reporting import Progress, Reporter
+from ldm_cli.reporting import Progress, Reporter, SilentReporter
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.denoising import visited_timesteps
 from ldm_cli.sampling.fixed_rows import DENOISED_PIXELS, filled, row_groups
@@ -94,7 +94,7 @@ def upscale(
     upscaling: Upscaling,
     pictures: Sequence[Tensor],
     requests: Sequence[ImageRequest],
-    reporter: Reporter,
+    reporter: Reporter | None = None,
     on_nonfinite: OnNonfinite = PLAIN.on_nonfinite,
 ) -> Iterator[GeneratedImage]:
     """Enlarge pictures; on a CPU the result of each is the same bit for bit whatever the others are.
@@ -107,12 +107,13 @@ def upscale(
         on_nonfinite: receives an error for each result that is not finite, in place of the result.
 
     Yields:
-        uint8 [3, h · factor, w · factor], in order.
+        uint8 [3, h · factor, w · factor]; `index` says of which picture.
 
     Raises:
         UsageError: settings that the model cannot do.
     """
     upscaling.check()
+    reporter = reporter or SilentReporter()
     family, config = upscaling.family, upscaling.config
     height, width = pictures[0].shape[-2:]
     side = upscaling.window
@@ -133,9 +134,10 @@ def upscale(
     most = config.batch_size if len(tiles) == 1 else 1
     with reporter.progress("upscaling", len(requests), unit="image") as progress:
         for group, rows in _groups(requests, work.sampler, size, most):
+            own = work.without_guidance() if requests[group[0]].prompt == config.negative else work
             padded = [requests[i] for i in group] + [requests[group[-1]]] * (rows - len(group))
             small = filled(torch.stack([pictures[i] for i in group]), rows)
-            images = work.images(small, padded, tiles, progress, group[0])[: len(group)]
+            images = own.images(small, padded, tiles, progress, group[0])[: len(group)]
             pixels = to_bytes(images).cpu()
             for i, found, is_kept in zip(group, pixels, is_sound(images).tolist(), strict=True):
                 if is_kept:
@@ -152,6 +154,14 @@ class _Work:
     upscaling: Upscaling
     sampler: LatentSampler
     shape: tuple[int, int, int]
+
+    def without_guidance(self) -> _Work:
+        """The same for prompts that equal the negative one, between which there is no difference to follow."""
+        config = self.sampler.config
+        if config.guidance.model is not None:
+            return self
+        guidance = config.guidance.model_copy(update={"scale": 1.0})
+        return replace(self, sampler=replace(self.sampler, config=config.model_copy(update={"guidance": guidance})))
 
     @torch.inference_mode()
     def images(
@@ -183,10 +193,12 @@ class _Work:
 def _groups(
     requests: Sequence[ImageRequest], sampler: LatentSampler, size: int, most: int
 ) -> Iterator[tuple[list[int], int]]:
-    """Indices of the requests that are sampled together, whose prompts have as many chunks; and the rows for it."""
-    alike: dict[int, list[int]] = {}
+    """Indices of the requests that are sampled together, whose prompts are equally long and differ all or none from
+    the negative one; and the rows for it."""
+    alike: dict[tuple[int, bool], list[int]] = {}
     for i, request in enumerate(requests):
-        alike.setdefault(sampler.conditions.num_chunks(request), []).append(i)
+        kind = sampler.conditions.num_chunks(request), request.prompt == sampler.config.negative
+        alike.setdefault(kind, []).append(i)
     for indices in alike.values():
         for group, rows in row_groups(len(indices), DENOISED_PIXELS, size, sampler.family.device, most):
             yield indices[group], rows

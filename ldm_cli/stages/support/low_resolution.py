@@ -9,23 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from ldm_cli import philox
-from ldm_cli.core.codec import Codec
+from ldm_cli.core.codec import Codec, PixelCodec
 from ldm_cli.core.condition import Condition
 from ldm_cli.core.degradation import blurred, jpeg, resampled
+from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.low_resolution_config import LowResolutionConfig
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
+from ldm_cli.core.models.t5_encoder_config import T5EncoderConfig
+from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.core.pixels import to_bytes, to_signed
 from ldm_cli.core.window import Window
 from ldm_cli.data.batch import Batch
-from ldm_cli.families import stable_diffusion_upscale
+from ldm_cli.families import pixel_upscale, stable_diffusion_upscale
+from ldm_cli.families.family import Family
 from ldm_cli.families.low_resolution import LowResolution
-from ldm_cli.families.stable_diffusion_upscale import NOISING_BETAS, StableDiffusionUpscale
-from ldm_cli.formats.scheduler_file import SchedulerSettings
+from ldm_cli.families.pixel_diffusion import pixel_settings
+from ldm_cli.formats.scheduler_file import our_settings
 from ldm_cli.recipe.schema import TrainUnetRecipe
-from ldm_cli.reporting import Reporter
-from ldm_cli.sampling.config import SamplingConfig
-from ldm_cli.sampling.request import GeneratedImage, ImageRequest
-from ldm_cli.sampling.upscaling import Upscaling, upscale
 
 _PURPOSES = ("low-resolution noise", "low-resolution level", "blur", "JPEG")
 
@@ -60,10 +60,11 @@ class LowResolutionTraining:
             level = philox.integers(self._keys["low-resolution level"], batch.epoch, batch.position, 1, high)[:, 0]
         return self._low.conditioned(condition, small, noise, level, Window(0, 0, size[0], size[1]))
 
-    def pictures(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """The small pictures of validation, uint8 [3, h, w] each, on the host."""
-        images = [self._shrunk(to_signed(batch.images, torch.device("cpu"))) for batch in batches]
-        return [picture for part in images for picture in to_bytes(part)]
+    def pictures(self, batches: Sequence[Batch], count: int) -> list[Tensor]:
+        """The first small pictures of validation, uint8 [3, h, w] each, on the host."""
+        images = [image for batch in batches for image in batch.images][:count]
+        small = [self._shrunk(to_signed(image[None], torch.device("cpu"))) for image in images]
+        return [to_bytes(picture)[0] for picture in small]
 
     def _degraded(self, batch: Batch, images: Tensor) -> Tensor:
         blur, quality = (
@@ -83,36 +84,49 @@ class LowResolutionTraining:
         return ((small.clamp(-1.0, 1.0) + 1.0) * 127.5).round() / 127.5 - 1.0
 
 
-def upscaler(denoiser: Any, codec: Codec, encoder: Any, settings: SchedulerSettings, config: LowResolutionConfig) -> Any:
-    """The family of a denoiser that enlarges pictures."""
-    level = min(config.noise_level, config.noise_augmentation)
-    low = LowResolution(config.factor, 1, config.noise_augmentation, level, NOISING_BETAS)
-    return StableDiffusionUpscale(denoiser, codec, encoder, settings, low_resolution=low)  # type: ignore[arg-type]
+def open_low_resolution(recipe: TrainUnetRecipe, family: Family) -> LowResolutionTraining | None:
+    """The small pictures of a recipe; None where it asks for none."""
+    if recipe.low_resolution is None or family.low_resolution is None:
+        return None
+    return LowResolutionTraining(recipe.low_resolution, family.low_resolution, recipe.seed)
 
 
-def low_resolution_problems(recipe: TrainUnetRecipe, codec: Codec, texts: Sequence[nn.Module]) -> list[str]:
-    """What keeps the parts of a recipe from enlarging pictures.
+def upscaler(
+    denoiser: Any, codec: Any, encoder: Any, diffusion: DiffusionConfig, config: LowResolutionConfig
+) -> Family:
+    """The family of a denoiser that enlarges pictures, of latents or of pixels."""
+    level, highest = min(config.noise_level, config.noise_augmentation), config.noise_augmentation
+    if isinstance(codec, PixelCodec):
+        low = LowResolution(config.factor, config.factor, highest, level, pixel_upscale.NOISING_BETAS)
+        settings = pixel_settings(diffusion.to_mapping())
+        return pixel_upscale.PixelUpscale(denoiser, codec, encoder, settings, low_resolution=low)
+    low = LowResolution(config.factor, 1, highest, level, stable_diffusion_upscale.NOISING_BETAS)
+    settings = our_settings(diffusion.to_mapping())
+    return stable_diffusion_upscale.StableDiffusionUpscale(denoiser, codec, encoder, settings, low_resolution=low)
+
+
+def upscaler_problems(recipe: TrainUnetRecipe, codec: Codec, texts: Sequence[nn.Module]) -> list[str]:
+    """What keeps the parts of a recipe with a U-Net from enlarging pictures; nothing where it does not ask for that.
 
     Args:
-        recipe: with `low_resolution` and a U-Net.
-        codec: of the latents.
+        recipe: of the denoiser.
+        codec: of its latents.
         texts: the text encoders, on any device.
     """
-    config: Any = recipe.low_resolution
-    problems = [f"low_resolution needs one text_encoder, a CLIP, and there are {len(texts)}"] if len(texts) > 1 else []
-    if not isinstance(codec, AutoencoderKL):
-        problems.append("low_resolution needs an AutoencoderKL")
-    else:
-        problems += stable_diffusion_upscale.codec_problems(codec.config)
-    if config.factor != codec.factor:
-        problems.append(f"low_resolution.factor={config.factor}, but the autoencoder's is {codec.factor}")
-    unet: Any = recipe.unet
-    return problems + stable_diffusion_upscale.unet_problems(unet, codec.channels, config.noise_augmentation)
-
-
-def enlarged_samples(
-    family: Any, config: SamplingConfig, pictures: Sequence[Tensor], requests: Sequence[ImageRequest], reporter: Reporter
-) -> list[GeneratedImage]:
-    """Sample pictures of training: for each request the small picture of the same place among the held-out ones."""
-    chosen = [pictures[i // config.images_per_prompt % len(pictures)] for i in range(len(requests))]
-    return list(upscale(Upscaling(family, config), chosen, requests, reporter))
+    config, unet = recipe.low_resolution, recipe.model
+    if config is None or not isinstance(unet, UNet2DConditionConfig):
+        return []
+    size, problems = recipe.data.image_size, []
+    if not isinstance(codec, PixelCodec):
+        problems += stable_diffusion_upscale.unet_problems(unet, codec.channels, config.noise_augmentation)
+        if len(texts) > 1 or isinstance(texts[0].config, T5EncoderConfig):
+            problems.append("low_resolution in latents goes with one text_encoder, a CLIP")
+        if isinstance(codec, AutoencoderKL):
+            problems += stable_diffusion_upscale.codec_problems(codec.config)
+        else:
+            problems.append(f"low_resolution in latents needs an AutoencoderKL, and vae is a {type(codec).__name__}")
+        if config.factor != codec.factor:
+            problems.append(f"low_resolution.factor={config.factor}, but the autoencoder's is {codec.factor}")
+    if size % config.factor:
+        problems.append(f"data.image_size={size} is no multiple of low_resolution.factor={config.factor}")
+    return problems
