@@ -109,7 +109,9 @@ def test_latents_are_enlarged_as_by_diffusers(tmp_path, same_noise, monkeypatch,
     module = diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_upscale
     monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: NOISE[1][:, :3, :SIZE, :SIZE])
     given = {"image": SMALL.float() / 255, "negative_prompt": [NEGATIVE] * 2, "latents": NOISE[0][..., :SIZE, :SIZE]}
-    result = pipeline(PROMPTS, **given, num_inference_steps=4, guidance_scale=guidance, noise_level=level, output_type="np")
+    result = pipeline(
+        PROMPTS, **given, num_inference_steps=4, guidance_scale=guidance, noise_level=level, output_type="np"
+    )
     assert_equal_pictures(ours, as_bytes(result.images))
 
 
@@ -118,7 +120,9 @@ def test_pixels_are_enlarged_as_by_diffusers(tmp_path, same_noise, monkeypatch, 
     folder = pixel_folder(tmp_path, **unet)
     family = open_family(folder)
     assert family.low_resolution.factor == 4  # no file says it
-    monkeypatch.setattr("ldm_cli.families.pixel_upscale._SETTINGS", {"upscale_factor": 2, "max_noise_level": 999, "noise_level": 250})
+    monkeypatch.setattr(
+        "ldm_cli.families.pixel_upscale._SETTINGS", {"upscale_factor": 2, "max_noise_level": 999, "noise_level": 250}
+    )
     ours = our_images(folder, level, guidance=guidance)
     pipeline = diffusers.IFSuperResolutionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
