@@ -83,6 +83,16 @@ Variation = Annotated[
 Tile = Annotated[
     int | None, option("--tile", metavar="PX", panel=_EDITING, text="Denoise larger pictures in windows of PX.")
 ]
+Upscale = Annotated[
+    str | None,
+    option(
+        "--upscale", metavar="DIR|NAME", panel=_EDITING, text="Enlarge the pictures, or that of --init, by a model."
+    ),
+]
+UpscaleNoise = Annotated[
+    int | None,
+    option("--upscale-noise", metavar="N", panel=_EDITING, text="More lets --upscale make up more details."),
+]
 Interpolate = Annotated[
     int | None, option("--interpolate", metavar="N", panel=_SHOWING, text="N pictures from each prompt to the next.")
 ]
@@ -159,6 +169,8 @@ _FIELDS = {
     "noise_level": "sampling.prior.noise_level",
     "variation": "variation",
     "tile": "tile",
+    "upscale": "upscale.model",
+    "upscale_noise": "upscale.noise_level",
     "interpolate": "interpolate",
     "xy": "xy",
     "preview_every": "preview_every",

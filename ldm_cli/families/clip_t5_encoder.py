@@ -91,9 +91,10 @@ class T5TextEncoder:
             warn(f"prompt {texts[index][:40]!r}… has more than {length - 1} tokens of T5; this was cut: {rest!r:.200}")
         return tokens.input_ids
 
-    def encode(self, ids: Tensor) -> Tensor:
-        """Token ids int64 [B, L], on any device → states [B, L, D]."""
-        states: Tensor = self.model(ids.to(next(self.model.parameters()).device, non_blocking=True))
+    def encode(self, ids: Tensor, *, hides_padding: bool = False) -> Tensor:
+        """Token ids int64 [B, L], on any device → states [B, L, D]; padding is attended to, or hidden."""
+        ids = ids.to(next(self.model.parameters()).device, non_blocking=True)
+        states: Tensor = self.model(ids, ids != self.model.config.pad_token_id if hides_padding else None)
         return states
 
 

@@ -43,6 +43,7 @@ class CLIPTextEncoder:
         is_penultimate: bool = False,
         clip_skip: int | None = None,
         caption_chunks: int = 1,
+        is_for_pixels: bool = False,
     ) -> None:
         """Put a tower and its tokenizer together.
 
@@ -56,9 +57,11 @@ class CLIPTextEncoder:
             clip_skip: the layer to take in place of that, counted from the last one, which is 1; the final norm is
                 applied or not as before.
             caption_chunks: chunks that each caption of a batch is encoded in.
+            is_for_pixels: whether no token sees padding, as in the pipelines of IF.
         """
         self.model, self.tokenizer = model, tokenizer
         self._folder, self._is_penultimate, self.clip_skip = folder, is_penultimate, clip_skip
+        self._is_for_pixels = is_for_pixels
         self._caption_tokens = CaptionTokens(tokenizer, self.length, warn, caption_chunks)
 
     @classmethod
@@ -72,6 +75,7 @@ class CLIPTextEncoder:
         is_penultimate: bool = False,
         clip_skip: int | None = None,
         caption_chunks: int = 1,
+        is_for_pixels: bool = False,
     ) -> Self:
         """Read the folder of a text tower or of a whole CLIP; errors as in `load_model`.
 
@@ -80,7 +84,7 @@ class CLIPTextEncoder:
             warn: called once if captions are cut.
             dtype: of the tower's weights.
             model_class: of the tower; with projection or without.
-            is_penultimate, caption_chunks: as for the class.
+            is_penultimate, caption_chunks, is_for_pixels: as for the class.
             clip_skip: as for the class; None: as the pipeline says in which the tower lies.
         """
         model = load_model(model_class, folder, text_config_of, allow_extra=True, dtype=dtype)
@@ -92,6 +96,7 @@ class CLIPTextEncoder:
             is_penultimate=is_penultimate,
             clip_skip=clip_skip or clip_skip_of(folder),
             caption_chunks=caption_chunks,
+            is_for_pixels=is_for_pixels,
         )
 
     def save(self, folder: Path, component: str = TEXT_ENCODER) -> None:
@@ -177,7 +182,11 @@ class CLIPTextEncoder:
         rows, chunks = len(ids), ids.shape[1] // self.length
         layer = clip_skip or (2 if self._is_penultimate else 1)
         has_norm = not self._is_penultimate
-        output = self.model(ids.view(rows * chunks, -1), output_hidden_states=layer > 1 or not has_norm)
+        output = self.model(
+            ids.view(rows * chunks, -1),
+            output_hidden_states=layer > 1 or not has_norm,
+            hides_padding=self._is_for_pixels,
+        )
         if layer == 1 and has_norm:
             tokens = output.last_hidden_state
         else:

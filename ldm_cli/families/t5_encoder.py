@@ -20,6 +20,9 @@ from ldm_cli.families.prompt_chunks import PromptReading
 from ldm_cli.formats.model_folder import outline_model, read_config
 from ldm_cli.formats.pipeline_folder import MAX_SEQUENCE_LENGTH, TEXT_ENCODER
 
+PIXEL_T5_LENGTH = 77
+"""L of the pipelines of IF."""
+
 
 class T5Encoder:
     """An `Encoder`; its conditions hold `tokens` [B, L, D], padding included, as in the pipelines of diffusers.
@@ -27,22 +30,32 @@ class T5Encoder:
     Attributes:
         model, tokenizer: T5's encoder and its tokenizer.
         length: L.
+        is_for_pixels: whether texts are read as the pipelines of IF do: in lower case, and no token sees padding.
     """
 
-    def __init__(self, text: T5TextEncoder, length: int) -> None:
-        self._text, self.length = text, length
+    def __init__(self, text: T5TextEncoder, length: int, *, is_for_pixels: bool = False) -> None:
+        self._text, self.length, self.is_for_pixels = text, length, is_for_pixels
         self.model, self.tokenizer = text.model, text.tokenizer
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype = torch.float32, length: int | None = None) -> Self:
+    def load(
+        cls,
+        folder: Path,
+        dtype: torch.dtype = torch.float32,
+        length: int | None = None,
+        *,
+        is_for_pixels: bool = False,
+    ) -> Self:
         """Read the folder of a T5EncoderModel; errors as in `T5TextEncoder.load`.
 
         Args:
             folder: of the encoder.
             dtype: of the weights.
             length: L; None: as the pipeline says in which the encoder lies.
+            is_for_pixels: see the class.
         """
-        return cls(T5TextEncoder.load(folder, dtype), length or t5_length_of(folder))
+        length = length or t5_length_of(folder, PIXEL_T5_LENGTH if is_for_pixels else T5_LENGTH)
+        return cls(T5TextEncoder.load(folder, dtype), length, is_for_pixels=is_for_pixels)
 
     def save(self, folder: Path) -> None:
         """Write encoder and tokenizer as components of a pipeline folder; errors as in `save_model`."""
@@ -71,12 +84,17 @@ class T5Encoder:
 
     def tokens(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Of B captions, on the host: `ids`, int64 [B, L]."""
-        return {"ids": self._text.ids(captions, self.length, ignore)}
+        return {"ids": self._ids(captions, ignore)}
+
+    def _ids(self, texts: Sequence[str], warn: Callable[[str], None]) -> Tensor:
+        """As `T5TextEncoder.ids`."""
+        read = [text.lower().strip() for text in texts] if self.is_for_pixels else texts
+        return self._text.ids(read, self.length, warn)
 
     @torch.no_grad()
     def encode_tokens(self, tokens: Mapping[str, Tensor]) -> Condition:
         """B rows from the `tokens` of captions, on any device."""
-        return Condition(tokens=self._text.encode(tokens["ids"]))
+        return Condition(tokens=self._text.encode(tokens["ids"], hides_padding=self.is_for_pixels))
 
     def check(self, reading: PromptReading) -> None:
         """See `Encoder`."""
@@ -92,7 +110,7 @@ class T5Encoder:
         self, prompts: Sequence[str], reading: PromptReading, *, num_chunks: int, warn: Callable[[str], None]
     ) -> Condition:
         """B prompts in one batch, without weights of words. See `Encoder`."""
-        return Condition(tokens=self._text.encode(self._text.ids(plain_texts(prompts, reading), self.length, warn)))
+        return self.encode_tokens({"ids": self._ids(plain_texts(prompts, reading), warn)})
 
 
 def is_t5(folder: Path) -> bool:
@@ -100,9 +118,9 @@ def is_t5(folder: Path) -> bool:
     return read_config(folder).get("model_type") == "t5"
 
 
-def t5_length_of(folder: Path) -> int:
+def t5_length_of(folder: Path, default: int = T5_LENGTH) -> int:
     """L, as the pipeline says in which the encoder lies."""
-    return int(index_setting(folder, MAX_SEQUENCE_LENGTH, T5_LENGTH))
+    return int(index_setting(folder, MAX_SEQUENCE_LENGTH, default))
 
 
 def t5_key(folder: Path, length: int) -> dict[str, str]:

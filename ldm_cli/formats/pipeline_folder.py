@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ldm_cli.formats.json_file import write_json
 
@@ -29,7 +30,7 @@ def tokenizer_of(text_encoder: str) -> str:
     return text_encoder.replace(TEXT_ENCODER, TOKENIZER)
 
 
-def write_index(folder: Path, pipeline: str, classes: Mapping[str, str | None], settings: Mapping[str, int]) -> None:
+def write_index(folder: Path, pipeline: str, classes: Mapping[str, str | None], settings: Mapping[str, Any]) -> None:
     """Write model_index.json.
 
     Args:

@@ -101,6 +101,7 @@ class SchedulerSettings:
         num_distilled: levels at which a latent consistency model was distilled.
         sampler: ours for the scheduler's class, by its name in recipes; the one to take where none is asked for.
         dynamic_shift: takes the place of the shift in `diffusion`, in sampling; None: that one is for all sizes.
+        threshold: `dynamic_thresholding_ratio` and `sample_max_value` of models of pixels; None: no threshold.
     """
 
     diffusion: dict[str, Any]
@@ -113,6 +114,7 @@ class SchedulerSettings:
     num_distilled: int = 50
     sampler: str = "ddim"
     dynamic_shift: DynamicShift | None = None
+    threshold: tuple[float, float] | None = None
 
     @property
     def is_flow(self) -> bool:
@@ -145,7 +147,8 @@ def write_scheduler(folder: Path, settings: SchedulerSettings, scheduler_class: 
     Args:
         folder: of the pipeline.
         settings: what the file says.
-        scheduler_class: of the file: `settings.scheduler_class`, or FlowMatchEulerDiscreteScheduler for a flow.
+        scheduler_class: of the file: `settings.scheduler_class`, FlowMatchEulerDiscreteScheduler for a flow, or
+            DDPMScheduler for pixels.
 
     Raises:
         StorageError: writing failed.
@@ -156,23 +159,31 @@ def write_scheduler(folder: Path, settings: SchedulerSettings, scheduler_class: 
         content["shift"] = settings.diffusion["flow_shift"]
         if settings.dynamic_shift is not None:
             content |= {"use_dynamic_shifting": True, **vars(settings.dynamic_shift)}
+    elif scheduler_class == "DDPMScheduler":
+        content |= _shared_fields(settings) | {"clip_sample": False, "variance_type": "fixed_small"}
     else:
         content |= _solver_fields(settings)
     (folder / SCHEDULER_FILE).parent.mkdir(parents=True, exist_ok=True)
     write_json(folder / SCHEDULER_FILE, content)
 
 
-def _solver_fields(settings: SchedulerSettings) -> dict[str, Any]:
-    """The fields of a DDIMScheduler, or of a flow's UniPCMultistepScheduler."""
-    content = {
+def _shared_fields(settings: SchedulerSettings) -> dict[str, Any]:
+    """The fields that the classes of these solvers have in common."""
+    ratio, largest = settings.threshold or (0.995, 1.0)
+    return {
         **settings.diffusion,
         "trained_betas": None,
         "steps_offset": settings.steps_offset,
-        "thresholding": False,
-        "dynamic_thresholding_ratio": 0.995,
-        "sample_max_value": 1.0,
+        "thresholding": settings.threshold is not None,
+        "dynamic_thresholding_ratio": ratio,
+        "sample_max_value": largest,
         "timestep_spacing": settings.timestep_spacing or "leading",
     }
+
+
+def _solver_fields(settings: SchedulerSettings) -> dict[str, Any]:
+    """The fields of a DDIMScheduler, or of a flow's UniPCMultistepScheduler."""
+    content = _shared_fields(settings)
     if settings.is_flow:
         return {**content, "use_flow_sigmas": True}
     set_alpha_to_one = True if settings.set_alpha_to_one is None else settings.set_alpha_to_one
@@ -183,7 +194,8 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
     """What scheduler/scheduler_config.json of a pipeline folder says, for any solver of ours.
 
     As in the pipelines of Stable Diffusion 1 and 2, `clip_sample` is ignored and `steps_offset` is 1 whatever the file
-    says; those of Stable Diffusion XL and Stable unCLIP honour both, and clipping is refused.
+    says; those of Stable Diffusion XL, its upscaler and Stable unCLIP honour both, and clipping is refused. Those of IF
+    honour both, and thresholding; a learned variance is read as the fixed one.
 
     Args:
         folder: of the pipeline.
@@ -204,7 +216,12 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
         neutral["solver_order"] = (2, 3)
     if "Inpaint" in pipeline:
         neutral.pop("skip_prk_steps", None)
-    is_exact = pipeline.startswith(("StableDiffusionXL", "StableUnCLIP"))
+    is_exact = pipeline.startswith(("StableDiffusionXL", "StableDiffusionUpscale", "StableUnCLIP"))
+    is_of_pixels = pipeline.startswith("IF")
+    if is_of_pixels:
+        neutral.pop("thresholding")
+        neutral["variance_type"] += ("learned_range",)
+        neutral["clip_sample_range"] = (1.0,)
     if is_exact:
         content = {"clip_sample": found in _CLIPPING_BY_DEFAULT, **content}
     if is_exact or pipeline.startswith("LatentConsistency"):
@@ -229,7 +246,7 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
     return SchedulerSettings(
         diffusion=_diffusion(content),
         timestep_spacing=content.get("timestep_spacing"),
-        steps_offset=content.get("steps_offset", 0) if is_exact else 1,
+        steps_offset=content.get("steps_offset", 0) if is_exact or is_of_pixels else 1,
         set_alpha_to_one=bool(content["set_alpha_to_one"]) if "set_alpha_to_one" in content else None,
         sigmas=_sigmas(content),
         sigma_min=content.get("sigma_min"),
@@ -237,7 +254,15 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
         num_distilled=content.get("original_inference_steps") or 50,
         sampler=_sampler(found, content),
         dynamic_shift=read_dynamic_shift(content, file) if content.get("use_dynamic_shifting") else None,
+        threshold=_threshold(content, found) if is_of_pixels else None,
     )
+
+
+def _threshold(content: Mapping[str, Any], scheduler_class: str) -> tuple[float, float] | None:
+    """Share of the values that are kept, and the most that a picture is divided by; clipping is a division by 1."""
+    if content.get("thresholding"):
+        return content.get("dynamic_thresholding_ratio", 0.995), content.get("sample_max_value", 1.0)
+    return (1.0, 1.0) if content.get("clip_sample", scheduler_class in _CLIPPING_BY_DEFAULT) else None
 
 
 def _sampler(scheduler_class: str, content: Mapping[str, Any]) -> str:

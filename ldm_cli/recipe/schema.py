@@ -11,6 +11,7 @@ from ldm_cli.core.codebook_config import CodebookConfig
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.image_prompt_config import ImagePromptConfig
 from ldm_cli.core.lora_config import LoRAConfig
+from ldm_cli.core.low_resolution_config import LowResolutionConfig
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.core.models.sd3_transformer_2d_config import SD3Transformer2DConfig
@@ -26,6 +27,9 @@ from ldm_cli.recipe.image_embedding_config import ImageEmbeddingConfig
 from ldm_cli.recipe.prior_recipe import TrainPriorRecipe
 from ldm_cli.recipe.sample_recipe import SampleRecipe, Variant
 from ldm_cli.recipe.train_recipe import SamplesConfig, StartedRecipe, TrainRecipe, known
+
+PIXELS = "pixels"
+"""In the place of an autoencoder: none."""
 
 
 class TrainClipRecipe(StartedRecipe):
@@ -116,8 +120,8 @@ class TrainUnetRecipe(StartedRecipe):
     command: Literal["train-unet"]
     """Which command this recipe is for."""
     vae: Annotated[str, NamesModel(("vae",))] = ""
-    """The trained AutoencoderKL or VQModel (`runs/…/model`), or an AutoencoderTiny. Empty: that of the pipeline in
-    `start_from`."""
+    """The trained AutoencoderKL or VQModel (`runs/…/model`), or an AutoencoderTiny; `pixels`: none, the U-Net works on
+    the pixels themselves. Empty: that of the pipeline in `start_from`."""
     text_encoder: Annotated[str, NamesModel(("text_encoder", "tokenizer"))] = ""
     """The trained CLIPModel, CLIPTextModel or, for a U-Net, T5EncoderModel, with its tokenizer (`runs/…/model`). Empty:
     that of the pipeline in `start_from`."""
@@ -129,6 +133,9 @@ class TrainUnetRecipe(StartedRecipe):
     max_sequence_length: Annotated[int, Field(ge=0, le=512)] | None = None
     """Tokens of T5, padding included; in Stable Diffusion 3 without T5 as many zeros. null: those of the pipeline in
     `start_from`; else 256, and 0 without T5."""
+    classes: tuple[str, ...] | None = None
+    """Names of the class labels in `data.label`, which a U-Net of pixels is conditioned on, alone or beside text; its
+    `num_class_embeds` is one more, for no class. null: no classes."""
     clip_skip: Annotated[int, Field(ge=1)] | None = None
     """Layer of the CLIP text encoders that gives the text states: 1 the last one, 2 the last but one. null: that which
     the pipeline of `text_encoder` was trained with; else the last one, with two of them the last but one."""
@@ -142,6 +149,8 @@ class TrainUnetRecipe(StartedRecipe):
     """Stable Diffusion 3: the model, in place of `unet`; fields as in its Hugging Face config.json."""
     patches: PatchTrainingConfig = PatchTrainingConfig()
     """Stable Diffusion 3: patches that are left out in training, or compared with the features of a CLIP."""
+    low_resolution: LowResolutionConfig | None = None
+    """Train a U-Net to enlarge pictures, in latents or in pixels; null: to generate them."""
     diffusion: DiffusionConfig = DiffusionConfig()
     """Noise schedule, prediction, loss weights, caption dropout. A pipeline in `start_from` gives the defaults of
     schedule and prediction."""
@@ -160,6 +169,11 @@ class TrainUnetRecipe(StartedRecipe):
         return known(self.unet, "unet") if self.transformer is None else self.transformer
 
     @property
+    def is_of_pixels(self) -> bool:
+        """Whether there is no autoencoder, once `start_from` has been read."""
+        return self.vae == PIXELS
+
+    @property
     def component(self) -> str:
         """The part of the pipeline that is trained, `unet` or `transformer`, once `start_from` has been read."""
         return "unet" if isinstance(self.model, UNet2DConditionConfig) else "transformer"
@@ -168,7 +182,8 @@ class TrainUnetRecipe(StartedRecipe):
     def _check(self) -> Self:
         if self.unet is not None and self.transformer is not None:
             raise ValueError("unet and transformer: one of them is trained, leave the other out")
-        self._check_start(*(["unet"] if self.transformer is None else []), "vae", "text_encoder")
+        text = [] if self.classes else ["text_encoder"]
+        self._check_start(*(["unet"] if self.transformer is None else []), "vae", *text)
         if self.transformer is not None and self.start_from is None:
             self._check_start("text_encoder_2")
         if self.unet is not None and self.text_encoder_3:
@@ -181,7 +196,32 @@ class TrainUnetRecipe(StartedRecipe):
             self._check_lora(self.lora)
         if self.image_prompt is not None:
             self._check_image_prompt()
+        self._check_pixels()
+        if self.low_resolution is not None:
+            given = [name for name in ("transformer", "cache", "classes", "lora") if getattr(self, name)]
+            given += [f"data.{name}" for name in ("aspect_buckets",) if getattr(self.data, name)]
+            if given:
+                raise ValueError(f"low_resolution does not go with {', '.join(given)}")
         return self
+
+    def _check_pixels(self) -> None:
+        if self.is_of_pixels:
+            given = [name for name in ("transformer", "text_encoder_2", "cache") if getattr(self, name)]
+            if given:
+                raise ValueError(f"vae=pixels does not go with {', '.join(given)}")
+            if self.diffusion.prediction_type == "flow_prediction":
+                raise ValueError("vae=pixels needs another diffusion.prediction_type than flow_prediction")
+        if self.classes is None:
+            return
+        if self.vae and not self.is_of_pixels:
+            raise ValueError("classes needs vae=pixels")
+        if self.data.label is None:
+            raise ValueError("classes needs data.label, the place of the labels")
+        rows = None if self.unet is None else self.unet.num_class_embeds
+        if self.unet is not None and rows != len(self.classes) + 1:
+            raise ValueError(
+                f"unet.num_class_embeds={rows}, but {len(self.classes)} classes and none need {len(self.classes) + 1}"
+            )
 
     def _check_lora(self, lora: LoRAConfig) -> None:
         if self.start_from is None:

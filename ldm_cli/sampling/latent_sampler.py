@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ldm_cli.core.condition import Condition
+from ldm_cli.core.diffusion.config import ThresholdConfig
 from ldm_cli.core.diffusion.guidance import ConditionalNetwork, along_score, guided
 from ldm_cli.core.diffusion.process import Level
-from ldm_cli.core.diffusion.samplers import CleanPredictor
+from ldm_cli.core.diffusion.samplers import CleanPredictor, NoiseSource
 from ldm_cli.core.models.layers import guidance_embedding
+from ldm_cli.core.window import Window
 from ldm_cli.families.family import Family
 from ldm_cli.families.prompt_chunks import PromptReading
 from ldm_cli.sampling.config import SamplingConfig, SizesConfig
@@ -52,6 +54,22 @@ class PromptConditions:
 
 
 @dataclass(frozen=True)
+class LowResolutionInput:
+    """The pictures that a group of requests enlarges, or a part of them.
+
+    Attributes:
+        pictures, noise, level, window: as of `LowResolution.conditioned`.
+        step_noise: what the sampler adds in each step.
+    """
+
+    pictures: Tensor
+    noise: Tensor
+    level: Tensor
+    window: Window
+    step_noise: NoiseSource
+
+
+@dataclass(frozen=True)
 class LatentSampler:
     """What all groups of one call of `Pipeline.generate` have in common.
 
@@ -66,6 +84,7 @@ class LatentSampler:
         pooled: [N, P], pooled vectors of the N requests, beside which the guidance's other side has zeros; None: those
             of the prompts.
         image_tokens: of image prompts, if any.
+        low: what is enlarged, of a family that does so.
     """
 
     family: Family
@@ -77,6 +96,7 @@ class LatentSampler:
     window: int | None = None
     pooled: Tensor | None = None
     image_tokens: ImageTokens | None = None
+    low: LowResolutionInput | None = None
 
     def of(self, images: slice, rows: int) -> LatentSampler:
         """The sampler of some of the requests, whose last one fills up the rows."""
@@ -105,7 +125,7 @@ class LatentSampler:
             self.family.process_at((noise.shape[2], noise.shape[3])),
             self.family.settings,
             self.config,
-            step_noise(requests, tuple(noise.shape[1:]), device),
+            step_noise(requests, tuple(noise.shape[1:]), device) if self.low is None else self.low.step_noise,
             None if edit is None else self._start(edit, noise),
         )
         return x0 if edit is None or mask is None else torch.where(mask > 0, x0, edit.latents)
@@ -129,6 +149,10 @@ class LatentSampler:
         if family.guidance_width is not None:
             # The embedding of the scale, which the denoiser was distilled with, takes the place of the second call.
             guidance = guidance.model_copy(update={"scale": 1.0})
+        if guidance.threshold is None and family.settings.threshold is not None:
+            share, most = family.settings.threshold
+            threshold = ThresholdConfig(percentile=share, max_scale=most)
+            guidance = guidance.model_copy(update={"threshold": threshold})
         network = self._network(family.denoiser)
         model = guided(
             network,
@@ -162,6 +186,8 @@ class LatentSampler:
         if width is not None:
             embedding = guidance_embedding(self.config.guidance.scale, width).to(self.family.device, non_blocking=True)
             condition = replace(condition, guidance=embedding.expand(rows, -1))
+        if self.low is not None and (low := self.family.low_resolution) is not None:
+            condition = low.conditioned(condition, self.low.pictures, self.low.noise, self.low.level, self.low.window)
         if not self.family.takes_mask or edit is None or edit.mask is None or edit.masked_latents is None:
             return condition
         return replace(condition, concat=torch.cat([edit.mask, edit.masked_latents], dim=1).expand(rows, -1, -1, -1))
@@ -174,7 +200,7 @@ class LatentSampler:
             # Times and sizes stay float32: half precision cannot tell 998 from 999.
             t = torch.full((1,), level.t, device=x.device)
             cast = replace(condition.map(lambda tensor: tensor.to(dtype)), pooled=condition.pooled)
-            prediction: Tensor = denoiser(x.to(dtype), t, cast)
+            prediction: Tensor = denoiser(x.to(dtype), t, cast)[:, : x.shape[1]]  # without a variance
             return prediction.to(torch.float32, copy=True)  # a replayed network writes the next one into its place
 
         return network if self.window is None else in_windows(network, self.window)

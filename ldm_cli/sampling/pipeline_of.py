@@ -9,6 +9,7 @@ from ldm_cli.sampling.picture_pipeline import PicturePipeline
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.token_pipeline import TokenPipeline
 from ldm_cli.sampling.unclip_pipeline import UnCLIPPipeline
+from ldm_cli.sampling.upscale_pipeline import UpscalePipeline
 
 
 def pipeline_of(generator: ImageGenerator) -> PicturePipeline:
@@ -21,6 +22,8 @@ def pipeline_of(generator: ImageGenerator) -> PicturePipeline:
         return TokenPipeline(generator)
     if isinstance(generator, UnCLIP):
         return UnCLIPPipeline(generator)
+    if isinstance(generator, Family) and generator.low_resolution is not None:
+        return UpscalePipeline(generator)
     if isinstance(generator, Family):
         return Pipeline(generator)
     raise TypeError(f"pipeline_of a {type(generator).__name__}")

@@ -99,7 +99,10 @@ class UnCLIPPipeline(Pipeline):
         else:
             moved = given.to(self.family.device, torch.float32).expand(len(requests), -1, -1)
             pairs = [[rows[0], rows[-1]] for rows in moved]
-        mixed = [slerp(*pair, r.blend.weight) if r.blend else pair[0] for r, pair in zip(requests, pairs, strict=True)]
+        mixed = [
+            slerp(pair[0], pair[1], r.blend.weight) if r.blend else pair[0]
+            for r, pair in zip(requests, pairs, strict=True)
+        ]
         return torch.stack(mixed)
 
     @torch.inference_mode()

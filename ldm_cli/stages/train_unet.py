@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm_cli.core.codec import PixelCodec
 from ldm_cli.core.models.sd3_transformer_2d import SD3Transformer2DModel
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.data.batch import Batch
@@ -16,8 +17,9 @@ from ldm_cli.data.cache_manifest import Manifest
 from ldm_cli.data.latent_cache import LatentCache
 from ldm_cli.families.clip_pair_encoder import CLIPPairEncoder
 from ldm_cli.families.clip_t5_encoder import CLIPT5Encoder
-from ldm_cli.families.codec_folder import Autoencoder, outline_codec
-from ldm_cli.families.latent_diffusion import LatentDiffusion
+from ldm_cli.families.codec_folder import outline_codec
+from ldm_cli.families.family import Family
+from ldm_cli.families.pixel_diffusion import PixelDiffusion, pixel_settings
 from ldm_cli.families.prior import EMBEDDINGS
 from ldm_cli.families.stable_diffusion import StableDiffusion
 from ldm_cli.families.stable_diffusion_3 import StableDiffusion3
@@ -25,7 +27,7 @@ from ldm_cli.families.stable_diffusion_xl import StableDiffusionXL
 from ldm_cli.formats.model_folder import ModelClass, load_weights
 from ldm_cli.formats.pipeline_folder import TRANSFORMER, UNET
 from ldm_cli.formats.save_model import save_frozen, save_model
-from ldm_cli.formats.scheduler_file import SchedulerSettings, our_settings
+from ldm_cli.formats.scheduler_file import our_settings
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.sample_options import PLAIN, SampleOptions
@@ -35,6 +37,7 @@ from ldm_cli.stages.support.fitting import expect_known_conditions, fitted_confi
 from ldm_cli.stages.support.image_condition import ImageCondition, outline_image_encoder
 from ldm_cli.stages.support.image_prompt_task import ImagePromptTask, image_prompt_parameters
 from ldm_cli.stages.support.lora_task import LoRATask, lora_parameters
+from ldm_cli.stages.support.low_resolution import open_low_resolution, upscaler
 from ldm_cli.stages.support.model_sizes import (
     Parameters,
     count_parameters,
@@ -45,8 +48,9 @@ from ldm_cli.stages.support.model_sizes import (
 from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import RunOptions, with_precision
 from ldm_cli.stages.support.patch_training import open_patch_training, patch_parameters
+from ldm_cli.stages.support.pixel_training import prompts_of_batch
 from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_uses
-from ldm_cli.stages.support.text_encoders import TextEncoder, outline_text_encoders, text_folders
+from ldm_cli.stages.support.text_encoders import outline_text_encoders, text_folders
 from ldm_cli.stages.support.training_run import Workbench, run_training
 from ldm_cli.training.checkpoint import link_folder
 from ldm_cli.training.task import Task, WeightsByModule
@@ -55,7 +59,8 @@ from ldm_cli.training.task import Task, WeightsByModule
 def run(recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
     """Train the denoiser of `recipe`; the result is a complete folder of Stable Diffusion, XL or 3."""
     recipe = with_precision(resolve_start(with_model_folders(recipe, reporter), reporter.warn), options)
-    uses = {"vae": recipe.vae, **text_folders(recipe)} | start_uses(recipe)
+    codec = {} if recipe.is_of_pixels else {"vae": recipe.vae}
+    uses = {**codec, **text_folders(recipe)} | start_uses(recipe)
     if recipe.patches.clip is not None:
         uses["patches.clip"] = recipe.patches.clip
     if recipe.image_embedding is not None:
@@ -80,11 +85,12 @@ def parameters(recipe: TrainUnetRecipe, notes: list[str]) -> Parameters:
         RecipeError: the models do not fit together.
     """
     expect_known_conditions(recipe)
-    vae = model_at("vae", recipe.vae, outline_codec, notes)
+    vae = None if recipe.is_of_pixels else model_at("vae", recipe.vae, outline_codec, notes)
+    codec = PixelCodec() if recipe.is_of_pixels else vae
     texts, images = outline_text_encoders(recipe, notes), outline_image_encoder(recipe, notes)
     found = [text for text in texts.values() if text is not None]
-    if vae is not None and len(found) == len(texts):
-        fitted_config(recipe, vae, found)
+    if codec is not None and len(found) == len(texts):
+        fitted_config(recipe, codec, found)
     if dropout := recipe.diffusion.encoder_dropout:
         share = 1 - (1 - recipe.diffusion.caption_dropout) * (1 - dropout ** len(texts))
         notes.append(f"diffusion: {100 * share:.3g} % of captions become the empty one, of {len(texts)} encoders")
@@ -113,8 +119,14 @@ def _build(recipe: TrainUnetRecipe, bench: Workbench) -> Task[Batch]:
 _CLASSES: dict[str, ModelClass[Any]] = {UNET: UNet2DConditionModel, TRANSFORMER: SD3Transformer2DModel}
 
 
-def _family(denoiser: Any, codec: Autoencoder, encoder: TextEncoder, settings: SchedulerSettings) -> LatentDiffusion:
-    """The family to which a text encoder of this kind belongs."""
+def _family(recipe: TrainUnetRecipe, denoiser: Any, codec: Any, encoder: Any) -> Family:
+    """The family to which a codec and an encoder of these kinds belong."""
+    diffusion = recipe.diffusion
+    if recipe.low_resolution is not None:
+        return upscaler(denoiser, codec, encoder, diffusion, recipe.low_resolution)
+    if isinstance(codec, PixelCodec):
+        return PixelDiffusion(denoiser, codec, encoder, pixel_settings(diffusion.to_mapping()))
+    settings = our_settings(diffusion.to_mapping())
     if isinstance(encoder, CLIPT5Encoder):
         return StableDiffusion3(denoiser, codec, encoder, settings)
     if isinstance(encoder, CLIPPairEncoder):
@@ -130,16 +142,17 @@ class DenoiserTask:
         self.encoder = BatchEncoder(recipe, bench.device, bench.run.warn)
         codec, encoder = self.encoder.codec, self.encoder.encoder
         self._component = recipe.component
-        config = fitted_config(recipe, codec, encoder.models)
-        denoiser = build_model(_CLASSES[self._component], config, recipe)
+        self._config = fitted_config(recipe, codec, encoder.models)
+        denoiser = build_model(_CLASSES[self._component], self._config, recipe)
         self._frozen = frozen_names(denoiser)
         if recipe.train.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
-        self.family = _family(denoiser, codec, encoder, our_settings(recipe.diffusion.to_mapping()))
+        self.family = _family(recipe, denoiser, codec, encoder)
         self.image_condition: ImageCondition | None = None
         if recipe.image_embedding is not None:
             self.image_condition = ImageCondition(recipe.image_embedding, recipe, bench, self.encoder)
             self.family = self.image_condition.family(self.family)
+        self.low = open_low_resolution(recipe, self.family)
         self.modules = {self._component: denoiser}
         self.auxiliary: dict[str, torch.nn.Module] = {}
         self.num_files = 1
@@ -151,7 +164,8 @@ class DenoiserTask:
         patches = open_patch_training(recipe, bench.device)
         if patches is not None and patches.alignment is not None:
             self.auxiliary["projection"] = patches.alignment
-        self.denoising = Denoising(self.family, recipe.diffusion, recipe.seed, empty, patches, self.image_condition)
+        added = self.image_condition or self.low
+        self.denoising = Denoising(self.family, recipe.diffusion, recipe.seed, empty, patches, added)
         self._held_out: dict[int, Encoded] = {}
 
     def prepare(self, batch: Batch) -> Batch:
@@ -179,12 +193,13 @@ class DenoiserTask:
 
     def picture(self, folder: Path | None, options: SampleOptions = PLAIN) -> None:
         """See `generate_samples`."""
-        captions = [caption for batch in self.bench.held_out for caption in batch.captions]
+        captions = [caption for batch in self.bench.held_out for caption in prompts_of_batch(batch, self.recipe)]
         samples, warn = self.recipe.samples, self.bench.run.warn
         embeddings = None
         if self.image_condition is not None and captions:
             embeddings = torch.cat([self.encoded(batch)[1][EMBEDDINGS] for batch in self.bench.held_out])
-        generate_samples(self.family, samples, captions, folder, warn, self.bench.sharing, embeddings, options)
+        small = () if self.low is None else self.low.pictures(self.bench.held_out, samples.num_prompts)
+        generate_samples(self.family, samples, captions, folder, warn, self.bench.sharing, embeddings, options, small)
 
     def save_unchanged(self, folder: Path) -> None:
         """Write the parts of the model folder that training does not change."""
@@ -194,7 +209,7 @@ class DenoiserTask:
     def export(self, folder: Path, weights: WeightsByModule) -> None:
         """Write the model folder: the trained weights of the denoiser, and links to all else."""
         link_folder(self.bench.run.frozen, folder)
-        config = self.family.denoiser.config.to_hugging_face()
+        config = self._config.to_hugging_face()
         save_model(folder / self._component, weights[self._component], config, frozen=self._frozen)
 
     def restore(self, folder: Path) -> None:

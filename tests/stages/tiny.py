@@ -148,9 +148,10 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def save_random_clip(folder: Path, tokenizer: Tokenizer) -> CLIPModel:
+def save_random_clip(folder: Path, tokenizer: Tokenizer, max_position_embeddings: int = 32) -> CLIPModel:
     """Write a CLIP of images of 16 px with random weights, and its tokenizer."""
-    text = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": 32, "bos_token_id": tokenizer.start_id}
+    text = {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.start_id}
+    text |= {"max_position_embeddings": max_position_embeddings}
     text |= {"eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.pad_id}
     vision = _TOWER | {"image_size": 16, "patch_size": 8}
     sections = {"text_config": _TOWER | text, "vision_config": vision, "projection_dim": 8}

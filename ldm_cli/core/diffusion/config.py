@@ -75,6 +75,9 @@ class ThresholdConfig(Config):
     """Share of an image's values |x_0| that are kept; larger ones are clipped."""
     limit: Annotated[float, Field(gt=0)] = 1.0
     """Largest |x_0| of an image after clipping: 1 for pixels, 3 to 5 for latents of standard deviation 1."""
+    max_scale: Annotated[float, Field(ge=1)] | None = None
+    """An image is divided by no more than this; what is then above `limit` is cut off. With 1 all values are only cut
+    off. null: no limit."""
 
 
 class ProjectionConfig(Config):

@@ -103,7 +103,8 @@ def rescaled(output: Tensor, conditional: Tensor, share: float) -> Tensor:
 def thresholded(x0: Tensor, config: ThresholdConfig) -> Tensor:
     """x_0 clipped to its own percentile and scaled back to the limit (Saharia et al. 2022, section 2.3); [B, …]."""
     size = x0.flatten(1).abs().float().quantile(config.percentile, dim=1)
-    bound = size.clamp(min=config.limit).to(x0.dtype).reshape(-1, *[1] * (x0.ndim - 1))
+    most = None if config.max_scale is None else config.limit * config.max_scale
+    bound = size.clamp(min=config.limit, max=most).to(x0.dtype).reshape(-1, *[1] * (x0.ndim - 1))
     return torch.clamp(x0, -bound, bound) * (config.limit / bound)
 
 

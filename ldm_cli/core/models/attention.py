@@ -30,7 +30,7 @@ def attend(
     num_heads: int,
     *,
     is_causal: bool = False,
-    bias: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """softmax(Q Kᵀ / √d) V per head (Vaswani et al. 2017, eq. 1).
 
@@ -38,13 +38,15 @@ def attend(
         query: [B, L, D]; `num_heads` divides D.
         key, value: [B, M, D].
         is_causal: token i sees tokens 0..i only.
-        bias: added to the logits Q Kᵀ / √d, of a shape that broadcasts to [B, heads, L, M]; None: nothing.
+        mask: bool, True where a token sees another, or numbers to add to the logits Q Kᵀ / √d; of a shape that
+            broadcasts to [B, heads, L, M]. It takes the place of `is_causal`; None: all see all.
 
     Returns:
         [B, L, D].
     """
     q, k, v = (x.view(*x.shape[:2], num_heads, -1).transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v, bias, is_causal=is_causal).transpose(1, 2).flatten(2)
+    is_causal = is_causal and mask is None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal).transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
@@ -65,10 +67,10 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
-    def forward(self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """[B, L, D] and [B, M, context_dim] → [B, L, D]; `bias` as in `attend`."""
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """[B, L, D] and [B, M, context_dim] → [B, L, D]; `mask` as in `attend`."""
         context = x if context is None else context
-        attended = attend(self.to_q(x), self.to_k(context), self.to_v(context), self.num_heads, bias=bias)
+        attended = attend(self.to_q(x), self.to_k(context), self.to_v(context), self.num_heads, mask=mask)
         projected: Tensor = self.to_out[0](attended)
         return projected
 
@@ -167,7 +169,7 @@ class AttentionBlock2D(Region, Attention):
         super().__init__(channels, None, 1, bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, eps=eps)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """[B, C, H, W] → [B, C, H, W]."""
-        attended = super().forward(tokens_of(self.group_norm(x)), context)
+        attended = super().forward(tokens_of(self.group_norm(x)), context, mask)
         return x + image_of(attended, *x.shape[-2:])

@@ -66,11 +66,17 @@ class CLIPTextTransformer(nn.Module):
         )
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, input_ids: Tensor, *, output_hidden_states: bool = False) -> TextOutput:
-        """Token ids, int64 [B, L] → states and pooled feature; causality hides the padding: no mask."""
-        states = self.encoder(self.embeddings(input_ids), keep_all=output_hidden_states)
-        last = self.final_layer_norm(states[-1])
+    def forward(
+        self, input_ids: Tensor, *, output_hidden_states: bool = False, hides_padding: bool = False
+    ) -> TextOutput:
+        """Token ids, int64 [B, L] → states and pooled feature.
+
+        Causality hides the padding from the text; `hides_padding` hides it from the padding as well.
+        """
         end = self._end_of_text(input_ids)
+        mask = _mask(end, input_ids.shape[1]) if hides_padding else None
+        states = self.encoder(self.embeddings(input_ids), mask, keep_all=output_hidden_states)
+        last = self.final_layer_norm(states[-1])
         pooled = last[torch.arange(len(end), device=end.device), end]
         return TextOutput(last, pooled, states if output_hidden_states else ())
 
@@ -79,6 +85,13 @@ class CLIPTextTransformer(nn.Module):
         if self.config.eos_token_id == 2:
             return input_ids.argmax(dim=-1)
         return (input_ids == self.config.eos_token_id).int().argmax(dim=-1)
+
+
+def _mask(end: Tensor, length: int) -> Tensor:
+    """Which tokens see which, if none sees what comes after it or after `end` [B]: bool [B, 1, L, L]."""
+    position = torch.arange(length, device=end.device)
+    seen = (position <= position[:, None]) & (position <= end[:, None, None])
+    return seen[:, None]
 
 
 class CLIPTextModel(Checkpointable):
@@ -91,9 +104,13 @@ class CLIPTextModel(Checkpointable):
         self.config = config
         self.text_model = CLIPTextTransformer(config)
 
-    def forward(self, input_ids: Tensor, *, output_hidden_states: bool = False) -> TextOutput:
-        """Token ids, int64 [B, L] → states and pooled feature."""
-        output: TextOutput = self.text_model(input_ids, output_hidden_states=output_hidden_states)
+    def forward(
+        self, input_ids: Tensor, *, output_hidden_states: bool = False, hides_padding: bool = False
+    ) -> TextOutput:
+        """Token ids, int64 [B, L] → states and pooled feature; see `CLIPTextTransformer`."""
+        output: TextOutput = self.text_model(
+            input_ids, output_hidden_states=output_hidden_states, hides_padding=hides_padding
+        )
         return output
 
 

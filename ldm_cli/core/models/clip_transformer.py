@@ -31,10 +31,11 @@ class CLIPAttention(nn.Module):
         self.q_proj = nn.Linear(dim, dim)
         self.out_proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] → [B, L, D]."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, L, D], and a mask for `attend` → [B, L, D]."""
         query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        projected: Tensor = self.out_proj(attend(query, key, value, self.num_heads, is_causal=self.is_causal))
+        attended = attend(query, key, value, self.num_heads, is_causal=self.is_causal, mask=mask)
+        projected: Tensor = self.out_proj(attended)
         return projected
 
 
@@ -65,9 +66,9 @@ class CLIPEncoderLayer(Region):
         self.mlp = CLIPMLP(dim, inner_dim, activation)
         self.layer_norm2 = nn.LayerNorm(dim, eps=eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] → [B, L, D]."""
-        x = x + self.self_attn(self.layer_norm1(x))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, L, D], and a mask for `attend` → [B, L, D]."""
+        x = x + self.self_attn(self.layer_norm1(x), mask)
         hidden: Tensor = x + self.mlp(self.layer_norm2(x))
         return hidden
 
@@ -98,11 +99,12 @@ class CLIPEncoder(Checkpointed):
             assert isinstance(layer, CLIPEncoderLayer)
             _initialise(layer, dim, num_layers)
 
-    def forward(self, x: Tensor, *, keep_all: bool = False) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, keep_all: bool = False) -> tuple[Tensor, ...]:
         """Run all layers.
 
         Args:
             x: [B, L, D].
+            mask: for `attend`.
             keep_all: also return the input of each layer.
 
         Returns:
@@ -110,7 +112,7 @@ class CLIPEncoder(Checkpointed):
         """
         states = [x]
         for layer in self.layers:
-            output: Tensor = self.run(layer, states[-1])
+            output: Tensor = self.run(layer, states[-1], mask)
             states = [*states, output] if keep_all else [output]
         return tuple(states)
 

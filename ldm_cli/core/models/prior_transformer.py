@@ -73,9 +73,9 @@ class PriorTransformer(Checkpointable, Checkpointed):
         ]
         hidden = torch.cat([self.encoder_hidden_states_proj(tokens), torch.stack(added, dim=1)], dim=1)
         hidden = hidden + self.positional_embedding.to(x.dtype)
-        bias = _attention_bias(F.pad(mask, (0, len(added)), value=1.0)).to(x.dtype)
+        added_mask = _attention_mask(F.pad(mask, (0, len(added)), value=1.0)).to(x.dtype)
         for block in self.transformer_blocks:
-            hidden = self.run(block, hidden, bias)
+            hidden = self.run(block, hidden, added_mask)
         answer: Tensor = self.proj_to_clip_embeddings(self.norm_out(hidden[:, -1]))
         return answer
 
@@ -90,9 +90,9 @@ class PriorBlock(Region):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = _FeedForward(dim)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """[B, L, D], and what is added to the logits of attention, [B, 1, L, L] → [B, L, D]."""
-        x = self.attn1(self.norm1(x), bias=bias) + x
+        x = self.attn1(self.norm1(x), mask=mask) + x
         hidden: Tensor = self.ff(self.norm3(x)) + x
         return hidden
 
@@ -119,7 +119,7 @@ class _FeedForward(nn.Module):
         return hidden
 
 
-def _attention_bias(mask: Tensor) -> Tensor:
+def _attention_mask(mask: Tensor) -> Tensor:
     """What is added to the logits of attention: 0 where token i sees token j, [B, 1, L, L].
 
     −10,000 for padding and as much for j > i, both of which add up, as in diffusers.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
+from ldm_cli.core.codec import PixelCodec
 from ldm_cli.core.condition import Condition
 from ldm_cli.core.pixels import to_signed
 from ldm_cli.core.precision import autocast
@@ -20,15 +21,17 @@ from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import RecipeError
 from ldm_cli.families.clip_image_encoder import CLIPImageEncoder
 from ldm_cli.families.clip_text_encoder import tokenizer_folder
-from ldm_cli.families.codec_folder import open_codec
+from ldm_cli.families.codec_folder import Autoencoder, open_codec
 from ldm_cli.families.family import model_sha256, place
 from ldm_cli.families.ip_adapter import IMAGE_FEATURES, image_features_key, open_image_features
+from ldm_cli.families.label_encoder import LabelEncoder
 from ldm_cli.families.prior import EMBEDDINGS
 from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.formats.pipeline_folder import IMAGE_ENCODER, TEXT_ENCODER
 from ldm_cli.recipe.ar_recipe import TrainArRecipe
 from ldm_cli.recipe.prior_recipe import TrainPriorRecipe
 from ldm_cli.recipe.schema import TrainUnetRecipe
+from ldm_cli.stages.support.pixel_training import with_classes
 from ldm_cli.stages.support.text_encoders import open_text_encoder, text_key
 
 # Fields of an autoencoder's config.json on which the moments do not depend.
@@ -48,13 +51,14 @@ class BatchEncoder:
     """
 
     def __init__(self, recipe: TrainUnetRecipe, device: torch.device, warn: Callable[[str], None]) -> None:
-        self.codec, self.encoder = open_codec(Path(recipe.vae)), open_text_encoder(recipe, warn)
+        self.codec: Autoencoder | PixelCodec = PixelCodec() if recipe.is_of_pixels else open_codec(Path(recipe.vae))
+        text = open_text_encoder(recipe, warn) if recipe.text_encoder else None
+        self.encoder = with_classes(text, recipe, device)
         self.image_encoder: CLIPImageEncoder | None = None
         if recipe.image_embedding is not None:
             self.image_encoder = CLIPImageEncoder.load(Path(recipe.image_embedding.image_encoder))
         self.images = None if recipe.image_prompt is None else open_image_features(recipe.image_prompt)
-        encoders = (self.image_encoder, None if self.images is None else self.images.encoder)
-        for model in (self.codec, *self.encoder.models, *(one for one in encoders if one is not None)):
+        for model in self.networks.values():
             place(device, next(model.parameters()).dtype, model, channels_last=recipe.train.channels_last)
         self._device, self._precision = device, recipe.train.precision
         self.adapts_text = False
@@ -69,7 +73,12 @@ class BatchEncoder:
 
     def prepare(self, batch: Batch) -> Batch:
         """With the tokens of its captions, unless it is out of a cache; on the host."""
-        return batch if batch.condition is not None else replace(batch, tokens=self.encoder.tokens(batch.captions))
+        if batch.condition is not None:
+            return batch
+        tokens = self.encoder.tokens(batch.captions)
+        if isinstance(self.encoder, LabelEncoder):
+            tokens = self.encoder.labelled(tokens, batch.labels)
+        return replace(batch, tokens=tokens)
 
     def __call__(self, batch: Batch) -> tuple[dict[str, Tensor], Condition]:
         """Moments and conditions of a prepared batch on the device: out of the cache, or computed."""
@@ -130,12 +139,15 @@ def cache_key(recipe: TrainUnetRecipe | TrainArRecipe | TrainPriorRecipe) -> Cac
     """What decides the cache of a recipe: the weights and configurations of its models, its preprocessing.
 
     Raises:
-        RecipeError: it crops at random, so that no encoding would serve twice, or to other shapes than the square.
+        RecipeError: there is no autoencoder; or it crops at random, so that no encoding would serve twice, or to other
+            shapes than the square.
         InputNotFoundError, CheckpointError: a model cannot be read.
     """
-    if recipe.data.crop == "random":
+    if isinstance(recipe, TrainUnetRecipe) and recipe.is_of_pixels:
+        raise RecipeError("vae=pixels leaves nothing to cache", "the pictures are their own latents", "train without")
+    if recipe.data.crop in ("random", "native"):
         raise RecipeError(
-            "data.crop=random cannot be cached",
+            f"data.crop={recipe.data.crop} cannot be cached",
             "every epoch sees another part of each image",
             "set data.crop=center or squash, or train without a cache",
         )

@@ -26,6 +26,7 @@ from ldm_cli.recipe.train_recipe import SamplesConfig
 from ldm_cli.sampling.pipeline_of import pipeline_of
 from ldm_cli.sampling.request import requests_for
 from ldm_cli.sampling.sample_options import PLAIN, SampleOptions
+from ldm_cli.sampling.upscaling import Upscaling, upscale
 from ldm_cli.stages.support.patch_training import PatchTraining
 from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.shared_work import in_turns, merged
@@ -153,6 +154,7 @@ class Denoising:
             given, mask = self.patches.given(batch, latents, mask, step)
         output = family.denoiser(add_noise(latents, noise, a, b), time, condition, **given)
         output, tokens = output if isinstance(output, tuple) else (output, None)
+        output = output[:, : latents.shape[1]]  # of pixels, without the channels of a variance
         gamma = self.config.snr_gamma
         return diffusion_loss(family.process.prediction, output, latents, noise, a, b, gamma, mask), tokens
 
@@ -170,6 +172,7 @@ def generate_samples(
     ranks: Ranks,
     embeddings: Tensor | None = None,
     options: SampleOptions = PLAIN,
+    small: Sequence[Tensor] = (),
 ) -> None:
     """`grid.png` of the fixed prompts and seeds, and `prompts.json` with their names.
 
@@ -182,6 +185,7 @@ def generate_samples(
         ranks: those that call, and share the pictures.
         embeddings: unCLIP: of the pictures of the captions, [N, E], which are then varied.
         options: of all pictures; `on_nonfinite` is not used.
+        small: pictures to enlarge, of a model that does so.
     """
     given = list(config.prompts) if embeddings is None else []
     prompts = given or list(captions[: config.num_prompts])
@@ -194,7 +198,13 @@ def generate_samples(
     if embeddings is not None:
         rows = embeddings[: len(prompts)].repeat_interleave(config.sampling.images_per_prompt, 0)
         options = replace(options, image_embeds=rows[own.start :: own.step, None])
-    generated = pipeline_of(family).generate([requests[i] for i in own], config.sampling, options=options)
+    asked = [requests[i] for i in own]
+    if small and isinstance(family, Family):
+        places = [i // config.sampling.images_per_prompt % len(small) for i in own]
+        enlarging = Upscaling(family, config.sampling)
+        generated = upscale(enlarging, [small[i] for i in places], asked, on_nonfinite=options.on_nonfinite)
+    else:
+        generated = pipeline_of(family).generate(asked, config.sampling, options=options)
     pixels = merged({str(own[picture.index]): picture.pixels.cpu() for picture in generated}, ranks)
     for text in ranks.texts(json.dumps(problems)):
         for problem in json.loads(text):

@@ -16,7 +16,7 @@ from ldm_cli.data.batch import Batch
 from ldm_cli.errors import RecipeError
 from ldm_cli.families.clip_image_encoder import outline_image_tower
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
-from ldm_cli.families.latent_diffusion import LatentDiffusion
+from ldm_cli.families.family import Family
 from ldm_cli.families.prior import EMBEDDINGS
 from ldm_cli.families.stable_diffusion import StableDiffusion
 from ldm_cli.families.unclip import UnCLIP, decoder_problems, our_noising
@@ -61,7 +61,7 @@ class ImageCondition:
             pooled = torch.where(is_kept, pooled, 0.0)
         return replace(condition, pooled=pooled)
 
-    def family(self, plain: LatentDiffusion) -> UnCLIP:
+    def family(self, plain: Family) -> UnCLIP:
         """The family of the decoder, of one without image embeddings."""
         if not isinstance(plain, StableDiffusion) or not isinstance(plain.encoder, CLIPTextEncoder):
             raise RecipeError("image_embedding needs a CLIP as text_encoder", "the pipelines of unCLIP know no other")

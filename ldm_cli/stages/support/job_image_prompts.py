@@ -89,7 +89,7 @@ class JobImagePrompts:
     def _tokens(self, prompt: _Prompt, adapter: IPAdapter, encoder: CLIPImageEncoder) -> tuple[Tensor, Tensor]:
         """The tokens of a picture, and those of none, in float32."""
         expect_fitting_encoder(adapter, encoder.model.config, prompt.image_encoder)
-        pixels = open_picture(str(prompt.image), "--image-prompt")[None].to(self._family.device)
+        pixels = open_picture(str(prompt.image), "--image-prompt", None)[None].to(self._family.device)
         features = ImageFeatures(encoder, adapter.kind)
         return adapter(features(pixels)), adapter(features.absent())
 

@@ -22,7 +22,7 @@ from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.formats.weight_files import read_tensors, tensors_sha256
 from ldm_cli.pictures.job import Item
 from ldm_cli.pictures.progress import PartOfProgress
-from ldm_cli.pictures.provenance import embedding_source, lora_source, picture_sources
+from ldm_cli.pictures.provenance import UPSCALER, embedding_source, lora_source, picture_sources
 from ldm_cli.recipe.sample_recipe import SampleRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.config import SamplingConfig
@@ -87,9 +87,12 @@ class PictureGenerator:
     @property
     def sources(self) -> dict[str, str]:
         """Absolute paths of the model, or its name on the hub, and of the files that the pictures are made of."""
-        paths = {"model": self.pipeline.family.folder, "latents": self._latents.file if self._latents else None}
+        paths: dict[str, str | Path | None] = {"model": self.pipeline.family.folder}
+        paths["latents"] = self._latents.file if self._latents else None
         paths |= {name: getattr(self.recipe.edit, name) for name in ("image", "mask", "style")}
         paths |= picture_sources(self.recipe.edit.embedded)
+        if self.recipe.upscale is not None and self.recipe.model:
+            paths[UPSCALER] = self.recipe.upscale.model
         paths |= {lora_source(name): path for name, path in self._adapters.paths.items()}
         paths |= {embedding_source(word): path for word, path in self._adapters.embeddings.items()}
         paths |= {} if self._image_prompts is None else self._image_prompts.sources
@@ -112,6 +115,9 @@ class PictureGenerator:
                     )
         for part in _alike(items, range(len(items))):
             sampling, edit = items[part[0]].sampling, items[part[0]].edit
+            for name in self.pipeline.meaningless_edit:
+                if getattr(edit, name) != getattr(EditConfig(), name):
+                    raise UsageError(f"edit.{name} has no meaning for this model", remedy="leave it out")
             options = self._options(sampling, edit)
             noise = None if self._noise is None else self._noise[part]
             requests = [items[i].request for i in part]
@@ -208,9 +214,9 @@ class PictureGenerator:
             return None
         key = (edit, sampling.width, sampling.height)
         if key not in self._edit_inputs:
-            factor, given = self.pipeline.family.codec.factor, (sampling.height, sampling.width)
+            multiple, given = self.pipeline.multiple, (sampling.height, sampling.width)
             size = None if None in given else self.pipeline.image_size(sampling)
-            self._edit_inputs[key] = open_edit_input(edit, factor, size)
+            self._edit_inputs[key] = open_edit_input(edit, multiple, size)
         return self._edit_inputs[key]
 
     def _embedded(self, names: tuple[str, ...]) -> Tensor:
@@ -246,9 +252,9 @@ class PictureGenerator:
             provenance[f"{name}_sha256"] = None if path is None else file_sha256(Path(path))
         if edit.embedded:
             provenance["embedded_sha256"] = [file_sha256(Path(path)) for path in edit.embedded]
-        for name in ("embedded", *(() if edit.embedded else ("from_text", "to_text", "amount"))):
-            del provenance[name]
-        return provenance
+        left_out = ("embedded", *(() if edit.embedded else ("from_text", "to_text", "amount")))
+        left_out += tuple(self.pipeline.meaningless_edit)
+        return {name: value for name, value in provenance.items() if name not in left_out}
 
 
 def _preview_codec(folder: str, family: ImageGenerator) -> Codec:

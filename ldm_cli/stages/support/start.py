@@ -20,9 +20,12 @@ from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.core.models.vq_model_config import VQModelConfig
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError, InputNotFoundError, RecipeError
+from ldm_cli.families import pixel_diffusion
 from ldm_cli.families.autoregressive import VQ
 from ldm_cli.families.clip_t5_encoder import t5_length_of
 from ldm_cli.families.clip_text_encoder import tokenizer_folder
+from ldm_cli.families.label_encoder import class_names
+from ldm_cli.families.latent_diffusion import read_settings
 from ldm_cli.families.open_family import resolve_model
 from ldm_cli.families.stable_diffusion_3 import has_t5
 from ldm_cli.formats.model_folder import ModelClass, load_model, read_as
@@ -38,11 +41,10 @@ from ldm_cli.formats.pipeline_folder import (
     UNET,
     VAE,
 )
-from ldm_cli.formats.scheduler_file import read_scheduler
 from ldm_cli.formats.weight_files import CONFIG_NAME
 from ldm_cli.recipe.ar_recipe import TrainArRecipe
 from ldm_cli.recipe.prior_recipe import TrainPriorRecipe
-from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
+from ldm_cli.recipe.schema import PIXELS, TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.recipe.train_recipe import StartedRecipe
 from ldm_cli.training.run_identity import flatten
 
@@ -99,11 +101,18 @@ def _taken_fields(recipe: StartedRecipe, folder: Path, warn: Callable[[str], Non
     taken = _taken_denoiser(recipe, folder)
     if _is_pipeline(pipeline := folder.parent):
         names = [VAE, TEXT_ENCODER]
+        if pixel_diffusion.is_mine(pipeline):
+            names, taken["vae"] = [], PIXELS
+            if has_model_json(pipeline / TEXT_ENCODER / CONFIG_NAME):
+                names.append(TEXT_ENCODER)
+            if (rows := taken["unet"]["num_class_embeds"]) is not None:
+                index = pipeline / INDEX_NAME
+                taken["classes"] = recipe.classes or class_names(read_model_json(index), rows, index)
         if "transformer" in taken:
             names += [TEXT_ENCODER_2, *([TEXT_ENCODER_3] if has_t5(pipeline) else [])]
             if recipe.max_sequence_length is None:
                 taken["max_sequence_length"] = t5_length_of(pipeline)
-        elif taken["unet"]["addition_embed_type"] is not None:
+        elif taken["unet"]["addition_embed_type"] == "text_time":
             names.append(TEXT_ENCODER_2)
         taken |= {name: getattr(recipe, name) or str(pipeline / name) for name in names}
         taken["diffusion"] = recipe.diffusion.to_mapping() | _process_defaults(recipe, pipeline, warn)
@@ -214,7 +223,7 @@ def _agreed_tokenizer(recipe: TrainClipRecipe, folder: Path, text: CLIPTextConfi
 
 def _process_defaults(recipe: TrainUnetRecipe, pipeline: Path, warn: Callable[[str], None]) -> dict[str, Any]:
     """The fields of the pipeline's process that the recipe leaves out."""
-    found, given = read_scheduler(pipeline).diffusion, recipe.diffusion.model_fields_set
+    found, given = read_settings(pipeline).diffusion, recipe.diffusion.model_fields_set
     for name in sorted(given & found.keys()):
         if (value := getattr(recipe.diffusion, name)) != found[name]:
             warn(f"diffusion.{name}={value!r}, but the scheduler of '{pipeline}' has {found[name]!r}")

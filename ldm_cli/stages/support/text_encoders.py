@@ -63,8 +63,11 @@ def open_text_encoder(recipe: TrainUnetRecipe, warn: Callable[[str], None]) -> T
     if len(folders) > 1:
         return CLIPPairEncoder.load(folders[0], folders[1], warn, clip_skip=skip, caption_chunks=chunks)
     if is_t5(folders[0]):
-        return T5Encoder.load(folders[0], DTYPES[recipe.train.precision or "fp32"], recipe.max_sequence_length)
-    return CLIPTextEncoder.load(folders[0], warn, clip_skip=skip, caption_chunks=chunks)
+        dtype, length = DTYPES[recipe.train.precision or "fp32"], recipe.max_sequence_length
+        return T5Encoder.load(folders[0], dtype, length, is_for_pixels=recipe.is_of_pixels)
+    return CLIPTextEncoder.load(
+        folders[0], warn, clip_skip=skip, caption_chunks=chunks, is_for_pixels=recipe.is_of_pixels
+    )
 
 
 def text_key(recipe: TrainUnetRecipe) -> dict[str, str]:
