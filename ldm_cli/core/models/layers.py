@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from ldm_cli.core.compiling import Region
 
-
 Activation = Literal["silu", "swish", "gelu"]
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu}
 """By the names of diffusers."""

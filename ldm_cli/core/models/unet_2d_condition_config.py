@@ -191,8 +191,8 @@ class UNet2DConditionConfig(DiffusersConfig):
             )
         if self.addition_embed_type == "text" and self.text_width % self.addition_embed_type_num_heads:
             raise ValueError(
-                f"addition_embed_type_num_heads={self.addition_embed_type_num_heads} does not divide {self.text_width}, "
-                "the width of the text states"
+                f"addition_embed_type_num_heads={self.addition_embed_type_num_heads} does not divide the width "
+                f"{self.text_width} of the text states"
             )
 
     @property
