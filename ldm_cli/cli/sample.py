@@ -55,6 +55,8 @@ def command(
     style: arg.Style = None,
     variation: arg.Variation = None,
     tile: arg.Tile = None,
+    upscale: arg.Upscale = None,
+    noise_level: arg.NoiseLevel = None,
     interpolate: arg.Interpolate = None,
     xy: arg.XY = None,
     preview_every: arg.PreviewEvery = None,
@@ -91,6 +93,12 @@ def _recipe(context: typer.Context, reporter: Reporter) -> tuple[LoadedRecipe, d
     provenance = None if values["repeat"] is None else _provenance(values["repeat"], recipe)
     loaded = _load(recipe, changes, arg.recipe_fields(context), provenance)
     prompts = _read_prompts(values["prompts"], values["prompt"] or [], reporter)
+    recipe_of_pictures = cast("SampleRecipe", loaded.recipe)
+    if not prompts and not recipe_of_pictures.model and not recipe_of_pictures.prompts:
+        from ldm_cli.pictures.job import PromptEntry
+
+        once: dict[str, Any] = {} if values["number"] is not None else {"images_per_prompt": 1}
+        prompts = [PromptEntry(prompt="", sampling=once)]
     return _with_prompts(loaded, prompts, provenance), provenance
 
 
@@ -137,8 +145,12 @@ def _load(
     """The recipe with options applied. Where only options are wrong, the error is one of the command line."""
     from ldm_cli.recipe.load import load_recipe
 
-    has_model = recipe is not None or provenance is not None or any(field == "model" for _, field, _ in fields)
-    if not has_model and not any(change.startswith("model=") for change in changes):
+    has_model = (
+        recipe is not None
+        or provenance is not None
+        or any(field in ("model", "upscale.model") for _, field, _ in fields)
+    )
+    if not has_model and not any(change.startswith(("model=", "upscale.model=")) for change in changes):
         raise UsageError("no model given", remedy="add --model DIR, or a recipe")
     base = None
     if provenance is not None:

@@ -65,6 +65,16 @@ Variation = Annotated[
 Tile = Annotated[
     int | None, option("--tile", metavar="PX", panel=_EDITING, text="Denoise larger pictures in windows of PX.")
 ]
+Upscale = Annotated[
+    str | None,
+    option(
+        "--upscale", metavar="DIR|NAME", panel=_EDITING, text="Enlarge the pictures, or that of --init, by a model."
+    ),
+]
+NoiseLevel = Annotated[
+    int | None,
+    option("--noise-level", metavar="N", panel=_EDITING, text="More lets --upscale make up more details."),
+]
 Interpolate = Annotated[
     int | None, option("--interpolate", metavar="N", panel=_SHOWING, text="N pictures from each prompt to the next.")
 ]
@@ -122,6 +132,8 @@ _FIELDS = {
     "style": "edit.style",
     "variation": "variation",
     "tile": "tile",
+    "upscale": "upscale.model",
+    "noise_level": "upscale.noise_level",
     "interpolate": "interpolate",
     "xy": "xy",
     "preview_every": "preview_every",

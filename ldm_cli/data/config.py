@@ -82,9 +82,9 @@ class DataConfig(Config):
     """Held-out shards, for validation during training and for evaluation."""
     image_size: Annotated[int, Field(ge=8, le=4096)] = 256
     """Height and width of the square training image, in pixels."""
-    crop: Literal["center", "random", "squash"] = "center"
+    crop: Literal["center", "random", "squash", "native"] = "center"
     """Central or random square, resized to `image_size`; `squash` takes the whole image and changes its aspect
-    ratio."""
+    ratio; `native` takes a random part of `image_size` pixels a side and does not resize it, unless it has fewer."""
     aspect_buckets: AspectBuckets | None = None
     """Batches of one shape each, near the shapes of the images, in place of squares of `image_size`."""
     filter: SampleFilter | None = None

@@ -48,7 +48,9 @@ Image.MAX_IMAGE_PIXELS = None
 PngImagePlugin.MAX_TEXT_CHUNK = 2**24
 
 Color = tuple[int, int, int]
-Crop = Literal["center", "random", "squash"]
+Crop = Literal["center", "random", "squash", "native"]
+Place = tuple[float, float]  # along width and height, from 0 (left, top) to 1
+CENTRE: Place = (0.5, 0.5)
 
 
 class Picture(NamedTuple):
@@ -125,27 +127,23 @@ def from_pillow(image: Image.Image) -> Tensor:
 
 
 def to_rectangle(
-    image: Image.Image,
-    size: tuple[int, int],
-    crop: Crop,
-    place: float = 0.5,
-    mirror: bool = False,
+    image: Image.Image, size: tuple[int, int], crop: Crop, place: Place = CENTRE, mirror: bool = False
 ) -> Tensor:
     """Cut the largest part that has the shape of the result, and resize it: bicubic, antialiased, once.
 
     Args:
         image: RGB.
         size: height and width of the result, in pixels (H, W).
-        crop: `squash` takes the whole picture and changes its aspect ratio.
-        place: where the part lies along the side that is too long, from 0 (left or top) to 1; 0.5 is the
-            centre.
+        crop: `squash` takes the whole picture and changes its aspect ratio; `native` takes a part of the size of the
+            result, where the picture is larger.
+        place: where the part lies.
         mirror: flip left to right.
 
     Returns:
         uint8 [3, H, W].
     """
     height, width = size
-    box = (0, 0, *image.size) if crop == "squash" else part_of(image.size, width, height, place)
+    box = (0, 0, *image.size) if crop == "squash" else part_of(image.size, width, height, place, crop)
     if (box[2] - box[0]) * (box[3] - box[1]) > _MUCH_LARGER**2 * width * height:
         # Pillow averages blocks first: less to hold in memory, and quicker here.
         image = image.resize((width, height), Image.Resampling.BICUBIC, box, reducing_gap=3.0)
@@ -161,15 +159,18 @@ def to_rectangle(
     return result[0].contiguous()
 
 
-def part_of(size: tuple[int, int], width: int, height: int, place: float) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of the largest part of a picture that has the shape width × height.
+def part_of(size: tuple[int, int], width: int, height: int, place: Place, crop: Crop) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the largest part of a picture that has the shape width × height; with the crop
+    `native` of a part of that size, where there is one.
 
     Whole source pixels, so that a picture that needs no resizing is cut, not blurred by half a pixel.
     """
     part_width = max(1, min(size[0], round(size[1] * width / height)))
     part_height = max(1, min(size[1], round(size[0] * height / width)))
-    left = min(int(place * (size[0] - part_width + 1)), size[0] - part_width)
-    top = min(int(place * (size[1] - part_height + 1)), size[1] - part_height)
+    if crop == "native" and part_width > width:
+        part_width, part_height = width, height
+    left = min(int(place[0] * (size[0] - part_width + 1)), size[0] - part_width)
+    top = min(int(place[1] * (size[1] - part_height + 1)), size[1] - part_height)
     return left, top, left + part_width, top + part_height
 
 

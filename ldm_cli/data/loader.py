@@ -199,14 +199,14 @@ class _Steps:
         """The part of `step`'s batch that belongs to this rank."""
         epoch, position = global_positions(step, self._batch_size, self._shards.num_samples)
         epoch, position = epoch[self._places], position[self._places]
-        draws = philox.uniform(self._draw_key, epoch, position, 3).tolist()
+        draws = philox.uniform(self._draw_key, epoch, position, 4).tolist()
         shape, turns = self._plan.step(step, self._places)
         self._ahead.look(turns)
 
         def find(number: int, bad: list[BadSample]) -> tuple[Sample, str]:
             turn, draw = turns[number], draws[number]
             replacements = partial(self._plan.replacements, turn, int(epoch[number]), int(position[number]))
-            return self._good_sample(turn.place, replacements, Draw(draw[0], draw[1], draw[2], shape), bad)
+            return self._good_sample(turn.place, replacements, Draw(draw[0], draw[1], draw[2], shape, draw[3]), bad)
 
         return filled(step, self._places, epoch, position, find)
 

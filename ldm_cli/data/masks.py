@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.config import DataConfig
-from ldm_cli.data.decode import Picture, decode_rgb, part_of
+from ldm_cli.data.decode import Picture, Place, decode_rgb, part_of
 from ldm_cli.data.tables import is_picture
 
 MASK_MEMBER = "mask.png"
@@ -20,7 +20,7 @@ _FOLDER = "masks"
 
 
 def decode_mask(
-    data: bytes, picture: Picture, config: DataConfig, shape: tuple[int, int], place: float, mirror: bool
+    data: bytes, picture: Picture, config: DataConfig, shape: tuple[int, int], place: Place, mirror: bool
 ) -> Tensor:
     """The mask of a picture, cut, resized (by area) and mirrored as `to_rectangle` does it to the picture.
 
@@ -42,7 +42,7 @@ def decode_mask(
     height, width = shape
     # The picture may have been reduced while it was decoded: its parts are whole pixels of what is left.
     grey = mask.image.convert("L").resize(picture.image.size, Image.Resampling.BOX)
-    box = (0, 0, *grey.size) if config.crop == "squash" else part_of(grey.size, width, height, place)
+    box = (0, 0, *grey.size) if config.crop == "squash" else part_of(grey.size, width, height, place, config.crop)
     pixels = grey.resize((width, height), Image.Resampling.BOX, box).tobytes()
     result = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(1, height, width)
     return result.flip(-1) if mirror else result

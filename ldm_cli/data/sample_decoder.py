@@ -20,7 +20,7 @@ from ldm_cli.data.captions import (
     parse_label,
 )
 from ldm_cli.data.config import DataConfig
-from ldm_cli.data.decode import IMAGE_EXTENSIONS, decode_rgb, to_rectangle
+from ldm_cli.data.decode import CENTRE, IMAGE_EXTENSIONS, Crop, Place, decode_rgb, to_rectangle
 from ldm_cli.data.masks import decode_mask
 from ldm_cli.data.picture_sizes import picture_sizes
 from ldm_cli.data.shards import ShardReader, ShardSet
@@ -35,10 +35,17 @@ class Draw:
     the recipe); the defaults are what evaluation uses.
     """
 
-    place: float = 0.5
+    across: float = 0.5
     flip: float = 1.0
     caption: float = 0.0
     shape: tuple[int, int] | None = None
+    down: float = 0.5
+
+    def place(self, crop: Crop) -> Place:
+        """Where the part of a picture lies."""
+        if crop == "native":
+            return self.across, self.down
+        return (self.across, self.across) if crop == "random" else CENTRE
 
 
 @dataclass(frozen=True)
@@ -142,9 +149,11 @@ class MembersDecoder:
         if self._wanted.image:
             config, data = self._config, members.image(self._image_extensions)
             shape = draw.shape or (config.image_size, config.image_size)
-            picture = decode_rgb(data, config.background, config.max_pixels, max(shape))
+            picture = decode_rgb(
+                data, config.background, config.max_pixels, None if config.crop == "native" else max(shape)
+            )
             remarks += picture.remarks
-            mirror, place = draw.flip < config.flip_probability, draw.place if config.crop == "random" else 0.5
+            mirror, place = draw.flip < config.flip_probability, draw.place(config.crop)
             image = to_rectangle(picture.image, shape, config.crop, place, mirror)
             sizes = picture_sizes(picture.size, shape, config.crop, place, mirror)
             if config.mask is not None:

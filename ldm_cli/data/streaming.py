@@ -133,7 +133,7 @@ class StreamedSteps:
             self._samples = self._endless(reader, self._world_size * self._num_readers)
         position = step * self._batch_size + torch.arange(self._places.start, self._places.stop)
         epoch = torch.zeros_like(position)
-        draws = philox.uniform(self._draw_key, epoch, position, 3).tolist()
+        draws = philox.uniform(self._draw_key, epoch, position, 4).tolist()
         return filled(step, self._places, epoch, position, lambda number, bad: self._good_sample(draws[number], bad))
 
     def _good_sample(self, draw: list[float], bad: list[BadSample]) -> tuple[Sample, str]:
@@ -144,7 +144,7 @@ class StreamedSteps:
             found = (
                 raw
                 if isinstance(raw, BadSample)
-                else decoded(self._stream, raw, self._decoder, Draw(draw[0], draw[1], draw[2]))
+                else decoded(self._stream, raw, self._decoder, Draw(draw[0], draw[1], draw[2], down=draw[3]))
             )
             if not isinstance(found, BadSample):
                 return found

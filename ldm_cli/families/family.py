@@ -22,6 +22,7 @@ from ldm_cli.core.condition import Condition
 from ldm_cli.core.cpu import tune_for_cpu
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.diffusion.process import Process, process_of
+from ldm_cli.families.low_resolution import LowResolution
 from ldm_cli.families.prompt_chunks import PromptReading
 from ldm_cli.formats.model_folder import read_config
 from ldm_cli.formats.model_source import weights_sha256
@@ -112,6 +113,7 @@ class Family(ImageGenerator):
         settings: process, prediction type, and the sampler to take where none is asked for.
         folder: where it was read; None if it was not.
         is_compiled: whether denoiser and codec are compiled.
+        low_resolution: what a denoiser that enlarges pictures expects of them; None: it does not.
     """
 
     denoiser: nn.Module
@@ -120,6 +122,7 @@ class Family(ImageGenerator):
     settings: SchedulerSettings
     folder: Path | None = None
     is_compiled: bool = False
+    low_resolution: LowResolution | None = None
 
     @cached_property
     def process(self) -> Process:

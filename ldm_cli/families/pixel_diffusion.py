@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, outline_tower, t
 from ldm_cli.families.family import Family, place
 from ldm_cli.families.label_encoder import LabelEncoder, class_names
 from ldm_cli.families.latent_diffusion import pipeline_of, read_settings
+from ldm_cli.families.low_resolution import LowResolution
 from ldm_cli.families.t5_encoder import T5Encoder, is_t5, outline_t5
 from ldm_cli.formats import pipeline_folder as layout
 from ldm_cli.formats.model_folder import load_model, outline_model
@@ -31,6 +32,7 @@ from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.scheduler_file import SchedulerSettings, our_settings, write_scheduler
 from ldm_cli.formats.weight_files import CONFIG_NAME
 
+FamilyT = TypeVar("FamilyT", bound="PixelDiffusion")
 PixelEncoder = CLIPTextEncoder | T5Encoder | LabelEncoder
 OUT_CHANNELS = 2 * PixelCodec.channels
 """Of the network: the pipelines of IF split them into a prediction and a variance, of which only the first is used."""
@@ -66,6 +68,10 @@ class PixelDiffusion(Family):
 
     def save_companions(self, folder: Path) -> None:
         """Write all but the U-Net; errors as in `save`."""
+        self.save_parts(folder, {}, {})
+
+    def save_parts(self, folder: Path, further: Mapping[str, str], further_settings: Mapping[str, int]) -> None:
+        """Write all but the U-Net, and an index with further components and settings; errors as in `save`."""
         self.encoder.save(folder)
         text = self.encoder.text if isinstance(self.encoder, LabelEncoder) else self.encoder
         kinds: tuple[str | None, ...] = ("CLIPTextModel", "CLIPTokenizer")
@@ -76,9 +82,10 @@ class PixelDiffusion(Family):
             **dict.fromkeys(self.absent),
             layout.SCHEDULER: "DDPMScheduler",
             **dict(zip((TEXT_ENCODER, layout.tokenizer_of(TEXT_ENCODER)), kinds, strict=True)),
+            **further,
             UNET: type(self.denoiser).__name__,
         }
-        settings = {"requires_safety_checker": False, **self.encoder.index_settings}
+        settings = {"requires_safety_checker": False, **self.encoder.index_settings, **further_settings}
         layout.write_index(folder, self.pipelines[0], classes, settings)
 
 
@@ -99,13 +106,25 @@ def is_mine(folder: Path) -> bool:
 
 def open_folder(folder: Path, device: torch.device | str, precision: str, *, compiled: bool = False) -> PixelDiffusion:
     """Read a folder; see `open_family`."""
+    return opened(PixelDiffusion, folder, device, precision, compiled)
+
+
+def opened(
+    kind: type[FamilyT],
+    folder: Path,
+    device: torch.device | str,
+    precision: str,
+    compiled: bool,
+    low_resolution: LowResolution | None = None,
+) -> FamilyT:
+    """Read a folder as a family of this kind, which may enlarge pictures; see `open_family`."""
     denoiser = load_model(UNet2DConditionModel, folder / UNET, dtype=DTYPES[precision])
     text: CLIPTextEncoder | T5Encoder | None = None
     if has_model_json(folder / TEXT_ENCODER / CONFIG_NAME):
         kind = T5Encoder if is_t5(folder / TEXT_ENCODER) else CLIPTextEncoder
         text = kind.load(folder / TEXT_ENCODER, dtype=DTYPES[precision], is_for_pixels=True)
-    encoder = _encoder(folder, denoiser.config, text, device)
-    family = PixelDiffusion(denoiser, PixelCodec(), encoder, read_settings(folder), folder, compiled)
+    encoder = _encoder(folder, denoiser.config, text, device, enlarges=low_resolution is not None)
+    family = kind(denoiser, PixelCodec(), encoder, read_settings(folder), folder, compiled, low_resolution)
     place(device, DTYPES[precision], denoiser)
     for model in encoder.models:
         place(device, next(model.parameters()).dtype, model)
@@ -114,8 +133,8 @@ def open_folder(folder: Path, device: torch.device | str, precision: str, *, com
     return family
 
 
-def outline_folder(folder: Path) -> dict[str, nn.Module]:
-    """See `outline_family`."""
+def outline_folder(folder: Path, *, enlarges: bool = False) -> dict[str, nn.Module]:
+    """See `outline_family`; `enlarges` as in `unet_problems`."""
     read_settings(folder)
     unet, place_of_text = outline_model(UNet2DConditionModel, folder / UNET), folder / TEXT_ENCODER
     text: CLIPTextEncoder | T5Encoder | None = None
@@ -124,7 +143,7 @@ def outline_folder(folder: Path) -> dict[str, nn.Module]:
             text = outline_t5(place_of_text)
         else:
             text = CLIPTextEncoder(outline_tower(place_of_text), Tokenizer.load(tokenizer_folder(place_of_text)))
-    _encoder(folder, unet.config, text, "meta")
+    _encoder(folder, unet.config, text, "meta", enlarges=enlarges)
     return {UNET: unet, **({} if text is None else {TEXT_ENCODER: text.model})}
 
 
@@ -133,13 +152,15 @@ def _encoder(
     unet: UNet2DConditionConfig,
     text: CLIPTextEncoder | T5Encoder | None,
     device: torch.device | str,
+    *,
+    enlarges: bool,
 ) -> PixelEncoder:
     """The encoder of a folder's conditions.
 
     Raises:
         CheckpointError: the parts do not fit, or the U-Net needs conditions that none gives.
     """
-    problems = unet_problems(unet)
+    problems = unet_problems(unet, enlarges=enlarges)
     if text is not None:
         problems += text_problems(unet, text.width)
         num_tokens, vocab_size = text.tokenizer.vocab_size, text.model.config.vocab_size
@@ -156,14 +177,19 @@ def _encoder(
     return LabelEncoder(class_names(read_model_json(index), unet.num_class_embeds, index), text, device)
 
 
-def unet_problems(unet: UNet2DConditionConfig) -> list[str]:
-    """What keeps a U-Net from being one of pixels with text or classes."""
+def unet_problems(unet: UNet2DConditionConfig, *, enlarges: bool = False) -> list[str]:
+    """What keeps a U-Net from being one of pixels with text or classes or, where it `enlarges` pictures, with text, a
+    small picture and the level of its noise."""
+    in_channels = PixelCodec.channels * (2 if enlarges else 1)
     problems = [
         f"unet.{name}={getattr(unet, name)}, expected {expected}"
-        for name, expected in (("in_channels", PixelCodec.channels), ("out_channels", OUT_CHANNELS))
+        for name, expected in (("in_channels", in_channels), ("out_channels", OUT_CHANNELS))
         if getattr(unet, name) != expected
     ]
-    others = [field for field in unet.pooled_fields if not field.startswith("num_class_embeds=")]
+    known = "class_embed_type=timestep" if enlarges else "num_class_embeds="
+    if enlarges and known not in unet.pooled_fields:
+        problems.append(f"unet.class_embed_type={unet.class_embed_type}, expected timestep")
+    others = [field for field in unet.pooled_fields if not field.startswith(known)]
     return problems + [f"unet.{field} asks for a condition that is not supported" for field in others]
 
 

@@ -194,8 +194,8 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
     """What scheduler/scheduler_config.json of a pipeline folder says, for any solver of ours.
 
     As in the pipelines of Stable Diffusion 1 and 2, `clip_sample` is ignored and `steps_offset` is 1 whatever the file
-    says; those of Stable Diffusion XL honour both, and clipping is refused. Those of IF honour both and thresholding;
-    a learned variance is read as the fixed one.
+    says; those of Stable Diffusion XL and its upscaler honour both, and clipping is refused. Those of IF honour both,
+    and thresholding; a learned variance is read as the fixed one.
 
     Args:
         folder: of the pipeline.
@@ -216,7 +216,8 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
         neutral["solver_order"] = (2, 3)
     if "Inpaint" in pipeline:
         neutral.pop("skip_prk_steps", None)
-    is_xl, is_of_pixels = pipeline.startswith("StableDiffusionXL"), pipeline.startswith("IF")
+    is_xl = pipeline.startswith(("StableDiffusionXL", "StableDiffusionUpscale"))
+    is_of_pixels = pipeline.startswith("IF")
     if is_of_pixels:
         neutral.pop("thresholding")
         neutral["variance_type"] += ("learned_range",)

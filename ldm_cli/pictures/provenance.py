@@ -40,6 +40,8 @@ _FOLDERS_WITHIN_A_RUN = ("model", "ema")
 
 IMAGES_FILE = "images.json"
 """What `ldm sample` writes beside its pictures."""
+UPSCALER = "upscaler"
+"""The key of `sources` under which the path of the model is that enlarges what the first one generates."""
 VERSIONS = {"ldm": __version__, "torch": torch.__version__}
 
 
@@ -116,10 +118,16 @@ def recipe_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe, as plain data, of the job whose only picture is this one."""
     sources, edit = provenance.get("sources", {}), dict(provenance.get("edit") or {})
     edit = {name: value for name, value in edit.items() if not name.endswith("_sha256")}
+    upscale, model = provenance.get("upscale"), sources.get("model", "")
+    if upscale is not None:
+        settings = {name: value for name, value in upscale.items() if name != "weights"}
+        upscale = {**settings, "model": sources.get(UPSCALER, model)}
+        model = model if UPSCALER in sources else ""
     entry = {"prompt": provenance["prompt"], "blend": provenance.get("blend")}
     return {
         "command": "sample",
-        "model": sources.get("model", ""),
+        "model": model,
+        "upscale": upscale,
         "prompts": [entry],
         "sampling": {**provenance["sampling"], "seed": provenance["seed"], "images_per_prompt": 1},
         "edit": edit | {name: sources[name] for name in ("image", "mask", "style") if name in sources},
@@ -148,6 +156,9 @@ def check_repeatable(shared: Mapping[str, Any], repeated: Mapping[str, Any], war
     for name in ("weights", "scheduler"):
         if shared.get(name) != repeated.get(name):
             raise CheckpointError("cannot repeat the picture", f"the model's {name} have changed since", "give --model")
+    ours, theirs = ((one.get("upscale") or {}).get("weights") for one in (shared, repeated))
+    if ours and theirs and ours != theirs:
+        raise CheckpointError("cannot repeat the picture", "the weights of the upscaler have changed since")
     for name, digest in repeated.get("guidance_models", {}).items():
         if shared.get("guidance_models", {}).get(name, digest) != digest:
             raise CheckpointError("cannot repeat the picture", f"the weights of guidance.{name} have changed since")
@@ -187,7 +198,7 @@ def _parameters(provenance: Mapping[str, Any], size: tuple[int, int]) -> str:
         "Variation seed": variation.get("seed"),
         "Variation seed strength": variation.get("weight"),
         "Clip skip": sampling.get("clip_skip"),
-        "Denoising strength": None if edit is None else edit["strength"],
+        "Denoising strength": None if edit is None else edit.get("strength"),
         "Lora hashes": ", ".join(hashes) or None,
         "Version": f"ldm_cli {VERSIONS['ldm']}",
     }

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ldm_cli.config import Config, NamesModel
 from ldm_cli.pictures.job import PromptEntry
 from ldm_cli.pictures.prompt_adapters import EmbeddingEntry, LoraEntry
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.edit_config import EditConfig
+from ldm_cli.sampling.upscale_config import UpscaleConfig
 
 Variant = Literal["fp16", "bf16"] | None
 
@@ -20,8 +21,9 @@ class SampleRecipe(Config):
 
     command: Literal["sample"]
     """Which command this recipe is for."""
-    model: Annotated[str, NamesModel()]
-    """A pipeline, a run or a checkpoint of `train-unet`: by its folder, or by its name on the hub."""
+    model: Annotated[str, NamesModel()] = ""
+    """A pipeline, a run or a checkpoint of `train-unet`: by its folder, or by its name on the hub. Empty: `upscale`
+    enlarges the picture in `edit.image`."""
     variant: Variant = None
     """Precision of the weights of models that are named by hub name; null: full, where there is such."""
     prompts: tuple[str | PromptEntry, ...] = ()
@@ -42,6 +44,8 @@ class SampleRecipe(Config):
     """Sampler, steps, guidance, size."""
     edit: EditConfig = EditConfig()
     """A picture to work on."""
+    upscale: UpscaleConfig | None = None
+    """Enlarge the pictures by a second model; null: leave them as they are."""
     variation: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Above 0, all images of a prompt resemble the first: this is how far each leans towards its own seed."""
     interpolate: Annotated[int, Field(ge=0, le=10_000)] = 0
@@ -60,3 +64,13 @@ class SampleRecipe(Config):
     preview_vae: Annotated[str | None, NamesModel(("vae",))] = None
     """An autoencoder of the same latents that decodes previews, such as an AutoencoderTiny, which takes a
     fraction of the time; null: the model's own."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.model and self.upscale is None:
+            raise ValueError("model is missing")
+        if not self.model and self.edit.image is None:
+            raise ValueError("upscale without a model enlarges a picture, and edit.image is null")
+        if not self.model and self.upscale is not None and self.upscale.sampling != SamplingConfig():
+            raise ValueError("upscale.sampling is for what a model generates; for a photo set sampling")
+        return self

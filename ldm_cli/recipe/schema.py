@@ -10,6 +10,7 @@ from ldm_cli.config import Config, NamesModel
 from ldm_cli.core.codebook_config import CodebookConfig
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.lora_config import LoRAConfig
+from ldm_cli.core.low_resolution_config import LowResolutionConfig
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.core.models.sd3_transformer_2d_config import SD3Transformer2DConfig
@@ -20,6 +21,7 @@ from ldm_cli.core.vae_loss_config import VAELossConfig, min_image_size
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.tokenizer_config import TokenizerConfig
 from ldm_cli.recipe.ar_recipe import TrainArRecipe
+from ldm_cli.recipe.cascade_recipe import CascadeRecipe
 from ldm_cli.recipe.eval_section import EvalSection
 from ldm_cli.recipe.sample_recipe import SampleRecipe, Variant
 from ldm_cli.recipe.train_recipe import SamplesConfig, StartedRecipe, TrainRecipe, known
@@ -145,6 +147,8 @@ class TrainUnetRecipe(StartedRecipe):
     """Stable Diffusion 3: the model, in place of `unet`; fields as in its Hugging Face config.json."""
     patches: PatchTrainingConfig = PatchTrainingConfig()
     """Stable Diffusion 3: patches that are left out in training, or compared with the features of a CLIP."""
+    low_resolution: LowResolutionConfig | None = None
+    """Train a U-Net to enlarge pictures, in latents or in pixels; null: to generate them."""
     diffusion: DiffusionConfig = DiffusionConfig()
     """Noise schedule, prediction, loss weights, caption dropout. A pipeline in `start_from` gives the defaults of
     schedule and prediction."""
@@ -183,6 +187,11 @@ class TrainUnetRecipe(StartedRecipe):
         if self.lora is not None:
             self._check_lora(self.lora)
         self._check_pixels()
+        if self.low_resolution is not None:
+            given = [name for name in ("transformer", "cache", "classes", "lora") if getattr(self, name)]
+            given += [f"data.{name}" for name in ("aspect_buckets",) if getattr(self.data, name)]
+            if given:
+                raise ValueError(f"low_resolution does not go with {', '.join(given)}")
         return self
 
     def _check_pixels(self) -> None:
@@ -232,12 +241,13 @@ class EvalRecipe(Config):
     """Models and metrics."""
 
 
-Recipe = TrainRecipe | SampleRecipe | EvalRecipe
+Recipe = TrainRecipe | CascadeRecipe | SampleRecipe | EvalRecipe
 RECIPES: dict[str, type[Recipe]] = {
     "train-clip": TrainClipRecipe,
     "train-vae": TrainVaeRecipe,
     "train-unet": TrainUnetRecipe,
     "train-ar": TrainArRecipe,
+    "cascade": CascadeRecipe,
     "sample": SampleRecipe,
     "eval": EvalRecipe,
 }

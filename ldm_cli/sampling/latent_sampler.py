@@ -14,8 +14,9 @@ from ldm_cli.core.condition import Condition
 from ldm_cli.core.diffusion.config import ThresholdConfig
 from ldm_cli.core.diffusion.guidance import ConditionalNetwork, along_score, guided
 from ldm_cli.core.diffusion.process import Level
-from ldm_cli.core.diffusion.samplers import CleanPredictor
+from ldm_cli.core.diffusion.samplers import CleanPredictor, NoiseSource
 from ldm_cli.core.models.layers import guidance_embedding
+from ldm_cli.core.window import Window
 from ldm_cli.families.family import Family
 from ldm_cli.families.prompt_chunks import PromptReading
 from ldm_cli.sampling.config import SamplingConfig, SizesConfig
@@ -52,6 +53,22 @@ class PromptConditions:
 
 
 @dataclass(frozen=True)
+class LowResolutionInput:
+    """The pictures that a group of requests enlarges, or a part of them.
+
+    Attributes:
+        pictures, noise, level, window: as of `LowResolution.conditioned`.
+        step_noise: what the sampler adds in each step.
+    """
+
+    pictures: Tensor
+    noise: Tensor
+    level: Tensor
+    window: Window
+    step_noise: NoiseSource
+
+
+@dataclass(frozen=True)
 class LatentSampler:
     """What all groups of one call of `Pipeline.generate` have in common.
 
@@ -63,6 +80,7 @@ class LatentSampler:
         image_size: height and width of the pictures, in pixels.
         edit: the picture to work on, if any.
         window: side, in latents, of the windows that the networks see; None: they see all.
+        low: what is enlarged, of a family that does so.
     """
 
     family: Family
@@ -72,6 +90,7 @@ class LatentSampler:
     image_size: tuple[int, int]
     edit: LatentEditInput | None = None
     window: int | None = None
+    low: LowResolutionInput | None = None
 
     @torch.inference_mode()
     def sample(self, requests: Sequence[ImageRequest], noise: Tensor, watch: Watch) -> Tensor:
@@ -94,7 +113,7 @@ class LatentSampler:
             self.family.process_at((noise.shape[2], noise.shape[3])),
             self.family.settings,
             self.config,
-            step_noise(requests, tuple(noise.shape[1:]), device),
+            step_noise(requests, tuple(noise.shape[1:]), device) if self.low is None else self.low.step_noise,
             None if edit is None else self._start(edit, noise),
         )
         return x0 if edit is None or mask is None else torch.where(mask > 0, x0, edit.latents)
@@ -149,6 +168,8 @@ class LatentSampler:
         if width is not None:
             embedding = guidance_embedding(self.config.guidance.scale, width).to(self.family.device, non_blocking=True)
             condition = replace(condition, guidance=embedding.expand(rows, -1))
+        if self.low is not None and (low := self.family.low_resolution) is not None:
+            condition = low.conditioned(condition, self.low.pictures, self.low.noise, self.low.level, self.low.window)
         if not self.family.takes_mask or edit is None or edit.mask is None or edit.masked_latents is None:
             return condition
         return replace(condition, concat=torch.cat([edit.mask, edit.masked_latents], dim=1).expand(rows, -1, -1, -1))

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from ldm_cli import philox
 from ldm_cli.core.diffusion.samplers import NoiseSource
+from ldm_cli.core.window import Window
 from ldm_cli.sampling.request import ImageRequest
+
+_SEGMENT = 64  # pixels of a row whose noise is computed together
 
 
 def initial_noise(requests: Sequence[ImageRequest], shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -24,6 +27,39 @@ def initial_noise(requests: Sequence[ImageRequest], shape: tuple[int, ...], devi
 def step_noise(requests: Sequence[ImageRequest], shape: tuple[int, ...], device: torch.device) -> NoiseSource:
     """What a sampler adds in each step: step number → standard normal float32 [N, *shape]."""
     return _noise_source(requests, "sampling: step noise", shape, device)
+
+
+def noise_of_window(
+    seeds: Sequence[int], purpose: str, shape: tuple[int, int, int], window: Window, device: torch.device
+) -> NoiseSource:
+    """A part of the noise of pictures, by step: standard normal float32 [N, C, H', W'].
+
+    It is computed by itself, and the same as it is in the noise of the whole.
+
+    Args:
+        seeds: one for each of the N pictures.
+        purpose: of the noise.
+        shape: (C, H, W) of the whole.
+        window: the part, H' × W'.
+        device: where to compute it.
+    """
+    channels, height, width = shape
+    first, last = window.left // _SEGMENT, -(-(window.left + window.width) // _SEGMENT)
+    channel, row, segment = (
+        torch.arange(start, end, device=device)
+        for start, end in ((0, channels), (window.top, window.top + window.height), (first, last))
+    )
+    place = (channel[:, None, None] * height + row[:, None]) * -(-width // _SEGMENT) + segment
+    words = torch.tensor([philox.key(seed, purpose) for seed in seeds]).to(device, non_blocking=True)
+    first_word, second_word = words.repeat_interleave(place.numel(), dim=0)[..., None].unbind(1)
+    position = place.flatten().repeat(len(seeds))
+
+    def noise(step: int) -> Tensor:
+        segments = philox.normal((first_word, second_word), torch.full_like(position, step), position, (_SEGMENT,))
+        rows = segments.view(len(seeds), channels, window.height, -1)
+        return rows[..., window.left - first * _SEGMENT :][..., : window.width]
+
+    return noise
 
 
 def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:

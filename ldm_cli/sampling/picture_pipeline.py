@@ -28,14 +28,21 @@ class PicturePipeline(ABC):
         family: the model.
         meaningless: fields of `SamplingConfig` that change nothing: only their defaults are taken.
         hint: what to set in their place.
+        meaningless_edit: fields of `EditConfig`, likewise.
     """
 
     meaningless: ClassVar[tuple[str, ...]]
     hint: ClassVar[str]
+    meaningless_edit: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, family: ImageGenerator) -> None:
         self.family = family
         self._rerankers: dict[str, Reranker] = {}
+
+    @property
+    def multiple(self) -> int:
+        """What the sides of a picture to work on are padded to multiples of."""
+        return self.family.codec.factor
 
     @property
     @abstractmethod

@@ -6,10 +6,12 @@ of a picture of its own, and their weighted mean is the picture that fits all of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
+
+from ldm_cli.core.window import Window
 
 
 def window_starts(length: int, window: int, overlap: int) -> list[int]:
@@ -26,6 +28,26 @@ def window_starts(length: int, window: int, overlap: int) -> list[int]:
     if length <= window:
         return [0]
     return [*range(0, length - window, window - overlap), length - window]
+
+
+def windows(height: int, width: int, window: int, overlap: int) -> Iterator[Window]:
+    """Squares of side `window`, or what there is of it, that cover height × width; errors as in `window_starts`."""
+    for top in window_starts(height, window, overlap):
+        for left in window_starts(width, window, overlap):
+            yield Window(top, left, min(window, height - top), min(window, width - left))
+
+
+def mosaic(parts: Iterable[tuple[Window, Tensor]], height: int, width: int) -> Tensor:
+    """Parts of a picture, [B, C, …] each, blended where they overlap: float32 [B, C, height, width]."""
+    total, weights = torch.zeros(()), torch.zeros(())
+    for window, part in parts:
+        if total.ndim == 0:
+            total = part.new_zeros(*part.shape[:2], height, width, dtype=torch.float32)
+            weights = total.new_zeros(height, width)
+        weight = _tent(window.height, total)[:, None] * _tent(window.width, total)
+        total[window.area] += weight * part.float()
+        weights[window.area] += weight
+    return total.div_(weights)
 
 
 def tiled(
@@ -51,21 +73,11 @@ def tiled(
     height, width = x.shape[-2] // in_scale, x.shape[-1] // in_scale
     if max(height, width) <= window:
         return function(x)
-    total, weights = torch.zeros(()), torch.zeros(())
-    for top in window_starts(height, window, overlap):
-        for left in window_starts(width, window, overlap):
-            bottom, right = min(top + window, height), min(left + window, width)
-            rows = slice(top * in_scale, bottom * in_scale)
-            columns = slice(left * in_scale, right * in_scale)
-            part = function(x[..., rows, columns].contiguous()).float()
-            if total.ndim == 0:
-                total = part.new_zeros(*part.shape[:2], height * out_scale, width * out_scale)
-                weights = part.new_zeros(total.shape[-2:])
-            weight = _tent(part.shape[-2], part)[:, None] * _tent(part.shape[-1], part)
-            area = (..., slice(top * out_scale, bottom * out_scale), slice(left * out_scale, right * out_scale))
-            total[area] += weight * part
-            weights[area] += weight
-    return total / weights
+    parts = (
+        (part.scaled(out_scale), function(x[part.scaled(in_scale).area].contiguous()))
+        for part in windows(height, width, window, overlap)
+    )
+    return mosaic(parts, height * out_scale, width * out_scale)
 
 
 def _tent(size: int, like: Tensor) -> Tensor:

@@ -24,11 +24,11 @@ from ldm_cli.pictures.wildcards import Wildcards
 from ldm_cli.pictures.writer import written_meanwhile
 from ldm_cli.recipe.sample_recipe import SampleRecipe
 from ldm_cli.reporting import Reporter
-from ldm_cli.sampling.pipeline_of import pipeline_of
 from ldm_cli.stages.support.job_adapters import JobAdapters
 from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import RunOptions, resolve_device, settled
 from ldm_cli.stages.support.picture_generator import Latents, PictureGenerator
+from ldm_cli.stages.support.upscaler import open_pipeline
 from ldm_cli.storage import storage_errors
 from ldm_cli.training.distributed import SECONDS_OF_SILENCE, joined, local_rank
 from ldm_cli.training.ranks import Ranks
@@ -69,9 +69,9 @@ def run(
         sampling = settled(recipe.sampling, len(job.items), device, reporter.info)
         recipe = recipe.model_copy(update={"sampling": sampling})
         job = _job(recipe, loras)
-        family = open_family(Path(recipe.model), device, sampling.precision, compiled=sampling.compile is True)
+        family = open_family(_first_model(recipe), device, sampling.precision, compiled=sampling.compile is True)
         adapters = JobAdapters(family, job.items, loras.paths, recipe.embeddings)
-        generator = PictureGenerator(pipeline_of(family), recipe, latents, len(job.items), adapters)
+        generator = PictureGenerator(open_pipeline(recipe, family), recipe, latents, len(job.items), adapters)
         generator.check(job.items)
         for message in job_warnings(job.items, family, recipe.weighted_words):
             reporter.warn(message)
@@ -91,6 +91,10 @@ def run(
         raise _of_several(failures, len(missing))
     result = _result(folder, images, animations)
     return result | {"generated": len(missing), "seconds": round(time.monotonic() - started, 3)}
+
+
+def _first_model(recipe: SampleRecipe) -> Path:
+    return Path(recipe.model or ("" if recipe.upscale is None else recipe.upscale.model))
 
 
 def _job(recipe: SampleRecipe, loras: LoraFiles) -> Job:

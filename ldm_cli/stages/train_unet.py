@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ldm_cli.core.codec import PixelCodec
-from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.models.sd3_transformer_2d import SD3Transformer2DModel
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.data.batch import Batch
@@ -34,6 +33,7 @@ from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
 from ldm_cli.stages.support.denoising import Denoising, Encoded, generate_samples
 from ldm_cli.stages.support.fitting import expect_known_conditions, fitted_config
 from ldm_cli.stages.support.lora_task import LoRATask, lora_parameters
+from ldm_cli.stages.support.low_resolution import open_low_resolution, upscaler
 from ldm_cli.stages.support.model_sizes import (
     Parameters,
     count_parameters,
@@ -107,8 +107,11 @@ def _build(recipe: TrainUnetRecipe, bench: Workbench) -> Task[Batch]:
 _CLASSES: dict[str, ModelClass[Any]] = {UNET: UNet2DConditionModel, TRANSFORMER: SD3Transformer2DModel}
 
 
-def _family(denoiser: Any, codec: Any, encoder: Any, diffusion: DiffusionConfig) -> Family:
+def _family(recipe: TrainUnetRecipe, denoiser: Any, codec: Any, encoder: Any) -> Family:
     """The family to which a codec and an encoder of these kinds belong."""
+    diffusion = recipe.diffusion
+    if recipe.low_resolution is not None:
+        return upscaler(denoiser, codec, encoder, diffusion, recipe.low_resolution)
     if isinstance(codec, PixelCodec):
         return PixelDiffusion(denoiser, codec, encoder, pixel_settings(diffusion.to_mapping()))
     settings = our_settings(diffusion.to_mapping())
@@ -132,7 +135,7 @@ class DenoiserTask:
         self._frozen = frozen_names(denoiser)
         if recipe.train.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
-        self.family = _family(denoiser, codec, encoder, recipe.diffusion)
+        self.family = _family(recipe, denoiser, codec, encoder)
         self.modules = {self._component: denoiser}
         self.auxiliary: dict[str, torch.nn.Module] = {}
         self.num_files = 1
@@ -144,7 +147,8 @@ class DenoiserTask:
         patches = open_patch_training(recipe, bench.device)
         if patches is not None and patches.alignment is not None:
             self.auxiliary["projection"] = patches.alignment
-        self.denoising = Denoising(self.family, recipe.diffusion, recipe.seed, empty, patches)
+        self.low = open_low_resolution(recipe, self.family)
+        self.denoising = Denoising(self.family, recipe.diffusion, recipe.seed, empty, patches, self.low)
         self._held_out: dict[int, Encoded] = {}
 
     def prepare(self, batch: Batch) -> Batch:
@@ -174,7 +178,8 @@ class DenoiserTask:
         """See `generate_samples`."""
         captions = [caption for batch in self.bench.held_out for caption in prompts_of_batch(batch, self.recipe)]
         samples, warn = self.recipe.samples, self.bench.run.warn
-        generate_samples(self.family, samples, captions, folder, warn, self.bench.sharing)
+        small = () if self.low is None else self.low.pictures(self.bench.held_out, samples.num_prompts)
+        generate_samples(self.family, samples, captions, folder, warn, self.bench.sharing, small)
 
     def save_unchanged(self, folder: Path) -> None:
         """Write the parts of the model folder that training does not change."""

@@ -228,7 +228,7 @@ def test_the_header_alone_tells_format_and_size() -> None:
 
 
 def to_square(image: Image.Image, size: int, crop: Crop, place: float = 0.5, mirror: bool = False) -> torch.Tensor:
-    return to_rectangle(image, (size, size), crop, place, mirror)
+    return to_rectangle(image, (size, size), crop, (place, place), mirror)
 
 
 def _ramp(width: int, height: int) -> Image.Image:
@@ -322,14 +322,22 @@ def test_a_reduced_decode_of_a_photograph_keeps_its_quality(quality: int) -> Non
 def test_a_rectangle_is_the_largest_part_of_its_shape() -> None:
     image = _ramp(40, 30)
     assert to_rectangle(image, (30, 40), "center")[0, 0].tolist() == list(range(40))
-    wide = to_rectangle(image, (10, 40), "random", 0.5)  # all columns, a third of the rows
+    wide = to_rectangle(image, (10, 40), "random", (0.5, 0.5))  # all columns, a third of the rows
     assert wide.shape == (3, 10, 40)
     assert wide[0, 0].tolist() == list(range(40))
     assert wide[1, :, 0].tolist() == list(range(10, 20))
-    tall = to_rectangle(image, (30, 10), "random", 0.0, mirror=True)
+    tall = to_rectangle(image, (30, 10), "random", (0.0, 0.0), mirror=True)
     assert tall[0, 0].tolist() == list(range(9, -1, -1))
     assert tall[1, :, 0].tolist() == list(range(30))
     assert to_rectangle(_ramp(1, 30), (8, 64), "center").shape == (3, 8, 64)
+
+
+def test_a_native_part_keeps_its_pixels_and_lies_anywhere() -> None:
+    found = to_rectangle(_ramp(40, 30), (8, 10), "native", (0.99, 0.5))
+    assert found[0, 0].tolist() == list(range(30, 40))
+    assert found[1, :, 0].tolist() == list(range(11, 19))
+    small = to_rectangle(_ramp(5, 4), (8, 10), "native", (0.3, 0.9))
+    assert torch.equal(small, to_rectangle(_ramp(5, 4), (8, 10), "center")), "a smaller picture is enlarged"
 
 
 def _webp_frame_claiming(width: int, height: int, lossless: bool) -> bytes:

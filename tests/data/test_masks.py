@@ -48,7 +48,7 @@ def test_a_mask_is_cut_and_mirrored_exactly_as_its_picture(crop: str) -> None:
     picture = noise(size)
     seen = set()
     for _ in range(12):
-        draw = Draw(place=chosen.random(), flip=chosen.random())
+        draw = Draw(across=chosen.random(), flip=chosen.random())
         found = decoded(saved(picture.convert("RGB")), saved(picture), draw, crop=crop, flip_probability=0.5)
         assert found.image is not None
         assert found.mask is not None
@@ -73,7 +73,7 @@ def test_a_mask_lies_on_a_turned_photo_that_is_decoded_at_a_part_of_its_size() -
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     photo = saved(upright.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=95, exif=exif)
-    found = decoded(photo, saved(upright), Draw(place=0.8), image_size=32, crop="random")
+    found = decoded(photo, saved(upright), Draw(across=0.8), image_size=32, crop="random")
     assert found.image is not None
     assert found.mask is not None
     assert found.image.float().std() > 50

@@ -25,13 +25,14 @@ from tests.data.tars import opened, write_tar
         ((20, 40), (10, 10), "random", 0.0, True, [20, 40, 0, 10, 10, 10]),
         ((20, 40), (40, 40), "random", 0.0, True, [20, 40, 0, 40, 40, 40]),
         ((20, 40), (10, 10), "squash", 0.0, True, [20, 40, 0, 0, 10, 10]),
+        ((20, 40), (10, 10), "native", 0.99, False, [20, 40, 10, 30, 10, 10]),
         ((20, 40), (16, 32), "center", 0.5, False, [20, 40, 0, 0, 16, 32]),
     ],
 )
 def test_sizes_are_height_and_width_cut_and_result(
     original: tuple[int, int], target: tuple[int, int], crop: Any, place: float, mirror: bool, expected: list[int]
 ) -> None:
-    assert picture_sizes(original, target, crop, place, mirror).tolist() == expected
+    assert picture_sizes(original, target, crop, (place, place), mirror).tolist() == expected
 
 
 @pytest.mark.parametrize("mirror", [False, True])
@@ -40,8 +41,8 @@ def test_the_recorded_cut_is_the_cut(place: float, mirror: bool) -> None:
     """Of a picture whose columns are numbered, before and after it is mirrored."""
     image = Image.new("RGB", (45, 10))
     image.putdata([(column, row, 0) for row in range(10) for column in range(45)])
-    result = to_rectangle(image, (10, 12), "random", place, mirror)
-    _, _, top, left, _, _ = picture_sizes((10, 45), (10, 12), "random", place, mirror).tolist()
+    result = to_rectangle(image, (10, 12), "random", (place, place), mirror)
+    _, _, top, left, _, _ = picture_sizes((10, 45), (10, 12), "random", (place, place), mirror).tolist()
     first = int(result[0, 0, 0])
     assert left == (44 - first if mirror else first)
     assert top == 0
@@ -55,7 +56,7 @@ def rotated_jpeg(width: int, height: int) -> bytes:
     return stream.getvalue()
 
 
-@pytest.mark.parametrize(("crop", "number"), [("center", 1), ("squash", 1), ("random", 4)])
+@pytest.mark.parametrize(("crop", "number"), [("center", 1), ("squash", 1), ("random", 4), ("native", 4)])
 def test_only_random_cuts_differ_from_sample_to_sample(tmp_path: Path, crop: str, number: int) -> None:
     stream = io.BytesIO()
     image = Image.new("L", (200, 8))

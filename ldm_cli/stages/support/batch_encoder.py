@@ -116,9 +116,9 @@ def cache_key(recipe: TrainUnetRecipe | TrainArRecipe) -> CacheKey:
     """
     if isinstance(recipe, TrainUnetRecipe) and recipe.is_of_pixels:
         raise RecipeError("vae=pixels leaves nothing to cache", "the pictures are their own latents", "train without")
-    if recipe.data.crop == "random":
+    if recipe.data.crop in ("random", "native"):
         raise RecipeError(
-            "data.crop=random cannot be cached",
+            f"data.crop={recipe.data.crop} cannot be cached",
             "every epoch sees another part of each image",
             "set data.crop=center or squash, or train without a cache",
         )

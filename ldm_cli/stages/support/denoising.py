@@ -25,6 +25,8 @@ from ldm_cli.recipe.train_recipe import SamplesConfig
 from ldm_cli.sampling.pipeline_of import pipeline_of
 from ldm_cli.sampling.request import requests_for
 from ldm_cli.sampling.sample_options import SampleOptions
+from ldm_cli.sampling.upscaling import Upscaling, upscale
+from ldm_cli.stages.support.low_resolution import LowResolutionTraining
 from ldm_cli.stages.support.patch_training import PatchTraining
 from ldm_cli.training.ranks import Ranks
 from ldm_cli.training.shared_work import in_turns, merged
@@ -47,6 +49,7 @@ class Denoising:
         seed: of all random numbers; each sample has its own, by epoch and position.
         empty: the condition that takes the place of a dropped one: one row.
         patches: of a transformer.
+        low: of a denoiser that enlarges pictures.
     """
 
     def __init__(
@@ -56,8 +59,9 @@ class Denoising:
         seed: int,
         empty: Condition,
         patches: PatchTraining | None = None,
+        low: LowResolutionTraining | None = None,
     ) -> None:
-        self.family, self.config, self.empty, self.patches = family, config, empty, patches
+        self.family, self.config, self.empty, self.patches, self.low = family, config, empty, patches, low
         self._keys = {purpose: philox.key(seed, purpose) for purpose in _PURPOSES}
         self._fixed_keys = {purpose: philox.key(seed, f"validation {purpose}") for purpose in _PURPOSES}
 
@@ -127,6 +131,8 @@ class Denoising:
         noise = _normal(keys["noise"], batch, latents)
         if family.takes_sizes and batch.sizes is not None:
             condition = condition.with_sizes(batch.sizes)
+        if self.low is not None:
+            condition = self.low.given(batch, condition, is_training=step is not None)
         a, b, time = family.process.at(u)
         given: dict[str, Any] = {}
         mask = moments.get(MASK)
@@ -150,6 +156,7 @@ def generate_samples(
     folder: Path | None,
     warn: Callable[[str], None],
     ranks: Ranks,
+    small: Sequence[Tensor] = (),
 ) -> None:
     """`grid.png` of the fixed prompts and seeds, and `prompts.json` with their names.
 
@@ -160,6 +167,7 @@ def generate_samples(
         folder: where rank 0 writes.
         warn: is called for each picture that is not finite, and is left out.
         ranks: those that call, and share the pictures.
+        small: pictures to enlarge, of a model that does so.
     """
     prompts = list(config.prompts) or list(captions[: config.num_prompts])
     if not prompts:
@@ -168,7 +176,13 @@ def generate_samples(
     options = SampleOptions(on_nonfinite=lambda error: problems.append(f"{error.what}: {error.cause}"))
     requests = requests_for(prompts, config.sampling)
     own = range(ranks.rank, len(requests), ranks.world_size)
-    generated = pipeline_of(family).generate([requests[i] for i in own], config.sampling, options=options)
+    asked = [requests[i] for i in own]
+    if small and isinstance(family, Family):
+        places = [i // config.sampling.images_per_prompt % len(small) for i in own]
+        enlarging = Upscaling(family, config.sampling)
+        generated = upscale(enlarging, [small[i] for i in places], asked, on_nonfinite=options.on_nonfinite)
+    else:
+        generated = pipeline_of(family).generate(asked, config.sampling, options=options)
     pixels = merged({str(own[picture.index]): picture.pixels.cpu() for picture in generated}, ranks)
     for text in ranks.texts(json.dumps(problems)):
         for problem in json.loads(text):

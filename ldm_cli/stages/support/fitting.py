@@ -17,6 +17,7 @@ from ldm_cli.errors import RecipeError
 from ldm_cli.families import stable_diffusion_3, stable_diffusion_xl
 from ldm_cli.formats.pipeline_folder import TRANSFORMER
 from ldm_cli.recipe.schema import TrainUnetRecipe
+from ldm_cli.stages.support.low_resolution import upscaler_problems
 from ldm_cli.stages.support.pixel_training import pixel_problems
 
 DenoiserConfig = UNet2DConditionConfig | SD3Transformer2DConfig
@@ -34,7 +35,8 @@ def expect_known_conditions(recipe: TrainUnetRecipe) -> None:
         known = f"num_class_embeds={len(recipe.classes) + 1}"
     if isinstance(config, SD3Transformer2DConfig):
         return
-    fields = [field for field in config.pooled_fields if field != known]
+    # The level of a small picture's noise has a field of its own in latents and in pixels: `upscaler_problems`.
+    fields = [field for field in config.pooled_fields if field != known and recipe.low_resolution is None]
     if config.time_cond_proj_dim is not None:
         fields = [*fields, f"time_cond_proj_dim={config.time_cond_proj_dim}"]
     if fields:
@@ -80,16 +82,18 @@ def fitted_config(recipe: TrainUnetRecipe, codec: Codec, texts: Sequence[nn.Modu
         problems = _transformer_problems(recipe, config, step) + stable_diffusion_3.size_problems(config, texts)
     elif isinstance(codec, PixelCodec):
         step = codec.factor
-        problems = pixel_problems(config, texts)
+        problems = pixel_problems(config, texts, enlarges=recipe.low_resolution is not None)
     else:
         step = codec.factor
         problems = _unet_problems(recipe, config, text_configs)
+    problems += upscaler_problems(recipe, codec, texts)
     if recipe.diffusion.encoder_dropout and name != TRANSFORMER:
         problems.append("diffusion.encoder_dropout is for a transformer's text encoders: use diffusion.caption_dropout")
     layers = min([config.num_hidden_layers for config in text_configs[:2]], default=1)
     if (recipe.clip_skip or 1) > layers:
         problems.append(f"clip_skip={recipe.clip_skip}, but a text encoder has {layers} layers")
-    if not recipe.is_of_pixels and (config.in_channels != channels or config.out_channels != channels):
+    has_further_channels = recipe.is_of_pixels or recipe.low_resolution is not None
+    if not has_further_channels and (config.in_channels != channels or config.out_channels != channels):
         problems.append(
             f"{name}.in_channels={config.in_channels} and {name}.out_channels={config.out_channels}, "
             f"but the latents of '{recipe.vae}' have {channels} channels"

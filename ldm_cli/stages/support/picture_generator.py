@@ -22,7 +22,7 @@ from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.formats.weight_files import read_tensors, tensors_sha256
 from ldm_cli.pictures.job import Item
 from ldm_cli.pictures.progress import PartOfProgress
-from ldm_cli.pictures.provenance import embedding_source, lora_source
+from ldm_cli.pictures.provenance import UPSCALER, embedding_source, lora_source
 from ldm_cli.recipe.sample_recipe import SampleRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.config import SamplingConfig
@@ -85,6 +85,8 @@ class PictureGenerator:
         """Absolute paths of the model, or its name on the hub, and of the files that the pictures are made of."""
         paths = {"model": self.pipeline.family.folder, "latents": self._latents.file if self._latents else None}
         paths |= {name: getattr(self.recipe.edit, name) for name in ("image", "mask", "style")}
+        if self.recipe.upscale is not None and self.recipe.model:
+            paths[UPSCALER] = self.recipe.upscale.model
         paths |= {lora_source(name): path for name, path in self._adapters.paths.items()}
         paths |= {embedding_source(word): path for word, path in self._adapters.embeddings.items()}
         return {n: recorded(Path(p).expanduser().absolute()) for n, p in paths.items() if p is not None}
@@ -106,6 +108,9 @@ class PictureGenerator:
                     )
         for part in _alike(items, range(len(items))):
             sampling, edit = items[part[0]].sampling, items[part[0]].edit
+            for name in self.pipeline.meaningless_edit:
+                if getattr(edit, name) != getattr(EditConfig(), name):
+                    raise UsageError(f"edit.{name} has no meaning for this model", remedy="leave it out")
             options = self._options(sampling, edit)
             noise = None if self._noise is None else self._noise[part]
             requests = [items[i].request for i in part]
@@ -192,9 +197,9 @@ class PictureGenerator:
             return None
         key = (edit, sampling.width, sampling.height)
         if key not in self._edit_inputs:
-            factor, given = self.pipeline.family.codec.factor, (sampling.height, sampling.width)
+            multiple, given = self.pipeline.multiple, (sampling.height, sampling.width)
             size = None if None in given else self.pipeline.image_size(sampling)
-            self._edit_inputs[key] = open_edit_input(edit, factor, size)
+            self._edit_inputs[key] = open_edit_input(edit, multiple, size)
         return self._edit_inputs[key]
 
     def _sized(self, sampling: SamplingConfig, edit_input: EditInput | None) -> SamplingConfig:
@@ -222,7 +227,7 @@ class PictureGenerator:
         for name in ("image", "mask", "style"):
             path = provenance.pop(name)
             provenance[f"{name}_sha256"] = None if path is None else file_sha256(Path(path))
-        return provenance
+        return {name: value for name, value in provenance.items() if name not in self.pipeline.meaningless_edit}
 
 
 def _preview_codec(folder: str, family: ImageGenerator) -> Codec:

@@ -33,15 +33,16 @@ def prompts_of_batch(batch: Batch, recipe: TrainUnetRecipe) -> list[str]:
     return [recipe.classes[label] for label in batch.labels.tolist()]
 
 
-def pixel_problems(unet: UNet2DConditionConfig, texts: Sequence[nn.Module]) -> list[str]:
+def pixel_problems(unet: UNet2DConditionConfig, texts: Sequence[nn.Module], *, enlarges: bool) -> list[str]:
     """What keeps a U-Net from being trained on pixels.
 
     Args:
         unet: its configuration.
         texts: the text encoder, on any device; none, if there are only classes.
+        enlarges: whether it is given small pictures.
     """
     if not texts:
         attends = ["the U-Net attends to text: give text_encoder, or blocks without"]
-        return unet_problems(unet) + (attends if unet.levels_with_text() else [])
+        return unet_problems(unet, enlarges=enlarges) + (attends if unet.levels_with_text() else [])
     config: Any = texts[0].config
-    return unet_problems(unet) + text_problems(unet, config.hidden_size)
+    return unet_problems(unet, enlarges=enlarges) + text_problems(unet, config.hidden_size)

@@ -1,0 +1,212 @@
+"""Pictures enlarged by a diffusion model, whole or in parts that overlap.
+
+Each part is sampled by itself, from the noise of its place in the picture and the small picture around it. So memory
+is that of one part, whatever the size of the picture; where parts overlap, they hardly differ, and are blended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ldm_cli.core.pixels import to_bytes, to_signed
+from ldm_cli.core.window import Window
+from ldm_cli.errors import DivergedError, UsageError
+from ldm_cli.families.family import Family
+from ldm_cli.families.low_resolution import LowResolution
+from ldm_cli.families.prompt_chunks import PromptReading
+from ldm_cli.reporting import Progress, Reporter, SilentReporter
+from ldm_cli.sampling.config import SamplingConfig
+from ldm_cli.sampling.denoising import visited_timesteps
+from ldm_cli.sampling.fixed_rows import DENOISED_PIXELS, filled, row_groups
+from ldm_cli.sampling.guidance_models import GuidanceModels, guidance_folders
+from ldm_cli.sampling.latent_sampler import LatentSampler, LowResolutionInput, prompt_conditions
+from ldm_cli.sampling.noise import noise_of_window
+from ldm_cli.sampling.pixels import is_sound
+from ldm_cli.sampling.request import GeneratedImage, ImageRequest
+from ldm_cli.sampling.sample_options import PLAIN, OnNonfinite
+from ldm_cli.sampling.tiling import mosaic, windows
+
+_PURPOSES = ("upscaling: initial noise", "upscaling: step noise", "upscaling: noise on the small picture")
+_LEAST_TILE = 256  # pixels of the result; smaller parts are mostly overlap
+
+
+@dataclass(frozen=True)
+class Upscaling:
+    """How pictures are enlarged.
+
+    Attributes:
+        family: a model with `low_resolution`.
+        config: sampler, steps, guidance, negative prompt; its size and seed are not used.
+        noise_level: of the noise on the small picture; None: the model's own.
+        tile: side in pixels of the parts of the result; None: the model's own size, at least 256.
+        weighted: whether `(word:1.3)` in a prompt is a weight.
+    """
+
+    family: Family
+    config: SamplingConfig
+    noise_level: int | None = None
+    tile: int | None = None
+    weighted: bool = False
+
+    @property
+    def low(self) -> LowResolution:
+        """What the model expects of small pictures.
+
+        Raises:
+            UsageError: it enlarges none.
+        """
+        if self.family.low_resolution is None:
+            raise UsageError("this model does not enlarge pictures", remedy="give one that low_resolution trained")
+        return self.family.low_resolution
+
+    @property
+    def level(self) -> int:
+        """Level of the noise on the small picture."""
+        return self.low.noise_level if self.noise_level is None else self.noise_level
+
+    @property
+    def window(self) -> int:
+        """Side of a part, in pixels of the small picture."""
+        own = max((side or 0) * self.family.codec.factor for side in self.family.sample_size)
+        return (self.tile or max(own, _LEAST_TILE)) // self.low.factor
+
+    def check(self) -> None:
+        """Find settings that the model cannot do.
+
+        Raises:
+            UsageError: naming them.
+        """
+        low = self.low
+        if self.level > low.max_noise_level:
+            cause = f"the model knows levels up to {low.max_noise_level}"
+            raise UsageError(f"noise_level={self.level} is not possible", cause)
+        if self.window < 8:
+            raise UsageError(f"tile={self.tile} px is too small", remedy=f"give {8 * low.factor} or more")
+        self.family.encoder.check(PromptReading(clip_skip=self.config.clip_skip))
+        visited_timesteps(self.family.process, self.family.settings, self.config)
+
+
+def upscale(
+    upscaling: Upscaling,
+    pictures: Sequence[Tensor],
+    requests: Sequence[ImageRequest],
+    reporter: Reporter | None = None,
+    on_nonfinite: OnNonfinite = PLAIN.on_nonfinite,
+) -> Iterator[GeneratedImage]:
+    """Enlarge pictures; on a CPU the result of each is the same bit for bit whatever the others are.
+
+    Args:
+        upscaling: the model and its settings.
+        pictures: N of them, uint8 [3, h, w], of one size.
+        requests: prompt and seed of each.
+        reporter: receives progress.
+        on_nonfinite: receives an error for each result that is not finite, in place of the result.
+
+    Yields:
+        uint8 [3, h · factor, w · factor]; `index` says of which picture.
+
+    Raises:
+        UsageError: settings that the model cannot do.
+    """
+    upscaling.check()
+    reporter = reporter or SilentReporter()
+    family, config = upscaling.family, upscaling.config
+    height, width = pictures[0].shape[-2:]
+    side = upscaling.window
+    tiles = list(windows(height, width, side, side // 4))
+    reading = PromptReading(upscaling.weighted, config.long_prompts, config.clip_skip)
+    work = _Work(
+        upscaling,
+        LatentSampler(
+            family,
+            config,
+            prompt_conditions(family, requests, config.negative, reading, reporter.warn),
+            GuidanceModels.load(guidance_folders(config.guidance, family), family),
+            (height * upscaling.low.factor, width * upscaling.low.factor),
+        ),
+        (family.codec.channels, height * upscaling.low.latent_factor, width * upscaling.low.latent_factor),
+    )
+    size = tiles[0].height * tiles[0].width * upscaling.low.latent_factor**2
+    most = config.batch_size if len(tiles) == 1 else 1
+    with reporter.progress("upscaling", len(requests), unit="image") as progress:
+        for group, rows in _groups(requests, work.sampler, size, most):
+            own = work.without_guidance() if requests[group[0]].prompt == config.negative else work
+            padded = [requests[i] for i in group] + [requests[group[-1]]] * (rows - len(group))
+            small = filled(torch.stack([pictures[i] for i in group]), rows)
+            images = own.images(small, padded, tiles, progress, group[0])[: len(group)]
+            pixels = to_bytes(images).cpu()
+            for i, found, is_kept in zip(group, pixels, is_sound(images).tolist(), strict=True):
+                if is_kept:
+                    yield GeneratedImage(i, requests[i], found)
+                else:
+                    on_nonfinite(_nonfinite(requests[i]))
+            progress.update(group[-1] + 1)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What all groups of one call of `upscale` have in common; `shape` is that of the latents of a whole picture."""
+
+    upscaling: Upscaling
+    sampler: LatentSampler
+    shape: tuple[int, int, int]
+
+    def without_guidance(self) -> _Work:
+        """The same for prompts that equal the negative one, between which there is no difference to follow."""
+        config = self.sampler.config
+        if config.guidance.model is not None:
+            return self
+        guidance = config.guidance.model_copy(update={"scale": 1.0})
+        return replace(self, sampler=replace(self.sampler, config=config.model_copy(update={"guidance": guidance})))
+
+    @torch.inference_mode()
+    def images(
+        self, small: Tensor, requests: Sequence[ImageRequest], tiles: Sequence[Window], progress: Progress, done: int
+    ) -> Tensor:
+        """Pictures [N, 3, h, w] → [N, 3, H, W] in about [−1, 1], part by part."""
+        family, low = self.upscaling.family, self.upscaling.low
+        pictures = to_signed(small, family.device)
+        level = torch.full((len(requests),), self.upscaling.level, device=family.device)
+        seeds = [request.seed for request in requests]
+
+        def part(number: int, tile: Window) -> Tensor:
+            window = tile.scaled(low.latent_factor)
+            initial, steps, noise = (
+                noise_of_window(seeds, purpose, (channels, *self.shape[1:]), window, family.device)
+                for purpose, channels in zip(_PURPOSES, (self.shape[0], self.shape[0], 3), strict=True)
+            )
+            given = LowResolutionInput(pictures, noise(0), level, window, steps)
+            sampler = replace(self.sampler, low=given)
+            progress.update(done, {"part": f"{number}/{len(tiles)}"} if len(tiles) > 1 else {})
+            return family.codec.decode(sampler.sample(requests, initial(0), lambda predictor: predictor))
+
+        if len(tiles) == 1:
+            return part(1, tiles[0])
+        parts = ((tile.scaled(low.factor), part(number, tile)) for number, tile in enumerate(tiles, start=1))
+        return mosaic(parts, small.shape[-2] * low.factor, small.shape[-1] * low.factor)
+
+
+def _groups(
+    requests: Sequence[ImageRequest], sampler: LatentSampler, size: int, most: int
+) -> Iterator[tuple[list[int], int]]:
+    """Indices of the requests that are sampled together, whose prompts are equally long and differ all or none from
+    the negative one; and the rows for it."""
+    alike: dict[tuple[int, bool], list[int]] = {}
+    for i, request in enumerate(requests):
+        kind = sampler.conditions.num_chunks(request), request.prompt == sampler.config.negative
+        alike.setdefault(kind, []).append(i)
+    for indices in alike.values():
+        for group, rows in row_groups(len(indices), DENOISED_PIXELS, size, sampler.family.device, most):
+            yield indices[group], rows
+
+
+def _nonfinite(request: ImageRequest) -> DivergedError:
+    return DivergedError(
+        f"the enlarged picture of {request.prompt[:60]!r} with seed {request.seed} is not finite",
+        "the upscaler gives values that are not finite",
+        "set its precision to bf16 or fp32, or check its weights",
+    )
