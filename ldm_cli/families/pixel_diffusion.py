@@ -110,21 +110,21 @@ def open_folder(folder: Path, device: torch.device | str, precision: str, *, com
 
 
 def opened(
-    kind: type[FamilyT],
+    family_class: type[FamilyT],
     folder: Path,
     device: torch.device | str,
     precision: str,
     compiled: bool,
     low_resolution: LowResolution | None = None,
 ) -> FamilyT:
-    """Read a folder as a family of this kind, which may enlarge pictures; see `open_family`."""
+    """Read a folder as a family of this class, which may enlarge pictures; see `open_family`."""
     denoiser = load_model(UNet2DConditionModel, folder / UNET, dtype=DTYPES[precision])
     text: CLIPTextEncoder | T5Encoder | None = None
     if has_model_json(folder / TEXT_ENCODER / CONFIG_NAME):
         kind = T5Encoder if is_t5(folder / TEXT_ENCODER) else CLIPTextEncoder
         text = kind.load(folder / TEXT_ENCODER, dtype=DTYPES[precision], is_for_pixels=True)
     encoder = _encoder(folder, denoiser.config, text, device, enlarges=low_resolution is not None)
-    family = kind(denoiser, PixelCodec(), encoder, read_settings(folder), folder, compiled, low_resolution)
+    family = family_class(denoiser, PixelCodec(), encoder, read_settings(folder), folder, compiled, low_resolution)
     place(device, DTYPES[precision], denoiser)
     for model in encoder.models:
         place(device, next(model.parameters()).dtype, model)

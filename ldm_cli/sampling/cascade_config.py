@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from ldm_cli.config import Config
-from ldm_cli.core.diffusion.config import GuidanceConfig
-from ldm_cli.sampling.config import SamplerName, SamplingConfig
+from ldm_cli.sampling.config import SamplingConfig
 
 SHARED = ("negative", "long_prompts", "clip_skip", "batch_size", "precision", "compile")
 """Fields of `SamplingConfig` that all stages of a cascade take from the job."""
 
 
 class StageConfig(Config):
-    """How one stage of a cascade samples; the fields are those of `sampling`."""
+    """How one stage of a cascade samples."""
 
-    sampler: SamplerName | None = None
-    """null: as the scheduler in the stage's folder does."""
-    steps: Annotated[int, Field(ge=1, le=1000)] = 50
-    """Number of steps."""
-    eta: Annotated[float, Field(ge=0, le=1)] | None = None
-    """How much fresh noise; null: the sampler's own."""
-    timestep_spacing: Literal["leading", "linspace", "trailing", "karras", "exponential"] | None = None
-    """null: as the scheduler in the stage's folder says."""
-    guidance: GuidanceConfig = GuidanceConfig()
-    """How the prompt steers."""
-    noise_level: Annotated[int, Field(ge=0)] | None = None
-    """Of stages that enlarge: level of the noise on the small picture, which hides its flaws; null: the model's own."""
+    sampling: SamplingConfig = SamplingConfig()
+    """Sampler, steps, guidance; size, seeds, negative prompt and precision are those of the job."""
+    noise_level: Annotated[int, Field(ge=0, le=999)] | None = None
+    """Of a stage that enlarges: level of the noise on the small picture, which hides its flaws; null: the model's own.
+    The first stage has no use for it."""
 
-    def sampling(self, job: SamplingConfig) -> SamplingConfig:
+    def for_job(self, job: SamplingConfig) -> SamplingConfig:
         """The settings of this stage, and of a job what all stages share."""
-        own = {name: getattr(self, name) for name in type(self).model_fields if name != "noise_level"}
-        return SamplingConfig(**own, **{name: getattr(job, name) for name in SHARED})
+        return self.sampling.model_copy(update={name: getattr(job, name) for name in SHARED})

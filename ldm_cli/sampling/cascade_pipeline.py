@@ -19,10 +19,11 @@ from ldm_cli.sampling.picture_pipeline import PicturePipeline
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import GeneratedImage, ImageRequest
 from ldm_cli.sampling.sample_options import PLAIN, SampleOptions
-from ldm_cli.sampling.upscaling import Upscaling, upscale
+from ldm_cli.sampling.upscale_pipeline import UpscaledPipeline
+from ldm_cli.sampling.upscaling import Upscaling
 
-_TOGETHER = 64  # pictures that wait for the next stage, so that results come in portions
-_OF_THE_JOB = (*SHARED, "images_per_prompt", "seed", "width", "height", "guidance")
+_OF_THE_JOB = (*SHARED, "images_per_prompt", "seed", "width", "height")
+_OF_A_STAGE = tuple(name for name in SamplingConfig.model_fields if name not in _OF_THE_JOB)
 
 
 class CascadePipeline(PicturePipeline):
@@ -30,7 +31,7 @@ class CascadePipeline(PicturePipeline):
 
     family: Cascade
     meaningless: ClassVar[tuple[str, ...]] = (
-        *(name for name in SamplingConfig.model_fields if name not in _OF_THE_JOB),
+        *(name for name in _OF_A_STAGE if name != "guidance"),
         *("guidance.scale", "guidance.rescale", "guidance.interval", "guidance.threshold", "guidance.apg"),
         *("guidance.perturb", "guidance.model", "guidance.clip"),
     )
@@ -46,7 +47,9 @@ class CascadePipeline(PicturePipeline):
         """The settings and the scheduler of each stage."""
         found = {}
         for stage, settings in zip(self.family.stages, self._settings, strict=True):
-            found[stage.name] = {**settings.to_mapping(), **Pipeline(stage.family).facts}
+            pipeline = Pipeline(stage.family)
+            own = {name: value for name, value in pipeline.recorded(settings.sampling).items() if name in _OF_A_STAGE}
+            found[stage.name] = {"sampling": own, "noise_level": settings.noise_level, **pipeline.facts}
         return {"stages": found}
 
     def image_size(self, config: SamplingConfig) -> tuple[int, int]:
@@ -71,12 +74,12 @@ class CascadePipeline(PicturePipeline):
                 nearest = max(1, round(asked / factor)) * factor
                 raise UsageError(f"{name} {asked} is not possible", f"not a multiple of {factor}", f"take {nearest}")
             size[name] = None if asked is None else asked // factor
-        return self._settings[0].sampling(config).model_copy(update=size)
+        return self._settings[0].for_job(config).model_copy(update=size)
 
     def _upscalings(self, config: SamplingConfig, options: SampleOptions) -> list[Upscaling]:
         stages = zip(self.family.stages[1:], self._settings[1:], strict=True)
         return [
-            Upscaling(stage.family, own.sampling(config), own.noise_level, options.window, options.weighted)
+            Upscaling(stage.family, own.for_job(config), own.noise_level, options.window, options.weighted)
             for stage, own in stages
         ]
 
@@ -106,27 +109,11 @@ class CascadePipeline(PicturePipeline):
         options: SampleOptions,
     ) -> Iterator[GeneratedImage]:
         """See `PicturePipeline`."""
-        base, upscalings = self._base_config(config), self._upscalings(config, options)
+        pipeline: PicturePipeline = self._base
+        for upscaling in self._upscalings(config, options):
+            pipeline = UpscaledPipeline(pipeline, upscaling)
         plain = SampleOptions(weighted=options.weighted, on_nonfinite=options.on_nonfinite)
-        for start in range(0, len(requests), _TOGETHER):
-            part = slice(start, start + _TOGETHER)
-            given = None if noise is None else noise[part]
-            images = list(self._base.generate(requests[part], base, given, reporter, plain))
-            for upscaling in upscalings:
-                images = _enlarged(images, upscaling, reporter, options)
-            for image in images:
-                yield GeneratedImage(start + image.index, image.request, image.pixels)
-
-
-def _enlarged(
-    images: Sequence[GeneratedImage], upscaling: Upscaling, reporter: Reporter, options: SampleOptions
-) -> list[GeneratedImage]:
-    """The pictures after one more stage, with the indexes that they had, without those that are not finite."""
-    if not images:
-        return []
-    pixels, requests = [image.pixels for image in images], [image.request for image in images]
-    found = upscale(upscaling, pixels, requests, reporter, options.on_nonfinite)
-    return [GeneratedImage(images[one.index].index, one.request, one.pixels) for one in found]
+        yield from pipeline.generate(requests, self._base_config(config), noise, reporter, plain)
 
 
 def _settings(stage: Stage, cascade: Cascade) -> StageConfig:

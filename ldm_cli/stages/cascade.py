@@ -51,7 +51,7 @@ def run(recipe: CascadeRecipe, out: Path | None, reporter: Reporter, *, overwrit
         for name, folder in zip(names, found, strict=True):
             shutil.copytree(folder, temporary / name, copy_function=_linked)
         settings = {
-            name: stage.model_dump(mode="json", exclude={"model"})
+            name: stage.model_dump(mode="json", exclude={"model"}, exclude_unset=True)
             for name, stage in zip(names, recipe.stages, strict=True)
         }
         write_stages(temporary, settings)

@@ -8,22 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from ldm_cli.core.degradation import resampled
-from ldm_cli.core.low_resolution_config import LowResolutionConfig
-from ldm_cli.core.pixels import to_signed
-from ldm_cli.data.batch import Batch
-from ldm_cli.errors import RecipeError
-from ldm_cli.families.low_resolution import LowResolution
 from ldm_cli.families.open_family import open_family, outline_family
-from ldm_cli.families.pixel_upscale import NOISING_BETAS, PixelUpscale
+from ldm_cli.families.pixel_upscale import PixelUpscale
 from ldm_cli.families.stable_diffusion_upscale import SCALING_FACTOR, StableDiffusionUpscale
-from ldm_cli.core.condition import Condition
-from ldm_cli.recipe.schema import TrainUnetRecipe
-from ldm_cli.stages.support.low_resolution import LowResolutionTraining
-from ldm_cli.stages.train_unet import parameters
 
 from ..faults.runs import assert_same_run
-from .tiny import losses, lose_after, trained, unet_recipe
+from .tiny import lose_after, losses, trained, unet_recipe
 
 KINDS = ("latents", "pixels")
 
