@@ -166,7 +166,7 @@ def _encoder(
         num_tokens, vocab_size = text.tokenizer.vocab_size, text.model.config.vocab_size
         if num_tokens > vocab_size:
             problems.append(f"the tokenizer has {num_tokens} tokens, the text_encoder {vocab_size}")
-    elif unet.num_class_embeds is None or unet.levels_with_attention():
+    elif unet.num_class_embeds is None or unet.levels_with_text():
         problems.append("the U-Net attends to text, and there is no text_encoder")
     if problems:
         raise CheckpointError(f"the parts of '{folder}' do not fit", "; ".join(problems))
@@ -195,7 +195,9 @@ def unet_problems(unet: UNet2DConditionConfig, *, enlarges: bool = False) -> lis
 
 def text_problems(unet: UNet2DConditionConfig, width: int) -> list[str]:
     """What keeps a U-Net from text states of a width."""
+    if unet.encoder_hid_dim is not None:
+        return [] if unet.encoder_hid_dim == width else [f"unet.encoder_hid_dim={unet.encoder_hid_dim}, text {width}"]
     widths = unet.per_level(unet.cross_attention_dim)
-    if all(widths[level] == width for level in unet.levels_with_attention()):
+    if all(widths[level] == width for level in unet.levels_with_text()):
         return []
     return [f"unet.cross_attention_dim={unet.cross_attention_dim}, text_encoder.hidden_size={width}"]

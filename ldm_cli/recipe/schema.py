@@ -22,6 +22,7 @@ from ldm_cli.core.vae_loss_config import VAELossConfig, min_image_size
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.tokenizer_config import TokenizerConfig
 from ldm_cli.recipe.ar_recipe import TrainArRecipe
+from ldm_cli.recipe.cascade_recipe import CascadeRecipe
 from ldm_cli.recipe.eval_section import EvalSection
 from ldm_cli.recipe.image_embedding_config import ImageEmbeddingConfig
 from ldm_cli.recipe.prior_recipe import TrainPriorRecipe
@@ -259,13 +260,14 @@ class EvalRecipe(Config):
     """Models and metrics."""
 
 
-Recipe = TrainRecipe | SampleRecipe | EvalRecipe
+Recipe = TrainRecipe | CascadeRecipe | SampleRecipe | EvalRecipe
 RECIPES: dict[str, type[Recipe]] = {
     "train-clip": TrainClipRecipe,
     "train-vae": TrainVaeRecipe,
     "train-unet": TrainUnetRecipe,
     "train-ar": TrainArRecipe,
     "train-prior": TrainPriorRecipe,
+    "cascade": CascadeRecipe,
     "sample": SampleRecipe,
     "eval": EvalRecipe,
 }
