@@ -26,6 +26,9 @@ COMPILE = $(BIN)/python -m compileall -q -j 0 -x '$(UNUSED)' $(VENV)/lib
 INSTALLED := $(VENV)/.installed
 TESTED := $(VENV)/.installed-test
 
+# Where docs/words.txt holds.
+WRITTEN := README.md Makefile pyproject.toml docs ldm_cli recipes scripts benchmarks
+
 SHELL := /bin/bash -o pipefail
 
 .PHONY: faults setup demo demo-ar demo-lora demo-sd3 study test exhaustive check lint bench gpu-check clean
@@ -112,6 +115,8 @@ lint: $(TESTED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/codespell --dictionary docs/words.txt --skip "*.html,*.png,docs/words.txt" $(WRITTEN)
 
 # Every fault that a run may meet, injected for real, in a table: make faults FAULTS_FLAGS="--trials 5 --only full-disk"
 faults: $(TESTED)

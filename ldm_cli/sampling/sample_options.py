@@ -32,7 +32,7 @@ class SampleOptions:
         preview_every: calls of the predictor between previews; 0: none.
         on_preview: receives them.
         preview_codec: decodes them; None: that of the family.
-        on_nonfinite: is called for each picture that is not finite; it raises the error unless told otherwise.
+        on_nonfinite: is called for each picture that is not finite; by default it raises the error.
     """
 
     edit_input: EditInput | None = None
