@@ -1,5 +1,5 @@
 # make demo   pictures drawn from text by models trained on this machine, in minutes on two CPU cores
-# make test   the tests;  make check   style, types and the fast tests;  make exhaustive   what `make test` leaves out
+# make test   the tests;  make check   style, types, spelling and the fast tests;  make exhaustive   the longest tests
 # make study  what helps pictures more, a larger text encoder or a larger denoiser: docs/study.md, in 90 minutes
 # make demo-lora   after make demo: its model learns a ninth colour from 40 pictures: docs/lora.md
 # make demo-sd3    after make demo: a small Stable Diffusion 3 on the same scenes: docs/stable-diffusion-3.md

@@ -27,7 +27,7 @@ import pytest
 from pydantic import BaseModel
 from typer.main import get_command
 
-from ldm_cli import errors
+from ldm_cli import __version__, errors
 from ldm_cli.cli.app import app
 from ldm_cli.cli.failures import user_error
 from ldm_cli.data.config import DataConfig
@@ -35,6 +35,7 @@ from ldm_cli.errors import InputNotFoundError, LdmError, RecipeError, UsageError
 from ldm_cli.recipe.load import load_recipe, load_section
 from ldm_cli.recipe.schema import RECIPES
 from ldm_cli.recipe.shipped import shipped_recipes
+from ldm_cli.recipe.yaml_source import parse_yaml
 from tests.conftest import REPOSITORY
 from tests.data.walks import write_img2dataset, write_phone
 from tests.fork_server import client
@@ -247,6 +248,11 @@ def test_the_chinese_readme_has_the_sections_commands_links_and_codes_of_the_eng
         return [re.findall(r"^#+", prose(page), re.MULTILINE), commands, files, links, codes]
 
     assert outline(CHINESE) == outline(PAGES[0])
+
+
+def test_the_citation_names_the_version_of_the_package() -> None:
+    citation = parse_yaml((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8")).data
+    assert (citation["version"], citation["license"]) == (__version__, "Apache-2.0")
 
 
 @pytest.mark.parametrize("page", [*PAGES, CHINESE], ids=lambda page: page.name)
