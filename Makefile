@@ -1,5 +1,5 @@
 # make demo   pictures drawn from text by models trained on this machine, in minutes on two CPU cores
-# make test   the tests;  make check   style, types and the fast tests;  make exhaustive   what `make test` leaves out
+# make test   the tests;  make check   style, types, spelling and the fast tests;  make exhaustive   the longest tests
 # make study  what helps pictures more, a larger text encoder or a larger denoiser: docs/study.md, in 90 minutes
 # make demo-lora   after make demo: its model learns a ninth colour from 40 pictures: docs/lora.md
 # make demo-sd3    after make demo: a small Stable Diffusion 3 on the same scenes: docs/stable-diffusion-3.md
@@ -27,6 +27,9 @@ UNUSED := $(UNUSED)|transformers/models/(?!auto/|clip/|siglip/)\w+/|diffusers/pi
 COMPILE = $(BIN)/python -m compileall -q -j 0 -x '$(UNUSED)' $(VENV)/lib
 INSTALLED := $(VENV)/.installed
 TESTED := $(VENV)/.installed-test
+
+# Where docs/words.txt holds.
+WRITTEN := README.md Makefile pyproject.toml docs ldm_cli recipes scripts benchmarks
 
 SHELL := /bin/bash -o pipefail
 
@@ -129,6 +132,8 @@ lint: $(TESTED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/codespell --dictionary docs/words.txt --skip "*.html,*.png,docs/words.txt" $(WRITTEN)
 
 # Every fault that a run may meet, injected for real, in a table: make faults FAULTS_FLAGS="--trials 5 --only full-disk"
 faults: $(TESTED)

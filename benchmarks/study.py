@@ -250,7 +250,7 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     return mean(values) - half, mean(values) + half
 
 
-def verdict(differences: Sequence[float]) -> str:
+def conclusion(differences: Sequence[float]) -> str:
     """Whether the encoder's gain exceeds the denoiser's.
 
     Args:
@@ -275,7 +275,7 @@ def num_parameters(folder: Path) -> int:
 
 
 def table(root: Path, seeds: Sequence[Mapping[str, Any]], extent: Extent) -> str:
-    """The numbers in Markdown: a row for each model, and a row for each number of the verdict."""
+    """The numbers in Markdown: a row for each model, and a row for each number of the conclusion."""
     titles = [title for title, _, _ in METRICS.values()]
     lines = [f"| text tower, U-Net | parameters of both | {' | '.join(titles)} |", "|---|---|" + "---|" * len(titles)]
     for tower, unet in _pairs():
@@ -294,7 +294,7 @@ def table(root: Path, seeds: Sequence[Mapping[str, Any]], extent: Extent) -> str
         differences = [a - b for a, b in zip(encoder, denoiser, strict=True)]
         ends = interval(differences)
         shown = _number(mean(differences)) + (f" ({_number(ends[0])} to {_number(ends[1])})" if ends else "")
-        lines.append(f"| {title} | {_spread(encoder)} | {_spread(denoiser)} | {shown} | {verdict(differences)} |")
+        lines.append(f"| {title} | {_spread(encoder)} | {_spread(denoiser)} | {shown} | {conclusion(differences)} |")
     scales = ", ".join(f"{scale:g}" for scale in extent.scales)
     lines += ["", f"{extent.seeds} seeds, guidance scales {scales}; ± is the standard deviation over seeds."]
     return "\n".join(lines)

@@ -1,3 +1,3 @@
-"""`ldm`: one command-line toolkit for the whole life of a text-to-image latent diffusion model."""
+"""`ldm`: a command-line toolkit for text-to-image latent diffusion models, from data to pictures."""
 
 __version__ = "0.1.0"

@@ -5,7 +5,8 @@ What a fenced block is, its first line says:
     sh               every `ldm` line names a command, options and a recipe that exist
     sh run           it is executed, too: all such blocks in the order of `PAGES`, in one folder; exit code 0
     sh run exit=78   … with this exit code
-    text exact       these lines occur, in this order, in what the block before printed; blanks count as one
+    text exact       these lines occur, in this order, in what the block before printed; blanks count as one, and
+                     `…` at the end of a line stands for its rest
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import shlex
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,7 @@ import pytest
 from pydantic import BaseModel
 from typer.main import get_command
 
-from ldm_cli import errors
+from ldm_cli import __version__, errors
 from ldm_cli.cli.app import app
 from ldm_cli.cli.failures import user_error
 from ldm_cli.data.config import DataConfig
@@ -33,6 +35,7 @@ from ldm_cli.errors import InputNotFoundError, LdmError, RecipeError, UsageError
 from ldm_cli.recipe.load import load_recipe, load_section
 from ldm_cli.recipe.schema import RECIPES
 from ldm_cli.recipe.shipped import shipped_recipes
+from ldm_cli.recipe.yaml_source import parse_yaml
 from tests.conftest import REPOSITORY
 from tests.data.walks import write_img2dataset, write_phone
 from tests.fork_server import client
@@ -67,7 +70,27 @@ NAMES = (
     "performance",
     "architecture",
 )
-PAGES = (REPOSITORY / "README.md", *(REPOSITORY / "docs" / f"{name}.md" for name in NAMES))
+GUIDES = (
+    "your-photos",
+    "fine-tune",
+    "many-gpus",
+    "sampler-and-guidance",
+    "measure",
+    "resume-move-delete",
+    "memory-and-time",
+    "bad-pictures",
+    "when-something-fails",
+    "add-a-loss-or-model",
+)
+DOCS = REPOSITORY / "docs"
+PAGES = (
+    REPOSITORY / "README.md",
+    DOCS / "guides/first-model.md",  # trains the models of all other pages
+    *(DOCS / f"{name}.md" for name in NAMES[:-1]),
+    *(DOCS / f"guides/{name}.md" for name in GUIDES),
+    DOCS / "architecture.md",
+)
+CHINESE = REPOSITORY / "README.zh.md"
 WRITTEN_BY_THE_TOUR = (
     "data/demo/train-000000.tar",
     "runs/demo-clip/model/model.safetensors",
@@ -99,7 +122,7 @@ class Block:
     def commands(self) -> list[list[str]]:
         """The words of each `ldm` line, `ldm` and what is redirected left out."""
         lines = [shlex.split(line, comments=True) for line in self.text.replace("\\\n", " ").splitlines()]
-        ours = [words[1:] for words in lines if words[:1] == ["ldm"]]
+        ours = [words[1:] for words in lines if words and Path(words[0]).name == "ldm"]
         return [words[: words.index(">")] if ">" in words else words for words in ours]
 
 
@@ -147,12 +170,12 @@ def complaint_about(words: list[str]) -> LdmError | None:
 
 
 def test_every_page_of_the_documentation_is_read() -> None:
-    assert set((REPOSITORY / "docs").glob("*.md")) == set(PAGES[1:])
+    assert {*DOCS.glob("*.md"), *DOCS.glob("guides/*.md")} == set(PAGES[1:])
 
 
 def test_the_readme_leads_to_every_page_and_names_every_command() -> None:
     readme = PAGES[0].read_text(encoding="utf-8")
-    assert [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in readme] == []
+    assert [page.name for page in PAGES[1:] if f"({page.relative_to(REPOSITORY)})" not in readme] == []
     program: Any = get_command(app)
     assert [name for name in program.commands if f"`ldm {name}" not in readme] == []
 
@@ -197,13 +220,42 @@ def test_no_block_is_of_an_unknown_kind() -> None:
     assert len(codes) >= 3
 
 
-def test_the_python_of_the_readme_compiles() -> None:
-    (block,) = [block for block in blocks(PAGES[0]) if block.info == "python"]
+def test_the_python_of_the_first_guide_compiles() -> None:
+    (block,) = [block for block in blocks(PAGES[1]) if block.info == "python"]
     compile(block.text, block.place, "exec")
     assert "runs/demo-unet/model" in block.text
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def width(line: str) -> int:
+    """Columns of a terminal that a line takes: two for a Chinese character."""
+    return len(line) + sum(unicodedata.east_asian_width(character) in "WF" for character in line)
+
+
+@pytest.mark.parametrize("page", [*PAGES, CHINESE, *DOCS.glob("reference/*.md")], ids=lambda page: page.name)
+def test_a_page_fits_into_eighty_columns(page: Path) -> None:
+    """Tables and blocks, too. Only a word that cannot be broken, such as an address, may be longer."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if width(line) > 80 and " " in line.strip().removeprefix("- ")] == []
+
+
+def test_the_chinese_readme_has_the_sections_commands_links_and_codes_of_the_english_one() -> None:
+    def outline(page: Path) -> list[object]:
+        text = page.read_text(encoding="utf-8")
+        commands = [re.sub(r" +#.*", "", block.text) for block in blocks(page) if block.info != "text"]
+        files = [re.findall(r"^  [^ ].*?(?=  |$)", block.text, re.MULTILINE) for block in blocks(page)]
+        links = re.findall(r"\]\(([^)\s]+)\)", prose(page))[1:]  # but that to the other language
+        codes = re.findall(r"^\| (\d[\d /]*) \|", text, re.MULTILINE)
+        return [re.findall(r"^#+", prose(page), re.MULTILINE), commands, files, links, codes]
+
+    assert outline(CHINESE) == outline(PAGES[0])
+
+
+def test_the_citation_names_the_version_of_the_package() -> None:
+    citation = parse_yaml((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8")).data
+    assert (citation["version"], citation["license"]) == (__version__, "Apache-2.0")
+
+
+@pytest.mark.parametrize("page", [*PAGES, CHINESE], ids=lambda page: page.name)
 def test_every_link_and_picture_leads_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)\s]+)\)", prose(page))
     assert targets
@@ -265,7 +317,8 @@ def test_every_field_named_in_the_text_exists() -> None:
 
 def test_every_recipe_named_in_the_text_is_shipped_and_every_shipped_one_is_named() -> None:
     families = "|".join({name.split("/")[0] for name in shipped_recipes()})
-    spans = {s for page in PAGES for s in re.findall(rf"`((?:{families})/[a-z0-9-]+)`", prose(page))}
+    pages = [*PAGES, *DOCS.glob("reference/*.md")]
+    spans = {s for page in pages for s in re.findall(rf"`((?:{families})/[a-z0-9-]+)`", prose(page))}
     assert spans == set(shipped_recipes())
 
 
@@ -289,6 +342,8 @@ def shell(tmp_path: Path) -> Iterator[Callable[[Block], list[str]]]:
     write_published_xl(home / "sdxl")
     program.write_text(client(server))
     program.chmod(0o755)
+    program.with_name("python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    program.with_name("python").chmod(0o755)
     path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     serving = subprocess.Popen([sys.executable, "-m", "tests.fork_server", str(server)], env=environment)
@@ -310,13 +365,16 @@ def shell(tmp_path: Path) -> Iterator[Callable[[Block], list[str]]]:
 def missing(expected: str, printed: list[str]) -> list[str]:
     """Lines of `expected` that do not occur, in their order, in what was printed; blanks count as one."""
     said = iter([" ".join(line.split()) for line in printed])
-    return [line for line in expected.splitlines() if not any(" ".join(line.split()) in one for one in said)]
+    wanted = {line: " ".join(line.split()).removesuffix(" …") for line in expected.splitlines()}
+    return [line for line, words in wanted.items() if not any(words in one for one in said)]
 
 
 def test_lines_count_as_printed_only_in_their_order() -> None:
     assert missing("a  1\nb 2\n", ["x", " a 1 !", "b   2"]) == []
     assert missing("b 2\na 1\n", ["a 1", "b 2"]) == ["a 1"]
     assert missing("c\n", ["a 1"]) == ["c"]
+    assert missing("a 1 …\n", ["a 1 b"]) == []
+    assert missing("a 2 …\n", ["a 1 2"]) == ["a 2 …"]
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ class VAELossConfig(Config):
     perceptual_clip: Annotated[str | None, NamesModel()] = None
     """The CLIPModel (`train-clip`) that the perceptual term uses."""
     adversarial_weight: Weight = 0.0
-    """Weight of the patch discriminator's verdict; times the adaptive weight if that is on."""
+    """Weight of the patch discriminator's term; times the adaptive weight if that is on."""
     adversarial_start: Annotated[int, Field(ge=0)] = 0
     """Last step without the adversarial term; the discriminator starts to learn there, too."""
     adversarial_adaptive: bool = True
@@ -42,5 +42,5 @@ class VAELossConfig(Config):
 
 
 def min_image_size(num_layers: int) -> int:
-    """Smallest side of an image, in pixels, that a discriminator of so many layers has a verdict on."""
+    """Smallest side of an image, in pixels, that a discriminator of so many layers works on."""
     return int(3 * 2**num_layers)

@@ -77,7 +77,7 @@ def _mapped(file: Path) -> memoryview:
     size = file.stat().st_size
     storage = torch.UntypedStorage.from_file(str(file), False, size)
     array = (ctypes.c_ubyte * size).from_address(storage.data_ptr())
-    array.storage = storage  # type: ignore[attr-defined]  # lives as long as any view of it
+    array.storage = storage  # type: ignore[attr-defined]  # kept as long as any view of it
     return memoryview(array).cast("B")
 
 

@@ -208,7 +208,7 @@ def _weight(image: Image.Image) -> float:
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
-    """The canvas that a WebP header claims: Pillow allocates it while opening, before it can be asked."""
+    """The size that a WebP header claims: Pillow allocates it while opening, before it can be asked."""
     if data[:4] != b"RIFF" or len(data) < 30:
         return 0, 0
     if data[8:16] == b"WEBPVP8X":

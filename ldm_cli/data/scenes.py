@@ -44,7 +44,7 @@ HELD_OUT_EVERY = 8
 _PATIENCE = 3600.0
 """Seconds that a shard may take."""
 MIN_SIZE = 32
-"""Pixels below which shapes cannot be told apart."""
+"""Pixels below which shapes look alike."""
 
 
 @dataclass(frozen=True)

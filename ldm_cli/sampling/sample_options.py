@@ -63,7 +63,7 @@ class SampleOptions:
         image_embeds: unCLIP: embeddings [N, K, E] of given pictures in place of the prior's, for each of N requests, or
             [1, K, E] for all: of one picture, or of two to go between by the weight of a request's blend.
         text_difference: unCLIP: how all embeddings are changed; None: not at all.
-        on_nonfinite: is called for each picture that is not finite; it raises the error unless told otherwise.
+        on_nonfinite: is called for each picture that is not finite; by default it raises the error.
     """
 
     edit_input: EditInput | None = None

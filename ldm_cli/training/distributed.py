@@ -175,8 +175,8 @@ class _ConnectedRanks(Ranks):
         """Who failed first, if it can be known."""
         deadline = time.monotonic() + TELLING
         while time.monotonic() < deadline:
-            if self._watch.verdict is not None:
-                return WorkerError(*self._watch.verdict, _RUN_AGAIN)
+            if self._watch.failure is not None:
+                return WorkerError(*self._watch.failure, _RUN_AGAIN)
             time.sleep(0.1)
         reason = "" if error is None else str(error).splitlines()[0]
         return WorkerError("lost another rank", reason.rsplit("] ", 1)[-1].split(". ")[0], _RUN_AGAIN)

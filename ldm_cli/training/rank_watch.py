@@ -27,8 +27,8 @@ class RankWatch(threading.Thread):
     time-out. So this thread alone waits for answers; a thread that waits for other ranks looks at this one.
 
     Attributes:
-        verdict: what failed, and why; None while all are well.
-        ends_process: whether the process ends with 82 when no thread has asked for `timeout` seconds after the verdict.
+        failure: what failed, and why; None while all are well.
+        ends_process: whether the process ends with 82 when no thread has asked for `timeout` seconds after the failure.
             While a GPU waits for a lost rank, its queue fills up, and the thread that fills it cannot ask.
         is_answered: set when the process is about to end on its own.
     """
@@ -43,37 +43,37 @@ class RankWatch(threading.Thread):
         self._ended = threading.Event()
         self._beats = 0
         self._asker = _Asker()
-        self.verdict: tuple[str, str] | None = None
+        self.failure: tuple[str, str] | None = None
         self.ends_process, self.is_answered = False, threading.Event()
         self._beat()
 
     def run(self) -> None:
         """Run until the job ends or a rank is lost."""
-        while not self._ended.wait(self._interval) and self.verdict is None:
+        while not self._ended.wait(self._interval) and self.failure is None:
             self._beats += 1
             try:
                 self._beat()
-                self.verdict = announced(self._store)
+                self.failure = announced(self._store)
                 beats = self._store.multi_get([f"beat/{rank}" for rank in self._watched])
             except RuntimeError:  # the store is silent or gone, and rank 0 with it
                 beats = [self._last_seen.get(rank, (b"", 0))[0] for rank in self._watched]
             for rank, beat in zip(self._watched, beats, strict=True):
                 self._judge(rank, beat)
-        if self.verdict is not None and self.ends_process and not self.is_answered.wait(self._timeout):
+        if self.failure is not None and self.ends_process and not self.is_answered.wait(self._timeout):
             os._exit(WorkerError.code)
 
     def asked(self) -> tuple[str, str] | None:
-        """The verdict. A thread that waits for other ranks asks every `POLL`; the calls measure the store's silence."""
+        """The failure. A thread that waits for other ranks asks every `POLL`; the calls measure the store's silence."""
         asker = self._asker
         if self._beats != asker.beats:
             asker.beats, asker.silence = self._beats, 0.0
         else:
             asker.silence += POLL.total_seconds()
         if asker.silence > self._timeout + self._interval:
-            self.verdict = self.verdict or self._lost(0)
-        if self.verdict is not None:
+            self.failure = self.failure or self._lost(0)
+        if self.failure is not None:
             self.is_answered.set()
-        return self.verdict
+        return self.failure
 
     def end(self) -> None:
         """Stop the thread and wait for it, unless the store no longer answers."""
@@ -84,15 +84,15 @@ class RankWatch(threading.Thread):
         self._store.set(f"beat/{self._rank}", str(self._beats))
 
     def _lost(self, rank: int) -> tuple[str, str]:
-        return f"rank {rank} of {self._world_size} is lost", f"it gave no sign of life for {self._timeout:g} s"
+        return f"rank {rank} of {self._world_size} is lost", f"it has sent nothing for {self._timeout:g} s"
 
     def _judge(self, rank: int, beat: bytes) -> None:
         before, since = self._last_seen.get(rank, (None, self._beats))
         if beat != before:
             self._last_seen[rank] = (beat, self._beats)
-        elif (self._beats - since) * self._interval > self._timeout and self.verdict is None:
-            self.verdict = self._lost(rank)
-            announce(self._store, *self.verdict)
+        elif (self._beats - since) * self._interval > self._timeout and self.failure is None:
+            self.failure = self._lost(rank)
+            announce(self._store, *self.failure)
 
 
 class _Asker(threading.local):

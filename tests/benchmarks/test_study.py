@@ -73,7 +73,7 @@ def test_a_gain_is_the_best_number_of_the_largest_less_that_of_the_smallest() ->
     ],
 )
 def test_the_claim_is_decided_where_the_interval_excludes_zero(differences: list[float], found: str) -> None:
-    assert study.verdict(differences) == found
+    assert study.conclusion(differences) == found
 
 
 def test_the_interval_is_students() -> None:

@@ -151,7 +151,7 @@ def test_a_stopped_rank_is_missed_after_the_time_out(tmp_path: Path, victim: int
 
     with ForkedRanks(work, tmp_path) as job:
         assert job.wait([1 - victim]) == [WorkerError.code]
-        assert f"rank {victim} of 2 is lost: it gave no sign of life for 2 s" in job.words()[1 - victim]
+        assert f"rank {victim} of 2 is lost: it has sent nothing for 2 s" in job.words()[1 - victim]
 
 
 def test_a_wait_for_the_device_ends_when_another_rank_is_lost(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_a_wait_for_the_device_ends_when_another_rank_is_lost(tmp_path: Path) ->
     began = time.monotonic()
     with ForkedRanks(work, tmp_path) as job:
         assert job.wait() == [WorkerError.code, -signal.SIGKILL]
-        assert "rank 1 of 2 is lost: it gave no sign of life for 2 s" in job.words()[0]
+        assert "rank 1 of 2 is lost: it has sent nothing for 2 s" in job.words()[0]
     assert time.monotonic() - began < 20
 
 
@@ -211,9 +211,9 @@ def test_two_threads_that_ask_do_not_make_the_store_silent_for_twice_as_long() -
             thread.join()
         assert watch.asked() is None, ask
     for _ in range(3):
-        assert watch.verdict is None
+        assert watch.failure is None
         watch.asked()
-    assert watch.verdict == ("rank 0 of 1 is lost", "it gave no sign of life for 2 s")
+    assert watch.failure == ("rank 0 of 1 is lost", "it has sent nothing for 2 s")
 
 
 def test_a_slow_rank_is_waited_for_as_long_as_it_gives_signs_of_life(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from ldm_cli.core.vae_loss_config import min_image_size
 class PatchDiscriminator(nn.Sequential):
     """Judges overlapping patches of an image as real or not (Isola et al. 2017, arXiv:1611.07004, 6.1.2).
 
-    Group norm stands in for batch norm, so that the verdict on one image does not depend on its neighbours.
+    Group norm stands in for batch norm, so that the output for one image does not depend on its neighbours.
 
     Args:
         channels: channels after the first convolution; doubled per layer up to eight times.
-        num_layers: stride-2 layers; the receptive field of a verdict is 34 px with 2 and 70 px with 3.
+        num_layers: stride-2 layers; the receptive field of an output is 34 px with 2 and 70 px with 3.
     """
 
     def __init__(self, channels: int = 64, num_layers: int = 3, in_channels: int = 3) -> None:
@@ -44,8 +44,8 @@ class PatchDiscriminator(nn.Sequential):
         """
         if min(images.shape[-2:]) < self.min_size:
             raise ValueError(f"images of {tuple(images.shape[-2:])} px, the discriminator needs {self.min_size}")
-        verdict: Tensor = super().forward(images)  # type: ignore[no-untyped-call]
-        return verdict
+        outputs: Tensor = super().forward(images)  # type: ignore[no-untyped-call]
+        return outputs
 
 
 def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:

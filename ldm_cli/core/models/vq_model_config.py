@@ -22,7 +22,7 @@ class VQModelConfig(AutoencoderConfig):
     norm_type: Literal["group"] = "group"
     """Norms of the decoder."""
     lookup_from_codebook: bool = False
-    """Whether diffusers' `decode` takes indices when told not to quantize; has no effect here."""
+    """Whether diffusers' `decode` takes indices when quantization is switched off; has no effect here."""
     force_upcast: bool = False
     """Has no effect."""
 

@@ -26,7 +26,7 @@ class EvalResult:
     Args:
         out: a folder, for `eval.json` in it, or a file whose name ends in `.json`.
         provenance: that of the evaluation.
-        reporter: is told about what is found.
+        reporter: gets a line about every result that is found.
 
     Attributes:
         measured: folder of measurements.

@@ -51,13 +51,13 @@ def slope(found):
 def table():
     """Markdown."""
     lines = [
-        "| sampler | predictions per step | " + " | ".join(f"{n} steps" for n in STEPS) + " | order | in theory |",
+        "| sampler | calls | " + " | ".join(map(str, STEPS)) + " | order | theory |",
         "|---|---|" + "---|" * (len(STEPS) + 2),
     ]
     for name, order, cost, sampler in SAMPLERS:
         found = errors(name, sampler)
         lines.append(
-            f"| `{name.replace(', ', '`, `')}` | {cost} | "
+            f"| `{name.removesuffix(', eta 0').replace(', ', '`, `')}` | {cost} | "
             + " | ".join(f"{e:.1e}" for e in found)
             + f" | {slope(found):.1f} | {order} |"
         )
