@@ -71,7 +71,24 @@ def _usage_error(error: BaseException, message: str) -> UsageError:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "ldm"
     message = message.rstrip(".")
-    return UsageError(message[:1].lower() + message[1:], remedy=f"see {path} --help")
+    remedy = f"see {path} --help"
+    option = getattr(error, "option_name", "")
+    if meant := option and _instead_of(option.lstrip("-"), path.rpartition(" ")[2]):
+        message, remedy = f"no such option: {option}", f"write {meant}, or {remedy}"
+    return UsageError(message[:1].lower() + message[1:], remedy=remedy)
+
+
+def _instead_of(option: str, command: str) -> str | None:
+    """What people mean by an option that a command does not have: a field of its recipe, or another option."""
+    from ldm_cli.recipe.other_names import field_called, option_called
+    from ldm_cli.recipe.schema import RECIPES
+
+    if command not in RECIPES:
+        return None
+    if (meant := option_called(option)) is not None:
+        return meant
+    field = field_called(option, RECIPES[command])
+    return field and f"{field}=VALUE"
 
 
 def _problems(error: RecipeError) -> list[str]:

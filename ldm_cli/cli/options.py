@@ -37,7 +37,7 @@ Resume = Annotated[
     typer.Option(
         "--resume",
         metavar="auto|never|PATH",
-        help="Continue an interrupted run, refuse to, or start at a checkpoint.",
+        help="Continue an interrupted run, refuse to, or start where another run or a checkpoint is.",
     ),
 ]
 MaxTime = Annotated[str | None, option("--max-time", metavar="TIME", text="Save and stop after 3h, 90m, 1:30:00, ...")]

@@ -1,10 +1,11 @@
-"""`ldm recipe list | show | check | schema`."""
+"""`ldm recipe list | show | check | fields | schema`."""
 
 from __future__ import annotations
 
 import functools
 import json as json_format
 import operator
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -94,6 +95,32 @@ def check_recipes(
         write_result("".join(f"{name}: a valid {command} recipe\n" for name, command in commands_of.items()))
 
 
+@commands.command("fields")
+def list_fields(
+    command: Annotated[str, typer.Argument(metavar="COMMAND", help="train-clip, train-vae, ...", show_default=False)],
+    prefix: Annotated[str, typer.Argument(metavar="[PREFIX]", help="A section or field: train, data.fil")] = "",
+    json: given.Json = False,
+    debug: given.Debug = False,
+) -> None:
+    """Print the fields of a recipe: name, type, default and a line of words each."""
+    from ldm_cli.recipe.fields import field_lines
+    from ldm_cli.recipe.other_names import field_called
+
+    recipe = _recipe_for(command)
+    lines = field_lines(recipe, prefix)
+    if not lines:
+        meant = field_called(prefix, recipe)
+        cause = f"did you mean '{meant}'?" if meant else ""
+        raise UsageError(f"no field of {command} begins with '{prefix}'", cause, f"see ldm recipe fields {command}")
+    if json:
+        show_result({"fields": [line._asdict() for line in lines]}, as_json=True)
+        return
+    for line in lines:
+        default = f", default {line.default}" if line.default not in ("", "required") else f" {line.default}".rstrip()
+        head = textwrap.fill(f"{line.name}: {line.type}{default}", 80, subsequent_indent=" " * 8)
+        write_result(f"{head}\n    {textwrap.shorten(line.about, 76, placeholder=' ...')}\n")
+
+
 @commands.command("schema")
 def show_schema(
     command: Annotated[
@@ -104,12 +131,23 @@ def show_schema(
     """Print the JSON schema of recipes, for editors and validators."""
     from pydantic import TypeAdapter
 
+    from ldm_cli.recipe.schema import RECIPES
+
+    kinds: Any = _recipe_for(command) if command else functools.reduce(operator.or_, RECIPES.values())
+    schema = TypeAdapter(kinds).json_schema()
+    write_result(json_format.dumps(schema, indent=2) + "\n")
+
+
+def _recipe_for(command: str) -> Any:
+    """The class of a command's recipes.
+
+    Raises:
+        UsageError: there is none.
+    """
     from ldm_cli.recipe.problems import did_you_mean
     from ldm_cli.recipe.schema import RECIPES
 
-    if command is not None and command not in RECIPES:
+    if command not in RECIPES:
         hint = did_you_mean(command, list(RECIPES)) or f"one of {', '.join(RECIPES)}"
-        raise UsageError(f"no recipe is for the command '{command}'", hint.strip(" ()?"))
-    kinds: Any = RECIPES[command] if command else functools.reduce(operator.or_, RECIPES.values())
-    schema = TypeAdapter(kinds).json_schema()
-    write_result(json_format.dumps(schema, indent=2) + "\n")
+        raise UsageError(f"no recipe is for the command '{command}'", hint.strip(" ()"))
+    return RECIPES[command]

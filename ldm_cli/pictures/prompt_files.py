@@ -18,6 +18,7 @@ from ldm_cli.data.tables import rows_of, text_lines
 from ldm_cli.errors import DataError, amount
 from ldm_cli.inputs import open_input
 from ldm_cli.pictures.job import PromptEntry, value_of
+from ldm_cli.sampling.sampler_names import sampler_called
 
 _MOST_BYTES = 2**26
 _TEXT_SUFFIXES = ("", ".txt", ".text", ".prompt", ".prompts")
@@ -52,7 +53,6 @@ _ALIASES = {
     "guidance": "guidance.scale",
     "num_images_per_prompt": "images_per_prompt",
 }
-_SAMPLER_ALIASES = {"k_euler": "euler", "euler_a": "euler_ancestral", "k_euler_a": "euler_ancestral"}
 _TEXTS = {"prompt", "negative"}
 
 
@@ -190,7 +190,7 @@ def _entry(fields: Mapping[str, Any], where: str) -> PromptEntry:
 
 def _valid_entry(prompt: str, sampling: dict[str, Any], where: str) -> PromptEntry:
     if isinstance(name := sampling.get("sampler"), str):
-        sampling["sampler"] = _SAMPLER_ALIASES.get(name, name)
+        sampling["sampler"] = sampler_called(name) or name
     try:
         return PromptEntry(prompt=prompt, sampling=sampling)
     except ValidationError as error:

@@ -12,8 +12,9 @@ from pydantic import ValidationError
 from ldm_cli.config import Config
 from ldm_cli.errors import RecipeError, printable, without_secrets
 from ldm_cli.inputs import read_input
+from ldm_cli.recipe.every_problem import every_problem
 from ldm_cli.recipe.overrides import Draft, apply_override
-from ldm_cli.recipe.problems import describe, did_you_mean, find_problems, line_of
+from ldm_cli.recipe.problems import describe, did_you_mean, line_of
 from ldm_cli.recipe.schema import RECIPES, Recipe
 from ldm_cli.recipe.shipped import find_recipe
 from ldm_cli.recipe.yaml_source import YamlSource, parse_yaml
@@ -54,7 +55,7 @@ def load_recipe(
     text, draft = _read(path, expected_command, base or {})
     _apply(draft, overrides, options)
     shown = str(path) if path else "the command line"
-    if draft.problems:
+    if not isinstance(draft.data, dict):
         raise _invalid(shown, draft.problems)
     recipe = _validated(_recipe_class(draft, expected_command, shown), draft, shown)
     return LoadedRecipe(cast(Recipe, recipe), text)
@@ -68,8 +69,6 @@ def load_section(model: type[Section], overrides: Sequence[str], options: Sequen
     """
     draft = Draft({}, values={(): "the command line"})
     _apply(draft, overrides, options)
-    if draft.problems:
-        raise _invalid("the command line", draft.problems)
     return _validated(model, draft, "the command line")
 
 
@@ -82,9 +81,12 @@ def _apply(draft: Draft, overrides: Sequence[str], options: Sequence[tuple[str, 
 
 def _validated(model: type[Section], draft: Draft, shown: str) -> Section:
     try:
-        return model.from_mapping(draft.data)
+        valid = model.from_mapping(draft.data)
     except ValidationError as error:
-        raise _invalid(shown, _located(error, model, draft)) from None
+        raise _invalid(shown, [*draft.problems, *_located(error, model, draft)]) from None
+    if draft.problems:
+        raise _invalid(shown, draft.problems)
+    return valid
 
 
 def _read(path: Path | None, command: str | None, base: Mapping[str, Any]) -> tuple[str, Draft]:
@@ -109,14 +111,18 @@ def _recipe_class(draft: Draft, expected: str | None, shown: str) -> type[Config
     place = draft.place(("command",), at_key=False) or f"{shown}:1:1"
     if command is None and expected is None:
         near = next((f" (is it '{key}'?)" for key in draft.data if did_you_mean(str(key), ["command"])), "")
-        raise _invalid(shown, [f"{place}: missing required key 'command'{near}; one of {', '.join(RECIPES)}"])
+        missing = f"{place}: missing required key 'command'{near}; one of {', '.join(RECIPES)}"
+        raise _invalid(shown, [*draft.problems, missing])
     if command is None or command == expected:
         return RECIPES[expected or command]
     if not isinstance(command, str) or command not in RECIPES:
         hint = did_you_mean(str(command), list(RECIPES))
         raise _invalid(
             shown,
-            [f"{place}: command: expected one of {', '.join(RECIPES)}, found {describe(command)}{hint}"],
+            [
+                *draft.problems,
+                f"{place}: command: expected one of {', '.join(RECIPES)}, found {describe(command)}{hint}",
+            ],
         )
     if expected is None:
         return RECIPES[command]
@@ -124,10 +130,12 @@ def _recipe_class(draft: Draft, expected: str | None, shown: str) -> type[Config
 
 
 def _located(error: ValidationError, model: type[Config], draft: Draft) -> list[str]:
-    problems = find_problems(error, model, draft.data, draft.quoted)
+    problems = every_problem(error, model, draft.data, draft.quoted)
     order = {path: number for number, path in enumerate(draft.keys)}
     problems.sort(key=lambda problem: order.get(problem.path, -1))
-    return [f"{draft.place(p.path, p.at_key)}: {line_of(p.path, p.message)}" for p in problems]
+    known = {problem.partition(": ")[0] for problem in draft.problems}
+    placed = [(draft.place(p.path, p.at_key), line_of(p.path, p.message)) for p in problems]
+    return [f"{place}: {line}" for place, line in placed if place not in known]
 
 
 def _invalid(shown: str, problems: list[str]) -> RecipeError:

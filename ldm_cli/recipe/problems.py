@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from ldm_cli.recipe.other_names import field_called, models_in
 from ldm_cli.recipe.yaml_source import Path, dotted
+from ldm_cli.sampling.sampler_names import sampler_called, schedule_called
 
 _EXPECTED = {
     "int_type": "an integer",
@@ -28,6 +30,8 @@ _BOUNDS = {
     "less_than": ("less than", "lt"),
     "less_than_equal": ("at most", "le"),
 }
+_ABSENT = object()
+_FIELD_NAME = re.compile(r"(?<![\w.-])([a-z]\w*(?:\.\w+)*)(=?)(?![\w-])")
 _BOOLEAN_WORDS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 
 
@@ -39,6 +43,10 @@ class Problem:
     message: str
     at_key: bool = False
     """The key itself is wrong, not its value."""
+    missing: str = ""
+    """The key that is not there."""
+    meant: str = ""
+    """The key of the same section for which this unknown one probably stands."""
 
 
 def find_problems(error: ValidationError, model: type[BaseModel], data: Any, quoted: set[Path]) -> list[Problem]:
@@ -62,12 +70,12 @@ def find_problems(error: ValidationError, model: type[BaseModel], data: Any, quo
     for path, loc in unknown:
         suggestion, message = _unknown_key(path, loc, model, data)
         explained.add((path[:-1], suggestion))
-        problems.append(Problem(path, message, at_key=True))
+        problems.append(Problem(path, message, at_key=True, meant=suggestion or ""))
     num_wanted = {path: part + 1 for path, part in missing if isinstance(part, int)}
     for path, num in num_wanted.items():
         problems.append(Problem(path, f"expected {num} entries, found {len(value_at(data, path))}"))
     problems += [
-        Problem(path, f"missing required key '{name}'", at_key=True)
+        Problem(path, f"missing required key '{name}'", at_key=True, missing=name)
         for path, name in dict.fromkeys(missing)
         if isinstance(name, str) and (path, name) not in explained
     ]
@@ -127,19 +135,12 @@ def _data_path(loc: tuple[str | int, ...], data: Any) -> Path:
     return tuple(path)
 
 
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for part in get_args(annotation):
-        yield from _models_in(part)
-
-
 def _fields_at(loc: tuple[str | int, ...], model: type[BaseModel], section: Mapping[str, Any]) -> list[str]:
     """Names allowed beside the key at `loc`; of a union's models, the one that fits `section` best."""
     models = [model]
     for part in loc[:-1]:
         inner = [m.model_fields[part].annotation for m in models if part in m.model_fields]
-        models = [found for annotation in inner for found in _models_in(annotation)] or models
+        models = [found for annotation in inner for found in models_in(annotation)] or models
 
     def fit(candidate: type[BaseModel]) -> int:
         fields = candidate.model_fields
@@ -150,26 +151,20 @@ def _fields_at(loc: tuple[str | int, ...], model: type[BaseModel], section: Mapp
     return list(max(models, key=fit).model_fields)
 
 
-def _places_of(name: str, model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Dotted paths of the fields called `name` anywhere in the recipe."""
-    for field_name, field in model.model_fields.items():
-        if field_name == name and prefix:
-            yield prefix + name
-        for inner in _models_in(field.annotation):
-            yield from _places_of(name, inner, f"{prefix}{field_name}.")
-
-
 def _unknown_key(path: Path, loc: tuple[str | int, ...], model: type[BaseModel], data: Any) -> tuple[str | None, str]:
     """The key that was probably intended, and the message."""
     name = str(path[-1])
     siblings = value_at(data, path[:-1])
     known = _fields_at(loc, model, siblings)
-    suggestion = suggest(name, [field for field in known if field not in siblings]) or suggest(name, known)
-    if suggestion:
-        return suggestion, f"unknown key (did you mean '{suggestion}'?)"
-    elsewhere = next(_places_of(name, model), None)
-    if elsewhere:
-        return None, f"unknown key (did you mean '{elsewhere}'?)"
+    section = dotted(path[:-1])
+    meant = field_called(name, model, section) or ""
+    sibling = meant.removeprefix(f"{section}.") if meant.startswith(f"{section}.") else meant
+    if sibling not in known:
+        sibling = suggest(name, [field for field in known if field not in siblings]) or suggest(name, known) or ""
+    if sibling:
+        return sibling, f"unknown key (did you mean '{sibling}'?)"
+    if meant:
+        return None, f"unknown key (did you mean '{meant}'?)"
     return None, f"unknown key; expected one of {', '.join(known)}"
 
 
@@ -183,10 +178,16 @@ def _invalid_value(path: Path, details: list[ErrorDetails], value: Any, quoted: 
 
 
 def _blamed_field(path: Path, message: str, value: Any) -> Path:
-    """The place of the first field in the message (`name=value`) that the recipe sets."""
-    names = re.findall(r"\b(\w+)=", message)
-    present = [name for name in names if isinstance(value, dict) and name in value]
-    return (*path, present[0]) if present else path
+    """The place of the field in the message that the recipe sets: before `=`, with `.` or `_`, or else any."""
+    words = [(found[1].strip("."), found[2]) for found in _FIELD_NAME.finditer(message)]
+    ranks = [[word for word, equals in words if equals], [word for word, _ in words if re.search("[._]", word)]]
+    for word in [*(word for rank in ranks for word in rank), *(word for word, _ in words)]:
+        part: Any = value
+        for key in word.split("."):
+            part = part.get(key, _ABSENT) if isinstance(part, dict) else _ABSENT
+        if part is not _ABSENT:
+            return (*path, *word.split("."))
+    return path
 
 
 def _expected(detail: ErrorDetails) -> str:
@@ -216,7 +217,7 @@ def _hint(details: list[ErrorDetails], value: Any, quoted: bool) -> str:
     elif "string_type" in kinds and value is None:
         hint = ' (empty text is "")'
     elif isinstance(value, str) and literals:
-        hint = did_you_mean(value, [word for text in literals for word in re.findall(r"'([^']*)'", text)])
+        hint = _intended_word(value, [word for text in literals for word in re.findall(r"'([^']*)'", text)])
     elif isinstance(value, str) and wants_number and quoted:
         hint = " (remove the quotes)"
     elif isinstance(value, str) and wants_number:
@@ -230,6 +231,15 @@ def _hint(details: list[ErrorDetails], value: Any, quoted: bool) -> str:
     return hint
 
 
+def _intended_word(value: str, words: list[str]) -> str:
+    """As `did_you_mean`; of samplers also by the names that other programs have for them."""
+    sampler = sampler_called(value)
+    if sampler not in words:
+        return did_you_mean(value, words)
+    spacing = schedule_called(value)
+    return f" (did you mean '{sampler}'{f' with timestep_spacing: {spacing}' if spacing else ''}?)"
+
+
 def line_of(path: Path, message: str) -> str:
-    """`path: message`; the recipe as a whole has no path."""
-    return f"{dotted(path)}: {message}" if path else message
+    """`path: message`; the recipe as a whole has no path, and a message may begin with it."""
+    return f"{dotted(path)}: {message}" if path and not message.startswith(f"{dotted(path)}=") else message

@@ -174,13 +174,14 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def latest_checkpoint(folder: Path, warn: Callable[[str], None], spare: Path) -> Path | None:
+def latest_checkpoint(folder: Path, warn: Callable[[str], None], spare: Path | None = None) -> Path | None:
     """The newest checkpoint that verifies; damaged ones are passed over with a warning.
 
     Args:
         folder: holds the checkpoints.
         warn: receives a message for each damaged checkpoint.
-        spare: a committed folder that checkpoints link to; its files replace damaged ones in a checkpoint.
+        spare: a committed folder that checkpoints link to; its files replace damaged ones in a checkpoint. None:
+            nothing is written.
 
     Raises:
         CheckpointError: there are checkpoints, but none verifies.
@@ -188,7 +189,7 @@ def latest_checkpoint(folder: Path, warn: Callable[[str], None], spare: Path) ->
     candidates = checkpoints(folder)
     for candidate in reversed(candidates):
         problem = problem_with(candidate)
-        if problem is not None and (mended := _mend(candidate, spare)):
+        if problem is not None and spare is not None and (mended := _mend(candidate, spare)):
             warn(f"checkpoint '{candidate.name}' was damaged: {problem}; mended {len(mended)} files")
             problem = problem_with(candidate)
         if problem is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,16 +12,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ldm_cli.errors import CheckpointError, InputNotFoundError, Preempted
-from ldm_cli.formats.weight_files import refuse_foreign_content
+from ldm_cli.errors import Preempted
 from ldm_cli.reporting import Progress, Reporter
-from ldm_cli.training.checkpoint import checkpoint_name, commit_folder, latest_checkpoint, problem_with
+from ldm_cli.training.checkpoint import checkpoint_name, commit_folder
 from ldm_cli.training.config import TrainConfig
 from ldm_cli.training.interruption import MORE_TIME, TIME_LIMIT, StopRequest, stop_reason
 from ldm_cli.training.optim import learning_rate
 from ldm_cli.training.ranks import Ranks
+from ldm_cli.training.resuming import resume
 from ldm_cli.training.run_folder import RunFolder
-from ldm_cli.training.saving import check_room, expect_finite_result, export_current, restore, save
+from ldm_cli.training.saving import check_room, expect_finite_result, export_current, save
 from ldm_cli.training.task import BatchT, Task
 from ldm_cli.training.tracking import Trackers
 from ldm_cli.training.trainer import Trainer
@@ -103,7 +102,7 @@ def train(
         run: the run folder, locked and claimed already by rank 0, which alone writes to it.
         stop: entered already, so that a signal during the preparations is not lost.
         ranks: the processes that train together; None: this process alone.
-        start: checkpoint where a run without checkpoints of its own begins; None: at step 0.
+        start: checkpoint or run where a run without checkpoints of its own begins; None: at step 0.
         validates_start: whether a run that begins at step 0 validates the weights it begins with.
 
     Returns:
@@ -145,7 +144,7 @@ def train(
 def _begin(trainer: Trainer, start: Path | None, validates_start: bool) -> None:
     """Bring a trainer to where its run is, and validate at step 0 if asked to."""
     run, is_first = trainer.run, trainer.ranks.is_first
-    own = _resume(trainer, start)
+    own = resume(trainer, start)
     trainer.expect_same_weights()
     if is_first:
         run.restore_metrics(own)
@@ -200,43 +199,6 @@ def _log_figures(trainer: Trainer, step: int, figures: Mapping[str, float]) -> N
     if bad := [name for name, value in figures.items() if not math.isfinite(value)]:
         trainer.run.warn(f"step {step}: {', '.join(bad)} not finite, written as null")
     trainer.run.metrics.append({"step": step, **{name: _rounded(value) for name, value in figures.items()}})
-
-
-def _resume(trainer: Trainer, start: Path | None) -> Path | None:
-    """Restore the run's newest checkpoint, which is returned, or the one it is to start at.
-
-    Raises:
-        CheckpointError: none can be used, or the one given lies beyond the end of the run.
-        InputNotFoundError: the one given does not exist.
-    """
-    run, ranks = trainer.run, trainer.ranks
-    own = latest_checkpoint(run.checkpoints, run.warn, run.frozen) if ranks.is_first else None
-    source = own or start
-    if ranks.is_first and own is None and source is not None:
-        if source.is_file():
-            refuse_foreign_content(source)
-        if not source.is_dir():
-            cause = "it is a file" if source.exists() else "no such folder"
-            raise InputNotFoundError(f"no checkpoint '{source}'", cause, "give a folder like …/step-00000500")
-        if (problem := problem_with(source)) is not None:
-            raise CheckpointError(f"cannot continue from '{source}'", problem, "give another checkpoint")
-    # Rank 0 has verified the checkpoint, or found an earlier one; the others take the same.
-    found, is_own = json.loads(ranks.from_first(json.dumps([str(source or ""), own is not None])))
-    source = Path(found) if found else None
-    if source is None:
-        return None
-    restore(trainer, source)
-    if trainer.step > trainer.config.steps:
-        raise CheckpointError(
-            f"cannot continue from '{source}'",
-            f"it is at step {trainer.step}, train.steps={trainer.config.steps}",
-            "give an earlier checkpoint, or raise train.steps",
-        )
-    if is_own:
-        trainer.saved_step = trainer.step
-    if ranks.is_first:
-        run.log(f"continuing '{source}' at step {trainer.step} of {trainer.config.steps}")
-    return source if is_own else None
 
 
 def _preempt(trainer: Trainer, reason: str, has_stepped: bool) -> None:

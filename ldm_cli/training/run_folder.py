@@ -178,7 +178,7 @@ class RunFolder:
         return harmless
 
     def recorded(self) -> dict[str, Any]:
-        """`recipe` and `fingerprints` of the folder's run; nothing if it has none, or no checkpoint to go on from.
+        """`recipe` and `fingerprints` of the folder's run; nothing if it has neither checkpoint nor finished model.
 
         If the file is damaged, its copy in a checkpoint counts.
 
@@ -186,6 +186,8 @@ class RunFolder:
             CheckpointError: all copies are damaged.
         """
         saved = checkpoints(self.checkpoints)
+        if not saved and not self.model.is_dir():
+            return {}
         places = [self._identity, *(folder / self._identity.name for folder in reversed(saved))]
         found = next((content for place in places if (content := read_sealed(place)) is not None), {})
         if saved and not found:
@@ -204,6 +206,9 @@ class RunFolder:
         """
         for change in self.changes(resolved, fingerprints):
             self.log(f"the recipe changed: {change}")
+        if not self.recorded():  # what an attempt without a checkpoint left may belong to another recipe
+            for folder in (self.frozen, self.samples):
+                shutil.rmtree(folder, ignore_errors=True)
         if self._identity.exists() and read_sealed(self._identity) is None:
             self.warn(f"'{self._identity}' was damaged: it is written again")
         self._has_begun = True

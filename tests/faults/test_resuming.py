@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from ldm_cli.errors import CheckpointError, DivergedError, InputNotFoundError, Preempted
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.training.checkpoint import checkpoint_name, checkpoints, problem_with
+from ldm_cli.training.interruption import StopRequest
+from ldm_cli.training.loop import train
 from ldm_cli.training.run_folder import RunFolder
 
-from ..training.toy import ToyTask
+from ..training.toy import ToyTask, batches
 from .runs import assert_same_run, configured, die, metrics, run, status, tensors, until
 
 
@@ -121,11 +123,13 @@ def test_more_steps_at_a_constant_rate_extend_a_finished_run(tmp_path: Path) -> 
     assert all(torch.equal(long[name], grown[name]) for name in weights)
     with RunFolder(tmp_path / "claimed", SilentReporter()) as folder:
         folder.claim(described(20), "", {}, torch.device("cpu"))
+        folder.model.mkdir()
         folder.claim(described(30), "", {}, torch.device("cpu"))
         with pytest.raises(CheckpointError, match=r"train\.steps: 30 → 20"):
             folder.claim(described(20), "", {}, torch.device("cpu"))
     with RunFolder(tmp_path / "cosine", SilentReporter()) as folder:
         folder.claim(described(20, "cosine"), "", {}, torch.device("cpu"))
+        folder.model.mkdir()
         with pytest.raises(CheckpointError, match=r"train\.steps: 20 → 30"):
             folder.claim(described(30, "cosine"), "", {}, torch.device("cpu"))
 
@@ -144,10 +148,39 @@ def test_a_run_may_start_at_a_given_checkpoint_and_then_goes_on_from_its_own(tmp
     assert all(torch.equal(whole[name], second[name]) for name in whole)
 
 
+def test_a_run_folder_stands_for_its_newest_sound_checkpoint(tmp_path: Path) -> None:
+    run(tmp_path / "first")
+    _damage(tmp_path / "first/checkpoints" / checkpoint_name(20))
+    before = {file: file.read_bytes() for file in (tmp_path / "first").rglob("*") if file.is_file()}
+    task = ToyTask()
+    run(tmp_path / "second", configured(steps=25), task, start=tmp_path / "first")
+    assert task.seen[0] == 16
+    assert {file: file.read_bytes() for file in before} == before, "another run's folder is not written to"
+
+
+def test_a_run_without_checkpoints_is_no_start(tmp_path: Path) -> None:
+    (tmp_path / "first/checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="this run has no checkpoint"):
+        run(tmp_path / "second", start=tmp_path / "first")
+
+
+@pytest.mark.parametrize(("steps", "schedule", "is_low"), [(21, "cosine", True), (200, "cosine", False)])
+def test_the_tail_of_a_cosine_is_warned_about(tmp_path: Path, steps: int, schedule: str, is_low: bool) -> None:
+    run(tmp_path / "first")
+    reporter = SilentReporter()
+    with RunFolder(tmp_path / "second", reporter) as folder, StopRequest(None) as stop:
+        config = configured(steps=steps, lr_schedule=schedule)
+        start, device = tmp_path / "first", torch.device("cpu")
+        train(ToyTask(), batches, config, folder, reporter, device=device, stop=stop, start=start)
+    assert any("start_from begins a new schedule" in message for message in reporter.messages) == is_low
+    assert any(message.startswith("continuing") and f"20 of {steps}" in message for message in reporter.messages)
+
+
 @pytest.mark.parametrize(
     ("name", "steps", "kind", "message"),
     [
         (checkpoint_name(20), 10, CheckpointError, "at step 20, train.steps=10"),
+        (checkpoint_name(20), 20, CheckpointError, "no step is left; raise train.steps, or .* with start_from"),
         ("nowhere", 40, InputNotFoundError, "nowhere"),
         ("", 40, CheckpointError, "manifest.json"),
     ],

@@ -51,7 +51,7 @@ def test_a_text_that_is_no_recipe_is_refused_without_torch(ldm: Ldm, tmp_path: P
         (
             "vae: {}",
             "vae: {}\nloss: {adversarial_weight: 1.0}",
-            "r.yaml:1:1: data.image_size=16 is too small for loss.discriminator_layers=3, which need 24 px",
+            "r.yaml:3:35: data.image_size=16 is too small for loss.discriminator_layers=3, which need 24 px",
         ),
     ],
 )

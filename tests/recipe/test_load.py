@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
+from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.data.config import DataConfig
 from ldm_cli.errors import InputNotFoundError, RecipeError
+from ldm_cli.recipe import other_names
 from ldm_cli.recipe.load import load_recipe, load_section
-from ldm_cli.recipe.schema import TrainVaeRecipe
+from ldm_cli.recipe.schema import RECIPES, TrainVaeRecipe
 from ldm_cli.training.config import TrainConfig
 
 GOOD = """\
@@ -173,12 +176,68 @@ def test_all_problems_come_at_once_in_the_order_of_the_file(tmp_path: Path) -> N
     ]
 
 
+def test_a_mistake_hides_no_other_one(tmp_path: Path) -> None:
+    text = GOOD.replace("steps: 10", "steps: 10\n  warmup_steps: 40\n  lr: -1\n  epochs: 3")
+    text = text.replace("vae: {}", "vae: {block_out_channels: [64, 64], up_block_types: [UpDecoderBlock2D]}")
+    text = text.replace("name: tiny\n", "name: tiny\nfreeze: [encoder]\nfreeze: [decoder]\n")
+    assert problems(write(tmp_path, text), "data.image_size=31", "train.steps.x=1") == [
+        "r.yaml:4:1: freeze: duplicate key, first given at line 3",
+        "override 'train.steps.x=1': train.steps.x: expected a mapping to set 'x' in, found integer 10",
+        "r.yaml:4:9: freeze: freeze needs start_from: fresh weights would stay random",
+        "r.yaml:7:53: vae.up_block_types: up_block_types has 1 entries, block_out_channels has 2",
+        "r.yaml:10:17: train.warmup_steps: warmup_steps=40 is more than steps=10",
+        "r.yaml:11:7: train.lr: expected more than 0, found integer -1",
+        "r.yaml:12:3: train.epochs: unknown key (did you mean 'steps'?)",
+        "override 'data.image_size=31': data.image_size=31 is no multiple of the autoencoder's factor 2",
+    ]
+
+
+@pytest.mark.parametrize("name", ["demo/unet", "unet/sd15", "demo/sample", "demo/eval", "lora/sd15", "demo/ar"])
+def test_a_section_of_the_wrong_type_is_one_problem_and_what_follows_from_it_is_none(name: str) -> None:
+    recipe = load_recipe(name).recipe.to_mapping()
+    for section in (key for key, value in recipe.items() if isinstance(value, dict)):
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(name, [f"{section}=3"])
+        assert len(caught.value.problems) == 1, caught.value.problems
+
+
+SUGGESTIONS = [
+    ("sampling.sampler=euler_a", "did you mean 'euler_ancestral'?"),
+    ("sampling.sampler=DPM++ 2M Karras", "did you mean 'dpmpp_2m' with timestep_spacing: karras?"),
+    ("sampling.sampler=DPMSolverMultistepScheduler", "did you mean 'dpmpp_2m'?"),
+    ("sampling.cfg_scale=3", "did you mean 'sampling.guidance.scale'?"),
+    ("num_inference_steps=3", "did you mean 'sampling.steps'?"),
+]
+
+
+@pytest.mark.parametrize(("override", "suggestion"), SUGGESTIONS)
+def test_the_names_of_other_programs_are_known(override: str, suggestion: str) -> None:
+    base = {"command": "sample", "model": "x"}
+    assert problems(None, override, expected_command="sample", base=base)[0].endswith(f"({suggestion})")
+
+
+def test_every_other_name_stands_for_a_field_there_is() -> None:
+    for field, names in other_names._FIELDS.items():
+        for name in names.split():
+            found = {other_names.field_called(name, recipe) for recipe in RECIPES.values()}
+            assert any(place and (place == field or place.endswith(f".{field}")) for place in found), name
+
+
+def test_block_types_follow_from_a_list_of_channels() -> None:
+    vae = AutoencoderKLConfig.from_mapping({"block_out_channels": [64, 64, 64]})
+    assert vae.down_block_types == ("DownEncoderBlock2D",) * 3
+    for levels, down in enumerate(["C", "CD", "CCD", "CCCD"], start=1):
+        unet = UNet2DConditionConfig.from_mapping({"block_out_channels": [32] * levels})
+        assert [kind[0] for kind in unet.down_block_types] == list(down)
+        assert [kind.replace("Up", "Down") for kind in reversed(unet.up_block_types)] == list(unet.down_block_types)
+
+
 def test_the_union_branch_that_fits_the_data_explains_it(tmp_path: Path) -> None:
     clip = GOOD.replace("train-vae", "train-clip").replace("vae: {}", "clip: {vision_config: {%s}}")
-    vit = problems(write(tmp_path, clip % "patch_sice: 4, hidden_size: 64"))
+    vit = problems(write(tmp_path, clip % "patch_sice: 4, image_size: 256"))
     assert vit == ["r.yaml:5:24: clip.vision_config.patch_sice: unknown key (did you mean 'patch_size'?)"]
-    resnet = problems(write(tmp_path, clip % "model_type: modified_resnet, widht: 64"))
-    assert resnet == ["r.yaml:5:53: clip.vision_config.widht: unknown key (did you mean 'width'?)"]
+    resnet = problems(write(tmp_path, clip % "model_type: modified_resnet, image_size: 256, widht: 64"))
+    assert resnet == ["r.yaml:5:70: clip.vision_config.widht: unknown key (did you mean 'width'?)"]
 
 
 @pytest.mark.parametrize(

@@ -285,16 +285,29 @@ def test_validation_and_pictures_compute_as_the_steps_do(tmp_path: Path, monkeyp
     assert seen == [True, True, True, False, False, False], "raw weights, averages, pictures"
 
 
-def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+def test_another_recipe_in_the_folder_of_a_run_is_refused(tmp_path: Path) -> None:
     recipe = {"train": {"lr": 1e-3, "log_every": 5}}
     with RunFolder(tmp_path, SilentReporter()) as folder:
         folder.claim(recipe, "", {"data": "one"}, CPU)
+        (folder.checkpoints / "step-00000005").mkdir()
     with RunFolder(tmp_path, SilentReporter()) as folder:
         folder.claim({"train": {"lr": 1e-3, "log_every": 9}}, "", {"data": "one"}, CPU)
         with pytest.raises(CheckpointError, match=r"train.lr: 0.001 → 0.002"):
             folder.claim({"train": {"lr": 2e-3, "log_every": 9}}, "", {"data": "one"}, CPU)
         with pytest.raises(CheckpointError, match="fingerprint of data: 'one' → 'two'"):
             folder.claim({"train": {"lr": 1e-3, "log_every": 9}}, "", {"data": "two"}, CPU)
+
+
+def test_a_start_that_failed_leaves_its_folder_to_the_corrected_recipe(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, SilentReporter()) as folder:
+        folder.claim({"train": {"lr": 1.0}}, "", {"data": "one", "vae": "first"}, CPU)
+        folder.share(lambda frozen: (frozen / "vae").touch())
+        folder.samples.mkdir()
+    with RunFolder(tmp_path, SilentReporter()) as folder:
+        folder.claim({"train": {"lr": 2.0}}, "", {"data": "one", "vae": "second"}, CPU)
+        assert not folder.frozen.exists(), "the parts of the first recipe would be linked into each checkpoint"
+        assert not folder.samples.exists()
+        assert json.loads((tmp_path / "recipe.resolved.yaml").read_text())["recipe"] == {"train": {"lr": 2.0}}
 
 
 def test_the_learning_rate_warms_up_and_ends_at_its_minimum() -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ldm_cli.core.models.model_config import Depth, DiffusersConfig, Size, list_of
+from ldm_cli.core.models.model_config import Depth, DiffusersConfig, Size, list_of, plain_blocks
 
 
 class AutoencoderConfig(DiffusersConfig):
@@ -16,12 +16,16 @@ class AutoencoderConfig(DiffusersConfig):
     """Channels of the image."""
     out_channels: Size = 3
     """Channels of the reconstruction."""
-    down_block_types: tuple[Literal["DownEncoderBlock2D", "AttnDownEncoderBlock2D"], ...] = ("DownEncoderBlock2D",)
-    """One per level of the encoder; `Attn…` has self-attention after each residual block."""
-    up_block_types: tuple[Literal["UpDecoderBlock2D", "AttnUpDecoderBlock2D"], ...] = ("UpDecoderBlock2D",)
-    """One per level of the decoder."""
     block_out_channels: tuple[Size, ...] = (64,)
     """Channels per level, outermost first; each level but the last halves height and width."""
+    down_block_types: tuple[Literal["DownEncoderBlock2D", "AttnDownEncoderBlock2D"], ...] = Field(
+        default_factory=plain_blocks(*["DownEncoderBlock2D"] * 3)
+    )
+    """One per level of the encoder; `Attn…` has self-attention after each residual block. Default: all plain."""
+    up_block_types: tuple[Literal["UpDecoderBlock2D", "AttnUpDecoderBlock2D"], ...] = Field(
+        default_factory=plain_blocks(*["UpDecoderBlock2D"] * 3)
+    )
+    """One per level of the decoder. Default: all plain."""
     layers_per_block: Depth = 1
     """Residual blocks per level of the encoder; the decoder has one more."""
     act_fn: Literal["silu", "swish"] = "silu"

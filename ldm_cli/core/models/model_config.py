@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field
@@ -20,6 +20,19 @@ def list_of(element: object, value: object) -> BeforeValidator:
     return BeforeValidator(
         lambda found: value if isinstance(found, list | tuple) and found and all(e == element for e in found) else found
     )
+
+
+def plain_blocks(first: str, middle: str, last: str) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+    """A default for one block type per level: `first`, `middle` as often as it takes, `last`; `middle` for one level.
+
+    The field must come after `block_out_channels`, which says how many levels there are.
+    """
+
+    def types(found: dict[str, Any]) -> tuple[Any, ...]:
+        levels = len(found.get("block_out_channels", ()))
+        return (first, *[middle] * (levels - 2), last) if levels > 1 else (middle,) * levels
+
+    return types
 
 
 # Library versions whose key sets the written files follow; readers only ever use them in messages.

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ldm_cli.core.models.model_config import Depth, DiffusersConfig, One, Size, Zero, list_of
+from ldm_cli.core.models.model_config import Depth, DiffusersConfig, One, Size, Zero, list_of, plain_blocks
 
 DownBlockType = Literal[
     "DownBlock2D", "CrossAttnDownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"
@@ -36,28 +36,22 @@ class UNet2DConditionConfig(DiffusersConfig):
     """The timestep embedding is (cos, sin) rather than (sin, cos)."""
     freq_shift: int = 0
     """Subtracted from the divisor of the timestep frequencies: 0 in Stable Diffusion, 1 in DDPM."""
-    down_block_types: tuple[DownBlockType, ...] = (
-        "CrossAttnDownBlock2D",
-        "CrossAttnDownBlock2D",
-        "CrossAttnDownBlock2D",
-        "DownBlock2D",
+    block_out_channels: tuple[Size, ...] = (320, 640, 1280, 1280)
+    """Channels per level, outermost first; each level but the last halves height and width."""
+    down_block_types: tuple[DownBlockType, ...] = Field(
+        default_factory=plain_blocks("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
     )
     """One per level, outermost first: residual blocks alone, with Transformers that see the text, with attention of
     the pixels to one another; and as in IF, which halves the size in a residual block, alone or with attention to text
-    and pixels at once."""
+    and pixels at once. Default: Transformers on all but the innermost."""
     mid_block_type: MidBlockType | None = "UNetMidBlock2DCrossAttn"
     """Block at the lowest resolution: two residual blocks around attention; one residual block; or none."""
-    up_block_types: tuple[UpBlockType, ...] = (
-        "UpBlock2D",
-        "CrossAttnUpBlock2D",
-        "CrossAttnUpBlock2D",
-        "CrossAttnUpBlock2D",
+    up_block_types: tuple[UpBlockType, ...] = Field(
+        default_factory=plain_blocks("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
     )
-    """One per level, innermost first."""
+    """One per level, innermost first. Default: Transformers on all but the innermost."""
     only_cross_attention: Annotated[Literal[False], list_of(False, False)] = False
     """Not supported, as one value or one per level."""
-    block_out_channels: tuple[Size, ...] = (320, 640, 1280, 1280)
-    """Channels per level, outermost first; each level but the last halves height and width."""
     layers_per_block: DepthPerLevel = 2
     """Residual blocks per level on the way down, as one number or one per level; one more on the way up."""
     downsample_padding: Literal[1] = 1
