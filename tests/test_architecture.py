@@ -140,13 +140,14 @@ def size_violations(module: str, source: str) -> list[str]:
 
 
 def function_violations(module: str, source: str) -> list[str]:
-    """Functions that do not fit a screen; decorators do not count."""
-    return [
-        f"{module}.{node.name}: {length} lines, more than {MAX_FUNCTION_LINES}"
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        if (length := (node.end_lineno or 0) - node.lineno + 1) > MAX_FUNCTION_LINES
-    ]
+    """Functions that do not fit a screen; decorators do not count, nor do the options of a command, one a line."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0].lineno if module.startswith("ldm_cli.cli.") else node.lineno
+            if (length := (node.end_lineno or 0) - first + 1) > MAX_FUNCTION_LINES:
+                found.append(f"{module}.{node.name}: {length} lines, more than {MAX_FUNCTION_LINES}")
+    return found
 
 
 def cycles(sources: Mapping[str, str]) -> list[str]:

@@ -159,12 +159,12 @@ def _unknown_key(path: Path, loc: tuple[str | int, ...], model: type[BaseModel],
     section = dotted(path[:-1])
     meant = field_called(name, model, section) or ""
     sibling = meant.removeprefix(f"{section}.") if meant.startswith(f"{section}.") else meant
-    if sibling not in known:
+    if meant and sibling not in known:
+        return None, f"unknown key (did you mean '{meant}'?)"
+    if not meant:
         sibling = suggest(name, [field for field in known if field not in siblings]) or suggest(name, known) or ""
     if sibling:
         return sibling, f"unknown key (did you mean '{sibling}'?)"
-    if meant:
-        return None, f"unknown key (did you mean '{meant}'?)"
     return None, f"unknown key; expected one of {', '.join(known)}"
 
 

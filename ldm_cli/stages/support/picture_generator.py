@@ -87,8 +87,8 @@ class PictureGenerator:
     @property
     def sources(self) -> dict[str, str]:
         """Absolute paths of the model, or its name on the hub, and of the files that the pictures are made of."""
-        paths: dict[str, str | Path | None] = {"model": self.pipeline.family.folder}
-        paths["latents"] = self._latents.file if self._latents else None
+        latents = self._latents.file if self._latents else None
+        paths: dict[str, str | Path | None] = {"model": self.pipeline.family.folder, "latents": latents}
         paths |= {name: getattr(self.recipe.edit, name) for name in ("image", "mask", "style")}
         paths |= picture_sources(self.recipe.edit.embedded)
         if self.recipe.upscale is not None and self.recipe.model:
