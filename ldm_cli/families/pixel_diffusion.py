@@ -96,7 +96,7 @@ def pixel_settings(diffusion: Mapping[str, Any]) -> SchedulerSettings:
         diffusion: a noise schedule and prediction type; other keys are left out.
     """
     settings = replace(our_settings(diffusion), steps_offset=0, set_alpha_to_one=None)
-    return replace(settings, sampler="ddpm", threshold=(0.95, 1.5))
+    return replace(settings, sampler="ddpm", threshold={"dynamic_thresholding_ratio": 0.95, "sample_max_value": 1.5})
 
 
 def is_mine(folder: Path) -> bool:

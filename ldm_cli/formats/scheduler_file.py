@@ -84,6 +84,8 @@ _DEFAULTS_BY_CLASS: dict[str, dict[str, Any]] = {
     "LCMScheduler": {**_STABLE_DIFFUSION_BETAS, "beta_schedule": "scaled_linear"},
     "PNDMScheduler": {"skip_prk_steps": False},
 }
+_NO_THRESHOLD = {"dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
+_EXACT = ("StableDiffusionXL", "StableDiffusionUpscale", "StableUnCLIP")  # pipelines that honour `clip_sample`
 _CLIPPING_BY_DEFAULT = ("DDIMScheduler", "DDPMScheduler")
 
 
@@ -101,7 +103,8 @@ class SchedulerSettings:
         num_distilled: levels at which a latent consistency model was distilled.
         sampler: ours for the scheduler's class, by its name in recipes; the one to take where none is asked for.
         dynamic_shift: takes the place of the shift in `diffusion`, in sampling; None: that one is for all sizes.
-        threshold: `dynamic_thresholding_ratio` and `sample_max_value` of models of pixels; None: no threshold.
+        threshold: of models of pixels: `dynamic_thresholding_ratio`, the share of a picture's values that are kept, and
+            `sample_max_value`, the most that it is divided by; None: no threshold.
     """
 
     diffusion: dict[str, Any]
@@ -114,7 +117,7 @@ class SchedulerSettings:
     num_distilled: int = 50
     sampler: str = "ddim"
     dynamic_shift: DynamicShift | None = None
-    threshold: tuple[float, float] | None = None
+    threshold: dict[str, float] | None = None
 
     @property
     def is_flow(self) -> bool:
@@ -169,14 +172,13 @@ def write_scheduler(folder: Path, settings: SchedulerSettings, scheduler_class: 
 
 def _shared_fields(settings: SchedulerSettings) -> dict[str, Any]:
     """The fields that the classes of these solvers have in common."""
-    ratio, largest = settings.threshold or (0.995, 1.0)
     return {
         **settings.diffusion,
         "trained_betas": None,
         "steps_offset": settings.steps_offset,
         "thresholding": settings.threshold is not None,
-        "dynamic_thresholding_ratio": ratio,
-        "sample_max_value": largest,
+        **_NO_THRESHOLD,
+        **(settings.threshold or {}),
         "timestep_spacing": settings.timestep_spacing or "leading",
     }
 
@@ -211,30 +213,12 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
     if not isinstance(found, str) or found not in _SAMPLERS:
         raise CheckpointError(f"cannot use '{file}'", f"scheduler {found!r} is not supported", "use a DDIMScheduler's")
     content = {**_DEFAULTS_BY_CLASS.get(found, {}), **content}
-    neutral = {**_NEUTRAL, **_NEUTRAL_BY_CLASS.get(found, {})}
-    if found == "DPMSolverMultistepScheduler" and content.get("algorithm_type") == "sde-dpmsolver++":
-        neutral["solver_order"] = (2, 3)
-    if "Inpaint" in pipeline:
-        neutral.pop("skip_prk_steps", None)
-    is_exact = pipeline.startswith(("StableDiffusionXL", "StableDiffusionUpscale", "StableUnCLIP"))
-    is_of_pixels = pipeline.startswith("IF")
-    if is_of_pixels:
-        neutral.pop("thresholding")
-        neutral["variance_type"] += ("learned_range",)
-        neutral["clip_sample_range"] = (1.0,)
+    is_exact, is_of_pixels = pipeline.startswith(_EXACT), pipeline.startswith("IF")
     if is_exact:
         content = {"clip_sample": found in _CLIPPING_BY_DEFAULT, **content}
-    if is_exact or pipeline.startswith("LatentConsistency"):
-        neutral["clip_sample"] = _OFF
-    if found in _FLOW_SCHEDULERS:
-        # These classes say nothing of the prediction, which is always a velocity, and call its shift so.
+    if found in _FLOW_SCHEDULERS:  # they say nothing of the prediction, always a velocity, and call its shift so
         content = {**content, "prediction_type": "flow_prediction", "flow_shift": content.get("shift", 1.0)}
-        if pipeline.startswith("StableDiffusion3"):
-            neutral.pop("use_dynamic_shifting")
-    elif found != "UniPCMultistepScheduler" or content.get("prediction_type") != "flow_prediction":
-        neutral["use_flow_sigmas"] = _OFF
-    if content.get("use_karras_sigmas"):
-        neutral["use_exponential_sigmas"] = _OFF
+    neutral = _neutral_fields(found, content, pipeline)
     refused = [name for name, values in neutral.items() if name in content and content[name] not in values]
     numbers = {name: content[name] for name in _POSITIVE if content.get(name) is not None}
     refused += [n for n, x in numbers.items() if not (isinstance(x, int | float) and 0 < x < math.inf)]
@@ -258,11 +242,34 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
     )
 
 
-def _threshold(content: Mapping[str, Any], scheduler_class: str) -> tuple[float, float] | None:
-    """Share of the values that are kept, and the most that a picture is divided by; clipping is a division by 1."""
+def _neutral_fields(scheduler_class: str, content: Mapping[str, Any], pipeline: str) -> dict[str, tuple[Any, ...]]:
+    """The fields that must have one of some values, by what else the file and the pipeline are."""
+    neutral = {**_NEUTRAL, **_NEUTRAL_BY_CLASS.get(scheduler_class, {})}
+    if scheduler_class == "DPMSolverMultistepScheduler" and content.get("algorithm_type") == "sde-dpmsolver++":
+        neutral["solver_order"] = (2, 3)
+    if "Inpaint" in pipeline:
+        neutral.pop("skip_prk_steps", None)
+    if pipeline.startswith("IF"):
+        neutral |= {"variance_type": (*neutral["variance_type"], "learned_range"), "clip_sample_range": (1.0,)}
+        neutral.pop("thresholding")
+    if pipeline.startswith(("LatentConsistency", *_EXACT)):
+        neutral["clip_sample"] = _OFF
+    if scheduler_class in _FLOW_SCHEDULERS:
+        if pipeline.startswith("StableDiffusion3"):
+            neutral.pop("use_dynamic_shifting")
+    elif scheduler_class != "UniPCMultistepScheduler" or content.get("prediction_type") != "flow_prediction":
+        neutral["use_flow_sigmas"] = _OFF
+    if content.get("use_karras_sigmas"):
+        neutral["use_exponential_sigmas"] = _OFF
+    return neutral
+
+
+def _threshold(content: Mapping[str, Any], scheduler_class: str) -> dict[str, float] | None:
+    """See `SchedulerSettings`; clipping is a division by no more than 1."""
     if content.get("thresholding"):
-        return content.get("dynamic_thresholding_ratio", 0.995), content.get("sample_max_value", 1.0)
-    return (1.0, 1.0) if content.get("clip_sample", scheduler_class in _CLIPPING_BY_DEFAULT) else None
+        return {name: content.get(name, default) for name, default in _NO_THRESHOLD.items()}
+    clips = content.get("clip_sample", scheduler_class in _CLIPPING_BY_DEFAULT)
+    return {"dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0} if clips else None
 
 
 def _sampler(scheduler_class: str, content: Mapping[str, Any]) -> str:

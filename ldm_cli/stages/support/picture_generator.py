@@ -252,8 +252,8 @@ class PictureGenerator:
             provenance[f"{name}_sha256"] = None if path is None else file_sha256(Path(path))
         if edit.embedded:
             provenance["embedded_sha256"] = [file_sha256(Path(path)) for path in edit.embedded]
-        left_out = ("embedded", *(() if edit.embedded else ("from_text", "to_text", "amount")))
-        left_out += tuple(self.pipeline.meaningless_edit)
+        left_out = ("embedded", *self.pipeline.meaningless_edit)
+        left_out += () if edit.embedded else ("from_text", "to_text", "amount")
         return {name: value for name, value in provenance.items() if name not in left_out}
 
 
