@@ -4,6 +4,7 @@
 # make demo-lora   after make demo: its model learns a ninth colour from 40 pictures: docs/lora.md
 # make demo-sd3    after make demo: a small Stable Diffusion 3 on the same scenes: docs/stable-diffusion-3.md
 # make demo-ar     after make demo: a model that writes pictures token by token: docs/train-ar.md
+# make demo-cascade  after make demo: 16 px from text, enlarged to 64 px, without an autoencoder: docs/pixels.md
 # make faults kills, signals, full disks, damaged files: everything a run must survive, in a table
 #
 # Where PyPI's torch would bring CUDA along and is not wanted:
@@ -28,7 +29,7 @@ TESTED := $(VENV)/.installed-test
 
 SHELL := /bin/bash -o pipefail
 
-.PHONY: faults setup demo demo-ar demo-lora demo-sd3 study test exhaustive check lint bench gpu-check clean
+.PHONY: faults setup demo demo-ar demo-cascade demo-lora demo-sd3 study test exhaustive check lint bench gpu-check clean
 
 setup: $(TESTED)
 
@@ -92,6 +93,16 @@ demo-sd3: $(INSTALLED)
 	$(LDM) sample demo/sample model=runs/demo-sd3/model --out runs/demo-sd3-samples
 	$(LDM) eval sd3/demo-eval --out runs/demo-sd3-eval
 	@echo "Look at runs/demo-sd3-samples/grid.png; runs/demo-sd3-eval/eval.json has the numbers of both."
+
+# After `make demo`, whose CLIP it takes: pictures of 16 px on pixels, and a model that enlarges them fourfold.
+demo-cascade: $(INSTALLED)
+	$(LDM) data synth data/cascade --samples 20000 --size 64 --seed 0 --two-object-fraction 0.1
+	OMP_NUM_THREADS=1 $(LDM) train-unet cascade/demo-base --nproc 2
+	OMP_NUM_THREADS=1 $(LDM) train-unet cascade/demo-large --nproc 2
+	test -d runs/cascade/model || $(LDM) cascade cascade/demo
+	$(LDM) sample demo/sample model=runs/cascade/model sampling='{images_per_prompt: 4}' --out runs/cascade-samples
+	$(LDM) eval cascade/demo-eval --out runs/cascade-eval
+	@echo "Look at runs/cascade-samples/grid.png; runs/cascade-eval/eval.json has the numbers."
 
 # Goes on after an interruption: every part is a command that does.
 study: $(INSTALLED)

@@ -13,6 +13,7 @@ from typer.main import get_command
 from ldm_cli import __version__
 from ldm_cli.cli import (
     bench,
+    cascade,
     clip,
     compare,
     convert,
@@ -48,6 +49,7 @@ for name, text in train.COMMANDS.items():
     app.command(name, help=text, rich_help_panel="Models")(train.command)
 _MODELS = {
     "precompute": precompute,
+    "cascade": cascade,
     "sample": sample,
     "eval": evaluate,
     "compare": compare,

@@ -96,7 +96,7 @@ def pixel_settings(diffusion: Mapping[str, Any]) -> SchedulerSettings:
         diffusion: a noise schedule and prediction type; other keys are left out.
     """
     settings = replace(our_settings(diffusion), steps_offset=0, set_alpha_to_one=None)
-    return replace(settings, sampler="ddpm", threshold=(0.95, 1.5))
+    return replace(settings, sampler="ddpm", threshold={"dynamic_thresholding_ratio": 0.95, "sample_max_value": 1.5})
 
 
 def is_mine(folder: Path) -> bool:
@@ -166,7 +166,7 @@ def _encoder(
         num_tokens, vocab_size = text.tokenizer.vocab_size, text.model.config.vocab_size
         if num_tokens > vocab_size:
             problems.append(f"the tokenizer has {num_tokens} tokens, the text_encoder {vocab_size}")
-    elif unet.num_class_embeds is None or unet.levels_with_attention():
+    elif unet.num_class_embeds is None or unet.levels_with_text():
         problems.append("the U-Net attends to text, and there is no text_encoder")
     if problems:
         raise CheckpointError(f"the parts of '{folder}' do not fit", "; ".join(problems))
@@ -195,7 +195,9 @@ def unet_problems(unet: UNet2DConditionConfig, *, enlarges: bool = False) -> lis
 
 def text_problems(unet: UNet2DConditionConfig, width: int) -> list[str]:
     """What keeps a U-Net from text states of a width."""
+    if unet.encoder_hid_dim is not None:
+        return [] if unet.encoder_hid_dim == width else [f"unet.encoder_hid_dim={unet.encoder_hid_dim}, text {width}"]
     widths = unet.per_level(unet.cross_attention_dim)
-    if all(widths[level] == width for level in unet.levels_with_attention()):
+    if all(widths[level] == width for level in unet.levels_with_text()):
         return []
     return [f"unet.cross_attention_dim={unet.cross_attention_dim}, text_encoder.hidden_size={width}"]

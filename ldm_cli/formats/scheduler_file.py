@@ -84,6 +84,7 @@ _DEFAULTS_BY_CLASS: dict[str, dict[str, Any]] = {
     "LCMScheduler": {**_STABLE_DIFFUSION_BETAS, "beta_schedule": "scaled_linear"},
     "PNDMScheduler": {"skip_prk_steps": False},
 }
+_NO_THRESHOLD = {"dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
 _CLIPPING_BY_DEFAULT = ("DDIMScheduler", "DDPMScheduler")
 
 
@@ -101,7 +102,8 @@ class SchedulerSettings:
         num_distilled: levels at which a latent consistency model was distilled.
         sampler: ours for the scheduler's class, by its name in recipes; the one to take where none is asked for.
         dynamic_shift: takes the place of the shift in `diffusion`, in sampling; None: that one is for all sizes.
-        threshold: `dynamic_thresholding_ratio` and `sample_max_value` of models of pixels; None: no threshold.
+        threshold: of models of pixels: `dynamic_thresholding_ratio`, the share of a picture's values that are kept, and
+            `sample_max_value`, the most that it is divided by; None: no threshold.
     """
 
     diffusion: dict[str, Any]
@@ -114,7 +116,7 @@ class SchedulerSettings:
     num_distilled: int = 50
     sampler: str = "ddim"
     dynamic_shift: DynamicShift | None = None
-    threshold: tuple[float, float] | None = None
+    threshold: dict[str, float] | None = None
 
     @property
     def is_flow(self) -> bool:
@@ -169,14 +171,13 @@ def write_scheduler(folder: Path, settings: SchedulerSettings, scheduler_class: 
 
 def _shared_fields(settings: SchedulerSettings) -> dict[str, Any]:
     """The fields that the classes of these solvers have in common."""
-    ratio, largest = settings.threshold or (0.995, 1.0)
     return {
         **settings.diffusion,
         "trained_betas": None,
         "steps_offset": settings.steps_offset,
         "thresholding": settings.threshold is not None,
-        "dynamic_thresholding_ratio": ratio,
-        "sample_max_value": largest,
+        **_NO_THRESHOLD,
+        **(settings.threshold or {}),
         "timestep_spacing": settings.timestep_spacing or "leading",
     }
 
@@ -258,11 +259,12 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
     )
 
 
-def _threshold(content: Mapping[str, Any], scheduler_class: str) -> tuple[float, float] | None:
-    """Share of the values that are kept, and the most that a picture is divided by; clipping is a division by 1."""
+def _threshold(content: Mapping[str, Any], scheduler_class: str) -> dict[str, float] | None:
+    """See `SchedulerSettings`; clipping is a division by no more than 1."""
     if content.get("thresholding"):
-        return content.get("dynamic_thresholding_ratio", 0.995), content.get("sample_max_value", 1.0)
-    return (1.0, 1.0) if content.get("clip_sample", scheduler_class in _CLIPPING_BY_DEFAULT) else None
+        return {name: content.get(name, default) for name, default in _NO_THRESHOLD.items()}
+    clips = content.get("clip_sample", scheduler_class in _CLIPPING_BY_DEFAULT)
+    return {"dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0} if clips else None
 
 
 def _sampler(scheduler_class: str, content: Mapping[str, Any]) -> str:

@@ -153,7 +153,7 @@ def check_repeatable(shared: Mapping[str, Any], repeated: Mapping[str, Any], war
         CheckpointError: the model, one that guides it, adapters or embeddings have changed.
         DataError: a picture to work on, or the latents, have changed.
     """
-    for name in ("weights", "scheduler"):
+    for name in ("weights", "scheduler", "stages"):
         if shared.get(name) != repeated.get(name):
             raise CheckpointError("cannot repeat the picture", f"the model's {name} have changed since", "give --model")
     ours, theirs = ((one.get("upscale") or {}).get("weights") for one in (shared, repeated))
@@ -190,7 +190,7 @@ def _parameters(provenance: Mapping[str, Any], size: tuple[int, int]) -> str:
         "Steps": sampling.get("steps"),
         "Sampler": _A1111_SAMPLERS.get(sampling.get("sampler")),
         "Schedule type": _A1111_SCHEDULES.get(sampling.get("timestep_spacing")),
-        "CFG scale": sampling["guidance"]["scale"],
+        "CFG scale": sampling["guidance"].get("scale"),
         "Seed": provenance["seed"],
         "Size": f"{size[1]}x{size[0]}",
         "Model hash": next(iter(provenance["weights"].values()), "")[:10] or None,

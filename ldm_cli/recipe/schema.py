@@ -21,6 +21,7 @@ from ldm_cli.core.vae_loss_config import VAELossConfig, min_image_size
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.tokenizer_config import TokenizerConfig
 from ldm_cli.recipe.ar_recipe import TrainArRecipe
+from ldm_cli.recipe.cascade_recipe import CascadeRecipe
 from ldm_cli.recipe.eval_section import EvalSection
 from ldm_cli.recipe.sample_recipe import SampleRecipe, Variant
 from ldm_cli.recipe.train_recipe import SamplesConfig, StartedRecipe, TrainRecipe, known
@@ -240,12 +241,13 @@ class EvalRecipe(Config):
     """Models and metrics."""
 
 
-Recipe = TrainRecipe | SampleRecipe | EvalRecipe
+Recipe = TrainRecipe | CascadeRecipe | SampleRecipe | EvalRecipe
 RECIPES: dict[str, type[Recipe]] = {
     "train-clip": TrainClipRecipe,
     "train-vae": TrainVaeRecipe,
     "train-unet": TrainUnetRecipe,
     "train-ar": TrainArRecipe,
+    "cascade": CascadeRecipe,
     "sample": SampleRecipe,
     "eval": EvalRecipe,
 }

@@ -131,10 +131,9 @@ class LatentSampler:
         if family.guidance_width is not None:
             # The embedding of the scale, which the denoiser was distilled with, takes the place of the second call.
             guidance = guidance.model_copy(update={"scale": 1.0})
-        if guidance.threshold is None and family.settings.threshold is not None:
-            share, most = family.settings.threshold
-            threshold = ThresholdConfig(percentile=share, max_scale=most)
-            guidance = guidance.model_copy(update={"threshold": threshold})
+        if guidance.threshold is None and (found := family.settings.threshold) is not None:
+            share, most = found["dynamic_thresholding_ratio"], found["sample_max_value"]
+            guidance = guidance.model_copy(update={"threshold": ThresholdConfig(percentile=share, max_scale=most)})
         network = self._network(family.denoiser)
         model = guided(
             network,

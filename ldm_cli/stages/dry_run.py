@@ -19,6 +19,7 @@ from ldm_cli.families.codec_folder import outline_codec
 from ldm_cli.families.open_family import outline_family, resolve_model
 from ldm_cli.formats.model_source import has_model_json
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
+from ldm_cli.recipe.cascade_recipe import CascadeRecipe
 from ldm_cli.recipe.sample_recipe import SampleRecipe
 from ldm_cli.recipe.schema import EvalRecipe, Recipe
 from ldm_cli.recipe.train_recipe import StartedRecipe
@@ -60,6 +61,10 @@ def dry_run(recipe: Recipe, reporter: Reporter, num_ranks: int = 1) -> dict[str,
             parameters |= {f"upscaler's {name}": count for name, count in upscaler.items()}
         result |= _memory(parameters, DTYPES[precision_on(resolve_device("auto"), recipe.sampling.precision)].itemsize)
         result["images"] = len(recipe.prompts) * recipe.sampling.images_per_prompt
+    elif isinstance(recipe, CascadeRecipe):
+        stages = {f"stages[{number}].model": stage.model for number, stage in enumerate(recipe.stages)}
+        found = {field: _pipeline(field, model, notes) for field, model in stages.items()}
+        result |= _memory({f"{field}.{name}": n for field, own in found.items() for name, n in own.items()})
     elif isinstance(recipe, EvalRecipe):
         config = recipe.eval
         result |= _memory(_evaluated(recipe, notes))

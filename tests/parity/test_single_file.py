@@ -206,7 +206,7 @@ def configs_of(folder: Path, parts: list[str]) -> dict[str, Any]:
     towers = [read_json(folder / name / "config.json") for name in parts if name.startswith("text")]
     return {
         "classes": {name: index[name] for name in ("_class_name", "tokenizer", "scheduler", *parts)},
-        "heads": [unet.per_level(unet.attention_head_dim)[level] for level in unet.levels_with_attention()],
+        "heads": [unet.per_level(unet.attention_head_dim)[level] for level in unet.levels_with_text()],
         "unet": unet.to_mapping() | dict.fromkeys(("attention_head_dim", "transformer_layers_per_block")),
         "vae": AutoencoderKLConfig.from_hugging_face(read_json(folder / "vae" / "config.json")).scaling_factor,
         "towers": [(tower["num_attention_heads"], tower["hidden_act"]) for tower in towers],

@@ -82,12 +82,18 @@ def precomputed(recipe: Mapping[str, Any], folder: Path) -> list[str]:
     return list(device.touches)
 
 
-def sample(folder: Path, plant: Callable[[pytest.MonkeyPatch], None] | None = None, **sampling: Any) -> dict[str, Any]:
+def sample(
+    folder: Path,
+    plant: Callable[[pytest.MonkeyPatch], None] | None = None,
+    prompt: str = "a red circle",
+    **sampling: Any,
+) -> dict[str, Any]:
     """Generate pictures on the device from a pipeline's folder.
 
     Args:
         folder: of the pipeline.
         plant: changes the code before.
+        prompt: of the pictures.
         sampling: fields of the configuration.
 
     Returns:
@@ -106,7 +112,7 @@ def sample(folder: Path, plant: Callable[[pytest.MonkeyPatch], None] | None = No
     with pytest.MonkeyPatch.context() as patch, network.register_forward_pre_hook(called):
         if plant is not None:
             plant(patch)
-        pictures = pipeline.generate(requests_for(["a red circle"], config), config)
+        pictures = pipeline.generate(requests_for([prompt], config), config)
         pixels = [picture.pixels.tolist() for picture in pictures]
     touches = device.touches[calls[0][1] : calls[-1][1]]
     return {"touches": touches, "rows": [rows for rows, _ in calls], "pixels": pixels}

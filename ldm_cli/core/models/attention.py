@@ -5,6 +5,7 @@ Letters: B batch, L tokens, M context tokens, D width, C channels, H height, W w
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -162,13 +163,77 @@ class Transformer2DModel(Region, Checkpointed):
 
 
 class AttentionBlock2D(Region, Attention):
-    """One-headed self-attention over the pixels of a feature map, added to it: the autoencoder's."""
+    """Self-attention over the pixels of a feature map, added to it: that of autoencoders and of U-Nets without text."""
 
-    def __init__(self, channels: int, *, groups: int, eps: float) -> None:
-        super().__init__(channels, None, 1, bias=True)
+    def __init__(self, channels: int, num_heads: int = 1, *, groups: int, eps: float) -> None:
+        super().__init__(channels, None, num_heads, bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, eps=eps)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """[B, C, H, W] → [B, C, H, W]."""
-        attended = super().forward(tokens_of(self.group_norm(x)), context)
+        """[B, C, H, W] → [B, C, H, W]; the context is not looked at."""
+        attended = super().forward(tokens_of(self.group_norm(x)))
         return x + image_of(attended, *x.shape[-2:])
+
+
+class JointAttentionBlock2D(AttentionBlock2D):
+    """Attention of the pixels of a feature map to text and pixels at once, added to it, as in GLIDE and IF.
+
+    Nichol et al. 2021, arXiv:2112.10741, section 4.
+
+    Args:
+        channels: C.
+        context_dim: width of the text states.
+        num_heads: divides C.
+        groups: of the group norm.
+    """
+
+    def __init__(self, channels: int, context_dim: int, num_heads: int, *, groups: int) -> None:
+        super().__init__(channels, num_heads, groups=groups, eps=1e-5)
+        self.add_k_proj = nn.Linear(context_dim, channels)
+        self.add_v_proj = nn.Linear(context_dim, channels)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """[B, C, H, W] and [B, M, context_dim] → [B, C, H, W]."""
+        tokens = tokens_of(self.group_norm(x))
+        key = torch.cat([self.add_k_proj(context), self.to_k(tokens)], dim=1)
+        value = torch.cat([self.add_v_proj(context), self.to_v(tokens)], dim=1)
+        attended = self.to_out[0](attend(self.to_q(tokens), key, value, self.num_heads))
+        return x + image_of(attended, *x.shape[-2:])
+
+
+class TextPooling(nn.Module):
+    """Text states to a vector that is added to the timestep embedding, by attention of their mean to all of them.
+
+    As in IF, whose names these are.
+
+    Args:
+        dim: D of the text states.
+        out_dim: E of the result.
+        num_heads: divides D.
+    """
+
+    def __init__(self, dim: int, out_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.pool = _AttentionPooling(dim, num_heads)
+        self.proj = nn.Linear(dim, out_dim)
+        self.norm2 = nn.LayerNorm(out_dim)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[B, M, D] → [B, E]."""
+        pooled: Tensor = self.norm2(self.proj(self.pool(self.norm1(states))))
+        return pooled
+
+
+class _AttentionPooling(nn.Module):
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.positional_embedding = nn.Parameter(torch.randn(1, dim) / dim**0.5)
+        self.k_proj, self.q_proj, self.v_proj = (nn.Linear(dim, dim) for _ in range(3))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[B, M, D] → [B, D]."""
+        mean = states.mean(dim=1, keepdim=True) + self.positional_embedding
+        states = torch.cat([mean, states], dim=1)
+        return attend(self.q_proj(mean), self.k_proj(states), self.v_proj(states), self.num_heads)[:, 0]

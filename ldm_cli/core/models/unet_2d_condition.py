@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ldm_cli.core.condition import Condition
-from ldm_cli.core.models.attention import Transformer2DModel
+from ldm_cli.core.models.attention import AttentionBlock2D, TextPooling, Transformer2DModel
 from ldm_cli.core.models.checkpointing import Checkpointable
-from ldm_cli.core.models.layers import ResnetBlock2D, TimestepEmbedding, timestep_embedding
+from ldm_cli.core.models.layers import ACTIVATIONS, ResnetBlock2D, TimestepEmbedding, timestep_embedding
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.core.models.unet_blocks import DownBlock, LevelSpec, MidBlock, UpBlock
 
@@ -29,16 +28,27 @@ class UNet2DConditionModel(Checkpointable):
         channels = config.block_out_channels
         self.embedding_dim = config.time_embedding_dim or 4 * channels[0]
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(channels[0], self.embedding_dim, config.time_cond_proj_dim)
+        self.activation = ACTIVATIONS[config.act_fn]
+        embed = (self.embedding_dim, config.time_cond_proj_dim, config.act_fn)
+        self.time_embedding = TimestepEmbedding(channels[0], *embed)
+        self.encoder_hid_proj: nn.Linear | None = None
+        if config.encoder_hid_dim is not None:
+            assert isinstance(config.cross_attention_dim, int)  # the Config's own check
+            self.encoder_hid_proj = nn.Linear(config.encoder_hid_dim, config.cross_attention_dim)
         self.class_embedding = self._class_embedding()
         if config.addition_embed_type == "text_time":
             assert config.projection_class_embeddings_input_dim is not None  # the Config's own check
             self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, self.embedding_dim)
+        self.text_pooling = config.addition_embed_type == "text"
+        if self.text_pooling:
+            self.add_embedding = TextPooling(
+                config.text_width, self.embedding_dim, config.addition_embed_type_num_heads
+            )
         specs = [self._spec(level) for level in range(len(channels))]
         self.down_blocks, skip_channels = self._down_blocks(specs)
         self.mid_block: MidBlock | None = None
         if config.mid_block_type is not None:
-            self.mid_block = MidBlock(specs[-1], attention=config.mid_block_type == "UNetMidBlock2DCrossAttn")
+            self.mid_block = MidBlock(specs[-1], config.mid_block_type)
         self.up_blocks = self._up_blocks(specs, skip_channels)
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
@@ -47,10 +57,10 @@ class UNet2DConditionModel(Checkpointable):
     def _class_embedding(self) -> nn.Module | None:
         config, dim = self.config, self.embedding_dim
         if config.class_embed_type == "timestep":
-            return TimestepEmbedding(config.block_out_channels[0], dim)
+            return TimestepEmbedding(config.block_out_channels[0], dim, activation=config.act_fn)
         if config.class_embed_type == "projection":
             assert config.projection_class_embeddings_input_dim is not None  # the Config's own check
-            return TimestepEmbedding(config.projection_class_embeddings_input_dim, dim)
+            return TimestepEmbedding(config.projection_class_embeddings_input_dim, dim, activation=config.act_fn)
         if config.class_embed_type == "identity":
             return nn.Identity()
         return None if config.num_class_embeds is None else nn.Embedding(config.num_class_embeds, dim)
@@ -62,10 +72,12 @@ class UNet2DConditionModel(Checkpointable):
             embedding_dim=self.embedding_dim,
             groups=config.norm_num_groups,
             eps=config.norm_eps,
-            num_heads=config.per_level(config.attention_head_dim)[level],
+            attention_head_dim=config.per_level(config.attention_head_dim)[level],
             context_dim=config.per_level(config.cross_attention_dim)[level],
             num_transformer_layers=config.per_level(config.transformer_layers_per_block)[level],
             linear_projection=config.use_linear_projection,
+            activation=config.act_fn,
+            scale_shift=config.resnet_time_scale_shift == "scale_shift",
         )
 
     def _down_blocks(self, specs: list[LevelSpec]) -> tuple[nn.ModuleList, list[int]]:
@@ -76,8 +88,7 @@ class UNet2DConditionModel(Checkpointable):
         num_layers = self.config.per_level(self.config.layers_per_block)
         for level, (spec, kind) in enumerate(zip(specs, self.config.down_block_types, strict=True)):
             downsample = level < len(specs) - 1
-            attention = kind == "CrossAttnDownBlock2D"
-            blocks.append(DownBlock(spec, channels, num_layers[level], attention=attention, downsample=downsample))
+            blocks.append(DownBlock(spec, kind, channels, num_layers[level], downsample=downsample))
             channels = spec.channels
             skip_channels += [channels] * (num_layers[level] + downsample)
         return blocks, skip_channels
@@ -88,14 +99,17 @@ class UNet2DConditionModel(Checkpointable):
         num_layers = self.config.per_level(self.config.layers_per_block)
         for level, kind in zip(reversed(range(len(specs))), self.config.up_block_types, strict=True):
             skips = [skip_channels.pop() for _ in range(num_layers[level] + 1)]
-            attention = kind == "CrossAttnUpBlock2D"
-            blocks.append(UpBlock(specs[level], channels, skips, attention=attention, upsample=level > 0))
+            blocks.append(UpBlock(specs[level], kind, channels, skips, upsample=level > 0))
             channels = specs[level].channels
         return blocks
 
     def _zero_last_layers(self) -> None:
         last: list[nn.Conv2d | nn.Linear] = [m.conv2 for m in self.modules() if isinstance(m, ResnetBlock2D)]
-        last += [m.proj_out for m in self.modules() if isinstance(m, Transformer2DModel)]
+        for module in self.modules():
+            if isinstance(module, Transformer2DModel):
+                last.append(module.proj_out)
+            elif isinstance(module, AttentionBlock2D) and isinstance(projection := module.to_out[0], nn.Linear):
+                last.append(projection)
         for layer in [*last, self.conv_out]:
             nn.init.zeros_(layer.weight)
             if layer.bias is not None:
@@ -119,17 +133,19 @@ class UNet2DConditionModel(Checkpointable):
             ValueError: a condition that the network needs is missing, or one it has no use for is given.
         """
         self._check_conditions(x, condition)
-        embedding = self._embedding(x, t, condition)
+        embedding, tokens = self._embedding(x, t, condition), condition.tokens
+        if self.encoder_hid_proj is not None and tokens is not None:
+            tokens = self.encoder_hid_proj(tokens)
         hidden = self.conv_in(x if condition.concat is None else torch.cat([x, condition.concat], dim=1))
         skips = [hidden]
         for block in self.down_blocks:
-            skips += block(skips[-1], embedding, condition.tokens)
+            skips += block(skips[-1], embedding, tokens)
         hidden = skips[-1]
         if self.mid_block is not None:
-            hidden = self.mid_block(hidden, embedding, condition.tokens)
+            hidden = self.mid_block(hidden, embedding, tokens)
         for block in self.up_blocks:
-            hidden = block(hidden, embedding, condition.tokens, skips)
-        prediction: Tensor = self.conv_out(F.silu(self.conv_norm_out(hidden)))
+            hidden = block(hidden, embedding, tokens, skips)
+        prediction: Tensor = self.conv_out(self.activation(self.conv_norm_out(hidden)))
         return prediction
 
     def _check_conditions(self, x: Tensor, condition: Condition) -> None:
@@ -139,7 +155,7 @@ class UNet2DConditionModel(Checkpointable):
                 f"condition.pooled is {'missing' if condition.pooled is None else 'given'}, but the network has "
                 f"{', '.join(config.pooled_fields) or 'no field that asks for it'}"
             )
-        if condition.tokens is None and config.levels_with_attention():
+        if condition.tokens is None and (config.levels_with_text() or self.text_pooling):
             raise ValueError("condition.tokens is missing, but the network attends to text")
         if condition.guidance is not None and config.time_cond_proj_dim is None:
             raise ValueError("condition.guidance is given, but the network has time_cond_proj_dim=None")
@@ -150,7 +166,7 @@ class UNet2DConditionModel(Checkpointable):
             raise ValueError(f"{channels} channels in x and condition.concat, but in_channels={config.in_channels}")
 
     def _embedding(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """silu of the sum of all embedded numbers and vectors: [B, E], or [1, E] if all rows have the same."""
+        """The activated sum of all embedded numbers and vectors: [B, E], or [1, E] if all rows have the same."""
         channels = self.config.block_out_channels[0]
         embedding: Tensor = self.time_embedding(self._sinusoids(t, channels, x), condition.guidance)
         if self.class_embedding is not None and (labels := condition.pooled) is not None:
@@ -161,7 +177,9 @@ class UNet2DConditionModel(Checkpointable):
             embedding = embedding + self.class_embedding(labels)
         elif condition.pooled is not None:
             embedding = embedding + self._text_time(condition.pooled, x)
-        return F.silu(embedding)
+        if self.text_pooling:
+            embedding = embedding + self.add_embedding(condition.tokens)
+        return self.activation(embedding)
 
     def _text_time(self, pooled: Tensor, x: Tensor) -> Tensor:
         """Pooled text beside the sinusoids of each size (Podell et al. 2023, arXiv:2307.01952, 2.2).

@@ -8,9 +8,13 @@ from pydantic import Field, model_validator
 
 from ldm_cli.core.models.model_config import Depth, DiffusersConfig, One, Size, Zero, list_of
 
-DownBlockType = Literal["DownBlock2D", "CrossAttnDownBlock2D"]
-UpBlockType = Literal["UpBlock2D", "CrossAttnUpBlock2D"]
-MidBlockType = Literal["UNetMidBlock2DCrossAttn", "UNetMidBlock2D"]
+DownBlockType = Literal[
+    "DownBlock2D", "CrossAttnDownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"
+]
+UpBlockType = Literal[
+    "UpBlock2D", "CrossAttnUpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"
+]
+MidBlockType = Literal["UNetMidBlock2DCrossAttn", "UNetMidBlock2D", "UNetMidBlock2DSimpleCrossAttn"]
 PerLevel = Size | tuple[Size, ...]
 DepthPerLevel = Depth | tuple[Depth, ...]
 
@@ -38,7 +42,9 @@ class UNet2DConditionConfig(DiffusersConfig):
         "CrossAttnDownBlock2D",
         "DownBlock2D",
     )
-    """One per level, outermost first."""
+    """One per level, outermost first: residual blocks alone, with Transformers that see the text, with attention of
+    the pixels to one another; and as in IF, which halves the size in a residual block, alone or with attention to text
+    and pixels at once."""
     mid_block_type: MidBlockType | None = "UNetMidBlock2DCrossAttn"
     """Block at the lowest resolution: two residual blocks around attention; one residual block; or none."""
     up_block_types: tuple[UpBlockType, ...] = (
@@ -60,8 +66,8 @@ class UNet2DConditionConfig(DiffusersConfig):
     """Not supported."""
     dropout: Zero = 0.0
     """Not supported: it would draw from a global random generator, and runs could not be repeated exactly."""
-    act_fn: Literal["silu", "swish"] = "silu"
-    """Activation; `swish` is another name of the same."""
+    act_fn: Literal["silu", "swish", "gelu"] = "silu"
+    """Activation; `swish` is another name of `silu`."""
     norm_num_groups: Size = 32
     """Groups of the group norms; must divide every entry of `block_out_channels`."""
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
@@ -72,12 +78,13 @@ class UNet2DConditionConfig(DiffusersConfig):
     """Transformer layers per attention, as one number or one per level."""
     reverse_transformer_layers_per_block: None = None
     """Not supported."""
-    encoder_hid_dim: None = None
-    """Not supported."""
-    encoder_hid_dim_type: None = None
-    """Not supported."""
+    encoder_hid_dim: Size | None = None
+    """Width of the text states before a linear layer brings them to `cross_attention_dim`; null: no such layer."""
+    encoder_hid_dim_type: Literal["text_proj"] | None = None
+    """`text_proj`, with `encoder_hid_dim`."""
     attention_head_dim: PerLevel = 8
-    """*Number* of heads, as one number or one per level; the name is a slip of diffusers, kept for files."""
+    """*Number* of heads of the Transformers, as one number or one per level; the name is a slip of diffusers, kept for
+    files. Of the other attentions it is the width of a head, as the name says."""
     num_attention_heads: None = None
     """Unused by diffusers, which refuses any value: say `attention_head_dim`."""
     dual_cross_attention: Literal[False] = False
@@ -86,16 +93,17 @@ class UNet2DConditionConfig(DiffusersConfig):
     """Linear layers rather than 1×1 convolutions around the Transformers (Stable Diffusion 2)."""
     class_embed_type: Literal["timestep", "identity", "projection"] | None = None
     """How class labels are embedded: null with `num_class_embeds` is a table."""
-    addition_embed_type: Literal["text_time"] | None = None
-    """`text_time`: pooled text and six sizes are added to the timestep embedding (SDXL)."""
+    addition_embed_type: Literal["text_time", "text"] | None = None
+    """Added to the timestep embedding: pooled text and six sizes (`text_time`, SDXL), or an attention pooling of the
+    text states (`text`, IF)."""
     addition_time_embed_dim: Size | None = None
     """Width of each size's embedding, for `text_time`."""
     num_class_embeds: Size | None = None
     """Number of classes of the table."""
     upcast_attention: bool = False
     """For information: our attention accumulates its softmax in fp32 whatever the type."""
-    resnet_time_scale_shift: Literal["default"] = "default"
-    """Not supported."""
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
+    """`scale_shift`: the timestep embedding also scales the normalised activations of residual blocks (IF)."""
     resnet_skip_time_act: Literal[False] = False
     """Not supported."""
     resnet_out_scale_factor: One | None = 1.0
@@ -124,8 +132,8 @@ class UNet2DConditionConfig(DiffusersConfig):
     """Not supported."""
     cross_attention_norm: None = None
     """Not supported."""
-    addition_embed_type_num_heads: Size | None = 64
-    """Has no effect: it is for `addition_embed_type: text`, which is not supported."""
+    addition_embed_type_num_heads: Size = 64
+    """Heads of the attention pooling of `addition_embed_type: text`."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -155,10 +163,10 @@ class UNet2DConditionConfig(DiffusersConfig):
                     f"norm_num_groups={self.norm_num_groups} does not divide {channels} of block_out_channels"
                 )
         heads = self.per_level(self.attention_head_dim)
-        for level in self.levels_with_attention():
+        for level in self._levels_with("Attn"):
             if self.block_out_channels[level] % heads[level]:
                 raise ValueError(
-                    f"attention_head_dim={heads[level]} (a number of heads) does not divide "
+                    f"attention_head_dim={heads[level]} does not divide "
                     f"block_out_channels[{level}]={self.block_out_channels[level]}"
                 )
 
@@ -172,23 +180,45 @@ class UNet2DConditionConfig(DiffusersConfig):
             raise ValueError("addition_embed_type: text_time needs addition_time_embed_dim, which is null")
         if self.addition_time_embed_dim is not None and self.addition_time_embed_dim % 2:
             raise ValueError(f"addition_time_embed_dim={self.addition_time_embed_dim} is odd; sinusoids come in pairs")
-        if self.addition_embed_type and (self.class_embed_type or self.num_class_embeds):
-            raise ValueError("addition_embed_type together with class_embed_type or num_class_embeds is not supported")
+        if self.addition_embed_type == "text_time" and (self.class_embed_type or self.num_class_embeds):
+            raise ValueError("addition_embed_type: text_time with class_embed_type or num_class_embeds not supported")
+        if (self.encoder_hid_dim is None) != (self.encoder_hid_dim_type is None):
+            raise ValueError(f"encoder_hid_dim={self.encoder_hid_dim} and {self.encoder_hid_dim_type=}: give both")
+        is_projected = self.encoder_hid_dim is not None or self.addition_embed_type == "text"
+        if is_projected and not isinstance(self.cross_attention_dim, int):
+            raise ValueError(
+                "encoder_hid_dim and addition_embed_type: text need one cross_attention_dim for all levels"
+            )
+        if self.addition_embed_type == "text" and self.text_width % self.addition_embed_type_num_heads:
+            raise ValueError(
+                f"addition_embed_type_num_heads={self.addition_embed_type_num_heads} does not divide the width "
+                f"{self.text_width} of the text states"
+            )
 
     @property
     def pooled_fields(self) -> list[str]:
         """The fields that ask for `Condition.pooled`: classes, vectors, or pooled text with sizes."""
         names = ("num_class_embeds", "class_embed_type", "addition_embed_type")
-        return [f"{name}={value}" for name in names if (value := getattr(self, name)) is not None]
+        return [f"{name}={value}" for name in names if (value := getattr(self, name)) not in (None, "text")]
+
+    @property
+    def text_width(self) -> int:
+        """Width of the text states, where it is the same for all levels."""
+        width = self.encoder_hid_dim or self.cross_attention_dim
+        assert isinstance(width, int)
+        return width
 
     def per_level(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
         """One number per level, outermost first."""
         return (value,) * len(self.block_out_channels) if isinstance(value, int) else value
 
-    def levels_with_attention(self) -> list[int]:
-        """Indices of the levels, outermost first, with a Transformer on the way down, up or in the middle."""
+    def levels_with_text(self) -> list[int]:
+        """Indices of the levels, outermost first, that see the text on the way down, up or in the middle."""
+        return self._levels_with("CrossAttn")
+
+    def _levels_with(self, part: str) -> list[int]:
+        """Indices of the levels with a block whose kind has this part."""
         levels = len(self.block_out_channels)
-        down = {i for i, kind in enumerate(self.down_block_types) if kind == "CrossAttnDownBlock2D"}
-        up = {levels - 1 - i for i, kind in enumerate(self.up_block_types) if kind == "CrossAttnUpBlock2D"}
-        middle = {levels - 1} if self.mid_block_type == "UNetMidBlock2DCrossAttn" else set()
-        return sorted(down | up | middle)
+        down = {i for i, kind in enumerate(self.down_block_types) if part in kind}
+        up = {levels - 1 - i for i, kind in enumerate(self.up_block_types) if part in kind}
+        return sorted(down | up | ({levels - 1} if part in (self.mid_block_type or "") else set()))

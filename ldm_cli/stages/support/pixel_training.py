@@ -43,6 +43,6 @@ def pixel_problems(unet: UNet2DConditionConfig, texts: Sequence[nn.Module], *, e
     """
     if not texts:
         attends = ["the U-Net attends to text: give text_encoder, or blocks without"]
-        return unet_problems(unet, enlarges=enlarges) + (attends if unet.levels_with_attention() else [])
+        return unet_problems(unet, enlarges=enlarges) + (attends if unet.levels_with_text() else [])
     config: Any = texts[0].config
     return unet_problems(unet, enlarges=enlarges) + text_problems(unet, config.hidden_size)

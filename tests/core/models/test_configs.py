@@ -116,7 +116,6 @@ def test_a_resnet_tower_is_marked_as_ours_and_read_back() -> None:
         (UNet2DConditionConfig, {"only_cross_attention": True}, "only_cross_attention"),
         (UNet2DConditionConfig, {"dropout": 0.1}, "dropout"),
         (UNet2DConditionConfig, {"num_attention_heads": 8}, "num_attention_heads"),
-        (UNet2DConditionConfig, {"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
         (UNet2DConditionConfig, {"class_embed_type": "simple_projection"}, "class_embed_type"),
         (UNet2DConditionConfig, {"a_new_option": None}, "a_new_option"),
         (AutoencoderKLConfig, {"latents_mean": [0.0, 0.1]}, "latents_mean"),
@@ -187,4 +186,4 @@ def test_heads_are_checked_only_where_there_is_attention() -> None:
         "mid_block_type": "UNetMidBlock2D",
     }
     config = UNet2DConditionConfig.from_mapping({**plain, "block_out_channels": [32], "attention_head_dim": 7})
-    assert config.levels_with_attention() == []
+    assert config.levels_with_text() == []
