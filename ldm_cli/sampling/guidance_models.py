@@ -160,7 +160,7 @@ def perturbed_layers(denoiser: nn.Module, config: PerturbationConfig) -> Iterato
     if config.kind == "layer":
         handles = [block.register_forward_hook(_skipped) for block in chosen]
     else:
-        own = [block.attn1 for block in chosen if isinstance(block, BasicTransformerBlock)]
+        own = [block.attn1 for block in chosen if isinstance(block, BasicTransformerBlock) and not block.to_text_alone]
         if len(own) < len(chosen):
             remedy = "set guidance.perturb.kind to layer"
             raise UsageError("guidance.perturb.kind attention is not possible", "the denoiser attends jointly", remedy)

@@ -46,7 +46,8 @@ class Pipeline(PicturePipeline):
     @property
     def facts(self) -> dict[str, Any]:
         """The scheduler, without its sampler: `recorded` names the one that is used."""
-        return {"scheduler": {n: value for n, value in vars(self.family.settings).items() if n != "sampler"}}
+        settings = {n: value for n, value in vars(self.family.settings).items() if n != "sampler"}
+        return {"scheduler": {n: list(value) if isinstance(value, tuple) else value for n, value in settings.items()}}
 
     def recorded(self, config: SamplingConfig) -> dict[str, Any]:
         """See `PicturePipeline`."""

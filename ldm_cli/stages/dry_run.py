@@ -55,7 +55,10 @@ def dry_run(recipe: Recipe, reporter: Reporter, num_ranks: int = 1) -> dict[str,
     recipe = with_model_folders(recipe, reporter)
     result: dict[str, Any] = {"recipe": recipe.to_mapping()}
     if isinstance(recipe, SampleRecipe):
-        parameters = _pipeline("model", recipe.model, notes)
+        parameters = _pipeline("model", recipe.model, notes) if recipe.model else {}
+        if recipe.upscale is not None:
+            upscaler = _pipeline("upscale.model", recipe.upscale.model, notes)
+            parameters |= {f"upscaler's {name}": count for name, count in upscaler.items()}
         result |= _memory(parameters, DTYPES[precision_on(resolve_device("auto"), recipe.sampling.precision)].itemsize)
         result["images"] = len(recipe.prompts) * recipe.sampling.images_per_prompt
     elif isinstance(recipe, CascadeRecipe):

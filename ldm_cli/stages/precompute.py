@@ -12,8 +12,6 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
-
 from ldm_cli.data.cache_manifest import CachedShard, CacheKey, Dtype, Manifest, differences, stem_of
 from ldm_cli.data.cache_writer import (
     bad_members,

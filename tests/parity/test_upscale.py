@@ -98,7 +98,7 @@ SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.0001, "clip_sampl
     [
         ({"steps_offset": 1, "prediction_type": "v_prediction"}, {}, 9.0, 20),
         ({"steps_offset": 0}, {"block_out_channels": (8, 24), "use_linear_projection": True}, 1.0, 0),
-        ({"timestep_spacing": "trailing"}, {"layers_per_block": 2, "attention_head_dim": 4}, 3.0, 350),
+        ({"timestep_spacing": "trailing"}, {"layers_per_block": 2, "only_cross_attention": [True, False]}, 3.0, 350),
     ],
 )
 def test_latents_are_enlarged_as_by_diffusers(tmp_path, same_noise, monkeypatch, fields, unet, guidance, level):

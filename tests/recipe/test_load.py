@@ -146,13 +146,14 @@ ZOO = [
     (
         "command: train-vae",
         "command: train-vea",
-        "r.yaml:1:10: command: expected one of train-clip, train-vae, train-unet, train-ar, train-prior, cascade, sample, eval,"
-        " found text 'train-vea' (did you mean 'train-vae'?)",
+        "r.yaml:1:10: command: expected one of train-clip, train-vae, train-unet, train-ar, train-prior, cascade, "
+        "sample, eval, found text 'train-vea' (did you mean 'train-vae'?)",
     ),
     (
         "command: train-vae\n",
         "",
-        "r.yaml:1:1: missing required key 'command'; one of train-clip, train-vae, train-unet, train-ar, train-prior, cascade, sample, eval",
+        "r.yaml:1:1: missing required key 'command'; one of train-clip, train-vae, train-unet, train-ar, train-prior, "
+        "cascade, sample, eval",
     ),
     ("name: tiny", "name: tiny\nname: two", "r.yaml:3:1: name: duplicate key, first given at line 2"),
 ]
@@ -170,7 +171,8 @@ def test_all_problems_come_at_once_in_the_order_of_the_file(tmp_path: Path) -> N
     text = GOOD.replace("tiny", "7").replace("a.tar", "a.tar\n  crop: centre").replace("steps: 10", "stepz: 10")
     assert problems(write(tmp_path, text), "train.batch_size=x") == [
         "r.yaml:2:7: name: expected text, found integer 7 (put it in quotes)",
-        "r.yaml:5:9: data.crop: expected 'center', 'random', 'squash' or 'native', found text 'centre' (did you mean 'center'?)",
+        "r.yaml:5:9: data.crop: expected 'center', 'random', 'squash' or 'native', found text 'centre' "
+        "(did you mean 'center'?)",
         "r.yaml:8:3: train.stepz: unknown key (did you mean 'steps'?)",
         "override 'train.batch_size=x': train.batch_size: expected an integer, found text 'x'",
     ]

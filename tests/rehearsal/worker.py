@@ -17,9 +17,11 @@ from ldm_cli.families.open_family import open_family
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplingConfig
+from ldm_cli.sampling.edit_input import EditInput
 from ldm_cli.sampling.picture_pipeline import PicturePipeline
 from ldm_cli.sampling.pipeline_of import pipeline_of
 from ldm_cli.sampling.request import requests_for
+from ldm_cli.sampling.sample_options import SampleOptions
 from ldm_cli.stages import precompute
 from ldm_cli.stages.support import training_run
 from ldm_cli.stages.support.options import RunOptions
@@ -86,6 +88,7 @@ def sample(
     folder: Path,
     plant: Callable[[pytest.MonkeyPatch], None] | None = None,
     prompt: str = "a red circle",
+    side: int | None = None,
     **sampling: Any,
 ) -> dict[str, Any]:
     """Generate pictures on the device from a pipeline's folder.
@@ -94,6 +97,7 @@ def sample(
         folder: of the pipeline.
         plant: changes the code before.
         prompt: of the pictures.
+        side: of the picture that is enlarged; None: of none.
         sampling: fields of the configuration.
 
     Returns:
@@ -112,7 +116,10 @@ def sample(
     with pytest.MonkeyPatch.context() as patch, network.register_forward_pre_hook(called):
         if plant is not None:
             plant(patch)
-        pictures = pipeline.generate(requests_for([prompt], config), config)
+        options = SampleOptions()
+        if side is not None:
+            options = SampleOptions(EditInput(torch.zeros(3, side, side, dtype=torch.uint8), None, (side, side), 0.8))
+        pictures = pipeline.generate(requests_for([prompt], config), config, options=options)
         pixels = [picture.pixels.tolist() for picture in pictures]
     touches = device.touches[calls[0][1] : calls[-1][1]]
     return {"touches": touches, "rows": [rows for rows, _ in calls], "pixels": pixels}

@@ -7,10 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from ldm_cli.core.condition import Condition
+from ldm_cli.core.low_resolution_config import LowResolutionConfig
+from ldm_cli.data.batch import Batch
+from ldm_cli.errors import RecipeError
+from ldm_cli.families.codec_folder import open_codec
+from ldm_cli.families.low_resolution import LowResolution
 from ldm_cli.families.open_family import open_family, outline_family
-from ldm_cli.families.pixel_upscale import PixelUpscale
+from ldm_cli.families.pixel_upscale import NOISING_BETAS, PixelUpscale
 from ldm_cli.families.stable_diffusion_upscale import SCALING_FACTOR, StableDiffusionUpscale
+from ldm_cli.recipe.schema import TrainUnetRecipe
+from ldm_cli.stages.support.low_resolution import LowResolutionTraining
+from ldm_cli.stages.train_unet import parameters
 
 from ..faults.runs import assert_same_run
 from .tiny import lose_after, losses, trained, unet_recipe
@@ -28,49 +38,93 @@ def upscale_recipe(kind: str, scenes: Path, clip: Path, vae: Path, **train: Any)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_result_is_a_folder_that_enlarges(
+def test_a_run_learns_resumes_in_the_same_bits_and_ends_as_a_folder_that_enlarges(
     kind: str, scenes: Path, clip_run: Path, vae_run: Path, tmp_path: Path
 ) -> None:
     recipe = upscale_recipe(kind, scenes, clip_run / "model", vae_run / "model", steps=30, lr=5e-3, ema_decay=0.9)
-    trained(recipe, tmp_path / "run")
-    found = losses(tmp_path / "run")
+    recipe["train"] |= {"save_every": 15, "log_every": 5}
+    run = tmp_path / "run"
+    trained(recipe, run)
+    found = losses(run)
     assert found[-1] < 0.9 * found[0]
-    assert (tmp_path / "run/samples/step-00000030/grid.png").is_file()
-    family = open_family(tmp_path / "run")
+    assert (run / "samples/step-00000030/grid.png").is_file()
+    lose_after(15, recipe, tmp_path / "lost")
+    trained(recipe, tmp_path / "lost")
+    assert_same_run(run, tmp_path / "lost", 30)
+
+    family = open_family(run)
     assert isinstance(family, StableDiffusionUpscale if kind == "latents" else PixelUpscale)
     low = family.low_resolution
     assert low is not None
     assert (low.factor, low.max_noise_level, low.noise_level) == (2, 30, 20)
-    assert next(iter(outline_family(tmp_path / "run/model"))) == "unet"
+    assert next(iter(outline_family(run / "model"))) == "unet"
+    if kind == "latents":
+        assert_same_latents(vae_run / "model", family.codec)
 
 
-def test_the_latents_are_brought_to_the_unit_of_the_pipeline(
-    scenes: Path, clip_run: Path, vae_run: Path, tmp_path: Path
-) -> None:
-    recipe = upscale_recipe("latents", scenes, clip_run / "model", vae_run / "model", steps=1)
-    trained(recipe, tmp_path / "run")
-    ours = open_family(tmp_path / "run")
-    theirs = open_family(vae_run.parent / "unet" if False else tmp_path / "run").codec
-    from ldm_cli.families.codec_folder import open_codec
-
-    trained_on, saved = open_codec(vae_run / "model"), ours.codec
-    assert saved.config.scaling_factor == SCALING_FACTOR  # type: ignore[attr-defined]
+def assert_same_latents(trained_on: Path, saved: Any) -> None:
+    """The autoencoder of the folder has its latents in the unit of the pipeline; what they are did not change."""
+    own = open_codec(trained_on)
+    assert saved.config.scaling_factor == SCALING_FACTOR != own.config.scaling_factor
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    latents = trained_on.encode(images)
+    latents = own.encode(images)
     assert torch.allclose(saved.encode(images), latents, atol=2e-5)
-    assert torch.allclose(saved.decode(latents), trained_on.decode(latents), atol=2e-5)
-    moments = saved.moments(images), trained_on.moments(images)
-    noise = torch.ones_like(latents)
-    assert torch.allclose(saved.latents(moments[0], noise), trained_on.latents(moments[1], noise), atol=2e-5)
-    del theirs
+    assert torch.allclose(saved.decode(latents), own.decode(latents), atol=2e-5)
+    sampled = [codec.latents(codec.moments(images), torch.ones_like(latents)) for codec in (own, saved)]
+    assert torch.allclose(*sampled, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_lost_run_ends_in_the_same_bits(
-    kind: str, scenes: Path, clip_run: Path, vae_run: Path, tmp_path: Path
+def batch(positions: list[int], images: Tensor) -> Batch:
+    position = torch.tensor(positions)
+    keys = [str(i) for i in positions]
+    return Batch(images[position], [""] * len(keys), None, keys, torch.zeros_like(position), position)
+
+
+def test_small_pictures_levels_and_noise_are_functions_of_the_sample() -> None:
+    config = LowResolutionConfig(factor=4, noise_augmentation=300, blur=1.0, jpeg=30)
+    low = LowResolution(4, 4, 300, 20, NOISING_BETAS)
+    images = torch.randint(0, 256, (64, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    training = LowResolutionTraining(config, low, seed=3)
+    whole = training(Condition(), batch(list(range(64)), images), {}, is_training=True)
+    part = training(Condition(), batch([40, 7], images), {}, is_training=True)
+    assert whole.concat is not None
+    assert whole.pooled is not None
+    assert part.concat is not None
+    assert whole.concat.shape == (64, 3, 32, 32)
+    assert torch.equal(part.concat, whole.concat[[40, 7]])
+    assert torch.equal(part.pooled, whole.pooled[[40, 7]])  # type: ignore[arg-type]
+    assert whole.pooled.dtype == torch.int64
+    assert 0 <= int(whole.pooled.min()) < 40
+    assert 260 < int(whole.pooled.max()) <= 300
+    other = LowResolutionTraining(config, low, seed=4)(Condition(), batch([40], images), {}, is_training=True)
+    assert not torch.equal(other.pooled, part.pooled[:1])  # type: ignore[arg-type, index]
+    held_out = training(Condition(), batch([40, 7], images), {}, is_training=False)
+    assert held_out.pooled.tolist() == [20, 20]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("latents", {"low_resolution": {"factor": 4}}, "low_resolution.factor=4, but the autoencoder's is 2"),
+        ("latents", {"low_resolution": {"factor": 2}}, "num_class_embeds=40, but noise has levels up to 350"),
+        ("pixels", {"low_resolution": None}, "unet.in_channels=6, expected 3"),
+        ("pixels", {"low_resolution": {"factor": 5}}, "data.image_size=32 is no multiple"),
+    ],
+)
+def test_parts_that_do_not_fit_are_named(
+    kind: str, change: dict[str, Any], message: str, scenes: Path, clip_run: Path, vae_run: Path
 ) -> None:
-    recipe = upscale_recipe(kind, scenes, clip_run / "model", vae_run / "model", ema_decay=0.9, micro_batch=4)
-    trained(recipe, tmp_path / "whole")
-    lose_after(5, recipe, tmp_path / "lost")
-    trained(recipe, tmp_path / "lost")
-    assert_same_run(tmp_path / "whole", tmp_path / "lost")
+    recipe = upscale_recipe(kind, scenes, clip_run / "model", vae_run / "model") | change
+    if change["low_resolution"] is None:
+        recipe["unet"] = recipe["unet"] | {"class_embed_type": None}
+    with pytest.raises(RecipeError, match=message):
+        parameters(TrainUnetRecipe.from_mapping(recipe), [])
+
+
+def test_a_cache_and_class_labels_are_refused() -> None:
+    recipe = upscale_recipe("pixels", Path(), Path("clip"), Path())
+    with pytest.raises(ValueError, match="low_resolution does not go with lora"):
+        TrainUnetRecipe.from_mapping(recipe | {"lora": {"rank": 2}, "start_from": "run"})
+    latents = upscale_recipe("latents", Path(), Path("clip"), Path("vae"))
+    with pytest.raises(ValueError, match="low_resolution does not go with cache"):
+        TrainUnetRecipe.from_mapping(latents | {"cache": "cache"})

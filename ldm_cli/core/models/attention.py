@@ -105,12 +105,20 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, attention to the text, feed-forward: each after a layer norm and added to its input."""
+    """Self-attention, attention to the text, feed-forward: each after a layer norm and added to its input.
 
-    def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
+    Args:
+        dim: D.
+        context_dim: width of the text states.
+        num_heads: divides D.
+        to_text_alone: whether attention to the text takes the place of self-attention.
+    """
+
+    def __init__(self, dim: int, context_dim: int, num_heads: int, *, to_text_alone: bool = False) -> None:
         super().__init__()
+        self.to_text_alone = to_text_alone
         self.norm1 = nn.LayerNorm(dim)
-        self.attn1 = Attention(dim, None, num_heads, bias=False)
+        self.attn1 = Attention(dim, context_dim if to_text_alone else None, num_heads, bias=False)
         self.norm2 = nn.LayerNorm(dim)
         self.attn2 = Attention(dim, context_dim, num_heads, bias=False)
         self.norm3 = nn.LayerNorm(dim)
@@ -120,7 +128,7 @@ class BasicTransformerBlock(nn.Module):
         """[B, L, D] and [B, M, context_dim] → [B, L, D]."""
         # A sum takes the memory order of its first term. The tokens of an NCHW image are strided, those after
         # a linear layer are not, so in this order the strides vanish without a copy of their own.
-        x = self.attn1(self.norm1(x)) + x
+        x = self.attn1(self.norm1(x), context if self.to_text_alone else None) + x
         x = self.attn2(self.norm2(x), context) + x
         hidden: Tensor = self.ff(self.norm3(x)) + x
         return hidden
@@ -136,17 +144,27 @@ class Transformer2DModel(Region, Checkpointed):
         num_layers: Transformer blocks.
         groups: of the group norm.
         linear: project with linear layers instead of 1×1 convolutions.
+        to_text_alone: see `BasicTransformerBlock`.
     """
 
     def __init__(
-        self, channels: int, context_dim: int, num_heads: int, num_layers: int, *, groups: int, linear: bool
+        self,
+        channels: int,
+        context_dim: int,
+        num_heads: int,
+        num_layers: int,
+        *,
+        groups: int,
+        linear: bool,
+        to_text_alone: bool = False,
     ) -> None:
         super().__init__()
         self.linear = linear
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
-            BasicTransformerBlock(channels, context_dim, num_heads) for _ in range(num_layers)
+            BasicTransformerBlock(channels, context_dim, num_heads, to_text_alone=to_text_alone)
+            for _ in range(num_layers)
         )
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -48,7 +50,7 @@ class UNet2DConditionModel(Checkpointable):
         self.down_blocks, skip_channels = self._down_blocks(specs)
         self.mid_block: MidBlock | None = None
         if config.mid_block_type is not None:
-            self.mid_block = MidBlock(specs[-1], config.mid_block_type)
+            self.mid_block = MidBlock(replace(specs[-1], to_text_alone=False), config.mid_block_type)
         self.up_blocks = self._up_blocks(specs, skip_channels)
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
@@ -78,6 +80,7 @@ class UNet2DConditionModel(Checkpointable):
             linear_projection=config.use_linear_projection,
             activation=config.act_fn,
             scale_shift=config.resnet_time_scale_shift == "scale_shift",
+            to_text_alone=config.is_to_text_alone(level),
         )
 
     def _down_blocks(self, specs: list[LevelSpec]) -> tuple[nn.ModuleList, list[int]]:

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ldm_cli.core.models.model_config import Depth, DiffusersConfig, One, Size, Zero, list_of, plain_blocks
+from ldm_cli.core.models.model_config import Depth, DiffusersConfig, One, Size, Zero, plain_blocks
 
 DownBlockType = Literal[
     "DownBlock2D", "CrossAttnDownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"
@@ -50,8 +50,9 @@ class UNet2DConditionConfig(DiffusersConfig):
         default_factory=plain_blocks("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
     )
     """One per level, innermost first. Default: Transformers on all but the innermost."""
-    only_cross_attention: Annotated[Literal[False], list_of(False, False)] = False
-    """Not supported, as one value or one per level."""
+    only_cross_attention: bool | tuple[bool, ...] = False
+    """Whether Transformers attend to the text twice, and not to themselves, as one value or one per level; not the one
+    in the middle. Stable Diffusion's upscaler has it, as its pictures are too large for more."""
     layers_per_block: DepthPerLevel = 2
     """Residual blocks per level on the way down, as one number or one per level; one more on the way up."""
     downsample_padding: Literal[1] = 1
@@ -141,10 +142,12 @@ class UNet2DConditionConfig(DiffusersConfig):
         if levels == 0:
             raise ValueError("block_out_channels is empty; at least one level is needed")
         names = ["down_block_types", "up_block_types", "layers_per_block", "cross_attention_dim"]
-        for name in [*names, "transformer_layers_per_block", "attention_head_dim"]:
+        for name in [*names, "transformer_layers_per_block", "attention_head_dim", "only_cross_attention"]:
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != levels:
                 raise ValueError(f"{name} has {len(value)} entries, block_out_channels has {levels}")
+        if self.only_cross_attention and any("Simple" in kind for kind in self.down_block_types + self.up_block_types):
+            raise ValueError("only_cross_attention with SimpleCrossAttn blocks is not supported")
 
     def _check_channels(self) -> None:
         if self.block_out_channels[0] % 2:
@@ -201,6 +204,11 @@ class UNet2DConditionConfig(DiffusersConfig):
         width = self.encoder_hid_dim or self.cross_attention_dim
         assert isinstance(width, int)
         return width
+
+    def is_to_text_alone(self, level: int) -> bool:
+        """Whether the Transformers of a level attend to the text alone."""
+        value = self.only_cross_attention
+        return value if isinstance(value, bool) else value[level]
 
     def per_level(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
         """One number per level, outermost first."""

@@ -30,6 +30,7 @@ class LevelSpec:
     linear_projection: bool
     activation: Activation
     scale_shift: bool
+    to_text_alone: bool = False
 
     def resnet(self, in_channels: int, resampling: Literal["down", "up"] | None = None) -> ResnetBlock2D:
         """A residual block from `in_channels` to this level's channels."""
@@ -62,6 +63,7 @@ class LevelSpec:
             self.num_transformer_layers,
             groups=self.groups,
             linear=self.linear_projection,
+            to_text_alone=self.to_text_alone,
         )
 
 

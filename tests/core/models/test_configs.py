@@ -113,7 +113,7 @@ def test_a_resnet_tower_is_marked_as_ours_and_read_back() -> None:
 @pytest.mark.parametrize(
     ("config_class", "change", "field"),
     [
-        (UNet2DConditionConfig, {"only_cross_attention": True}, "only_cross_attention"),
+        (UNet2DConditionConfig, {"mid_block_only_cross_attention": True}, "mid_block_only_cross_attention"),
         (UNet2DConditionConfig, {"dropout": 0.1}, "dropout"),
         (UNet2DConditionConfig, {"num_attention_heads": 8}, "num_attention_heads"),
         (UNet2DConditionConfig, {"class_embed_type": "simple_projection"}, "class_embed_type"),
