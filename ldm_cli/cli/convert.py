@@ -44,6 +44,10 @@ def command(
         list[str] | None,
         given.option("--merge-lora", metavar="FILE[=W]", text="Put adapters into the weights; may be repeated."),
     ] = None,
+    prior: Annotated[
+        Path | None,
+        given.option("--prior", metavar="DIR", text="unCLIP: prior of train-prior that IN, a decoder, is joined to."),
+    ] = None,
     lpips_heads: Annotated[
         Path | None, given.option("--lpips-heads", metavar="FILE", text="Heads of LPIPS, for IN of torchvision.")
     ] = None,
@@ -67,7 +71,18 @@ def command(
 
     loras = tuple((Path(path), weight) for path, weight in map(given.weighted_path, merge_lora or ()))
     options = convert.ConvertOptions(
-        dtype, shard_bytes, config, tokenizer, prediction, ema, allow_pickle, overwrite, lpips_heads, variant, loras
+        dtype,
+        shard_bytes,
+        config,
+        tokenizer,
+        prediction,
+        ema,
+        allow_pickle,
+        overwrite,
+        lpips_heads,
+        variant,
+        loras,
+        prior,
     )
     show_result(convert.run(source, out, options, make_reporter()), json)
 
