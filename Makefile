@@ -4,6 +4,7 @@
 # make demo-lora   after make demo: its model learns a ninth colour from 40 pictures: docs/lora.md
 # make demo-sd3    after make demo: a small Stable Diffusion 3 on the same scenes: docs/stable-diffusion-3.md
 # make demo-ar     after make demo: a model that writes pictures token by token: docs/train-ar.md
+# make demo-unclip after make demo: a prior and a decoder of its CLIP's image embeddings: docs/unclip.md
 # make faults kills, signals, full disks, damaged files: everything a run must survive, in a table
 #
 # Where PyPI's torch would bring CUDA along and is not wanted:
@@ -28,7 +29,7 @@ TESTED := $(VENV)/.installed-test
 
 SHELL := /bin/bash -o pipefail
 
-.PHONY: faults setup demo demo-ar demo-lora demo-sd3 study test exhaustive check lint bench gpu-check clean
+.PHONY: faults setup demo demo-ar demo-lora demo-sd3 demo-unclip study test exhaustive check lint bench gpu-check clean
 
 setup: $(TESTED)
 
@@ -92,6 +93,23 @@ demo-sd3: $(INSTALLED)
 	$(LDM) sample demo/sample model=runs/demo-sd3/model --out runs/demo-sd3-samples
 	$(LDM) eval sd3/demo-eval --out runs/demo-sd3-eval
 	@echo "Look at runs/demo-sd3-samples/grid.png; runs/demo-sd3-eval/eval.json has the numbers of both."
+
+# After `make demo`, whose scenes, CLIP and autoencoder it takes: a prior, a decoder that sees no caption, and both joined.
+UNCLIP := --model runs/demo-unclip --guidance 2 --steps 20 --prior-scale 2
+demo-unclip: $(INSTALLED)
+	$(LDM) precompute prior/demo --out data/demo/cache-prior
+	OMP_NUM_THREADS=1 $(LDM) train-prior prior/demo cache=data/demo/cache-prior --nproc 2
+	$(LDM) precompute unclip/demo --out data/demo/cache-decoder
+	OMP_NUM_THREADS=1 $(LDM) train-unet unclip/demo cache=data/demo/cache-decoder --nproc 2
+	$(LDM) convert runs/demo-decoder runs/demo-unclip --prior runs/demo-prior --overwrite
+	$(LDM) sample $(UNCLIP) -p "a large red circle" -p "a blue square" -n 4 --out runs/demo-unclip-samples
+	$(LDM) sample $(UNCLIP) --image runs/demo-unclip-samples/00000-a-large-red-circle-0.png -n 8 \
+	  --out runs/demo-unclip-variations
+	$(LDM) sample $(UNCLIP) --image runs/demo-unclip-samples/00000-a-large-red-circle-0.png \
+	  --image runs/demo-unclip-samples/00004-a-blue-square-0.png -n 2 --out runs/demo-unclip-between
+	$(LDM) eval unclip/demo-eval --out runs/demo-unclip-eval
+	$(BIN)/python benchmarks/variations.py runs/demo-unclip "data/demo/val-*.tar"
+	@echo "Look at grid.png in runs/demo-unclip-samples, -variations and -between."
 
 # Goes on after an interruption: every part is a command that does.
 study: $(INSTALLED)

@@ -44,6 +44,8 @@ NAMES = (
     "train-unet",
     "precompute",
     "train-ar",
+    "train-prior",
+    "unclip",
     "convert",
     "sample",
     "samplers",

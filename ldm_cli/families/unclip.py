@@ -26,7 +26,7 @@ from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, outline_tower, t
 from ldm_cli.families.codec_folder import Autoencoder, codec_dtype, open_codec, outline_codec
 from ldm_cli.families.family import place
 from ldm_cli.families.latent_diffusion import LatentDiffusion, expect_fitting_parts, pipeline_of, read_settings
-from ldm_cli.families.prior import Prior, open_prior, outline_prior, part_classes
+from ldm_cli.families.prior import Prior, open_prior, outline_prior, part_classes, read_clipping_scheduler
 from ldm_cli.formats.clipping_scheduler import ClippingScheduler
 from ldm_cli.formats.model_folder import load_model, outline_model
 from ldm_cli.formats.model_source import has_model_json, weights_sha256
@@ -159,7 +159,7 @@ def open_folder(folder: Path, device: torch.device | str, precision: str, *, com
         folder=folder,
         is_compiled=compiled,
         normalizer=normalizer,
-        noising=ClippingScheduler.read(folder / IMAGE_NOISING),
+        noising=read_clipping_scheduler(folder / IMAGE_NOISING),
         image_encoder=images,
         prior=open_prior(folder, device, precision, PRIOR_PREFIX) if has_prior else None,
     )
@@ -172,7 +172,7 @@ def open_folder(folder: Path, device: torch.device | str, precision: str, *, com
 def outline_folder(folder: Path) -> dict[str, nn.Module]:
     """See `outline_family`."""
     read_settings(folder)
-    ClippingScheduler.read(folder / IMAGE_NOISING)
+    read_clipping_scheduler(folder / IMAGE_NOISING)
     unet, vae = outline_model(UNet2DConditionModel, folder / UNET), outline_codec(folder / VAE)
     place_of_text = folder / TEXT_ENCODER
     encoder = CLIPTextEncoder(outline_tower(place_of_text), Tokenizer.load(tokenizer_folder(place_of_text)))

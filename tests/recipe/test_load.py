@@ -143,13 +143,14 @@ ZOO = [
     (
         "command: train-vae",
         "command: train-vea",
-        "r.yaml:1:10: command: expected one of train-clip, train-vae, train-unet, train-ar, sample, eval,"
-        " found text 'train-vea' (did you mean 'train-vae'?)",
+        "r.yaml:1:10: command: expected one of train-clip, train-vae, train-unet, train-ar, train-prior, sample,"
+        " eval, found text 'train-vea' (did you mean 'train-vae'?)",
     ),
     (
         "command: train-vae\n",
         "",
-        "r.yaml:1:1: missing required key 'command'; one of train-clip, train-vae, train-unet, train-ar, sample, eval",
+        "r.yaml:1:1: missing required key 'command'; one of train-clip, train-vae, train-unet, train-ar, train-prior,"
+        " sample, eval",
     ),
     ("name: tiny", "name: tiny\nname: two", "r.yaml:3:1: name: duplicate key, first given at line 2"),
 ]

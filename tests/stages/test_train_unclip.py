@@ -183,7 +183,7 @@ def test_two_pictures_make_a_strip_whose_pictures_are_repeated(
     files = sampled(whole, tmp_path / "strip", edit=edit, interpolate=4)
     assert len(files) == 5
     assert list((tmp_path / "strip").glob("walk-*.webp"))
-    ends = [sampled(whole, tmp_path / name, edit={"embedded": [name]})[0] for name in pictures]
+    ends = [sampled(whole, tmp_path / Path(name).stem, edit={"embedded": [name]})[0] for name in pictures]
     assert pixels(ends) == pixels([files[0], files[-1]])
     provenance = repeatable_provenance(files[2])
     again = SampleRecipe.from_mapping(recipe_of(provenance))
