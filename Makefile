@@ -95,7 +95,7 @@ demo-sd3: $(INSTALLED)
 	@echo "Look at runs/demo-sd3-samples/grid.png; runs/demo-sd3-eval/eval.json has the numbers of both."
 
 # After `make demo`, whose scenes, CLIP and autoencoder it takes: a prior, a decoder that sees no caption, and both joined.
-UNCLIP := --model runs/demo-unclip --guidance 2 --steps 20 --prior-scale 2
+UNCLIP := sampling.prior.scale=2 --model runs/demo-unclip --guidance 2 --steps 20
 demo-unclip: $(INSTALLED)
 	$(LDM) precompute prior/demo --out data/demo/cache-prior
 	OMP_NUM_THREADS=1 $(LDM) train-prior prior/demo cache=data/demo/cache-prior --nproc 2

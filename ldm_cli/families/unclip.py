@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -163,7 +163,8 @@ def open_folder(folder: Path, device: torch.device | str, precision: str, *, com
         image_encoder=images,
         prior=open_prior(folder, device, precision, PRIOR_PREFIX) if has_prior else None,
     )
-    widths = _widths(images and images.width, family.prior and family.prior.codec.channels)
+    widths = {} if images is None else {IMAGE_ENCODER: images.width}
+    widths |= {} if family.prior is None else {PRIOR: family.prior.codec.channels}
     _check_parts(folder, family.denoiser.config, family.codec, family.encoder, normalizer, widths)
     family.placed(device, precision, family.encoder.models)
     return family
@@ -178,14 +179,15 @@ def outline_folder(folder: Path) -> dict[str, nn.Module]:
     encoder = CLIPTextEncoder(outline_tower(place_of_text), Tokenizer.load(tokenizer_folder(place_of_text)))
     normalizer = outline_model(ImageNormalizer, folder / IMAGE_NORMALIZER)
     found: dict[str, nn.Module] = {UNET: unet, VAE: vae, TEXT_ENCODER: encoder.model}
-    image_width = prior_width = None
+    widths: dict[str, int] = {}
     if has_model_json(folder / IMAGE_ENCODER / CONFIG_NAME):
         found[IMAGE_ENCODER] = tower = outline_image_tower(folder / IMAGE_ENCODER)
-        image_width = tower.config.projection_dim
+        widths[IMAGE_ENCODER] = tower.config.projection_dim
     if has_model_json(folder / PRIOR / CONFIG_NAME):
-        prior = outline_prior(folder, PRIOR_PREFIX)
-        found, prior_width = found | prior, prior[PRIOR].config.embedding_dim
-    _check_parts(folder, unet.config, vae, encoder, normalizer, _widths(image_width, prior_width))
+        found |= outline_prior(folder, PRIOR_PREFIX)
+        config: Any = found[PRIOR].config
+        widths[PRIOR] = config.embedding_dim
+    _check_parts(folder, unet.config, vae, encoder, normalizer, widths)
     return found
 
 
@@ -199,11 +201,6 @@ def decoder_problems(config: UNet2DConditionConfig, width: int) -> list[str]:
     return [
         f"unet.projection_class_embeddings_input_dim={found}, but embedding and noise level have {2 * width} numbers"
     ]
-
-
-def _widths(image_encoder: int | None, prior: int | None) -> dict[str, int]:
-    """The sizes of embeddings that there are, by component."""
-    return {name: width for name, width in ((IMAGE_ENCODER, image_encoder), (PRIOR, prior)) if width is not None}
 
 
 def _check_parts(

@@ -84,14 +84,13 @@ class ClippingScheduler:
             CheckpointError: its class, or a field that is not neutral, is not supported.
         """
         file = folder / SCHEDULER_FILE.name
-        content = read_model_json(file)
+        content: dict[str, Any] = read_model_json(file)
         kind = content.get("_class_name")
         if kind not in _DEFAULTS:
             remedy = f"use a file of {' or '.join(_DEFAULTS)}"
             raise CheckpointError(f"cannot use '{file}'", f"scheduler {kind!r} is not supported", remedy)
-        content = (
-            {"clip_sample": True, "clip_sample_range": 1.0, "prediction_type": "epsilon"} | _DEFAULTS[kind] | content
-        )
+        defaults: dict[str, Any] = {"clip_sample": True, "clip_sample_range": 1.0, "prediction_type": "epsilon"}
+        content = defaults | _DEFAULTS[kind] | content
         refused = [name for name, values in _NEUTRAL.items() if content.get(name, values[0]) not in values]
         if kind == "UnCLIPScheduler" and content["beta_schedule"] != "squaredcos_cap_v2":
             refused.append("beta_schedule")

@@ -65,10 +65,10 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
-    def forward(self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """[B, L, D] and [B, M, context_dim] → [B, L, D]; `bias` as in `attend`."""
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """[B, L, D] and [B, M, context_dim] → [B, L, D]."""
         context = x if context is None else context
-        attended = attend(self.to_q(x), self.to_k(context), self.to_v(context), self.num_heads, bias=bias)
+        attended = attend(self.to_q(x), self.to_k(context), self.to_v(context), self.num_heads)
         projected: Tensor = self.to_out[0](attended)
         return projected
 

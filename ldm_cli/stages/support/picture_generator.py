@@ -87,7 +87,7 @@ class PictureGenerator:
         """Absolute paths of the model, or its name on the hub, and of the files that the pictures are made of."""
         paths = {"model": self.pipeline.family.folder, "latents": self._latents.file if self._latents else None}
         paths |= {name: getattr(self.recipe.edit, name) for name in ("image", "mask", "style")}
-        paths |= picture_sources(self.recipe.edit.embedded)
+        paths |= {name: Path(path) for name, path in picture_sources(self.recipe.edit.embedded).items()}
         paths |= {lora_source(name): path for name, path in self._adapters.paths.items()}
         paths |= {embedding_source(word): path for word, path in self._adapters.embeddings.items()}
         return {n: recorded(Path(p).expanduser().absolute()) for n, p in paths.items() if p is not None}
