@@ -6,6 +6,7 @@
 # make demo-ar     after make demo: a model that writes pictures token by token: docs/train-ar.md
 # make gallery   every demo that has been run side by side, on one page: runs/gallery/index.html
 # make demo-cascade  after make demo: 16 px from text, enlarged to 64 px, without an autoencoder: docs/pixels.md
+# make demo-unclip after make demo: a prior and a decoder of its CLIP's image embeddings: docs/unclip.md
 # make faults kills, signals, full disks, damaged files: everything a run must survive, in a table
 #
 # Where PyPI's torch would bring CUDA along and is not wanted:
@@ -33,8 +34,8 @@ WRITTEN := README.md Makefile pyproject.toml docs ldm_cli recipes scripts benchm
 
 SHELL := /bin/bash -o pipefail
 
-.PHONY: faults setup demo demo-ar demo-cascade demo-lora demo-sd3 study gallery test exhaustive check lint bench \
-  gpu-check clean
+.PHONY: faults setup demo demo-ar demo-cascade demo-lora demo-sd3 demo-unclip study gallery test exhaustive check lint \
+  bench gpu-check clean
 
 setup: $(TESTED)
 
@@ -108,6 +109,23 @@ demo-cascade: $(INSTALLED)
 	$(LDM) sample demo/sample model=runs/cascade/model sampling='{images_per_prompt: 4}' --out runs/cascade-samples
 	$(LDM) eval cascade/demo-eval --out runs/cascade-eval
 	@echo "Look at runs/cascade-samples/grid.png; runs/cascade-eval/eval.json has the numbers."
+
+# After `make demo`, whose scenes, CLIP and autoencoder it takes: a prior, a decoder that sees no caption, both joined.
+UNCLIP := sampling.prior.scale=2 --model runs/demo-unclip --guidance 2 --steps 20
+demo-unclip: $(INSTALLED)
+	$(LDM) precompute prior/demo --out data/demo/cache-prior
+	OMP_NUM_THREADS=1 $(LDM) train-prior prior/demo cache=data/demo/cache-prior --nproc 2
+	$(LDM) precompute unclip/demo --out data/demo/cache-decoder
+	OMP_NUM_THREADS=1 $(LDM) train-unet unclip/demo cache=data/demo/cache-decoder --nproc 2
+	$(LDM) convert runs/demo-decoder runs/demo-unclip --prior runs/demo-prior --overwrite
+	$(LDM) sample $(UNCLIP) -p "a large red circle" -p "a blue square" -n 4 --out runs/demo-unclip-samples
+	$(LDM) sample $(UNCLIP) --image runs/demo-unclip-samples/00000-a-large-red-circle-0.png -n 8 \
+	  --out runs/demo-unclip-variations
+	$(LDM) sample $(UNCLIP) --image runs/demo-unclip-samples/00000-a-large-red-circle-0.png \
+	  --image runs/demo-unclip-samples/00004-a-blue-square-0.png -n 2 --out runs/demo-unclip-between
+	$(LDM) eval unclip/demo-eval --out runs/demo-unclip-eval
+	$(BIN)/python benchmarks/variations.py runs/demo-unclip "data/demo/val-*.tar"
+	@echo "Look at grid.png in runs/demo-unclip-samples, -variations and -between."
 
 # Goes on after an interruption: every part is a command that does.
 study: $(INSTALLED)

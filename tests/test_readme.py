@@ -47,6 +47,8 @@ NAMES = (
     "train-unet",
     "precompute",
     "train-ar",
+    "train-prior",
+    "unclip",
     "convert",
     "sample",
     "samplers",

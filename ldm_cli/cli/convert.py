@@ -14,6 +14,13 @@ from ldm_cli.cli.show import show_result
 from ldm_cli.cli.startup import importing
 from ldm_cli.errors import UsageError
 
+Prior = Annotated[
+    Path | None,
+    given.option("--prior", metavar="DIR", text="unCLIP: prior of train-prior that IN, a decoder, is joined to."),
+]
+LPIPSHeads = Annotated[
+    Path | None, given.option("--lpips-heads", metavar="FILE", text="Heads of LPIPS, for IN of torchvision.")
+]
 _DTYPES = ("fp32", "fp16", "bf16")
 _PREDICTIONS = ("epsilon", "v_prediction")
 _VARIANTS = ("fp16", "bf16")
@@ -44,9 +51,8 @@ def command(
         list[str] | None,
         given.option("--merge-lora", metavar="FILE[=W]", text="Put adapters into the weights; may be repeated."),
     ] = None,
-    lpips_heads: Annotated[
-        Path | None, given.option("--lpips-heads", metavar="FILE", text="Heads of LPIPS, for IN of torchvision.")
-    ] = None,
+    prior: Prior = None,
+    lpips_heads: LPIPSHeads = None,
     variant: given.Variant = None,
     ema: Annotated[bool, typer.Option("--ema", help="Take the averaged weights of a single file.")] = False,
     allow_pickle: Annotated[
@@ -67,7 +73,18 @@ def command(
 
     loras = tuple((Path(path), weight) for path, weight in map(given.weighted_path, merge_lora or ()))
     options = convert.ConvertOptions(
-        dtype, shard_bytes, config, tokenizer, prediction, ema, allow_pickle, overwrite, lpips_heads, variant, loras
+        dtype,
+        shard_bytes,
+        config,
+        tokenizer,
+        prediction,
+        ema,
+        allow_pickle,
+        overwrite,
+        lpips_heads,
+        variant,
+        loras,
+        prior,
     )
     show_result(convert.run(source, out, options, make_reporter()), json)
 

@@ -67,15 +67,6 @@ FromText = Annotated[
     str | None, option("--from-text", metavar="TEXT", panel=_EDITING, text="unCLIP: what changes in the picture …")
 ]
 ToText = Annotated[str | None, option("--to-text", metavar="TEXT", panel=_EDITING, text="unCLIP: … and into what.")]
-Amount = Annotated[
-    float | None, option("--amount", metavar="A", panel=_EDITING, text="unCLIP: how far, 0 not at all to 1.")
-]
-PriorSteps = Annotated[int | None, option("--prior-steps", metavar="N", text="unCLIP: denoising steps of the prior.")]
-PriorScale = Annotated[float | None, option("--prior-scale", metavar="G", text="unCLIP: the prior's guidance scale.")]
-NoiseLevel = Annotated[
-    int | None,
-    option("--noise-level", metavar="L", text="unCLIP: noise on the embedding, 0 to 999: the more, the freer."),
-]
 Variation = Annotated[
     float | None,
     option("--variation", metavar="V", panel=_EDITING, text="Distance from the first image of a prompt, 0 to 1."),
@@ -163,10 +154,6 @@ _FIELDS = {
     "image": "edit.embedded",
     "from_text": "edit.from_text",
     "to_text": "edit.to_text",
-    "amount": "edit.amount",
-    "prior_steps": "sampling.prior.steps",
-    "prior_scale": "sampling.prior.scale",
-    "noise_level": "sampling.prior.noise_level",
     "variation": "variation",
     "tile": "tile",
     "upscale": "upscale.model",

@@ -130,11 +130,20 @@ def read_settings(folder: Path) -> SchedulerSettings:
         InputNotFoundError, CheckpointError: it is missing, or asks for something that is not implemented.
     """
     settings = read_scheduler(folder, pipeline_of(folder) or "")
+    expect_known_process(settings, folder / layout.SCHEDULER_FILE)
+    return settings
+
+
+def expect_known_process(settings: SchedulerSettings, file: Path) -> None:
+    """Make sure that the process which a scheduler file describes is implemented.
+
+    Raises:
+        CheckpointError: it is not.
+    """
     try:
         DiffusionConfig.from_mapping(settings.diffusion)
     except ValidationError as error:
-        raise CheckpointError(f"cannot use '{folder / layout.SCHEDULER_FILE}'", "; ".join(causes(error))) from error
-    return settings
+        raise CheckpointError(f"cannot use '{file}'", "; ".join(causes(error))) from error
 
 
 def expect_fitting_parts(

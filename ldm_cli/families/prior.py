@@ -26,6 +26,7 @@ from ldm_cli.errors import CheckpointError
 from ldm_cli.families.clip_image_encoder import CLIPImageEncoder, outline_image_tower
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, outline_tower
 from ldm_cli.families.family import Family, place
+from ldm_cli.families.latent_diffusion import expect_known_process
 from ldm_cli.formats.clipping_scheduler import ClippingScheduler
 from ldm_cli.formats.model_folder import load_model, outline_model
 from ldm_cli.formats.pipeline_folder import (
@@ -34,6 +35,7 @@ from ldm_cli.formats.pipeline_folder import (
     PRIOR,
     PRIOR_PREFIX,
     SCHEDULER,
+    SCHEDULER_FILE,
     TEXT_ENCODER,
     tokenizer_of,
     write_index,
@@ -153,7 +155,7 @@ def open_prior(folder: Path, device: torch.device | str, precision: str, prefix:
     Raises:
         InputNotFoundError, CheckpointError: a part is missing, damaged, or does not fit the others.
     """
-    dtype, scheduler = DTYPES[precision], ClippingScheduler.read(folder / (prefix + SCHEDULER))
+    dtype, scheduler = DTYPES[precision], read_clipping_scheduler(folder / (prefix + SCHEDULER))
     model = load_model(PriorTransformer, folder / PRIOR, dtype=dtype)
     place_of_text, projecting = folder / (prefix + TEXT_ENCODER), CLIPTextModelWithProjection
     encoder = PriorTextEncoder.load(place_of_text, dtype=dtype, model_class=projecting)
@@ -167,7 +169,7 @@ def open_prior(folder: Path, device: torch.device | str, precision: str, prefix:
 
 def outline_prior(folder: Path, prefix: str = "") -> dict[str, nn.Module]:
     """The models of a prior on the meta device, by subfolder; arguments and errors as in `open_prior`."""
-    ClippingScheduler.read(folder / (prefix + SCHEDULER))
+    read_clipping_scheduler(folder / (prefix + SCHEDULER))
     model, text = outline_model(PriorTransformer, folder / PRIOR), prefix + TEXT_ENCODER
     tower = outline_tower(folder / text, CLIPTextModelWithProjection)
     images = {} if prefix else {IMAGE_ENCODER: outline_image_tower(folder / IMAGE_ENCODER)}
@@ -175,6 +177,13 @@ def outline_prior(folder: Path, prefix: str = "") -> dict[str, nn.Module]:
     if found := size_problems(model.config, tower.config, width):
         raise CheckpointError(f"the parts of '{folder}' do not fit", "; ".join(found))
     return {PRIOR: model, text: tower, **images}
+
+
+def read_clipping_scheduler(folder: Path) -> ClippingScheduler:
+    """What the scheduler file in a folder says; errors as in `ClippingScheduler.read` and `expect_known_process`."""
+    scheduler = ClippingScheduler.read(folder)
+    expect_known_process(scheduler.settings, folder / SCHEDULER_FILE.name)
+    return scheduler
 
 
 def size_problems(config: PriorTransformerConfig, text: CLIPTextConfig, image_width: int | None) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, outline_tower, t
 from ldm_cli.families.codec_folder import Autoencoder, codec_dtype, open_codec, outline_codec
 from ldm_cli.families.family import place
 from ldm_cli.families.latent_diffusion import LatentDiffusion, expect_fitting_parts, pipeline_of, read_settings
-from ldm_cli.families.prior import Prior, open_prior, outline_prior, part_classes
+from ldm_cli.families.prior import Prior, open_prior, outline_prior, part_classes, read_clipping_scheduler
 from ldm_cli.formats.clipping_scheduler import ClippingScheduler
 from ldm_cli.formats.model_folder import load_model, outline_model
 from ldm_cli.formats.model_source import has_model_json, weights_sha256
@@ -159,11 +159,12 @@ def open_folder(folder: Path, device: torch.device | str, precision: str, *, com
         folder=folder,
         is_compiled=compiled,
         normalizer=normalizer,
-        noising=ClippingScheduler.read(folder / IMAGE_NOISING),
+        noising=read_clipping_scheduler(folder / IMAGE_NOISING),
         image_encoder=images,
         prior=open_prior(folder, device, precision, PRIOR_PREFIX) if has_prior else None,
     )
-    widths = _widths(images and images.width, family.prior and family.prior.codec.channels)
+    widths = {} if images is None else {IMAGE_ENCODER: images.width}
+    widths |= {} if family.prior is None else {PRIOR: family.prior.codec.channels}
     _check_parts(folder, family.denoiser.config, family.codec, family.encoder, normalizer, widths)
     family.placed(device, precision, family.encoder.models)
     return family
@@ -172,20 +173,21 @@ def open_folder(folder: Path, device: torch.device | str, precision: str, *, com
 def outline_folder(folder: Path) -> dict[str, nn.Module]:
     """See `outline_family`."""
     read_settings(folder)
-    ClippingScheduler.read(folder / IMAGE_NOISING)
+    read_clipping_scheduler(folder / IMAGE_NOISING)
     unet, vae = outline_model(UNet2DConditionModel, folder / UNET), outline_codec(folder / VAE)
     place_of_text = folder / TEXT_ENCODER
     encoder = CLIPTextEncoder(outline_tower(place_of_text), Tokenizer.load(tokenizer_folder(place_of_text)))
     normalizer = outline_model(ImageNormalizer, folder / IMAGE_NORMALIZER)
     found: dict[str, nn.Module] = {UNET: unet, VAE: vae, TEXT_ENCODER: encoder.model}
-    image_width = prior_width = None
+    widths: dict[str, int] = {}
     if has_model_json(folder / IMAGE_ENCODER / CONFIG_NAME):
         found[IMAGE_ENCODER] = tower = outline_image_tower(folder / IMAGE_ENCODER)
-        image_width = tower.config.projection_dim
+        widths[IMAGE_ENCODER] = tower.config.projection_dim
     if has_model_json(folder / PRIOR / CONFIG_NAME):
-        prior = outline_prior(folder, PRIOR_PREFIX)
-        found, prior_width = found | prior, prior[PRIOR].config.embedding_dim
-    _check_parts(folder, unet.config, vae, encoder, normalizer, _widths(image_width, prior_width))
+        found |= outline_prior(folder, PRIOR_PREFIX)
+        config: Any = found[PRIOR].config
+        widths[PRIOR] = config.embedding_dim
+    _check_parts(folder, unet.config, vae, encoder, normalizer, widths)
     return found
 
 
@@ -199,11 +201,6 @@ def decoder_problems(config: UNet2DConditionConfig, width: int) -> list[str]:
     return [
         f"unet.projection_class_embeddings_input_dim={found}, but embedding and noise level have {2 * width} numbers"
     ]
-
-
-def _widths(image_encoder: int | None, prior: int | None) -> dict[str, int]:
-    """The sizes of embeddings that there are, by component."""
-    return {name: width for name, width in ((IMAGE_ENCODER, image_encoder), (PRIOR, prior)) if width is not None}
 
 
 def _check_parts(

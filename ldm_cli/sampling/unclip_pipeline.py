@@ -54,9 +54,13 @@ class UnCLIPPipeline(Pipeline):
     ) -> None:
         """See `PicturePipeline`."""
         super().check(requests, config, noise, options)
-        if self.family.prior is None and (options.image_embeds is None or options.text_difference is not None):
-            cause = "this model has no prior, and so no use for texts in place of pictures"
-            raise UsageError("no picture is given", cause, "add --image, or a prior with ldm convert --prior")
+        if self.family.prior is not None:
+            return
+        remedy = "add a prior with ldm convert --prior"
+        if options.image_embeds is None:
+            raise UsageError("no picture is given", "this model has no prior", f"give --image, or {remedy}")
+        if options.text_difference is not None:
+            raise UsageError("--from-text and --to-text need a prior's text encoder", "this model has none", remedy)
 
     def _sampler(
         self,
@@ -100,8 +104,8 @@ class UnCLIPPipeline(Pipeline):
             moved = given.to(self.family.device, torch.float32).expand(len(requests), -1, -1)
             pairs = [[rows[0], rows[-1]] for rows in moved]
         mixed = [
-            slerp(pair[0], pair[1], r.blend.weight) if r.blend else pair[0]
-            for r, pair in zip(requests, pairs, strict=True)
+            first if request.blend is None else slerp(first, last, request.blend.weight)
+            for request, (first, last) in zip(requests, pairs, strict=True)
         ]
         return torch.stack(mixed)
 

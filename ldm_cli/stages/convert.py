@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from ldm_cli.stages.support.convertible import (
     tokenizer_files,
 )
 from ldm_cli.stages.support.folded_projection import without_projection
+from ldm_cli.stages.support.joined_prior import joined_with_prior
 from ldm_cli.stages.support.merged_adapters import merged
 from ldm_cli.stages.support.modelspec import modelspec, published_name
 from ldm_cli.storage import TEMPORARY_PREFIX, storage_errors
@@ -77,6 +79,8 @@ class ConvertOptions:
     """`fp16` or `bf16`: which weights of a model on the hub; None: those in full precision."""
     loras: tuple[tuple[Path, float], ...] = ()
     """Files of adapters and their weights, which become part of the model."""
+    prior: Path | None = None
+    """A prior, which the source, a decoder of image embeddings, is joined to."""
 
 
 def run(source: Path, out: Path, options: ConvertOptions, reporter: Reporter) -> dict[str, Any]:
@@ -114,6 +118,8 @@ def run(source: Path, out: Path, options: ConvertOptions, reporter: Reporter) ->
         kind, weights, programs = network
         write_tensors(out, weights, {})
         return _result(out, {"model": kind}, weights.values()) | {"opens_in": programs}
+    if options.prior is not None:
+        return _join(source, out, options, reporter)
     models = _changed(merged(_read(source, options), options.loras, options.dtype), options)
     if is_file:
         models = without_projection(models)
@@ -121,7 +127,8 @@ def run(source: Path, out: Path, options: ConvertOptions, reporter: Reporter) ->
     else:
         metadata = models.metadata
         models = text_encoders_beside(source, models)
-        _write_folder(_with_tokenizers(models, source, options, reporter), out, options.shard_bytes)
+        complete = _with_tokenizers(models, source, options, reporter)
+        _write_folder(out, partial(_fill, complete, shard_bytes=options.shard_bytes))
     tensors = [tensor for model in models.models.values() for tensor in model.tensors.values()]
     kinds = {name or "model": model.kind for name, model in models.models.items()}
     found = {
@@ -143,6 +150,19 @@ def _result(out: Path, kinds: dict[str, str], tensors: Collection[Tensor]) -> di
         "parameters": sum(tensor.numel() for tensor in tensors),
         "bytes": sum(tensor.nbytes for tensor in tensors),
     }
+
+
+def _join(source: Path, out: Path, options: ConvertOptions, reporter: Reporter) -> dict[str, Any]:
+    """Write the whole unCLIP model of a decoder and a prior."""
+    given = ConvertOptions(prior=options.prior, variant=options.variant, overwrite=options.overwrite)
+    if out.suffix == ".safetensors" or options != given:
+        raise UsageError("--prior makes a folder of both models", remedy="give no other option, and a folder as OUT")
+    joined = joined_with_prior(source, model_path(str(options.prior), (), options.variant, reporter))
+    _write_folder(out, joined.save)
+    networks = joined.networks
+    weights = [parameter for network in networks.values() for parameter in network.parameters()]
+    kinds = {name: type(network).__name__ for name, network in networks.items()}
+    return _result(out, kinds, weights) | {"opens_in": ["ldm", f"diffusers {joined.pipeline}.from_pretrained"]}
 
 
 def _measuring_network(source: Path, options: ConvertOptions) -> tuple[str, dict[str, Tensor], str] | None:
@@ -228,13 +248,13 @@ def _write_file(models: FoundModels, out: Path) -> dict[str, str]:
     return metadata
 
 
-def _write_folder(models: FoundModels, out: Path, shard_bytes: int | None) -> None:
+def _write_folder(out: Path, fill: Callable[[Path], None]) -> None:
     """Write a folder, which appears whole or not at all."""
     temporary = out.with_name(TEMPORARY_PREFIX + out.name)
     with storage_errors(out):
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            _fill(models, temporary, shard_bytes)
+            fill(temporary)
             if out.exists():
                 shutil.rmtree(out)
             temporary.rename(out)
@@ -243,7 +263,7 @@ def _write_folder(models: FoundModels, out: Path, shard_bytes: int | None) -> No
             raise
 
 
-def _fill(models: FoundModels, folder: Path, shard_bytes: int | None) -> None:
+def _fill(models: FoundModels, folder: Path, *, shard_bytes: int | None) -> None:
     metadata = models.metadata  # of the first model, which is the denoiser of a pipeline
     for name, model in models.models.items():
         (folder / name).mkdir(parents=True)

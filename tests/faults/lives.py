@@ -194,7 +194,16 @@ class Home:
         from ldm_cli.reporting import SilentReporter
 
         from ..sampling.tiny_ar import save_tiny_vq
-        from ..stages.tiny import RESNET, ar_recipe, clip_recipe, unet_recipe, vae_recipe, vq_recipe
+        from ..stages.tiny import (
+            RESNET,
+            ar_recipe,
+            clip_recipe,
+            decoder_recipe,
+            prior_recipe,
+            unet_recipe,
+            vae_recipe,
+            vq_recipe,
+        )
         from ..stages.tiny_sd3 import save_tiny_sd3, sd3_recipe
 
         self.folder = folder
@@ -213,6 +222,10 @@ class Home:
         models = folder / "whole-clip/model", folder / "whole-vae/model"
         unet = unet_recipe(scenes, *models, **train)
         self._write("unet", unet)
+        self._write("vit", clip_recipe(scenes, **train))
+        vit = folder / "whole-vit/model"
+        self._write("prior", prior_recipe(scenes, vit, data=flips, **train))
+        self._write("decoder", decoder_recipe(scenes, vit, models[1], data=flips, **train))
         adapters = {"rank": 2, "targets": ["all"], "conv_rank": 2, "text_encoder": True, "dropout": 0.1, "dora": True}
         kept = {field: value for field, value in unet.items() if field not in ("unet", "vae", "text_encoder")}
         self._write("sd3", sd3_recipe(scenes, save_tiny_sd3(folder / "sd3"), {"encoder_dropout": 0.4}, **train))
@@ -225,6 +238,8 @@ class Home:
         """The command line that trains `name` in `out`."""
         if name == "lora":
             self.finished("unet")
+        if name in ("prior", "decoder"):
+            self.finished("vit")
         command = json.loads((file := self.folder / f"{name}.json").read_text())["command"]
         return [command, str(file), "--out", str(out), "--device", "cpu", *more]
 

@@ -106,10 +106,12 @@ def after_checkpoints(out: Path) -> bool:
         ("ar", (while_saving,)),
         ("clip", (while_saving,)),
         ("unet", (while_saving,)),
+        ("prior", (while_saving,)),
+        ("decoder", (while_saving,)),
         ("sd3", (while_saving,)),
         ("lora", (while_saving,)),
     ],
-    ids=["vae", "vq", "ar", "clip", "unet", "sd3", "lora"],
+    ids=["vae", "vq", "ar", "clip", "unet", "prior", "decoder", "sd3", "lora"],
 )
 def test_killed_and_repeated_it_ends_in_the_same_bits(
     home: Home, start: Callable[..., Life], tmp_path: Path, name: str, moments: tuple[Moment, ...]

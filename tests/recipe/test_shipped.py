@@ -22,6 +22,7 @@ PUBLISHED = {
     "vae/sd-vae": {"vae": 83_653_863},
     "vae/vq-f16": {"vae": 76_073_859},
     "ar/llamagen-xl": {"transformer": 899_907_840},
+    "prior/karlo": {"prior": 1_022_028_544},
     "unet/sd15": {"unet": 859_520_964},
     "unet/sd21": {"unet": 865_910_724},
     "unet/sdxl": {"unet": 2_567_463_684},
@@ -35,13 +36,12 @@ def test_the_shipped_recipes_are_these() -> None:
     demo = ["demo/clip", "demo/eval", "demo/sample", "demo/unet", "demo/vae", "demo/vq", "demo/ar", "demo/ar-eval"]
     lora = ["lora/demo", "lora/eval", "lora/sd15", "lora/sdxl"]
     sd3 = ["sd3/demo", "sd3/demo-clip", "sd3/demo-eval", "sd3/demo-vae"]
-    cascade = [f"cascade/demo{part}" for part in ("", "-base", "-eval", "-large")] + [
-        "unet/cifar10-classes",
-        "upscale/emoji",
-    ]
+    cascade = [f"cascade/demo{part}" for part in ("", "-base", "-eval", "-large")]
+    pixels = ["unet/cifar10-classes", "upscale/emoji"]
+    unclip = ["prior/demo", "unclip/demo", "unclip/demo-eval"]
     small = [f"{room}/{data}" for room in ("clip", "vae", "unet", "eval") for data in ("cifar10", "emoji")]
-    assert sorted([*bench, *demo, *cascade, *lora, *sd3, *small, *PUBLISHED]) == NAMES
-    assert len(NAMES) == len(list(recipes_folder().rglob("*.y*ml"))) == 44
+    assert sorted([*bench, *demo, *cascade, *pixels, *lora, *sd3, *unclip, *small, *PUBLISHED]) == NAMES
+    assert len(NAMES) == len(list(recipes_folder().rglob("*.y*ml"))) == 47
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -11,6 +11,7 @@ import pytest
 
 from ldm_cli.data.scenes import write_scenes
 from ldm_cli.recipe.ar_recipe import TrainArRecipe
+from ldm_cli.recipe.prior_recipe import TrainPriorRecipe
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages import precompute
@@ -18,7 +19,7 @@ from ldm_cli.stages.support.options import RunOptions
 
 from ..sampling.tiny import tiny_pipeline
 from ..sampling.tiny_ar import save_tiny_model
-from ..stages.tiny import ar_recipe, clip_recipe, trained, unet_recipe, vae_recipe
+from ..stages.tiny import ar_recipe, clip_recipe, decoder_recipe, prior_recipe, trained, unet_recipe, vae_recipe
 from ..stages.tiny_sd3 import save_tiny_sd3, sd3_recipe
 from ..stages.tiny_xl import save_tiny_xl, xl_recipe
 from . import device
@@ -27,7 +28,8 @@ from . import device
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of `scenes`, `clip` and `vae` models that were hardly trained, `xl` and `sd3` pipelines, an
-    autoregressive model `ar`, and `cache`, `xl cache`, `sd3 cache` and `codes` of their encodings."""
+    autoregressive model `ar`, and `cache`, `decoder cache`, `prior cache`, `xl cache`, `sd3 cache` and `codes` of their
+    encodings."""
     folder = tmp_path_factory.mktemp("rehearsal")
     scenes = folder / "scenes"
     write_scenes(scenes, 40, 32, 0, SilentReporter(), val_samples=8, shard_samples=20)
@@ -35,12 +37,17 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trained(vae_recipe(scenes, steps=1), folder / "vae")
     recipes = {
         "cache": unet_recipe(scenes, folder / "clip/model", folder / "vae/model"),
+        "decoder cache": decoder_recipe(scenes, folder / "clip/model", folder / "vae/model"),
         "xl cache": xl_recipe(scenes, save_tiny_xl(folder / "xl")),
         "sd3 cache": sd3_recipe(scenes, save_tiny_sd3(folder / "sd3")),
     }
     for name, recipe in recipes.items():
         cached = TrainUnetRecipe.from_mapping(recipe | {"cache": str(folder / name)})
         precompute.run(cached, RunOptions(device="cpu"), SilentReporter(), "fp32")
+    prior = TrainPriorRecipe.from_mapping(
+        prior_recipe(scenes, folder / "clip/model") | {"cache": str(folder / "prior cache")}
+    )
+    precompute.run(prior, RunOptions(device="cpu"), SilentReporter(), "fp32")
     save_tiny_model(folder / "ar")
     coded = TrainArRecipe.from_mapping(ar_recipe(scenes, folder / "ar/vq") | {"cache": str(folder / "codes")})
     precompute.run(coded, RunOptions(device="cpu"), SilentReporter(), "fp32")

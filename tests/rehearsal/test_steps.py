@@ -11,7 +11,17 @@ import pytest
 
 from ldm_cli.errors import CheckpointError
 
-from ..stages.tiny import ar_recipe, clip_recipe, losses, trained, unet_recipe, vae_recipe, vq_recipe
+from ..stages.tiny import (
+    ar_recipe,
+    clip_recipe,
+    decoder_recipe,
+    losses,
+    prior_recipe,
+    trained,
+    unet_recipe,
+    vae_recipe,
+    vq_recipe,
+)
 from ..stages.tiny_sd3 import sd3_recipe
 from ..stages.tiny_xl import xl_recipe
 from . import worker as work
@@ -19,7 +29,8 @@ from . import worker as work
 STEPS = {"steps": 3, "log_every": 3, "save_every": 3, "ema_decay": 0.9, "validation_samples": 4}
 DENOISERS = [f"{model} from {source}" for model in ("unet", "xl", "sd3") for source in ("cache", "images")]
 PATCHES = {"sd3, patches left out": {"left_out": 0.75}, "sd3, patches aligned": {"aligned_block": 1}}
-TRAINERS = (*DENOISERS, *PATCHES, "lora", "vae", "vq", "clip", "ar from cache", "ar from images")
+UNCLIP = [f"{model} from {source}" for model in ("prior", "decoder") for source in ("cache", "images")]
+TRAINERS = (*DENOISERS, *PATCHES, *UNCLIP, "lora", "vae", "vq", "clip", "ar from cache", "ar from images")
 ADAPTERS = {"rank": 2, "targets": ["all"], "conv_rank": 2, "text_encoder": True, "dropout": 0.1, "dora": True}
 TOUCHES = ["send to_device.py:_sent"]
 
@@ -40,6 +51,9 @@ def recipe_of(trainer: str, parts: Path, **train: Any) -> Mapping[str, Any]:
         return ar_recipe(scenes, parts / "ar/vq", **train) | (
             {"cache": str(parts / "codes")} if source == "cache" else {}
         )
+    if model == "prior":
+        recipe = dict(prior_recipe(scenes, parts / "clip/model", **train))
+        return recipe | ({"cache": str(parts / "prior cache")} if source == "cache" else {})
     diffusion = {"caption_dropout": 0.1, "snr_gamma": 5.0}
     if trainer == "lora":
         recipe = xl_recipe(scenes, {}, diffusion, **train) | {"start_from": str(parts / "xl"), "lora": ADAPTERS}
@@ -55,6 +69,9 @@ def recipe_of(trainer: str, parts: Path, **train: Any) -> Mapping[str, Any]:
         recipe["patches"] = dict(PATCHES.get(trainer, {}))
         if trainer == "sd3, patches aligned":
             recipe["patches"]["clip"] = str(parts / "clip/model")
+    elif model == "decoder":
+        models = {"clip": parts / "clip/model", "vae": parts / "vae/model"}
+        recipe, cache = decoder_recipe(scenes, **models, diffusion=diffusion, **train), "decoder cache"
     else:
         recipe, cache = unet_recipe(scenes, parts / "clip/model", parts / "vae/model", diffusion, **train), "cache"
     recipe["samples"] |= {"num_prompts": 1}
@@ -92,7 +109,8 @@ def test_a_run_goes_on_with_the_kind_of_device_that_it_began_with(
 
 
 @pytest.mark.parametrize(
-    "trainer", ["xl from images", "sd3 from images", "lora", "vae", "vq", "clip", "ar from images"]
+    "trainer",
+    [*(f"{name} from images" for name in ("xl", "sd3", "prior", "decoder", "ar")), "lora", "vae", "vq", "clip"],
 )
 def test_a_step_in_half_precision_touches_the_host_no_more(
     trainer: str, parts: Path, worker: ProcessPoolExecutor, tmp_path: Path

@@ -68,10 +68,10 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """[B, L, D] and [B, M, context_dim] → [B, L, D]; `mask` as in `attend`."""
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """[B, L, D] and [B, M, context_dim] → [B, L, D]."""
         context = x if context is None else context
-        attended = attend(self.to_q(x), self.to_k(context), self.to_v(context), self.num_heads, mask=mask)
+        attended = attend(self.to_q(x), self.to_k(context), self.to_v(context), self.num_heads)
         projected: Tensor = self.to_out[0](attended)
         return projected
 
@@ -188,8 +188,8 @@ class AttentionBlock2D(Region, Attention):
         super().__init__(channels, None, num_heads, bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, eps=eps)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """[B, C, H, W] → [B, C, H, W]; context and mask are not looked at."""
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """[B, C, H, W] → [B, C, H, W]; the context is not looked at."""
         attended = super().forward(tokens_of(self.group_norm(x)))
         return x + image_of(attended, *x.shape[-2:])
 
@@ -211,8 +211,8 @@ class JointAttentionBlock2D(AttentionBlock2D):
         self.add_k_proj = nn.Linear(context_dim, channels)
         self.add_v_proj = nn.Linear(context_dim, channels)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """[B, C, H, W] and [B, M, context_dim] → [B, C, H, W]; the mask is not looked at."""
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """[B, C, H, W] and [B, M, context_dim] → [B, C, H, W]."""
         tokens = tokens_of(self.group_norm(x))
         key = torch.cat([self.add_k_proj(context), self.to_k(tokens)], dim=1)
         value = torch.cat([self.add_v_proj(context), self.to_v(tokens)], dim=1)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ldm_cli.core.compiling import Region
 from ldm_cli.core.condition import Condition
-from ldm_cli.core.models.attention import Attention
+from ldm_cli.core.models.attention import Attention, attend
 from ldm_cli.core.models.checkpointing import Checkpointable, Checkpointed
 from ldm_cli.core.models.layers import TimestepEmbedding, timestep_embedding
 from ldm_cli.core.models.prior_transformer_config import PriorTransformerConfig
@@ -92,7 +92,9 @@ class PriorBlock(Region):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """[B, L, D], and what is added to the logits of attention, [B, 1, L, L] → [B, L, D]."""
-        x = self.attn1(self.norm1(x), mask=mask) + x
+        attention, tokens = self.attn1, self.norm1(x)
+        query, key, value = attention.to_q(tokens), attention.to_k(tokens), attention.to_v(tokens)
+        x = attention.to_out[0](attend(query, key, value, attention.num_heads, mask=mask)) + x
         hidden: Tensor = self.ff(self.norm3(x)) + x
         return hidden
 

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
+from ldm_cli.core.models.clip_vision import CLIPVisionModelWithProjection
+from ldm_cli.core.models.image_normalizer import ImageNormalizer
+from ldm_cli.core.models.prior_transformer import PriorTransformer
 from ldm_cli.core.models.sd3_transformer_2d import SD3Transformer2DModel
 from ldm_cli.core.models.t5_encoder import T5EncoderModel
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
@@ -22,6 +25,7 @@ from ldm_cli.formats.json_file import read_json
 from ldm_cli.formats.model_folder import fitted, parse_as, read_config, unfilled
 from ldm_cli.formats.model_source import load_tensors
 from ldm_cli.formats.pipeline_folder import (
+    IMAGE_ENCODER,
     INDEX_NAME,
     SCHEDULER_FILE,
     TEXT_ENCODER_3,
@@ -43,6 +47,9 @@ _CLASSES: dict[str, Any] = {
     "CLIPTextModel": CLIPTextModel,
     "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
     "CLIPModel": CLIPModel,
+    "CLIPVisionModelWithProjection": CLIPVisionModelWithProjection,
+    "PriorTransformer": PriorTransformer,
+    "StableUnCLIPImageNormalizer": ImageNormalizer,
     "T5EncoderModel": T5EncoderModel,
 }
 _TOKENIZER_FILES = (
@@ -141,15 +148,20 @@ def read_folder(folder: Path, *, allow_pickle: bool) -> FoundModels:
         name: _model(read_config(folder / name), _tensors(folder / name, allow_pickle), folder / name)
         for name in sorted(kept, key=lambda name: (name != denoiser, name))
     }
+    has_images = IMAGE_ENCODER in kept
     companions = {
         path: file
-        for name in components
-        if name.startswith(TOKENIZER)
-        for path, file in _files(folder / name, name, _TOKENIZER_FILES).items()
+        for name, kind in components.items()
+        if TOKENIZER in name or (has_images and kind.startswith("CLIPImageProcessor"))
+        for path, file in _files(folder / name, name, (*_TOKENIZER_FILES, *_PROCESSOR_FILES)).items()
     }
-    left_out = [name for name in components if name not in kept and not name.startswith((TOKENIZER, "scheduler"))]
+    schedulers = [
+        str(Path(name, SCHEDULER_FILE.name)) for name, kind in components.items() if kind.endswith("Scheduler")
+    ]
+    copied = {str(Path(path).parent) for path in (*companions, *schedulers)}
+    left_out = [name for name in components if name not in kept | copied and not name.startswith(TOKENIZER)]
     index |= {name: [None, None] for name in left_out}
-    json_files = {INDEX_NAME: index, str(SCHEDULER_FILE): read_json(folder / SCHEDULER_FILE)}
+    json_files = {INDEX_NAME: index} | {path: read_json(folder / path) for path in schedulers}
     metadata = _metadata(folder / denoiser, allow_pickle)
     return FoundModels(models, json_files, companions, metadata, [], left_out)
 

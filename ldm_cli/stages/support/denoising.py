@@ -85,10 +85,7 @@ class Denoising:
         DreamBooth's loss (Ruiz et al. 2022, arXiv:2208.12242, eq. 2).
         """
         u = random_levels(self.config, self._keys["timestep"], batch.epoch, batch.position)
-        condition = self._with_dropout(batch, condition)
-        if self._added is not None:
-            condition = self._added(condition, batch, moments, is_training=True)
-        errors, tokens = self._error(batch, moments, condition, u, self._keys, step)
+        errors, tokens = self._error(batch, moments, self._with_dropout(batch, condition), u, self._keys, step)
         loss = (errors if batch.loss_weights is None else errors * batch.loss_weights).mean()
         return (loss, {}) if tokens is None or self.patches is None else self.patches.added(loss, tokens, batch)
 
@@ -117,8 +114,6 @@ class Denoising:
 
         def errors(held: Batch) -> Tensor:
             batch, moments, condition = encoded(held)
-            if self._added is not None:
-                condition = self._added(condition, batch, moments, is_training=False)
             sums = torch.zeros(NUM_NOISE_LEVELS, dtype=torch.float64, device=self.family.device)
             for level in range(NUM_NOISE_LEVELS):
                 u = torch.full((len(batch),), (level + 0.5) / NUM_NOISE_LEVELS, device=sums.device)
@@ -147,6 +142,8 @@ class Denoising:
         noise = _normal(keys["noise"], batch, latents)
         if family.takes_sizes and batch.sizes is not None:
             condition = condition.with_sizes(batch.sizes)
+        if self._added is not None:
+            condition = self._added(condition, batch, moments, is_training=step is not None)
         a, b, time = family.process.at(u)
         given: dict[str, Any] = {}
         mask = moments.get(MASK)

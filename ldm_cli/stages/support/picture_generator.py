@@ -246,7 +246,9 @@ class PictureGenerator:
 
     def _edit_provenance(self, edit: EditConfig) -> dict[str, Any]:
         """The work on a picture as JSON, hashes in place of paths."""
-        provenance = edit.to_mapping() | {"strength": edit.resolved_strength}
+        provenance = edit.to_mapping()
+        if edit.image is not None:
+            provenance["strength"] = edit.resolved_strength
         for name in ("image", "mask", "style"):
             path = provenance.pop(name)
             provenance[f"{name}_sha256"] = None if path is None else file_sha256(Path(path))

@@ -25,8 +25,8 @@ class PriorBatchEncoder(BatchEncoder):
     def __init__(self, recipe: TrainPriorRecipe, device: torch.device, warn: Callable[[str], None]) -> None:
         folder = Path(recipe.clip)
         self.encoder = PriorTextEncoder.load(folder, warn, model_class=CLIPTextModelWithProjection)
-        self.image_encoder = CLIPImageEncoder.load(folder)
-        for model in (self.image_encoder, self.encoder.model):
+        self.image_encoder = images = CLIPImageEncoder.load(folder)
+        for model in (images, self.encoder.model):
             place(device, torch.float32, model, channels_last=recipe.train.channels_last)
         self._device, self._precision = device, recipe.train.precision
         self.adapts_text = False
@@ -34,7 +34,8 @@ class PriorBatchEncoder(BatchEncoder):
     @property
     def networks(self) -> dict[str, nn.Module]:
         """The networks, by what users call them."""
-        return {IMAGE_ENCODER: self.image_encoder, TEXT_ENCODER: self.encoder.model}
+        images = {} if self.image_encoder is None else {IMAGE_ENCODER: self.image_encoder}
+        return {TEXT_ENCODER: self.encoder.model, **images}
 
     def moments(self, images: Tensor, masks: Tensor | None = None) -> dict[str, Tensor]:
         """Images uint8 [B, 3, H, W] → their embeddings, float32 [B, E]."""
