@@ -5,7 +5,7 @@ The published flat layout is the state dict of the module.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +61,11 @@ def image_encoder_beside(file: Path) -> Path:
         remedy = "name the image encoder that the adapter was trained with: --image-encoder DIR"
         raise InputNotFoundError(f"no image encoder beside '{file}'", f"there is no folder '{folder}'", remedy)
     return folder
+
+
+def is_ip_adapter(names: Collection[str]) -> bool:
+    """Whether a file with tensors of these names is one of an adapter."""
+    return any(name.startswith(_PROJECTION) for name in names)
 
 
 def read_ip_adapter(file: Path, unet: nn.Module) -> IPAdapter:

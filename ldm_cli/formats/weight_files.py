@@ -149,6 +149,9 @@ def read_pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     nested = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(nested, dict):
         raise CheckpointError(f"cannot read '{file}'", f"a table of tensors expected, {type(nested).__name__} found")
+    for part in ("image_proj", "ip_adapter"):  # of IP-Adapter
+        inner = nested.get(part)
+        nested = nested | {f"{part}.{name}": t for name, t in (inner.items() if isinstance(inner, dict) else ())}
     tensors = {str(name).removeprefix("module."): t for name, t in nested.items() if isinstance(t, Tensor)}
     step = content.get("global_step")
     return tensors, {"global_step": str(step)} if isinstance(step, int) else {}

@@ -17,6 +17,7 @@ from ldm_cli.data.tokenizer_files import MOST_TOKENIZER_BYTES
 from ldm_cli.errors import CheckpointError, InputNotFoundError, OutputError, UsageError
 from ldm_cli.evaluation.inception_features import inception_tensors
 from ldm_cli.evaluation.perceptual_distance import lpips_tensors
+from ldm_cli.families.ip_adapter import is_ip_adapter
 from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.hub import model_path
 from ldm_cli.formats.json_file import write_json
@@ -114,7 +115,7 @@ def run(source: Path, out: Path, options: ConvertOptions, reporter: Reporter) ->
         kind = "file" if is_file else "model folder"
         raise OutputError(f"'{out}' is no {kind}", "--overwrite replaces only those", "choose another place")
     source = model_path(str(source), (), options.variant, reporter)
-    if is_file and (network := _measuring_network(source, options)) is not None:
+    if is_file and (network := _pickled_network(source, options)) is not None:
         kind, weights, programs = network
         write_tensors(out, weights, {})
         return _result(out, {"model": kind}, weights.values()) | {"opens_in": programs}
@@ -165,13 +166,15 @@ def _join(source: Path, out: Path, options: ConvertOptions, reporter: Reporter) 
     return _result(out, kinds, weights) | {"opens_in": ["ldm", f"diffusers {joined.pipeline}.from_pretrained"]}
 
 
-def _measuring_network(source: Path, options: ConvertOptions) -> tuple[str, dict[str, Tensor], str] | None:
-    """Name, tensors and users of FID's Inception network or of LPIPS, if the source is a published file of one."""
+def _pickled_network(source: Path, options: ConvertOptions) -> tuple[str, dict[str, Tensor], str] | None:
+    """Name, tensors and users of an IP-Adapter, FID's Inception network or LPIPS, if the source is its file."""
     if not (options.allow_pickle and source.is_file() and is_pickle(source)):
         return None
     tensors, _ = read_pickle(source)
     if "Mixed_5b.branch1x1.conv.weight" in tensors:
         return "InceptionV3", inception_tensors(tensors, source), "ldm compare, ldm eval"
+    if is_ip_adapter(tensors):
+        return "IP-Adapter", tensors, "ldm sample --ip-adapter, diffusers load_ip_adapter"
     if options.lpips_heads is not None:
         heads, _ = read_pickle(options.lpips_heads)
         return "LPIPS", lpips_tensors({**tensors, **heads}, source), "ldm eval"

@@ -35,13 +35,15 @@ def test_the_shipped_recipes_are_these() -> None:
     bench = ["bench/clip", "bench/unet", "bench/vae"]
     demo = ["demo/clip", "demo/eval", "demo/sample", "demo/unet", "demo/vae", "demo/vq", "demo/ar", "demo/ar-eval"]
     lora = ["lora/demo", "lora/eval", "lora/sd15", "lora/sdxl"]
+    image_prompt = ["image-prompt/demo", "image-prompt/sd15", "image-prompt/sdxl"]
     sd3 = ["sd3/demo", "sd3/demo-clip", "sd3/demo-eval", "sd3/demo-vae"]
     cascade = [f"cascade/demo{part}" for part in ("", "-base", "-eval", "-large")]
     pixels = ["unet/cifar10-classes", "upscale/emoji"]
     unclip = ["prior/demo", "unclip/demo", "unclip/demo-eval"]
     small = [f"{room}/{data}" for room in ("clip", "vae", "unet", "eval") for data in ("cifar10", "emoji")]
-    assert sorted([*bench, *demo, *cascade, *pixels, *lora, *sd3, *unclip, *small, *PUBLISHED]) == NAMES
-    assert len(NAMES) == len(list(recipes_folder().rglob("*.y*ml"))) == 47
+    drawn = [*cascade, *pixels, *unclip, *image_prompt]
+    assert sorted([*bench, *demo, *drawn, *lora, *sd3, *small, *PUBLISHED]) == NAMES
+    assert len(NAMES) == len(list(recipes_folder().rglob("*.y*ml"))) == 50
 
 
 @pytest.mark.parametrize("name", NAMES)
