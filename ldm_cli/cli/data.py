@@ -94,6 +94,10 @@ def pack(
         int, typer.Option("--shard-samples", metavar="N", min=1, help="Samples per shard.")
     ] = 10_000,
     prefix: Annotated[str, typer.Option("--prefix", metavar="TEXT", help="Beginning of shard names.")] = "train-",
+    val_fraction: Annotated[
+        float, typer.Option("--val-fraction", metavar="F", min=0, max=0.99, help="Share held out, as shards val-….")
+    ] = 0.0,
+    overwrite: given.Overwrite = False,
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:
@@ -110,6 +114,8 @@ def pack(
         choices=Choices(image_column, caption_column, caption_template),
         shard_samples=shard_samples,
         prefix=prefix,
+        val_fraction=val_fraction,
+        overwrite=overwrite,
     )
     show_result(result, json)
 

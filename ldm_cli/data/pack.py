@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ldm_cli.data.decode import decode_rgb, image_header
 from ldm_cli.data.folders import find_pictures
 from ldm_cli.data.masks import MASK_MEMBER, MaskFiles, expect_size
 from ldm_cli.data.pack_report import PackReport
-from ldm_cli.data.shard_writer import write_shard
+from ldm_cli.data.shard_writer import ShardSeries
 from ldm_cli.data.source_files import read_file
 from ldm_cli.data.sources import Choices, Source
 from ldm_cli.errors import InputNotFoundError, OutputError, StorageError
@@ -37,43 +38,53 @@ def pack(
     choices: Choices = Choices(),
     shard_samples: int = 10_000,
     prefix: str = "train-",
+    val_fraction: float = 0.0,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write shards `PREFIX000000.tar`, …: image bytes as they are, txt, cls if there is a class, mask.png if
     there is a mask, and a json.
 
-    The json holds all other facts, path, width and height, and `captions`, the list of all captions; txt is the first
-    of them. Pictures that are missing or cannot be decoded are left out, other files are counted. The same source gives
-    the same bytes. `out`, or the shards in it if it exists, appear when all of them are written.
+    The json holds all other facts, path, width and height, the name of the class as `class`, and `captions`, the list
+    of all captions; txt is the first of them. Pictures that are missing or cannot be decoded are left out, other files
+    are counted. The same source gives the same bytes. `out`, or the shards in it if it exists, appear when all of them
+    are written.
 
     Args:
         source, choices: as in `find_pictures`.
-        out: a folder that does not exist yet, or is empty.
+        out: a folder, which may hold shards of other prefixes.
         shard_samples: samples per shard.
         prefix: of the shards' names.
+        val_fraction: share of the pictures that become held-out shards `val-…`, in [0, 1). A hash of its path decides
+            for each picture, so that further ones change nothing for it.
+        overwrite: replace shards of these prefixes.
 
     Returns:
-        `samples`, `without_caption`, `several_captions`, `with_mask`, `shards` (name to number of samples) and the
-        `PackReport.summary`.
+        `samples`, `val_samples`, `without_caption`, `several_captions`, `with_mask`, `shards` (name to number of
+        samples) and the `PackReport.summary`.
 
     Raises:
         InputNotFoundError: the source does not exist, or no picture in it can be used.
         DataError: the source's table is damaged, or not understood.
         UnavailableError: it is Parquet, and pyarrow is not installed.
-        OutputError: `out` is not empty, or cannot be made.
+        OutputError: `out` has such shards and `overwrite` is False, or it cannot be made.
         StorageError: writing failed.
     """
-    if shard_samples < 1:
-        raise ValueError(f"pack: shard_samples={shard_samples}")
-    report, shards = PackReport(), dict[str, int]()
+    if shard_samples < 1 or not 0 <= val_fraction < 1:
+        raise ValueError(f"pack: {shard_samples=}, {val_fraction=}")
+    report = PackReport()
     sources = find_pictures(source, choices, report)
     packing = _Packing(report)
-    with _appearing_whole(out) as folder:
-        with reporter.progress(f"packing into {out}", None, unit="image") as progress:
-            samples = packing.samples(sources, progress)
-            for shard, group in groupby(samples, key=lambda sample: int(sample["__key__"]) // shard_samples):
-                name = f"{prefix}{shard:06d}.tar"
-                shards[name] = write_shard(folder / name, group)
-        if not shards:
+    prefixes = [prefix, *([_val_prefix(prefix)] if val_fraction else [])]
+    with _appearing_whole(out, prefixes, overwrite) as folder:
+        series = [ShardSeries(folder, name, shard_samples) for name in prefixes]
+        with ExitStack() as stack, reporter.progress(f"packing into {out}", None, unit="image") as progress:
+            for one in series:
+                stack.enter_context(one)
+            for picture, members in packing.samples(sources, progress):
+                is_held_out = _share(picture.name) < val_fraction
+                for _ in range(1 if is_held_out else picture.repeats):
+                    series[int(is_held_out)].add(members)
+        if not any(one.num_samples for one in series):
             remedy = "tars are shards already: name them as data.shards" if report.not_read[".tar"] else ""
             raise InputNotFoundError(f"there are no pictures to pack in '{source}'", report.what_was_seen(), remedy)
     if packing.num_several:
@@ -81,33 +92,54 @@ def pack(
             f"samples with several captions: {packing.num_several}; txt holds the first of them: train with "
             "data.caption=json:captions to choose one of them each time"
         )
+    if val_fraction and 0 in (counts := [one.num_samples for one in series]):
+        reporter.warn(f"{counts[0]} samples for training and {counts[1]} held out: change --val-fraction")
     return {
-        "samples": packing.num_samples,
+        "samples": series[0].num_samples,
+        "val_samples": sum(one.num_samples for one in series[1:]),
         "without_caption": packing.num_without,
         "several_captions": packing.num_several,
         "with_mask": packing.num_masks,
-        "shards": shards,
+        "shards": {name: count for one in series for name, count in one.shards().items()},
         **report.summary(),
     }
 
 
+def _val_prefix(prefix: str) -> str:
+    """The prefix of held-out shards: `val-` beside `train-`, `val-cats-` beside `cats-`."""
+    return f"val-{prefix.removeprefix('train-')}"
+
+
+def _share(name: str) -> float:
+    """A number in [0, 1) that depends on nothing but the text."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64
+
+
 @contextmanager
-def _appearing_whole(out: Path) -> Iterator[Path]:
+def _appearing_whole(out: Path, prefixes: Sequence[str], overwrite: bool) -> Iterator[Path]:
     """A folder to fill. If nothing is raised, it becomes `out`, or its files move into `out` where that exists.
 
     An existing folder is not replaced, because it may be the working directory, a link or a mount point.
 
     Raises:
-        OutputError: `out` is not empty, or cannot be made.
+        OutputError: `out` has shards of these prefixes and `overwrite` is False, or it cannot be made.
         StorageError: writing failed.
     """
     target = Path(os.path.realpath(out))
     exists = target.is_dir()
     partial = target / f"{TEMPORARY_PREFIX}pack" if exists else target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
     try:
-        is_taken = any(path != partial for path in target.iterdir()) if exists else os.path.lexists(target)
-        if is_taken:
-            raise OutputError(f"cannot pack into '{out}'", "it exists already", "choose a new folder")
+        names = "|".join(map(re.escape, prefixes))
+        old = (
+            {path.name for path in target.iterdir() if re.fullmatch(rf"({names})\d{{6}}\.tar", path.name)}
+            if exists
+            else set()
+        )
+        if not exists and os.path.lexists(target):
+            raise OutputError(f"cannot pack into '{out}'", "it exists already, and is no folder", "choose a folder")
+        if old and not overwrite:
+            remedy = "add --overwrite, or choose another --prefix or folder"
+            raise OutputError(f"cannot pack into '{out}'", f"{min(old)} exists already", remedy)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     except OSError as error:
@@ -116,8 +148,11 @@ def _appearing_whole(out: Path) -> Iterator[Path]:
         yield partial
         if not exists:
             partial.replace(target)
-        for file in partial.iterdir() if exists else ():
+        for file in list(partial.iterdir()) if exists else ():
+            old.discard(file.name)
             file.replace(target / file.name)
+        for name in old:
+            (target / name).unlink()
     except StorageError as error:
         raise StorageError(f"cannot pack into '{out}'", error.cause, error.remedy) from error
     except OSError as error:
@@ -130,11 +165,11 @@ class _Packing:
     """Samples of sources, and their counts."""
 
     def __init__(self, report: PackReport) -> None:
-        self.num_samples = self.num_several = self.num_without = self.num_masks = 0
+        self.num_several = self.num_without = self.num_masks = 0
         self._report, self._masks = report, MaskFiles()
 
-    def samples(self, sources: Iterable[Source], progress: Progress) -> Iterator[dict[str, Any]]:
-        """The samples of every picture; one that cannot be used is left out and counted."""
+    def samples(self, sources: Iterable[Source], progress: Progress) -> Iterator[tuple[Source, dict[str, bytes]]]:
+        """The members of every picture's samples; one that cannot be used is left out and counted."""
         for number, source in enumerate(sources, start=1):
             try:
                 members = self._members(source)
@@ -144,9 +179,7 @@ class _Packing:
                 self.num_without += source.repeats * (not source.captions)
                 self.num_several += source.repeats * (len(source.captions) > 1)
                 self.num_masks += source.repeats * (MASK_MEMBER in members)
-                for _ in range(source.repeats):
-                    yield {"__key__": f"{self.num_samples:09d}", **members}
-                    self.num_samples += 1
+                yield source, members
             progress.update(number)
 
     def _members(self, source: Source) -> dict[str, bytes]:
@@ -165,6 +198,8 @@ class _Packing:
             members["txt"] = source.captions[0].encode()
         if source.label is not None:
             members["cls"] = str(source.label).encode()
+            if source.label < len(self._report.classes):
+                facts.setdefault("class", self._report.classes[source.label])
         text = json.dumps(_json_value(facts), ensure_ascii=False, sort_keys=True, allow_nan=False)
         members["json"] = text.encode("utf-8", "backslashreplace")
         return members

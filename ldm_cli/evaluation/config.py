@@ -64,14 +64,21 @@ class ZeroShotClassification(Config):
 
     name: str
     """Name of the task in the result, e.g. `color`."""
-    label: Annotated[str, Field(pattern=r"^(cls|json:.+)$")]
-    """Place of the true class: `cls` (an index) or `json:FIELD` (an index, or one of `classes`). Samples without it are
-    not counted."""
-    classes: Annotated[tuple[str, ...], Field(min_length=2)]
-    """Class names, in the order of the index."""
+    label: Annotated[str, Field(pattern=r"^(cls|json:.+)$")] = "json:class"
+    """Place of the true class: `cls` (an index) or `json:FIELD` (an index, or one of `classes`), of which `ldm data
+    pack` writes `json:class`. Samples without it are not counted."""
+    classes: Annotated[tuple[str, ...], Field(min_length=2)] = ()
+    """Class names, in the order of the index; by default the texts that the samples have at `label`."""
     templates: Annotated[tuple[Annotated[str, Field(pattern=r"\{\}")], ...], Field(min_length=1)] = ("a photo of a {}",)
     """Prompts per class; `{}` is replaced by the class name, and the embeddings of all templates are
     averaged."""
+
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.label == "cls" and not self.classes:
+            raise ValueError("label=cls is a number and needs classes; label: json:class takes names from the data")
+        return self
 
 
 class EvalConfig(Config):

@@ -123,6 +123,61 @@ def test_existing_output_is_refused_and_failure_leaves_nothing(images: Path, tmp
     assert (out / "train-000000.tar").read_bytes() == before
 
 
+def test_a_folder_takes_several_prefixes_and_overwrites_one_when_asked_to(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    _packed(images, out, shard_samples=1)
+    _packed(images, out, prefix="cats-")
+    (out / "notes.txt").write_text("mine")
+    before = (out / "cats-000000.tar").read_bytes()
+    with pytest.raises(OutputError, match=r"train-000000\.tar exists already; add --overwrite, or choose another"):
+        _packed(images, out)
+    _packed(images, out, overwrite=True)
+    assert sorted(path.name for path in out.iterdir()) == ["cats-000000.tar", "notes.txt", "train-000000.tar"]
+    assert (out / "cats-000000.tar").read_bytes() == before
+
+
+def _split(folder: Path, out: Path, **options: Any) -> tuple[set[str], set[str]]:
+    """The paths of the pictures for training, and of those that are held out."""
+    result = _packed(folder, out, val_fraction=0.3, shard_samples=8, **options)
+    paths = {split: set[str]() for split in ("train", "val")}
+    for sample in _read_back(out):
+        paths[Path(sample["__url__"]).name.partition("-")[0]].add(json.loads(sample["json"])["path"])
+    assert (result["samples"], result["val_samples"]) == (len(paths["train"]), len(paths["val"]))
+    assert sum(result["shards"].values()) == len(paths["train"] | paths["val"])
+    return paths["train"], paths["val"]
+
+
+def test_held_out_pictures_stay_held_out_when_others_come(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"{number:03d}.png").write_bytes(png())
+    train, held_out = _split(folder, tmp_path / "first")
+    assert 4 <= len(held_out) <= 20
+    assert not train & held_out
+    for number in range(40):
+        (folder / f"{number:03d}b.png").write_bytes(png())
+    grown, grown_out = _split(folder, tmp_path / "second")
+    assert grown > train
+    assert grown_out > held_out
+
+
+def test_a_split_without_one_side_is_warned_about(images: Path, tmp_path: Path) -> None:
+    reporter = SilentReporter()
+    pack(images, tmp_path / "out", reporter, val_fraction=1e-9)
+    assert reporter.messages == ["warning: 3 samples for training and 0 held out: change --val-fraction"]
+
+
+def test_class_folders_give_number_name_and_caption(images: Path, tmp_path: Path) -> None:
+    for name, kind in (("a.jpg", "cat"), ("c.webp", "dog"), ("b/two.PNG", "cat")):
+        (images / kind).mkdir(exist_ok=True)
+        (images / name).rename(images / kind / Path(name).name)
+    (images / "b").rmdir()
+    assert _packed(images, tmp_path / "out")["classes"] == {"cat": 0, "dog": 1}
+    facts = [(sample["cls"], json.loads(sample["json"])["class"]) for sample in _read_back(tmp_path / "out")]
+    assert facts == [(b"0", "cat"), (b"0", "cat"), (b"1", "dog")]
+
+
 @pytest.mark.parametrize(
     ("out", "folder"), [(".", "here"), ("../link", "empty"), ("../dangling", "new/folder"), ("../left", "left")]
 )

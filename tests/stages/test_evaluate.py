@@ -348,6 +348,19 @@ def test_sizes_that_cannot_be_measured_are_refused(home: Path) -> None:
         evaluate(home, ["attribute_accuracy"], sampling={"width": 16, "height": 32})
 
 
+def test_class_names_come_from_the_data(home: Path) -> None:
+    task = {"name": "background", "label": "json:background"}
+    names = sorted({scene(0, i, "val", 32).truth["background"] for i in range(20)})
+    found = evaluate(home, ["zero_shot"], zero_shot=[task, task | {"name": "named", "classes": names}])
+    measured = found["metrics"]["zero_shot"]
+    assert measured["background"] == measured["named"]
+    assert measured["background"]["num_classes"] == len(names) > 1
+    with pytest.raises(DataError, match="the samples have 0 different texts at 'json:class', expected at least 2"):
+        evaluate(home, ["zero_shot"], zero_shot=[{"name": "class"}])
+    with pytest.raises(ValidationError, match="label: json:class takes names from the data"):
+        evaluate(home, ["zero_shot"], zero_shot=[{"name": "class", "label": "cls"}])
+
+
 @pytest.mark.parametrize(
     ("task", "message"),
     [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,11 +46,12 @@ def metrics_of_real(
     result: dict[str, Any] = {}
     if "clip_score" in config.metrics:
         result["clip_score"] = {"real": summarize_clip_score(measured.kept(COSINE))}
+    tasks = [_with_classes(task, [real] if probe is None else [probe, real]) for task in config.zero_shot]
     if "zero_shot" in config.metrics and models.clip is not None:
         images = measured.kept(CLIP)
-        result["zero_shot"] = {task.name: _zero_shot(task, models.clip, images, real) for task in config.zero_shot}
+        result["zero_shot"] = {task.name: _zero_shot(task, models.clip, images, real) for task in tasks}
     if probe is not None:
-        result["linear_probe"] = {task.name: _linear_probe(task, probe, real) for task in config.zero_shot}
+        result["linear_probe"] = {task.name: _linear_probe(task, probe, real) for task in tasks}
     if "retrieval" in config.metrics:
         captions = real.captions[:count]
         recall = retrieval_recall(measured.kept(CLIP), measured.kept(TEXTS), captions)
@@ -110,6 +111,26 @@ def check_truths(real: RealSamples, num_generated: int) -> None:
                 "its json member is not the truth of a synthetic scene",
                 "take shards of `ldm data synth`, or leave the metric out",
             )
+
+
+def _with_classes(task: ZeroShotClassification, samples: Sequence[RealSamples]) -> ZeroShotClassification:
+    """The task with class names, sorted, from the samples, if it has none of its own.
+
+    Raises:
+        DataError: the samples have fewer than two.
+    """
+    if task.classes:
+        return task
+    place = task.label.removeprefix("json:")
+    found = (field_of(metadata, place) for real in samples for metadata in real.metadata)
+    names = sorted({name for name in found if isinstance(name, str)})
+    if len(names) < 2:
+        raise DataError(
+            f"task '{task.name}' of eval.zero_shot cannot be measured",
+            f"the samples have {len(names)} different texts at '{task.label}', expected at least 2",
+            "name its classes, or pack the data again with ldm data pack",
+        )
+    return task.model_copy(update={"classes": tuple(names)})
 
 
 def _zero_shot(task: ZeroShotClassification, clip: CLIPFeatures, images: Tensor, real: RealSamples) -> dict[str, Any]:
