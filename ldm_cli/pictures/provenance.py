@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from ldm_cli.formats.hub import HubName
 from ldm_cli.formats.pipeline_folder import TRANSFORMER, UNET
 from ldm_cli.formats.png_metadata import OURS, PARAMETERS, format_parameters, read_provenance
 from ldm_cli.inputs import MOST_PICTURE_BYTES, read_input
+from ldm_cli.sampling.edit_config import EditConfig
+from ldm_cli.storage import file_sha256
 
 _A1111_SAMPLERS = {
     "ddpm": "DDPM",
@@ -65,6 +67,18 @@ def picture_sources(names: Sequence[str]) -> dict[str, str]:
 def image_prompt_source(number: int, role: str) -> str:
     """The key of `sources` under which the `image`, `adapter` or `image_encoder` of an image prompt is."""
     return f"image prompt {number}: {role}"
+
+
+def edit_provenance(edit: EditConfig, meaningless: Collection[str]) -> dict[str, Any]:
+    """The work on a picture as JSON: hashes in place of paths, without the fields that mean nothing to the model."""
+    provenance = edit.to_mapping() | {"strength": edit.resolved_strength}
+    for name in ("image", "mask", "style"):
+        path = provenance.pop(name)
+        provenance[f"{name}_sha256"] = None if path is None else file_sha256(Path(path))
+    if edit.embedded:
+        provenance["embedded_sha256"] = [file_sha256(Path(path)) for path in edit.embedded]
+    left_out = ("embedded", *meaningless, *(() if edit.embedded else ("from_text", "to_text", "amount")))
+    return {name: value for name, value in provenance.items() if name not in left_out}
 
 
 def full_provenance(job: Mapping[str, Any], image: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.formats.weight_files import read_tensors, tensors_sha256
 from ldm_cli.pictures.job import Item
 from ldm_cli.pictures.progress import PartOfProgress
-from ldm_cli.pictures.provenance import UPSCALER, embedding_source, lora_source, picture_sources
+from ldm_cli.pictures.provenance import UPSCALER, edit_provenance, embedding_source, lora_source, picture_sources
 from ldm_cli.recipe.sample_recipe import SampleRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.config import SamplingConfig
@@ -35,7 +35,6 @@ from ldm_cli.sampling.request import ImageRequest
 from ldm_cli.sampling.sample_options import OnNonfinite, OnPreview, SampleOptions, TextDifference
 from ldm_cli.stages.support.job_adapters import JobAdapters
 from ldm_cli.stages.support.job_image_prompts import JobImagePrompts
-from ldm_cli.storage import file_sha256
 
 _MOST_TOGETHER = 256
 # Fields that change no picture, or that the provenance of each picture holds by itself.
@@ -133,7 +132,7 @@ class PictureGenerator:
             "weighted_words": self.recipe.weighted_words,
         }
         if self.recipe.edit.is_given:
-            provenance["edit"] = self._edit_provenance(self.recipe.edit)
+            provenance["edit"] = edit_provenance(self.recipe.edit, self.pipeline.meaningless_edit)
         if self.recipe.variant is not None:
             provenance["variant"] = self.recipe.variant
         if self.recipe.tile is not None:
@@ -160,8 +159,8 @@ class PictureGenerator:
         sampling = self._sampling_provenance(item.sampling, item.edit)
         if sampling != self.shared["sampling"]:
             own["sampling"] = sampling
-        if item.edit.is_given and self._edit_provenance(item.edit) != self.shared["edit"]:
-            own["edit"] = self._edit_provenance(item.edit)
+        if item.edit.is_given and edit_provenance(item.edit, self.pipeline.meaningless_edit) != self.shared["edit"]:
+            own["edit"] = edit_provenance(item.edit, self.pipeline.meaningless_edit)
         if self._guidance_hashes(item.sampling) != self.shared.get("guidance_models", {}):
             own["guidance_models"] = self._guidance_hashes(item.sampling)
         if self._latents is not None:
@@ -243,20 +242,6 @@ class PictureGenerator:
             folders = guidance_folders(sampling.guidance, self.pipeline.family)
             self._hashes[sampling.guidance] = {name: self._sha256(folder) for name, folder in folders.items()}
         return self._hashes[sampling.guidance]
-
-    def _edit_provenance(self, edit: EditConfig) -> dict[str, Any]:
-        """The work on a picture as JSON, hashes in place of paths."""
-        provenance = edit.to_mapping()
-        if edit.image is not None:
-            provenance["strength"] = edit.resolved_strength
-        for name in ("image", "mask", "style"):
-            path = provenance.pop(name)
-            provenance[f"{name}_sha256"] = None if path is None else file_sha256(Path(path))
-        if edit.embedded:
-            provenance["embedded_sha256"] = [file_sha256(Path(path)) for path in edit.embedded]
-        left_out = ("embedded", *self.pipeline.meaningless_edit)
-        left_out += () if edit.embedded else ("from_text", "to_text", "amount")
-        return {name: value for name, value in provenance.items() if name not in left_out}
 
 
 def _preview_codec(folder: str, family: ImageGenerator) -> Codec:
