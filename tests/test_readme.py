@@ -50,6 +50,7 @@ NAMES = (
     "stable-diffusion-xl",
     "stable-diffusion-3",
     "edit",
+    "upscale",
     "lora",
     "foreign-models",
     "eval",

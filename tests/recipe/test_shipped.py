@@ -25,6 +25,7 @@ PUBLISHED = {
     "unet/sd15": {"unet": 859_520_964},
     "unet/sd21": {"unet": 865_910_724},
     "unet/sdxl": {"unet": 2_567_463_684},
+    "upscale/sd-x4": {"unet": 473_398_020},
     "sd3/medium": {"transformer": 2_028_328_000},
     "sd3/large": {"transformer": 8_056_627_520},
 }
@@ -35,10 +36,11 @@ def test_the_shipped_recipes_are_these() -> None:
     demo = ["demo/clip", "demo/eval", "demo/sample", "demo/unet", "demo/vae", "demo/vq", "demo/ar", "demo/ar-eval"]
     lora = ["lora/demo", "lora/eval", "lora/sd15", "lora/sdxl"]
     sd3 = ["sd3/demo", "sd3/demo-clip", "sd3/demo-eval", "sd3/demo-vae"]
-    cascade = [f"cascade/demo{part}" for part in ("", "-base", "-eval", "-large")] + ["unet/cifar10-classes", "upscale/emoji"]
+    cascade = [f"cascade/demo{part}" for part in ("", "-base", "-eval", "-large")]
+    cascade += ["unet/cifar10-classes", "upscale/emoji"]
     small = [f"{room}/{data}" for room in ("clip", "vae", "unet", "eval") for data in ("cifar10", "emoji")]
     assert sorted([*bench, *demo, *cascade, *lora, *sd3, *small, *PUBLISHED]) == NAMES
-    assert len(NAMES) == len(list(recipes_folder().rglob("*.y*ml"))) == 44
+    assert len(NAMES) == len(list(recipes_folder().rglob("*.y*ml"))) == 45
 
 
 @pytest.mark.parametrize("name", NAMES)
