@@ -77,13 +77,21 @@ def command(
     debug: given.Debug = False,
 ) -> None:
     """Generate pictures from prompts and from other pictures, with a pipeline folder of ours or of diffusers."""
-    become_ranks(context.obj, nproc, dry_run)
+    _sample(context)
+
+
+def _sample(context: typer.Context) -> None:
+    values = context.params
+    become_ranks(context.obj, values["nproc"], values["dry_run"])
     reporter = make_rank_reporter()
     loaded, provenance = _recipe(context, reporter)
-    if dry_run:
-        show_dry_run(loaded, json)
-    elif (result := _run(loaded, out, device, overwrite, reporter, latents, provenance)) and is_first_rank():
-        show_result(result, json)
+    if values["dry_run"]:
+        show_dry_run(loaded, values["json"])
+        return
+    out, latents = values["out"], values["latents"]
+    result = _run(loaded, out, values["device"], values["overwrite"], reporter, latents, provenance)
+    if is_first_rank():
+        show_result(result, values["json"])
 
 
 def _recipe(context: typer.Context, reporter: Reporter) -> tuple[LoadedRecipe, dict[str, Any] | None]:
