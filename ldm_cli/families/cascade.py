@@ -130,9 +130,8 @@ def _stages(folder: Path) -> dict[str, dict[str, Any]]:
         CheckpointError: the index names no subfolders with settings.
     """
     found = read_model_json(folder / INDEX_NAME).get(_STAGES)
-    is_known = isinstance(found, dict) and len(found) > 1 and all(isinstance(one, dict) for one in found.values())
-    if not is_known or any(Path(name).name != name for name in found):
-        cause = f"{_STAGES}={found!r}, expected two subfolders or more, each with its settings"
-        raise CheckpointError(f"cannot use '{folder / INDEX_NAME}'", cause)
-    assert isinstance(found, dict)
-    return found
+    pairs = found.items() if isinstance(found, dict) else ()
+    if len(pairs) > 1 and all(isinstance(own, dict) and Path(name).name == name for name, own in pairs):
+        return dict(pairs)
+    cause = f"{_STAGES}={found!r}, expected two subfolders or more, each with its settings"
+    raise CheckpointError(f"cannot use '{folder / INDEX_NAME}'", cause)

@@ -142,8 +142,8 @@ def class_names(index: Mapping[str, Any], num_class_embeds: int, file: Path) -> 
         CheckpointError: the index names other classes than there are.
     """
     count = num_class_embeds - 1
-    found = index.get(ID2LABEL, {str(number): str(number) for number in range(count)})
-    names = tuple(found.get(str(number)) for number in range(count)) if isinstance(found, dict) else ()
-    if len(names) != count or len(found) != count or not all(isinstance(name, str) for name in names):
+    numbers = [str(number) for number in range(count)]
+    found = index.get(ID2LABEL, dict(zip(numbers, numbers, strict=True)))
+    if not isinstance(found, dict) or found.keys() != set(numbers):
         raise CheckpointError(f"cannot use '{file}'", f"{ID2LABEL} does not name the {count} classes of unet")
-    return names
+    return tuple(str(found[number]) for number in numbers)

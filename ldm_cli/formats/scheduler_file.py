@@ -85,6 +85,7 @@ _DEFAULTS_BY_CLASS: dict[str, dict[str, Any]] = {
     "PNDMScheduler": {"skip_prk_steps": False},
 }
 _NO_THRESHOLD = {"dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
+_EXACT = ("StableDiffusionXL", "StableDiffusionUpscale")  # pipelines that honour `clip_sample`
 _CLIPPING_BY_DEFAULT = ("DDIMScheduler", "DDPMScheduler")
 
 
@@ -212,30 +213,12 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
     if not isinstance(found, str) or found not in _SAMPLERS:
         raise CheckpointError(f"cannot use '{file}'", f"scheduler {found!r} is not supported", "use a DDIMScheduler's")
     content = {**_DEFAULTS_BY_CLASS.get(found, {}), **content}
-    neutral = {**_NEUTRAL, **_NEUTRAL_BY_CLASS.get(found, {})}
-    if found == "DPMSolverMultistepScheduler" and content.get("algorithm_type") == "sde-dpmsolver++":
-        neutral["solver_order"] = (2, 3)
-    if "Inpaint" in pipeline:
-        neutral.pop("skip_prk_steps", None)
-    is_xl = pipeline.startswith(("StableDiffusionXL", "StableDiffusionUpscale"))
-    is_of_pixels = pipeline.startswith("IF")
-    if is_of_pixels:
-        neutral.pop("thresholding")
-        neutral["variance_type"] += ("learned_range",)
-        neutral["clip_sample_range"] = (1.0,)
+    is_xl, is_of_pixels = pipeline.startswith(_EXACT), pipeline.startswith("IF")
     if is_xl:
         content = {"clip_sample": found in _CLIPPING_BY_DEFAULT, **content}
-    if is_xl or pipeline.startswith("LatentConsistency"):
-        neutral["clip_sample"] = _OFF
-    if found in _FLOW_SCHEDULERS:
-        # These classes say nothing of the prediction, which is always a velocity, and call its shift so.
+    if found in _FLOW_SCHEDULERS:  # they say nothing of the prediction, always a velocity, and call its shift so
         content = {**content, "prediction_type": "flow_prediction", "flow_shift": content.get("shift", 1.0)}
-        if pipeline.startswith("StableDiffusion3"):
-            neutral.pop("use_dynamic_shifting")
-    elif found != "UniPCMultistepScheduler" or content.get("prediction_type") != "flow_prediction":
-        neutral["use_flow_sigmas"] = _OFF
-    if content.get("use_karras_sigmas"):
-        neutral["use_exponential_sigmas"] = _OFF
+    neutral = _neutral_fields(found, content, pipeline)
     refused = [name for name, values in neutral.items() if name in content and content[name] not in values]
     numbers = {name: content[name] for name in _POSITIVE if content.get(name) is not None}
     refused += [n for n, x in numbers.items() if not (isinstance(x, int | float) and 0 < x < math.inf)]
@@ -257,6 +240,28 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
         dynamic_shift=read_dynamic_shift(content, file) if content.get("use_dynamic_shifting") else None,
         threshold=_threshold(content, found) if is_of_pixels else None,
     )
+
+
+def _neutral_fields(scheduler_class: str, content: Mapping[str, Any], pipeline: str) -> dict[str, tuple[Any, ...]]:
+    """The fields that must have one of some values, by what else the file and the pipeline are."""
+    neutral = {**_NEUTRAL, **_NEUTRAL_BY_CLASS.get(scheduler_class, {})}
+    if scheduler_class == "DPMSolverMultistepScheduler" and content.get("algorithm_type") == "sde-dpmsolver++":
+        neutral["solver_order"] = (2, 3)
+    if "Inpaint" in pipeline:
+        neutral.pop("skip_prk_steps", None)
+    if pipeline.startswith("IF"):
+        neutral |= {"variance_type": (*neutral["variance_type"], "learned_range"), "clip_sample_range": (1.0,)}
+        neutral.pop("thresholding")
+    if pipeline.startswith(("LatentConsistency", *_EXACT)):
+        neutral["clip_sample"] = _OFF
+    if scheduler_class in _FLOW_SCHEDULERS:
+        if pipeline.startswith("StableDiffusion3"):
+            neutral.pop("use_dynamic_shifting")
+    elif scheduler_class != "UniPCMultistepScheduler" or content.get("prediction_type") != "flow_prediction":
+        neutral["use_flow_sigmas"] = _OFF
+    if content.get("use_karras_sigmas"):
+        neutral["use_exponential_sigmas"] = _OFF
+    return neutral
 
 
 def _threshold(content: Mapping[str, Any], scheduler_class: str) -> dict[str, float] | None:

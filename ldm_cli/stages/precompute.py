@@ -12,6 +12,8 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import nn
+
 from ldm_cli.data.cache_manifest import CachedShard, CacheKey, Dtype, Manifest, differences, stem_of
 from ldm_cli.data.cache_writer import (
     bad_members,
@@ -163,6 +165,7 @@ class _Precomputation:
         self._data, self._folder, self._shards, self._key = recipe.data, folder, shards, key
         self._stop, self._reporter = stop, reporter
         self._encoder = CacheEncoder(encoder, recipe, key)
+        assert isinstance(encoder.codec, nn.Module)  # cache_key refuses pixels
         self._device = next(encoder.codec.parameters()).device
         self._sample_bytes = bytes_per_sample(recipe, key)
 

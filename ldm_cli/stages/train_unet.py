@@ -130,8 +130,8 @@ class DenoiserTask:
         self.encoder = BatchEncoder(recipe, bench.device, bench.run.warn)
         codec, encoder = self.encoder.codec, self.encoder.encoder
         self._component = recipe.component
-        config = fitted_config(recipe, codec, encoder.models)
-        denoiser = build_model(_CLASSES[self._component], config, recipe)
+        self._config = fitted_config(recipe, codec, encoder.models)
+        denoiser = build_model(_CLASSES[self._component], self._config, recipe)
         self._frozen = frozen_names(denoiser)
         if recipe.train.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
@@ -189,7 +189,7 @@ class DenoiserTask:
     def export(self, folder: Path, weights: WeightsByModule) -> None:
         """Write the model folder: the trained weights of the denoiser, and links to all else."""
         link_folder(self.bench.run.frozen, folder)
-        config = self.family.denoiser.config.to_hugging_face()
+        config = self._config.to_hugging_face()
         save_model(folder / self._component, weights[self._component], config, frozen=self._frozen)
 
     def restore(self, folder: Path) -> None:

@@ -38,11 +38,11 @@ class UNet2DConditionModel(Checkpointable):
             assert isinstance(config.cross_attention_dim, int)  # the Config's own check
             self.encoder_hid_proj = nn.Linear(config.encoder_hid_dim, config.cross_attention_dim)
         self.class_embedding = self._class_embedding()
+        self.add_embedding: TimestepEmbedding | TextPooling | None = None
         if config.addition_embed_type == "text_time":
             assert config.projection_class_embeddings_input_dim is not None  # the Config's own check
             self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, self.embedding_dim)
-        self.text_pooling = config.addition_embed_type == "text"
-        if self.text_pooling:
+        elif config.addition_embed_type == "text":
             self.add_embedding = TextPooling(
                 config.text_width, self.embedding_dim, config.addition_embed_type_num_heads
             )
@@ -158,7 +158,7 @@ class UNet2DConditionModel(Checkpointable):
                 f"condition.pooled is {'missing' if condition.pooled is None else 'given'}, but the network has "
                 f"{', '.join(config.pooled_fields) or 'no field that asks for it'}"
             )
-        if condition.tokens is None and (config.levels_with_text() or self.text_pooling):
+        if condition.tokens is None and (config.levels_with_text() or isinstance(self.add_embedding, TextPooling)):
             raise ValueError("condition.tokens is missing, but the network attends to text")
         if condition.guidance is not None and config.time_cond_proj_dim is None:
             raise ValueError("condition.guidance is given, but the network has time_cond_proj_dim=None")
@@ -180,7 +180,7 @@ class UNet2DConditionModel(Checkpointable):
             embedding = embedding + self.class_embedding(labels)
         elif condition.pooled is not None:
             embedding = embedding + self._text_time(condition.pooled, x)
-        if self.text_pooling:
+        if isinstance(self.add_embedding, TextPooling):
             embedding = embedding + self.add_embedding(condition.tokens)
         return self.activation(embedding)
 
@@ -189,6 +189,7 @@ class UNet2DConditionModel(Checkpointable):
 
         P + S numbers become P + S · d, which the configuration states; so S follows.
         """
+        assert isinstance(self.add_embedding, TimestepEmbedding)
         width, dim = self.add_embedding.linear_1.in_features, self.config.addition_time_embed_dim
         assert dim is not None  # the Config's own check
         num_sizes, rest = divmod(width - pooled.shape[1], dim - 1)

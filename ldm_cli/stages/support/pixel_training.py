@@ -10,12 +10,15 @@ from torch import nn
 
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.data.batch import Batch
+from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
 from ldm_cli.families.label_encoder import LabelEncoder
 from ldm_cli.families.pixel_diffusion import text_problems, unet_problems
+from ldm_cli.families.t5_encoder import T5Encoder
 from ldm_cli.recipe.schema import TrainUnetRecipe
+from ldm_cli.stages.support.text_encoders import TextEncoder
 
 
-def with_classes(text: Any, recipe: TrainUnetRecipe, device: torch.device) -> Any:
+def with_classes(text: TextEncoder | None, recipe: TrainUnetRecipe, device: torch.device) -> TextEncoder | LabelEncoder:
     """The text encoder of a recipe, or what encodes its classes, with the text beside them if there is some.
 
     Args:
@@ -23,7 +26,11 @@ def with_classes(text: Any, recipe: TrainUnetRecipe, device: torch.device) -> An
         recipe: names the classes.
         device: where conditions are.
     """
-    return text if recipe.classes is None else LabelEncoder(recipe.classes, text, device)
+    if recipe.classes is None:
+        assert text is not None  # the recipe's own check
+        return text
+    assert text is None or isinstance(text, CLIPTextEncoder | T5Encoder)  # likewise
+    return LabelEncoder(recipe.classes, text, device)
 
 
 def prompts_of_batch(batch: Batch, recipe: TrainUnetRecipe) -> list[str]:
