@@ -55,6 +55,7 @@ NAMES = (
     "stable-diffusion-xl",
     "stable-diffusion-3",
     "edit",
+    "upscale",
     "lora",
     "foreign-models",
     "eval",

@@ -46,8 +46,7 @@ class Pipeline(PicturePipeline):
     @property
     def facts(self) -> dict[str, Any]:
         """The scheduler, without its sampler: `recorded` names the one that is used."""
-        settings = {n: value for n, value in vars(self.family.settings).items() if n != "sampler"}
-        return {"scheduler": {n: list(value) if isinstance(value, tuple) else value for n, value in settings.items()}}
+        return {"scheduler": {n: value for n, value in vars(self.family.settings).items() if n != "sampler"}}
 
     def recorded(self, config: SamplingConfig) -> dict[str, Any]:
         """See `PicturePipeline`."""

@@ -26,6 +26,7 @@ PUBLISHED = {
     "unet/sd15": {"unet": 859_520_964},
     "unet/sd21": {"unet": 865_910_724},
     "unet/sdxl": {"unet": 2_567_463_684},
+    "upscale/sd-x4": {"unet": 473_398_020},
     "sd3/medium": {"transformer": 2_028_328_000},
     "sd3/large": {"transformer": 8_056_627_520},
 }

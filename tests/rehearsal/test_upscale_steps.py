@@ -23,7 +23,7 @@ def test_neither_a_step_of_training_nor_one_of_sampling_touches_the_host_for_sma
     assert rehearsed["touches"] == TOUCHES
     trained(recipe, tmp_path / "on the CPU")
     assert rehearsed["losses"] == pytest.approx(losses(tmp_path / "on the CPU"), rel=1e-6)
-    sampling = {"sampler": "ddpm", "steps": 3, "images_per_prompt": 2, "side": 8}
+    sampling = {"sampler": "ddpm", "steps": 3, "images_per_prompt": 2, "side": 8, "width": 8, "height": 8}
     made = [worker.submit(work.sample, tmp_path / "on the CPU/model", **sampling) for _ in range(2)]
     assert made[1].result()["touches"] == []
     assert made[1].result()["rows"] == [4, 4, 4]
