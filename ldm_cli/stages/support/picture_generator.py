@@ -91,7 +91,7 @@ class PictureGenerator:
         paths |= {name: getattr(self.recipe.edit, name) for name in ("image", "mask", "style")}
         paths |= picture_sources(self.recipe.edit.embedded)
         if self.recipe.upscale is not None and self.recipe.model:
-            paths[UPSCALER] = self.recipe.upscale.model
+            paths[UPSCALER] = Path(self.recipe.upscale.model)
         paths |= {lora_source(name): path for name, path in self._adapters.paths.items()}
         paths |= {embedding_source(word): path for word, path in self._adapters.embeddings.items()}
         paths |= {} if self._image_prompts is None else self._image_prompts.sources
