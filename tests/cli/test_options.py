@@ -107,6 +107,7 @@ def test_options_of_sample_override_the_recipe(sampled: dict[str, Any], tmp_path
         "width": 64,
         "height": 32,
         "batch_size": 3,
+        "prior": {"steps": 25, "scale": 4.0, "noise_level": 0},
         "precision": "bf16",
         "compile": True,
     }

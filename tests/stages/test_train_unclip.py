@@ -103,6 +103,21 @@ def test_the_decoder_learns_and_shows_variations_of_held_out_pictures(decoder: P
     assert not torch.equal(family.normalizer.std, torch.ones(1, 16))
 
 
+def test_training_begins_at_a_trained_decoder_and_keeps_its_statistics(
+    decoder: Path, scenes: Path, tmp_path: Path
+) -> None:
+    recipe = decoder_recipe(scenes, Path("x"), Path("y"), data={"shards": str(scenes / "val-*.tar")}, steps=1, lr=1e-9)
+    for name in ("unet", "vae", "text_encoder", "image_embedding"):
+        del recipe[name]
+    trained(recipe | {"start_from": str(decoder)}, tmp_path / "run")
+    before, after = open_family(decoder / "model"), open_family(tmp_path / "run/model")
+    assert isinstance(before, UnCLIP)
+    assert isinstance(after, UnCLIP)
+    assert torch.equal(after.normalizer.std, before.normalizer.std)
+    for ours, theirs in zip(after.denoiser.parameters(), before.denoiser.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
 def test_the_decoder_resumes_in_the_same_bits(
     decoder: Path, scenes: Path, clip_run: Path, vae_run: Path, tmp_path: Path
 ) -> None:

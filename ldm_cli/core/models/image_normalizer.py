@@ -40,7 +40,8 @@ class ImageNormalizer(nn.Module):
     def of(cls, mean: Tensor, std: Tensor) -> ImageNormalizer:
         """With this mean and deviation, [1, E]; float32, on their device."""
         normalizer = cls(ImageNormalizerConfig(embedding_dim=mean.shape[1]))
-        normalizer.mean.data, normalizer.std.data = mean.detach().float(), std.detach().float()
+        normalizer.mean = nn.Parameter(mean.detach().float(), requires_grad=False)
+        normalizer.std = nn.Parameter(std.detach().float(), requires_grad=False)
         return normalizer
 
     @classmethod

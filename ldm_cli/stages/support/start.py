@@ -31,6 +31,7 @@ from ldm_cli.families.stable_diffusion_3 import has_t5
 from ldm_cli.formats.model_folder import ModelClass, load_model, read_as
 from ldm_cli.formats.model_source import has_model_json, read_model_json, split_at_file
 from ldm_cli.formats.pipeline_folder import (
+    IMAGE_ENCODER,
     INDEX_NAME,
     PRIOR,
     TEXT_ENCODER,
@@ -114,6 +115,9 @@ def _taken_fields(recipe: StartedRecipe, folder: Path, warn: Callable[[str], Non
                 taken["max_sequence_length"] = t5_length_of(pipeline)
         elif taken["unet"]["addition_embed_type"] == "text_time":
             names.append(TEXT_ENCODER_2)
+        is_decoder = taken.get("unet", {}).get("class_embed_type") == "projection"
+        if is_decoder and recipe.image_embedding is None and has_model_json(pipeline / IMAGE_ENCODER / CONFIG_NAME):
+            taken["image_embedding"] = {"image_encoder": str(pipeline / IMAGE_ENCODER)}
         taken |= {name: getattr(recipe, name) or str(pipeline / name) for name in names}
         taken["diffusion"] = recipe.diffusion.to_mapping() | _process_defaults(recipe, pipeline, warn)
     return taken
