@@ -51,6 +51,7 @@ NAMES = (
     "stable-diffusion-3",
     "edit",
     "lora",
+    "image-prompts",
     "foreign-models",
     "eval",
     "compare",
