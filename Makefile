@@ -3,6 +3,7 @@
 # make study  what helps pictures more, a larger text encoder or a larger denoiser: docs/study.md, in 90 minutes
 # make demo-lora   after make demo: its model learns a ninth colour from 40 pictures: docs/lora.md
 # make demo-sd3    after make demo: a small Stable Diffusion 3 on the same scenes: docs/stable-diffusion-3.md
+# make demo-image-prompt  after make demo: its model learns to follow pictures beside text: docs/image-prompts.md
 # make demo-ar     after make demo: a model that writes pictures token by token: docs/train-ar.md
 # make gallery   every demo that has been run side by side, on one page: runs/gallery/index.html
 # make demo-cascade  after make demo: 16 px from text, enlarged to 64 px, without an autoencoder: docs/pixels.md
@@ -34,8 +35,8 @@ WRITTEN := README.md Makefile pyproject.toml docs ldm_cli recipes scripts benchm
 
 SHELL := /bin/bash -o pipefail
 
-.PHONY: faults setup demo demo-ar demo-cascade demo-lora demo-sd3 demo-unclip study gallery test exhaustive check lint \
-  bench gpu-check clean
+.PHONY: faults setup demo demo-ar demo-cascade demo-image-prompt demo-lora demo-sd3 demo-unclip study gallery test \
+  exhaustive check lint bench gpu-check clean
 
 setup: $(TESTED)
 
@@ -89,6 +90,16 @@ demo-lora: $(INSTALLED)
 	$(LDM) eval lora/eval --out runs/demo-lora-eval --overwrite
 	$(LDM) eval lora/eval "data.shards=data/demo/val-*.tar" --out runs/demo-lora-eval-old --overwrite
 	@echo "Look at runs/demo-lora-before/grid.png and runs/demo-lora-after/grid.png."
+
+# After `make demo`: an adapter for image prompts, and what each of its scales does: docs/image-prompts.md.
+demo-image-prompt: $(INSTALLED)
+	$(LDM) precompute image-prompt/demo --out data/demo/cache-image-prompt
+	OMP_NUM_THREADS=1 $(LDM) train-unet image-prompt/demo cache=data/demo/cache-image-prompt --nproc 2
+	$(BIN)/python benchmarks/image_prompts.py
+	$(LDM) sample --model runs/demo-unet -p "a square" -n 1 --steps 20 --guidance 2.5 \
+	  --image-prompt runs/demo-image-prompt-scales/red-circle.png --ip-adapter runs/demo-image-prompt \
+	  --xy image_scale=0,0.25,0.5,0.75,1 --xy seed=0,1,2,3 --out runs/demo-image-prompt-samples
+	@echo "Look at runs/demo-image-prompt-samples/grid.png."
 
 # After `make demo`: a transformer on its scenes, with its CLIP and a smaller one, beside its U-Net.
 demo-sd3: $(INSTALLED)

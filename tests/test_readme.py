@@ -57,6 +57,7 @@ NAMES = (
     "edit",
     "upscale",
     "lora",
+    "image-prompts",
     "foreign-models",
     "eval",
     "compare",

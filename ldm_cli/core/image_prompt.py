@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ldm_cli.core.models.attention import Attention
@@ -59,7 +60,8 @@ class ImagePrompts:
     def _attended(self, query: Tensor, number: str, num_heads: int) -> Tensor:
         assert self._tokens is not None
         total: Tensor | None = None
-        for (adapter, scale), tokens in zip(self._prompts, self._tokens.split(self._lengths, dim=1), strict=True):
+        parts = torch.split(self._tokens, self._lengths, dim=1)
+        for (adapter, scale), tokens in zip(self._prompts, parts, strict=True):
             part: Tensor = self.factor * scale * adapter.ip_adapter[number](query, tokens, num_heads)
             total = part if total is None else total + part
         assert total is not None

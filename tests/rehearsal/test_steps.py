@@ -30,7 +30,9 @@ STEPS = {"steps": 3, "log_every": 3, "save_every": 3, "ema_decay": 0.9, "validat
 DENOISERS = [f"{model} from {source}" for model in ("unet", "xl", "sd3") for source in ("cache", "images")]
 PATCHES = {"sd3, patches left out": {"left_out": 0.75}, "sd3, patches aligned": {"aligned_block": 1}}
 UNCLIP = [f"{model} from {source}" for model in ("prior", "decoder") for source in ("cache", "images")]
-TRAINERS = (*DENOISERS, *PATCHES, *UNCLIP, "lora", "vae", "vq", "clip", "ar from cache", "ar from images")
+IMAGE_PROMPTS = {"image prompt": {}, "image prompt plus": {"kind": "plus", "num_tokens": 3, "width": 64}}
+ADDED = (*PATCHES, *UNCLIP, *IMAGE_PROMPTS)
+TRAINERS = (*DENOISERS, *ADDED, "lora", "vae", "vq", "clip", "ar from cache", "ar from images")
 ADAPTERS = {"rank": 2, "targets": ["all"], "conv_rank": 2, "text_encoder": True, "dropout": 0.1, "dora": True}
 TOUCHES = ["send to_device.py:_sent"]
 
@@ -55,8 +57,10 @@ def recipe_of(trainer: str, parts: Path, **train: Any) -> Mapping[str, Any]:
         recipe = dict(prior_recipe(scenes, parts / "clip/model", **train))
         return recipe | ({"cache": str(parts / "prior cache")} if source == "cache" else {})
     diffusion = {"caption_dropout": 0.1, "snr_gamma": 5.0}
-    if trainer == "lora":
-        recipe = xl_recipe(scenes, {}, diffusion, **train) | {"start_from": str(parts / "xl"), "lora": ADAPTERS}
+    if trainer == "lora" or trainer in IMAGE_PROMPTS:
+        recipe = xl_recipe(scenes, {}, diffusion, **train) | {"start_from": str(parts / "xl")}
+        image_prompt = {"image_encoder": str(parts / "clip/model"), **IMAGE_PROMPTS.get(trainer, {})}
+        recipe |= {"lora": ADAPTERS} if trainer == "lora" else {"image_prompt": image_prompt}
         recipe["samples"] |= {"num_prompts": 1}
         return {field: value for field, value in recipe.items() if field not in ("unet", "vae", "text_encoder")}
     if model == "xl":
@@ -110,7 +114,10 @@ def test_a_run_goes_on_with_the_kind_of_device_that_it_began_with(
 
 @pytest.mark.parametrize(
     "trainer",
-    [*(f"{name} from images" for name in ("xl", "sd3", "prior", "decoder", "ar")), "lora", "vae", "vq", "clip"],
+    [
+        *(f"{name} from images" for name in ("xl", "sd3", "prior", "decoder", "ar")),
+        *("image prompt", "lora", "vae", "vq", "clip"),
+    ],
 )
 def test_a_step_in_half_precision_touches_the_host_no_more(
     trainer: str, parts: Path, worker: ProcessPoolExecutor, tmp_path: Path

@@ -54,6 +54,22 @@ class _PerceiverAttention(nn.Module):
         return attended
 
 
+class _ResamplerLayer(nn.ModuleList):
+    """Attention, then a feed-forward network; each is added to its input."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        inner, outer = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+        feed_forward = nn.Sequential(nn.LayerNorm(width), inner, nn.GELU(), outer)
+        super().__init__([_PerceiverAttention(width, num_heads), feed_forward])
+
+    def forward(self, image: Tensor, latents: Tensor) -> Tensor:
+        """[B, L, W] and [B, N, W] → [B, N, W]."""
+        attention, feed_forward = self
+        latents = attention(image, latents) + latents
+        result: Tensor = feed_forward(latents) + latents
+        return result
+
+
 class Resampler(nn.Module):
     """Tokens of the states of a picture's patches: the kind `plus`."""
 
@@ -64,24 +80,15 @@ class Resampler(nn.Module):
         self.proj_in = nn.Linear(image_dim, width)
         self.proj_out = nn.Linear(width, dim)
         self.norm_out = nn.LayerNorm(dim)
-        self.layers = nn.ModuleList(
-            nn.ModuleList([_PerceiverAttention(width, num_heads), _feed_forward(width)])
-            for _ in range(NUM_RESAMPLER_LAYERS)
-        )
+        self.layers = nn.ModuleList(_ResamplerLayer(width, num_heads) for _ in range(NUM_RESAMPLER_LAYERS))
 
     def forward(self, image: Tensor) -> Tensor:
         """[B, L, E] → [B, N, D]."""
         image, latents = self.proj_in(image), self.latents.expand(len(image), -1, -1)
-        for attention, feed_forward in self.layers:  # type: ignore[misc]
-            latents = attention(image, latents) + latents
-            latents = feed_forward(latents) + latents
+        for layer in self.layers:
+            latents = layer(image, latents)
         tokens: Tensor = self.norm_out(self.proj_out(latents))
         return tokens
-
-
-def _feed_forward(width: int) -> nn.Sequential:
-    inner, outer = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
-    return nn.Sequential(nn.LayerNorm(width), inner, nn.GELU(), outer)
 
 
 class ImageAttention(nn.Module):
