@@ -73,7 +73,6 @@ class ZeroShotClassification(Config):
     """Prompts per class; `{}` is replaced by the class name, and the embeddings of all templates are
     averaged."""
 
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.label == "cls" and not self.classes:
