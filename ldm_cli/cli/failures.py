@@ -15,8 +15,9 @@ import typer
 
 from ldm_cli import __version__
 from ldm_cli.cli.launch import send_to_launcher
+from ldm_cli.cli.report import work_done
 from ldm_cli.cli.streams import write_line
-from ldm_cli.errors import LdmError, RecipeError, UsageError, as_ldm_error, first_line, without_secrets
+from ldm_cli.errors import LdmError, Preempted, RecipeError, UsageError, as_ldm_error, first_line, without_secrets
 
 READER_GONE = 141
 
@@ -47,15 +48,29 @@ def report(error: BaseException, arguments: Sequence[str], debug: bool, stopped_
             write_line(line)
     if stopped_by or isinstance(error, KeyboardInterrupt | typer.Abort):
         number = stopped_by or signal.SIGINT
-        word = "interrupted" if number == signal.SIGINT else "terminated"
-        write_line(f"ldm: error: {word}: received {signal.Signals(number).name} [E-INTERRUPTED]")
-        return 128 + number
+        if (remedy := _same_command(arguments)) is None:
+            word = "interrupted" if number == signal.SIGINT else "terminated"
+            write_line(f"ldm: error: {word}: received {signal.Signals(number).name} [E-INTERRUPTED]")
+            return 128 + number
+        place = f"at {done}" if (done := work_done()) else "before the first part of the work"
+        error = Preempted(f"stopped {place}", f"received {signal.Signals(number).name}", remedy)
     failure = user_error(error) or _bug(error, arguments)
     lines = _problems(failure) if isinstance(failure, RecipeError) and failure.problems else [f"ldm: error: {failure}"]
     if not send_to_launcher(lines):
         for line in lines:
             write_line(line)
     return failure.code
+
+
+def _same_command(arguments: Sequence[str]) -> str | None:
+    """What the same command does after a signal; None for commands that are over in a moment, or are not repeated."""
+    goes_on, starts_again = "run the same command again to go on", "nothing is kept: the same command starts again"
+    named = " ".join(arguments[:2])
+    if named.startswith("eval ") and not any(argument.startswith("--out") for argument in arguments):
+        return f"{starts_again}, and with --out DIR it would go on"
+    if named.startswith(("sample ", "eval ", "precompute ")) or named in ("data synth", "data index"):
+        return goes_on
+    return starts_again if named.startswith("data ") else None
 
 
 def user_error(error: BaseException) -> LdmError | None:

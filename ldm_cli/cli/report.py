@@ -24,6 +24,15 @@ _RATE_WINDOW = 30.0
 _RATE_UPDATES = 12
 
 
+_running: list[Pace] = []
+"""The operations under way, outermost first; those that an exception ended stay."""
+
+
+def work_done() -> str | None:
+    """How far the command was when an exception ended it, as `Pace.done_of_total`; None if it counted nothing yet."""
+    return _running[0].done_of_total() if _running else None
+
+
 def make_reporter() -> Reporter:
     """The reporter for the stderr at hand."""
     if sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":
@@ -69,6 +78,10 @@ class Pace:
             return speed
         return f"{speed}, ETA {_clock_time((self.total - self.done) / rate)}"
 
+    def done_of_total(self) -> str:
+        """`120 of 2000 steps`."""
+        return f"{self.done}{f' of {self.total}' if self.total else ''} {self.unit}s"
+
     def count(self) -> str:
         """`step 120/2000 (6%)`."""
         if not self.total:
@@ -111,8 +124,11 @@ class PlainReporter:
     @contextmanager
     def progress(self, title: str, total: int | None, done: int = 0, unit: str = "step") -> Iterator[Progress]:
         """A line every few seconds, and one at the end."""
-        lines = _PlainProgress(title, Pace(total, done, unit, self._clock), self._clock)
+        pace = Pace(total, done, unit, self._clock)
+        lines = _PlainProgress(title, pace, self._clock)
+        _running.append(pace)
         yield lines
+        _running.remove(pace)
         lines.finish()
 
 
@@ -173,8 +189,10 @@ class LiveReporter:
             bars.start()
         pace = Pace(total, done, unit, time.monotonic)
         task = bars.add_task(printable(title), total=total, completed=done, about=pace.count())
+        _running.append(pace)
         try:
             yield _LiveProgress(bars, task, pace)
+            _running.remove(pace)
         finally:
             if outermost:
                 bars.stop()

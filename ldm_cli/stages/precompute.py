@@ -160,6 +160,7 @@ class _Precomputation:
     ) -> None:
         self._ranks = ranks
         self._failures, self._num_written = failures, 0
+        self._work = "before the first file"
         self._data, self._folder, self._shards, self._key = recipe.data, folder, shards, key
         self._stop, self._reporter = stop, reporter
         self._encoder = CacheEncoder(encoder, recipe, key)
@@ -215,7 +216,8 @@ class _Precomputation:
             prefetched(self._encoder.chunk(part) for part in pictures) as encoded,
         ):
             done = count()
-            for stem, number in missing.items():
+            for number_done, (stem, number) in enumerate(missing.items()):
+                self._work = f"at {number_done} of {len(missing)} files of pictures"
                 self._write(stem, self._samples(number, encoded, lambda: progress.update(next(done) + 1)))
         return total
 
@@ -247,6 +249,7 @@ class _Precomputation:
         if not self._key.text:
             return [], 0
         prefix = self._key.text_stem()
+        self._work = "with all files of pictures, among the captions"
         files = self._found_by_first(lambda: find_whole(self._folder, prefix, self._reporter.warn))
         stems = [stem_of(Path(name)) for name in files]
         known = known_captions([self._folder / name for name in files], self._reporter)
@@ -286,7 +289,7 @@ class _Precomputation:
         remedy = "what is written stays: run the same command again to go on"
         if in_vain := reason == TIME_LIMIT and not self._num_written:
             remedy = "no file was finished in it: run the same command again, with more time"
-        error = Preempted(f"stopped while writing the cache in '{self._folder}'", reason, remedy)
+        error = Preempted(f"stopped {self._work} for the cache in '{self._folder}'", reason, remedy)
         if in_vain and self._ranks.is_first:
             self._failures.add(1 + len(list(self._folder.glob("[!.]*.tar"))), str(error))
         raise error

@@ -37,19 +37,21 @@ def release_signals() -> None:
 
 
 class InterruptNote:
-    """Context in which Ctrl-C and SIGTERM raise KeyboardInterrupt: files are left whole, and a last line says why.
+    """Context in which Ctrl-C, SIGTERM and SIGUSR1 raise KeyboardInterrupt: files are left whole, a last line says why.
 
     `came` is the signal, 0 for none: compiled code of a library may turn the exception into another. An ignored signal
-    stays ignored, and a second SIGTERM ends the process at once.
+    stays ignored. A second SIGTERM or Ctrl-C ends the process at once, unless it is an echo of the first.
     """
 
     def __init__(self) -> None:
         self.came = 0
+        self._came_at = 0.0
         self._process = os.getpid()
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Self:
         usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        usual[signal.SIGUSR1] = signal.SIG_DFL
         if threading.current_thread() is threading.main_thread():
             for number, handler in usual.items():
                 if signal.getsignal(number) is handler:
@@ -64,9 +66,13 @@ class InterruptNote:
                 signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGTERM and (self.came == number or os.getpid() != self._process):
+        if number == signal.SIGTERM and os.getpid() != self._process:
             os._exit(128 + number)
-        self.came = number
+        if self.came:
+            if number in _FATAL_TWICE and time.monotonic() - self._came_at > SECONDS_APART:
+                os._exit(128 + number)
+            return
+        self.came, self._came_at = number, time.monotonic()
         raise KeyboardInterrupt
 
 

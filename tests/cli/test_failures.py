@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm_cli.cli import app, failures
+from ldm_cli.cli import app, failures, report
+from ldm_cli.cli.report import PlainReporter
 from ldm_cli.errors import DataError, LdmError
 from tests.conftest import REPOSITORY, Ldm
 
@@ -192,25 +194,75 @@ def _interrupt_when_busy(
     process.send_signal(number)
 
 
-@pytest.mark.parametrize(
-    ("number", "word"),
-    [(signal.SIGINT, "interrupted: received SIGINT"), (signal.SIGTERM, "terminated: received SIGTERM")],
-)
-def test_control_c_is_130_and_sigterm_143(number: signal.Signals, word: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ldm_cli", "data", "synth", "scenes", "--samples", "100000"]
+def _started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "ldm_cli", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     # A shell that runs the tests in the background has SIGINT ignored, and Python would leave it so.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
     finally:
         signal.signal(signal.SIGINT, before)
-    with process:
-        _interrupt_when_busy(process, lambda: (tmp_path / "scenes").exists(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_stopped_command_counts_and_the_same_one_goes_on(number: signal.Signals, tmp_path: Path) -> None:
+    with _started(tmp_path, "data", "synth", "scenes", "--samples", "100000") as process:
+        _interrupt_when_busy(process, lambda: bool(list((tmp_path / "scenes").glob("train-000003.tar"))), number)
         _, stderr = process.communicate(timeout=60)
-    assert (process.returncode, last_line(stderr)) == (128 + number, f"ldm: error: {word} [E-INTERRUPTED]")
+    assert process.returncode == 75
+    assert re.search(
+        rf"error: stopped at \d{{4}} of 110000 \w+s: received {number.name}; run the same command again to go on "
+        r"\[E-PREEMPTED\]",
+        last_line(stderr),
+    )
     assert not list((tmp_path / "scenes").glob(".tmp-*"))
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["sample", "demo/sample"], "run the same command again to go on"),
+        (["eval", "demo/eval", "--out", "x"], "run the same command again to go on"),
+        (["eval", "demo/eval"], "nothing is kept: the same command starts again, and with --out DIR it would go on"),
+        (["data", "pack", "a", "b"], "nothing is kept: the same command starts again"),
+    ],
+)
+def test_a_stopped_command_says_what_is_kept(
+    arguments: list[str], remedy: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def pack() -> None:
+        with PlainReporter().progress("packing", 12, unit="image") as progress:
+            progress.update(5)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "_running", [])
+    with pytest.raises(KeyboardInterrupt):
+        pack()
+    assert failures.report(KeyboardInterrupt(), arguments, debug=False, stopped_by=signal.SIGTERM) == 75
+    line = f"ldm: error: stopped at 5 of 12 images: received SIGTERM; {remedy} [E-PREEMPTED]"
+    assert last_line(capfd.readouterr().err) == line
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_command_at_once_and_an_echo_of_the_first_does_not(number: signal.Signals) -> None:
+    program = f"""
+import signal, time
+from ldm_cli.training.interruption import InterruptNote
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with InterruptNote():
+    try:
+        signal.raise_signal({int(number)})
+    except KeyboardInterrupt:
+        signal.raise_signal({int(number)})
+        print("still here", flush=True)
+        time.sleep(0.2)
+        signal.raise_signal({int(number)})
+        print("too long", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (128 + number, "still here\n")
 
 
 def test_control_c_of_which_a_library_makes_another_error_is_130_too(
