@@ -69,7 +69,10 @@ def pictures(folder: str) -> Result:
 
 
 def training(folder: str, *, reads_checkpoint: bool = True) -> Result:
-    """Weights of the model, those of the last checkpoint if the command reads it, and metrics."""
+    """Weights of the model, those of the last checkpoint if the command reads it, and metrics of the steps.
+
+    Figures of validation are left out: the recipes of the cases validate more seldom than the runs that they continue.
+    """
 
     def result(stage: Path) -> Any:
         run = stage / folder
@@ -77,7 +80,8 @@ def training(folder: str, *, reads_checkpoint: bool = True) -> Result:
         if reads_checkpoint:
             last = max((run / "checkpoints").glob("step-*"))
             weights |= {f.name: content_of(f) for f in last.glob("*.safetensors")}
-        return weights, metrics(run)
+        lines = [{k: v for k, v in line.items() if not k.startswith("val_")} for line in metrics(run)]
+        return weights, [line for line in lines if len(line) > 1]
 
     return result
 
