@@ -79,7 +79,8 @@ def jpeg(images: Tensor, quality: Tensor) -> Tensor:
     scale = torch.where(quality < 50, 5000.0 / quality, 200.0 - 2.0 * quality).floor()
     luma = _through_blocks(luma.round()[:, None] - 128.0, _table(_LUMA, scale)) + 128.0
     chroma = _through_blocks(F.avg_pool2d(chroma, 2).round(), _table(_CHROMA, scale))
-    blue, red = F.interpolate(chroma, scale_factor=2, mode="bilinear", align_corners=False).split(1, dim=1)
+    chroma = F.interpolate(chroma, scale_factor=2, mode="bilinear", align_corners=False)
+    blue, red = chroma[:, :1], chroma[:, 1:]
     colors = [luma + 1.402 * red, luma - 0.344136 * blue - 0.714136 * red, luma + 1.772 * blue]
     result = torch.cat(colors, dim=1).round().clamp(0.0, 255.0) / 127.5 - 1.0
     return result[..., :height, :width]
@@ -99,7 +100,8 @@ def _through_blocks(planes: Tensor, table: Tensor) -> Tensor:
     index = torch.arange(8, dtype=torch.float32, device=planes.device)
     cosine = 0.5 * torch.cos((2.0 * index + 1.0) * index[:, None] * (math.pi / 16.0))
     cosine = torch.where(index[:, None] == 0, cosine / math.sqrt(2.0), cosine)
-    blocks = planes.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)  # [B, C, H/8, W/8, 8, 8]
+    rows, columns = planes.shape[2] // 8, planes.shape[3] // 8
+    blocks = planes.reshape(*planes.shape[:2], rows, 8, columns, 8).transpose(3, 4)
     steps = table[:, None, None, None]
     kept = cosine.T @ (((cosine @ blocks @ cosine.T) / steps).round() * steps) @ cosine
-    return kept.transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    return kept.transpose(3, 4).reshape(planes.shape)

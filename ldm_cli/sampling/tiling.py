@@ -7,9 +7,11 @@ of a picture of its own, and their weighted mean is the picture that fits all of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ldm_cli.core.window import Window
 
@@ -37,17 +39,26 @@ def windows(height: int, width: int, window: int, overlap: int) -> Iterator[Wind
             yield Window(top, left, min(window, height - top), min(window, width - left))
 
 
-def mosaic(parts: Iterable[tuple[Window, Tensor]], height: int, width: int) -> Tensor:
-    """Parts of a picture, [B, C, …] each, blended where they overlap: float32 [B, C, height, width]."""
-    total, weights = torch.zeros(()), torch.zeros(())
+def strips(parts: Iterable[tuple[Window, Tensor]], width: int) -> Iterator[Tensor]:
+    """A picture of parts, [B, C, …] each, blended where they overlap: strips float32 [B, C, …, width], from the top.
+
+    A strip is given as soon as no further part reaches it. The parts come in the order of `windows`.
+    """
+    top, total, weights = 0, torch.zeros(()), torch.zeros(())
     for window, part in parts:
         if total.ndim == 0:
-            total = part.new_zeros(*part.shape[:2], height, width, dtype=torch.float32)
-            weights = total.new_zeros(height, width)
+            total = part.new_zeros(*part.shape[:2], 0, width, dtype=torch.float32)
+            weights = total.new_zeros(0, width)
+        if num_complete := window.top - top:
+            yield total[..., :num_complete, :] / weights[:num_complete]
+            total, weights, top = total[..., num_complete:, :], weights[num_complete:], window.top
+        if missing := window.height - len(weights):
+            total, weights = F.pad(total, (0, 0, 0, missing)), F.pad(weights, (0, 0, 0, missing))
         weight = _tent(window.height, total)[:, None] * _tent(window.width, total)
-        total[window.area] += weight * part.float()
-        weights[window.area] += weight
-    return total.div_(weights)
+        area = replace(window, top=0).area
+        total[area] += weight * part.float()
+        weights[area] += weight
+    yield total / weights
 
 
 def tiled(
@@ -77,7 +88,7 @@ def tiled(
         (part.scaled(out_scale), function(x[part.scaled(in_scale).area].contiguous()))
         for part in windows(height, width, window, overlap)
     )
-    return mosaic(parts, height * out_scale, width * out_scale)
+    return torch.cat(list(strips(parts, width * out_scale)), dim=-2)
 
 
 def _tent(size: int, like: Tensor) -> Tensor:

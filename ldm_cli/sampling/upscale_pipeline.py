@@ -38,7 +38,7 @@ class UpscalePipeline(Pipeline):
     @property
     def facts(self) -> dict[str, Any]:
         """See `Pipeline`; with the level of the noise."""
-        return super().facts | {"upscale": {"noise_level": Upscaling(self.family, _ANY, self._noise_level).level}}
+        return super().facts | {"upscale": {"noise_level": self._upscaling(SamplingConfig(), PLAIN).level}}
 
     @property
     def multiple(self) -> int:
@@ -69,6 +69,8 @@ class UpscalePipeline(Pipeline):
         self._upscaling(config, options).check()
         if noise is not None:
             raise UsageError("--latents has no meaning for a model that enlarges pictures", remedy="leave it out")
+        if options.preview_every:
+            raise UsageError("a model that enlarges pictures has no previews", remedy="leave --preview-every out")
         if options.edit_input is None:
             self.image_size(SamplingConfig())
 
@@ -88,9 +90,6 @@ class UpscalePipeline(Pipeline):
     def _upscaling(self, config: SamplingConfig, options: SampleOptions) -> Upscaling:
         tile = None if options.window is None else options.window * self.family.codec.factor
         return Upscaling(self.family, config, self._noise_level, tile, options.weighted)
-
-
-_ANY = SamplingConfig()
 
 
 class UpscaledPipeline(PicturePipeline):

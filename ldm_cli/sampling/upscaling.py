@@ -28,7 +28,7 @@ from ldm_cli.sampling.noise import noise_of_window
 from ldm_cli.sampling.pixels import is_sound
 from ldm_cli.sampling.request import GeneratedImage, ImageRequest
 from ldm_cli.sampling.sample_options import PLAIN, OnNonfinite
-from ldm_cli.sampling.tiling import mosaic, windows
+from ldm_cli.sampling.tiling import strips, windows
 
 _PURPOSES = ("upscaling: initial noise", "upscaling: step noise", "upscaling: noise on the small picture")
 _LEAST_TILE = 256  # pixels of the result; smaller parts are mostly overlap
@@ -137,10 +137,12 @@ def upscale(
             own = work.without_guidance() if requests[group[0]].prompt == config.negative else work
             padded = [requests[i] for i in group] + [requests[group[-1]]] * (rows - len(group))
             small = filled(torch.stack([pictures[i] for i in group]), rows)
-            images = own.images(small, padded, tiles, progress, group[0])[: len(group)]
-            pixels = to_bytes(images).cpu()
-            for i, found, is_kept in zip(group, pixels, is_sound(images).tolist(), strict=True):
-                if is_kept:
+            made = own.images(small, padded, tiles, progress, group[0])
+            finished = [(to_bytes(strip).cpu(), is_sound(strip).cpu()) for strip in made]
+            pixels = torch.cat([strip for strip, _ in finished], dim=2)
+            is_kept = torch.stack([kept for _, kept in finished]).all(dim=0)
+            for i, found, kept in zip(group, pixels, is_kept.tolist(), strict=False):
+                if kept:
                     yield GeneratedImage(i, requests[i], found)
                 else:
                     on_nonfinite(_nonfinite(requests[i]))
@@ -166,8 +168,8 @@ class _Work:
     @torch.inference_mode()
     def images(
         self, small: Tensor, requests: Sequence[ImageRequest], tiles: Sequence[Window], progress: Progress, done: int
-    ) -> Tensor:
-        """Pictures [N, 3, h, w] → [N, 3, H, W] in about [−1, 1], part by part."""
+    ) -> Iterator[Tensor]:
+        """Pictures uint8 [N, 3, h, w] → strips of the results in about [−1, 1], from the top: [N, 3, …, W]."""
         family, low = self.upscaling.family, self.upscaling.low
         pictures = to_signed(small, family.device)
         level = torch.full((len(requests),), self.upscaling.level, device=family.device)
@@ -185,9 +187,10 @@ class _Work:
             return family.codec.decode(sampler.sample(requests, initial(0), lambda predictor: predictor))
 
         if len(tiles) == 1:
-            return part(1, tiles[0])
+            yield part(1, tiles[0])
+            return
         parts = ((tile.scaled(low.factor), part(number, tile)) for number, tile in enumerate(tiles, start=1))
-        return mosaic(parts, small.shape[-2] * low.factor, small.shape[-1] * low.factor)
+        yield from strips(parts, small.shape[-1] * low.factor)
 
 
 def _groups(

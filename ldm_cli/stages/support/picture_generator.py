@@ -86,7 +86,7 @@ class PictureGenerator:
         paths = {"model": self.pipeline.family.folder, "latents": self._latents.file if self._latents else None}
         paths |= {name: getattr(self.recipe.edit, name) for name in ("image", "mask", "style")}
         if self.recipe.upscale is not None and self.recipe.model:
-            paths[UPSCALER] = self.recipe.upscale.model
+            paths[UPSCALER] = Path(self.recipe.upscale.model)
         paths |= {lora_source(name): path for name, path in self._adapters.paths.items()}
         paths |= {embedding_source(word): path for word, path in self._adapters.embeddings.items()}
         return {n: recorded(Path(p).expanduser().absolute()) for n, p in paths.items() if p is not None}
