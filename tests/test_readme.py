@@ -56,6 +56,7 @@ NAMES = (
     "stable-diffusion-3",
     "edit",
     "upscale",
+    "pixels",
     "lora",
     "image-prompts",
     "foreign-models",

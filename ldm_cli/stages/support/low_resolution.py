@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from ldm_cli.families.pixel_diffusion import pixel_settings
 from ldm_cli.formats.scheduler_file import our_settings
 from ldm_cli.recipe.schema import TrainUnetRecipe
 
+_CUT_OFF = {"dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0}
 _PURPOSES = ("low-resolution noise", "low-resolution level", "blur", "JPEG")
 
 
@@ -100,7 +102,8 @@ def upscaler(
     level, highest = min(config.noise_level, config.noise_augmentation), config.noise_augmentation
     if isinstance(codec, PixelCodec):
         low = LowResolution(config.factor, config.factor, highest, level, pixel_upscale.NOISING_BETAS)
-        settings = pixel_settings(diffusion.to_mapping())
+        # A division by the largest values would change colours that the small picture decides: cut them off.
+        settings = replace(pixel_settings(diffusion.to_mapping()), threshold=_CUT_OFF)
         return pixel_upscale.PixelUpscale(denoiser, codec, encoder, settings, low_resolution=low)
     low = LowResolution(config.factor, 1, highest, level, stable_diffusion_upscale.NOISING_BETAS)
     settings = our_settings(diffusion.to_mapping())
