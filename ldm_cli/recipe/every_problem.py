@@ -12,7 +12,7 @@ from ldm_cli.config import Config
 from ldm_cli.recipe.problems import Problem, find_problems
 from ldm_cli.recipe.yaml_source import Path
 
-_SUBSTITUTES = (1, "a", {}, ["a"])
+_SUBSTITUTES: tuple[Any, ...] = (1, "a", {}, ["a"])
 """Values that a required field may take while the others are checked."""
 _MOST_ROUNDS = 100
 
@@ -39,7 +39,7 @@ def every_problem(error: ValidationError, model: type[Config], data: Any, quoted
             if section is None:
                 continue
             if meant and meant not in section:
-                data = _with(data, (*path[:-1], meant), section[path[-1]])
+                data = _with(data, (*path[:-1], meant), section[str(path[-1])])
                 attempts[(*path[:-1], meant)] += 1
             is_required = attempts[path] or path[-1] not in section
             data = _with(data, path, _SUBSTITUTES[max(0, attempts[path] - 1)]) if is_required else _without(data, path)
