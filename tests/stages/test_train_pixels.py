@@ -152,8 +152,8 @@ def test_classes_are_learnt_and_asked_for_by_name_or_number(labelled: Path, tmp_
     noise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1)).expand(3, -1, -1, -1)
     red = pictures(family, ["circle", "3", "ring"], noise, steps=10, guidance=1.0)[:, 0].float().mean(dim=(1, 2))
     assert (red - torch.tensor([0.0, 120.0, 200.0])).abs().max() < 40
-    with pytest.raises(UsageError, match="no class 'circle': its classes are circle, square"):
-        pictures(family, ["circle"], noise[:1])
+    with pytest.raises(UsageError, match="no class 'hexagon': its classes are circle, square"):
+        pictures(family, ["hexagon"], noise[:1])
     index = json.loads((tmp_path / "model/model_index.json").read_text())
     assert index["id2label"]["5"] == "ring"
 
