@@ -51,6 +51,7 @@ NAMES = (
     "stable-diffusion-3",
     "edit",
     "upscale",
+    "pixels",
     "lora",
     "foreign-models",
     "eval",

@@ -32,7 +32,7 @@ from .test_train_pixels import pixel_recipe
 from .tiny import trained
 
 REQUESTS = [ImageRequest("a red circle", 3), ImageRequest("a blue square", 4)]
-SETTINGS = [
+SETTINGS: list[dict[str, Any]] = [
     {"sampling": {"steps": 3, "guidance": {"scale": 2.0}}},
     {"sampling": {"steps": 2, "sampler": "ddim", "guidance": {"scale": 1.0}}, "noise_level": 5},
 ]

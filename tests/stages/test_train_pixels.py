@@ -16,11 +16,14 @@ from ldm_cli.families.label_encoder import LabelEncoder
 from ldm_cli.families.open_family import open_family, outline_family
 from ldm_cli.families.pixel_diffusion import PixelDiffusion
 from ldm_cli.families.prompt_chunks import PromptReading
-from ldm_cli.recipe.schema import TrainUnetRecipe
+from ldm_cli.recipe.schema import EvalRecipe, TrainUnetRecipe
+from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.request import ImageRequest
+from ldm_cli.stages import evaluate
 from ldm_cli.stages.support.batch_encoder import cache_key
+from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.stages.train_unet import parameters
 
 from ..faults.runs import assert_same_run
@@ -153,6 +156,26 @@ def test_classes_are_learnt_and_asked_for_by_name_or_number(labelled: Path, tmp_
         pictures(family, ["cirle"], noise[:1])
     index = json.loads((tmp_path / "model/model_index.json").read_text())
     assert index["id2label"]["5"] == "ring"
+
+
+def test_eval_asks_a_model_of_classes_for_the_classes_of_the_data(
+    labelled: Path, clip_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(class_recipe(labelled, steps=1), tmp_path)
+    asked: set[str] = set()
+    index_of = LabelEncoder._index
+
+    def noted(self: LabelEncoder, name: str) -> int:
+        asked.add(name)
+        return index_of(self, name)
+
+    monkeypatch.setattr(LabelEncoder, "_index", noted)
+    data = {"shards": str(labelled / "val-*.tar"), "image_size": 16, "caption": "cls"}
+    config: dict[str, Any] = {"pipeline": str(tmp_path / "model"), "clip": str(clip_run / "model")}
+    config |= {"metrics": ["clip_score"], "num_generated": 6, "sampling": {"steps": 2, "images_per_prompt": 1}}
+    recipe = EvalRecipe.from_mapping({"command": "eval", "data": data, "eval": config})
+    evaluate.run(recipe, RunOptions(device="cpu"), SilentReporter())
+    assert asked == {"", "0", "1", "2", "3", "4", "5"}
 
 
 def test_a_folder_with_classes_gives_the_pictures_of_diffusers(
