@@ -175,6 +175,23 @@ def test_a_folder_of_ours_opens_in_diffusers_with_the_same_weights_and_levels(tm
     assert open_family(tmp_path / "ours").low_resolution == family.low_resolution
 
 
+def test_latents_of_another_unit_are_saved_in_that_of_the_pipeline(tmp_path):
+    family = open_family(latent_folder(tmp_path, diffusers.DDIMScheduler(**SCHEDULER, steps_offset=1)))
+    family.codec.config = family.codec.config.model_copy(update={"scaling_factor": 0.7, "shift_factor": 0.4})
+    family.save(tmp_path / "ours")
+    vae = diffusers.StableDiffusionUpscalePipeline.from_pretrained(tmp_path / "ours").vae
+    saved = open_family(tmp_path / "ours").codec
+    assert vae.config.scaling_factor == saved.config.scaling_factor == 0.08333
+    images = SMALL.float() / 127.5 - 1
+    latents, noise = family.codec.encode(images), NOISE[0, :, :, :6, :6]
+    with torch.no_grad():
+        assert (saved.encode(images) - latents).abs().max() < 1e-5
+        assert (saved.decode(latents) - family.codec.decode(latents)).abs().max() < 1e-5
+        assert (vae.decode(latents / 0.08333).sample - family.codec.decode(latents)).abs().max() < 1e-5
+        sampled = [codec.latents(codec.moments(images), noise) for codec in (family.codec, saved)]
+    assert (sampled[0] - sampled[1]).abs().max() < 1e-5
+
+
 def test_a_part_is_enlarged_as_in_the_whole():
     pictures = torch.randn(2, 3, 9, 13, generator=torch.Generator().manual_seed(0))
     whole = torch.nn.functional.interpolate(pictures, (27, 39), mode="bilinear", align_corners=True)
