@@ -42,8 +42,7 @@ def pack(
     val_fraction: float = 0.0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write shards `PREFIX000000.tar`, …: image bytes as they are, txt, cls if there is a class, mask.png if
-    there is a mask, and a json.
+    """Write shards `PREFIX000000.tar`, … of image bytes as they are, txt, cls, mask.png (where there are) and json.
 
     The json holds all other facts, path, width and height, the name of the class as `class`, and `captions`, the list
     of all captions; txt is the first of them. Pictures that are missing or cannot be decoded are left out, other files
@@ -53,8 +52,7 @@ def pack(
     Args:
         source, choices: as in `find_pictures`.
         out: a folder, which may hold shards of other prefixes.
-        shard_samples: samples per shard.
-        prefix: of the shards' names.
+        shard_samples, prefix: samples per shard, and of its name.
         val_fraction: share of the pictures that become held-out shards `val-…`, in [0, 1). A hash of its path decides
             for each picture, so that further ones change nothing for it.
         overwrite: replace shards of these prefixes.
@@ -72,8 +70,7 @@ def pack(
     """
     if shard_samples < 1 or not 0 <= val_fraction < 1:
         raise ValueError(f"pack: {shard_samples=}, {val_fraction=}")
-    report = PackReport()
-    packing = _Packing(report, val_fraction)
+    packing = _Packing(report := PackReport(), val_fraction)
     prefixes = [prefix, *([_val_prefix(prefix)] if val_fraction else [])]
     with _appearing_whole(out, prefixes, overwrite) as folder:
         series = [ShardSeries(folder, name, shard_samples) for name in prefixes]
