@@ -81,8 +81,7 @@ def pack(
         if not any(one.num_samples for one in series):
             remedy = "tars are shards already: name them as data.shards" if report.not_read[".tar"] else ""
             raise InputNotFoundError(f"there are no pictures to pack in '{source}'", report.what_was_seen(), remedy)
-    counts = [one.num_samples for one in series]
-    packing.warn(reporter, counts)
+    packing.warn(reporter, counts := [one.num_samples for one in series])
     return {
         "samples": counts[0],
         "val_samples": sum(counts[1:]),

@@ -12,7 +12,7 @@ from ldm_cli.config import Config
 from ldm_cli.recipe.problems import Problem, find_problems
 from ldm_cli.recipe.yaml_source import Path
 
-_SUBSTITUTES = (1, "a", {}, ["a"])
+_SUBSTITUTES: tuple[Any, ...] = (1, "a", {}, ["a"])
 """Values that a required field may take while the others are checked."""
 _MOST_ROUNDS = 100
 
@@ -35,13 +35,14 @@ def every_problem(error: ValidationError, model: type[Config], data: Any, quoted
         for path, meant in {_blamed(problem): problem.meant for problem in problems}.items():
             if not path or attempts[path] > len(_SUBSTITUTES):
                 return found
+            name = str(path[-1])
             section = _section(data, path[:-1])
             if section is None:
                 continue
             if meant and meant not in section:
-                data = _with(data, (*path[:-1], meant), section[path[-1]])
+                data = _with(data, (*path[:-1], meant), section[name])
                 attempts[(*path[:-1], meant)] += 1
-            is_required = attempts[path] or path[-1] not in section
+            is_required = attempts[path] or name not in section
             data = _with(data, path, _SUBSTITUTES[max(0, attempts[path] - 1)]) if is_required else _without(data, path)
             attempts[path] += 1
         try:
