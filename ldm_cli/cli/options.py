@@ -48,6 +48,7 @@ DataTrace = Annotated[
     Path | None, option("--data-trace", metavar="FILE", text="Write a line `step shard key` per sample.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what the command would do, without doing it.")]
+Measure = Annotated[bool, typer.Option("--measure", help="With --dry-run: time some steps, and give hours.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]

@@ -22,6 +22,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 _SECONDS_WORTH_A_LINE = 2.0
 _RATE_WINDOW = 30.0
 _RATE_UPDATES = 12
+_BAR_WIDTH = 24
 
 
 _running: list[Pace] = []
@@ -96,9 +97,16 @@ def show_figures(figures: Mapping[str, Figure]) -> str:
     )
 
 
-def _joined(pace: Pace, figures: Mapping[str, Figure]) -> str:
-    """`step 120/2000 (6%), 3.4 step/s, ETA 0:09:12, loss 0.1234`."""
-    return ", ".join(part for part in (pace.count(), str(pace), show_figures(figures)) if part)
+def _joined(pace: Pace, figures: Mapping[str, Figure], width: int | None = None) -> str:
+    """`step 120/2000 (6%), 3.4 step/s, ETA 0:09:12, loss 0.1234`; what is beyond `width` columns is left out whole."""
+    parts = [pace.count(), *str(pace).split(", "), *(show_figures({name: value}) for name, value in figures.items())]
+    text = ""
+    for part in filter(None, parts):
+        longer = f"{text}, {part}" if text else part
+        if text and width is not None and len(longer) > width:
+            break
+        text = longer
+    return text
 
 
 def _clock_time(seconds: float) -> str:
@@ -191,7 +199,7 @@ class LiveReporter:
         task = bars.add_task(printable(title), total=total, completed=done, about=pace.count())
         _running.append(pace)
         try:
-            yield _LiveProgress(bars, task, pace)
+            yield _LiveProgress(bars, task, pace, self._console.width - len(printable(title)) - _BAR_WIDTH - 2)
             _running.remove(pace)
         finally:
             if outermost:
@@ -206,7 +214,7 @@ class LiveReporter:
 
         return RichProgress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=_BAR_WIDTH),
             TextColumn("{task.fields[about]}", markup=False),
             console=self._console,
             refresh_per_second=4,
@@ -214,13 +222,13 @@ class LiveReporter:
 
 
 class _LiveProgress:
-    def __init__(self, bars: RichProgress, task: TaskID, pace: Pace) -> None:
-        self._bars, self._task, self._pace = bars, task, pace
+    def __init__(self, bars: RichProgress, task: TaskID, pace: Pace, width: int) -> None:
+        self._bars, self._task, self._pace, self._width = bars, task, pace, width
         self._figures: Mapping[str, Figure] = {}
 
     def update(self, done: int, figures: Mapping[str, Figure] | None = None) -> None:
         """Move the bar."""
         self._pace.update(done)
         self._figures = figures or self._figures
-        about = _joined(self._pace, self._figures)
+        about = _joined(self._pace, self._figures, self._width)
         self._bars.update(self._task, completed=done, about=printable(about))

@@ -33,22 +33,44 @@ def show_result(result: Mapping[str, Any], as_json: bool) -> None:
     write_result(_rendered(_sections("", result)))
 
 
-def show_dry_run(loaded: LoadedRecipe, as_json: bool, num_ranks: int = 1) -> None:
-    """`--dry-run`: the resolved recipe, and the memory and data of each rank."""
+def show_dry_run(loaded: LoadedRecipe, as_json: bool, num_ranks: int = 1, measured_on: str | None = None) -> None:
+    """`--dry-run`: memory and data of each rank, and the fields that the recipe changes; as JSON every field.
+
+    Args:
+        loaded: the recipe.
+        as_json: whether for programs.
+        num_ranks: how many train together.
+        measured_on: device on which to time some steps; None: none are taken.
+    """
     from ldm_cli.cli.report import make_reporter
     from ldm_cli.recipe.yaml_source import to_yaml
     from ldm_cli.stages.dry_run import dry_run
 
     result = dry_run(loaded.recipe, make_reporter(), num_ranks)
+    if measured_on is not None:
+        from ldm_cli.stages.measure import measure
+        from ldm_cli.stages.support.options import RunOptions
+
+        num_samples = result.get("shards", {}).get("num_samples")
+        recipe: Any = loaded.recipe
+        result["measured"] = measure(recipe, RunOptions(device=measured_on), num_samples, make_reporter())
     if as_json:
         show_result(result, as_json=True)
         return
-    write_result(to_yaml(result.pop("recipe"), ascii_only=not is_utf8()) + "\n")
-    notes = result.pop("notes")
-    if "bytes" in result:
-        result["memory"] = {name: amount(size) for name, size in result.pop("bytes").items()}
+    notes, _, sizes = result.pop("notes"), result.pop("recipe"), result.pop("bytes", {})
+    if "memory" in result:
+        memory = result.pop("memory")
+        options = {f"with {setting}": amount(size) for setting, size in memory.pop("with").items()}
+        shown = {name: amount(size) for name, size in memory.items()} | options
+        result = {"memory": shown | {"in main memory while saving": amount(sizes["save"])}} | result
+    elif sizes:
+        result = {"memory": {name: amount(size) for name, size in sizes.items()}} | result
+    if "epochs" in result:
+        result["shards"] |= {name: result.pop(name) for name in ("steps_per_epoch", "epochs")}
     show_result(result, as_json=False)
     write_result("".join(f"note: {printable(note)}\n" for note in notes))
+    changed = loaded.recipe.model_dump(mode="json", exclude_unset=True, exclude_defaults=True)
+    write_result("\n" + to_yaml(changed, ascii_only=not is_utf8()))
 
 
 def _is_compound(value: Any) -> bool:
@@ -56,6 +78,11 @@ def _is_compound(value: Any) -> bool:
     if isinstance(value, Mapping):
         return len(value) > 0
     return isinstance(value, list | tuple) and any(isinstance(entry, Mapping) for entry in value)
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a row would say nothing."""
+    return value is None or (isinstance(value, list | tuple | Mapping | str) and not value)
 
 
 def _sections(title: str, value: Any) -> list[Section]:
@@ -66,7 +93,7 @@ def _sections(title: str, value: Any) -> list[Section]:
     is_grid = len(children) > 1 and all(isinstance(v, Mapping) and not _holds_compound(v) for v in children)
     if title and is_grid:
         return [(title, _rows([{"": name, **fields} for name, fields in value.items()]))]
-    single = {name: v for name, v in value.items() if not _is_compound(v)}
+    single = {name: v for name, v in value.items() if not (_is_compound(v) or _is_empty(v))}
     sections = [(title, _pairs(single))] if single else []
     inner = [(f"{title} / {name}" if title else name, v) for name, v in value.items() if _is_compound(v)]
     return sections + [section for name, v in inner for section in _sections(name, v)]

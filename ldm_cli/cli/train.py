@@ -10,6 +10,7 @@ from ldm_cli.cli import options as given
 from ldm_cli.cli.launch import become_ranks, is_first_rank, make_rank_reporter
 from ldm_cli.cli.show import show_dry_run, show_result
 from ldm_cli.cli.startup import importing
+from ldm_cli.errors import UsageError
 from ldm_cli.training.interruption import release_signals
 
 COMMANDS = {
@@ -33,6 +34,7 @@ def command(
     nproc: given.NumProcesses = None,
     data_trace: given.DataTrace = None,
     dry_run: given.DryRun = False,
+    measure: given.Measure = False,
     json: given.Json = False,
     debug: given.Debug = False,
 ) -> None:
@@ -47,9 +49,11 @@ def command(
         from ldm_cli.stages.support.options import RunOptions  # imports torch: a faulty recipe is refused before
 
     options = RunOptions(out, device, resume, limit, data_trace=data_trace, recipe_text=loaded.text)
+    if measure and not dry_run:
+        raise UsageError("--measure needs --dry-run", remedy="add --dry-run, or leave --measure out")
     if dry_run:
         release_signals()
-        show_dry_run(loaded, json, max(1, nproc or 1))
+        show_dry_run(loaded, json, max(1, nproc or 1), device if measure else None)
         return
     result = _run(name, loaded.recipe, options)
     if is_first_rank():

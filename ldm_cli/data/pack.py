@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,7 @@ def pack(
     val_fraction: float = 0.0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write shards `PREFIX000000.tar`, …: image bytes as they are, txt, cls if there is a class, mask.png if
-    there is a mask, and a json.
+    """Write shards `PREFIX000000.tar`, … of image bytes as they are, txt, cls, mask.png (where there are) and json.
 
     The json holds all other facts, path, width and height, the name of the class as `class`, and `captions`, the list
     of all captions; txt is the first of them. Pictures that are missing or cannot be decoded are left out, other files
@@ -52,8 +52,7 @@ def pack(
     Args:
         source, choices: as in `find_pictures`.
         out: a folder, which may hold shards of other prefixes.
-        shard_samples: samples per shard.
-        prefix: of the shards' names.
+        shard_samples, prefix: samples per shard, and of its name.
         val_fraction: share of the pictures that become held-out shards `val-…`, in [0, 1). A hash of its path decides
             for each picture, so that further ones change nothing for it.
         overwrite: replace shards of these prefixes.
@@ -71,32 +70,21 @@ def pack(
     """
     if shard_samples < 1 or not 0 <= val_fraction < 1:
         raise ValueError(f"pack: {shard_samples=}, {val_fraction=}")
-    report = PackReport()
-    sources = find_pictures(source, choices, report)
-    packing = _Packing(report)
+    packing = _Packing(report := PackReport(), val_fraction)
     prefixes = [prefix, *([_val_prefix(prefix)] if val_fraction else [])]
     with _appearing_whole(out, prefixes, overwrite) as folder:
         series = [ShardSeries(folder, name, shard_samples) for name in prefixes]
         with ExitStack() as stack, reporter.progress(f"packing into {out}", None, unit="image") as progress:
-            for one in series:
-                stack.enter_context(one)
-            for picture, members in packing.samples(sources, progress):
-                is_held_out = _share(picture.name) < val_fraction
-                for _ in range(1 if is_held_out else picture.repeats):
-                    series[int(is_held_out)].add(members)
+            own = [stack.enter_context(one) for one in series]
+            for is_held_out, members in packing.samples(find_pictures(source, choices, report), progress):
+                own[int(is_held_out)].add(members)
         if not any(one.num_samples for one in series):
             remedy = "tars are shards already: name them as data.shards" if report.not_read[".tar"] else ""
             raise InputNotFoundError(f"there are no pictures to pack in '{source}'", report.what_was_seen(), remedy)
-    if packing.num_several:
-        reporter.warn(
-            f"samples with several captions: {packing.num_several}; txt holds the first of them: train with "
-            "data.caption=json:captions to choose one of them each time"
-        )
-    if val_fraction and 0 in (counts := [one.num_samples for one in series]):
-        reporter.warn(f"{counts[0]} samples for training and {counts[1]} held out: change --val-fraction")
+    packing.warn(reporter, counts := [one.num_samples for one in series])
     return {
-        "samples": series[0].num_samples,
-        "val_samples": sum(one.num_samples for one in series[1:]),
+        "samples": counts[0],
+        "val_samples": sum(counts[1:]),
         "without_caption": packing.num_without,
         "several_captions": packing.num_several,
         "with_mask": packing.num_masks,
@@ -164,13 +152,26 @@ def _appearing_whole(out: Path, prefixes: Sequence[str], overwrite: bool) -> Ite
 class _Packing:
     """Samples of sources, and their counts."""
 
-    def __init__(self, report: PackReport) -> None:
+    def __init__(self, report: PackReport, val_fraction: float) -> None:
         self.num_several = self.num_without = self.num_masks = 0
-        self._report, self._masks = report, MaskFiles()
+        self._report, self._masks, self._val_fraction = report, MaskFiles(), val_fraction
 
-    def samples(self, sources: Iterable[Source], progress: Progress) -> Iterator[tuple[Source, dict[str, bytes]]]:
-        """The members of every picture's samples; one that cannot be used is left out and counted."""
-        for number, source in enumerate(sources, start=1):
+    def warn(self, reporter: Reporter, counts: Sequence[int]) -> None:
+        """Warn of captions that are not used, and of a split without one side; `counts` has the samples of each."""
+        if self.num_several:
+            reporter.warn(
+                f"samples with several captions: {self.num_several}; txt holds the first of them: train with "
+                "data.caption=json:captions to choose one of them each time"
+            )
+        if len(counts) > 1 and 0 in counts:
+            reporter.warn(f"{counts[0]} samples for training and {counts[1]} held out: change --val-fraction")
+
+    def samples(self, sources: Iterable[Source], progress: Progress) -> Iterator[tuple[bool, dict[str, bytes]]]:
+        """The members of every sample, and whether it is held out, which takes one sample of a picture alone; a picture
+        that cannot be used is left out and counted."""
+        for number, picture in enumerate(sources, start=1):
+            is_held_out = _share(picture.name) < self._val_fraction
+            source = replace(picture, repeats=1) if is_held_out else picture
             try:
                 members = self._members(source)
             except BadSampleError as bad:
@@ -179,7 +180,8 @@ class _Packing:
                 self.num_without += source.repeats * (not source.captions)
                 self.num_several += source.repeats * (len(source.captions) > 1)
                 self.num_masks += source.repeats * (MASK_MEMBER in members)
-                yield source, members
+                for _ in range(source.repeats):
+                    yield is_held_out, members
             progress.update(number)
 
     def _members(self, source: Source) -> dict[str, bytes]:

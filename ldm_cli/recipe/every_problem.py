@@ -35,13 +35,14 @@ def every_problem(error: ValidationError, model: type[Config], data: Any, quoted
         for path, meant in {_blamed(problem): problem.meant for problem in problems}.items():
             if not path or attempts[path] > len(_SUBSTITUTES):
                 return found
+            name = str(path[-1])
             section = _section(data, path[:-1])
             if section is None:
                 continue
             if meant and meant not in section:
-                data = _with(data, (*path[:-1], meant), section[str(path[-1])])
+                data = _with(data, (*path[:-1], meant), section[name])
                 attempts[(*path[:-1], meant)] += 1
-            is_required = attempts[path] or path[-1] not in section
+            is_required = attempts[path] or name not in section
             data = _with(data, path, _SUBSTITUTES[max(0, attempts[path] - 1)]) if is_required else _without(data, path)
             attempts[path] += 1
         try:

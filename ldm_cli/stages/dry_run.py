@@ -26,6 +26,7 @@ from ldm_cli.recipe.train_recipe import StartedRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.stages import trainer_stage
 from ldm_cli.stages.support.eval_models import Pipelines, needed_models
+from ldm_cli.stages.support.memory_estimate import memory_estimate
 from ldm_cli.stages.support.model_sizes import count_parameters, halved_models, model_at, outlined, training_bytes
 from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import resolve_device
@@ -44,8 +45,8 @@ def dry_run(recipe: Recipe, reporter: Reporter, num_ranks: int = 1) -> dict[str,
     Returns:
         `recipe` (every field), `parameters` (module → count), `bytes` (what stays in the memory of each rank,
         activations not counted: `weights`, `gradients`, `optimizer`, `ema`; `save`: in main memory, while rank 0 writes
-        a checkpoint), and where they apply `shards`, `steps_per_epoch`, `epochs`, `images`; `notes` says what could not
-        be found yet, and what `bytes` leaves out.
+        a checkpoint), of a trainer `memory` (`memory_estimate`), and where they apply `shards`, `steps_per_epoch`,
+        `epochs`, `images`; `notes` says what could not be found yet, and what `bytes` leaves out.
 
     Raises:
         RecipeError: the models that the recipe names do not fit together, or the ranks cannot share the batch.
@@ -78,7 +79,8 @@ def dry_run(recipe: Recipe, reporter: Reporter, num_ranks: int = 1) -> dict[str,
         recipe.train.parts_per_rank(num_ranks)
         trained, frozen = trainer_stage(recipe.command).parameters(recipe, notes)
         sizes = training_bytes(trained, frozen, recipe.train, num_ranks, halved_models(recipe))
-        result |= {"parameters": trained | frozen, "bytes": sizes}
+        memory = memory_estimate(recipe, sizes, sum(trained.values()), num_ranks)
+        result |= {"parameters": trained | frozen, "bytes": sizes, "memory": memory}
         notes += _about_ranks(recipe.train, num_ranks)
         result |= _shards(recipe.data, notes, reporter)
         result |= _epochs(recipe.train, result)

@@ -134,6 +134,7 @@ def train(
             trainer.set_training(True)
             run.begin_step(trainer.step + 1)
             trainer.advance(next(stream))
+            progress.update(trainer.step)
             throughput.num_images += config.batch_size
             due = _Due.after(trainer.step, config)
             if device.type == "cpu" or any(due):

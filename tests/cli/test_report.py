@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from ldm_cli.cli.report import LiveReporter, Pace, PlainReporter, show_figures
+from ldm_cli.cli.report import LiveReporter, Pace, PlainReporter, _joined, show_figures
 
 
 class Clock:
@@ -111,3 +111,11 @@ def test_bars_may_stand_inside_bars() -> None:
         outer.update(2)
     with reporter.progress("again", 1) as again:
         again.update(1)
+
+
+def test_figures_beyond_the_width_are_left_out_whole() -> None:
+    pace = Pace(2000, 120, "step", lambda: 0.0)
+    figures = {"loss": 0.5, "images_per_second": 123.0}
+    assert _joined(pace, figures) == "step 120/2000 (6%), loss 0.5, images_per_second 123"
+    assert _joined(pace, figures, 40) == "step 120/2000 (6%), loss 0.5"
+    assert _joined(pace, figures, 3) == "step 120/2000 (6%)", "the count stays"

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from ldm_cli.cli import app
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.clip import CLIPModel
@@ -17,9 +19,15 @@ from ldm_cli.data.scenes import write_scenes
 from ldm_cli.errors import RecipeError
 from ldm_cli.formats.save_model import save_model
 from ldm_cli.recipe.load import load_recipe
-from ldm_cli.recipe.schema import TrainUnetRecipe
+from ldm_cli.recipe.schema import TrainUnetRecipe, TrainVaeRecipe
+from ldm_cli.recipe.train_recipe import TrainRecipe
+from ldm_cli.recipe.yaml_source import parse_yaml
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages.dry_run import count_parameters, dry_run
+from ldm_cli.stages.measure import measure
+from ldm_cli.stages.support import activation_sizes
+from ldm_cli.stages.support.activation_sizes import activation_bytes
+from ldm_cli.stages.support.options import RunOptions
 
 TRAIN = ["train.steps=30", "train.batch_size=8"]
 VAE = ["vae={block_out_channels: [16, 16], norm_num_groups: 8, down_block_types: [DownEncoderBlock2D,"
@@ -56,6 +64,63 @@ def test_memory_is_counted_per_weight_and_shards_per_sample(tmp_path: Path) -> N
     assert result["shards"] == {"num_shards": 1, "num_samples": 20, "num_val_shards": 1, "num_val_samples": 3}
     assert (result["steps_per_epoch"], result["epochs"]) == (2.5, 12.0)
     assert result["notes"] == []
+
+
+def test_total_memory_adds_activations_and_says_what_would_save_some() -> None:
+    result = planned("train-vae", *VAE, *TRAIN, "train.ema_decay=0.9", "train.precision=fp32")
+    memory, resident = result["memory"], result["bytes"]
+    recipe = load_recipe(None, ["name=x", "data.shards=x", *VAE, *TRAIN], expected_command="train-vae").recipe
+    assert isinstance(recipe, TrainVaeRecipe)
+    one = activation_bytes(recipe)
+    assert memory["activations"] == 8 * one["kept"]
+    held = sum(size for name, size in resident.items() if name != "save")
+    assert memory["total"] == held + memory["activations"]
+    assert memory["with"] == {
+        "train.micro_batch=4": held + 4 * one["kept"],
+        "train.gradient_checkpointing=true": held + 8 * one["checkpointed"],
+        "train.precision=bf16": held + 4 * one["kept"] + 2 * result["parameters"]["vae"],
+    }
+
+
+@pytest.mark.parametrize("name", ["demo/unet", "demo/vae", "demo/vq", "demo/clip", "demo/ar", "sd3/demo"])
+def test_activations_are_those_that_a_real_forward_pass_saves(name: str) -> None:
+    recipe = load_recipe(name).recipe
+    assert isinstance(recipe, TrainRecipe)
+    sizes = activation_bytes(recipe, 4)
+    with torch.random.fork_rng():
+        model, forward = activation_sizes._with_one_sample(recipe, 4)
+        real = activation_sizes._saved_bytes(model, forward)
+    assert 0.8 * real < sizes["kept"] < 1.25 * real
+    assert 0 < sizes["checkpointed"] < sizes["kept"]
+
+
+def test_hours_are_measured_in_a_folder_that_is_deleted(tmp_path: Path) -> None:
+    write_scenes(Path("shards"), 20, 32, 0, SilentReporter(), val_samples=3)
+    recipe = load_recipe(
+        None,
+        ["name=x", "data.shards=shards/train-*.tar", "data.image_size=32", *VAE, "train.steps=3", "train.batch_size=4"],
+        expected_command="train-vae",
+    ).recipe
+    assert isinstance(recipe, TrainRecipe)
+    found = measure(recipe, RunOptions(device="cpu"), 20, SilentReporter())
+    assert found["seconds_per_step"] == pytest.approx(4 / found["images_per_second"])
+    assert found["hours"] == pytest.approx(found["seconds_per_step"] * 3 / 3600)
+    assert found["hours_per_epoch"] == pytest.approx(20 / found["images_per_second"] / 3600)
+    assert [path.name for path in tmp_path.iterdir()] == ["shards"]
+
+
+def test_a_dry_run_prints_memory_first_and_then_what_differs_from_the_defaults(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert app.run(["train-vae", "demo/vae", "--dry-run", "train.log_every=10", "train.eps=1e-6"]) == 0
+    out = capfd.readouterr().out
+    assert out.startswith("memory\n total ")
+    changed = parse_yaml(out[out.index("\ncommand: ") :]).data
+    assert changed["train"]["eps"] == 1e-6
+    assert not {"log_every", "max_nonfinite"} & changed["train"].keys()
+    assert load_recipe(None, [], expected_command="train-vae", base=changed).recipe.to_mapping() == (
+        load_recipe("demo/vae", ["train.eps=1e-6"]).recipe.to_mapping()
+    )
 
 
 def test_the_discriminator_is_trained_but_not_averaged() -> None:

@@ -7,8 +7,10 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -317,3 +319,20 @@ def test_the_learning_rate_warms_up_and_ends_at_its_minimum() -> None:
     assert rates[54] == pytest.approx(0.55)  # half-way down the cosine
     assert rates[-1] == pytest.approx(0.1)
     assert all(a >= b for a, b in pairwise(rates[9:]))
+
+
+def test_progress_moves_with_every_step(tmp_path: Path) -> None:
+    steps: list[int] = []
+
+    class Steps(SilentReporter):
+        @contextmanager
+        def progress(self, title: str, total: int | None, done: int = 0, unit: str = "step") -> Iterator[Any]:
+            yield self
+
+        def update(self, done: int, figures: Any = None) -> None:
+            steps.append(done)
+
+    reporter = Steps()
+    with RunFolder(tmp_path, reporter) as folder, StopRequest(None) as stop:
+        train(ToyTask(), batches, CONFIG, folder, reporter, device=CPU, stop=stop)
+    assert sorted(set(steps)) == list(range(1, CONFIG.steps + 1))
