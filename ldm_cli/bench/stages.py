@@ -48,6 +48,7 @@ class _TurnTaking(SilentReporter):
     def __init__(self, turns: Turns, title: str, every: int, units: int) -> None:
         super().__init__()
         self._turns, self._title, self._every, self._units = turns, title, every, units
+        self._last = 0
 
     @contextmanager
     def progress(self, title: str, total: int | None, done: int = 0, unit: str = "step") -> Iterator[Any]:
@@ -57,5 +58,6 @@ class _TurnTaking(SilentReporter):
 
     def update(self, done: int, figures: Mapping[str, Figure] | None = None) -> None:
         """`done` steps or images are complete."""
-        if done % self._every == 0:
+        if done != self._last and done % self._every == 0:  # a logged step is reported twice
+            self._last = done
             self._turns.done(self._every * self._units)

@@ -43,9 +43,9 @@ class UNet2DConditionModel(Checkpointable):
             assert config.projection_class_embeddings_input_dim is not None  # the Config's own check
             self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim, self.embedding_dim)
         elif config.addition_embed_type == "text":
-            self.add_embedding = TextPooling(
-                config.text_width, self.embedding_dim, config.addition_embed_type_num_heads
-            )
+            assert config.addition_embed_type_num_heads is not None  # the Config's own check
+            heads = config.addition_embed_type_num_heads
+            self.add_embedding = TextPooling(config.text_width, self.embedding_dim, heads)
         specs = [self._spec(level) for level in range(len(channels))]
         self.down_blocks, skip_channels = self._down_blocks(specs)
         self.mid_block: MidBlock | None = None

@@ -127,7 +127,7 @@ class UNet2DConditionConfig(DiffusersConfig):
     """Not supported."""
     cross_attention_norm: None = None
     """Not supported."""
-    addition_embed_type_num_heads: Size = 64
+    addition_embed_type_num_heads: Size | None = 64
     """Heads of the attention pooling of `addition_embed_type: text`."""
 
     @model_validator(mode="after")
@@ -186,10 +186,10 @@ class UNet2DConditionConfig(DiffusersConfig):
             raise ValueError(
                 "encoder_hid_dim and addition_embed_type: text need one cross_attention_dim for all levels"
             )
-        if self.addition_embed_type == "text" and self.text_width % self.addition_embed_type_num_heads:
+        heads = self.addition_embed_type_num_heads
+        if self.addition_embed_type == "text" and (heads is None or self.text_width % heads):
             raise ValueError(
-                f"addition_embed_type_num_heads={self.addition_embed_type_num_heads} does not divide the width "
-                f"{self.text_width} of the text states"
+                f"addition_embed_type_num_heads={heads} does not divide the width {self.text_width} of the text states"
             )
 
     @property
