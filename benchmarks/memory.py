@@ -70,7 +70,7 @@ def readings_of(recipe: str, changes: Sequence[str], folder: str, device: str) -
 
 
 class Readings(SilentReporter):
-    """Reads this process's memory at every progress report of the training with this title."""
+    """Reads this process's memory at every logged step of the training with this title."""
 
     def __init__(self, title: str, device: str) -> None:
         super().__init__()
@@ -85,7 +85,9 @@ class Readings(SilentReporter):
             yield self if title == self.title else silence
 
     def update(self, done: int, figures: Mapping[str, Figure] | None = None) -> None:
-        """Read the memory."""
+        """Read the memory, where there are figures."""
+        if figures is None:
+            return
         sizes = {"resident": resident_bytes(), "allocated": allocated_bytes()}
         if self.device == "cuda":
             sizes["allocated_on_device"] = torch.cuda.memory_allocated()
