@@ -22,7 +22,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 _SECONDS_WORTH_A_LINE = 2.0
 _RATE_WINDOW = 30.0
 _RATE_UPDATES = 12
-_BAR_WIDTH = 24
+_ROOMY_COLUMNS = 100
 
 
 _running: list[Pace] = []
@@ -172,6 +172,7 @@ class LiveReporter:
         from rich.console import Console
 
         self._console = Console(stderr=True, highlight=False)
+        self._bar_width = 24 if self._console.width >= _ROOMY_COLUMNS else 12
         self._bars: RichProgress | None = None
 
     def info(self, message: str) -> None:
@@ -199,7 +200,7 @@ class LiveReporter:
         task = bars.add_task(printable(title), total=total, completed=done, about=pace.count())
         _running.append(pace)
         try:
-            yield _LiveProgress(bars, task, pace, self._console.width - len(printable(title)) - _BAR_WIDTH - 2)
+            yield _LiveProgress(bars, task, pace, self._console.width - len(printable(title)) - self._bar_width - 2)
             _running.remove(pace)
         finally:
             if outermost:
@@ -214,7 +215,7 @@ class LiveReporter:
 
         return RichProgress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=_BAR_WIDTH),
+            BarColumn(bar_width=self._bar_width),
             TextColumn("{task.fields[about]}", markup=False),
             console=self._console,
             refresh_per_second=4,
