@@ -70,7 +70,7 @@ class SampleRecipe(Config):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.model and self.upscale is None:
-            raise ValueError("model is missing")
+            raise ValueError("model is missing: name one, or upscale alone with edit.image")
         if not self.model and self.edit.image is None:
             raise ValueError("upscale without a model enlarges a picture, and edit.image is null")
         if not self.model and self.upscale is not None and self.upscale.sampling != SamplingConfig():

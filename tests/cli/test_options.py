@@ -93,7 +93,7 @@ def test_options_of_sample_override_the_recipe(sampled: dict[str, Any], tmp_path
     assert recipe.sampling.model_dump(
         exclude={
             *("timestep_spacing", "timesteps", "guidance", "sizes", "negative_sizes"),
-            *("temperature", "top_k", "top_p"),
+            *("temperature", "top_k", "top_p", "image_scale"),
         }
     ) == {
         "sampler": "euler",

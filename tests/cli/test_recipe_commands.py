@@ -40,8 +40,7 @@ def test_check_reports_on_many_recipes_at_once(tmp_path: Path, capfd: pytest.Cap
     paths = [str(tmp_path / f"{name}.yaml") for name in ("a", "b")]
     assert app.run(["recipe", "check", "demo/vae", *paths]) == 78
     assert capfd.readouterr().err.splitlines() == [
-        f"{paths[0]}:1:1: missing required key 'model'",
-        f"{paths[1]}:1:1: missing required key 'model'",
+        *(f"{path}:1:1: model is missing: name one, or upscale alone with edit.image" for path in paths),
         "ldm: error: 2 of 3 recipes are invalid [E-RECIPE]",
     ]
     assert app.run(["recipe", "check", *paths, "model=x"]) == 0
