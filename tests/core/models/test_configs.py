@@ -144,7 +144,7 @@ def test_a_config_of_another_class_is_refused() -> None:
     ("config_class", "change", "message"),
     [
         (UNet2DConditionConfig, {"block_out_channels": []}, "at least one level"),
-        (UNet2DConditionConfig, {"block_out_channels": [32, 64]}, "down_block_types has 4 entries.* has 2"),
+        (UNet2DConditionConfig, {"down_block_types": ["DownBlock2D"] * 2}, "down_block_types has 2 entries.* has 4"),
         (UNet2DConditionConfig, {"attention_head_dim": [8, 8]}, "attention_head_dim has 2 entries.* has 4"),
         (UNet2DConditionConfig, {"norm_num_groups": 24}, "norm_num_groups=24 does not divide 320"),
         (UNet2DConditionConfig, {"attention_head_dim": 7}, r"=7 .* block_out_channels\[0\]=320"),
@@ -159,7 +159,7 @@ def test_a_config_of_another_class_is_refused() -> None:
             {"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": 8},
             "needs addition_time_embed_dim",
         ),
-        (AutoencoderKLConfig, {"block_out_channels": [64, 128]}, "down_block_types has 1 entries.* has 2"),
+        (AutoencoderKLConfig, {"up_block_types": ["UpDecoderBlock2D"] * 2}, "up_block_types has 2 entries.* has 1"),
         (AutoencoderKLConfig, {"norm_num_groups": 24}, "norm_num_groups=24 does not divide 64"),
         (AutoencoderKLConfig, {"block_out_channels": []}, "at least one level"),
         (CLIPTextConfig, {"num_attention_heads": 7}, "num_attention_heads=7 does not divide hidden_size=512"),
