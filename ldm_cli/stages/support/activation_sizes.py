@@ -16,6 +16,8 @@ from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.checkpointing import Checkpointable
 from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.core.models.llama import LlamaForCausalLM
+from ldm_cli.core.models.prior_transformer import PriorTransformer
+from ldm_cli.core.models.prior_transformer_config import PriorTransformerConfig
 from ldm_cli.core.models.sd3_transformer_2d import SD3Transformer2DModel
 from ldm_cli.core.models.sd3_transformer_2d_config import SD3Transformer2DConfig
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
@@ -24,6 +26,7 @@ from ldm_cli.core.models.vq_model import VQModel
 from ldm_cli.core.models.vq_model_config import VQModelConfig
 from ldm_cli.formats.model_folder import without_weights
 from ldm_cli.recipe.ar_recipe import TrainArRecipe
+from ldm_cli.recipe.prior_recipe import TrainPriorRecipe
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.recipe.train_recipe import TrainRecipe
 
@@ -79,6 +82,8 @@ def _with_one_sample(recipe: TrainRecipe, factor: int) -> tuple[Checkpointable, 
         llama = LlamaForCausalLM(recipe.model)
         length = recipe.text_length + (side // factor) ** 2
         return llama, lambda: llama(torch.zeros(1, length, dtype=torch.int64))
+    if isinstance(recipe, TrainPriorRecipe):
+        return _prior(recipe.model)
     if not isinstance(recipe, TrainUnetRecipe):
         raise TypeError(f"activation_bytes: {type(recipe).__name__}")
     height = side // factor
@@ -95,9 +100,15 @@ def _with_one_sample(recipe: TrainRecipe, factor: int) -> tuple[Checkpointable, 
     return unet, lambda: unet(noisy, torch.zeros(1), _condition(config, recipe))
 
 
+def _prior(config: PriorTransformerConfig) -> tuple[Checkpointable, Callable[[], Any]]:
+    prior, embedding = PriorTransformer(config), torch.zeros(1, config.embedding_dim)
+    tokens, mask = torch.zeros(1, config.num_embeddings, config.embedding_dim), torch.ones(1, config.num_embeddings)
+    return prior, lambda: prior(embedding, torch.zeros(1), Condition(tokens, embedding, mask=mask))
+
+
 def _condition(config: UNet2DConditionConfig, recipe: TrainUnetRecipe) -> Condition:
     """What the U-Net is conditioned on, for one sample."""
-    width = max(config.per_level(config.cross_attention_dim))
+    width = config.encoder_hid_dim or max(config.per_level(config.cross_attention_dim))
     length = recipe.max_sequence_length or _TEXT_LENGTH * recipe.caption_chunks
     pooled = None
     if config.addition_embed_type is not None and config.addition_time_embed_dim is not None:
@@ -105,7 +116,7 @@ def _condition(config: UNet2DConditionConfig, recipe: TrainUnetRecipe) -> Condit
         pooled = torch.zeros(1, (config.projection_class_embeddings_input_dim or 0) - sizes + NUM_SIZES)
     elif config.class_embed_type == "projection":
         pooled = torch.zeros(1, config.projection_class_embeddings_input_dim or 0)
-    elif config.num_class_embeds is not None:
+    elif config.num_class_embeds is not None or config.class_embed_type == "timestep":
         pooled = torch.zeros(1, dtype=torch.int64)
     return Condition(torch.zeros(1, length, width), pooled)
 

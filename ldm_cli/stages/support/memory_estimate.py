@@ -64,6 +64,8 @@ def memory_estimate(
 
 def _factor(recipe: TrainRecipe) -> int:
     """Pixels per latent of the autoencoder that the recipe names; the usual ones if it does not exist yet."""
+    if isinstance(recipe, TrainUnetRecipe) and recipe.is_of_pixels:
+        return 1
     folder = (
         recipe.vae if isinstance(recipe, TrainUnetRecipe) else recipe.vq if isinstance(recipe, TrainArRecipe) else ""
     )
