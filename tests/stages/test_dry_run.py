@@ -82,7 +82,11 @@ def test_total_memory_adds_activations_and_says_what_would_save_some() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["demo/unet", "demo/vae", "demo/vq", "demo/clip", "demo/ar", "sd3/demo"])
+DEMOS = ["demo/unet", "demo/vae", "demo/vq", "demo/clip", "demo/ar", "sd3/demo", "prior/demo", "unclip/demo"]
+DEMOS += ["cascade/demo-base", "cascade/demo-large"]
+
+
+@pytest.mark.parametrize("name", DEMOS)
 def test_activations_are_those_that_a_real_forward_pass_saves(name: str) -> None:
     recipe = load_recipe(name).recipe
     assert isinstance(recipe, TrainRecipe)
