@@ -36,7 +36,7 @@ class Pipeline(PicturePipeline):
 
     family: Family
     meaningless: ClassVar[tuple[str, ...]] = ("temperature", "top_k", "top_p", "prior")
-    hint: ClassVar[str] = "it belongs to models of another kind"
+    hint: ClassVar[str] = "it belongs to autoregressive models or unCLIP"
 
     def __init__(self, family: Family) -> None:
         super().__init__(family)
