@@ -65,7 +65,10 @@ demo: $(INSTALLED)
 	$(LDM) train-unet demo/unet cache=data/demo/cache --nproc 2
 	$(LDM) sample demo/sample
 	$(LDM) eval demo/eval --out runs/demo-eval
-	@echo "Look at runs/demo-samples/grid.png; runs/demo-eval/eval.json has the numbers."
+	@echo "Look at runs/demo-samples/grid.png; runs/demo-eval/eval.json has the numbers. And now:"
+	@echo '  $(abspath $(LDM)) sample --model runs/demo-unet -p "a large green star" -n 4'
+	@echo "  $(abspath $(LDM)) report runs/demo-unet       its curves and samples as one page"
+	@echo "  make demo-ar, demo-unclip, demo-cascade …      other generators on the same scenes"
 
 # After `make demo`, whose scenes and CLIP it takes: a VQ model, and a Transformer that writes pictures code by code.
 demo-ar: $(INSTALLED)
