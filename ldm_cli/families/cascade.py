@@ -16,6 +16,7 @@ from ldm_cli.errors import CheckpointError
 from ldm_cli.families.family import Family, ImageGenerator
 from ldm_cli.families.latent_diffusion import pipeline_of
 from ldm_cli.families.open_family import open_family, outline_family
+from ldm_cli.families.unclip import UnCLIP
 from ldm_cli.formats.json_file import write_json
 from ldm_cli.formats.model_source import read_model_json
 from ldm_cli.formats.pipeline_folder import DIFFUSERS_VERSION, INDEX_NAME
@@ -113,6 +114,9 @@ def open_folder(folder: Path, device: torch.device | str, precision: str, *, com
         if not isinstance(family, Family) or (family.low_resolution is None) != (number == 0):
             role = "generate pictures from nothing" if number == 0 else "enlarge pictures"
             raise CheckpointError(f"cannot use '{folder}'", f"its stage '{name}' does not {role}")
+        if isinstance(family, UnCLIP):
+            remedy = "enlarge its pictures by ldm sample --upscale instead"
+            raise CheckpointError(f"cannot use '{folder}'", f"its stage '{name}' is of unCLIP", remedy)
         stages.append(Stage(name, family, settings))
     return Cascade(tuple(stages), PixelCodec(), folder, compiled)
 

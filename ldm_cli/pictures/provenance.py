@@ -71,9 +71,7 @@ def image_prompt_source(number: int, role: str) -> str:
 
 def edit_provenance(edit: EditConfig, meaningless: Collection[str]) -> dict[str, Any]:
     """The work on a picture as JSON: hashes in place of paths, without the fields that mean nothing to the model."""
-    provenance = edit.to_mapping()
-    if edit.image is not None:
-        provenance["strength"] = edit.resolved_strength
+    provenance = edit.to_mapping() | {"strength": None if edit.image is None else edit.resolved_strength}
     for name in ("image", "mask", "style"):
         path = provenance.pop(name)
         provenance[f"{name}_sha256"] = None if path is None else file_sha256(Path(path))

@@ -214,6 +214,8 @@ class TrainUnetRecipe(StartedRecipe):
                 raise ValueError("vae=pixels needs another diffusion.prediction_type than flow_prediction")
         if self.classes is None:
             return
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError("classes names one class twice: a prompt could mean either")
         if self.vae and not self.is_of_pixels:
             raise ValueError("classes needs vae=pixels")
         if self.data.label is None:

@@ -229,6 +229,7 @@ def test_captions_are_no_class_until_the_labels_of_a_batch_say_so() -> None:
         ({"cache": "cache"}, "vae=pixels does not go with cache"),
         ({"classes": CLASSES}, "classes needs data.label"),
         ({"vae": "runs/vae", "classes": CLASSES}, "classes needs vae=pixels"),
+        ({"classes": ["cat", "cat"]}, "classes names one class twice"),
         ({"diffusion": {"prediction_type": "flow_prediction"}}, "needs another diffusion.prediction_type"),
     ],
 )

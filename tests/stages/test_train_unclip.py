@@ -18,10 +18,11 @@ from ldm_cli.errors import CheckpointError, DataError, RecipeError, UsageError
 from ldm_cli.families.open_family import open_family
 from ldm_cli.families.unclip import UnCLIP, our_noising
 from ldm_cli.pictures.provenance import recipe_of, repeatable_provenance
+from ldm_cli.recipe.cascade_recipe import CascadeRecipe
 from ldm_cli.recipe.sample_recipe import SampleRecipe
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
-from ldm_cli.stages import convert, precompute, sample
+from ldm_cli.stages import cascade, convert, precompute, sample
 from ldm_cli.stages.convert import ConvertOptions
 from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.storage import file_sha256
@@ -211,6 +212,13 @@ def test_pictures_need_a_model_that_embeds_them(unet_run: Path, pictures: list[s
         sampled(unet_run, tmp_path, edit={"embedded": pictures[:1]}, sampling={"prior": {}})
     with pytest.raises(UsageError, match=r"sampling.prior has no meaning for this model"):
         sampled(unet_run, tmp_path)
+
+
+def test_it_is_no_stage_of_a_cascade(whole: Path, tmp_path: Path) -> None:
+    stages = [{"model": str(whole)}, {"model": str(whole)}]
+    recipe = CascadeRecipe.from_mapping({"command": "cascade", "name": "tiny", "stages": stages})
+    with pytest.raises(CheckpointError, match="its stage 'base' is of unCLIP"):
+        cascade.run(recipe, tmp_path / "cascade", SilentReporter())
 
 
 def test_a_prior_of_another_clip_is_not_joined(decoder: Path, scenes: Path, tmp_path: Path) -> None:
