@@ -85,7 +85,7 @@ UpscaleNoise = Annotated[
     option("--upscale-noise", metavar="N", panel=_EDITING, text="More lets --upscale make up more details."),
 ]
 Interpolate = Annotated[
-    int | None, option("--interpolate", metavar="N", panel=_SHOWING, text="N pictures from each prompt to the next.")
+    int | None, option("--interpolate", metavar="N", panel=_SHOWING, text="N steps from each prompt to the next.")
 ]
 XY = Annotated[
     list[str] | None, option("--xy", metavar="FIELD=A,B,…", panel=_SHOWING, text="Grid over a field; twice for two.")

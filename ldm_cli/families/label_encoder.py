@@ -94,8 +94,13 @@ class LabelEncoder:
             self.text.check(reading)
 
     def num_chunks(self, prompt: str, reading: PromptReading) -> int:
-        """See `Encoder`."""
-        return 1 if self.text is None else self.text.num_chunks(self._parts(prompt)[1], reading)
+        """See `Encoder`.
+
+        Raises:
+            UsageError: the prompt names a class that does not exist.
+        """
+        _, text = self._parts(prompt)
+        return 1 if self.text is None else self.text.num_chunks(text, reading)
 
     @torch.inference_mode()
     def encode_prompts(

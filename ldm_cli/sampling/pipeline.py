@@ -86,7 +86,10 @@ class Pipeline(PicturePipeline):
         shape, family, edit = self.latent_shape(config), self.family, options.edit_input
         if noise is not None and noise.shape != (len(requests), *shape):
             raise ValueError(f"noise of shape {tuple(noise.shape)}, expected {(len(requests), *shape)}")
-        family.encoder.check(PromptReading(clip_skip=config.clip_skip))
+        reading = PromptReading(clip_skip=config.clip_skip)
+        family.encoder.check(reading)
+        for prompt in dict.fromkeys([config.negative, *(request.prompt for request in requests)]):
+            family.encoder.num_chunks(prompt, reading)  # raises where a prompt names a class that there is not
         visited_timesteps(family.process_at((shape[1], shape[2])), family.settings, config)
         if family.takes_mask and (edit is None or edit.mask is None):
             raise UsageError("this model fills masks", "no mask is given", "add --init and --mask, or --extend")

@@ -20,7 +20,8 @@ from ldm_cli.recipe.schema import EvalRecipe, TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.pipeline import Pipeline
-from ldm_cli.sampling.request import ImageRequest
+from ldm_cli.sampling.pipeline_of import pipeline_of
+from ldm_cli.sampling.request import ImageRequest, requests_for
 from ldm_cli.stages import evaluate
 from ldm_cli.stages.support.batch_encoder import cache_key
 from ldm_cli.stages.support.options import RunOptions
@@ -154,6 +155,9 @@ def test_classes_are_learnt_and_asked_for_by_name_or_number(labelled: Path, tmp_
     assert (red - torch.tensor([0.0, 120.0, 200.0])).abs().max() < 40
     with pytest.raises(UsageError, match="no class 'hexagon': its classes are circle, square"):
         pictures(family, ["hexagon"], noise[:1])
+    config = SamplingConfig(images_per_prompt=1)
+    with pytest.raises(UsageError, match="no class 'hexagon'"):  # before a folder is claimed
+        pipeline_of(family).check(requests_for(["circle", "hexagon"], config), config)
     index = json.loads((tmp_path / "model/model_index.json").read_text())
     assert index["id2label"]["5"] == "ring"
 
