@@ -52,7 +52,6 @@ class Generator:
         runs: everything that was trained for it.
         target: of the Makefile, which trains it.
         settings: fields of `sampling`.
-        options: of `ldm sample` and, as a recipe's field, of nothing else.
     """
 
     key: str
@@ -101,7 +100,7 @@ GENERATORS = (
         "demo-unclip",
         ("demo-vae", "demo-clip", "demo-prior", "demo-decoder"),
         "demo-unclip",
-        {},
+        {"steps": 20, "guidance": {"scale": 2.0}, "prior": {"scale": 2.0}},
     ),
     Generator(
         "ar",
@@ -116,8 +115,8 @@ GENERATORS = (
         "cascade",
         "Pixel cascade (Imagen)",
         "A small picture first, in pixels; then a second model makes it four times as large.",
-        "demo-cascade",
-        ("demo-clip", "demo-pixels", "demo-upscale"),
+        "cascade",
+        ("demo-clip", "cascade-base", "cascade-large"),
         "demo-cascade",
         {},
     ),

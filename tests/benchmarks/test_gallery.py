@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 
 from benchmarks import gallery
 from benchmarks.gallery import GENERATORS, PROMPTS, training_seconds, wilson
+from ldm_cli.recipe.load import load_recipe
 
 _ACCURACY = {"generated": {"all": {"shape_and_color": 0.75, "num_single": 200}}}
 _DISTANCE = {"fd[23232ff2]": 7.5, "fd[23232ff2]_interval": [6.0, 9.0]}
@@ -35,6 +37,15 @@ def write_results(folder: Path) -> None:
             Image.new("RGB", (32, 32), (0, 0, 255)).save(file)
             images.append({"file": str(file), "prompt": prompt, "seed": seed})
     (folder / "sample.json").write_text(json.dumps({"images": images, "seconds": 4.0}))
+
+
+def test_every_run_is_one_that_the_makefile_trains() -> None:
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    trained = {load_recipe(name).recipe.name for name in set(re.findall(r"train-\w+ (\S+/\S+)", makefile))}
+    for one in GENERATORS:
+        assert set(one.runs) <= trained, one.title
+        assert f"runs/{one.model}" in makefile or one.model in trained
+        assert f"\n{one.target}:" in makefile
 
 
 def test_the_time_of_training_is_that_of_the_logged_steps(tmp_path: Path) -> None:
