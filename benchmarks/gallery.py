@@ -11,7 +11,6 @@ import argparse
 import base64
 import io
 import json
-import math
 import os
 import re
 import subprocess
@@ -24,6 +23,7 @@ from typing import Any
 
 from PIL import Image
 
+from ldm_cli.evaluation.intervals import share_interval
 from ldm_cli.families.open_family import outline_family, resolve_model
 from ldm_cli.plots.panels import DARK, LIGHT
 
@@ -188,7 +188,7 @@ def figures(one: Generator, runs: Path, out: Path) -> list[str]:
     result = json.loads((folder / "eval/eval.json").read_text())["metrics"]
     found = result.get("pipeline", result)
     right = found["attribute_accuracy"]["generated"]["all"]
-    low, high = wilson(right["shape_and_color"], right["num_single"])
+    low, high = share_interval(right["shape_and_color"], right["num_single"])
     distance = found["frechet_distance"]
     value = next(number for name, number in distance.items() if re.fullmatch(r"fd\[.*\]", name))
     interval = next((number for name, number in distance.items() if name.endswith("_interval")), None)
@@ -226,12 +226,6 @@ def batch_size(run: Path) -> int:
     return int(recipe.get("recipe", recipe)["train"]["batch_size"])
 
 
-def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927)."""
-    middle, spread = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count**2))
-    return (middle - spread) / (1 + z * z / count), (middle + spread) / (1 + z * z / count)
-
-
 def pictures(one: Generator, out: Path) -> list[Image.Image]:
     """Seed by seed, each with all prompts."""
     listed = json.loads((out / one.key / "sample.json").read_text())["images"]
@@ -262,8 +256,8 @@ def page(found: Sequence[Generator], missing: Sequence[Generator], runs: Path, o
         "NOTES": (
             "Shape and colour: the share of prompts with one object whose picture has both right. The Fréchet distance "
             "is that of the demo's CLIP. Parameters are those of all networks from text to picture. Processor seconds "
-            f"are the time of all steps, times {_PROCESSES} processes: more on a busy machine. Pictures a second "
-            "include loading."
+            f"are the time of all steps, times {_PROCESSES} processes: more on a busy machine. Pictures a second are "
+            "those of one job, without loading."
         ),
         "MISSING": f"<p class='muted'>Not run yet: {absent}.</p>" if missing else "",
         "PROMPTS": "".join(f"<div>{escape(prompt)}</div>" for prompt in PROMPTS),

@@ -1,15 +1,13 @@
 """What variations of a picture keep: shape and colour, and what differs, place or size.
 
 `python benchmarks/variations.py runs/demo-unclip "data/demo/val-*.tar"`, after `make demo-unclip`. Pictures of a single
-object, held out from training, are varied; a detector reads what each variation shows. Rates come with 95 % intervals
-(Wilson 1927).
+object, held out from training, are varied; a detector reads what each variation shows. Rates come with 95 % intervals.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.loader import sequential_batches
 from ldm_cli.data.open_shards import open_shards
+from ldm_cli.evaluation.intervals import share_interval
 from ldm_cli.evaluation.scene_detector import read_scenes
 from ldm_cli.families.open_family import open_family
 from ldm_cli.families.unclip import UnCLIP
@@ -26,14 +25,6 @@ from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.pipeline_of import pipeline_of
 from ldm_cli.sampling.request import ImageRequest
 from ldm_cli.sampling.sample_options import SampleOptions
-
-
-def wilson(count: int, total: int) -> list[float]:
-    """The 95 % interval of a rate."""
-    z, rate = 1.96, count / total
-    centre, scale = rate + z * z / (2 * total), 1 + z * z / total
-    margin = z * math.sqrt(rate * (1 - rate) / total + z * z / (4 * total * total))
-    return [round((centre - margin) / scale, 4), round((centre + margin) / scale, 4)]
 
 
 def judged(truths: list[dict[str, Any]], pictures: torch.Tensor) -> list[tuple[bool, bool]]:
@@ -82,8 +73,8 @@ def main() -> None:
         marks = judged(truths, pictures)
         row: dict[str, Any] = {"noise_level": level, "pictures": len(marks)}
         for number, name in enumerate(("keeps_shape_and_color", "place_or_size_differs")):
-            count = sum(mark[number] for mark in marks)
-            row[name] = [round(count / len(marks), 4), wilson(count, len(marks))]
+            share = sum(mark[number] for mark in marks) / len(marks)
+            row[name] = [round(share, 4), [round(end, 4) for end in share_interval(share, len(marks))]]
         print(json.dumps(row), flush=True)
 
 

@@ -33,3 +33,11 @@ def jackknife(differences: Sequence[Sequence[float]]) -> tuple[float, float]:
 def interval(value: float, standard_error: float, quantile: float = STUDENT_QUANTILE) -> list[float]:
     """Both ends of the 95 % interval around a value, whose standard error is that of `NUM_GROUPS` groups or more."""
     return [value - quantile * standard_error, value + quantile * standard_error]
+
+
+def share_interval(share: float, count: int) -> list[float]:
+    """Both ends of the 95 % interval of a share of `count` trials (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
+    z = NORMAL_QUANTILE
+    middle = share + z**2 / (2 * count)
+    spread = z * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    return [(middle + sign * spread) / (1 + z**2 / count) for sign in (-1, 1)]

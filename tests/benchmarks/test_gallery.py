@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from benchmarks import gallery
-from benchmarks.gallery import GENERATORS, PROMPTS, training_seconds, wilson
+from benchmarks.gallery import GENERATORS, PROMPTS, training_seconds
 from ldm_cli.recipe.load import load_recipe
 
 _ACCURACY = {"generated": {"all": {"shape_and_color": 0.75, "num_single": 200}}}
@@ -51,13 +51,6 @@ def test_every_run_is_one_that_the_makefile_trains() -> None:
 def test_the_time_of_training_is_that_of_the_logged_steps(tmp_path: Path) -> None:
     write_run(tmp_path / "run", [640.0, 320.0])
     assert training_seconds(tmp_path / "run") == pytest.approx(2 * (10 * 64 / 640 + 10 * 64 / 320))
-
-
-def test_the_interval_of_a_share_is_wilsons() -> None:
-    # Roots of (share − x)² = z² x (1 − x) / n.
-    for share, count in ((0.75, 200), (0.0, 12), (1.0, 12)):
-        for bound in wilson(share, count):
-            assert (share - bound) ** 2 == pytest.approx(1.96**2 * bound * (1 - bound) / count, abs=1e-9)
 
 
 def test_the_page_shows_the_demos_that_were_run_and_names_the_others(
