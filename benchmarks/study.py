@@ -205,9 +205,9 @@ METRICS: Mapping[str, tuple[str, float, Callable[[Mapping[str, Any]], float]]] =
     "distance": ("Fréchet distance", -1.0, lambda found: _distance(found["frechet_distance"])),
     "clip_score": ("CLIP score", 1.0, lambda found: float(found["clip_score"]["generated"]["clip_score"])),
     "accuracy": (
-        "shape and colour right",
+        "right",
         1.0,
-        lambda found: float(found["attribute_accuracy"]["generated"]["all"]["shape_and_color"] or 0.0),
+        lambda found: float(found["attribute_accuracy"]["generated"]["all"]["shape_and_color"] or 0.0) * 100,
     ),
 }
 """Number → its name in the table, 1 where more is better and -1 where less is, and how it is read from metrics."""
@@ -277,16 +277,16 @@ def num_parameters(folder: Path) -> int:
 def table(root: Path, seeds: Sequence[Mapping[str, Any]], extent: Extent) -> str:
     """The numbers in Markdown: a row for each model, and a row for each number of the conclusion."""
     titles = [title for title, _, _ in METRICS.values()]
-    lines = [f"| text tower, U-Net | parameters of both | {' | '.join(titles)} |", "|---|---|" + "---|" * len(titles)]
+    lines = [f"| text tower, U-Net | million weights | {' | '.join(titles)} |", "|---|---|" + "---|" * len(titles)]
     for tower, unet in _pairs():
         model = f"tower-{tower}-unet-{unet}"
         folder = root / f"seed-0/{model}/model"
-        sizes = [num_parameters(folder / part) for part in ("text_encoder", "unet")]
+        sizes = [num_parameters(folder / part) / 1e6 for part in ("text_encoder", "unet")]
         cells = [_spread([best(found[model], number) for found in seeds]) for number in METRICS]
-        lines.append(f"| {tower}, {unet} | {sizes[0]:,}, {sizes[1]:,} | {' | '.join(cells)} |")
+        lines.append(f"| {tower}, {unet} | {sizes[0]:.2f}, {sizes[1]:.2f} | {' | '.join(cells)} |")
     lines += [
         "",
-        "| gain from the smallest to the largest | text encoder | U-Net | difference, 95 % | the claim is |",
+        "| gain | text encoder | U-Net | difference, 95 % | claim |",
         "|---|---|---|---|---|",
     ]
     for number, title in zip(METRICS, titles, strict=True):
@@ -296,7 +296,12 @@ def table(root: Path, seeds: Sequence[Mapping[str, Any]], extent: Extent) -> str
         shown = _number(mean(differences)) + (f" ({_number(ends[0])} to {_number(ends[1])})" if ends else "")
         lines.append(f"| {title} | {_spread(encoder)} | {_spread(denoiser)} | {shown} | {conclusion(differences)} |")
     scales = ", ".join(f"{scale:g}" for scale in extent.scales)
-    lines += ["", f"{extent.seeds} seeds, guidance scales {scales}; ± is the standard deviation over seeds."]
+    lines += [
+        "",
+        "Gains are from the smallest model to the largest; *right* is the percentage of",
+        f"scenes of one object with the right shape and colour. {extent.seeds} seeds, guidance",
+        f"scales {scales}; ± is the standard deviation over seeds.",
+    ]
     return "\n".join(lines)
 
 
@@ -305,7 +310,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.3g}"
+    return f"{value:.2f}"
 
 
 def save_plates(root: Path, seeds: Sequence[Mapping[str, Any]], extent: Extent) -> list[Path]:
@@ -331,7 +336,7 @@ def publish(text: str, plates: Sequence[Path], docs: Path) -> None:
     for plate in plates:
         shutil.copyfile(plate, pictures / plate.name)
     shown = [
-        f"![Fréchet distance against CLIP score, a curve for each size of the {axis}](pictures/{plate.name})"
+        f"![a curve for each size of the {axis}](pictures/{plate.name})"
         for axis, plate in zip(AXES, (plate for plate in plates if plate.suffix == ".png"), strict=True)
     ]
     page = docs / "study.md"
