@@ -293,7 +293,7 @@ def table(root: Path, seeds: Sequence[Mapping[str, Any]], extent: Extent) -> str
         encoder, denoiser = (gains(seeds, axis, number) for axis in AXES)
         differences = [a - b for a, b in zip(encoder, denoiser, strict=True)]
         ends = interval(differences)
-        shown = _number(mean(differences)) + (f" ({_number(ends[0])} to {_number(ends[1])})" if ends else "")
+        shown = f"{mean(differences):.1f}" + (f" ({ends[0]:.1f} to {ends[1]:.1f})" if ends else "")
         lines.append(f"| {title} | {_spread(encoder)} | {_spread(denoiser)} | {shown} | {conclusion(differences)} |")
     scales = ", ".join(f"{scale:g}" for scale in extent.scales)
     lines += [
