@@ -37,11 +37,6 @@ from ldm_cli.training.config import TrainConfig
 def dry_run(recipe: Recipe, reporter: Reporter, num_ranks: int = 1) -> dict[str, Any]:
     """Parameters, memory, shards and epochs of `recipe`; models are built on the meta device.
 
-    Args:
-        recipe: of any command.
-        reporter: receives the progress of reading shards.
-        num_ranks: how many train together.
-
     Returns:
         `recipe` (every field), `parameters` (module → count), `bytes` (what stays in the memory of each rank,
         activations not counted: `weights`, `gradients`, `optimizer`, `ema`; `save`: in main memory, while rank 0 writes

@@ -23,8 +23,6 @@ def with_classes(text: TextEncoder | None, recipe: TrainUnetRecipe, device: torc
 
     Args:
         text: the text encoder; None: there are only classes.
-        recipe: names the classes.
-        device: where conditions are.
     """
     if recipe.classes is None:
         assert text is not None  # the recipe's own check
@@ -44,7 +42,6 @@ def pixel_problems(unet: UNet2DConditionConfig, texts: Sequence[nn.Module], *, e
     """What keeps a U-Net from being trained on pixels.
 
     Args:
-        unet: its configuration.
         texts: the text encoder, on any device; none, if there are only classes.
         enlarges: whether it is given small pictures.
     """

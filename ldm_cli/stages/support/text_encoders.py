@@ -45,7 +45,6 @@ def open_text_encoder(recipe: TrainUnetRecipe, warn: Callable[[str], None]) -> T
     """Read the text encoders of a recipe; errors as in their `load`.
 
     Args:
-        recipe: names the folders.
         warn: called once for each CLIP tower if captions are cut.
     """
     folders = [Path(folder) for folder in text_folders(recipe).values()]
