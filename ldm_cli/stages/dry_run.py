@@ -96,7 +96,7 @@ def _about_ranks(train: TrainConfig, num_ranks: int) -> list[str]:
 
 def _pipeline(field: str, folder: str, notes: list[str]) -> dict[str, int]:
     """Parameters of a pipeline folder's models."""
-    if (root := _resolved(field, folder, notes)) is None:
+    if (root := model_at(field, folder, resolve_model, notes)) is None:
         return {}
     if not has_model_json(root / INDEX_NAME):
         notes.append(f"{field}: '{root}' is not a whole pipeline")
@@ -123,20 +123,11 @@ def _evaluated(recipe: EvalRecipe, notes: list[str]) -> dict[str, int]:
                     parameters[name] = count_parameters(outlined(InceptionV3))
                 if not Path(folder).is_file():
                     notes.append(f"{place}: '{folder}' not found")
-            elif root := _resolved(place, folder, notes):
+            elif root := model_at(place, folder, resolve_model, notes):
                 model = model_at(place, str(root), _OUTLINES[field], notes)
                 if model is not None:
                     parameters[name] = count_parameters(model)
     return parameters
-
-
-def _resolved(field: str, folder: str, notes: list[str]) -> Path | None:
-    """The model folder that `folder` means; a missing one is noted."""
-    try:
-        return resolve_model(Path(folder))
-    except InputNotFoundError as error:
-        notes.append(f"{field}: {error.what}")
-        return None
 
 
 def _memory(parameters: dict[str, int], bytes_each: int = 4) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.data.batch import Batch
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
 from ldm_cli.families.label_encoder import LabelEncoder
+from ldm_cli.families.latent_diffusion import TextEncoder
 from ldm_cli.families.pixel_diffusion import text_problems, unet_problems
 from ldm_cli.families.t5_encoder import T5Encoder
 from ldm_cli.recipe.schema import TrainUnetRecipe
-from ldm_cli.stages.support.text_encoders import TextEncoder
 
 
 def with_classes(text: TextEncoder | None, recipe: TrainUnetRecipe, device: torch.device) -> TextEncoder | LabelEncoder:
