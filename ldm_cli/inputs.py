@@ -53,7 +53,6 @@ def open_input(path: Path, *, remedy: str = "", follow: bool = True) -> io.Buffe
     """A regular file, open for reading; a FIFO or device is refused before a byte of it is waited for.
 
     Args:
-        path: the file.
         remedy: of the error.
         follow: whether `path` may be a link.
 
@@ -82,7 +81,6 @@ def read_input(
     """The content of a regular file.
 
     Args:
-        path: the file.
         most_bytes: largest size that is read.
         too_large: the error for a larger one.
         remedy, follow: as in `open_input`.

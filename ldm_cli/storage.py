@@ -102,7 +102,6 @@ def open_output(path: Path, flags: int) -> int:
     """Descriptor of a regular file that is written in place, and made where needed; a link is never followed.
 
     Args:
-        path: the file.
         flags: of `os.open`.
 
     Raises:

@@ -115,8 +115,6 @@ def run(subject: str, recipes: Mapping[str, TrainRecipe], options: BenchOptions,
 
     Args:
         subject: one of `SUBJECTS`, `published` or `all`.
-        recipes: subject → recipe, `start_from` resolved.
-        options: the settings.
         reporter: receives the name of each subject as it starts.
 
     Returns:

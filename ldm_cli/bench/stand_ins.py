@@ -66,7 +66,6 @@ def with_stand_ins(
         folder: where they are written: JPEGs of `data.image_size` pixels with captions; for a U-Net an autoencoder and
             a text encoder of Stable Diffusion's proportions, and the cache of both if the recipe has one.
         device: computes the cache.
-        num_images: number of pictures.
         context_length: text tokens per picture, of a U-Net.
     """
     write_pictures(folder / "shards", num_images, recipe.data.image_size)

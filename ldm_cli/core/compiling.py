@@ -32,7 +32,6 @@ def should_compile(
 
     Args:
         setting: `auto` compiles on CUDA alone, if it pays off and torch's compiler works there.
-        device: where the models run.
         pays_off: whether the work is long enough for `auto`.
         tell: receives a line if models are compiled, or if `auto` cannot.
     """

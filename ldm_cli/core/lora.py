@@ -108,7 +108,6 @@ class Adapters(nn.Module):
             model: any.
             ranks: path of a linear layer or ungrouped convolution in it → R; see `chosen_ranks`.
             config: scale, dropout and kind of the updates.
-            seed: of dropout.
         """
         super().__init__()
         model.requires_grad_(False)

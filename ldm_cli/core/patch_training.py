@@ -56,7 +56,6 @@ def random_subset(
     """Of each sample other patches, all subsets alike; at least one is seen.
 
     Args:
-        key: of the random numbers.
         epoch, position: of the samples, int64 [B].
         num_patches: L.
         left_out: share of the patches that are not seen, rounded.
@@ -73,8 +72,6 @@ class PatchAlignment(nn.Module):
     Its parameters are those of the projection, three linear layers; the tower is not among them.
 
     Args:
-        tower: of a CLIP.
-        processor: prepares its images.
         width: D.
     """
 

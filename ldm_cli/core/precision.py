@@ -19,7 +19,6 @@ def autocast(device: torch.device | str, precision: str | None, *, cache_enabled
     """A context within which networks with float32 weights compute in a type: `fp32` as they are, without autocast.
 
     Args:
-        device: where they compute.
         precision: a name in `DTYPES`; None: as in `precision_on`.
         cache_enabled: whether each weight is cast once per context; weights must not change within it then.
 

@@ -40,7 +40,6 @@ class PerceptualDistance(nn.Module):
 
     Args:
         tower: its parameters no longer require gradients.
-        processor: prepares images for the tower.
     """
 
     def __init__(self, tower: CLIPVisionTransformer, processor: CLIPImageProcessor) -> None:
@@ -116,8 +115,4 @@ class VAELoss(nn.Module):
             (ours,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
             (theirs,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
             adaptive = (ours.norm() / (theirs.norm() + 1e-4)).clamp(0.0, 1e4).detach()
-        return {
-            "adversarial": adversarial,
-            "discriminator": hinge_loss(real, fake),
-            "adaptive_weight": adaptive,
-        }
+        return {"adversarial": adversarial, "discriminator": hinge_loss(real, fake), "adaptive_weight": adaptive}

@@ -87,7 +87,6 @@ class Delivery:
 
     Attributes:
         batch: None if there is an error.
-        bad: samples that could not be used.
         remarks: counts of repairs to captions, by kind.
         error: class, what, cause and remedy.
     """

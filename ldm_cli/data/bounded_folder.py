@@ -88,7 +88,6 @@ class BoundedFolder:
 
         Args:
             size: bytes that it will have.
-            place: the entry.
             shown: what it is, for messages.
             patience: seconds to wait for other processes.
             gives_way: entries that this process alone holds are removed, too. An open file can still be read then.

@@ -26,7 +26,6 @@ class Text(NamedTuple):
     """Decoded text.
 
     Attributes:
-        text: the text.
         remarks: what had to be done to it, by which it is counted: "Latin-1 caption", "long caption", …
     """
 

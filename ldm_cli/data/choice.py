@@ -73,12 +73,7 @@ class Choice:
     """
 
     def __init__(
-        self,
-        counts: array[int],
-        bucket_counts: array[int],
-        digests: bytes,
-        names: bytes,
-        held: dict[int, ShardChoice],
+        self, counts: array[int], bucket_counts: array[int], digests: bytes, names: bytes, held: dict[int, ShardChoice]
     ) -> None:
         self.counts, self.bucket_counts, self.held = counts, bucket_counts, held
         self.digests, self.names = digests, names

@@ -137,7 +137,6 @@ def to_rectangle(
         crop: `squash` takes the whole picture and changes its aspect ratio; `native` takes a part of the size of the
             result, where the picture is larger.
         place: where the part lies.
-        mirror: flip left to right.
 
     Returns:
         uint8 [3, H, W].

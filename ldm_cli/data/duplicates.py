@@ -88,7 +88,6 @@ def report_duplicates(
         sizes: number of vectors of the other set, and of our own.
         pairs: of near vectors.
         threshold: of these pairs.
-        file: to write.
 
     Returns:
         `samples`, `threshold`, `pairs` within the set, `groups` (samples that stay, and others are near to them),

@@ -38,7 +38,6 @@ def find_pictures(source: Path, choices: Choices, report: PackReport) -> Iterato
             In a folder, every table that has a column of pictures is read. A picture that no table names has its
             caption in `NAME.txt`, `NAME.caption` or `NAME.json` beside it. Where no picture has one, the name of its
             folder is its class; folders `10_NAME` are those of kohya's scripts. Masks of pictures are no pictures.
-        choices: of columns and of captions.
         report: records pictures that are left out, files that are not read, and remarks.
 
     Raises:

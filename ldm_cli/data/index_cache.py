@@ -59,7 +59,6 @@ def described(file: Path, stamp: Stamp, shard: Path | None) -> dict[str, Any] | 
     """The facts of a table that fits a shard with that stamp, without reading the table; else None.
 
     Args:
-        file: of the table.
         stamp: of the shard.
         shard: the file of a local shard.
     """

@@ -52,11 +52,8 @@ class ShardIndexing:
     """Finds out the facts of shards, and makes their tables.
 
     Args:
-        paths: of the shards.
         stamps: of local shards, three numbers each; those of remote ones are asked for.
-        how: to do it.
         reporter: receives warnings about damaged shards and about a cache that cannot be written.
-        staging: fetches remote shards.
     """
 
     def __init__(
@@ -117,10 +114,7 @@ class ShardIndexing:
             made = made_ahead(self._examine, shards, num_workers=how.num_workers, timeout=how.timeout)
         else:
             made = (self._examine(shard) for shard in shards)
-        with (
-            closing(made),
-            self._reporter.progress("indexing shards", total=len(shards), unit="shard") as progress,
-        ):
+        with closing(made), self._reporter.progress("indexing shards", total=len(shards), unit="shard") as progress:
             for done, (shard, fact) in enumerate(zip(shards, made, strict=True), start=1):
                 if fact.held is not None:
                     held[shard] = fact.held

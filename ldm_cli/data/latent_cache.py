@@ -52,7 +52,6 @@ class LatentCache:
 
     Args:
         folder: of the cache, written by `ldm precompute`.
-        shards: the data set to read.
         key: the models and settings that the cache must be made of; its `dtype` is not compared.
         reporter: receives a message for each shard whose content has to be compared.
 

@@ -138,10 +138,8 @@ def sequential_batches(
 
     Args:
         shards: from `open_shards` or `open_stream`.
-        config: how samples become tensors.
         batch_size: samples per batch; the last one may be smaller.
         limit: stop after this many good samples.
-        with_json: also parse the JSON members.
         with_captions, with_images: whether to read and check these parts.
         report_bad: called with every bad sample.
 

@@ -27,7 +27,6 @@ def decode_mask(
     Args:
         data: a picture file; white counts, black and transparent pixels do not, grey ones in part.
         picture: decoded with `config` for this `shape`.
-        config: of both.
         shape: height and width of the result (H, W).
         place, mirror: as in `to_rectangle`.
 

@@ -54,7 +54,6 @@ def near_pairs(vectors: Tensor, views: Sequence[View], threshold: float, reporte
         vectors: float [N, D], N at least 1, of any length but 0; may be a memory map.
         views: `[lambda rows: vectors[rows]]` compares the vectors themselves.
         threshold: least cosine.
-        reporter: receives progress.
 
     Raises:
         DivergedError: a vector is not finite.

@@ -31,7 +31,6 @@ def global_positions(step: int, batch_size: int, num_samples: int) -> tuple[Tens
     Args:
         step: number of the step, from 0.
         batch_size: samples per step over all ranks (B).
-        num_samples: samples per epoch.
 
     Returns:
         (epoch int64 [B], position int64 [B]) of the stream positions step·B … step·B + B - 1.
@@ -76,7 +75,6 @@ class Order:
     """`order(seed, epoch, position)` over shards of given sizes. It keeps a few windows, only to save time.
 
     Args:
-        seed: of the run.
         shard_sizes: samples per shard, some of which may be 0.
         window: shards per window (W).
         stream: number of the order among those of one run, which are independent.

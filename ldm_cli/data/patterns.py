@@ -77,7 +77,6 @@ def find_sources(patterns: str | tuple[str, ...], schemes: tuple[str, ...] = ())
     """The shards of each of `patterns`; globs and folders in sorted order.
 
     Args:
-        patterns: from the recipe.
         schemes: of the addresses that may be fetched; nothing is fetched here.
 
     Raises:
@@ -123,7 +122,6 @@ def find_streams(patterns: str | tuple[str, ...], schemes: tuple[str, ...]) -> t
     """The files, named pipes, addresses and commands of `patterns` for streaming, with repetitions.
 
     Args:
-        patterns: from the recipe.
         schemes: of the addresses that may be read; `pipe` allows commands.
 
     Raises:

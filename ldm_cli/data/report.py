@@ -153,7 +153,6 @@ def index(shards: ShardSet, sizes_file: Path | None = None) -> dict[str, Any]:
     """What the indexes of the shards say; opening the shards has made them.
 
     Args:
-        shards: from `open_shards`.
         sizes_file: where to write `sizes.json` (shard's file name to number of samples), as other loaders
             read it; None: nowhere.
 

@@ -11,14 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm_cli.data.bad_samples import BadSampleError
-from ldm_cli.data.captions import (
-    caption_candidates,
-    clean_caption,
-    decode_text,
-    field_of,
-    parse_json,
-    parse_label,
-)
+from ldm_cli.data.captions import caption_candidates, clean_caption, decode_text, field_of, parse_json, parse_label
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.decode import CENTRE, IMAGE_EXTENSIONS, Crop, Place, decode_rgb, to_rectangle
 from ldm_cli.data.masks import decode_mask
@@ -207,7 +200,6 @@ class SampleDecoder(MembersDecoder):
     """Reads samples of a shard set.
 
     Args:
-        shards: where samples are read.
         config, wanted: as for any `MembersDecoder`.
     """
 

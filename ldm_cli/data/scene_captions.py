@@ -74,8 +74,6 @@ def caption(
     Args:
         objects: each with `shape`, `color`, `size`, `place`; two of them with a `relation` of the first to
             the second.
-        full: state every attribute.
-        draw: picks the phrasing.
 
     Returns:
         The sentence, and the names of the attributes it states, `shape` and `color` always among them.

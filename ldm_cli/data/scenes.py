@@ -191,10 +191,7 @@ def write_scenes(
         out: folder, made if missing.
         samples: scenes of `train`, at least 1.
         size: side of the images in pixels.
-        seed: of all scenes.
-        reporter: receives progress and messages.
         val_samples: scenes of `val`; None: a tenth of `samples`, at least 64.
-        shard_samples: scenes per shard.
         two_object_fraction: chance of two objects in a scene, in [0, 1].
         only: `color=NAME` or `shape=NAME`, which every scene then has; see `scene_vocabulary.pairs_with`.
         overwrite: replace scenes of other arguments.

@@ -35,7 +35,6 @@ class ShardTables:
     Args:
         paths, facts: of the set.
         held: indexes that no file keeps.
-        staging: fetches remote shards.
         choice: the samples to use; None: all of them.
     """
 
@@ -99,12 +98,9 @@ class ShardSet:
     """Shards in a fixed order. What is kept of each is a few numbers; the rest is read when it is asked for.
 
     Attributes:
-        paths: the files.
-        facts: what is known of every shard.
         indexes: the samples and members of each shard; of the chosen samples alone, if there is a choice.
         sources: the shards of each given pattern.
         choice: the samples to use; None: all of them.
-        staging: fetches remote shards.
     """
 
     paths: ShardPaths

@@ -12,7 +12,6 @@ class ShardsAhead:
     """Follows the windows that steps take their samples of. It changes when a shard is fetched, never a batch.
 
     Args:
-        shards: the data set.
         keep: closes the files of all shards but these.
     """
 

@@ -70,8 +70,6 @@ class TableSource:
     """A table of pictures.
 
     Args:
-        table: the file.
-        choices: which columns.
         report: records pictures that are left out, and remarks.
         files: where to look for a picture that is not at its path from the table's folder.
 

@@ -91,9 +91,7 @@ class StepPlan:
     """The samples of every step.
 
     Args:
-        seed: of the run.
         shards: the data set; with a choice if there are buckets.
-        config: weights, buckets, window.
         batch_size: samples per step over all ranks (B).
 
     Raises:

@@ -97,22 +97,13 @@ class StreamedSteps:
 
     Args:
         stream: from `open_stream`.
-        config: how samples become tensors.
         wanted: the parts to read.
-        seed: of the run.
         batch_size: samples per step over all ranks.
         rank, world_size: of this process.
     """
 
     def __init__(
-        self,
-        stream: Stream,
-        config: DataConfig,
-        wanted: Wanted,
-        seed: int,
-        batch_size: int,
-        rank: int,
-        world_size: int,
+        self, stream: Stream, config: DataConfig, wanted: Wanted, seed: int, batch_size: int, rank: int, world_size: int
     ) -> None:
         self._stream, self._config, self._seed = stream, config, seed
         self._decoder = MembersDecoder(config, wanted)

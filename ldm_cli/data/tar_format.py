@@ -40,7 +40,6 @@ class Member(NamedTuple):
 
     Attributes:
         offset: first byte of the data; the 512 bytes before are its header.
-        size: bytes of data.
         header_crc: CRC-32 of that header, by which a reader notices that the archive was changed.
     """
 

@@ -50,6 +50,23 @@ class Tokens:
     num_tokens: tuple[int, ...]
     truncated: tuple[tuple[int, str], ...]
 
+    @classmethod
+    def framed(
+        cls, encoder: tokenizers.Tokenizer, texts: list[str], length: int, start: tuple[int, ...], end: int, pad: int
+    ) -> Tokens:
+        """Those of texts, cut so that L are enough for `start`, text and `end`."""
+        room = length - len(start) - 1
+        input_ids = torch.full((len(texts), length), pad, dtype=torch.int64)
+        num_tokens, truncated = [], []
+        encodings = encoder.encode_batch(texts, add_special_tokens=False)
+        for i, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
+            ids = [*start, *encoding.ids[:room], end]
+            input_ids[i, : len(ids)] = torch.tensor(ids)
+            num_tokens.append(len(ids))
+            if len(encoding.ids) > room:
+                truncated.append((i, text[encoding.offsets[room][0] :]))
+        return cls(input_ids, tuple(num_tokens), tuple(truncated))
+
 
 def defused(text: str) -> str:
     """The text with spelled-out special tokens taken apart, so that no caption can end itself, and valid as
@@ -213,16 +230,7 @@ class Tokenizer:
         if length < 2:
             raise ValueError(f"encode: length={length} has no room for 2 tokens, start and end")
         safe = [defused(text) for text in texts]
-        encodings = self._encoder.encode_batch(safe, add_special_tokens=False)
-        input_ids = torch.full((len(safe), length), self.pad_id, dtype=torch.int64)
-        num_tokens, truncated = [], []
-        for i, (text, encoding) in enumerate(zip(safe, encodings, strict=True)):
-            ids = [self.start_id, *encoding.ids[: length - 2], self.end_id]
-            input_ids[i, : len(ids)] = torch.tensor(ids)
-            num_tokens.append(len(ids))
-            if len(encoding.ids) > length - 2:
-                truncated.append((i, text[encoding.offsets[length - 2][0] :]))
-        return Tokens(input_ids, tuple(num_tokens), tuple(truncated))
+        return Tokens.framed(self._encoder, safe, length, (self.start_id,), self.end_id, self.pad_id)
 
     def pieces(self, text: str) -> list[tuple[int, int]]:
         """The tokens of a `defused` text: the id of each, and where it begins in the text."""

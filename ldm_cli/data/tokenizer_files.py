@@ -40,7 +40,6 @@ class TokenizerFiles:
         vocab: token → id.
         merges: pairs of tokens, in order.
         added_tokens: tokens that are matched as a whole, by id.
-        pad_token: padding.
         model_max_length: the context length.
     """
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
-import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from ldm_cli.data.tokenizer import Tokens
@@ -108,16 +107,7 @@ class UnigramTokenizer:
             length: L, at least 1. A longer text is cut, and ended all the same.
         """
         safe = [_SPELLED.sub(r"< \1>", text) for text in texts]
-        encodings = self._encoder.encode_batch(safe, add_special_tokens=False)
-        input_ids = torch.full((len(texts), length), self.pad_id, dtype=torch.int64)
-        num_tokens, truncated = [], []
-        for i, (text, encoding) in enumerate(zip(safe, encodings, strict=True)):
-            ids = [*encoding.ids[: length - 1], self.end_id]
-            input_ids[i, : len(ids)] = torch.tensor(ids)
-            num_tokens.append(len(ids))
-            if len(encoding.ids) > length - 1:
-                truncated.append((i, text[encoding.offsets[length - 1][0] :]))
-        return Tokens(input_ids, tuple(num_tokens), tuple(truncated))
+        return Tokens.framed(self._encoder, safe, length, (), self.end_id, self.pad_id)
 
 
 def _of_sentencepiece(content: bytes) -> tokenizers.Tokenizer:

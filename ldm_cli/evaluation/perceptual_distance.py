@@ -26,10 +26,8 @@ class PerceptualDistance:
 
     Args:
         file: that `ldm convert --lpips-heads` wrote.
-        device: where it computes.
 
     Attributes:
-        backbone: the classifier.
         provenance: `file`, `sha256` of the tensors, `backbone`.
 
     Raises:

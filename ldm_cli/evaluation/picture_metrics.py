@@ -60,11 +60,9 @@ class PictureFeatures:
     together keep 8 KiB, `is` 4 KiB, `cmmd` 2 to 4 KiB, in main memory.
 
     Args:
-        metrics: which.
         device: where they are computed.
 
     Attributes:
-        count: number of pictures.
         moments: by kind of features.
     """
 
@@ -96,7 +94,6 @@ def measure_pictures(
     """The metrics by name, each as its function returns it.
 
     Args:
-        metrics: which.
         generated: features of the pictures that are judged; a Gaussian for `fid` alone.
         real: those of the reference; a Gaussian for `fid` and `is`, None for `is`.
         warn: is called where a distance is of fewer pictures than features.

@@ -69,9 +69,7 @@ class Autoregressive(ImageGenerator):
     Attributes:
         transformer: its configuration says where the tokens are (`ldm`).
         codec: images to indices of codes and back.
-        tokenizer: of captions.
         folder: where it was read; None if it was not.
-        is_compiled: whether Transformer and codec are compiled.
     """
 
     transformer: LlamaForCausalLM

@@ -15,7 +15,6 @@ class CaptionTokens:
     """Encodes captions to a fixed length, and tells once that some are longer.
 
     Args:
-        tokenizer: of the text tower.
         length: L, tokens of a chunk.
         warn: called once.
         num_chunks: n, chunks of each caption.

@@ -29,8 +29,6 @@ class Stage:
     """One model of a cascade.
 
     Attributes:
-        name: its subfolder.
-        family: the model.
         settings: how it samples, as JSON.
     """
 
@@ -47,7 +45,6 @@ class Cascade(ImageGenerator):
         stages: the first generates pictures, each other one enlarges them.
         codec: of the result: pixels.
         folder: where it was read; None if it was not.
-        is_compiled: whether the networks are compiled.
     """
 
     stages: tuple[Stage, ...]

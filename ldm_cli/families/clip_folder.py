@@ -7,8 +7,9 @@ from pathlib import Path
 from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.core.models.clip_config import CLIPConfig
 from ldm_cli.core.models.clip_image_processor import CLIPImageProcessor
+from ldm_cli.core.models.clip_vision import CLIPVisionTransformer
 from ldm_cli.data.tokenizer import Tokenizer
-from ldm_cli.errors import CheckpointError
+from ldm_cli.errors import CheckpointError, RecipeError
 from ldm_cli.families.clip_text_encoder import tokenizer_folder
 from ldm_cli.formats.model_folder import load_model, outline_model, read_as, read_image_processor
 from ldm_cli.formats.weight_files import CONFIG_NAME
@@ -18,6 +19,19 @@ from ldm_cli.storage import resolve_model_folder
 def outline_clip(folder: Path) -> CLIPModel:
     """The `outline_model` of a CLIPModel folder."""
     return outline_model(CLIPModel, folder)
+
+
+def vision_transformer(clip: CLIPModel, field: str, folder: str) -> CLIPVisionTransformer:
+    """The image tower of the CLIP in a folder that a field of a recipe names.
+
+    Raises:
+        RecipeError: it is a ResNet.
+    """
+    if not isinstance(clip.vision_model, CLIPVisionTransformer):
+        raise RecipeError(
+            f"{field}: '{folder}' cannot be used", "it has a ResNet for an image tower", "give a CLIP with a ViT"
+        )
+    return clip.vision_model
 
 
 def open_clip(folder: Path) -> tuple[CLIPModel, Tokenizer, CLIPImageProcessor]:

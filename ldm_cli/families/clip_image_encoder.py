@@ -48,7 +48,6 @@ class CLIPImageEncoder(nn.Module):
         """Write tower and image processor as components of a pipeline folder; errors as in `save_model`.
 
         Args:
-            folder: of the pipeline.
             processor: subfolder of the image processor.
         """
         config = {**self.model.config.to_hugging_face(), "architectures": [type(self.model).__name__]}

@@ -16,13 +16,7 @@ from ldm_cli.core.models.t5_encoder import T5EncoderModel
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.data.unigram_tokenizer import UnigramTokenizer
 from ldm_cli.errors import CheckpointError
-from ldm_cli.families.clip_text_encoder import (
-    CLIPTextEncoder,
-    encoder_key,
-    ignore,
-    index_setting,
-    tokenizer_folder,
-)
+from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, encoder_key, ignore, index_setting, tokenizer_folder
 from ldm_cli.families.family import model_sha256
 from ldm_cli.families.prompt_chunks import BREAK, PromptReading, pieces_of
 from ldm_cli.formats.model_folder import load_model
@@ -47,8 +41,6 @@ class T5TextEncoder:
     """T5's encoder and its tokenizer.
 
     Attributes:
-        model: the encoder.
-        tokenizer: its tokenizer.
         folder: where the encoder was read, for `key`; None if it was not.
     """
 
@@ -60,7 +52,6 @@ class T5TextEncoder:
         """Read an encoder, and its tokenizer from `tokenizer_3` beside it or from the same folder.
 
         Args:
-            folder: of a T5EncoderModel.
             dtype: of the weights. float16 becomes bfloat16, whose range the feed-forward layers need.
 
         Raises:

@@ -48,8 +48,6 @@ class CLIPTextEncoder:
         """Put a tower and its tokenizer together.
 
         Args:
-            model: the tower.
-            tokenizer: its tokenizer.
             folder: where the tower was read, for `key`.
             warn: called once if captions are cut.
             is_penultimate: whether `tokens` are the output of the last layer but one, without the final norm, as in
@@ -200,6 +198,11 @@ class CLIPTextEncoder:
 def outline_tower(folder: Path, model_class: ModelClass[CLIPTextModel] = CLIPTextModel) -> CLIPTextModel:
     """The `outline_model` of the tower that `CLIPTextEncoder.load` reads."""
     return outline_model(model_class, folder, text_config_of, allow_extra=True)
+
+
+def outline_encoder(folder: Path, model_class: ModelClass[CLIPTextModel] = CLIPTextModel) -> CLIPTextEncoder:
+    """The encoder of a folder on the meta device, with its tokenizer; errors as in `outline_model`."""
+    return CLIPTextEncoder(outline_tower(folder, model_class), Tokenizer.load(tokenizer_folder(folder)))
 
 
 def tokenizer_folder(text_encoder: Path) -> Path:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from ldm_cli.families.prompt_chunks import PromptReading
 from ldm_cli.formats.model_folder import read_config
 from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, VAE
+from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.scheduler_file import SchedulerSettings
 
 
@@ -108,11 +109,9 @@ class Family(ImageGenerator):
 
     Attributes:
         denoiser: a `Denoiser` of latents.
-        codec: images to latents and back.
         encoder: prompts to conditions, in the type of the denoiser.
         settings: process, prediction type, and the sampler to take where none is asked for.
         folder: where it was read; None if it was not.
-        is_compiled: whether denoiser and codec are compiled.
         low_resolution: what a denoiser that enlarges pictures expects of them; None: it does not.
     """
 
@@ -141,6 +140,12 @@ class Family(ImageGenerator):
             num_steps: all steps.
         """
         return int(strength * num_steps)
+
+    @property
+    def sample_size(self) -> tuple[int | None, int | None]:
+        """As the denoiser's `sample_size` says."""
+        config: Any = self.denoiser.config
+        return config.sample_size if isinstance(config.sample_size, tuple) else (config.sample_size, config.sample_size)
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -175,9 +180,10 @@ class Family(ImageGenerator):
         self.save_denoiser(folder)
         self.save_companions(folder)
 
-    @abstractmethod
     def save_denoiser(self, folder: Path) -> None:
         """Write the denoiser's part of the folder; errors as in `save`."""
+        config: Any = self.denoiser.config
+        save_model(folder / self.components[0], self.denoiser.state_dict(), config.to_hugging_face())
 
     @abstractmethod
     def save_companions(self, folder: Path) -> None:
@@ -188,7 +194,6 @@ def place(device: torch.device | str, dtype: torch.dtype, *modules: nn.Module, c
     """Freeze modules and bring them to the device on which they compute, and to its type, memory order and kernels.
 
     Args:
-        device: of the modules.
         dtype: of their weights.
         modules: not to be trained.
         channels_last: NHWC order, which tensor cores and CPUs prefer.

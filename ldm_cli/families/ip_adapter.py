@@ -119,12 +119,7 @@ def write_ip_adapter(file: Path, weights: Mapping[str, Tensor]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class ImageFeatures:
-    """What adapters of a kind take of pictures; E numbers, of `plus` E for each of L places.
-
-    Attributes:
-        encoder: the image tower.
-        kind: of the adapters.
-    """
+    """What adapters of a kind take of pictures; E numbers, of `plus` E for each of L places."""
 
     encoder: CLIPImageEncoder
     kind: Kind

@@ -36,7 +36,6 @@ class LabelEncoder:
     Attributes:
         names: of the K classes, in the order of their indexes; index K is no class.
         text: the text encoder; None: there is no text.
-        device: where conditions are.
     """
 
     names: tuple[str, ...]
@@ -141,7 +140,6 @@ def class_names(index: Mapping[str, Any], num_class_embeds: int, file: Path) -> 
     Args:
         index: of the pipeline.
         num_class_embeds: rows of the table, the last one for no class.
-        file: of the index.
 
     Raises:
         CheckpointError: the index names other classes than there are.

@@ -9,7 +9,6 @@ from typing import ClassVar
 
 import torch
 from pydantic import ValidationError
-from torch import nn
 
 from ldm_cli.config import causes
 from ldm_cli.core.compiling import compile_whole
@@ -21,6 +20,8 @@ from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.core.precision import DTYPES
 from ldm_cli.errors import CheckpointError
+from ldm_cli.families.clip_pair_encoder import CLIPPairEncoder
+from ldm_cli.families.clip_t5_encoder import CLIPT5Encoder
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
 from ldm_cli.families.codec_folder import Autoencoder
 from ldm_cli.families.family import Family, place
@@ -30,6 +31,8 @@ from ldm_cli.formats.model_source import has_model_json, read_model_json
 from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.scheduler_file import SchedulerSettings, read_scheduler, write_scheduler
 
+TextEncoder = CLIPTextEncoder | CLIPPairEncoder | CLIPT5Encoder | T5Encoder
+
 
 @dataclass(frozen=True, eq=False)
 class LatentDiffusion(Family):
@@ -37,6 +40,7 @@ class LatentDiffusion(Family):
 
     denoiser: UNet2DConditionModel | SD3Transformer2DModel
     codec: Autoencoder
+    encoder: TextEncoder
 
     pipelines: ClassVar[tuple[str, ...]]
     """Classes of diffusers whose folders are opened; that of the folders that are written usually comes first."""
@@ -47,12 +51,6 @@ class LatentDiffusion(Family):
     def pipeline(self) -> str:
         """The class of diffusers whose folder is written."""
         return self.pipelines[0]
-
-    @property
-    def sample_size(self) -> tuple[int | None, int | None]:
-        """As the denoiser's `sample_size` says."""
-        size = self.denoiser.config.sample_size
-        return size if isinstance(size, tuple) else (size, size)
 
     @property
     def takes_mask(self) -> bool:
@@ -69,10 +67,6 @@ class LatentDiffusion(Family):
         """As a U-Net's `time_cond_proj_dim` says."""
         config = self.denoiser.config
         return config.time_cond_proj_dim if isinstance(config, UNet2DConditionConfig) else None
-
-    def save_denoiser(self, folder: Path) -> None:
-        """See `Family`."""
-        save_model(folder / self.components[0], self.denoiser.state_dict(), self.denoiser.config.to_hugging_face())
 
     def save_codec(self, folder: Path) -> None:
         """Write the autoencoder; errors as in `save`.
@@ -91,7 +85,6 @@ class LatentDiffusion(Family):
         """Write the scheduler, and the index of a folder with everything that `save` writes; errors as there.
 
         Args:
-            folder: of the pipeline.
             text: class of each component that conditions are made with, by subfolder.
             settings: arguments of the pipeline in diffusers.
         """
@@ -101,16 +94,15 @@ class LatentDiffusion(Family):
         classes = {**absent, layout.SCHEDULER: self.scheduler_class, **text, **own}
         layout.write_index(folder, self.pipeline, classes, settings)
 
-    def placed(self, device: torch.device | str, precision: str, text: Sequence[nn.Module]) -> None:
+    def placed(self, device: torch.device | str, precision: str) -> None:
         """Bring the networks to the device and compile them if asked to; `force_upcast` keeps the codec out of fp16.
 
-        Args:
-            device: of the networks.
-            precision: `fp32`, `bf16` or `fp16`.
-            text: the networks of the encoder.
+        Text encoders stay in the type in which they were read.
         """
         is_upcast = precision == "fp16" and isinstance(self.codec, AutoencoderKL) and self.codec.config.force_upcast
-        place(device, DTYPES[precision], self.denoiser, *text)
+        place(device, DTYPES[precision], self.denoiser)
+        for text in self.encoder.models:
+            place(device, next(text.parameters()).dtype, text)
         place(device, torch.float32 if is_upcast else DTYPES[precision], self.codec)
         if self.is_compiled:
             compile_whole(self.denoiser, replayed=self.device.type == "cuda")

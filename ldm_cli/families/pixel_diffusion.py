@@ -16,19 +16,17 @@ from ldm_cli.core.compiling import compile_whole
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.core.precision import DTYPES
-from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError
-from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, outline_tower, tokenizer_folder
+from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
 from ldm_cli.families.family import Family, place
 from ldm_cli.families.label_encoder import LabelEncoder, class_names
 from ldm_cli.families.latent_diffusion import pipeline_of, read_settings
 from ldm_cli.families.low_resolution import LowResolution
-from ldm_cli.families.t5_encoder import T5Encoder, is_t5, outline_t5
+from ldm_cli.families.t5_encoder import T5Encoder, load_text, outline_text
 from ldm_cli.formats import pipeline_folder as layout
 from ldm_cli.formats.model_folder import load_model, outline_model
 from ldm_cli.formats.model_source import has_model_json, read_model_json, weights_sha256
 from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, UNET
-from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.scheduler_file import SchedulerSettings, our_settings, write_scheduler
 from ldm_cli.formats.weight_files import CONFIG_NAME
 
@@ -55,16 +53,6 @@ class PixelDiffusion(Family):
         """See `ImageGenerator`; without a text encoder where there are only classes."""
         names = (UNET, *([TEXT_ENCODER] if self.encoder.models else []))
         return {} if self.folder is None else {name: weights_sha256(self.folder / name) for name in names}
-
-    @property
-    def sample_size(self) -> tuple[int | None, int | None]:
-        """As the denoiser's `sample_size` says."""
-        size = self.denoiser.config.sample_size
-        return size if isinstance(size, tuple) else (size, size)
-
-    def save_denoiser(self, folder: Path) -> None:
-        """See `Family`."""
-        save_model(folder / UNET, self.denoiser.state_dict(), self.denoiser.config.to_hugging_face())
 
     def save_companions(self, folder: Path) -> None:
         """Write all but the U-Net; errors as in `save`."""
@@ -119,10 +107,9 @@ def opened(
 ) -> FamilyT:
     """Read a folder as a family of this class, which may enlarge pictures; see `open_family`."""
     denoiser = load_model(UNet2DConditionModel, folder / UNET, dtype=DTYPES[precision])
-    text: CLIPTextEncoder | T5Encoder | None = None
+    text = None
     if has_model_json(folder / TEXT_ENCODER / CONFIG_NAME):
-        kind = T5Encoder if is_t5(folder / TEXT_ENCODER) else CLIPTextEncoder
-        text = kind.load(folder / TEXT_ENCODER, dtype=DTYPES[precision], is_for_pixels=True)
+        text = load_text(folder / TEXT_ENCODER, DTYPES[precision], is_for_pixels=True)
     encoder = _encoder(folder, denoiser.config, text, device, enlarges=low_resolution is not None)
     family = family_class(denoiser, PixelCodec(), encoder, read_settings(folder), folder, compiled, low_resolution)
     place(device, DTYPES[precision], denoiser)
@@ -136,13 +123,8 @@ def opened(
 def outline_folder(folder: Path, *, enlarges: bool = False) -> dict[str, nn.Module]:
     """See `outline_family`; `enlarges` as in `unet_problems`."""
     read_settings(folder)
-    unet, place_of_text = outline_model(UNet2DConditionModel, folder / UNET), folder / TEXT_ENCODER
-    text: CLIPTextEncoder | T5Encoder | None = None
-    if has_model_json(place_of_text / CONFIG_NAME):
-        if is_t5(place_of_text):
-            text = outline_t5(place_of_text)
-        else:
-            text = CLIPTextEncoder(outline_tower(place_of_text), Tokenizer.load(tokenizer_folder(place_of_text)))
+    unet = outline_model(UNet2DConditionModel, folder / UNET)
+    text = outline_text(folder / TEXT_ENCODER) if has_model_json(folder / TEXT_ENCODER / CONFIG_NAME) else None
     _encoder(folder, unet.config, text, "meta", enlarges=enlarges)
     return {UNET: unet, **({} if text is None else {TEXT_ENCODER: text.model})}
 

@@ -40,7 +40,6 @@ from ldm_cli.formats.pipeline_folder import (
     tokenizer_of,
     write_index,
 )
-from ldm_cli.formats.save_model import save_model
 
 EMBEDDINGS = "image_embeds"
 """Name of the embeddings of pictures among a cache's moments."""
@@ -109,10 +108,6 @@ class Prior(Family):
         """An embedding has none."""
         return None, None
 
-    def save_denoiser(self, folder: Path) -> None:
-        """See `Family`."""
-        save_model(folder / PRIOR, self.denoiser.state_dict(), self.denoiser.config.to_hugging_face())
-
     def save_companions(self, folder: Path) -> None:
         """Write all but the transformer; errors as in `save`."""
         assert self.codec.image_encoder is not None
@@ -148,7 +143,6 @@ def open_prior(folder: Path, device: torch.device | str, precision: str, prefix:
 
     Args:
         folder: of a prior, or of a whole unCLIP.
-        device: of the networks.
         precision: `fp32`, `bf16` or `fp16`.
         prefix: of its text encoder and scheduler; `PRIOR_PREFIX` in a whole unCLIP.
 

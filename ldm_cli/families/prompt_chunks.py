@@ -83,7 +83,6 @@ def chunks_of(prompt: str, tokenizer: Tokenizer, room: int, reading: PromptReadi
 
     Args:
         prompt: the text.
-        tokenizer: of the tower.
         room: most tokens of a chunk, without its start and end.
         reading: `weighted` and `long`.
     """

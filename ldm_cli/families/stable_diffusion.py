@@ -12,12 +12,10 @@ from torch import nn
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.core.precision import DTYPES
-from ldm_cli.data.tokenizer import Tokenizer
-from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, outline_tower, tokenizer_folder
+from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
 from ldm_cli.families.codec_folder import Autoencoder, codec_dtype, open_codec, outline_codec
-from ldm_cli.families.family import place
 from ldm_cli.families.latent_diffusion import LatentDiffusion, expect_fitting_parts, pipeline_of, read_settings
-from ldm_cli.families.t5_encoder import T5Encoder, is_t5, outline_t5
+from ldm_cli.families.t5_encoder import T5Encoder, load_text, outline_text
 from ldm_cli.formats.model_folder import load_model, outline_model
 from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, UNET, VAE, tokenizer_of
 
@@ -57,19 +55,16 @@ def is_mine(folder: Path) -> bool:
 def open_folder(folder: Path, device: torch.device | str, precision: str, *, compiled: bool = False) -> StableDiffusion:
     """Read a folder; see `open_family`."""
     settings, dtype = read_settings(folder), DTYPES[precision]
-    kind = T5Encoder if is_t5(folder / TEXT_ENCODER) else CLIPTextEncoder
     family = StableDiffusion(
         denoiser=load_model(UNet2DConditionModel, folder / UNET, dtype=dtype),
         codec=open_codec(folder / VAE, codec_dtype(precision)),
-        encoder=kind.load(folder / TEXT_ENCODER, dtype=dtype),
+        encoder=load_text(folder / TEXT_ENCODER, dtype),
         settings=settings,
         folder=folder,
         is_compiled=compiled,
     )
-    check_fit(family)
-    family.placed(device, precision, () if isinstance(family.encoder, T5Encoder) else family.encoder.models)
-    if isinstance(family.encoder, T5Encoder):
-        place(device, next(family.encoder.model.parameters()).dtype, family.encoder.model)
+    check_fit(family.folder, family.denoiser.config, family.codec, family.encoder)
+    family.placed(device, precision)
     return family
 
 
@@ -77,27 +72,18 @@ def outline_folder(folder: Path) -> dict[str, nn.Module]:
     """See `outline_family`."""
     read_settings(folder)
     unet = outline_model(UNet2DConditionModel, folder / UNET)
-    vae = outline_codec(folder / VAE)
-    place_of_text = folder / TEXT_ENCODER
-    if is_t5(place_of_text):
-        encoder: CLIPTextEncoder | T5Encoder = outline_t5(place_of_text)
-    else:
-        encoder = CLIPTextEncoder(outline_tower(place_of_text), Tokenizer.load(tokenizer_folder(place_of_text)))
-    _check_parts(folder, unet.config, vae, encoder)
+    vae, encoder = outline_codec(folder / VAE), outline_text(folder / TEXT_ENCODER)
+    check_fit(folder, unet.config, vae, encoder)
     return {UNET: unet, VAE: vae, TEXT_ENCODER: encoder.model}
 
 
-def check_fit(family: StableDiffusion) -> None:
+def check_fit(
+    folder: Path | None, unet: UNet2DConditionConfig, codec: Autoencoder, encoder: CLIPTextEncoder | T5Encoder
+) -> None:
     """Make sure that the components belong together.
 
     Raises:
         CheckpointError: their channels, widths or vocabularies differ, or the U-Net needs conditions that none gives.
     """
-    _check_parts(family.folder, family.denoiser.config, family.codec, family.encoder)
-
-
-def _check_parts(
-    folder: Path | None, unet: UNet2DConditionConfig, codec: Autoencoder, encoder: CLIPTextEncoder | T5Encoder
-) -> None:
     further = [f"unet.{field} asks for a condition that is not supported" for field in unet.pooled_fields]
     expect_fitting_parts(folder, unet, codec, {TEXT_ENCODER: encoder}, further)

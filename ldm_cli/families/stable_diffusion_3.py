@@ -22,7 +22,6 @@ from ldm_cli.errors import CheckpointError
 from ldm_cli.families.clip_t5_encoder import CLIPT5Encoder, t5_length_of
 from ldm_cli.families.clip_text_encoder import outline_tower
 from ldm_cli.families.codec_folder import Autoencoder, codec_dtype, open_codec, outline_codec
-from ldm_cli.families.family import place
 from ldm_cli.families.latent_diffusion import LatentDiffusion, pipeline_of, read_settings
 from ldm_cli.formats.model_folder import load_model, outline_model
 from ldm_cli.formats.model_source import read_model_json, weights_sha256
@@ -128,9 +127,7 @@ def open_folder(
     codec = open_codec(folder / VAE, codec_dtype(precision))
     family = StableDiffusion3(denoiser, codec, encoder, settings, folder=folder, is_compiled=compiled)
     _check_parts(folder, denoiser.config, codec, encoder.models)
-    family.placed(device, precision, [*encoder.first.models, *encoder.second.models])
-    if encoder.third is not None:
-        place(device, next(encoder.third.model.parameters()).dtype, encoder.third.model)
+    family.placed(device, precision)
     return family
 
 

@@ -15,9 +15,8 @@ from ldm_cli.core.models.latent_space import standardized
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.core.precision import DTYPES
-from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError
-from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, outline_tower, tokenizer_folder
+from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, outline_encoder
 from ldm_cli.families.codec_folder import codec_dtype
 from ldm_cli.families.latent_diffusion import LatentDiffusion, expect_fitting_parts, pipeline_of, read_settings
 from ldm_cli.families.low_resolution import LowResolution, read_noising, write_noising
@@ -96,7 +95,7 @@ def open_folder(
         low_resolution=_low_resolution(folder, codec),
     )
     _check_parts(folder, family.denoiser.config, codec, family.encoder)
-    family.placed(device, precision, family.encoder.models)
+    family.placed(device, precision)
     return family
 
 
@@ -105,8 +104,7 @@ def outline_folder(folder: Path) -> dict[str, nn.Module]:
     read_settings(folder)
     unet, vae = outline_model(UNet2DConditionModel, folder / UNET), outline_model(AutoencoderKL, folder / VAE)
     _low_resolution(folder, vae)
-    place = folder / TEXT_ENCODER
-    encoder = CLIPTextEncoder(outline_tower(place), Tokenizer.load(tokenizer_folder(place)))
+    encoder = outline_encoder(folder / TEXT_ENCODER)
     _check_parts(folder, unet.config, vae, encoder)
     return {UNET: unet, VAE: vae, TEXT_ENCODER: encoder.model}
 

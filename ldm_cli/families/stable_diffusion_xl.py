@@ -14,10 +14,9 @@ from ldm_cli.core.models.clip import CLIPTextModelWithProjection
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.core.precision import DTYPES
-from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError
 from ldm_cli.families.clip_pair_encoder import CLIPPairEncoder
-from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, outline_tower, tokenizer_folder
+from ldm_cli.families.clip_text_encoder import outline_encoder
 from ldm_cli.families.codec_folder import Autoencoder, codec_dtype, open_codec, outline_codec
 from ldm_cli.families.latent_diffusion import LatentDiffusion, expect_fitting_parts, pipeline_of, read_settings
 from ldm_cli.formats.model_folder import load_model, outline_model
@@ -82,7 +81,7 @@ def open_folder(
         is_compiled=compiled,
     )
     _check_parts(folder, family.denoiser.config, family.codec, family.encoder)
-    family.placed(device, precision, family.encoder.models)
+    family.placed(device, precision)
     return family
 
 
@@ -92,20 +91,16 @@ def outline_folder(folder: Path) -> dict[str, nn.Module]:
     read_settings(folder)
     unet = outline_model(UNet2DConditionModel, folder / UNET)
     vae = outline_codec(folder / VAE)
-    models = {
-        TEXT_ENCODER: outline_tower(folder / TEXT_ENCODER),
-        TEXT_ENCODER_2: outline_tower(folder / TEXT_ENCODER_2, CLIPTextModelWithProjection),
-    }
-    towers = [CLIPTextEncoder(model, Tokenizer.load(tokenizer_folder(folder / name))) for name, model in models.items()]
-    _check_parts(folder, unet.config, vae, CLIPPairEncoder(*towers))
-    return {UNET: unet, VAE: vae, **models}
+    first = outline_encoder(folder / TEXT_ENCODER)
+    second = outline_encoder(folder / TEXT_ENCODER_2, CLIPTextModelWithProjection)
+    _check_parts(folder, unet.config, vae, CLIPPairEncoder(first, second))
+    return {UNET: unet, VAE: vae, TEXT_ENCODER: first.model, TEXT_ENCODER_2: second.model}
 
 
 def size_problems(unet: UNet2DConditionConfig, pooled_width: int) -> list[str]:
     """What keeps a U-Net from the conditions of this family; nothing if it takes them.
 
     Args:
-        unet: the U-Net's configuration.
         pooled_width: P, numbers of the pooled text.
     """
     if unet.addition_embed_type != "text_time":

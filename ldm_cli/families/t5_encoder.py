@@ -14,7 +14,7 @@ from ldm_cli.core.models.t5_encoder import T5EncoderModel
 from ldm_cli.data.unigram_tokenizer import UnigramTokenizer
 from ldm_cli.errors import UsageError
 from ldm_cli.families.clip_t5_encoder import T5_LENGTH, T5TextEncoder, plain_texts
-from ldm_cli.families.clip_text_encoder import ignore, index_setting, tokenizer_folder
+from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, ignore, index_setting, outline_encoder, tokenizer_folder
 from ldm_cli.families.family import model_sha256
 from ldm_cli.families.prompt_chunks import PromptReading
 from ldm_cli.formats.model_folder import outline_model, read_config
@@ -39,17 +39,11 @@ class T5Encoder:
 
     @classmethod
     def load(
-        cls,
-        folder: Path,
-        dtype: torch.dtype = torch.float32,
-        length: int | None = None,
-        *,
-        is_for_pixels: bool = False,
+        cls, folder: Path, dtype: torch.dtype = torch.float32, length: int | None = None, *, is_for_pixels: bool = False
     ) -> Self:
         """Read the folder of a T5EncoderModel; errors as in `T5TextEncoder.load`.
 
         Args:
-            folder: of the encoder.
             dtype: of the weights.
             length: L; None: as the pipeline says in which the encoder lies.
             is_for_pixels: see the class.
@@ -129,7 +123,15 @@ def t5_key(folder: Path, length: int) -> dict[str, str]:
     return {"text_encoder": model_sha256(folder), "tokenizer": tokenizer, MAX_SEQUENCE_LENGTH: str(length)}
 
 
-def outline_t5(folder: Path) -> T5Encoder:
-    """The encoder on the meta device, with its tokenizer; errors as in `outline_model`."""
+def load_text(folder: Path, dtype: torch.dtype, *, is_for_pixels: bool = False) -> CLIPTextEncoder | T5Encoder:
+    """Read the only text encoder of a U-Net, of either kind; arguments and errors as in its `load`."""
+    kind = T5Encoder if is_t5(folder) else CLIPTextEncoder
+    return kind.load(folder, dtype=dtype, is_for_pixels=is_for_pixels)
+
+
+def outline_text(folder: Path) -> CLIPTextEncoder | T5Encoder:
+    """The encoder of `load_text` on the meta device, with its tokenizer; errors as in `outline_model`."""
+    if not is_t5(folder):
+        return outline_encoder(folder)
     model, tokenizer = outline_model(T5EncoderModel, folder), UnigramTokenizer.load(tokenizer_folder(folder))
     return T5Encoder(T5TextEncoder(model, tokenizer), t5_length_of(folder))

@@ -19,10 +19,9 @@ from ldm_cli.core.models.image_normalizer import ImageNormalizer
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.core.precision import DTYPES
-from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError
 from ldm_cli.families.clip_image_encoder import CLIPImageEncoder, outline_image_tower
-from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, outline_tower, tokenizer_folder
+from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, outline_encoder
 from ldm_cli.families.codec_folder import Autoencoder, codec_dtype, open_codec, outline_codec
 from ldm_cli.families.family import place
 from ldm_cli.families.latent_diffusion import LatentDiffusion, expect_fitting_parts, pipeline_of, read_settings
@@ -166,7 +165,7 @@ def open_folder(folder: Path, device: torch.device | str, precision: str, *, com
     widths = {} if images is None else {IMAGE_ENCODER: images.width}
     widths |= {} if family.prior is None else {PRIOR: family.prior.codec.channels}
     _check_parts(folder, family.denoiser.config, family.codec, family.encoder, normalizer, widths)
-    family.placed(device, precision, family.encoder.models)
+    family.placed(device, precision)
     return family
 
 
@@ -175,8 +174,7 @@ def outline_folder(folder: Path) -> dict[str, nn.Module]:
     read_settings(folder)
     read_clipping_scheduler(folder / IMAGE_NOISING)
     unet, vae = outline_model(UNet2DConditionModel, folder / UNET), outline_codec(folder / VAE)
-    place_of_text = folder / TEXT_ENCODER
-    encoder = CLIPTextEncoder(outline_tower(place_of_text), Tokenizer.load(tokenizer_folder(place_of_text)))
+    encoder = outline_encoder(folder / TEXT_ENCODER)
     normalizer = outline_model(ImageNormalizer, folder / IMAGE_NORMALIZER)
     found: dict[str, nn.Module] = {UNET: unet, VAE: vae, TEXT_ENCODER: encoder.model}
     widths: dict[str, int] = {}

@@ -21,7 +21,6 @@ class TextEmbedding:
     """A word and its vectors.
 
     Attributes:
-        word: in prompts.
         vectors: [n, D] for some towers, in the order of the file.
     """
 

@@ -32,7 +32,6 @@ class EmbeddingFile:
     """A matrix of embeddings.
 
     Attributes:
-        file: where it is.
         vectors: float [N, D], mapped.
         about: how it was made; empty if that is unknown.
     """

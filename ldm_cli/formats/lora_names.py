@@ -53,7 +53,6 @@ class Target:
     """The module that a name means.
 
     Attributes:
-        component: of the pipeline, such as `unet`.
         module: its path.
         form: which rows of the named update it takes, where those of a single file's module are not its own: see
             `Place`.

@@ -164,7 +164,6 @@ def load_weights(
 
     Args:
         module: has the parameter names of the format.
-        folder: the model folder.
         allow_extra: the folder may hold more than the module has (a CLIPModel, for its text tower).
         dtype: of a module on the meta device.
 
@@ -191,7 +190,6 @@ def fitting_tensors(module: nn.Module, folder: Path, allow_extra: bool = False) 
 
     Args:
         module: may be on the meta device.
-        folder: the model folder.
         allow_extra: as in `load_weights`.
 
     Raises:

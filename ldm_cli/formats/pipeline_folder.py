@@ -34,7 +34,6 @@ def write_index(folder: Path, pipeline: str, classes: Mapping[str, str | None], 
     """Write model_index.json.
 
     Args:
-        folder: of the pipeline.
         pipeline: its class in diffusers.
         classes: of each component, by subfolder; None: the pipeline is without it.
         settings: further arguments of the pipeline.

@@ -148,7 +148,6 @@ def write_scheduler(folder: Path, settings: SchedulerSettings, scheduler_class: 
     """Write a complete scheduler/scheduler_config.json.
 
     Args:
-        folder: of the pipeline.
         settings: what the file says.
         scheduler_class: of the file: `settings.scheduler_class`, FlowMatchEulerDiscreteScheduler for a flow, or
             DDPMScheduler for pixels.
@@ -200,7 +199,6 @@ def read_scheduler(folder: Path, pipeline: str = "StableDiffusionPipeline") -> S
     honour both, and thresholding; a learned variance is read as the fixed one.
 
     Args:
-        folder: of the pipeline.
         pipeline: class of the pipeline in diffusers.
 
     Raises:

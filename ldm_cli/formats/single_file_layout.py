@@ -29,10 +29,7 @@ class Kind:
 
 _OPENAI_MARKS = ("token_embedding.weight", "transformer.resblocks.0.attn.in_proj_weight")
 KINDS: Mapping[str, Kind] = {
-    "unet": Kind(
-        ("input_blocks.0.0.weight", "middle_block.1.proj_in.weight", "out.2.weight"),
-        names.unet_table,
-    ),
+    "unet": Kind(("input_blocks.0.0.weight", "middle_block.1.proj_in.weight", "out.2.weight"), names.unet_table),
     "vae": Kind(
         ("encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight"),
         names.vae_table,
@@ -49,9 +46,7 @@ KINDS: Mapping[str, Kind] = {
         {"encoder.embed_tokens.weight": "shared.weight"},
     ),
     "transformers text": Kind(
-        ("text_model.embeddings.token_embedding.weight",),
-        lambda _: names.TRANSFORMERS_TABLE,
-        ("logit_scale",),
+        ("text_model.embeddings.token_embedding.weight",), lambda _: names.TRANSFORMERS_TABLE, ("logit_scale",)
     ),
     # Without the prefix, as versions of transformers before the first release of Stable Diffusion wrote it.
     "old transformers text": Kind(("embeddings.token_embedding.weight",), lambda _: {}),
@@ -60,11 +55,7 @@ KINDS: Mapping[str, Kind] = {
         names.clip_table,
         ("attn_mask", "input_resolution", "context_length", "vocab_size"),
     ),
-    "openai text": Kind(
-        _OPENAI_MARKS,
-        names.text_table,
-        ("attn_mask", "logit_scale"),
-    ),
+    "openai text": Kind(_OPENAI_MARKS, names.text_table, ("attn_mask", "logit_scale")),
 }
 UNPROJECTED = "text_encoders.clip_l.transformer."
 """Prefix of the tower whose pooled text Stable Diffusion 3 takes as it is, whatever projection its file holds."""

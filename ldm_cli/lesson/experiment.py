@@ -58,7 +58,6 @@ class Lesson:
     """The data of all figures.
 
     Attributes:
-        data: the data set.
         levels: the training levels, t = 0 … T − 1.
         grid: the points at which the field is plotted, [G, 2].
         field: x̂_0 of the network at each level and grid point, [T, G, 2].
@@ -92,7 +91,6 @@ def experiment(trained: Trained, data: Points, guidance: float, seed: int) -> Le
         trained: network and process.
         data: its training data, at least NUM_SAMPLES points.
         guidance: the guidance scale to compare with 1, which means no guidance.
-        seed: of all noise.
     """
     process = trained.process
     all_levels = ddpm_timesteps(process, process.num_timesteps, "leading", 0)

@@ -91,7 +91,6 @@ def train(data: Points, num_steps: int, seed: int, on_step: Callable[[int, float
     """Fit the network to the noise in noised data points (Ho et al. 2020, algorithm 1).
 
     Args:
-        data: the training data.
         num_steps: optimizer steps of 256 points, at least 1.
         seed: of the weights and of all random numbers.
         on_step: called with (finished steps, loss) after every step.

@@ -28,13 +28,7 @@ _METHODS = {
 
 
 def page(lesson: Lesson, figures: Sequence[LessonFigure], facts: Mapping[str, Any]) -> str:
-    """The page as HTML text.
-
-    Args:
-        lesson: the data of the explorer.
-        figures: from `figures.lesson_figures`.
-        facts: from `experiment.facts`.
-    """
+    """The page as HTML text."""
     parts = {
         "LIGHT": _variables(LIGHT),
         "DARK": _variables(DARK),

@@ -62,7 +62,6 @@ def save_animation(path: Path, frames: Sequence[Tensor], milliseconds: int) -> N
     """Write pictures as an endlessly repeating lossless WebP animation.
 
     Args:
-        path: the file.
         frames: uint8 [3, H, W] each.
         milliseconds: duration of each frame.
 

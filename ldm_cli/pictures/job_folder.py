@@ -46,7 +46,6 @@ class JobFolder:
         """Plan a job.
 
         Args:
-            path: the folder.
             job: JSON data: the provenance that all pictures share.
             images: JSON data: `prompt`, `seed` and the fields that differ, of each picture in order.
             sources: paths of models and pictures; they decide nothing.

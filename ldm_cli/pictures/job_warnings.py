@@ -35,8 +35,6 @@ def job_warnings(items: Sequence[Item], family: ImageGenerator, weighted: bool) 
     """One message for each kind of setting or word without the effect that it seems to ask for.
 
     Args:
-        items: of the job.
-        family: the model.
         weighted: whether `(word:1.3)` in a prompt is a weight.
     """
     found: dict[str, str] = {}

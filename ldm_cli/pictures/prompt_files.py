@@ -65,7 +65,6 @@ def read_prompt_file(path: Path, warn: Callable[[str], None]) -> list[PromptEntr
     with `#` are skipped.
 
     Args:
-        path: the file.
         warn: receives a warning of text that is not UTF-8, and one of words that look like options.
 
     Raises:

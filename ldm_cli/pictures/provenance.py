@@ -134,10 +134,7 @@ def _name(source: str) -> str:
 
 def texts_of(provenance: Mapping[str, Any], size: tuple[int, int]) -> dict[str, str]:
     """The texts in a picture of height × width: `parameters` for other programs, and `ldm_cli`, which is JSON."""
-    return {
-        PARAMETERS: _parameters(provenance, size),
-        OURS: json.dumps(provenance, ensure_ascii=False, sort_keys=True),
-    }
+    return {PARAMETERS: _parameters(provenance, size), OURS: json.dumps(provenance, ensure_ascii=False, sort_keys=True)}
 
 
 def recipe_of(provenance: Mapping[str, Any]) -> dict[str, Any]:

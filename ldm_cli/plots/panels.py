@@ -119,7 +119,6 @@ def svg(panel: Panel, name: str) -> str:
     """One panel as an SVG element without its title; its colours are variables of the page, such as `var(--ink)`.
 
     Args:
-        panel: the panel.
         name: unique on the page, of letters, digits and hyphens.
     """
     text = io.StringIO()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +16,14 @@ from ldm_cli.families.clip_folder import open_clip
 from ldm_cli.families.family import place
 from ldm_cli.reporting import Figure, Progress, Reporter
 from ldm_cli.sampling.guidance_models import CLIPScore
-from ldm_cli.sampling.request import GeneratedImage, ImageRequest
+from ldm_cli.sampling.request import GeneratedImage, ImageRequest, Requests
 from ldm_cli.sampling.sample_options import SampleOptions
 
-Generate = Callable[[Sequence[ImageRequest], Reporter, SampleOptions], Iterator[GeneratedImage]]
+Generate = Callable[[Requests, Reporter, SampleOptions], Iterator[GeneratedImage]]
 
 
 class Reranker:
     """Chooses among candidates by the cosine similarity of a CLIP's features of picture and prompt.
-
-    Args:
-        folder: of the CLIP.
-        device: where it computes.
 
     Raises:
         InputNotFoundError, CheckpointError: the CLIP cannot be read.
@@ -41,7 +37,7 @@ class Reranker:
     def best(
         self,
         generate: Generate,
-        requests: Sequence[ImageRequest],
+        requests: Requests,
         num_candidates: int,
         reporter: Reporter,
         options: SampleOptions,

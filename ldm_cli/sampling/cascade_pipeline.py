@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from pydantic import ValidationError
@@ -17,7 +17,7 @@ from ldm_cli.sampling.cascade_config import SHARED, StageConfig
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.picture_pipeline import PicturePipeline
 from ldm_cli.sampling.pipeline import Pipeline
-from ldm_cli.sampling.request import GeneratedImage, ImageRequest
+from ldm_cli.sampling.request import GeneratedImage, Requests
 from ldm_cli.sampling.sample_options import PLAIN, SampleOptions
 from ldm_cli.sampling.upscale_pipeline import UpscaledPipeline
 from ldm_cli.sampling.upscaling import Upscaling
@@ -84,11 +84,7 @@ class CascadePipeline(PicturePipeline):
         ]
 
     def check(
-        self,
-        requests: Sequence[ImageRequest],
-        config: SamplingConfig,
-        noise: Tensor | None = None,
-        options: SampleOptions = PLAIN,
+        self, requests: Requests, config: SamplingConfig, noise: Tensor | None = None, options: SampleOptions = PLAIN
     ) -> None:
         """See `PicturePipeline`."""
         super().check(requests, config, noise, options)
@@ -102,7 +98,7 @@ class CascadePipeline(PicturePipeline):
 
     def _generate(
         self,
-        requests: Sequence[ImageRequest],
+        requests: Requests,
         config: SamplingConfig,
         noise: Tensor | None,
         reporter: Reporter,

@@ -45,7 +45,6 @@ class _Sampler:
     """How a sampler is run.
 
     Attributes:
-        run: the method.
         grid: which levels it visits.
         eta: share of the reverse process's noise that it adds.
         takes_eta: whether the configuration may choose another η.
@@ -115,12 +114,10 @@ def denoise(
     """Sample x_0 from standard normal noise [B, …]; of its shape and type.
 
     Args:
-        model: predicts x_0, guided.
         noise: initial noise, standard normal.
         process: the noise levels that the network was trained at.
         settings: of the model's scheduler file.
         config: sampler, steps, η, and a spacing other than the model's.
-        step_noise: fresh noise of every step.
         start: latents to begin with, noised to the level of the first step that is taken; None: pure noise.
 
     Raises:

@@ -45,7 +45,6 @@ def row_groups(
     """The images of each call of a network, and how many rows to give it: on a CPU a function of the image size.
 
     Args:
-        num_images: images in all.
         images_on_cpu: images per call on a CPU: `images_per_call`, or `TOKEN_ROWS`.
         device: of the network. Off the CPU there are as many rows as images.
         most: images per call off the CPU.

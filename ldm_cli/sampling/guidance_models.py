@@ -39,8 +39,6 @@ class CLIPScore:
 
     Attributes:
         model: images and texts to one space.
-        tokenizer: of its texts.
-        processor: prepares its images.
     """
 
     model: CLIPModel

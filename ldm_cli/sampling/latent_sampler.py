@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
@@ -27,7 +27,7 @@ from ldm_cli.sampling.guidance_models import GuidanceModels, perturbed_network
 from ldm_cli.sampling.network import in_windows, keep_known_region
 from ldm_cli.sampling.noise import step_noise
 from ldm_cli.sampling.pixels import decode_images
-from ldm_cli.sampling.request import ImageRequest
+from ldm_cli.sampling.request import ImageRequest, Requests
 from ldm_cli.sampling.sample_options import ImageTokens
 
 Watch = Callable[[CleanPredictor], CleanPredictor]
@@ -74,10 +74,6 @@ class LatentSampler:
     """What all groups of one call of `Pipeline.generate` have in common.
 
     Attributes:
-        family: the model.
-        config: sampler, steps, guidance.
-        conditions: of the prompts.
-        models: further networks of the guidance.
         image_size: height and width of the pictures, in pixels.
         edit: the picture to work on, if any.
         window: side, in latents, of the windows that the networks see; None: they see all.
@@ -105,7 +101,7 @@ class LatentSampler:
         return replace(self, pooled=filled(self.pooled[images], rows))
 
     @torch.inference_mode()
-    def sample(self, requests: Sequence[ImageRequest], noise: Tensor, watch: Watch) -> Tensor:
+    def sample(self, requests: Requests, noise: Tensor, watch: Watch) -> Tensor:
         """Latents of some requests, float32 [N, C, h, w].
 
         Args:
@@ -134,7 +130,7 @@ class LatentSampler:
         num_steps = self.family.num_edit_steps(edit.strength, self.config.steps)
         return Start(edit.latents.expand_as(noise), num_steps)
 
-    def predictor(self, requests: Sequence[ImageRequest]) -> CleanPredictor:
+    def predictor(self, requests: Requests) -> CleanPredictor:
         """x_t [N, C, h, w] and its level → guided x_0, of some requests, whose prompts have as many chunks."""
         guidance, family, image = self.config.guidance, self.family, self.image_tokens
         negative = self.conditions.rows[self.config.negative, self.conditions.num_chunks(requests[0])]
@@ -211,7 +207,7 @@ def prompts_of(request: ImageRequest, negative: str) -> tuple[str, ...]:
 
 
 def prompt_conditions(
-    family: Family, requests: Sequence[ImageRequest], negative: str, reading: PromptReading, warn: Callable[[str], None]
+    family: Family, requests: Requests, negative: str, reading: PromptReading, warn: Callable[[str], None]
 ) -> PromptConditions:
     """The conditions of all prompts of some requests; arguments as of `Encoder.encode_prompts`."""
     prompts = dict.fromkeys(prompt for request in requests for prompt in prompts_of(request, negative))

@@ -14,21 +14,17 @@ from torch import Tensor
 from ldm_cli import philox
 from ldm_cli.core.diffusion.samplers import NoiseSource
 from ldm_cli.core.window import Window
-from ldm_cli.sampling.request import ImageRequest
+from ldm_cli.sampling.request import Requests
 
 _SEGMENT = 64  # pixels of a row whose noise is computed together
 
 
-def initial_noise(
-    requests: Sequence[ImageRequest], shape: tuple[int, ...], device: torch.device, of: str = "sampling"
-) -> Tensor:
+def initial_noise(requests: Requests, shape: tuple[int, ...], device: torch.device, of: str = "sampling") -> Tensor:
     """What sampling starts from, standard normal float32 [N, *shape]; `of` names what is sampled."""
     return _noise_source(requests, f"{of}: initial noise", shape, device)(0)
 
 
-def step_noise(
-    requests: Sequence[ImageRequest], shape: tuple[int, ...], device: torch.device, of: str = "sampling"
-) -> NoiseSource:
+def step_noise(requests: Requests, shape: tuple[int, ...], device: torch.device, of: str = "sampling") -> NoiseSource:
     """What a sampler adds in each step: step number → standard normal float32 [N, *shape]; `of` as above."""
     return _noise_source(requests, f"{of}: step noise", shape, device)
 
@@ -45,7 +41,6 @@ def noise_of_window(
         purpose: of the noise.
         shape: (C, H, W) of the whole.
         window: the part, H' × W'.
-        device: where to compute it.
     """
     channels, height, width = shape
     first, last = window.left // _SEGMENT, -(-(window.left + window.width) // _SEGMENT)
@@ -84,9 +79,7 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
     return torch.where(angle < 1e-4, torch.lerp(a, b, weight), arc)
 
 
-def _noise_source(
-    requests: Sequence[ImageRequest], purpose: str, shape: tuple[int, ...], device: torch.device
-) -> NoiseSource:
+def _noise_source(requests: Requests, purpose: str, shape: tuple[int, ...], device: torch.device) -> NoiseSource:
     """The noise of all requests, by step; what it takes from the host goes to the device here, once."""
     blends = {i: r.blend for i, r in enumerate(requests) if r.blend is not None and r.blend.seed != r.seed}
     seeds = [*(request.seed for request in requests), *(blend.seed for blend in blends.values())]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import reduce
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from ldm_cli.reporting import Reporter, SilentReporter
 from ldm_cli.sampling.best_of import Reranker
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.guidance_models import guidance_folders
-from ldm_cli.sampling.request import GeneratedImage, ImageRequest
+from ldm_cli.sampling.request import GeneratedImage, Requests
 from ldm_cli.sampling.sample_options import PLAIN, SampleOptions
 
 _DEFAULTS = SamplingConfig()
@@ -25,7 +25,6 @@ class PicturePipeline(ABC):
     """Generates pictures with a model.
 
     Attributes:
-        family: the model.
         meaningless: fields of `SamplingConfig` that change nothing: only their defaults are taken.
         hint: what to set in their place.
         meaningless_edit: fields of `EditConfig`, likewise.
@@ -72,11 +71,7 @@ class PicturePipeline(ABC):
         return found
 
     def check(
-        self,
-        requests: Sequence[ImageRequest],
-        config: SamplingConfig,
-        noise: Tensor | None = None,
-        options: SampleOptions = PLAIN,
+        self, requests: Requests, config: SamplingConfig, noise: Tensor | None = None, options: SampleOptions = PLAIN
     ) -> None:
         """Find what `generate` cannot do, before anything is generated; arguments and errors as there."""
         for path in self.meaningless:
@@ -88,7 +83,7 @@ class PicturePipeline(ABC):
 
     def generate(
         self,
-        requests: Sequence[ImageRequest],
+        requests: Requests,
         config: SamplingConfig,
         noise: Tensor | None = None,
         reporter: Reporter | None = None,
@@ -100,7 +95,6 @@ class PicturePipeline(ABC):
         devices it is the same up to rounding.
 
         Args:
-            requests: the pictures.
             config: guidance, size, and how the model samples.
             noise: initial noise, standard normal [N, C, h, w], one per request; None: by the seeds.
             reporter: receives progress, and warnings of prompts that are cut.
@@ -131,7 +125,7 @@ class PicturePipeline(ABC):
     @abstractmethod
     def _generate(
         self,
-        requests: Sequence[ImageRequest],
+        requests: Requests,
         config: SamplingConfig,
         noise: Tensor | None,
         reporter: Reporter,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -27,7 +27,7 @@ from ldm_cli.sampling.latent_sampler import LatentSampler, prompt_conditions, pr
 from ldm_cli.sampling.noise import initial_noise
 from ldm_cli.sampling.picture_pipeline import PicturePipeline
 from ldm_cli.sampling.pixels import decode_pixels, encode_edit_input
-from ldm_cli.sampling.request import GeneratedImage, ImageRequest
+from ldm_cli.sampling.request import GeneratedImage, ImageRequest, Requests
 from ldm_cli.sampling.sample_options import PLAIN, SampleOptions
 
 
@@ -75,11 +75,7 @@ class Pipeline(PicturePipeline):
         return sizes[0], sizes[1]
 
     def check(
-        self,
-        requests: Sequence[ImageRequest],
-        config: SamplingConfig,
-        noise: Tensor | None = None,
-        options: SampleOptions = PLAIN,
+        self, requests: Requests, config: SamplingConfig, noise: Tensor | None = None, options: SampleOptions = PLAIN
     ) -> None:
         """See `PicturePipeline`."""
         super().check(requests, config, noise, options)
@@ -98,7 +94,7 @@ class Pipeline(PicturePipeline):
 
     def _generate(
         self,
-        requests: Sequence[ImageRequest],
+        requests: Requests,
         config: SamplingConfig,
         noise: Tensor | None,
         reporter: Reporter,
@@ -128,7 +124,7 @@ class Pipeline(PicturePipeline):
 
     def _sampler(
         self,
-        requests: Sequence[ImageRequest],
+        requests: Requests,
         config: SamplingConfig,
         options: SampleOptions,
         reading: PromptReading,
@@ -170,7 +166,7 @@ class Pipeline(PicturePipeline):
         return self._guidance[key]
 
     def _groups(
-        self, requests: Sequence[ImageRequest], shape: tuple[int, int, int], sampler: LatentSampler
+        self, requests: Requests, shape: tuple[int, int, int], sampler: LatentSampler
     ) -> Iterator[tuple[slice, int]]:
         """The requests that are sampled together, and the rows for it; see `row_groups`. They follow one another, and
         their prompts have the same number of chunks."""

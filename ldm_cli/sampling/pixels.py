@@ -65,9 +65,7 @@ def encode_pixels(
     """A picture → the mode of its latents, float32 [1, C, h, w].
 
     Args:
-        codec: of the model.
         pixels: uint8 [3, H, W].
-        device: of the codec.
         window: side, in latents, of the windows that the codec sees; None: it sees all.
         hidden: bool [H, W], true where grey takes the picture's place.
     """

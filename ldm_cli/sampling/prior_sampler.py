@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from operator import itemgetter
 
 import torch
@@ -19,7 +19,7 @@ from ldm_cli.sampling.config import PriorConfig, SamplingConfig
 from ldm_cli.sampling.denoising import denoise
 from ldm_cli.sampling.fixed_rows import texts_per_call
 from ldm_cli.sampling.noise import initial_noise, step_noise
-from ldm_cli.sampling.request import ImageRequest
+from ldm_cli.sampling.request import Requests
 
 
 @torch.inference_mode()
@@ -29,12 +29,9 @@ def sampled_embeddings(
     """Embeddings as CLIP gives them, float32 [B, E].
 
     Args:
-        prior: the model.
         conditional: B rows, of the captions.
         empty: one row, of the empty caption.
-        config: steps and guidance.
         noise: standard normal [B, E], where sampling begins.
-        step: fresh noise of every step.
     """
     dtype = next(prior.denoiser.parameters()).dtype
 
@@ -57,11 +54,7 @@ def sampled_embeddings(
 
 
 def embeddings_of(
-    prior: Prior,
-    requests: Sequence[ImageRequest],
-    config: PriorConfig,
-    reading: PromptReading,
-    warn: Callable[[str], None],
+    prior: Prior, requests: Requests, config: PriorConfig, reading: PromptReading, warn: Callable[[str], None]
 ) -> Tensor:
     """The embedding of each request's prompt and seed, float32 [N, E]; those of blends are not mixed.
 

@@ -42,13 +42,15 @@ class ImageRequest:
     blend: Blend | None = None
 
 
+Requests = Sequence[ImageRequest]
+
+
 @dataclass(frozen=True)
 class GeneratedImage:
     """A picture.
 
     Attributes:
         index: which of the requests it answers.
-        request: that request.
         pixels: uint8 [3, H, W], on the CPU.
     """
 

@@ -5,7 +5,7 @@ Letters: N pictures, R rows (N, or 2N with guidance), L tokens of a prompt, K co
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from ldm_cli.sampling.edit_input import EditInput, latent_mask
 from ldm_cli.sampling.fixed_rows import TOKEN_ROWS, enough_rows, row_groups
 from ldm_cli.sampling.picture_pipeline import PicturePipeline
 from ldm_cli.sampling.pixels import decode_pixels, encode_pixels
-from ldm_cli.sampling.request import GeneratedImage, ImageRequest
+from ldm_cli.sampling.request import GeneratedImage, ImageRequest, Requests
 from ldm_cli.sampling.sample_options import PLAIN, SampleOptions
 from ldm_cli.sampling.token_choice import chosen_tokens
 
@@ -62,11 +62,7 @@ class TokenPipeline(PicturePipeline):
         return height, width
 
     def check(
-        self,
-        requests: Sequence[ImageRequest],
-        config: SamplingConfig,
-        noise: Tensor | None = None,
-        options: SampleOptions = PLAIN,
+        self, requests: Requests, config: SamplingConfig, noise: Tensor | None = None, options: SampleOptions = PLAIN
     ) -> None:
         """See `PicturePipeline`."""
         super().check(requests, config, noise, options)
@@ -91,7 +87,7 @@ class TokenPipeline(PicturePipeline):
     @torch.inference_mode()
     def _generate(
         self,
-        requests: Sequence[ImageRequest],
+        requests: Requests,
         config: SamplingConfig,
         noise: Tensor | None,
         reporter: Reporter,
@@ -122,7 +118,7 @@ class TokenPipeline(PicturePipeline):
     def _codes(
         self,
         sequence: _Sequence,
-        requests: Sequence[ImageRequest],
+        requests: Requests,
         config: SamplingConfig,
         known: Tensor | None,
         progress: Progress,
@@ -133,7 +129,6 @@ class TokenPipeline(PicturePipeline):
         Args:
             sequence: with the prompts.
             requests: N of them; their seeds decide.
-            config: of the choice.
             known: indices int64 [P] of the codes that are given, −1 where one is chosen; on the CPU. None: none is.
             progress, done: receives the number of tokens, `done` pictures being complete.
         """
@@ -188,7 +183,7 @@ class _Sequence:
     """The sequences of some pictures: N with their prompts and, with guidance, N with the negative prompt."""
 
     def __init__(
-        self, pipeline: TokenPipeline, requests: Sequence[ImageRequest], config: SamplingConfig, ids: dict[str, Tensor]
+        self, pipeline: TokenPipeline, requests: Requests, config: SamplingConfig, ids: dict[str, Tensor]
     ) -> None:
         self._family, self._head, self._scale = pipeline.family, pipeline.image_head, config.guidance.scale
         own = [ids[request.prompt] for request in requests]
@@ -226,7 +221,7 @@ class _Sequence:
         return torch.lerp(unconditional, conditional, self._scale)
 
 
-def token_noise(requests: Sequence[ImageRequest], num_places: int, device: torch.device) -> Tensor:
+def token_noise(requests: Requests, num_places: int, device: torch.device) -> Tensor:
     """A uniform number in (0, 1) for each place of each picture: float32 [N, P], of its seed alone."""
     words = torch.tensor([philox.key(request.seed, "sampling: tokens") for request in requests])
     first, second = words.to(device, non_blocking=True)[..., None].unbind(1)

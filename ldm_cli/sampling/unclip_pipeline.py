@@ -5,7 +5,7 @@ Letters: N pictures, E size of an embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from ldm_cli.sampling.latent_sampler import LatentSampler
 from ldm_cli.sampling.noise import initial_noise, slerp
 from ldm_cli.sampling.pipeline import Pipeline
 from ldm_cli.sampling.prior_sampler import embeddings_of
-from ldm_cli.sampling.request import ImageRequest
+from ldm_cli.sampling.request import ImageRequest, Requests
 from ldm_cli.sampling.sample_options import PLAIN, SampleOptions, TextDifference
 
 Warn = Callable[[str], None]
@@ -46,11 +46,7 @@ class UnCLIPPipeline(Pipeline):
         return {"scheduler": super().facts["scheduler"] | further}
 
     def check(
-        self,
-        requests: Sequence[ImageRequest],
-        config: SamplingConfig,
-        noise: Tensor | None = None,
-        options: SampleOptions = PLAIN,
+        self, requests: Requests, config: SamplingConfig, noise: Tensor | None = None, options: SampleOptions = PLAIN
     ) -> None:
         """See `PicturePipeline`."""
         super().check(requests, config, noise, options)
@@ -63,12 +59,7 @@ class UnCLIPPipeline(Pipeline):
             raise UsageError("--from-text and --to-text need a prior's text encoder", "this model has none", remedy)
 
     def _sampler(
-        self,
-        requests: Sequence[ImageRequest],
-        config: SamplingConfig,
-        options: SampleOptions,
-        reading: PromptReading,
-        warn: Warn,
+        self, requests: Requests, config: SamplingConfig, options: SampleOptions, reading: PromptReading, warn: Warn
     ) -> LatentSampler:
         """See `Pipeline`."""
         family, device = self.family, self.family.device
@@ -82,12 +73,7 @@ class UnCLIPPipeline(Pipeline):
         return replace(super()._sampler(requests, config, options, reading, warn), pooled=pooled)
 
     def _embeddings(
-        self,
-        requests: Sequence[ImageRequest],
-        config: SamplingConfig,
-        options: SampleOptions,
-        reading: PromptReading,
-        warn: Warn,
+        self, requests: Requests, config: SamplingConfig, options: SampleOptions, reading: PromptReading, warn: Warn
     ) -> Tensor:
         """float32 [N, E]."""
         given, prior = options.image_embeds, self.family.prior

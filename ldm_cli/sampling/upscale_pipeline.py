@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.picture_pipeline import PicturePipeline
 from ldm_cli.sampling.pipeline import Pipeline
-from ldm_cli.sampling.request import GeneratedImage, ImageRequest
+from ldm_cli.sampling.request import GeneratedImage, Requests
 from ldm_cli.sampling.sample_options import PLAIN, SampleOptions
 from ldm_cli.sampling.upscaling import Upscaling, upscale
 
@@ -58,11 +58,7 @@ class UpscalePipeline(Pipeline):
         return self.family.codec.channels, height * low.latent_factor, width * low.latent_factor
 
     def check(
-        self,
-        requests: Sequence[ImageRequest],
-        config: SamplingConfig,
-        noise: Tensor | None = None,
-        options: SampleOptions = PLAIN,
+        self, requests: Requests, config: SamplingConfig, noise: Tensor | None = None, options: SampleOptions = PLAIN
     ) -> None:
         """See `PicturePipeline`."""
         super().check(requests, config, noise, options)
@@ -76,7 +72,7 @@ class UpscalePipeline(Pipeline):
 
     def _generate(
         self,
-        requests: Sequence[ImageRequest],
+        requests: Requests,
         config: SamplingConfig,
         noise: Tensor | None,
         reporter: Reporter,
@@ -93,12 +89,7 @@ class UpscalePipeline(Pipeline):
 
 
 class UpscaledPipeline(PicturePipeline):
-    """Another pipeline, whose pictures are enlarged; all settings but those of `upscaling` are that one's.
-
-    Args:
-        inner: generates the small pictures.
-        upscaling: enlarges them.
-    """
+    """Another pipeline, whose pictures are enlarged; all settings but those of `upscaling` are that one's."""
 
     def __init__(self, inner: PicturePipeline, upscaling: Upscaling) -> None:
         super().__init__(inner.family)
@@ -125,11 +116,7 @@ class UpscaledPipeline(PicturePipeline):
         return self._inner.recorded(config)
 
     def check(
-        self,
-        requests: Sequence[ImageRequest],
-        config: SamplingConfig,
-        noise: Tensor | None = None,
-        options: SampleOptions = PLAIN,
+        self, requests: Requests, config: SamplingConfig, noise: Tensor | None = None, options: SampleOptions = PLAIN
     ) -> None:
         """See `PicturePipeline`."""
         self._inner.check(requests, config, noise, options)
@@ -137,7 +124,7 @@ class UpscaledPipeline(PicturePipeline):
 
     def generate(
         self,
-        requests: Sequence[ImageRequest],
+        requests: Requests,
         config: SamplingConfig,
         noise: Tensor | None = None,
         reporter: Reporter | None = None,

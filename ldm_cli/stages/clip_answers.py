@@ -129,7 +129,6 @@ def score(
         options, reporter: as in every command of `ldm clip`.
         top: pictures on the sheet.
         sheet: where to draw those of the lowest scores; None: nowhere.
-        overwrite: replace that file.
 
     Returns:
         The means of `summarize_clip_score`; `pictures`, each with `source`, `name`, `caption`, `cosine` and
@@ -184,8 +183,6 @@ def _judged(
     """The nearest candidates of each picture, the nearest first.
 
     Args:
-        sets: the pictures.
-        clip: embeds them.
         candidates: float32 [C, D] of length 1.
         about: of each candidate, what its results say.
         top: results per picture.

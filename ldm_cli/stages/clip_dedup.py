@@ -24,8 +24,6 @@ def run(
         against: embeddings of another set, by the same model.
         threshold: least cosine of duplicates.
         out: file to write, for `data.quarantine`.
-        reporter: receives progress.
-        overwrite: replace that file.
 
     Returns:
         As `report_duplicates`, and `clip`, the model of the embeddings.

@@ -28,10 +28,7 @@ def run(
         sources: of the pictures, as in `open_pictures`.
         texts: a file of texts or texts between commas, in place of `sources`.
         out: `.npy` or `.safetensors`.
-        options: see there.
-        reporter: receives progress and warnings.
         half: write float16 in place of float32.
-        overwrite: replace the file.
 
     Returns:
         `file`, `num_embeddings`, `dimension`, `provenance`.

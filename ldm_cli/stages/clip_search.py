@@ -49,9 +49,7 @@ def run(sources: Sequence[str], wanted: Wanted, options: ClipOptions, reporter: 
 
     Args:
         sources: pictures, as in `open_pictures`; or one file of `ldm clip embed` or of another program.
-        wanted: see there.
         options: see there; without a model, that of the embeddings is taken.
-        reporter: receives progress and warnings.
 
     Returns:
         `queries`, each with `text` or `picture` and `results`: `rank` from 1, `cosine`, `row` from 0, and `source` and

@@ -77,8 +77,6 @@ def run(generated: str, real: str | None, options: CompareOptions, reporter: Rep
     Args:
         generated: the pictures that are judged: a folder, shards, or a `.npz` file of statistics.
         real: the same of the reference; None: there is none, which serves `is` and `save_statistics`.
-        options: see there.
-        reporter: receives progress and warnings.
 
     Returns:
         The numbers of all metrics by their names, and `provenance`. Empty on all ranks but the first.
@@ -198,10 +196,7 @@ def _of_pictures(
     features, digest = PictureFeatures(options.metrics, networks.device), hashlib.sha256()
     own = pictures.batches(options.batch_size, ranks.rank, ranks.world_size)
     numbers = range(-(-len(pictures.files) // options.batch_size))
-    with (
-        closing(own),
-        reporter.progress(f"measuring {pictures.name}", len(pictures.files), unit="picture") as progress,
-    ):
+    with closing(own), reporter.progress(f"measuring {pictures.name}", len(pictures.files), unit="picture") as progress:
 
         def measure(numbers: list[int]) -> Iterator[Measured]:
             return (networks(batch) | {_HASHES: hashes} for batch, hashes in islice(own, len(numbers)))

@@ -37,11 +37,6 @@ from ldm_cli.training.config import TrainConfig
 def dry_run(recipe: Recipe, reporter: Reporter, num_ranks: int = 1) -> dict[str, Any]:
     """Parameters, memory, shards and epochs of `recipe`; models are built on the meta device.
 
-    Args:
-        recipe: of any command.
-        reporter: receives the progress of reading shards.
-        num_ranks: how many train together.
-
     Returns:
         `recipe` (every field), `parameters` (module → count), `bytes` (what stays in the memory of each rank,
         activations not counted: `weights`, `gradients`, `optimizer`, `ema`; `save`: in main memory, while rank 0 writes
@@ -101,7 +96,7 @@ def _about_ranks(train: TrainConfig, num_ranks: int) -> list[str]:
 
 def _pipeline(field: str, folder: str, notes: list[str]) -> dict[str, int]:
     """Parameters of a pipeline folder's models."""
-    if (root := _resolved(field, folder, notes)) is None:
+    if (root := model_at(field, folder, resolve_model, notes)) is None:
         return {}
     if not has_model_json(root / INDEX_NAME):
         notes.append(f"{field}: '{root}' is not a whole pipeline")
@@ -128,20 +123,11 @@ def _evaluated(recipe: EvalRecipe, notes: list[str]) -> dict[str, int]:
                     parameters[name] = count_parameters(outlined(InceptionV3))
                 if not Path(folder).is_file():
                     notes.append(f"{place}: '{folder}' not found")
-            elif root := _resolved(place, folder, notes):
+            elif root := model_at(place, folder, resolve_model, notes):
                 model = model_at(place, str(root), _OUTLINES[field], notes)
                 if model is not None:
                     parameters[name] = count_parameters(model)
     return parameters
-
-
-def _resolved(field: str, folder: str, notes: list[str]) -> Path | None:
-    """The model folder that `folder` means; a missing one is noted."""
-    try:
-        return resolve_model(Path(folder))
-    except InputNotFoundError as error:
-        notes.append(f"{field}: {error.what}")
-        return None
 
 
 def _memory(parameters: dict[str, int], bytes_each: int = 4) -> dict[str, Any]:

@@ -57,12 +57,7 @@ T = TypeVar("T")
 _CAPTIONS_PER_FILE = 10_000
 
 
-def run(
-    recipe: CachedRecipe,
-    options: RunOptions,
-    reporter: Reporter,
-    dtype: Dtype | None = None,
-) -> dict[str, Any]:
+def run(recipe: CachedRecipe, options: RunOptions, reporter: Reporter, dtype: Dtype | None = None) -> dict[str, Any]:
     """Write the cache of `recipe`, go on with one that was interrupted, or bring one up to date with the shards.
 
     Args:

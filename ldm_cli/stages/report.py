@@ -34,7 +34,6 @@ def run(folders: Sequence[Path], options: ReportOptions, reporter: Reporter) -> 
 
     Args:
         folders: of training runs, and of evaluations.
-        options: see there.
         reporter: receives the names of files that cannot be read.
 
     Returns:

@@ -46,9 +46,6 @@ def run(
     """Generate the pictures of a recipe into a folder; those that exist are left alone.
 
     Args:
-        recipe: model, prompts, sampler.
-        options: where and on what.
-        reporter: receives progress.
         latents: initial noise, if not that of the seeds.
         repeated: the provenance of the picture that the recipe was made of: model and inputs must be the same.
 
@@ -128,12 +125,7 @@ def _claimed(folder: JobFolder, lock: RunLock, options: RunOptions, reporter: Re
 
 
 def _generate(
-    generator: PictureGenerator,
-    job: Job,
-    folder: JobFolder,
-    missing: Sequence[int],
-    reporter: Reporter,
-    ranks: Ranks,
+    generator: PictureGenerator, job: Job, folder: JobFolder, missing: Sequence[int], reporter: Reporter, ranks: Ranks
 ) -> tuple[list[Path], list[DivergedError]]:
     """Generate this rank's share of the missing pictures; the first rank also writes sheets.
 

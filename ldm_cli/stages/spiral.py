@@ -35,8 +35,6 @@ def run(
         seed: of the data, the weights and all noise.
         num_steps: optimizer steps, at least 1.
         guidance: the guidance scale that is compared with no guidance.
-        reporter: receives progress and messages.
-        overwrite: replace an earlier lesson in `out`.
 
     Returns:
         Settings, the last loss, the measures, and the paths of the files. spiral.json holds the same without the paths.

@@ -170,7 +170,6 @@ def picture_tokens(recipe: TrainArRecipe, vq: VQModel, vocab_size: int) -> Pictu
 
     Args:
         recipe: names the VQ model's folder, and the sizes of captions and pictures.
-        vq: of that folder.
         vocab_size: of the captions' tokenizer.
 
     Raises:

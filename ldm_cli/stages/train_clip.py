@@ -62,7 +62,6 @@ class _Part:
     """A part of a batch, with what the contrastive loss of the global batch says of it.
 
     Attributes:
-        batch: its samples.
         features: their features [B, 2·D] with their graph, if they are there already; None: to be computed.
         gradient: of the loss with respect to them, [B, 2·D].
         scale_gradient: of the loss with respect to the logit scale.

@@ -21,24 +21,22 @@ from ldm_cli.errors import RecipeError
 from ldm_cli.families.clip_folder import outline_clip
 from ldm_cli.families.prior import EMBEDDINGS, EmbeddingCodec, Prior, size_problems
 from ldm_cli.formats.clipping_scheduler import ClippingScheduler
-from ldm_cli.formats.model_folder import load_weights
 from ldm_cli.formats.pipeline_folder import IMAGE_NORMALIZER, PRIOR
-from ldm_cli.formats.save_model import save_frozen, save_model
+from ldm_cli.formats.save_model import save_model
 from ldm_cli.recipe.prior_recipe import TrainPriorRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.prior_sampler import sampled_embeddings
 from ldm_cli.stages.support.batch_encoder import cache_key
-from ldm_cli.stages.support.denoising import NUM_NOISE_LEVELS, Denoising, Encoded
+from ldm_cli.stages.support.denoising import NUM_NOISE_LEVELS
+from ldm_cli.stages.support.denoising_task import DenoisingTask
 from ldm_cli.stages.support.embedding_statistics import measured_normalizer
 from ldm_cli.stages.support.model_sizes import Parameters, count_parameters, model_at, outlined, trained_parameters
 from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import RunOptions, with_precision
 from ldm_cli.stages.support.prior_encoder import PriorBatchEncoder
-from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_uses
+from ldm_cli.stages.support.start import build_model, resolve_start, start_uses
 from ldm_cli.stages.support.training_run import Workbench, run_training
-from ldm_cli.training.checkpoint import link_folder
 from ldm_cli.training.shared_work import in_turns
-from ldm_cli.training.task import WeightsByModule
 
 _MEASURED = frozenset({"clip_mean", "clip_std"})
 _COSINES = ("val_cosine", "val_text_cosine", "val_random_cosine")
@@ -77,60 +75,21 @@ def parameters(recipe: TrainPriorRecipe, notes: list[str]) -> Parameters:
     return trained, left | frozen
 
 
-class PriorTask:
+class PriorTask(DenoisingTask):
     """Predict a noised image embedding from it, its level and its caption (Ramesh et al. 2022, section 2.2, eq. 2)."""
 
     def __init__(self, recipe: TrainPriorRecipe, bench: Workbench) -> None:
-        self.recipe, self.bench = recipe, bench
-        self.encoder = PriorBatchEncoder(recipe, bench.device, bench.run.warn)
+        self.recipe = recipe
+        encoder = PriorBatchEncoder(recipe, bench.device, bench.run.warn)
         model = build_model(PriorTransformer, recipe.model, recipe)
-        self._frozen = frozen_names(model) - _MEASURED
-        if recipe.train.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
-        codec = EmbeddingCodec(self._normalizer(model), self.encoder.image_encoder)
+        codec = EmbeddingCodec(_normalizer(recipe, bench, encoder, model), encoder.image_encoder)
         scheduler = ClippingScheduler.ours(recipe.diffusion.to_mapping())
-        self.family = Prior(model, codec, self.encoder.encoder, scheduler.settings, limit=scheduler.limit)
-        bench.run.share(self._save_unchanged)
-        self.modules = {PRIOR: model}
-        self.auxiliary: dict[str, torch.nn.Module] = {}
-        self.num_files = 1
-        if bench.cache is None:
-            # As many rows as a cache encodes at once: a row's last bits depend on their number.
-            self.empty = self.encoder.condition([""] * recipe.train.part_size()).map(lambda tensor: tensor[:1])
-        else:
-            self.empty = self.encoder.cached(bench.cache, "")
-        self.denoising = Denoising(self.family, recipe.diffusion, recipe.seed, self.empty)
+        self.prior = Prior(model, codec, encoder.encoder, scheduler.settings, limit=scheduler.limit)
+        super().__init__(recipe, bench, encoder, self.prior)
+        self._frozen -= _MEASURED
+        bench.run.share(self.save_unchanged)
         purposes = ["initial noise", *(f"noise {step}" for step in range(recipe.validation.steps))]
         self._keys = [philox.key(recipe.seed, f"validation prior {purpose}") for purpose in purposes]
-        self._held_out: dict[int, Encoded] = {}
-
-    def _normalizer(self, model: PriorTransformer) -> ImageNormalizer:
-        """Measured, and given to the model; or that of the model of `start_from`, on the device."""
-        if self.recipe.start_from is not None:
-            return ImageNormalizer.of(model.clip_mean, model.clip_std).to(self.bench.device)
-        normalizer = measured_normalizer(self.recipe, self.bench, self.encoder, self.recipe.num_measured)
-        model.clip_mean.data.copy_(normalizer.mean)
-        model.clip_std.data.copy_(normalizer.std)
-        return normalizer
-
-    def prepare(self, batch: Batch) -> Batch:
-        """With the tokens of its captions, unless it is out of a cache."""
-        return self.encoder.prepare(batch)
-
-    def parts(self, batch: Batch, num_parts: int) -> list[Batch]:
-        """Samples do not depend on one another."""
-        return batch.parts(num_parts)
-
-    def loss(self, part: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean error of normalised embeddings; each sample has its own level, noise and dropout."""
-        return self.denoising.loss(part, *self.encoder(part), step)
-
-    def _encoded(self, batch: Batch) -> Encoded:
-        """A held-out batch, encoded once."""
-        if id(batch) not in self._held_out:
-            sent = self.prepare(batch).map(lambda tensor: tensor.to(self.bench.device))
-            self._held_out[id(batch)] = (sent, *self.encoder(sent))
-        return self._held_out[id(batch)]
 
     def validate(self) -> dict[str, float]:
         """The held-out loss, and cosines to the true embeddings: means, and the standard errors of the first three.
@@ -139,11 +98,9 @@ class PriorTask:
         `val_random_cosine` that of embeddings sampled for another caption, and `val_cosine/levelN` that of the
         prediction at a noise level, the middle of one of equal ranges.
         """
-        bench = self.bench
-        figures = self.denoising.validate(bench.held_out, self._encoded, bench.sharing)
-        if not figures:
+        if not (figures := super().validate()):
             return {}
-        cosines = torch.cat(in_turns(bench.held_out, self._cosines, bench.sharing)).cpu()
+        cosines = torch.cat(in_turns(self.bench.held_out, self._cosines, self.bench.sharing)).cpu()
         std, mean = torch.std_mean(cosines, dim=0)
         figures |= dict(zip(_COSINES, mean.tolist(), strict=False))
         errors = (std / len(cosines) ** 0.5).tolist()
@@ -153,14 +110,14 @@ class PriorTask:
     @torch.no_grad()
     def _cosines(self, batch: Batch) -> Tensor:
         """A row for each sample: the cosines of `_COSINES`, and those at each noise level; float64."""
-        sent, moments, condition = self._encoded(batch)
-        true, family, z = moments[EMBEDDINGS], self.family, self.family.codec.latents(moments)
+        sent, moments, condition = self.encoded(batch)
+        true, family, z = moments[EMBEDDINGS], self.prior, self.prior.codec.latents(moments)
 
         def noise(number: int) -> Tensor:
             return philox.normal(self._keys[number], sent.epoch, sent.position, tuple(z.shape[1:]))
 
-        steps = self.recipe.validation
-        sampled = sampled_embeddings(family, condition, self.empty, steps, noise(0), lambda step: noise(1 + step))
+        steps, empty = self.recipe.validation, self.denoising.empty
+        sampled = sampled_embeddings(family, condition, empty, steps, noise(0), lambda step: noise(1 + step))
         assert condition.pooled is not None
         found = [sampled, condition.pooled, sampled.roll(1, 0)]
         for level in range(NUM_NOISE_LEVELS):
@@ -169,25 +126,20 @@ class PriorTask:
             found.append(family.codec.decode(family.denoiser(add_noise(z, noise(0), a, b), time, condition)))
         return torch.stack([cosine_similarity(one.double(), true.double()) for one in found], dim=1)
 
-    def picture(self, folder: Path | None) -> None:
-        """An embedding is no picture."""
-
-    def _save_unchanged(self, folder: Path) -> None:
-        normalizer = self.family.codec.normalizer
-        self.family.save_companions(folder)
+    def save_unchanged(self, folder: Path) -> None:
+        """With the normalizer."""
+        super().save_unchanged(folder)
+        normalizer = self.prior.codec.normalizer
         save_model(folder / IMAGE_NORMALIZER, normalizer.state_dict(), normalizer.config.to_hugging_face())
-        save_frozen(folder / PRIOR, self.family.denoiser.state_dict(), self._frozen)
 
-    def export(self, folder: Path, weights: WeightsByModule) -> None:
-        """Write the model folder: the trained weights of the prior, and links to all else."""
-        link_folder(self.bench.run.frozen, folder)
-        config = self.family.denoiser.config.to_hugging_face()
-        save_model(folder / PRIOR, weights[PRIOR], config, frozen=self._frozen)
 
-    def restore(self, folder: Path) -> None:
-        """Read the prior's weights of `export` back."""
-        load_weights(self.family.denoiser, folder / PRIOR)
-
-    def finalize(self) -> dict[str, float]:
-        """Nothing is left to do."""
-        return {}
+def _normalizer(
+    recipe: TrainPriorRecipe, bench: Workbench, encoder: PriorBatchEncoder, model: PriorTransformer
+) -> ImageNormalizer:
+    """Measured, and given to the model; or that of the model of `start_from`, on the device."""
+    if recipe.start_from is not None:
+        return ImageNormalizer.of(model.clip_mean, model.clip_std).to(bench.device)
+    normalizer = measured_normalizer(recipe, bench, encoder, recipe.num_measured)
+    model.clip_mean.data.copy_(normalizer.mean)
+    model.clip_std.data.copy_(normalizer.std)
+    return normalizer

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ldm_cli.core.codec import PixelCodec
 from ldm_cli.core.models.sd3_transformer_2d import SD3Transformer2DModel
@@ -24,36 +23,29 @@ from ldm_cli.families.prior import EMBEDDINGS
 from ldm_cli.families.stable_diffusion import StableDiffusion
 from ldm_cli.families.stable_diffusion_3 import StableDiffusion3
 from ldm_cli.families.stable_diffusion_xl import StableDiffusionXL
-from ldm_cli.formats.model_folder import ModelClass, load_weights
+from ldm_cli.formats.model_folder import ModelClass
 from ldm_cli.formats.pipeline_folder import TRANSFORMER, UNET
-from ldm_cli.formats.save_model import save_frozen, save_model
 from ldm_cli.formats.scheduler_file import our_settings
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.sample_options import PLAIN, SampleOptions
 from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
-from ldm_cli.stages.support.denoising import Denoising, Encoded, generate_samples
+from ldm_cli.stages.support.denoising import generate_samples
+from ldm_cli.stages.support.denoising_task import DenoisingTask
 from ldm_cli.stages.support.fitting import expect_known_conditions, fitted_config
 from ldm_cli.stages.support.image_condition import ImageCondition, outline_image_encoder
 from ldm_cli.stages.support.image_prompt_task import ImagePromptTask, image_prompt_parameters
 from ldm_cli.stages.support.lora_task import LoRATask, lora_parameters
 from ldm_cli.stages.support.low_resolution import open_low_resolution, upscaler
-from ldm_cli.stages.support.model_sizes import (
-    Parameters,
-    count_parameters,
-    model_at,
-    outlined,
-    trained_parameters,
-)
+from ldm_cli.stages.support.model_sizes import Parameters, count_parameters, model_at, outlined, trained_parameters
 from ldm_cli.stages.support.named_models import with_model_folders
 from ldm_cli.stages.support.options import RunOptions, with_precision
 from ldm_cli.stages.support.patch_training import open_patch_training, patch_parameters
 from ldm_cli.stages.support.pixel_training import prompts_of_batch
-from ldm_cli.stages.support.start import build_model, frozen_names, resolve_start, start_uses
+from ldm_cli.stages.support.start import build_model, resolve_start, start_uses
 from ldm_cli.stages.support.text_encoders import outline_text_encoders, text_folders
 from ldm_cli.stages.support.training_run import Workbench, run_training
-from ldm_cli.training.checkpoint import link_folder
-from ldm_cli.training.task import Task, WeightsByModule
+from ldm_cli.training.task import Task
 
 
 def run(recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
@@ -134,62 +126,24 @@ def _family(recipe: TrainUnetRecipe, denoiser: Any, codec: Any, encoder: Any) ->
     return StableDiffusion(denoiser, codec, encoder, settings)
 
 
-class DenoiserTask:
+class DenoiserTask(DenoisingTask):
     """Predict the noise (or v, or x_0) in noised latents, given a condition (Rombach et al. 2022, eq. 2)."""
 
     def __init__(self, recipe: TrainUnetRecipe, bench: Workbench) -> None:
-        self.recipe, self.bench = recipe, bench
-        self.encoder = BatchEncoder(recipe, bench.device, bench.run.warn)
-        codec, encoder = self.encoder.codec, self.encoder.encoder
-        self._component = recipe.component
-        self._config = fitted_config(recipe, codec, encoder.models)
-        denoiser = build_model(_CLASSES[self._component], self._config, recipe)
-        self._frozen = frozen_names(denoiser)
-        if recipe.train.gradient_checkpointing:
-            denoiser.enable_gradient_checkpointing()
-        self.family = _family(recipe, denoiser, codec, encoder)
+        self.recipe = recipe
+        encoder = BatchEncoder(recipe, bench.device, bench.run.warn)
+        config = fitted_config(recipe, encoder.codec, encoder.encoder.models)
+        denoiser = build_model(_CLASSES[recipe.component], config, recipe)
+        family = _family(recipe, denoiser, encoder.codec, encoder.encoder)
         self.image_condition: ImageCondition | None = None
         if recipe.image_embedding is not None:
-            self.image_condition = ImageCondition(recipe.image_embedding, recipe, bench, self.encoder)
-            self.family = self.image_condition.family(self.family)
-        self.low = open_low_resolution(recipe, self.family)
-        self.modules = {self._component: denoiser}
-        self.auxiliary: dict[str, torch.nn.Module] = {}
-        self.num_files = 1
-        if bench.cache is None:
-            # As many rows as a cache encodes at once: a row's last bits depend on their number.
-            empty = self.encoder.condition([""] * recipe.train.part_size()).map(lambda tensor: tensor[:1])
-        else:
-            empty = self.encoder.cached(bench.cache, "")
+            self.image_condition = ImageCondition(recipe.image_embedding, recipe, bench, encoder)
+            family = self.image_condition.family(family)
+        self.low = open_low_resolution(recipe, family)
         patches = open_patch_training(recipe, bench.device)
+        super().__init__(recipe, bench, encoder, family, patches, self.image_condition or self.low)
         if patches is not None and patches.alignment is not None:
             self.auxiliary["projection"] = patches.alignment
-        added = self.image_condition or self.low
-        self.denoising = Denoising(self.family, recipe.diffusion, recipe.seed, empty, patches, added)
-        self._held_out: dict[int, Encoded] = {}
-
-    def prepare(self, batch: Batch) -> Batch:
-        """With the tokens of its captions, unless it is out of a cache."""
-        return self.encoder.prepare(batch)
-
-    def parts(self, batch: Batch, num_parts: int) -> list[Batch]:
-        """Samples do not depend on one another."""
-        return batch.parts(num_parts)
-
-    def loss(self, part: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean denoising error; each sample has its own level, noise and dropout."""
-        return self.denoising.loss(part, *self.encoder(part), step)
-
-    def encoded(self, batch: Batch) -> Encoded:
-        """A held-out batch; encoded once, unless the encoder is trained."""
-        if id(batch) not in self._held_out or self.encoder.adapts_text:
-            sent = self.prepare(batch).map(lambda tensor: tensor.to(self.bench.device))
-            self._held_out[id(batch)] = (sent, *self.encoder(sent))
-        return self._held_out[id(batch)]
-
-    def validate(self) -> dict[str, float]:
-        """See `Denoising.validate`."""
-        return self.denoising.validate(self.bench.held_out, self.encoded, self.bench.sharing)
 
     def picture(self, folder: Path | None, options: SampleOptions = PLAIN) -> None:
         """See `generate_samples`."""
@@ -200,22 +154,3 @@ class DenoiserTask:
             embeddings = torch.cat([self.encoded(batch)[1][EMBEDDINGS] for batch in self.bench.held_out])
         small = () if self.low is None else self.low.pictures(self.bench.held_out, samples.num_prompts)
         generate_samples(self.family, samples, captions, folder, warn, self.bench.sharing, embeddings, options, small)
-
-    def save_unchanged(self, folder: Path) -> None:
-        """Write the parts of the model folder that training does not change."""
-        self.family.save_companions(folder)
-        save_frozen(folder / self._component, self.family.denoiser.state_dict(), self._frozen)
-
-    def export(self, folder: Path, weights: WeightsByModule) -> None:
-        """Write the model folder: the trained weights of the denoiser, and links to all else."""
-        link_folder(self.bench.run.frozen, folder)
-        config = self._config.to_hugging_face()
-        save_model(folder / self._component, weights[self._component], config, frozen=self._frozen)
-
-    def restore(self, folder: Path) -> None:
-        """Read the denoiser's weights of `export` back."""
-        load_weights(self.family.denoiser, folder / self._component)
-
-    def finalize(self) -> dict[str, float]:
-        """Nothing is left to do."""
-        return {}

@@ -12,7 +12,6 @@ from torch import Tensor
 from ldm_cli.core.cpu import tune_for_cpu
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.clip import CLIPModel
-from ldm_cli.core.models.clip_vision import CLIPVisionTransformer
 from ldm_cli.core.models.patch_discriminator import PatchDiscriminator
 from ldm_cli.core.models.vq_model import VQModel
 from ldm_cli.core.pixels import to_bytes, to_signed
@@ -22,7 +21,7 @@ from ldm_cli.data.loader import Loader
 from ldm_cli.data.to_device import sent_to_device
 from ldm_cli.errors import RecipeError
 from ldm_cli.evaluation.image_quality import psnr
-from ldm_cli.families.clip_folder import open_image_processor, outline_clip
+from ldm_cli.families.clip_folder import open_image_processor, outline_clip, vision_transformer
 from ldm_cli.families.codec_folder import trained_class
 from ldm_cli.formats.model_folder import load_model, load_weights
 from ldm_cli.formats.save_model import save_frozen, save_model
@@ -74,9 +73,9 @@ def parameters(recipe: TrainVaeRecipe, notes: list[str]) -> Parameters:
     if loss.perceptual_clip is not None:
         clip = model_at("loss.perceptual_clip", loss.perceptual_clip, outline_clip, notes)
         if clip is not None:
-            _vision_transformer(clip, loss.perceptual_clip)
+            tower = vision_transformer(clip, "loss.perceptual_clip", loss.perceptual_clip)
             open_image_processor(Path(loss.perceptual_clip))
-            frozen["perceptual_clip"] = count_parameters(clip.vision_model)
+            frozen["perceptual_clip"] = count_parameters(tower)
     return trained, frozen
 
 
@@ -191,19 +190,8 @@ def _latent(vae: AutoencoderKL | VQModel, recipe: TrainVaeRecipe) -> Latent:
 def _perceptual(folder: str | None) -> PerceptualDistance | None:
     if folder is None:
         return None
-    tower = _vision_transformer(load_model(CLIPModel, Path(folder)), folder)
+    tower = vision_transformer(load_model(CLIPModel, Path(folder)), "loss.perceptual_clip", folder)
     return PerceptualDistance(tower, open_image_processor(Path(folder)))
-
-
-def _vision_transformer(clip: CLIPModel, folder: str) -> CLIPVisionTransformer:
-    """The image tower of a CLIP, if it is a ViT."""
-    if not isinstance(clip.vision_model, CLIPVisionTransformer):
-        raise RecipeError(
-            f"loss.perceptual_clip: '{folder}' cannot be used",
-            "it has a ResNet for an image tower",
-            "give a CLIP with a ViT",
-        )
-    return clip.vision_model
 
 
 def _expect_last_layer(recipe: TrainVaeRecipe, frozen: Collection[str]) -> None:

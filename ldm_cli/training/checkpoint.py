@@ -178,7 +178,6 @@ def latest_checkpoint(folder: Path, warn: Callable[[str], None], spare: Path | N
     """The newest checkpoint that verifies; damaged ones are passed over with a warning.
 
     Args:
-        folder: holds the checkpoints.
         warn: receives a message for each damaged checkpoint.
         spare: a committed folder that checkpoints link to; its files replace damaged ones in a checkpoint. None:
             nothing is written.

@@ -222,7 +222,6 @@ def joined(device: torch.device, timeout: float) -> Iterator[Ranks]:
     """Join the job that the environment describes; without one, the job has one rank.
 
     Args:
-        device: where gradients lie.
         timeout: seconds without a time stamp after which a rank counts as lost.
 
     Raises:

@@ -22,7 +22,6 @@ class FailureJournal:
     Other ends (killed while saving or starting, stopped by a signal, disk full) are not the step's fault.
 
     Args:
-        file: where it is.
         unit: what a step is called.
     """
 

@@ -106,7 +106,6 @@ def follow(folder: Path, tracker: _Tracker, ended: Callable[[float], bool]) -> N
     """Write each step of a run once, in order, until the trainer has ended.
 
     Args:
-        folder: of the run.
         tracker: where to.
         ended: waits up to some seconds; whether the trainer has ended.
     """

@@ -21,7 +21,6 @@ class Ranks:
 
     Attributes:
         rank: number of this process, in [0, world_size).
-        world_size: number of processes.
     """
 
     def __init__(self, rank: int = 0, world_size: int = 1) -> None:

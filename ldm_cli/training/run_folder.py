@@ -202,7 +202,6 @@ class RunFolder:
 
         Args:
             source: the recipe's text as the user wrote it.
-            device: where the run computes.
         """
         for change in self.changes(resolved, fingerprints):
             self.log(f"the recipe changed: {change}")

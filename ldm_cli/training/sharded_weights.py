@@ -45,7 +45,6 @@ class ShardedWeights(Weights):
     Args:
         modules: are sharded. They come on the CPU; block after block goes to the device and is cut there.
         auxiliary: stay replicated.
-        device: where the parts lie.
         ranks: two or more.
 
     Raises:
@@ -266,12 +265,7 @@ class _WatchedAllGather(_Watched):
 
 class _WatchedReduceScatter(_Watched):
     def __call__(
-        self,
-        output_tensor: Tensor,
-        input_tensor: Tensor,
-        group: dist.ProcessGroup,
-        op: Any,
-        async_op: bool = False,
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> None:
         pieces = list(input_tensor.chunk(self._ranks.world_size))
         self._ranks.complete(

@@ -34,7 +34,6 @@ class SkippedSteps:
         Args:
             kept: the values of `kept`.
             run: where they are written.
-            ranks: those that call.
             is_expected: a skipped step is no reason for a warning (fp16 finds its loss scale by overflows).
         """
         for (step, names), was_taken in zip(self.steps, kept, strict=True):

@@ -32,8 +32,6 @@ class Trackers:
     """A process for each tracker, while the context is open. What they print is in `FOLDER/track-NAME.log`.
 
     Args:
-        names: which.
-        folder: of the run.
         warn: is called once for a tracker that failed, or does not end in time; the next process of the run mirrors
             what is missing.
     """

@@ -45,12 +45,7 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        task: Task[Any],
-        config: TrainConfig,
-        run: RunFolder,
-        device: torch.device,
-        ranks: Ranks,
+        self, task: Task[Any], config: TrainConfig, run: RunFolder, device: torch.device, ranks: Ranks
     ) -> None:
         self.task, self.config, self.run, self.device, self.ranks = task, config, run, device, ranks
         self.parts_per_rank = config.parts_per_rank(ranks.world_size)

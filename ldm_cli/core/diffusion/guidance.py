@@ -40,10 +40,8 @@ def guided(
     momentum depends on the previous call.
 
     Args:
-        network: the guided network.
         conditional, unconditional: B rows each; a negative prompt takes the place of the empty one.
         config: all but `model`, `clip` and the layers of `perturb`, which the caller applies.
-        prediction: what the networks predict.
         weaker: its prediction with the conditional rows replaces the unconditional one (autoguidance).
         perturbed: network with `config.perturb` applied.
     """
@@ -117,7 +115,6 @@ def along_score(denoise: CleanPredictor, score: Callable[[Tensor], Tensor], scal
     Args:
         denoise: predicts x_0; the gradient flows through it.
         score: x_0 [B, …] → one score per sample, [B].
-        scale: multiplies the gradient.
     """
 
     def steered(x: Tensor, level: Level) -> Tensor:

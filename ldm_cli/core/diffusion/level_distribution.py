@@ -23,8 +23,6 @@ def random_levels(config: DiffusionConfig, key: philox.Key, epoch: Tensor, posit
     """u of `Process.at` for each sample, computed on the device of the counters.
 
     Args:
-        config: names the distribution.
-        key: of the random numbers.
         epoch, position: of the samples, int64 [B].
 
     Returns:

@@ -36,7 +36,6 @@ def diffusion_loss(
     The mean is that over all positions, masked or not: a position counts the same however many others do.
 
     Args:
-        prediction: what is predicted.
         model_output: network output for `add_noise(x0, noise, a, b)`, [B, …].
         x0, noise: [B, …].
         a, b: levels, [B].

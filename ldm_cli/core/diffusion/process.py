@@ -130,7 +130,6 @@ class VariancePreserving:
 
     Attributes:
         alphas_cumprod: ᾱ_t, the signal's share of the variance, float64 [T], falling, in [0, 1).
-        prediction: what the network predicts.
     """
 
     alphas_cumprod: Tensor
@@ -220,7 +219,6 @@ class Flow:
     Attributes:
         num_timesteps: T, the time of pure noise.
         shift: k > 0; above 1 moves the levels towards noise.
-        prediction: what the network predicts.
         is_shifted_once: whether `levels` shifts evenly spaced levels once, as diffusers does with a dynamic shift; else
             it spaces them between the shifted ends and shifts them again, as diffusers does with a fixed one.
     """

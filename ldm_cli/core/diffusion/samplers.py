@@ -37,7 +37,6 @@ def clean_predictor(network: UnconditionalNetwork, prediction: Prediction) -> Cl
 
     Args:
         network: takes x and the time `Level.t`.
-        prediction: what the network predicts.
     """
     return lambda x, level: prediction.x0(network(x, level.t), x, level.signal, level.noise)
 
@@ -72,7 +71,6 @@ def euler(
     Args:
         denoise: predicts x_0.
         x: noise at the first level, [B, …].
-        timesteps: the levels.
         step_noise: fresh noise of every step; not asked for where none is added.
         eta: η in [0, 1].
     """

@@ -77,7 +77,6 @@ def ddpm_timesteps(process: Process, num_steps: int, spacing: Spacing | Sequence
     """Each step ends where the next begins, the last at x_0.
 
     Args:
-        process: gives the levels.
         num_steps: 1 … T.
         spacing: which levels are visited; or a falling table of t, resampled to `num_steps`.
         offset: added to every level when spacing is `leading`.
@@ -136,7 +135,6 @@ def lcm_timesteps(process: Process, num_steps: int, num_distilled: int) -> Times
     """Levels that a latent consistency model was distilled at (Luo et al. 2023, section 4.3, arXiv:2310.04378).
 
     Args:
-        process: gives the levels.
         num_steps: 1 … `num_distilled`.
         num_distilled: number of levels, with equal strides, of the distillation.
 

@@ -5,6 +5,8 @@ Letters: B batch, L tokens, M context tokens, D width, C channels, H height, W w
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,13 +27,7 @@ def image_of(tokens: Tensor, height: int, width: int) -> Tensor:
 
 
 def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    num_heads: int,
-    *,
-    is_causal: bool = False,
-    mask: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, num_heads: int, *, is_causal: bool = False, mask: Tensor | None = None
 ) -> Tensor:
     """softmax(Q Kᵀ / √d) V per head (Vaswani et al. 2017, eq. 1).
 
@@ -90,13 +86,25 @@ class GEGLU(nn.Module):
         return gated
 
 
-class FeedForward(nn.Module):
-    """GEGLU of four times the width, then a linear layer."""
+class GELU(nn.Module):
+    """gelu of a linear layer, exact or, with `approximate="tanh"`, by its tanh form."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, inner_dim: int, approximate: str = "none") -> None:
+        super().__init__()
+        self.proj, self.approximate = nn.Linear(dim, inner_dim), approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, D] → [B, L, inner_dim]."""
+        return F.gelu(self.proj(x), approximate=self.approximate)
+
+
+class FeedForward(nn.Module):
+    """An activation of four times the width, then a linear layer."""
+
+    def __init__(self, dim: int, activation: Callable[[int, int], nn.Module] = GEGLU) -> None:
         super().__init__()
         # The names in the files are net.0.proj and net.2: between them diffusers has a dropout.
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+        self.net = nn.Sequential(activation(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, D] → [B, L, D]."""

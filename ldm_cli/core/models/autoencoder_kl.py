@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -96,10 +96,10 @@ class _EncoderLevel(_Level):
     """The blocks of a level, then a stride-2 convolution."""
 
     def __init__(
-        self, in_channels: int, channels: int, num_layers: int, groups: int, *, attention: bool, downsample: bool
+        self, in_channels: int, channels: int, num_layers: int, groups: int, *, attention: bool, resample: bool
     ) -> None:
         super().__init__(in_channels, channels, num_layers, groups, attention=attention)
-        self.downsamplers = nn.ModuleList([Downsample2D(channels, asymmetric=True)] if downsample else [])
+        self.downsamplers = nn.ModuleList([Downsample2D(channels, asymmetric=True)] if resample else [])
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
@@ -112,16 +112,26 @@ class _DecoderLevel(_Level):
     """The blocks of a level, then an enlargement by two."""
 
     def __init__(
-        self, in_channels: int, channels: int, num_layers: int, groups: int, *, attention: bool, upsample: bool
+        self, in_channels: int, channels: int, num_layers: int, groups: int, *, attention: bool, resample: bool
     ) -> None:
         super().__init__(in_channels, channels, num_layers, groups, attention=attention)
-        self.upsamplers = nn.ModuleList([Upsample2D(channels)] if upsample else [])
+        self.upsamplers = nn.ModuleList([Upsample2D(channels)] if resample else [])
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
         for upsampler in self.upsamplers:
             x = upsampler(x, (2 * x.shape[-2], 2 * x.shape[-1]))
         return x
+
+
+def _levels(
+    kind: type[_EncoderLevel | _DecoderLevel], widths: Sequence[int], layers: int, groups: int, types: Sequence[str]
+) -> nn.ModuleList:
+    """A level of each width; all but the last change the size."""
+    return nn.ModuleList(
+        kind(before, width, layers, groups, attention="Attn" in name, resample=i < len(widths) - 1)
+        for i, (before, width, name) in enumerate(zip((widths[0], *widths), widths, types, strict=False))
+    )
 
 
 class Encoder(nn.Module):
@@ -131,17 +141,7 @@ class Encoder(nn.Module):
         super().__init__()
         channels, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            _EncoderLevel(
-                channels[max(i - 1, 0)],
-                channels[i],
-                config.layers_per_block,
-                groups,
-                attention="Attn" in config.down_block_types[i],
-                downsample=i < len(channels) - 1,
-            )
-            for i in range(len(channels))
-        )
+        self.down_blocks = _levels(_EncoderLevel, channels, config.layers_per_block, groups, config.down_block_types)
         self.mid_block = _MidBlock(channels[-1], groups, attention=config.mid_block_add_attention)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=_EPS)
         self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
@@ -163,17 +163,7 @@ class Decoder(nn.Module):
         channels, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
         self.mid_block = _MidBlock(channels[0], groups, attention=config.mid_block_add_attention)
-        self.up_blocks = nn.ModuleList(
-            _DecoderLevel(
-                channels[max(i - 1, 0)],
-                channels[i],
-                config.layers_per_block + 1,
-                groups,
-                attention="Attn" in config.up_block_types[i],
-                upsample=i < len(channels) - 1,
-            )
-            for i in range(len(channels))
-        )
+        self.up_blocks = _levels(_DecoderLevel, channels, config.layers_per_block + 1, groups, config.up_block_types)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=_EPS)
         self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
 

@@ -13,14 +13,7 @@ from ldm_cli.core.models.clip_resnet import ModifiedResNet
 from ldm_cli.core.models.clip_text import CLIPTextModel, CLIPTextModelWithProjection, CLIPTextTransformer, TextOutput
 from ldm_cli.core.models.clip_vision import CLIPVisionModel, CLIPVisionTransformer, VisionOutput
 
-__all__ = [
-    "CLIPModel",
-    "CLIPTextModel",
-    "CLIPTextModelWithProjection",
-    "CLIPVisionModel",
-    "TextOutput",
-    "VisionOutput",
-]
+__all__ = ["CLIPModel", "CLIPTextModel", "CLIPTextModelWithProjection", "CLIPVisionModel", "TextOutput", "VisionOutput"]
 
 
 class CLIPModel(Checkpointable):
@@ -66,8 +59,4 @@ class CLIPModel(Checkpointable):
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Both features, not normalised, and the logit scale: [B, P], [B, P], []; one call, for DDP."""
-        return (
-            self.get_text_features(input_ids),
-            self.get_image_features(pixel_values),
-            self.clamped_logit_scale,
-        )
+        return (self.get_text_features(input_ids), self.get_image_features(pixel_values), self.clamped_logit_scale)

@@ -164,10 +164,7 @@ class CLIPConfig(TransformersConfig):
         top = without_bookkeeping(cls, mapping)
         if top.get("model_type") == _OWN_MODEL_TYPE:
             top["model_type"] = "clip"
-        towers: dict[str, type[TransformersConfig]] = {
-            "text_config": CLIPTextConfig,
-            "vision_config": CLIPVisionConfig,
-        }
+        towers: dict[str, type[TransformersConfig]] = {"text_config": CLIPTextConfig, "vision_config": CLIPVisionConfig}
         for name, tower in towers.items():
             values, legacy = top.get(name), top.pop(f"{name}_dict", None)
             if not all(isinstance(found, dict | None) for found in (values, legacy)):

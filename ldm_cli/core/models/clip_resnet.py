@@ -102,7 +102,6 @@ class ModifiedResNet(Checkpointed):
     so that every block starts as its shortcut (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
 
     Args:
-        config: sizes.
         output_dim: size of the joint embedding.
     """
 

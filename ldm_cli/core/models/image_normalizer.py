@@ -66,7 +66,6 @@ class ImageNormalizer(nn.Module):
             embeddings: [B, E].
             u: [B], the share of levels with less noise, as for `Process.at`.
             noise: standard normal, [B, E].
-            process: of the noise.
 
         Returns:
             float32 [B, 2E].

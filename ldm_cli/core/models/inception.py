@@ -151,7 +151,6 @@ class InceptionV3(nn.Module):
 
         Args:
             pixels: [B, 3, 299, 299], about [-1, 1].
-            taps: which features.
 
         Returns:
             For each of `taps` [B, N], N as in `NUM_FEATURES`.

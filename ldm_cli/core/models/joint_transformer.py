@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm_cli.core.compiling import Region
+from ldm_cli.core.models.attention import GELU, FeedForward
 
 _EPS = 1e-6
+_TANH_GELU = partial(GELU, approximate="tanh")
 
 
 class Modulation(nn.Module):
@@ -96,8 +98,8 @@ class JointTransformerBlock(Region):
         self.attn2: JointAttention | None = None
         if dual:
             self.attn2 = JointAttention(dim, num_heads, qk_norm=qk_norm, has_text=False, keeps_text=False)
-        self.ff = FeedForward(dim)
-        self.ff_context = FeedForward(dim) if keeps_text else None
+        self.ff = FeedForward(dim, _TANH_GELU)
+        self.ff_context = FeedForward(dim, _TANH_GELU) if keeps_text else None
 
     def forward(self, image: Tensor, text: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor | None]:
         """[B, L, D], [B, M, D] and the *activated* embedding [B, D] → image and text tokens; no text from the last."""
@@ -118,29 +120,3 @@ class JointTransformerBlock(Region):
             return result, None
         text = text + text_gate * text_attended
         return result, text + text_gate_ff * self.ff_context(modulated(text, text_shift_ff, text_scale_ff))
-
-
-class FeedForward(nn.Module):
-    """Linear to four times the width, GELU (its tanh form), linear."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        # The names in the files are net.0.proj and net.2: between them diffusers has a dropout.
-        self.net = nn.Sequential(GELU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] → [B, L, D]."""
-        hidden: Tensor = self.net(x)
-        return hidden
-
-
-class GELU(nn.Module):
-    """A linear layer and GELU's tanh form."""
-
-    def __init__(self, dim: int, inner_dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(dim, inner_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] → [B, L, inner_dim]."""
-        return F.gelu(self.proj(x), approximate="tanh")

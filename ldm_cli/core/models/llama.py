@@ -23,7 +23,6 @@ class KeyValueCache:
     """Keys and values of the tokens that a model has seen, in memory that is allocated once.
 
     Args:
-        config: of the model.
         rows: B.
         length: M, the most tokens.
         like: a tensor of the model's type and device.

@@ -28,11 +28,7 @@ _EPSILON = 1e-10
 
 
 class LPIPS(nn.Module):
-    """The distance. Its weights are never trained.
-
-    Args:
-        backbone: the classifier.
-    """
+    """The distance. Its weights are never trained."""
 
     _shift: Tensor
     _scale: Tensor

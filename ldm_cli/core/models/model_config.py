@@ -93,11 +93,7 @@ class DiffusersConfig(Config):
 
     def to_hugging_face(self) -> dict[str, Any]:
         """The complete config.json that diffusers would write for this model."""
-        return {
-            "_class_name": self.hugging_face_class,
-            "_diffusers_version": DIFFUSERS_VERSION,
-            **self.to_mapping(),
-        }
+        return {"_class_name": self.hugging_face_class, "_diffusers_version": DIFFUSERS_VERSION, **self.to_mapping()}
 
 
 class TransformersConfig(Config):
@@ -116,12 +112,7 @@ class TransformersConfig(Config):
 
     def to_hugging_face(self, dtype: str = "float32") -> dict[str, Any]:
         """The config.json of this model; `dtype` under both names, for transformers 4 and 5."""
-        return {
-            "architectures": [self.hugging_face_class],
-            **self.to_mapping(),
-            "torch_dtype": dtype,
-            "dtype": dtype,
-        }
+        return {"architectures": [self.hugging_face_class], **self.to_mapping(), "torch_dtype": dtype, "dtype": dtype}
 
 
 def without_bookkeeping(config_class: type[Config], mapping: Mapping[str, Any]) -> dict[str, Any]:

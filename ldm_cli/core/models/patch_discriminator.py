@@ -22,10 +22,7 @@ class PatchDiscriminator(nn.Sequential):
 
     def __init__(self, channels: int = 64, num_layers: int = 3, in_channels: int = 3) -> None:
         widths = [channels * min(2**i, 8) for i in range(num_layers + 1)]
-        layers: list[nn.Module] = [
-            nn.Conv2d(in_channels, widths[0], 4, stride=2, padding=1),
-            nn.LeakyReLU(0.2),
-        ]
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for i, (narrow, wide) in enumerate(pairwise(widths), start=1):
             stride = 2 if i < num_layers else 1
             layers += [

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ldm_cli.core.compiling import Region
 from ldm_cli.core.condition import Condition
-from ldm_cli.core.models.attention import Attention, attend
+from ldm_cli.core.models.attention import GELU, Attention, FeedForward, attend
 from ldm_cli.core.models.checkpointing import Checkpointable, Checkpointed
 from ldm_cli.core.models.layers import TimestepEmbedding, timestep_embedding
 from ldm_cli.core.models.prior_transformer_config import PriorTransformerConfig
@@ -88,7 +88,7 @@ class PriorBlock(Region):
         self.norm1 = nn.LayerNorm(dim)
         self.attn1 = Attention(dim, None, num_heads, bias=True)
         self.norm3 = nn.LayerNorm(dim)
-        self.ff = _FeedForward(dim)
+        self.ff = FeedForward(dim, GELU)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """[B, L, D], and what is added to the logits of attention, [B, 1, L, L] → [B, L, D]."""
@@ -96,28 +96,6 @@ class PriorBlock(Region):
         query, key, value = attention.to_q(tokens), attention.to_k(tokens), attention.to_v(tokens)
         x = attention.to_out[0](attend(query, key, value, attention.num_heads, mask=mask)) + x
         hidden: Tensor = self.ff(self.norm3(x)) + x
-        return hidden
-
-
-class _GELU(nn.Module):
-    def __init__(self, dim: int, inner_dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(dim, inner_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] → [B, L, inner_dim]."""
-        return F.gelu(self.proj(x))
-
-
-class _FeedForward(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        # The names in the files are net.0.proj and net.2: between them diffusers has a dropout.
-        self.net = nn.Sequential(_GELU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, D] → [B, L, D]."""
-        hidden: Tensor = self.net(x)
         return hidden
 
 

@@ -91,7 +91,6 @@ class T5Attention(nn.Module):
     """Self-attention without biases and without the scale 1/√d, which the initial weights hold.
 
     Args:
-        config: of the encoder.
         has_bias: whether the layer has the table of relative positions, whose values all layers share.
     """
 

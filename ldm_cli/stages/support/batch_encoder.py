@@ -43,7 +43,6 @@ class BatchEncoder:
 
     Args:
         recipe: names the folders, the precision and the memory order.
-        device: where the networks compute.
         warn: called once if captions are cut.
 
     Attributes:

@@ -131,7 +131,6 @@ def texts_of(given: str, what: str) -> list[str]:
     What ends with `.txt` is a file. Blank ones are left out, and of equal ones all but the first.
 
     Args:
-        given: the value of the option.
         what: the option, for the error.
 
     Raises:

@@ -22,7 +22,6 @@ class CodeEncoder:
 
     Args:
         recipe: names the folder and the memory order.
-        device: where the VQ model computes.
     """
 
     def __init__(self, recipe: TrainArRecipe, device: torch.device) -> None:

@@ -85,7 +85,6 @@ class FoundModels:
         models: by subfolder of a pipeline; a model by itself at "".
         json_files: index and scheduler of a pipeline, by relative path.
         companions: files of tokenizers and image processors, by relative path.
-        metadata: of the weights' files.
         recognised_by: names of tensors by which a single file was recognised.
         left_out: tensors and components that are not converted.
     """

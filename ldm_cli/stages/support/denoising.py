@@ -109,7 +109,6 @@ class Denoising:
         Args:
             held_out: the batches, which the ranks share.
             encoded: gives a batch with its encodings.
-            ranks: those that call.
         """
 
         def errors(held: Batch) -> Tensor:
@@ -174,12 +173,9 @@ def generate_samples(
     """`grid.png` of the fixed prompts and seeds, and `prompts.json` with their names.
 
     Args:
-        family: the model.
-        config: prompts and sampling.
         captions: held-out ones, which are the prompts if `config` names none.
         folder: where rank 0 writes.
         warn: is called for each picture that is not finite, and is left out.
-        ranks: those that call, and share the pictures.
         embeddings: unCLIP: of the pictures of the captions, [N, E], which are then varied.
         options: of all pictures; `on_nonfinite` is not used.
         small: pictures to enlarge, of a model that does so.

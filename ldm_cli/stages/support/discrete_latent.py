@@ -21,7 +21,6 @@ class DiscreteLatent:
 
     Args:
         vae: its codebook gets no gradient unless the configuration says `gradient`. A frozen one stays as it is.
-        config: how the codebook is learnt.
         seed: of the vectors at which codes start again.
         batch_size: of the global batch.
         is_trained: whether the codebook comes from `start_from`.

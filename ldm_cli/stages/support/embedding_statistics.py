@@ -27,8 +27,6 @@ def measured_normalizer(
     The run's `frozen` folder keeps it, in `image_normalizer`: a run that goes on does not measure again.
 
     Args:
-        recipe: of the trainer.
-        bench: of the run.
         encoder: gives embeddings among its moments.
         num_measured: most pictures; less than a part of a batch is left out at the end of a smaller data set.
     """

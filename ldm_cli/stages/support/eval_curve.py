@@ -16,7 +16,6 @@ def save_curve(points: Sequence[Point], file: Path) -> list[Path]:
     """Draw a line for each pipeline, and for each combination of the settings but the first.
 
     Args:
-        points: of one sweep.
         file: without its suffix.
 
     Returns:

@@ -15,12 +15,7 @@ from ldm_cli.evaluation.clip_features import CLIPFeatures
 from ldm_cli.evaluation.config import ZeroShotClassification
 from ldm_cli.evaluation.frechet import frechet_distance, frechet_name
 from ldm_cli.evaluation.linear_probe import linear_probe
-from ldm_cli.evaluation.metrics import (
-    class_embeddings,
-    retrieval_recall,
-    summarize_clip_score,
-    zero_shot_accuracy,
-)
+from ldm_cli.evaluation.metrics import class_embeddings, retrieval_recall, summarize_clip_score, zero_shot_accuracy
 from ldm_cli.evaluation.picture_metrics import (
     CLIP,
     POOLED,

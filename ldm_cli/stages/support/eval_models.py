@@ -50,7 +50,6 @@ class Models:
 
     Attributes:
         clip, vae, inception, dinov2, lpips: None where no metric needs it.
-        device: where they compute.
         provenance: source and hash of each.
     """
 
@@ -92,9 +91,7 @@ class Pipelines:
     """The pipelines to measure by name, of which one is loaded at a time.
 
     Args:
-        config: names them.
         sampling: with `precision` and `compile` as they are on this machine.
-        device: where they compute.
     """
 
     def __init__(self, config: EvalConfig, sampling: SamplingConfig, device: torch.device) -> None:
@@ -127,8 +124,4 @@ class Pipelines:
         """Source and hashes of a pipeline."""
         family = self.load(name).family
         assert family.folder is not None
-        return {
-            "folder": recorded(family.folder),
-            "sha256": family.weights_sha256,
-            "compile": self._sampling.compile,
-        }
+        return {"folder": recorded(family.folder), "sha256": family.weights_sha256, "compile": self._sampling.compile}

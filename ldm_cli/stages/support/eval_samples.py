@@ -58,10 +58,8 @@ class Measurements:
     """Measurements of a set of pictures; only the first rank has any.
 
     Args:
-        metrics: for which they are.
         kept: names of the measurements that are kept of each picture.
         limit: number of pictures that count, but for scenes.
-        device: where features are added up.
 
     Attributes:
         features: what the distances take.

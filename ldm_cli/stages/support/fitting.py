@@ -70,8 +70,6 @@ def fitted_config(recipe: TrainUnetRecipe, codec: Codec, texts: Sequence[nn.Modu
     """The denoiser's configuration for latents of this size, if it fits codec and text encoders.
 
     Args:
-        recipe: of the denoiser.
-        codec: of its latents.
         texts: the text encoders, on any device.
 
     Raises:
@@ -107,10 +105,7 @@ def fitted_config(recipe: TrainUnetRecipe, codec: Codec, texts: Sequence[nn.Modu
         problems.append(f"data.aspect_buckets.step={buckets.step} is no multiple of {step}")
     if problems:
         raise RecipeError(
-            "the parts do not fit together",
-            "; ".join(problems),
-            "change the recipe",
-            problems=tuple(problems),
+            "the parts do not fit together", "; ".join(problems), "change the recipe", problems=tuple(problems)
         )
     if name == TRANSFORMER and recipe.start_from is not None:
         return config  # the positions of its patches are in the weights, and follow from its own sample_size

@@ -40,8 +40,5 @@ def without_projection(models: FoundModels) -> FoundModels:
 
 def _changed(model: FoundModel, name: str, tensor: torch.Tensor, **fields: int) -> FoundModel:
     return replace(
-        model,
-        tensors=model.tensors | {name: tensor},
-        content=model.content | fields,
-        complete=model.complete | fields,
+        model, tensors=model.tensors | {name: tensor}, content=model.content | fields, complete=model.complete | fields
     )

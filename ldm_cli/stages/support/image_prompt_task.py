@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from ldm_cli.core.precision import autocast
 from ldm_cli.data.batch import Batch
 from ldm_cli.errors import RecipeError
 from ldm_cli.families.clip_image_encoder import outline_image_tower
-from ldm_cli.families.family import Family, place
+from ldm_cli.families.family import place
 from ldm_cli.families.ip_adapter import (
     IMAGE_FEATURES,
     IP_ADAPTER,
@@ -31,9 +30,9 @@ from ldm_cli.families.ip_adapter import (
 )
 from ldm_cli.formats.pipeline_folder import IMAGE_ENCODER
 from ldm_cli.recipe.train_recipe import TrainRecipe
-from ldm_cli.sampling.sample_options import PLAIN, ImageTokens, SampleOptions
-from ldm_cli.stages.support.batch_encoder import BatchEncoder
-from ldm_cli.stages.support.denoising import Denoising, Encoded
+from ldm_cli.sampling.sample_options import ImageTokens, SampleOptions
+from ldm_cli.stages.support.denoising import Encoded
+from ldm_cli.stages.support.denoising_task import DenoisingTask
 from ldm_cli.stages.support.model_sizes import Parameters, count_parameters, model_at, outlined
 from ldm_cli.stages.support.training_run import Workbench
 from ldm_cli.training.checkpoint import link_folder
@@ -43,29 +42,6 @@ from ldm_cli.training.trainer import is_compiled_on
 _NAME = "image_prompt"
 
 
-class UNetTask(Protocol):
-    """The task of a U-Net, as far as image prompts need to know it."""
-
-    encoder: BatchEncoder
-    denoising: Denoising
-
-    @property
-    def family(self) -> Family:
-        """Denoiser, codec, encoder, process."""
-
-    def prepare(self, batch: Batch) -> Batch:
-        """See `Task`."""
-
-    def parts(self, batch: Batch, num_parts: int) -> Sequence[Batch]:
-        """See `Task`."""
-
-    def encoded(self, batch: Batch) -> Encoded:
-        """A held-out batch."""
-
-    def picture(self, folder: Path | None, options: SampleOptions = PLAIN) -> None:
-        """See `Task`."""
-
-
 class ImagePromptTask:
     """Train what makes tokens of pictures, and the keys and values for them (Ye et al. 2023, arXiv:2308.06721, eq. 6).
 
@@ -73,12 +49,9 @@ class ImagePromptTask:
 
     Args:
         base: its denoiser holds the weights of `start_from`.
-        recipe: of the run.
-        config: kind and size of the adapter.
-        bench: surroundings of the run.
     """
 
-    def __init__(self, base: UNetTask, recipe: TrainRecipe, config: ImagePromptConfig, bench: Workbench) -> None:
+    def __init__(self, base: DenoisingTask, recipe: TrainRecipe, config: ImagePromptConfig, bench: Workbench) -> None:
         assert base.encoder.images is not None
         self._base, self._config, self._bench = base, config, bench
         self._features: ImageFeatures = base.encoder.images
@@ -172,7 +145,6 @@ def image_prompt_parameters(
     """The sizes of a recipe with an image prompt adapter; see `model_sizes.py`.
 
     Args:
-        config: of the adapter.
         models: all that the recipe uses, by component, the U-Net first; None: it does not exist yet.
         notes: receives a line if the image encoder does not exist yet.
     """

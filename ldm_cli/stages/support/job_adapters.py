@@ -35,10 +35,7 @@ class JobAdapters:
         """Read the files, and give the text towers the words; errors as in `read_lora` and `add_words`.
 
         Args:
-            family: of the job.
-            items: pictures.
             paths: files of adapters, by name; those are read that some picture uses.
-            embeddings: files of embeddings.
         """
         read = [one for entry in embeddings for one in read_embeddings(Path(entry.path), entry.word)]
         names = sorted({name for item in items for name, _ in item.loras})

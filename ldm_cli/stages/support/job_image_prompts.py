@@ -52,11 +52,7 @@ class _Prompt:
 
 
 class JobImagePrompts:
-    """The pictures that prompt a job; each adapter and each image encoder is read once.
-
-    Attributes:
-        tokens: of the pictures.
-    """
+    """The pictures that prompt a job; each adapter and each image encoder is read once."""
 
     def __init__(self, family: Family, entries: Sequence[ImagePromptEntry]) -> None:
         """Read the files, and give the denoiser the adapters.

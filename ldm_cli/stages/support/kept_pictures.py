@@ -32,7 +32,6 @@ def kept_pictures(
     Args:
         path: the folder. It is made, with images.json, by the first rank.
         pipeline, sampling: with which the pictures are generated.
-        captions: of all pictures.
         ranks: all of them call.
         warn: receives a message for each damaged picture.
 

@@ -36,7 +36,6 @@ class Latent(Protocol):
 
         Args:
             images: [B, 3, H, W] in [−1, 1], of a part of a step's batch.
-            batch: the part.
             start: place of the part's first sample in the global batch.
             step: 1-based.
         """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -25,24 +24,12 @@ from ldm_cli.formats.lora_path import DIFFUSERS_LORA
 from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER
 from ldm_cli.formats.single_file_sd3 import transformer_table
 from ldm_cli.recipe.train_recipe import TrainRecipe
-from ldm_cli.stages.support.batch_encoder import BatchEncoder
-from ldm_cli.stages.support.denoising import Denoising
+from ldm_cli.stages.support.denoising_task import DenoisingTask
 from ldm_cli.stages.support.model_sizes import Parameters, count_parameters, training_bytes
 from ldm_cli.stages.support.training_run import Workbench
 from ldm_cli.training.config import TrainConfig
-from ldm_cli.training.task import Task, WeightsByModule
+from ldm_cli.training.task import WeightsByModule
 from ldm_cli.training.trainer import is_compiled_on
-
-
-class DenoiserTask(Task[Batch], Protocol):
-    """The task of a denoiser, as far as adapters need to know it."""
-
-    encoder: BatchEncoder
-    denoising: Denoising
-
-    @property
-    def family(self) -> Family:
-        """Denoiser, codec, encoder, process."""
 
 
 class LoRATask:
@@ -50,12 +37,9 @@ class LoRATask:
 
     Args:
         base: its denoiser holds the weights of `start_from`.
-        recipe: of the run.
-        lora: which adapters.
-        bench: surroundings of the run.
     """
 
-    def __init__(self, base: DenoiserTask, recipe: TrainRecipe, lora: LoRAConfig, bench: Workbench) -> None:
+    def __init__(self, base: DenoisingTask, recipe: TrainRecipe, lora: LoRAConfig, bench: Workbench) -> None:
         self._base, self._recipe = base, recipe
         train = recipe.train
         if lora.base_precision == "bf16" and train.precision != "bf16":
@@ -132,7 +116,6 @@ def lora_ranks(lora: LoRAConfig, networks: Mapping[str, nn.Module]) -> dict[str,
     """Component → path of an adapted module → rank.
 
     Args:
-        lora: which modules.
         networks: the denoiser first, then the text encoders, by component; on the meta device, too.
 
     Raises:
@@ -152,7 +135,6 @@ def lora_parameters(
     """The sizes of a recipe with adapters, on the meta device; see `model_sizes.py`.
 
     Args:
-        lora: which adapters.
         train: of the recipe.
         models: all that the recipe uses, by component, the denoiser first; None: it does not exist yet.
         notes: receives a line that compares the memory with that of training all weights.

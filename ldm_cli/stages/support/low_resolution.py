@@ -39,9 +39,7 @@ class LowResolutionTraining:
     pictures of an untouched file: neither blurred nor compressed, with noise of `noise_level`.
 
     Args:
-        config: the settings.
         low: of the family.
-        seed: of all random numbers.
     """
 
     def __init__(self, config: LowResolutionConfig, low: LowResolution, seed: int) -> None:
@@ -114,8 +112,6 @@ def upscaler_problems(recipe: TrainUnetRecipe, codec: Codec, texts: Sequence[nn.
     """What keeps the parts of a recipe with a U-Net from enlarging pictures; nothing where it does not ask for that.
 
     Args:
-        recipe: of the denoiser.
-        codec: of its latents.
         texts: the text encoders, on any device.
     """
     config, unet = recipe.low_resolution, recipe.model

@@ -27,7 +27,6 @@ def memory_estimate(
     Args:
         recipe: after `start_from` has been read.
         resident: `training_bytes`.
-        num_trained: trained parameters.
         num_ranks: that share the batch.
 
     Returns:

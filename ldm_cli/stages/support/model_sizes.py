@@ -20,7 +20,7 @@ from ldm_cli.recipe.train_recipe import StartedRecipe, TrainRecipe
 from ldm_cli.stages.support.start import freeze, start_folder
 from ldm_cli.training.config import TrainConfig
 
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
+T = TypeVar("T")
 FROZEN = ".frozen"
 Parameters = tuple[dict[str, int], dict[str, int]]
 """Numbers of trained parameters by module, and of those that are only used. Each trainer's stage has a function
@@ -62,8 +62,8 @@ def trained_parameters(name: str, module: nn.Module) -> Parameters:
     return {name: trained}, {f"{name}{FROZEN}": total - trained} if trained < total else {}
 
 
-def model_at(field: str, folder: str, outline: Callable[[Path], ModuleT], notes: list[str]) -> ModuleT | None:
-    """The model of a folder on the meta device, as `outline` gives it; a missing one is noted."""
+def model_at(field: str, folder: str, outline: Callable[[Path], T], notes: list[str]) -> T | None:
+    """What `outline` gives of a model folder, usually the model on the meta device; a missing one is noted."""
     try:
         return outline(Path(folder))
     except InputNotFoundError as error:

@@ -17,7 +17,6 @@ def modelspec(models: FoundModels, title: str) -> dict[str, str]:
     """The metadata of a pipeline; nothing for a model by itself.
 
     Args:
-        models: what the file holds.
         title: of the model, where the source says none.
     """
     if INDEX_NAME not in models.json_files:

@@ -60,8 +60,6 @@ def settled(
 
     Args:
         sampling: as in the recipe.
-        num_pictures: of the job.
-        device: where they are generated.
         tell: receives a line if models are compiled, or cannot be.
     """
     compiled = should_compile(sampling.compile, device, num_pictures >= _WORTH_COMPILING, tell)
@@ -72,7 +70,6 @@ def resolve_device(device: str, local_rank: int = 0) -> torch.device:
     """The device that `--device` names; `auto` is CUDA where there is one, which then multiplies float32 in TF32.
 
     Args:
-        device: what the user wrote.
         local_rank: number of this process among those on this machine; each takes its own CUDA device.
 
     Raises:

@@ -11,13 +11,11 @@ from torch import Tensor
 
 from ldm_cli import philox
 from ldm_cli.core.models.clip import CLIPModel
-from ldm_cli.core.models.clip_vision import CLIPVisionTransformer
 from ldm_cli.core.models.sd3_transformer_2d_config import SD3Transformer2DConfig
 from ldm_cli.core.patch_training import PatchAlignment, random_subset
 from ldm_cli.core.patch_training_config import PatchTrainingConfig
 from ldm_cli.data.batch import Batch
-from ldm_cli.errors import RecipeError
-from ldm_cli.families.clip_folder import open_image_processor, outline_clip
+from ldm_cli.families.clip_folder import open_image_processor, outline_clip, vision_transformer
 from ldm_cli.families.family import place
 from ldm_cli.formats.model_folder import load_model
 from ldm_cli.recipe.schema import TrainUnetRecipe
@@ -29,10 +27,8 @@ class PatchTraining:
     """What a step of training does with patches.
 
     Attributes:
-        config: the settings.
         side: of a patch, in latent pixels.
         whole_from: first step at which no patch is left out.
-        key: of the random choice.
         alignment: compares tokens with features; None: off.
     """
 
@@ -77,7 +73,7 @@ def open_patch_training(recipe: TrainUnetRecipe, device: torch.device) -> PatchT
         return None
     alignment = None
     if config.clip is not None:
-        tower = _image_tower(load_model(CLIPModel, Path(config.clip)), config.clip)
+        tower = vision_transformer(load_model(CLIPModel, Path(config.clip)), "patches.clip", config.clip)
         place(device, torch.float32, tower)
         alignment = PatchAlignment(tower, open_image_processor(Path(config.clip)), model.width)
     whole_from = 1 + round(config.whole_from * recipe.train.steps)
@@ -89,14 +85,7 @@ def patch_parameters(recipe: TrainUnetRecipe, notes: list[str]) -> tuple[dict[st
     clip = None if recipe.patches.clip is None else model_at("patches.clip", recipe.patches.clip, outline_clip, notes)
     if clip is None or not isinstance(recipe.model, SD3Transformer2DConfig):
         return {}, {}
-    tower = _image_tower(clip, str(recipe.patches.clip))
+    tower = vision_transformer(clip, "patches.clip", str(recipe.patches.clip))
     with torch.device("meta"):
         alignment = PatchAlignment(tower, open_image_processor(Path(str(recipe.patches.clip))), recipe.model.width)
     return {"projection": count_parameters(alignment)}, {"patches.clip": count_parameters(tower)}
-
-
-def _image_tower(clip: CLIPModel, folder: str) -> CLIPVisionTransformer:
-    if not isinstance(clip.vision_model, CLIPVisionTransformer):
-        cause, remedy = "it has a ResNet for an image tower", "give a CLIP with a ViT"
-        raise RecipeError(f"patches.clip: '{folder}' cannot be used", cause, remedy)
-    return clip.vision_model

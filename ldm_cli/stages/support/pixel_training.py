@@ -12,10 +12,10 @@ from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.data.batch import Batch
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
 from ldm_cli.families.label_encoder import LabelEncoder
+from ldm_cli.families.latent_diffusion import TextEncoder
 from ldm_cli.families.pixel_diffusion import text_problems, unet_problems
 from ldm_cli.families.t5_encoder import T5Encoder
 from ldm_cli.recipe.schema import TrainUnetRecipe
-from ldm_cli.stages.support.text_encoders import TextEncoder
 
 
 def with_classes(text: TextEncoder | None, recipe: TrainUnetRecipe, device: torch.device) -> TextEncoder | LabelEncoder:
@@ -23,8 +23,6 @@ def with_classes(text: TextEncoder | None, recipe: TrainUnetRecipe, device: torc
 
     Args:
         text: the text encoder; None: there are only classes.
-        recipe: names the classes.
-        device: where conditions are.
     """
     if recipe.classes is None:
         assert text is not None  # the recipe's own check
@@ -44,7 +42,6 @@ def pixel_problems(unet: UNet2DConditionConfig, texts: Sequence[nn.Module], *, e
     """What keeps a U-Net from being trained on pixels.
 
     Args:
-        unet: its configuration.
         texts: the text encoder, on any device; none, if there are only classes.
         enlarges: whether it is given small pictures.
     """

@@ -38,7 +38,6 @@ def measured_in_rounds(
     Args:
         batches: the same on every rank.
         measure: the measurements of several batches, on the CPU, in order.
-        ranks: the processes.
         batches_per_rank: of a round.
         folder: where the first rank keeps the rounds, one file each; None: nowhere.
 

@@ -29,10 +29,7 @@ class RunSummary:
         recipe: every field by its dotted name.
         environment: versions and machine, by name.
         grids: step → grid of samples.
-        log: the last lines of log.txt.
         evaluation: the file of its result, if the folder is that of an evaluation.
-        curves: plots of the evaluation.
-        problems: what could not be read.
     """
 
     name: str

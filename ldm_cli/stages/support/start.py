@@ -63,7 +63,6 @@ def resolve_start(recipe: RecipeT, warn: Callable[[str], None]) -> RecipeT:
     process; a CLIP gives `train-clip` its tokenizer.
 
     Args:
-        recipe: of any trainer.
         warn: receives a message for each given field of the process that differs from the pipeline's.
 
     Raises:
@@ -239,7 +238,6 @@ def build_model(model_class: ModelClass[ModuleT], config: Any, recipe: StartedRe
 
     Args:
         model_class: called with `config`.
-        config: of the model.
         recipe: as `resolve_start` returns it.
 
     Raises:

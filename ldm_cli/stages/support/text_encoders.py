@@ -22,13 +22,12 @@ from ldm_cli.families.clip_text_encoder import (
     outline_tower,
     tokenizer_folder,
 )
+from ldm_cli.families.latent_diffusion import TextEncoder
 from ldm_cli.families.t5_encoder import T5Encoder, is_t5, t5_key, t5_length_of
 from ldm_cli.formats.model_folder import outline_model
 from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TEXT_ENCODER_2, TEXT_ENCODER_3
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.stages.support.model_sizes import model_at
-
-TextEncoder = CLIPTextEncoder | CLIPPairEncoder | CLIPT5Encoder | T5Encoder
 
 
 def text_folders(recipe: TrainUnetRecipe) -> dict[str, str]:
@@ -45,7 +44,6 @@ def open_text_encoder(recipe: TrainUnetRecipe, warn: Callable[[str], None]) -> T
     """Read the text encoders of a recipe; errors as in their `load`.
 
     Args:
-        recipe: names the folders.
         warn: called once for each CLIP tower if captions are cut.
     """
     folders = [Path(folder) for folder in text_folders(recipe).values()]

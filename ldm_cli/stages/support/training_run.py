@@ -217,10 +217,4 @@ def _held_out(recipe: TrainRecipe, world_size: int, reporter: Reporter, with_cap
 
 
 def _result(run: RunFolder, step: int, figures: dict[str, float]) -> dict[str, Any]:
-    return {
-        "run": str(run.path),
-        "model": str(run.model),
-        "state": "finished",
-        "step": step,
-        "figures": figures,
-    }
+    return {"run": str(run.path), "model": str(run.model), "state": "finished", "step": step, "figures": figures}
