@@ -117,7 +117,8 @@ def list_fields(
         return
     for line in lines:
         default = f", default {line.default}" if line.default not in ("", "required") else f" {line.default}".rstrip()
-        head = textwrap.fill(f"{line.name}: {line.type}{default}", 80, subsequent_indent=" " * 8)
+        text = f"{line.name}: {line.type}{default}"
+        head = textwrap.fill(text, 80, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False)
         write_result(f"{head}\n    {textwrap.shorten(line.about, 76, placeholder=' ...')}\n")
 
 

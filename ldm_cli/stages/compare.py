@@ -200,7 +200,7 @@ def _of_pictures(
     numbers = range(-(-len(pictures.files) // options.batch_size))
     with (
         closing(own),
-        reporter.progress(f"measuring {pictures.name}", len(pictures.files), unit="picture") as progress,
+        reporter.progress(f"measuring {Path(pictures.name).name}", len(pictures.files), unit="picture") as progress,
     ):
 
         def measure(numbers: list[int]) -> Iterator[Measured]:
