@@ -74,7 +74,7 @@ def command(
     image_encoder: arg.ImageEncoder = None,
     wildcards: arg.Wildcards = None,
     repeat: arg.Repeat = None,
-    out: given.Out = None,
+    out: arg.Out = None,
     device: given.Device = "auto",
     overwrite: given.Overwrite = False,
     nproc: given.NumProcesses = None,
