@@ -217,7 +217,7 @@ def test_pictures_need_a_model_that_embeds_them(unet_run: Path, pictures: list[s
 def test_it_is_no_stage_of_a_cascade(whole: Path, tmp_path: Path) -> None:
     stages = [{"model": str(whole)}, {"model": str(whole)}]
     recipe = CascadeRecipe.from_mapping({"command": "cascade", "name": "tiny", "stages": stages})
-    with pytest.raises(CheckpointError, match="its stage 'base' is of unCLIP"):
+    with pytest.raises(CheckpointError, match="cannot be the stage 'base' of a cascade: it is of unCLIP"):
         cascade.run(recipe, tmp_path / "cascade", SilentReporter())
 
 
