@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -239,6 +240,17 @@ def recipe_fields(context: typer.Context) -> list[tuple[str, str, Any]]:
     width, height = size(values["size"]) or (None, None)
     found += [(options["size"], "sampling.width", width), (options["size"], "sampling.height", height)]
     return [(option, field, value) for option, field, value in found if value not in (None, (), [])]
+
+
+def in_words_of_options(problem: str) -> str:
+    """A problem of the recipe that options make: `--upscale-noise needs --upscale` where the latter is missing.
+
+    >>> in_words_of_options("option '--upscale-noise': upscale: missing required key 'model'")
+    '--upscale-noise needs --upscale'
+    """
+    found = re.fullmatch(r"option '(\S+)': (\S+): missing required key '(\w+)'", problem)
+    needed = [name for name, field in _FIELDS.items() if found and field == f"{found[2]}.{found[3]}"]
+    return f"{found[1]} needs --{needed[0].replace('_', '-')}" if found and needed else problem
 
 
 def readable(text: str) -> str:

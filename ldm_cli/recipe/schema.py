@@ -199,7 +199,8 @@ class TrainUnetRecipe(StartedRecipe):
             self._check_image_prompt()
         self._check_pixels()
         if self.low_resolution is not None:
-            given = [name for name in ("transformer", "cache", "classes", "lora") if getattr(self, name)]
+            others = ("transformer", "cache", "classes", "lora", "image_embedding", "image_prompt")
+            given = [name for name in others if getattr(self, name)]
             given += [f"data.{name}" for name in ("aspect_buckets",) if getattr(self.data, name)]
             if given:
                 raise ValueError(f"low_resolution does not go with {', '.join(given)}")
@@ -207,7 +208,8 @@ class TrainUnetRecipe(StartedRecipe):
 
     def _check_pixels(self) -> None:
         if self.is_of_pixels:
-            given = [name for name in ("transformer", "text_encoder_2", "cache") if getattr(self, name)]
+            others = ("transformer", "text_encoder_2", "cache", "image_embedding")
+            given = [name for name in others if getattr(self, name)]
             if given:
                 raise ValueError(f"vae=pixels does not go with {', '.join(given)}")
             if self.diffusion.prediction_type == "flow_prediction":

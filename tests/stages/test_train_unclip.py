@@ -234,6 +234,16 @@ def test_a_model_without_image_embeddings_takes_no_prior(unet_run: Path, tmp_pat
         convert.run(unet_run, tmp_path / "out", ConvertOptions(prior=unet_run), SilentReporter())
 
 
+def test_what_is_no_prior_is_not_joined(decoder: Path, whole: Path, clip_run: Path, tmp_path: Path) -> None:
+    for other, cause in (
+        (decoder, "it holds a StableUnCLIPImg2ImgPipeline"),
+        (whole, "it holds a StableUnCLIPPipeline"),
+        (clip_run, "it has no model_index.json"),
+    ):
+        with pytest.raises(UsageError, match=f"is no prior: {cause}; give a run of train-prior"):
+            convert.run(decoder, tmp_path / "out", ConvertOptions(prior=other), SilentReporter())
+
+
 def test_a_whole_model_is_converted_with_all_of_its_parts(whole: Path, tmp_path: Path) -> None:
     result = convert.run(whole, tmp_path / "half", ConvertOptions(dtype="fp16"), SilentReporter())
     assert "left_out" not in result
