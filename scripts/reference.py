@@ -25,6 +25,7 @@ from typer.main import get_command
 
 from ldm_cli import errors
 from ldm_cli.cli.app import app
+from ldm_cli.cli.examples import EXAMPLES
 from ldm_cli.errors import LdmError
 from ldm_cli.recipe.schema import RECIPES
 from ldm_cli.recipe.shipped import shipped_recipes
@@ -54,8 +55,7 @@ def _command_page(name: str, command: Any) -> str:
         for parameter in subcommand.params:
             if not parameter.hidden:
                 lines += _bullet(_parameter_name(parameter), _parameter_text(parameter))
-        if subcommand.epilog:
-            lines += ["", *_wrapped(subcommand.epilog)]
+        lines += ["", "```sh", *(f"ldm {line}" for line in EXAMPLES[f"{name} {inner}".strip()]), "```"]
     if name in RECIPES:
         lines += _recipe_part(name)
     return "\n".join(lines) + "\n"

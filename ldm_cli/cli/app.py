@@ -29,6 +29,7 @@ from ldm_cli.cli import (
     streams,
     train,
 )
+from ldm_cli.cli.examples import epilog
 from ldm_cli.cli.failures import exit_code_of, report
 from ldm_cli.cli.launch import is_rank
 from ldm_cli.errors import UsageError
@@ -46,7 +47,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for name, text in train.COMMANDS.items():
-    app.command(name, help=text, rich_help_panel="Models")(train.command)
+    app.command(name, help=text, epilog=epilog(name), rich_help_panel="Models")(train.command)
 _MODELS = {
     "precompute": precompute,
     "cascade": cascade,
@@ -60,7 +61,7 @@ _MODELS = {
     "bench": bench,
 }
 for name, module in _MODELS.items():
-    app.command(name, rich_help_panel="Models")(module.command)
+    app.command(name, epilog=epilog(name), rich_help_panel="Models")(module.command)
 app.add_typer(clip.commands, name="clip", rich_help_panel="Models")
 for name, group in {"data": data.commands, "recipe": recipe.commands}.items():
     app.add_typer(group, name=name, rich_help_panel="Recipes and data")

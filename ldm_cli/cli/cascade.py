@@ -14,9 +14,7 @@ from ldm_cli.cli.startup import importing
 def command(
     recipe: given.RecipeName,
     overrides: given.Overrides = None,
-    out: Annotated[
-        Path | None, given.option("--out", metavar="DIR", text="Folder of the cascade; runs/NAME/model.")
-    ] = None,
+    out: Annotated[Path | None, given.out("runs/NAME/model, by the recipe's name")] = None,
     overwrite: given.Overwrite = False,
     json: given.Json = False,
     debug: given.Debug = False,

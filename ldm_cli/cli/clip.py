@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ldm_cli.cli import options as given
+from ldm_cli.cli.examples import epilog
 from ldm_cli.cli.report import make_reporter
 from ldm_cli.cli.show import show_result
 from ldm_cli.cli.startup import importing
@@ -23,7 +24,7 @@ Sheet = Annotated[Path | None, given.option("--sheet", metavar="FILE", text="Dra
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Pictures per call of the model.")]
 
 
-@commands.command()
+@commands.command(epilog=epilog("clip embed"))
 def embed(
     model: Model,
     out: Annotated[Path, given.option("--out", metavar="FILE", text="A .npy or .safetensors file.")],
@@ -51,7 +52,7 @@ def embed(
     show_result(result, json)
 
 
-@commands.command()
+@commands.command(epilog=epilog("clip search"))
 def search(
     where: Annotated[list[str], given.argument("WHERE", "Pictures, folders, shards, or a file of `ldm clip embed`.")],
     model: Annotated[
@@ -84,7 +85,7 @@ def search(
     show_result(result, json)
 
 
-@commands.command()
+@commands.command(epilog=epilog("clip classify"))
 def classify(
     pictures: Pictures,
     model: Model,
@@ -108,7 +109,7 @@ def classify(
     _show(clip_answers.classify(pictures, labels, templates, top, options, make_reporter()), json)
 
 
-@commands.command()
+@commands.command(epilog=epilog("clip tag"))
 def tag(
     pictures: Pictures,
     model: Model,
@@ -130,7 +131,7 @@ def tag(
     _show(clip_answers.tag(pictures, captions, top, options, make_reporter()), json)
 
 
-@commands.command()
+@commands.command(epilog=epilog("clip ask"))
 def ask(
     pictures: Annotated[str, given.argument("PICTURES", "A picture, a folder, or shards.")],
     question: Annotated[str, given.argument("QUESTION", "In English: what colour is the circle?")],
@@ -149,7 +150,7 @@ def ask(
     _show(clip_answers.ask(pictures, question, answers, options, make_reporter()), json)
 
 
-@commands.command()
+@commands.command(epilog=epilog("clip score"))
 def score(
     pictures: Pictures,
     model: Model,
@@ -176,7 +177,7 @@ def score(
     show_result(result, json)
 
 
-@commands.command()
+@commands.command(epilog=epilog("clip dedup"))
 def dedup(
     embeddings: Annotated[Path, given.argument("EMBEDDINGS", "A file of `ldm clip embed`.")],
     out: Annotated[Path, given.option("--out", metavar="FILE", text="List of samples to leave out.")],

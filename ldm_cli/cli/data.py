@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ldm_cli.cli import options as given
+from ldm_cli.cli.examples import epilog
 from ldm_cli.cli.launch import become_ranks, is_first_rank, make_rank_reporter
 from ldm_cli.cli.report import make_reporter
 from ldm_cli.cli.show import show_result
@@ -36,7 +37,7 @@ Threshold = Annotated[
 Output = Annotated[Path, given.argument("OUT", "Output folder for the shards.")]
 
 
-@commands.command()
+@commands.command(epilog=epilog("data synth"))
 def synth(
     out: Output,
     samples: Annotated[int, typer.Option("--samples", metavar="N", min=1, help="Training samples.")] = 10_000,
@@ -75,7 +76,7 @@ def synth(
     show_result(result, json)
 
 
-@commands.command()
+@commands.command(epilog=epilog("data pack"))
 def pack(
     source: Annotated[
         Path, typer.Argument(metavar="SOURCE", help="Folder of pictures, or a CSV, JSON or Parquet file.")
@@ -120,7 +121,7 @@ def pack(
     show_result(result, json)
 
 
-@commands.command()
+@commands.command(epilog=epilog("data check"))
 def check(
     arguments: Shards,
     duplicates: Duplicates = None,
@@ -144,7 +145,7 @@ def check(
         raise DataError("the data is not sound", cause, remedy)
 
 
-@commands.command()
+@commands.command(epilog=epilog("data stats"))
 def stats(
     arguments: Shards,
     duplicates: Duplicates = None,
@@ -160,7 +161,7 @@ def stats(
     show_result(data.stats(config, make_reporter()) | _duplicates(config, duplicates, against, threshold), json)
 
 
-@commands.command()
+@commands.command(epilog=epilog("data index"))
 def index(
     context: typer.Context,
     arguments: Shards,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -19,7 +20,9 @@ def command(
     context: typer.Context,
     recipe: given.RecipeName,
     overrides: given.Overrides = None,
-    out: given.Out = None,
+    out: Annotated[
+        Path | None, given.option("--out", metavar="DIR|FILE.json", text="Keep the result here; default: only show it.")
+    ] = None,
     device: given.Device = "auto",
     overwrite: given.Overwrite = False,
     nproc: given.NumProcesses = None,

@@ -20,6 +20,11 @@ def option(
     return typer.Option(*names, metavar=metavar, rich_help_panel=panel, min=least, help=text, show_default=False)
 
 
+def out(default: str) -> Any:
+    """`--out`, with what it is by default in words."""
+    return option("--out", metavar="DIR", text=f"Output folder; default: {default}.")
+
+
 def argument(metavar: str, text: str) -> Any:
     """A positional argument whose default is not shown."""
     return typer.Argument(metavar=metavar, help=text, show_default=False)
@@ -30,7 +35,6 @@ Overrides = Annotated[list[str] | None, argument("KEY=VALUE", "Changes to the re
 Variant = Annotated[
     str | None, option("--variant", metavar="fp16|bf16", text="Weights of a hub's model in this precision.")
 ]
-Out = Annotated[Path | None, option("--out", metavar="DIR", text="Output folder.")]
 Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Device to compute on.")]
 Resume = Annotated[
     str,
@@ -40,9 +44,12 @@ Resume = Annotated[
         help="Continue an interrupted run, refuse to, or start where another run or a checkpoint is.",
     ),
 ]
-MaxTime = Annotated[str | None, option("--max-time", metavar="TIME", text="Save and stop after 3h, 90m, 1:30:00, ...")]
+MaxTime = Annotated[
+    str | None, option("--max-time", metavar="TIME", text="Save and stop after 3h, 90m, 1:30:00, ...; default: never.")
+]
 NumProcesses = Annotated[
-    int | None, option("--nproc", least=1, metavar="N", text="Use N processes on this machine, one per device.")
+    int | None,
+    option("--nproc", least=1, metavar="N", text="Use N processes on this machine, one per device; default: 1."),
 ]
 DataTrace = Annotated[
     Path | None, option("--data-trace", metavar="FILE", text="Write a line `step shard key` per sample.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -28,7 +29,7 @@ def command(
             text="Type of the stored numbers: fp32 changes no result, the others take half the space.",
         ),
     ] = None,
-    out: given.Out = None,
+    out: Annotated[Path | None, given.out("the recipe's cache, or cache beside the shards")] = None,
     device: given.Device = "auto",
     max_time: given.MaxTime = None,
     overwrite: given.Overwrite = False,

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ldm_cli.cli import options as given
+from ldm_cli.cli.examples import epilog
 from ldm_cli.cli.show import show_result
 from ldm_cli.cli.streams import is_utf8, write_line, write_result
 from ldm_cli.errors import InputNotFoundError, RecipeError, UsageError
@@ -19,7 +20,7 @@ from ldm_cli.errors import InputNotFoundError, RecipeError, UsageError
 commands = typer.Typer(help="List, show and check recipes.", no_args_is_help=False)
 
 
-@commands.command("list")
+@commands.command("list", epilog=epilog("recipe list"))
 def list_recipes(json: given.Json = False, debug: given.Debug = False) -> None:
     """List the shipped recipes."""
     from ldm_cli.recipe.shipped import shipped_recipes
@@ -33,7 +34,7 @@ def list_recipes(json: given.Json = False, debug: given.Debug = False) -> None:
     show_result({"recipes": rows}, json)
 
 
-@commands.command("show")
+@commands.command("show", epilog=epilog("recipe show"))
 def show_recipe(
     recipe: given.RecipeName,
     overrides: given.Overrides = None,
@@ -59,7 +60,7 @@ def show_recipe(
         write_result(to_yaml(mapping, ascii_only=not is_utf8()))
 
 
-@commands.command("check")
+@commands.command("check", epilog=epilog("recipe check"))
 def check_recipes(
     arguments: Annotated[
         list[str],
@@ -95,7 +96,7 @@ def check_recipes(
         write_result("".join(f"{name}: a valid {command} recipe\n" for name, command in commands_of.items()))
 
 
-@commands.command("fields")
+@commands.command("fields", epilog=epilog("recipe fields"))
 def list_fields(
     command: Annotated[str, typer.Argument(metavar="COMMAND", help="train-clip, train-vae, ...", show_default=False)],
     prefix: Annotated[str, typer.Argument(metavar="[PREFIX]", help="A section or field: train, data.fil")] = "",
@@ -117,11 +118,12 @@ def list_fields(
         return
     for line in lines:
         default = f", default {line.default}" if line.default not in ("", "required") else f" {line.default}".rstrip()
-        head = textwrap.fill(f"{line.name}: {line.type}{default}", 80, subsequent_indent=" " * 8)
+        text = f"{line.name}: {line.type}{default}"
+        head = textwrap.fill(text, 80, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False)
         write_result(f"{head}\n    {textwrap.shorten(line.about, 76, placeholder=' ...')}\n")
 
 
-@commands.command("schema")
+@commands.command("schema", epilog=epilog("recipe schema"))
 def show_schema(
     command: Annotated[
         str | None, typer.Argument(metavar="[COMMAND]", help="train-clip, train-vae, ...; default: all.")

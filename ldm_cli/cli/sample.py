@@ -74,7 +74,7 @@ def command(
     image_encoder: arg.ImageEncoder = None,
     wildcards: arg.Wildcards = None,
     repeat: arg.Repeat = None,
-    out: given.Out = None,
+    out: arg.Out = None,
     device: given.Device = "auto",
     overwrite: given.Overwrite = False,
     nproc: given.NumProcesses = None,
@@ -175,7 +175,9 @@ def _load(
         return load_recipe(recipe, changes, expected_command="sample", options=fields, base=base)
     except RecipeError as error:
         if error.problems and all(problem.startswith("option ") for problem in error.problems):
-            raise UsageError("; ".join(error.problems), remedy="see ldm sample --help") from None
+            raise UsageError(
+                "; ".join(map(arg.in_words_of_options, error.problems)), remedy="see ldm sample --help"
+            ) from None
         raise
 
 

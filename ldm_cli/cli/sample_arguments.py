@@ -2,54 +2,82 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ldm_cli.cli.options import argument, option, size, weighted_path
+from ldm_cli.cli.options import argument, option, out, size, weighted_path
 from ldm_cli.errors import UsageError
 
 _EDITING = "Working on a picture"
 _SHOWING = "How results are shown"
 
+Out = Annotated[Path | None, out("the recipe's, or samples/PROMPT-HASH")]
 Arguments = Annotated[list[str] | None, argument("RECIPE|KEY=VALUE", "A recipe, and changes to it; both optional.")]
 Model = Annotated[Path | None, option("--model", metavar="DIR|NAME", text="Folder of a pipeline or run; or ORG/NAME.")]
 Prompt = Annotated[list[str] | None, option("--prompt", "-p", text="A prompt; may be repeated.")]
 Prompts = Annotated[Path | None, option("--prompts", metavar="FILE", text="txt, json, jsonl, csv or tsv.")]
-Negative = Annotated[str | None, option("--negative", metavar="TEXT", text="What to avoid.")]
-Number = Annotated[int | None, option("-n", metavar="N", text="Images per prompt.")]
-Seed = Annotated[int | None, option("--seed", metavar="S", text="Image i of a prompt has seed S + i.")]
-Steps = Annotated[int | None, option("--steps", metavar="N", text="Denoising steps.")]
-Sampler = Annotated[str | None, option("--sampler", metavar="NAME", text="ddim, euler, dpmpp_2m, unipc, …")]
-Guidance = Annotated[float | None, option("--guidance", metavar="G", text="Classifier-free guidance scale.")]
-Temperature = Annotated[
-    float | None, option("--temperature", metavar="T", text="Autoregressive: below 1 bolder, 0 the most probable.")
+Negative = Annotated[str | None, option("--negative", metavar="TEXT", text="What to avoid; default: nothing.")]
+Number = Annotated[
+    int | None, option("-n", metavar="N", text="Images per prompt; default: 4, and 1 of a picture to enlarge.")
 ]
-TopK = Annotated[int | None, option("--top-k", metavar="K", text="Autoregressive: among the K most probable tokens.")]
-TopP = Annotated[float | None, option("--top-p", metavar="P", text="Autoregressive: among tokens of probability P.")]
+Seed = Annotated[int | None, option("--seed", metavar="S", text="Image i of a prompt has seed S + i; default: 0.")]
+Steps = Annotated[int | None, option("--steps", metavar="N", text="Denoising steps; default: 50.")]
+Sampler = Annotated[
+    str | None, option("--sampler", metavar="NAME", text="ddim, euler, dpmpp_2m, unipc, …; default: the model's.")
+]
+Guidance = Annotated[
+    float | None, option("--guidance", metavar="G", text="Classifier-free guidance scale; default: 7.5.")
+]
+Temperature = Annotated[
+    float | None,
+    option("--temperature", metavar="T", text="Autoregressive: below 1 bolder, 0 the most probable; default: 1."),
+]
+TopK = Annotated[
+    int | None, option("--top-k", metavar="K", text="Autoregressive: among the K most probable tokens; default: all.")
+]
+TopP = Annotated[
+    float | None, option("--top-p", metavar="P", text="Autoregressive: among tokens of probability P; default: 1.")
+]
 BestOf = Annotated[int | None, option("--best-of", metavar="N", text="Generate N for each, keep the best by --clip.")]
 Clip = Annotated[str | None, option("--clip", metavar="DIR|NAME", text="The CLIP that chooses for --best-of.")]
-Eta = Annotated[float | None, option("--eta", metavar="E", text="DDIM: 0 adds no noise, 1 is DDPM.")]
-Size = Annotated[str | None, option("--size", metavar="WxH", text="Image size in pixels.")]
-BatchSize = Annotated[int | None, option("--batch-size", metavar="B", text="Images at a time; changes no image.")]
+Eta = Annotated[
+    float | None,
+    option("--eta", metavar="E", text="Fresh noise: 0 none, 1 all; default: 0 for ddim, 1 for ancestral samplers."),
+]
+Size = Annotated[str | None, option("--size", metavar="WxH", text="Image size in pixels; default: the model's.")]
+BatchSize = Annotated[
+    int | None, option("--batch-size", metavar="B", text="Images at a time; changes no image; default: 16.")
+]
 LongPrompts = Annotated[
     bool | None,
     option("--long-prompts/--no-long-prompts", text="Encode long prompts in chunks, uncut."),
 ]
-ClipSkip = Annotated[int | None, option("--clip-skip", metavar="N", text="Layer of CLIP: 1 the last, 2 that before.")]
+ClipSkip = Annotated[
+    int | None,
+    option("--clip-skip", metavar="N", text="Layer of CLIP: 1 the last, 2 that before; default: the model's."),
+]
 Latents = Annotated[
     Path | None, option("--latents", metavar="FILE", text="Initial noise: safetensors with the key 'latents'.")
 ]
-Precision = Annotated[str | None, option("--precision", metavar="P", text="fp32, bf16 or fp16.")]
+Precision = Annotated[
+    str | None, option("--precision", metavar="P", text="fp32, bf16 or fp16; default: fp32 on a CPU, bf16 on a GPU.")
+]
 Compiled = Annotated[
     bool | None, option("--compile/--no-compile", text="Compile the model; pays off with many pictures.")
 ]
 Init = Annotated[str | None, option("--init", metavar="IMAGE", panel=_EDITING, text="Picture to start from.")]
 Strength = Annotated[
     float | None,
-    option("--strength", metavar="S", panel=_EDITING, text="How much of it may change: 0 nothing, 1 everything."),
+    option(
+        "--strength",
+        metavar="S",
+        panel=_EDITING,
+        text="How much of it may change, from 0 to 1; default: 0.8, with --mask or --extend 1.",
+    ),
 ]
 Mask = Annotated[
     str | None, option("--mask", metavar="IMAGE", panel=_EDITING, text="White is generated, black is kept.")
@@ -69,7 +97,12 @@ FromText = Annotated[
 ToText = Annotated[str | None, option("--to-text", metavar="TEXT", panel=_EDITING, text="unCLIP: … and into what.")]
 Variation = Annotated[
     float | None,
-    option("--variation", metavar="V", panel=_EDITING, text="Distance from the first image of a prompt, 0 to 1."),
+    option(
+        "--variation",
+        metavar="V",
+        panel=_EDITING,
+        text="Distance from the first image of a prompt, 0 to 1; default: 0, off.",
+    ),
 ]
 Tile = Annotated[
     int | None, option("--tile", metavar="PX", panel=_EDITING, text="Denoise larger pictures in windows of PX.")
@@ -82,21 +115,35 @@ Upscale = Annotated[
 ]
 UpscaleNoise = Annotated[
     int | None,
-    option("--upscale-noise", metavar="N", panel=_EDITING, text="More lets --upscale make up more details."),
+    option(
+        "--upscale-noise",
+        metavar="N",
+        panel=_EDITING,
+        text="More lets --upscale make up more details; default: its own.",
+    ),
 ]
 Interpolate = Annotated[
-    int | None, option("--interpolate", metavar="N", panel=_SHOWING, text="N steps from each prompt to the next.")
+    int | None,
+    option("--interpolate", metavar="N", panel=_SHOWING, text="N steps from each prompt to the next; default: 0, off."),
 ]
 XY = Annotated[
     list[str] | None, option("--xy", metavar="FIELD=A,B,…", panel=_SHOWING, text="Grid over a field; twice for two.")
 ]
 PreviewEvery = Annotated[
-    int | None, option("--preview-every", metavar="N", panel=_SHOWING, text="Update preview.png every N predictions.")
+    int | None,
+    option(
+        "--preview-every",
+        metavar="N",
+        panel=_SHOWING,
+        text="Update preview.png every N predictions; default: 0, never.",
+    ),
 ]
 PreviewVae = Annotated[
     str | None, option("--preview-vae", metavar="DIR", panel=_SHOWING, text="Autoencoder that decodes previews.")
 ]
-ImageFormat = Annotated[str | None, option("--format", metavar="F", panel=_SHOWING, text="png, jpg or webp.")]
+ImageFormat = Annotated[
+    str | None, option("--format", metavar="F", panel=_SHOWING, text="png, jpg or webp; default: png.")
+]
 Metadata = Annotated[
     bool | None, option("--metadata/--no-metadata", panel=_SHOWING, text="Store settings in the pictures.")
 ]
@@ -193,6 +240,17 @@ def recipe_fields(context: typer.Context) -> list[tuple[str, str, Any]]:
     width, height = size(values["size"]) or (None, None)
     found += [(options["size"], "sampling.width", width), (options["size"], "sampling.height", height)]
     return [(option, field, value) for option, field, value in found if value not in (None, (), [])]
+
+
+def in_words_of_options(problem: str) -> str:
+    """A problem of the recipe that options make: `--upscale-noise needs --upscale` where the latter is missing.
+
+    >>> in_words_of_options("option '--upscale-noise': upscale: missing required key 'model'")
+    '--upscale-noise needs --upscale'
+    """
+    found = re.fullmatch(r"option '(\S+)': (\S+): missing required key '(\w+)'", problem)
+    needed = [name for name, field in _FIELDS.items() if found and field == f"{found[2]}.{found[3]}"]
+    return f"{found[1]} needs --{needed[0].replace('_', '-')}" if found and needed else problem
 
 
 def readable(text: str) -> str:

@@ -6,10 +6,11 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from ldm_cli.cli.streams import is_utf8, write_result
 from ldm_cli.errors import amount, printable
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from ldm_cli.recipe.load import LoadedRecipe
 
 _PIPE_WIDTH = 4096
+_PADDING = 3
+"""Of a column, with the border beside it."""
+_BLANKS_AT_THE_END = re.compile(r" +(?=(?:\x1b\[[\d;]*m| )*$)")
+"""Of a line, which may end with codes of colours."""
 Section = tuple[str, "Table"]
 """A title, which may be empty, and the table below it."""
 
@@ -105,9 +110,8 @@ def _holds_compound(values: Mapping[str, Any]) -> bool:
 
 def _pairs(values: Mapping[str, Any]) -> Table:
     table = _new_table(show_header=False)
-    is_numeric = all(_is_number(value) for value in values.values())
     table.add_column(style="bold")
-    table.add_column(justify="right" if is_numeric else "left", overflow="fold")
+    table.add_column(justify=_justify(values.values()), overflow="fold")
     for name, value in values.items():
         table.add_row(_cell(_label(name)), _cell(value))
     return table
@@ -117,8 +121,8 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = _new_table(show_header=True)
     names = list(dict.fromkeys(name for row in rows for name in row))
     for name in names:
-        is_numeric = all(_is_number(row.get(name, 0)) for row in rows)
-        table.add_column(_cell(_label(name)), justify="right" if is_numeric else "left", overflow="fold")
+        justify = _justify(row.get(name, 0) for row in rows)
+        table.add_column(_cell(_label(name)), justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*(_cell(row.get(name, "")) for name in names))
     return table
@@ -149,10 +153,20 @@ def _cell(value: Any) -> Any:
     elif isinstance(value, list | tuple | Mapping) and not value:
         text = "-"
     elif isinstance(value, list | tuple):
-        text = ", ".join(f"{entry:.4g}" if isinstance(entry, float) else str(entry) for entry in value)
+        texts = [printable(f"{entry:.4g}" if isinstance(entry, float) else str(entry)) for entry in value]
+        return Text(("\n" if any(map(_is_path, texts)) else ", ").join(texts))
     else:
         text = str(value)
     return Text(printable(text))
+
+
+def _is_path(text: str) -> bool:
+    """Whether a text is a path, which may have blanks, or an address."""
+    return "/" in text.partition(" ")[0]
+
+
+def _justify(values: Iterable[Any]) -> Literal["left", "right"]:
+    return "right" if all(map(_is_number, values)) else "left"
 
 
 def _is_number(value: Any) -> bool:
@@ -168,16 +182,41 @@ def _finite(value: Any) -> Any:
     return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
+def _set_widths(table: Table, room: int) -> None:
+    """Share out `room` columns of the screen, and break no word and no path, so that they can be copied.
+
+    Where one is too long for that, no cell is wrapped, and the terminal wraps the lines.
+    """
+    from rich.cells import cell_len
+
+    least, most = [], []
+    for column in table.columns:
+        lines = [line for cell in (column.header, *column.cells) for line in str(cell).splitlines()]
+        unbroken = [part for line in lines for part in ([line] if _is_path(line) else line.split())]
+        least.append(max((len(part) for part in unbroken if part.isascii() or _is_path(part)), default=0))
+        most.append(max(map(cell_len, lines), default=0))
+    room -= sum(least) + _PADDING * len(least)
+    if room < 0:
+        return
+    order = sorted(range(len(least)), key=lambda number: most[number] - least[number])
+    for place, number in enumerate(order):
+        more = min(most[number] - least[number], room // (len(order) - place))
+        table.columns[number].width = max(1, least[number] + more)
+        room -= more
+
+
 def _rendered(sections: Sequence[Section]) -> str:
     """Titles and tables as text: in colour and wrapped on a terminal, without wrapping in a pipe."""
+    from rich import box
     from rich.console import Console
     from rich.text import Text
 
     on_terminal = sys.stdout.isatty()
     target = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding, errors="backslashreplace")
+    width = shutil.get_terminal_size().columns if on_terminal else _PIPE_WIDTH
     console = Console(
         file=target,
-        width=shutil.get_terminal_size().columns if on_terminal else _PIPE_WIDTH,
+        width=_PIPE_WIDTH,
         force_terminal=on_terminal and os.environ.get("TERM", "dumb") != "dumb",
         highlight=False,
     )
@@ -185,8 +224,10 @@ def _rendered(sections: Sequence[Section]) -> str:
         if number > 0:
             console.print()
         if title:
-            console.print(Text(printable(" / ".join(map(_label, title.split(" / ")))), style="bold"))
+            console.print(Text(printable(" / ".join(map(_label, title.split(" / ")))), style="bold"), soft_wrap=True)
+        _set_widths(table, width)
         console.print(table)
     target.flush()
-    lines = target.buffer.getvalue().decode(target.encoding).splitlines()
-    return "\n".join(line.rstrip() for line in lines) + "\n"
+    text, rule = target.buffer.getvalue().decode(target.encoding), box.SIMPLE_HEAD.head_row_horizontal
+    lines = [_BLANKS_AT_THE_END.sub("", line) if line.strip(rule) else line[:width] for line in text.splitlines()]
+    return "\n".join(lines) + "\n"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -27,7 +28,7 @@ def command(
     context: typer.Context,
     recipe: given.RecipeName,
     overrides: given.Overrides = None,
-    out: given.Out = None,
+    out: Annotated[Path | None, given.out("runs/NAME, by the recipe's name")] = None,
     device: given.Device = "auto",
     resume: given.Resume = "auto",
     max_time: given.MaxTime = None,

@@ -74,7 +74,7 @@ def pack(
     prefixes = [prefix, *([_val_prefix(prefix)] if val_fraction else [])]
     with _appearing_whole(out, prefixes, overwrite) as folder:
         series = [ShardSeries(folder, name, shard_samples) for name in prefixes]
-        with ExitStack() as stack, reporter.progress(f"packing into {out}", None, unit="image") as progress:
+        with ExitStack() as stack, reporter.progress("packing", None, unit="image") as progress:
             own = [stack.enter_context(one) for one in series]
             for is_held_out, members in packing.samples(find_pictures(source, choices, report), progress):
                 own[int(is_held_out)].add(members)

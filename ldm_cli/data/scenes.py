@@ -240,7 +240,7 @@ def _shards(split: Split, count: int, shard_samples: int) -> list[_Shard]:
 def _write_shards(out: Path, shards: Sequence[_Shard], make: Callable[..., Scene], reporter: Reporter) -> None:
     write, total = partial(_write_shard, out, shards, make), sum(len(indices) for _, _, indices in shards)
     with (
-        reporter.progress(f"writing scenes into {out}", total, unit="scene") as progress,
+        reporter.progress("writing scenes", total, unit="scene") as progress,
         closing(_on_all_cores(write, len(shards), out)) as written,
     ):
         for done in accumulate(written):

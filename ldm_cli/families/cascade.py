@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -105,17 +105,33 @@ def is_mine(folder: Path) -> bool:
 
 def open_folder(folder: Path, device: torch.device | str, precision: str, *, compiled: bool = False) -> Cascade:
     """Read a folder; see `open_family`."""
-    stages = []
-    for number, (name, settings) in enumerate(_stages(folder).items()):
-        family = open_family(folder / name, device, precision, compiled=compiled)
-        if not isinstance(family, Family) or (family.low_resolution is None) != (number == 0):
-            role = "generate pictures from nothing" if number == 0 else "enlarge pictures"
-            raise CheckpointError(f"cannot use '{folder}'", f"its stage '{name}' does not {role}")
+    models = {name: (folder / name, settings) for name, settings in _stages(folder).items()}
+    return replace(of_models(models, device, precision, compiled=compiled), folder=folder)
+
+
+def of_models(
+    models: Mapping[str, tuple[Path, Mapping[str, Any]]],
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    *,
+    compiled: bool = False,
+) -> Cascade:
+    """A cascade of models that lie anywhere: folder and settings by the names of the stages; see `open_family`.
+
+    Raises:
+        CheckpointError: a model does not fit its place.
+    """
+    stages: list[Stage] = []
+    for name, (folder, settings) in models.items():
+        family = open_family(folder, device, precision, compiled=compiled)
+        what = f"'{folder}' cannot be the stage '{name}' of a cascade"
+        if not isinstance(family, Family) or (family.low_resolution is None) == bool(stages):
+            role = "enlarge pictures" if stages else "generate pictures from nothing"
+            raise CheckpointError(what, f"it does not {role}")
         if isinstance(family, UnCLIP):
-            remedy = "enlarge its pictures by ldm sample --upscale instead"
-            raise CheckpointError(f"cannot use '{folder}'", f"its stage '{name}' is of unCLIP", remedy)
+            raise CheckpointError(what, "it is of unCLIP", "enlarge its pictures by ldm sample --upscale instead")
         stages.append(Stage(name, family, settings))
-    return Cascade(tuple(stages), PixelCodec(), folder, compiled)
+    return Cascade(tuple(stages), PixelCodec(), is_compiled=compiled)
 
 
 def outline_folder(folder: Path) -> dict[str, nn.Module]:

@@ -17,7 +17,7 @@ from ldm_cli.families.family import ImageGenerator
 from ldm_cli.families.ip_adapter import IP_ADAPTER
 from ldm_cli.formats.lora_path import DIFFUSERS_LORA
 from ldm_cli.formats.model_source import has_model_json, read_model_json, split_at_file
-from ldm_cli.formats.pipeline_folder import INDEX_NAME
+from ldm_cli.formats.pipeline_folder import INDEX_NAME, PRIOR_PIPELINE
 from ldm_cli.formats.weight_files import CONFIG_NAME
 from ldm_cli.storage import resolve_model_folder
 
@@ -71,6 +71,9 @@ def _module_of(folder: Path) -> Any:
         remedy = "give a folder of Stable Diffusion, or a run of train-unet or train-ar"
         raise InputNotFoundError(f"no pipeline in '{folder}'", f"{INDEX_NAME} is missing", remedy)
     kind = read_model_json(folder / INDEX_NAME).get("_class_name")
+    if kind == PRIOR_PIPELINE:
+        remedy = f"join them by 'ldm convert DECODER OUT --prior {folder}', and take OUT"
+        raise CheckpointError(f"'{folder}' is a prior alone", "a decoder makes pictures of its embeddings", remedy)
     raise CheckpointError(f"cannot use '{folder}'", f"it holds a {kind!r}, which is not supported")
 
 

@@ -1,6 +1,6 @@
 """unCLIP's prior (Ramesh et al. 2022, section 2.2, arXiv:2204.06125): a caption to the embedding of a picture.
 
-By itself it is a folder that diffusers opens as a KandinskyV22PriorPipeline. In the folder of a whole unCLIP model the
+By itself it is a folder that diffusers opens as `PRIOR_PIPELINE`. In the folder of a whole unCLIP model the
 names of its parts begin with `prior`.
 """
 
@@ -33,6 +33,7 @@ from ldm_cli.formats.pipeline_folder import (
     IMAGE_ENCODER,
     IMAGE_PROCESSOR,
     PRIOR,
+    PRIOR_PIPELINE,
     PRIOR_PREFIX,
     SCHEDULER,
     SCHEDULER_FILE,
@@ -122,7 +123,7 @@ class Prior(Family):
             SCHEDULER: "UnCLIPScheduler",
             IMAGE_PROCESSOR: "CLIPImageProcessor",
         }
-        write_index(folder, "KandinskyV22PriorPipeline", classes, {})
+        write_index(folder, PRIOR_PIPELINE, classes, {})
 
     def save_as_part(self, folder: Path) -> None:
         """Write the parts of a whole unCLIP's folder; errors as in `save`."""

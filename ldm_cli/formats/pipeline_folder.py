@@ -11,6 +11,8 @@ from ldm_cli.formats.json_file import write_json
 DIFFUSERS_VERSION = "0.42.1"
 """The release of diffusers whose files we write."""
 INDEX_NAME = "model_index.json"
+PRIOR_PIPELINE = "KandinskyV22PriorPipeline"
+"""The pipeline of a prior alone."""
 UNET, TRANSFORMER, VAE, SCHEDULER, TOKENIZER = "unet", "transformer", "vae", "scheduler", "tokenizer"
 SCHEDULER_FILE = Path(SCHEDULER) / "scheduler_config.json"
 TEXT_ENCODER, TEXT_ENCODER_2, TEXT_ENCODER_3 = "text_encoder", "text_encoder_2", "text_encoder_3"

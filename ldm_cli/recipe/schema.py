@@ -134,7 +134,7 @@ class TrainUnetRecipe(StartedRecipe):
     max_sequence_length: Annotated[int, Field(ge=0, le=512)] | None = None
     """Tokens of T5, padding included; in Stable Diffusion 3 without T5 as many zeros. null: those of the pipeline in
     `start_from`; else 256, and 0 without T5."""
-    classes: tuple[str, ...] | None = None
+    classes: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Names of the class labels in `data.label`, which a U-Net of pixels is conditioned on, alone or beside text; its
     `num_class_embeds` is one more, for no class. null: no classes."""
     clip_skip: Annotated[int, Field(ge=1)] | None = None
@@ -183,8 +183,8 @@ class TrainUnetRecipe(StartedRecipe):
     def _check(self) -> Self:
         if self.unet is not None and self.transformer is not None:
             raise ValueError("unet and transformer: one of them is trained, leave the other out")
-        text = [] if self.classes else ["text_encoder"]
-        self._check_start(*(["unet"] if self.transformer is None else []), "vae", *text)
+        model, text = [] if self.transformer else ["unet"], [] if self.classes else ["text_encoder"]
+        self._check_start(*model, "vae", *text, instead="classes" if self.is_of_pixels else "")
         if self.transformer is not None and self.start_from is None:
             self._check_start("text_encoder_2")
         if self.unet is not None and self.text_encoder_3:
@@ -199,7 +199,8 @@ class TrainUnetRecipe(StartedRecipe):
             self._check_image_prompt()
         self._check_pixels()
         if self.low_resolution is not None:
-            given = [name for name in ("transformer", "cache", "classes", "lora") if getattr(self, name)]
+            others = ("transformer", "cache", "classes", "lora", "image_embedding", "image_prompt")
+            given = [name for name in others if getattr(self, name)]
             given += [f"data.{name}" for name in ("aspect_buckets",) if getattr(self.data, name)]
             if given:
                 raise ValueError(f"low_resolution does not go with {', '.join(given)}")
@@ -207,7 +208,8 @@ class TrainUnetRecipe(StartedRecipe):
 
     def _check_pixels(self) -> None:
         if self.is_of_pixels:
-            given = [name for name in ("transformer", "text_encoder_2", "cache") if getattr(self, name)]
+            others = ("transformer", "text_encoder_2", "cache", "image_embedding")
+            given = [name for name in others if getattr(self, name)]
             if given:
                 raise ValueError(f"vae=pixels does not go with {', '.join(given)}")
             if self.diffusion.prediction_type == "flow_prediction":

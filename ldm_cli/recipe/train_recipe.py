@@ -48,11 +48,12 @@ class StartedRecipe(TrainRecipe):
     """Parameters that stay as they are in `start_from`, by patterns of their names such as `encoder.*`. A pattern that
     begins with `!` excepts what it matches; the last match wins."""
 
-    def _check_start(self, *sections: str) -> None:
-        """Make sure that `start_from` or the recipe gives each section."""
+    def _check_start(self, *sections: str, instead: str = "") -> None:
+        """Make sure that `start_from` or the recipe gives each section; `instead` is a field that would do as well."""
         missing = [name for name in sections if not getattr(self, name)]
         if self.start_from is None and missing:
-            raise ValueError(f"{' and '.join(missing)}: missing, and there is no start_from to take it from")
+            what = f"{' and '.join(missing)}: missing, and there is no start_from to take it from"
+            raise ValueError(what + (f", and no {instead} in its place" if instead else ""))
         if self.start_from is None and self.freeze:
             raise ValueError("freeze needs start_from: fresh weights would stay random")
 

@@ -93,8 +93,11 @@ class CascadePipeline(PicturePipeline):
         if options.preview_every:
             raise UsageError("a cascade has no previews", remedy="leave --preview-every out")
         self._base.check(requests, self._base_config(config), noise)
-        for upscaling in self._upscalings(config, options):
-            upscaling.check()
+        for stage, upscaling in zip(self.family.stages[1:], self._upscalings(config, options), strict=True):
+            try:
+                upscaling.check()
+            except UsageError as error:
+                raise UsageError(f"stage '{stage.name}': {error.what}", error.cause, error.remedy) from error
 
     def _generate(
         self,

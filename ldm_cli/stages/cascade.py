@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from ldm_cli.errors import OutputError, UsageError
-from ldm_cli.families.cascade import Cascade, write_stages
-from ldm_cli.families.open_family import open_family, resolve_model
+from ldm_cli.families.cascade import of_models, write_stages
+from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.hub import model_path
 from ldm_cli.formats.pipeline_folder import INDEX_NAME
 from ldm_cli.recipe.cascade_recipe import CascadeRecipe
 from ldm_cli.reporting import Reporter
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.pipeline_of import pipeline_of
+from ldm_cli.sampling.request import ImageRequest
 from ldm_cli.storage import TEMPORARY_PREFIX, storage_errors
 
 
@@ -32,7 +33,7 @@ def run(recipe: CascadeRecipe, out: Path | None, reporter: Reporter, *, overwrit
         `out`, `stages` (model by subfolder), and `size`, height and width of the pictures.
 
     Raises:
-        UsageError: a stage is a single file.
+        UsageError: a stage is a single file, or cannot sample as the recipe says.
         InputNotFoundError, CheckpointError: a model is missing, or does not fit its place.
         OutputError, StorageError: `out` exists, or cannot be written.
     """
@@ -44,29 +45,21 @@ def run(recipe: CascadeRecipe, out: Path | None, reporter: Reporter, *, overwrit
         if not folder.is_dir():
             raise UsageError(f"'{folder}' cannot be a stage", "it is a single file", "ldm convert makes a folder of it")
     names = ["base", *(f"enlarge-{number}" for number in range(1, len(found)))]
+    settings = [stage.model_dump(mode="json", exclude={"model"}, exclude_unset=True) for stage in recipe.stages]
+    pipeline = pipeline_of(of_models(dict(zip(names, zip(found, settings, strict=True), strict=True))))
+    pipeline.check([ImageRequest("", 0)], SamplingConfig())
     with storage_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = out.with_name(TEMPORARY_PREFIX + out.name)
         shutil.rmtree(temporary, ignore_errors=True)
         for name, folder in zip(names, found, strict=True):
             shutil.copytree(folder, temporary / name, copy_function=_linked)
-        settings = {
-            name: stage.model_dump(mode="json", exclude={"model"}, exclude_unset=True)
-            for name, stage in zip(names, recipe.stages, strict=True)
-        }
-        write_stages(temporary, settings)
-        try:
-            cascade = open_family(temporary)
-            assert isinstance(cascade, Cascade)
-            size = pipeline_of(cascade).image_size(SamplingConfig())
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        write_stages(temporary, dict(zip(names, settings, strict=True)))
         if out.exists():
             shutil.rmtree(out)
         temporary.rename(out)
     models = {name: stage.model for name, stage in zip(names, recipe.stages, strict=True)}
-    return {"out": str(out), "stages": models, "size": list(size)}
+    return {"out": str(out), "stages": models, "size": list(pipeline.image_size(SamplingConfig()))}
 
 
 def _linked(source: str, target: str) -> None:

@@ -196,7 +196,10 @@ def _of_pictures(
     features, digest = PictureFeatures(options.metrics, networks.device), hashlib.sha256()
     own = pictures.batches(options.batch_size, ranks.rank, ranks.world_size)
     numbers = range(-(-len(pictures.files) // options.batch_size))
-    with closing(own), reporter.progress(f"measuring {pictures.name}", len(pictures.files), unit="picture") as progress:
+    with (
+        closing(own),
+        reporter.progress(f"measuring {Path(pictures.name).name}", len(pictures.files), unit="picture") as progress,
+    ):
 
         def measure(numbers: list[int]) -> Iterator[Measured]:
             return (networks(batch) | {_HASHES: hashes} for batch, hashes in islice(own, len(numbers)))

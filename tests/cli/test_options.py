@@ -120,6 +120,20 @@ def test_sample_needs_no_recipe(sampled: dict[str, Any]) -> None:
     assert (sampled["recipe"].model, sampled["recipe"].prompts) == ("m", ("a=b",))
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--upscale-noise", "3"], "--upscale-noise needs --upscale"),
+        (["--best-of", "4"], "--best-of needs --clip"),
+    ],
+)
+def test_an_option_that_needs_another_one_says_so(
+    options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert app.run(["sample", "--model", "m", "-p", "a", *options]) == 2
+    assert capsys.readouterr().err == f"ldm: error: {said}; see ldm sample --help [E-USAGE]\n"
+
+
 def test_the_trainers_pass_on_what_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
     from ldm_cli.stages import train_clip, train_unet, train_vae
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -49,3 +53,38 @@ def test_untrusted_text_cannot_steer_the_terminal(capfd: pytest.CaptureFixture[s
 def test_numbers_in_a_list_have_as_many_digits_as_others(capfd: pytest.CaptureFixture[str]) -> None:
     show_result({"interval": [1.234567, 22.0], "sizes": [1024, 7]}, as_json=False)
     assert [line.split(maxsplit=1)[1] for line in capfd.readouterr().out.splitlines()] == ["1.235, 22", "1024, 7"]
+
+
+@pytest.fixture
+def on_screen(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[str]]:
+    """The lines, without colours, that a result has on a terminal of 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+
+    def lines(result: Any) -> list[str]:
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        show_result(result, as_json=False)
+        return re.sub(r"\x1b\[[\d;]*m", "", capfd.readouterr().out).splitlines()
+
+    return lines
+
+
+LONG = f"/home/somebody/my pictures/{'x' * 70}/model"
+
+
+def test_a_path_longer_than_the_screen_is_never_broken(on_screen: Callable[[Any], list[str]]) -> None:
+    images = [{"file": f"{LONG}/a.png", "seed": 0, "prompt": "a red circle"}]
+    lines = on_screen({"run": LONG, "about": "a b", "files": [LONG, "b/c"], "images": images, LONG: [{"a": 1}]})
+    assert lines[:4] == [f" run     {LONG}", " about   a b", f" files   {LONG}", "         b/c"]
+    assert f" {LONG}/a.png      0   a red circle" in lines
+    assert LONG in lines
+    header = f" file{' ' * (len(LONG) + 5)}seed   prompt"
+    assert [line for line in lines if len(line) > 80 and LONG not in line] == [header]
+
+
+def test_prose_beside_a_path_is_wrapped_between_words(on_screen: Callable[[Any], list[str]]) -> None:
+    file = f"runs/{'x' * 40}/a.png"
+    lines = on_screen({"images": [{"file": file, "prompt": "a red circle " * 9, "seed": 7}]})
+    assert max(map(len, lines)) <= 80
+    assert lines[3].split() == [file, "a", "red", "circle", "a", "7"]
+    assert set(" ".join(lines[4:]).split()) == {"a", "red", "circle"}

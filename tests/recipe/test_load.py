@@ -203,6 +203,22 @@ def test_a_section_of_the_wrong_type_is_one_problem_and_what_follows_from_it_is_
         assert len(caught.value.problems) == 1, caught.value.problems
 
 
+@pytest.mark.parametrize(
+    "change", ["classes=[a, a]", "classes=3", "classes=[]", "data.label=null", "unet.num_class_embeds=3"]
+)
+def test_a_mistake_in_classes_does_not_ask_for_a_text_encoder(change: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("unet/cifar10-classes", [change])
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"override '{change}': {change.partition('=')[0]}")
+
+
+def test_pixels_without_text_and_classes_are_told_of_both() -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("unet/cifar10-classes", ["classes=null", "unet.num_class_embeds=null"])
+    assert caught.value.problems[0].endswith("no start_from to take it from, and no classes in its place")
+
+
 SUGGESTIONS = [
     ("sampling.sampler=euler_a", "did you mean 'euler_ancestral'?"),
     ("sampling.sampler=DPM++ 2M Karras", "did you mean 'dpmpp_2m' with timestep_spacing: karras?"),

@@ -133,16 +133,21 @@ def test_settings_that_belong_to_a_stage_are_refused(folder: Path, fields: dict[
 
 
 def test_models_that_do_not_fit_their_place_are_refused(runs: list[str], folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="its stage 'base' does not generate pictures from nothing"):
+    message = rf"'{runs[1]}/model' cannot be the stage 'base' of a cascade: it does not generate pictures from nothing"
+    with pytest.raises(CheckpointError, match=message):
         cascade.run(recipe_of(runs[::-1], SETTINGS[::-1]), tmp_path / "other", SilentReporter())
     assert [path.name for path in tmp_path.iterdir()] == ["cascade"], "nothing half done is left"
     with pytest.raises(OutputError, match="exists"):
         cascade.run(recipe_of(runs, SETTINGS), folder, SilentReporter())
-    changed = [SETTINGS[0], SETTINGS[1] | {"noise_level": 31}]
-    cascade.run(recipe_of(runs, changed), folder, SilentReporter(), overwrite=True)
-    with pytest.raises(UsageError, match="noise_level=31 is not possible: the model knows levels up to 30"):
-        generated(folder)
+    too_much = "stage 'enlarge-1': noise_level=31 is not possible: the model knows levels up to 30"
+    with pytest.raises(UsageError, match=too_much):
+        cascade.run(
+            recipe_of(runs, [SETTINGS[0], SETTINGS[1] | {"noise_level": 31}]), tmp_path / "other", SilentReporter()
+        )
     index = folder / "model_index.json"
+    index.write_text(index.read_text().replace('"noise_level": 5', '"noise_level": 31'))
+    with pytest.raises(UsageError, match=too_much):
+        generated(folder)
     index.write_text(index.read_text().replace("noise_level", "noise_levl"))
     with pytest.raises(CheckpointError, match=r"stages\.enlarge-1: .*noise_levl"):
         generated(folder)

@@ -140,3 +140,9 @@ def test_a_recipe_without_a_model_needs_a_photo(models: dict[str, Path], photo: 
     recipe = SampleRecipe.from_mapping(base | {"edit": {"image": str(photo)}, "prompts": [""]})
     found = dry_run(recipe, SilentReporter())
     assert set(found["parameters"]) == {"upscaler's unet", "upscaler's text_encoder"}
+
+
+def test_an_upscaler_takes_no_image_prompt(models: dict[str, Path], photo: Path, tmp_path: Path) -> None:
+    given = [{"image": str(photo), "adapter": "adapter.safetensors"}]
+    with pytest.raises(UsageError, match="this model takes no image prompts: it enlarges pictures"):
+        made(tmp_path / "a", model=str(models["upscaler"]), edit={"image": str(photo)}, image_prompts=given)

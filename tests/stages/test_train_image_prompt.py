@@ -13,16 +13,20 @@ from safetensors.torch import load_file
 from ldm_cli.core.condition import Condition
 from ldm_cli.errors import CheckpointError, DataError, InputNotFoundError
 from ldm_cli.families.open_family import open_family, resolve_model
+from ldm_cli.pictures.images import read_image, save_image
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
-from ldm_cli.stages import precompute
+from ldm_cli.stages import convert, precompute
+from ldm_cli.stages.convert import ConvertOptions
 from ldm_cli.stages.dry_run import dry_run
 from ldm_cli.stages.support.image_prompt_task import ImagePromptTask
 from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.storage import file_sha256
 from tests.faults.runs import assert_same_run
 
-from .tiny import RESNET, clip_recipe, lose_after, trained, unet_recipe
+from .test_sample import draw
+from .test_train_pixels import pixel_recipe
+from .tiny import RESNET, clip_recipe, decoder_recipe, lose_after, prior_recipe, trained, unet_recipe
 from .tiny_xl import save_tiny_xl, xl_recipe
 
 PLUS = {"kind": "plus", "num_tokens": 3, "width": 64}
@@ -168,6 +172,31 @@ def test_xl_is_prompted_in_half_precision(scenes: Path, clip_run: Path, tmp_path
     assert (
         found["image_proj.proj.weight"].shape[0] == 4 * open_family(tmp_path / "xl").denoiser.config.cross_attention_dim
     )
+
+
+@pytest.mark.parametrize("kind", ["pixels", "unclip"])
+def test_other_models_with_text_are_prompted_too(
+    kind: str, scenes: Path, clip_run: Path, vae_run: Path, tmp_path: Path
+) -> None:
+    """Of unCLIP the picture's embedding and the tokens of the adapter add up."""
+    clip, model = clip_run / "model", tmp_path / "base"
+    train = {"steps": 8, "lr": 3e-2, "validation_samples": 4}
+    if kind == "pixels":
+        trained(pixel_recipe(scenes, clip, **train), model)
+    else:
+        trained(decoder_recipe(scenes, clip, vae_run / "model", **train), model)
+        trained(prior_recipe(scenes, clip, steps=1, validation_samples=4), tmp_path / "prior")
+        convert.run(model, tmp_path / "whole", ConvertOptions(prior=tmp_path / "prior"), SilentReporter())
+    trained(prompt_recipe(scenes, model, clip, steps=2, validation_samples=4), tmp_path / "run")
+    save_image(tmp_path / "picture.png", torch.full((3, 32, 32), 200, dtype=torch.uint8))
+    given = {"image": str(tmp_path / "picture.png"), "adapter": str(tmp_path / "run")}
+    found = []
+    for name, prompts in {"text": [], "zero": [given | {"scale": 0.0}], "both": [given | {"scale": 50.0}]}.items():
+        result = draw(model if kind == "pixels" else tmp_path / "whole", tmp_path / name, image_prompts=prompts)
+        found.append(read_image(Path(result["images"][0]["file"])))
+    text, zero, both = found
+    assert torch.equal(zero, text)
+    assert not torch.equal(both, text)
 
 
 def test_a_dry_run_counts_the_adapter(scenes: Path, unet_run: Path, clip_run: Path, tmp_path: Path) -> None:

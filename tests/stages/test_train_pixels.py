@@ -231,6 +231,7 @@ def test_captions_are_no_class_until_the_labels_of_a_batch_say_so() -> None:
     ("change", "message"),
     [
         ({"cache": "cache"}, "vae=pixels does not go with cache"),
+        ({"image_embedding": {"image_encoder": "clip"}}, "vae=pixels does not go with image_embedding"),
         ({"classes": CLASSES}, "classes needs data.label"),
         ({"vae": "runs/vae", "classes": CLASSES}, "classes needs vae=pixels"),
         ({"classes": ["cat", "cat"]}, "classes names one class twice"),

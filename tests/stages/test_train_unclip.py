@@ -217,7 +217,7 @@ def test_pictures_need_a_model_that_embeds_them(unet_run: Path, pictures: list[s
 def test_it_is_no_stage_of_a_cascade(whole: Path, tmp_path: Path) -> None:
     stages = [{"model": str(whole)}, {"model": str(whole)}]
     recipe = CascadeRecipe.from_mapping({"command": "cascade", "name": "tiny", "stages": stages})
-    with pytest.raises(CheckpointError, match="its stage 'base' is of unCLIP"):
+    with pytest.raises(CheckpointError, match="cannot be the stage 'base' of a cascade: it is of unCLIP"):
         cascade.run(recipe, tmp_path / "cascade", SilentReporter())
 
 
@@ -232,6 +232,16 @@ def test_a_prior_of_another_clip_is_not_joined(decoder: Path, scenes: Path, tmp_
 def test_a_model_without_image_embeddings_takes_no_prior(unet_run: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="it is no decoder of image embeddings"):
         convert.run(unet_run, tmp_path / "out", ConvertOptions(prior=unet_run), SilentReporter())
+
+
+def test_what_is_no_prior_is_not_joined(decoder: Path, whole: Path, clip_run: Path, tmp_path: Path) -> None:
+    for other, cause in (
+        (decoder, "it holds a StableUnCLIPImg2ImgPipeline"),
+        (whole, "it holds a StableUnCLIPPipeline"),
+        (clip_run, "it has no model_index.json"),
+    ):
+        with pytest.raises(UsageError, match=f"is no prior: {cause}; give a run of train-prior"):
+            convert.run(decoder, tmp_path / "out", ConvertOptions(prior=other), SilentReporter())
 
 
 def test_a_whole_model_is_converted_with_all_of_its_parts(whole: Path, tmp_path: Path) -> None:

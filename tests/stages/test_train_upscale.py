@@ -59,6 +59,18 @@ def test_a_run_learns_resumes_in_the_same_bits_and_ends_as_a_folder_that_enlarge
     assert next(iter(outline_family(run / "model"))) == "unet"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_begins_at_a_trained_upscaler(
+    kind: str, scenes: Path, clip_run: Path, vae_run: Path, tmp_path: Path
+) -> None:
+    recipe = upscale_recipe(kind, scenes, clip_run / "model", vae_run / "model", steps=1)
+    trained(recipe, tmp_path / "first")
+    for name in ("unet", "vae", "text_encoder"):
+        del recipe[name]
+    trained(recipe | {"start_from": str(tmp_path / "first")}, tmp_path / "second")
+    assert type(open_family(tmp_path / "second")) is type(open_family(tmp_path / "first"))
+
+
 def batch(positions: list[int], images: Tensor) -> Batch:
     position = torch.tensor(positions)
     keys = [str(i) for i in positions]
@@ -113,3 +125,6 @@ def test_a_cache_and_class_labels_are_refused() -> None:
     latents = upscale_recipe("latents", Path(), Path("clip"), Path("vae"))
     with pytest.raises(ValueError, match="low_resolution does not go with cache"):
         TrainUnetRecipe.from_mapping(latents | {"cache": "cache"})
+    for name in ("image_embedding", "image_prompt"):
+        with pytest.raises(ValueError, match=f"low_resolution does not go with {name}"):
+            TrainUnetRecipe.from_mapping(latents | {name: {"image_encoder": "clip"}, "start_from": "run"})

@@ -131,4 +131,6 @@ def open_image_prompts(
         return None
     if not isinstance(family, Family) or not isinstance(family.denoiser, UNet2DConditionModel):
         raise UsageError("this model takes no image prompts", "their adapters are for U-Nets")
+    if family.low_resolution is not None:
+        raise UsageError("this model takes no image prompts", "it enlarges pictures", "give them to what generates")
     return JobImagePrompts(family, entries)

@@ -20,7 +20,7 @@ from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.core.models.vq_model_config import VQModelConfig
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError, InputNotFoundError, RecipeError
-from ldm_cli.families import pixel_diffusion
+from ldm_cli.families import pixel_diffusion, pixel_upscale
 from ldm_cli.families.autoregressive import VQ
 from ldm_cli.families.clip_t5_encoder import t5_length_of
 from ldm_cli.families.clip_text_encoder import tokenizer_folder
@@ -101,7 +101,7 @@ def _taken_fields(recipe: StartedRecipe, folder: Path, warn: Callable[[str], Non
     taken = _taken_denoiser(recipe, folder)
     if _is_pipeline(pipeline := folder.parent):
         names = [VAE, TEXT_ENCODER]
-        if pixel_diffusion.is_mine(pipeline):
+        if pixel_diffusion.is_mine(pipeline) or pixel_upscale.is_mine(pipeline):
             names, taken["vae"] = [], PIXELS
             if has_model_json(pipeline / TEXT_ENCODER / CONFIG_NAME):
                 names.append(TEXT_ENCODER)
