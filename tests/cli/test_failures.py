@@ -208,7 +208,7 @@ def _started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_stopped_command_counts_and_the_same_one_goes_on(number: signal.Signals, tmp_path: Path) -> None:
     with _started(tmp_path, "data", "synth", "scenes", "--samples", "100000") as process:
-        _interrupt_when_busy(process, lambda: bool(list((tmp_path / "scenes").glob("train-000003.tar"))), number)
+        _interrupt_when_busy(process, lambda: bool(list((tmp_path / "scenes").glob("train-000002.tar"))), number)
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 75
     assert re.search(
