@@ -27,6 +27,14 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_wait_for_the_disk() -> Iterator[None]:
+    """A training syncs fifty files, at milliseconds each; no test cuts the power. What a test starts does sync."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture
 def ldm(tmp_path: Path) -> Ldm:
     """`ldm("recipe", "list", env={…})`: the program in a process of its own, in an empty folder."""

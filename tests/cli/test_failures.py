@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from ldm_cli.cli import app, failures, report
 from ldm_cli.cli.report import PlainReporter
 from ldm_cli.errors import DataError, LdmError
 from tests.conftest import REPOSITORY, Ldm
+from tests.faults.lives import Life
 
 
 def last_line(stderr: str) -> str:
@@ -185,15 +185,6 @@ def test_every_error_class_keeps_its_documented_code() -> None:
     assert {error.code for error in [LdmError, *LdmError.__subclasses__()]} == documented
 
 
-def _interrupt_when_busy(
-    process: subprocess.Popen[str], is_busy: Callable[[], bool], number: int = signal.SIGINT
-) -> None:
-    deadline = time.monotonic() + 60
-    while not is_busy() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(number)
-
-
 def _started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "ldm_cli", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -205,19 +196,40 @@ def _started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_stopped_command_counts_and_the_same_one_goes_on(number: signal.Signals, tmp_path: Path) -> None:
-    with _started(tmp_path, "data", "synth", "scenes", "--samples", "100000") as process:
-        _interrupt_when_busy(process, lambda: bool(list((tmp_path / "scenes").glob("train-000003.tar"))), number)
-        _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 75
+def _assert_stopped(folder: Path, code: int | None, said: str, number: signal.Signals) -> None:
+    assert code == 75
     assert re.search(
         rf"error: stopped at \d{{4}} of 110000 \w+s: received {number.name}; run the same command again to go on "
         r"\[E-PREEMPTED\]",
-        last_line(stderr),
+        last_line(said),
     )
-    assert not list((tmp_path / "scenes").glob(".tmp-*"))
-    assert "Traceback" not in stderr
+    assert not list((folder / "scenes").glob(".tmp-*"))
+    assert "Traceback" not in said
+
+
+def _has_written(folder: Path) -> bool:
+    """Whether the third of two shards at a time is there: the first ones have been counted."""
+    return (folder / "scenes/train-000002.tar").exists()
+
+
+def test_a_stopped_command_counts_and_the_same_one_goes_on(tmp_path: Path) -> None:
+    with _started(tmp_path, "data", "synth", "scenes", "--samples", "100000") as process:
+        deadline = time.monotonic() + 60
+        while not _has_written(tmp_path) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    _assert_stopped(tmp_path, process.returncode, stderr, signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_any_signal_to_stop_stops_a_command(number: signal.Signals, tmp_path: Path) -> None:
+    life = Life(["data", "synth", str(tmp_path / "scenes"), "--samples", "100000"], tmp_path / "log")
+    while not _has_written(tmp_path):
+        assert life.lasts(0.02), life.errors
+    life.send(number, group=False)
+    life.end()
+    _assert_stopped(tmp_path, life.code, life.errors, number)
 
 
 @pytest.mark.parametrize(

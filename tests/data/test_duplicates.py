@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ldm_cli.cli.app import run as ldm
 from ldm_cli.data import near_pairs as search
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.decode import from_pillow
@@ -23,7 +24,6 @@ from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.signatures import SIDE, signatures, views
 from ldm_cli.errors import InputNotFoundError, OutputError
 from ldm_cli.reporting import SilentReporter
-from tests.conftest import Ldm
 
 from .tars import png, write_tar
 
@@ -189,7 +189,10 @@ def test_thousands_of_equal_vectors_take_little_memory_and_one_stays(tmp_path: P
     assert (found["groups"], found["left_out"]) == (1, 2999)
 
 
-def test_check_tells_of_duplicates(tmp_path: Path, ldm: Ldm) -> None:
+def test_check_tells_of_duplicates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     members = [
         (f"{k}.{kind}", saved(photo(k % 3)) if kind == "png" else b"a text")
         for k in range(4)
@@ -197,7 +200,7 @@ def test_check_tells_of_duplicates(tmp_path: Path, ldm: Ldm) -> None:
     ]
     write_tar(tmp_path / "a.tar", members)
     write_tar(tmp_path / "v.tar", members[2:4])
-    done = ldm("data", "check", "a.tar", "--duplicates", "out.jsonl", "--against", "v.tar", "--json")
-    result = json.loads(done.stdout)["duplicates"]
-    assert (result["pairs"], result["shared"], result["left_out"]) == (1, 1, 2), done.stderr
+    assert ldm(["data", "check", "a.tar", "--duplicates", "out.jsonl", "--against", "v.tar", "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)["duplicates"]
+    assert (result["pairs"], result["shared"], result["left_out"]) == (1, 1, 2)
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2

@@ -66,11 +66,18 @@ def test_captions_in_any_order_and_any_process_give_the_same_vocabulary(tmp_path
         "import sys, json; from pathlib import Path\n"
         "from ldm_cli.data.tokenizer import Tokenizer\n"
         "from ldm_cli.data.tokenizer_config import TokenizerConfig\n"
-        "Tokenizer.train(json.loads(sys.argv[1]), TokenizerConfig(vocab_size=900)).save(Path(sys.argv[2]))"
+        "for order in ('same', 'other'):\n"
+        "    folder = Path(sys.argv[1], order)\n"
+        "    captions = json.loads((folder / 'captions.json').read_text())\n"
+        "    Tokenizer.train(captions, TokenizerConfig(vocab_size=900)).save(folder)"
     )
-    for order in (captions, generator.sample(captions, len(captions))):
-        subprocess.run([sys.executable, "-c", code, json.dumps(order), str(tmp_path / "other")], check=True)
-        assert json.loads((tmp_path / "other" / "vocab.json").read_text(encoding="utf-8")) == expected
+    orders = {"same": captions, "other": generator.sample(captions, len(captions))}
+    for name, order in orders.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "captions.json").write_text(json.dumps(order))
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    for name in orders:
+        assert json.loads((tmp_path / name / "vocab.json").read_text(encoding="utf-8")) == expected
 
 
 def test_only_the_first_captions_are_trained_on() -> None:

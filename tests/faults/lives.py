@@ -23,6 +23,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
+import torch._dynamo  # noqa: F401 - the first step of an optimizer imports it, for 1.5 s: here once for all lives
+
 from ldm_cli.training.background import Background
 from ldm_cli.training.interruption import hold_signals, release_signals
 

@@ -52,6 +52,26 @@ def test_what_is_frozen_is_stored_once_and_every_manifest_verifies(tmp_path: Pat
     assert not (folders[0] / "model/manifest.json").exists()
 
 
+def test_all_of_a_checkpoint_is_synced_before_it_is_renamed_and_its_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, done = tmp_path / "step", []
+
+    def write(folder: Path) -> None:
+        (folder / "model").mkdir()
+        (folder / "model/weights").write_bytes(b"x")
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(Path(f"/proc/self/fd/{descriptor}").readlink()))
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda self, to: (done.append("renamed"), rename(self, to))[1])
+    commit_folder(target, write)
+    temporary = tmp_path / ".tmp-step"
+    manifest = temporary / ".tmp-manifest.json"  # which gets its name once it is synced
+    *synced, renamed, last = done
+    assert synced == [temporary / "model/weights", manifest, temporary / "model", temporary]
+    assert (renamed, last) == ("renamed", tmp_path)
+
+
 def test_without_links_there_are_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Path, target: Path) -> None:
         raise OSError(95, "Operation not supported")

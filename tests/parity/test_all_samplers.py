@@ -104,7 +104,7 @@ def compare(monkeypatch, name, steps, spacing="leading", same_times=True, **diff
     torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("steps", [1, 3, 7, 30])
+@pytest.mark.parametrize("steps", [1, 3, 30])
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", ["euler_ancestral", "heun", "dpm2", "dpmpp_2m_sde", "unipc"])
@@ -112,7 +112,7 @@ def test_trajectory_equals_that_of_diffusers(monkeypatch, name, prediction_type,
     compare(monkeypatch, name, steps, spacing, prediction_type=prediction_type)
 
 
-@pytest.mark.parametrize("steps", [3, 10, 25])
+@pytest.mark.parametrize("steps", [3, 25])
 @pytest.mark.parametrize("spacing", SIGMA_GRIDS)
 @pytest.mark.parametrize("name", ["euler", "heun", "dpm2", "dpmpp_2m", "dpmpp_2m_sde", "unipc"])
 def test_karras_and_exponential_trajectories_equal_those_of_diffusers(monkeypatch, name, spacing, steps):
@@ -124,7 +124,7 @@ def test_karras_and_exponential_trajectories_equal_those_of_diffusers(monkeypatc
     compare(monkeypatch, name, steps, spacing, same_times=not odd)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 10, 50])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 50])
 def test_plms_equals_that_of_diffusers(monkeypatch, steps):
     compare(monkeypatch, "pndm", steps)
 
@@ -135,14 +135,14 @@ def test_lcm_equals_that_of_diffusers(monkeypatch, prediction_type, steps):
     compare(monkeypatch, "lcm", steps, prediction_type=prediction_type, beta_schedule="scaled_linear")
 
 
-@pytest.mark.parametrize("steps", [1, 2, 10, 28])
+@pytest.mark.parametrize("steps", [1, 2, 28])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("name", ["flow_euler", "flow_heun"])
 def test_flow_trajectory_equals_that_of_diffusers(monkeypatch, name, shift, steps):
     compare(monkeypatch, name, steps, "linspace", prediction_type="flow_prediction", flow_shift=shift)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 10, 28])
+@pytest.mark.parametrize("steps", [1, 2, 28])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("name", ["dpmpp_2m", "unipc"])
 def test_a_stiff_solver_on_a_flow_equals_that_of_diffusers(name, shift, steps):

@@ -56,7 +56,7 @@ def theirs(kind, folder, monkeypatch, module, sampler, strength, safety_checker=
     return (torch.from_numpy(result.images).permute(0, 3, 1, 2) * 255).round().to(torch.uint8)
 
 
-@pytest.mark.parametrize("strength", [0.3, 0.5, 0.99])
+@pytest.mark.parametrize("strength", [0.3, 0.99])
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m"])
 def test_img2img_is_that_of_diffusers(tmp_path, monkeypatch, sampler, strength):
     module = diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,15 @@ def test_a_refused_field_is_named(foreign: Foreign, name: str, value: Any) -> No
     assert type(caught.value).__name__ in ("ValidationError", "CheckpointError", "ValueError")
 
 
+@cache
+def unvaried(name: str) -> torch.Tensor:
+    """What we compute with the fields as they are."""
+    (foreign,) = [one for one in CLASSES if one.name == name]
+    return foreign.both(foreign.base)[0]
+
+
 @pytest.mark.parametrize(("foreign", "name", "value"), HARMLESS, ids=ids(HARMLESS))
 def test_a_harmless_field_changes_nothing_in_either_program(foreign: Foreign, name: str, value: Any) -> None:
     found, expected = foreign.both(foreign.varied(name, value))
-    plain, _ = foreign.both(foreign.base)
-    assert torch.equal(found, plain)
+    assert torch.equal(found, unvaried(foreign.name))
     assert torch.allclose(found.double(), expected.double(), atol=2e-5)

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ldm_cli.cli.app import run as ldm
 from ldm_cli.core.low_rank import LowRank
 from ldm_cli.errors import CheckpointError
 from ldm_cli.families.adapted import AdaptedNetworks, adaptable_models, adaptable_networks
@@ -19,7 +20,6 @@ from ldm_cli.families.open_family import open_family
 from ldm_cli.formats.model_source import load_tensors
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages.convert import ConvertOptions, run
-from tests.conftest import Ldm
 from tests.sampling.tiny import tiny_pipeline
 from tests.stages.test_sample_loras import write_adapters
 from tests.stages.tiny_xl import save_tiny_xl
@@ -63,7 +63,7 @@ def test_weights_of_another_type_are_rounded_once(tmp_path: Path) -> None:
     assert all(torch.equal(found["unet"][name], tensor) for name, tensor in expected["unet"].items())
 
 
-def test_a_model_by_itself_takes_its_own_adapters(tmp_path: Path, ldm: Ldm) -> None:
+def test_a_model_by_itself_takes_its_own_adapters(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = tmp_path / "model"
     tiny_pipeline().family.save(model)
     file = write_adapters(model, tmp_path / "a.safetensors", 0)
@@ -77,9 +77,8 @@ def test_a_model_by_itself_takes_its_own_adapters(tmp_path: Path, ldm: Ldm) -> N
         assert any(not torch.equal(found[name], tensor) for name, tensor in plain.items())
     with pytest.raises(CheckpointError, match="do not fit the model: no such module: lora_te_text_model"):
         run(model / "unet", tmp_path / "unet", ConvertOptions(loras=((file, 1.0),)), SilentReporter())
-    done = ldm("convert", str(model), "merged", "--merge-lora", f"{file}=0.5", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["metadata"]["modelspec.merged_from"] == "a.safetensors=0.5"
+    assert ldm(["convert", str(model), str(tmp_path / "merged"), "--merge-lora", f"{file}=0.5", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["metadata"]["modelspec.merged_from"] == "a.safetensors=0.5"
 
 
 def test_a_weight_of_zero_merges_nothing_and_an_autoencoder_takes_no_adapters(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from random import Random
@@ -32,18 +32,21 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_home(tmp_path_factory.mktemp("eval"))
 
 
-@pytest.fixture(autouse=True)
-def _small_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ldm_cli.stages.support.eval_samples._PICTURES_PER_ROUND", 4)
+@pytest.fixture(scope="module", autouse=True)
+def _small_rounds() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ldm_cli.stages.support.eval_samples._PICTURES_PER_ROUND", 4)
+        yield
 
 
 def asked(home: Path, **changes: Any) -> Any:
     return recipe(home, METRICS, **{"batch_size": 2, "num_generated": 12, "sweep": SWEEP, **changes})
 
 
-def finished(home: Path, **changes: Any) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def finished(home: Path, _small_rounds: None) -> dict[str, Any]:
     """The result that nothing interrupted."""
-    return run(asked(home, **changes), RunOptions(device="cpu"), SilentReporter())
+    return run(asked(home), RunOptions(device="cpu"), SilentReporter())
 
 
 def started(home: Path, out: Path, *more: str, **changes: Any) -> Life:
@@ -69,7 +72,7 @@ def assert_same_result(out: Path, expected: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_killed_while_it_measures_it_goes_on_and_ends_in_the_same_numbers(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, finished: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Among the real images, among the pictures of the first point, and of the second."""
     out = tmp_path / "out"
@@ -87,7 +90,7 @@ def test_killed_while_it_measures_it_goes_on_and_ends_in_the_same_numbers(
     monkeypatch.setattr(Pipeline, "generate", watched)
     run(asked(home), RunOptions(device="cpu", out=out), SilentReporter())
     assert seeds in ([8, 9, 10, 11], [])  # the last rounds at most
-    assert_same_result(out, finished(home))
+    assert_same_result(out, finished)
 
 
 @pytest.mark.exhaustive
@@ -115,24 +118,24 @@ def test_killed_at_twenty_random_moments_it_ends_in_the_same_numbers(
     assert_same_result(out, json.loads((tmp_path / "whole" / "eval.json").read_text()))
 
 
-def test_another_number_of_ranks_goes_on(home: Path, tmp_path: Path) -> None:
+def test_another_number_of_ranks_goes_on(home: Path, finished: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "out"
     rounds = out / "eval-measured" / "000-pipeline"
     kill_when(started(home, out), lambda: rounds.is_dir())
     options = RunOptions(device="cpu", out=out)
     with ForkedRanks(lambda rank: 0 * len(run(asked(home), options, SilentReporter())), tmp_path, 2) as job:
         assert job.wait() == [0, 0], job.words()
-    assert_same_result(out, finished(home))
+    assert_same_result(out, finished)
 
 
-def test_a_damaged_round_is_measured_again(home: Path, tmp_path: Path) -> None:
+def test_a_damaged_round_is_measured_again(home: Path, finished: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "out"
     rounds = out / "eval-measured" / "001-pipeline"
     kill_when(started(home, out), lambda: rounds.is_dir())
     file = next((out / "eval-measured" / "real").glob("00000002-*.safetensors"))
     file.write_bytes(file.read_bytes()[:-8])
     run(asked(home), RunOptions(device="cpu", out=out), SilentReporter())
-    assert_same_result(out, finished(home))
+    assert_same_result(out, finished)
 
 
 def test_a_finished_evaluation_is_read_and_another_one_is_refused(home: Path, tmp_path: Path) -> None:
@@ -145,7 +148,9 @@ def test_a_finished_evaluation_is_read_and_another_one_is_refused(home: Path, tm
             run(asked(home, **changes), options, reporter)
 
 
-def test_overwriting_begins_anew_and_goes_on_when_it_was_killed(home: Path, tmp_path: Path) -> None:
+def test_overwriting_begins_anew_and_goes_on_when_it_was_killed(
+    home: Path, finished: dict[str, Any], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     run(asked(home, num_generated=10), RunOptions(device="cpu", out=out), SilentReporter())
     rounds = out / "eval-measured" / "001-pipeline"
@@ -157,7 +162,7 @@ def test_overwriting_begins_anew_and_goes_on_when_it_was_killed(home: Path, tmp_
             with suppress(FileNotFoundError):
                 assert path.stat().st_mtime_ns == time
     assert again.end() == 0, again.errors
-    assert_same_result(out, finished(home))
+    assert_same_result(out, finished)
 
 
 def test_a_damaged_result_is_measured_again(home: Path, tmp_path: Path) -> None:

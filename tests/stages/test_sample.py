@@ -3,9 +3,9 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import get_args
 
@@ -29,6 +29,7 @@ from ldm_cli.stages.support import options
 from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.stages.support.picture_generator import Latents
 from tests.conftest import REPOSITORY
+from tests.faults.lives import Life
 from tests.formats.web_ui import parse_parameters
 from tests.sampling.tiny import tiny_pipeline
 
@@ -374,88 +375,47 @@ def test_what_a_killed_process_left_half_written_is_cleared_away(model, tmp_path
     assert everything_in(tmp_path) == before
 
 
-INTERRUPTER = """
-    import json, os, signal, sys, time
-    import torch
-    from ldm_cli.cli.app import run
-    from ldm_cli.stages import sample
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
-    arguments, times = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-
-    def start(out):
-        child = os.fork()
-        if child == 0:
-            code = 99
-            try:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                code = run([*arguments, "--out", out])
-            finally:
-                os._exit(code)
-        return child
-
-    def drawn(folder):
-        return sum(name[:1].isdigit() for name in os.listdir(folder)) if os.path.isdir(folder) else 0
-
-    begun = time.monotonic()
-    assert os.waitstatus_to_exitcode(os.waitpid(start("whole"), 0)[1]) == 0
-    duration = time.monotonic() - begun
-    for number, share in enumerate(times):
-        child = start(f"cut-{number}")
-        # Early ones by the clock, the others by what is there: a busy machine does not keep to the clock.
-        if share < 0.2:
-            time.sleep(share * duration)
-        deadline = time.monotonic() + 60
-        while share >= 0.2 and drawn(f"cut-{number}") < (share - 0.2) / 0.8 * 30 and time.monotonic() < deadline:
-            time.sleep(0.002)
-        os.kill(child, signal.SIGINT)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        left = sorted(os.listdir(f"cut-{number}")) if os.path.isdir(f"cut-{number}") else []
-        os.rename(f"cut-{number}", f"left-{number}") if left else None
-        os.system(f"cp -r left-{number} cut-{number}") if left else None
-        again = os.waitstatus_to_exitcode(os.waitpid(start(f"cut-{number}"), 0)[1])
-        print(json.dumps({"code": code, "left": left, "again": again}), flush=True)
-"""
+def started(model, out):
+    """A job of twenty prompts in a process of its own."""
+    prompts = out.parent / "prompts.txt"
+    prompts.write_text("\n".join(f"a red circle {i}" for i in range(20)))
+    arguments = ["sample", "--model", str(model), "--prompts", str(prompts), "-n", "1", "--steps", "5"]
+    arguments += ["--sampler", "euler_ancestral", "--device", "cpu", "--out", str(out)]
+    return Life(arguments, out.with_suffix(".log"))
 
 
-def interrupted(model, folder, times):
-    """Ctrl-C at shares of a job of thirty prompts; then the same command again."""
-    (folder / "prompts.txt").write_text("\n".join(f"a red circle {i}" for i in range(30)))
-    arguments = ["sample", "--model", str(model), "--prompts", "prompts.txt", "-n", "1", "--steps", "5"]
-    arguments += ["--sampler", "euler_ancestral", "--device", "cpu"]
-    command = [sys.executable, "-c", textwrap.dedent(INTERRUPTER), json.dumps(arguments), json.dumps(times)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return [json.loads(line) for line in result.stdout.splitlines()]
-
-
-def check_interruptions(model, folder, times):
-    outcomes = interrupted(model, folder, times)
-    whole = everything_in(folder / "whole")
-    assert len(pictures_in(folder / "whole")) == 30
+def check_interruptions(model, folder, times, generator):
+    """Ctrl-C at shares of the processor time of a job; then the same command again."""
+    job = started(model, folder / "whole")
+    assert job.end() == 0, job.errors
+    whole, pictures = everything_in(folder / "whole"), pictures_in(folder / "whole")
+    assert len(pictures) == 20
     partial = 0
-    for number, outcome in enumerate(outcomes):
-        assert outcome["code"] in (0, 75, 130), outcome
-        assert outcome["again"] == 0
-        if outcome["left"]:
-            left = pictures_in(folder / f"left-{number}")
-            partial += 0 < len(left) < 30
-            assert left.items() <= whole.items(), "only whole pictures, and those of the whole job"
-        assert everything_in(folder / f"cut-{number}") == whole
+    for number, share in enumerate(times):
+        out = folder / f"cut-{number}"
+        life = started(model, out)
+        life.computes(share * job.took, generator)
+        life.send(signal.SIGINT, group=False)
+        assert life.end() in (0, 75, 130), life.errors
+        left = pictures_in(out) if out.is_dir() else {}
+        assert left.items() <= pictures.items(), "only whole pictures, and those of the whole job"
+        partial += 0 < len(left) < 20
+        again = started(model, out)
+        assert again.end() == 0, again.errors
+        assert everything_in(out) == whole
     return partial
 
 
 def test_ctrl_c_leaves_whole_pictures_and_the_same_command_completes_them(model, tmp_path):
     generator = random.Random(3)
-    times = [0.1, *(generator.uniform(0.5, 1.0) for _ in range(2))]
-    assert check_interruptions(model, tmp_path, times) >= 1
+    times = [0.1, *(generator.uniform(0.4, 0.9) for _ in range(2))]
+    assert check_interruptions(model, tmp_path, times, generator) >= 1
 
 
 @pytest.mark.exhaustive
 def test_ctrl_c_at_random_times_always_completes_to_the_same_bytes(model, tmp_path):
     generator = random.Random()
-    assert check_interruptions(model, tmp_path, [generator.random() for _ in range(5)]) >= 1
+    assert check_interruptions(model, tmp_path, [generator.random() for _ in range(5)], generator) >= 1
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ldm_cli.cli.app import run as ldm
 from ldm_cli.core.models.clip_config import CLIPVisionConfig
 from ldm_cli.core.models.clip_image_processor import CLIPImageProcessor
 from ldm_cli.core.models.clip_vision import CLIPVisionModelWithProjection
@@ -24,7 +25,6 @@ from ldm_cli.formats.png_metadata import read_provenance
 from ldm_cli.pictures.images import read_image, save_image
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages import convert
-from tests.conftest import Ldm
 from tests.sampling.tiny import randomize, tiny_pipeline
 from tests.sampling.tiny_ar import save_tiny_model
 from tests.stages.test_sample import draw, repeat
@@ -224,12 +224,12 @@ def test_what_is_missing_or_does_not_fit_is_refused_by_name(model: Path, files: 
 
 
 def test_options_name_pictures_scales_and_adapters(
-    ldm: Ldm, model: Path, files: dict[str, str], tmp_path: Path
+    model: Path, files: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     base = ["sample", "--model", str(model), "-p", "a red circle", "-n", "1", "--steps", "3", "--guidance", "3"]
     prompts = ["--image-prompt", f"{files['one']}=0.8", "--image-prompt", files["two"]]
     adapters = ["--ip-adapter", files["base"], "--ip-adapter", files["plus"]]
-    assert ldm(*base, *prompts, *adapters, "--out", str(tmp_path / "cli")).returncode == 0
+    assert ldm([*base, *prompts, *adapters, "--out", str(tmp_path / "cli")]) == 0
     expected = draw(model, tmp_path / "stage", image_prompts=[entry(files, scale=0.8), entry(files, "two", "plus")])
     found = next((tmp_path / "cli").glob("0*.png"))
     assert read_image(found).numpy().tobytes() == pictures(expected)[0]
@@ -238,6 +238,5 @@ def test_options_name_pictures_scales_and_adapters(
         (prompts, "--image-prompt is given 2 times, --ip-adapter 0 times"),
         ([*prompts, *adapters, *adapters[:2]], "--image-prompt is given 2 times, --ip-adapter 3 times"),
     ):
-        result = ldm(*base, *wrong)
-        assert result.returncode == 2
-        assert message in result.stderr
+        assert ldm([*base, *wrong]) == 2
+        assert message in capfd.readouterr().err

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from ldm_cli.cli.app import run as ldm
 from ldm_cli.core.low_rank import LowRank
 from ldm_cli.errors import CheckpointError, InputNotFoundError, UsageError
 from ldm_cli.families.adapted import adaptable_networks
@@ -22,7 +23,6 @@ from ldm_cli.pictures.images import read_image
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages import convert
 from ldm_cli.storage import file_sha256
-from tests.conftest import Ldm
 from tests.formats.web_ui import parse_parameters
 from tests.sampling.tiny import tiny_pipeline
 from tests.stages.test_sample import draw, repeat
@@ -186,14 +186,12 @@ def test_a_name_that_two_subfolders_have_is_refused_where_a_prompt_needs_it(
     assert draw(model, tmp_path / "out", prompts=tagged, loras=given, **found)["generated"] == 1
 
 
-def test_the_command_line_gives_files_with_weights(
-    model: Path, files: dict[str, str], tmp_path: Path, ldm: Ldm
-) -> None:
+def test_the_command_line_gives_files_with_weights(model: Path, files: dict[str, str], tmp_path: Path) -> None:
     word = tmp_path / "word.safetensors"
     save_file({"emb_params": torch.ones(2, 24)}, word)
     options = ["--lora", f"{files['a']}=0.5", "--lora", files["b"], "--embedding", f"{word}=<toy>"]
-    done = ldm("sample", "--model", str(model), "-p", PROMPT, "--steps", "2", *options, "--out", "out", "-n", "1")
-    assert done.returncode == 0, done.stderr
+    options += ["--steps", "2", "-n", "1", "--out", str(tmp_path / "out")]
+    assert ldm(["sample", "--model", str(model), "-p", PROMPT, *options]) == 0
     content = json.loads((tmp_path / "out/images.json").read_text())
     assert content["images"][0]["loras"] == {"a": 0.5, "b": 1.0}
     assert content["job"]["embedding_sha256"] == {"<toy>": file_sha256(word)}

@@ -40,16 +40,16 @@ def upscale_recipe(kind: str, scenes: Path, clip: Path, vae: Path, **train: Any)
 def test_a_run_learns_resumes_in_the_same_bits_and_ends_as_a_folder_that_enlarges(
     kind: str, scenes: Path, clip_run: Path, vae_run: Path, tmp_path: Path
 ) -> None:
-    recipe = upscale_recipe(kind, scenes, clip_run / "model", vae_run / "model", steps=30, lr=5e-3, ema_decay=0.9)
-    recipe["train"] |= {"save_every": 15, "log_every": 5}
+    recipe = upscale_recipe(kind, scenes, clip_run / "model", vae_run / "model", steps=16, lr=1e-2, ema_decay=0.9)
+    recipe["train"] |= {"save_every": 8, "log_every": 4}
     run = tmp_path / "run"
     trained(recipe, run)
     found = losses(run)
     assert found[-1] < 0.9 * found[0]
-    assert (run / "samples/step-00000030/grid.png").is_file()
-    lose_after(15, recipe, tmp_path / "lost")
+    assert (run / "samples/step-00000016/grid.png").is_file()
+    lose_after(8, recipe, tmp_path / "lost")
     trained(recipe, tmp_path / "lost")
-    assert_same_run(run, tmp_path / "lost", 30)
+    assert_same_run(run, tmp_path / "lost", 16)
 
     family = open_family(run)
     assert isinstance(family, StableDiffusionUpscale if kind == "latents" else PixelUpscale)

@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch._dynamo  # noqa: F401 - the first step of an optimizer imports it, for 1.5 s: here once for all ranks
+
 TIMEOUT = 120.0
 """Seconds that ranks may take on a busy machine; whatever takes longer hangs."""
 
