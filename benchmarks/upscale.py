@@ -11,7 +11,7 @@ import argparse
 import json
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,7 +36,6 @@ from ldm_cli.pictures.images import read_image, save_image
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.request import ImageRequest
-from ldm_cli.sampling.tiling import window_starts
 from ldm_cli.sampling.upscaling import Upscaling, upscale
 
 _CPU = torch.device("cpu")
@@ -113,53 +112,67 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: score.summary(real) for name, score in scores.items()}
 
 
-def enlarged_photo(model: str, photo: str, steps: int, tile: int, share: float) -> tuple[Tensor, float]:
-    """A photo, or the upper left of it, enlarged; and the most memory that it took beyond the model, in MiB."""
-    upscaling = Upscaling(open_family(Path(model)), sampling(steps), tile=tile)  # type: ignore[arg-type]
-    picture = read_image(Path(photo))
-    picture = picture[:, : int(picture.shape[1] * share), : int(picture.shape[2] * share)].contiguous()
+def enlarged_photo(upscaling: Upscaling, picture: Tensor) -> tuple[Tensor, float]:
+    """A picture enlarged, and the most memory that it took beyond the model, in MiB."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     (found,) = upscale(upscaling, [picture], [ImageRequest("", 0)])
     return found.pixels, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
-def seams(parts: Tensor, whole: Tensor, tile: int) -> dict[str, float]:
-    """Differences of two results uint8 [3, H, W], of 255: the largest, the mean, and the largest jump of the difference
-    across a line, averaged over colours and 64 pixels of the line: where parts begin or end, and elsewhere."""
-    difference = (parts.float() - whole.float()).mean(dim=0)
-    at_seams, elsewhere = [], []
-    for lines in (difference, difference.T):
-        length, width = lines.shape
-        starts = window_starts(length, tile, tile // 4)
-        borders = {start for start in starts if start} | {start + tile for start in starts if start + tile < length}
-        jumps = lines.diff(dim=0)[:, : width // 64 * 64].reshape(length - 1, -1, 64).mean(dim=2).abs().amax(dim=1)
-        at_seams += [float(jumps[border - 1]) for border in borders]
-        elsewhere += [float(jump) for line, jump in enumerate(jumps, start=1) if line not in borders]
-    every = (parts.float() - whole.float()).abs()
-    return {
-        "largest": float(every.max()),
-        "mean": float(every.mean()),
-        "seam": max(at_seams),
-        "the same across the middle one of all other lines": sorted(elsewhere)[len(elsewhere) // 2],
-    }
+def seams(parts: Tensor, whole: Tensor, borders: Sequence[set[int]]) -> dict[str, float]:
+    """How a result in parts differs from one pass, of 255.
+
+    A jump is the change of the difference from one line to the next, averaged over colours and 64 pixels of the line.
+
+    Args:
+        parts, whole: uint8 [3, H, W].
+        borders: rows and columns at which parts begin or end.
+    """
+    difference = parts.float() - whole.float()
+    near, at_borders, elsewhere = [], [], []
+    for lines, of_lines in zip((difference, difference.mT), borders, strict=True):
+        length = lines.shape[1]
+        jumps = lines.mean(dim=0).diff(dim=0).unfold(1, 64, 64).mean(dim=2).abs()
+        is_border = torch.tensor([line in of_lines for line in range(1, length)])
+        at_borders.append(jumps[is_border].flatten())
+        elsewhere.append(jumps[~is_border].flatten())
+        near += [lines[:, max(0, border - 8) : border + 8].abs().max() for border in of_lines]
+    figures = {"largest": difference.abs().max(), "mean": difference.abs().mean()}
+    figures["largest within 8 pixels of a border"] = torch.stack(near).max()
+    for name, found in (("at borders", torch.cat(at_borders)), ("elsewhere", torch.cat(elsewhere))):
+        figures |= {f"largest jump {name}": found.max(), f"mean jump {name}": found.mean()}
+    return {name: float(figure) for name, figure in figures.items()}
 
 
 def photo_figures(arguments: argparse.Namespace) -> dict[str, Any]:
     """Parts against one pass, and the memory of photos of several sizes; each in a process of its own."""
-
-    def alone(tile: int, share: float) -> tuple[Tensor, float]:
+    picture, family = read_image(Path(arguments.photo)), open_family(Path(arguments.model))
+    in_parts, at_once = (
+        Upscaling(family, sampling(arguments.steps), tile=tile)  # type: ignore[arg-type]
+        for tile in (arguments.tile, 1 << 20)
+    )
+    height, width = picture.shape[1:]
+    asked = {
+        "in parts": (in_parts, picture),
+        "in parts, a quarter of the picture": (in_parts, picture[:, : height // 2, : width // 2].contiguous()),
+        "in one pass": (at_once, picture),
+    }
+    found = {}
+    for name, one in asked.items():
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            asked = (arguments.model, arguments.photo, arguments.steps, tile, share)
-            return process.submit(enlarged_photo, *asked).result()
-
-    tile = arguments.tile
-    parts, memory = alone(tile, 1.0)
-    small = alone(tile, 0.5)[1]
-    whole, memory_of_whole = alone(1 << 20, 1.0)
+            found[name] = process.submit(enlarged_photo, *one).result()
+    parts, whole = found["in parts"][0], found["in one pass"][0]
     if arguments.grid:
         save_image(Path(arguments.grid), parts)
-    mib = {"in parts": memory, "in parts, a quarter of the picture": small, "in one pass": memory_of_whole}
-    return {"size": list(parts.shape[1:]), "tile": tile, "difference": seams(parts, whole, tile), "memory in MiB": mib}
+    tiles = [tile.scaled(in_parts.low.factor) for tile in in_parts.tiles(height, width)]
+    rows = {end for tile in tiles for end in (tile.top, tile.top + tile.height)} - {0, parts.shape[1]}
+    columns = {end for tile in tiles for end in (tile.left, tile.left + tile.width)} - {0, parts.shape[2]}
+    return {
+        "size": list(parts.shape[1:]),
+        "tile": arguments.tile,
+        "difference": seams(parts, whole, (rows, columns)),
+        "memory in MiB": {name: memory for name, (_, memory) in found.items()},
+    }
 
 
 def main() -> None:

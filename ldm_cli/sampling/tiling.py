@@ -15,31 +15,49 @@ from torch.nn import functional as F
 
 from ldm_cli.core.window import Window
 
+_PADDED_SHARE = 1 / 16
+"""Of a window's side: how far from its ends a network's result depends on the padding."""
 
-def window_starts(length: int, window: int, overlap: int) -> list[int]:
-    """Where windows begin that cover [0, length), the last flush with its end.
+
+def window_starts(length: int, window: int, overlap: int, multiple: int = 1) -> list[int]:
+    """Where windows begin that cover [0, length): evenly spread multiples; the last window reaches the end.
 
     >>> window_starts(20, 8, 4)
     [0, 4, 8, 12]
 
+    Args:
+        length: to be covered.
+        window: length of a window; the last one is longer by less than `multiple`.
+        overlap: least overlap of neighbours.
+        multiple: divides all starts.
+
     Raises:
-        ValueError: the overlap is not less than the window.
+        ValueError: the overlap is not less than the window, or leaves no step of `multiple`.
     """
-    if not 0 <= overlap < window:
-        raise ValueError(f"window_starts: overlap={overlap} with window={window}")
-    if length <= window:
-        return [0]
-    return [*range(0, length - window, window - overlap), length - window]
+    step = (window - overlap) // multiple
+    if overlap < 0 or step < 1:
+        raise ValueError(f"window_starts: overlap={overlap} with window={window} and multiple={multiple}")
+    last = max(0, length - window) // multiple
+    num_steps = -(-last // step)
+    return [last * i // max(1, num_steps) * multiple for i in range(num_steps + 1)]
 
 
-def windows(height: int, width: int, window: int, overlap: int) -> Iterator[Window]:
-    """Squares of side `window`, or what there is of it, that cover height × width; errors as in `window_starts`."""
-    for top in window_starts(height, window, overlap):
-        for left in window_starts(width, window, overlap):
-            yield Window(top, left, min(window, height - top), min(window, width - left))
+def windows(height: int, width: int, window: int, overlap: int, multiple: int = 1) -> list[Window]:
+    """Squares of side `window`, or what there is of it, that cover height × width; more in `window_starts`."""
+    tops, lefts = (window_starts(length, window, overlap, multiple) for length in (height, width))
+    return [
+        Window(
+            top,
+            left,
+            height - top if top == tops[-1] else window,
+            width - left if left == lefts[-1] else window,
+        )
+        for top in tops
+        for left in lefts
+    ]
 
 
-def strips(parts: Iterable[tuple[Window, Tensor]], width: int) -> Iterator[Tensor]:
+def strips(parts: Iterable[tuple[Window, Tensor]], height: int, width: int) -> Iterator[Tensor]:
     """A picture of parts, [B, C, …] each, blended where they overlap: strips float32 [B, C, …, width], from the top.
 
     A strip is given as soon as no further part reaches it. The parts come in the order of `windows`.
@@ -54,7 +72,8 @@ def strips(parts: Iterable[tuple[Window, Tensor]], width: int) -> Iterator[Tenso
             total, weights, top = total[..., num_complete:, :], weights[num_complete:], window.top
         if missing := window.height - len(weights):
             total, weights = F.pad(total, (0, 0, 0, missing)), F.pad(weights, (0, 0, 0, missing))
-        weight = _tent(window.height, total)[:, None] * _tent(window.width, total)
+        rows = _tent(window.top, window.height, height, total)
+        weight = rows[:, None] * _tent(window.left, window.width, width, total)
         area = replace(window, top=0).area
         total[area] += weight * part.float()
         weights[area] += weight
@@ -88,13 +107,18 @@ def tiled(
         (part.scaled(out_scale), function(x[part.scaled(in_scale).area].contiguous()))
         for part in windows(height, width, window, overlap)
     )
-    return torch.cat(list(strips(parts, width * out_scale)), dim=-2)
+    return torch.cat(list(strips(parts, height * out_scale, width * out_scale)), dim=-2)
 
 
-def _tent(size: int, like: Tensor) -> Tensor:
-    """Weights that fall from the middle to the edges but stay positive, [size]."""
-    rising = torch.arange(1, size + 1, dtype=torch.float32, device=like.device)
-    return torch.minimum(rising, rising.flip(0)) / size
+def _tent(start: int, size: int, length: int, like: Tensor) -> Tensor:
+    """Weights of a window in [0, length), [size]: they fall towards its ends, but not towards those of the whole.
+
+    Near an end a network sees padding in place of the neighbours. There the weights are almost 0.
+    """
+    place = torch.arange(start, start + size, dtype=torch.float32, device=like.device)
+    before = place - start + 1 if start > 0 else torch.full_like(place, size)
+    after = start + size - place if start + size < length else torch.full_like(place, size)
+    return (torch.minimum(before, after) / size - _PADDED_SHARE).clamp(min=1e-3)
 
 
 def in_parts(

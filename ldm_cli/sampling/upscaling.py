@@ -1,7 +1,8 @@
 """Pictures enlarged by a diffusion model, whole or in parts that overlap.
 
 Each part is sampled by itself, from the noise of its place in the picture and the small picture around it. So memory
-is that of one part, whatever the size of the picture; where parts overlap, they hardly differ, and are blended.
+is that of one part, whatever the size of the picture. The group norms of all parts share their statistics, so that
+parts hardly differ where they overlap, and are blended there.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm_cli.core.pixels import to_bytes, to_signed
+from ldm_cli.core.shared_norms import SharedNorms
 from ldm_cli.core.window import Window
 from ldm_cli.errors import DivergedError, UsageError
 from ldm_cli.families.family import Family
@@ -32,6 +34,7 @@ from ldm_cli.sampling.tiling import strips, windows
 
 _PURPOSES = ("upscaling: initial noise", "upscaling: step noise", "upscaling: noise on the small picture")
 _LEAST_TILE = 256  # pixels of the result; smaller parts are mostly overlap
+_MULTIPLE = 8  # of the small picture: where parts begin, so that a U-Net halves a part as it halves the whole
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,10 @@ class Upscaling:
         own = max((side or 0) * self.family.codec.factor for side in self.family.sample_size)
         return (self.tile or max(own, _LEAST_TILE)) // self.low.factor
 
+    def tiles(self, height: int, width: int, overlap: float = 1 / 4) -> list[Window]:
+        """The parts of a small picture of height × width, which overlap by a share of their side at least."""
+        return windows(height, width, self.window, int(overlap * self.window), _MULTIPLE)
+
     def check(self) -> None:
         """Find settings that the model cannot do.
 
@@ -84,8 +91,8 @@ class Upscaling:
         if self.level > low.max_noise_level:
             cause = f"the model knows levels up to {low.max_noise_level}"
             raise UsageError(f"noise_level={self.level} is not possible", cause)
-        if self.window < 8:
-            raise UsageError(f"tile={self.tile} px is too small", remedy=f"give {8 * low.factor} or more")
+        if self.window < 2 * _MULTIPLE:
+            raise UsageError(f"tile={self.tile} px is too small", remedy=f"give {2 * _MULTIPLE * low.factor} or more")
         self.family.encoder.check(PromptReading(clip_skip=self.config.clip_skip))
         visited_timesteps(self.family.process, self.family.settings, self.config)
 
@@ -116,8 +123,7 @@ def upscale(
     reporter = reporter or SilentReporter()
     family, config = upscaling.family, upscaling.config
     height, width = pictures[0].shape[-2:]
-    side = upscaling.window
-    tiles = list(windows(height, width, side, side // 4))
+    tiles = upscaling.tiles(height, width)
     reading = PromptReading(upscaling.weighted, config.long_prompts, config.clip_skip)
     work = _Work(
         upscaling,
@@ -175,7 +181,7 @@ class _Work:
         level = torch.full((len(requests),), self.upscaling.level, device=family.device)
         seeds = [request.seed for request in requests]
 
-        def part(number: int, tile: Window) -> Tensor:
+        def part(number: str, tile: Window) -> Tensor:
             window = tile.scaled(low.latent_factor)
             initial, steps, noise = (
                 noise_of_window(seeds, purpose, (channels, *self.shape[1:]), window, family.device)
@@ -183,14 +189,26 @@ class _Work:
             )
             given = LowResolutionInput(pictures, noise(0), level, window, steps)
             sampler = replace(self.sampler, low=given)
-            progress.update(done, {"part": f"{number}/{len(tiles)}"} if len(tiles) > 1 else {})
+            progress.update(done, {"part": number} if number else {})
             return family.codec.decode(sampler.sample(requests, initial(0), lambda predictor: predictor))
 
         if len(tiles) == 1:
-            yield part(1, tiles[0])
+            yield part("", tiles[0])
             return
-        parts = ((tile.scaled(low.factor), part(number, tile)) for number, tile in enumerate(tiles, start=1))
-        yield from strips(parts, small.shape[-1] * low.factor)
+        (height, width), weaker = small.shape[-2:], self.sampler.models.weaker
+        norms = SharedNorms([*family.networks.values(), *([] if weaker is None else [weaker])])
+        measured = self.upscaling.tiles(height, width, overlap=0) if norms else []
+        for number, tile in enumerate(measured, start=1):
+            with norms.measured():
+                part(f"{number}/{len(measured)} measured", tile)
+
+        def parts() -> Iterator[tuple[Window, Tensor]]:
+            for number, tile in enumerate(tiles, start=1):
+                with norms.shared():
+                    result = part(f"{number}/{len(tiles)}", tile)
+                yield tile.scaled(low.factor), result
+
+        yield from strips(parts(), height * low.factor, width * low.factor)
 
 
 def _groups(
