@@ -15,14 +15,11 @@ from ldm_cli.errors import CheckpointError, DataError, InputNotFoundError
 from ldm_cli.families.open_family import open_family, resolve_model
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
-from ldm_cli.stages import precompute
 from ldm_cli.stages.dry_run import dry_run
 from ldm_cli.stages.support.image_prompt_task import ImagePromptTask
-from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.storage import file_sha256
-from tests.faults.runs import assert_same_run
 
-from .tiny import RESNET, clip_recipe, lose_after, trained, unet_recipe
+from .tiny import RESNET, assert_resumes, cached, clip_recipe, trained, unet_recipe
 from .tiny_xl import save_tiny_xl, xl_recipe
 
 PLUS = {"kind": "plus", "num_tokens": 3, "width": 64}
@@ -66,10 +63,7 @@ def test_a_lost_run_ends_in_the_same_bits(
     prompt: dict[str, Any], scenes: Path, unet_run: Path, clip_run: Path, tmp_path: Path
 ) -> None:
     recipe = prompt_recipe(scenes, unet_run, clip_run / "model", prompt, ema_decay=0.9)
-    trained(recipe, tmp_path / "whole")
-    lose_after(5, recipe, tmp_path / "lost")
-    trained(recipe, tmp_path / "lost")
-    assert_same_run(tmp_path / "whole", tmp_path / "lost", 12)
+    assert_resumes(recipe, tmp_path, 5)
 
 
 @pytest.mark.parametrize("prompt", [{}, PLUS], ids=["base", "plus"])
@@ -78,9 +72,7 @@ def test_cached_embeddings_of_pictures_train_the_same_bits(
 ) -> None:
     recipe = prompt_recipe(scenes, unet_run, clip_run / "model", prompt, steps=4)
     recipe["data"]["flip_probability"] = 0.5
-    cached = recipe | {"cache": str(tmp_path / "cache")}
-    precompute.run(TrainUnetRecipe.from_mapping(cached), RunOptions(tmp_path / "cache"), SilentReporter())
-    for name, one in (("images", recipe), ("cache", cached)):
+    for name, one in (("images", recipe), ("cache", cached(recipe, tmp_path / "cache"))):
         trained(one, tmp_path / name)
     files = [tmp_path / name / "model/ip_adapter.safetensors" for name in ("images", "cache")]
     assert file_sha256(files[0]) == file_sha256(files[1])
@@ -91,12 +83,10 @@ def test_a_cache_is_stale_for_another_image_encoder_or_without_one(
 ) -> None:
     recipe = prompt_recipe(scenes, unet_run, clip_run / "model", steps=1) | {"cache": str(tmp_path / "cache")}
     plain = {name: value for name, value in recipe.items() if name != "image_prompt"}
-    precompute.run(TrainUnetRecipe.from_mapping(plain), RunOptions(tmp_path / "cache"), SilentReporter())
+    cached(plain, tmp_path / "cache")
     with pytest.raises(DataError, match="image_encoder was null and is"):
         trained(recipe, tmp_path / "run")
-    precompute.run(
-        TrainUnetRecipe.from_mapping(recipe), RunOptions(tmp_path / "cache", overwrite=True), SilentReporter()
-    )
+    cached(recipe, tmp_path / "cache", overwrite=True)
     recipe["image_prompt"] |= PLUS
     with pytest.raises(DataError, match=r'image_prompt\.kind was "base" and is "plus"'):
         trained(recipe, tmp_path / "run")
