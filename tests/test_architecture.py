@@ -284,11 +284,7 @@ def test_a_planted_cycle_is_found(back: str) -> None:
         (speech_violations, "ldm_cli.stages.dry_run", "import sys\nsys.stderr.write('hello')"),
         (docstring_violations, "ldm_cli.stages.dry_run", "x = 1"),
         (docstring_violations, "ldm_cli.stages.dry_run", '"""Doc."""\ndef plan(): ...'),
-        (
-            docstring_violations,
-            "ldm_cli.stages.dry_run",
-            '"""Doc."""\nclass A:\n    """Doc."""\n    def f(self): ...',
-        ),
+        (docstring_violations, "ldm_cli.stages.dry_run", '"""Doc."""\nclass A:\n    """Doc."""\n    def f(self): ...'),
         (size_violations, "ldm_cli.stages.dry_run", "\n" * (MAX_LINES + 1)),
         (function_violations, "ldm_cli.stages.dry_run", "def f():\n" + MAX_FUNCTION_LINES * "    x = 1\n"),
         (
@@ -305,19 +301,13 @@ def test_a_planted_violation_is_found(check, module: str, source: str) -> None: 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        (
-            "ldm_cli.core.models.clip",
-            '"""Doc."""\nimport math\nimport torch\nfrom ldm_cli.core import clip_loss',
-        ),
+        ("ldm_cli.core.models.clip", '"""Doc."""\nimport math\nimport torch\nfrom ldm_cli.core import clip_loss'),
         (
             "ldm_cli.stages.dry_run",
             '"""Doc."""\nfrom ldm_cli.data.loader import Loader\nfrom ldm_cli.stages.support import options',
         ),
         ("ldm_cli.core.cpu.linear", '"""Doc."""\nimport torch\n\n\ndef _f(x): return torch.ops.mkldnn.linear(x)'),
-        (
-            "ldm_cli.cli.show",
-            '"""Doc."""\nimport rich\nfrom ldm_cli import __version__\nprint(1)\ndef _f(): ...',
-        ),
+        ("ldm_cli.cli.show", '"""Doc."""\nimport rich\nfrom ldm_cli import __version__\nprint(1)\ndef _f(): ...'),
         ("ldm_cli.recipe.load", '"""Doc."""\nfrom ldm_cli.errors import LdmError'),
         ("ldm_cli.recipe.load", '"""Doc."""\ndef _f():\n' + "    x = 1\n" * (MAX_FUNCTION_LINES - 1)),
     ],

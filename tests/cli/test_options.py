@@ -41,12 +41,7 @@ def test_what_is_no_duration_is_refused(text: str) -> None:
 
 
 def test_a_size_is_width_by_height() -> None:
-    assert (size("640x480"), size("64X32"), size("512"), size(None)) == (
-        (640, 480),
-        (64, 32),
-        (512, 512),
-        None,
-    )
+    assert (size("640x480"), size("64X32"), size("512"), size(None)) == ((640, 480), (64, 32), (512, 512), None)
     for text in ("", "x", "64x", "6.4x5", "-1x5", "64x64x64"):
         with pytest.raises(UsageError, match="is no size"):
             size(text)
@@ -145,15 +140,7 @@ def test_the_trainers_pass_on_what_was_said(monkeypatch: pytest.MonkeyPatch) -> 
             return {"state": "finished"}
 
         monkeypatch.setattr(stage, "run", run)
-        arguments = [
-            f"train-{name}",
-            f"demo/{name}",
-            "train.steps=300",
-            "--resume",
-            "never",
-            "--max-time",
-            "2m",
-        ]
+        arguments = [f"train-{name}", f"demo/{name}", "train.steps=300", "--resume", "never", "--max-time", "2m"]
         assert app.run([*arguments, "--out", "o"]) == 0
         assert (seen["recipe"].command, seen["recipe"].train.steps) == (f"train-{name}", 300)
         options = seen["options"]

@@ -19,12 +19,7 @@ from ldm_cli.core.vae_loss_config import VAELossConfig
 
 SIZE = 32
 TOWER = CLIPVisionConfig(
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    image_size=16,
-    patch_size=8,
+    hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
 )
 
 
@@ -39,13 +34,7 @@ def make_vae() -> AutoencoderKL:
 
 def make_loss(**weights: object) -> VAELoss:
     config = VAELossConfig.from_mapping(
-        {
-            "kl_weight": 0.0,
-            "discriminator_channels": 8,
-            "discriminator_layers": 2,
-            "perceptual_clip": "x",
-            **weights,
-        }
+        {"kl_weight": 0.0, "discriminator_channels": 8, "discriminator_layers": 2, "perceptual_clip": "x", **weights}
     )
     return VAELoss(config, PerceptualDistance(CLIPVisionTransformer(TOWER), CLIPImageProcessor.for_side(16)))
 

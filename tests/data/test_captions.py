@@ -8,14 +8,7 @@ from typing import Any
 import pytest
 
 from ldm_cli.data.bad_samples import BadSampleError
-from ldm_cli.data.captions import (
-    MAX_CAPTION_LENGTH,
-    clean_caption,
-    decode_text,
-    field_of,
-    parse_json,
-    parse_label,
-)
+from ldm_cli.data.captions import MAX_CAPTION_LENGTH, clean_caption, decode_text, field_of, parse_json, parse_label
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.sample_decoder import Draw, Members, MembersDecoder, Wanted
 
@@ -39,10 +32,7 @@ def test_text_is_utf8_or_counted_as_windows_1252(data: bytes, text: str, remarks
         ("a\0b\x1b[31mc", "a b [31mc"),
         ("two\r\nlines", "two lines"),
         ("a\u202ebackwards\u202c", "a backwards"),
-        (
-            "family \U0001f468\u200d\U0001f469\u200d\U0001f467",
-            "family \U0001f468\u200d\U0001f469\u200d\U0001f467",
-        ),
+        ("family \U0001f468\u200d\U0001f469\u200d\U0001f467", "family \U0001f468\u200d\U0001f469\u200d\U0001f467"),
     ],
 )
 def test_control_characters_and_bidi_overrides_go_and_emoji_stay(text: str, cleaned: str) -> None:
@@ -61,11 +51,7 @@ def test_broken_json_is_a_bad_sample(data: bytes) -> None:
 
 def test_fields_are_found_by_name_and_by_path() -> None:
     metadata = {"caption": "a", "meta": {"text": {"en": "b"}}, "dotted.name": "c"}
-    assert [field_of(metadata, path) for path in ("caption", "meta.text.en", "dotted.name")] == [
-        "a",
-        "b",
-        "c",
-    ]
+    assert [field_of(metadata, path) for path in ("caption", "meta.text.en", "dotted.name")] == ["a", "b", "c"]
     assert [field_of(metadata, path) for path in ("nothing", "caption.en", "meta.nothing.en")] == [None] * 3
 
 

@@ -59,11 +59,7 @@ def test_plain_colours_survive_every_lossless_format(format: str) -> None:
 
 
 def test_jpeg_is_read_and_cmyk_becomes_rgb() -> None:
-    _close(
-        _pixels(_encoded(Image.new("RGB", (8, 8), (40, 90, 200)), "JPEG", quality=95)),
-        [(40, 90, 200)] * 64,
-        3,
-    )
+    _close(_pixels(_encoded(Image.new("RGB", (8, 8), (40, 90, 200)), "JPEG", quality=95)), [(40, 90, 200)] * 64, 3)
     cmyk = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
     for format, tolerance in (("TIFF", 0), ("JPEG", 3)):
         _close(_pixels(_encoded(cmyk, format)), [(0, 255, 255)] * 64, tolerance)
@@ -106,10 +102,7 @@ def test_transparent_colours_of_palettes_grey_and_rgb_show_the_background() -> N
     half = [_over((9, 8, 7), 128), _over((255, 0, 0), 0), (0, 0, 255)]
     _close(_pixels(_encoded(palette, transparency=bytes([128, 0, 255]))), half, 1)
     _close(_pixels(_encoded(_image("L", [5, 6]), transparency=5)), [BACKGROUND, (6, 6, 6)])
-    _close(
-        _pixels(_encoded(_image("RGB", [(1, 2, 3), (4, 5, 6)]), transparency=(1, 2, 3))),
-        [BACKGROUND, (4, 5, 6)],
-    )
+    _close(_pixels(_encoded(_image("RGB", [(1, 2, 3), (4, 5, 6)]), transparency=(1, 2, 3))), [BACKGROUND, (4, 5, 6)])
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "I;16", "P"])

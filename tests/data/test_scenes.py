@@ -61,10 +61,7 @@ def test_every_word_occurs_and_none_is_rare() -> None:
         counts = Counter(thing[name] for thing in objects)
         assert set(counts) == set(vocabulary)
         assert min(counts.values()) > 0.4 * len(objects) / len(vocabulary)
-    for name, options in (
-        ("background", words.BACKGROUND_NAMES),
-        ("relation", (*words.RELATION_NAMES, None)),
-    ):
+    for name, options in (("background", words.BACKGROUND_NAMES), ("relation", (*words.RELATION_NAMES, None))):
         assert set(Counter(truth[name] for truth in sample)) == set(options)
     assert (len(words.SHAPES), len(words.COLORS), len(words.PLACES)) == (6, 8, 9)
     assert Counter(truth["num_objects"] for truth in sample)[2] == pytest.approx(0.25 * 1500, rel=0.15)

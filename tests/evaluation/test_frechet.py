@@ -32,8 +32,7 @@ def fit_gaussian(x: Tensor) -> Gaussian:
 
 def diagonal(mean: list[float], deviations: list[float]) -> Gaussian:
     return Gaussian(
-        torch.tensor(mean, dtype=torch.float64),
-        torch.tensor(deviations, dtype=torch.float64).square().diag(),
+        torch.tensor(mean, dtype=torch.float64), torch.tensor(deviations, dtype=torch.float64).square().diag()
     )
 
 
@@ -174,8 +173,5 @@ def test_distances_of_few_pictures_shrink_towards_the_limit() -> None:
 def test_there_is_no_interval_of_a_handful_of_pictures_or_of_two_files() -> None:
     x, y = features(19, 3), features(50, 3)
     none = {"fid_interval": None, "fid_infinity": None, "fid_infinity_interval": None}
-    for found in (
-        frechet_estimates(moments(x), moments(y)),
-        frechet_estimates(fit_gaussian(x), fit_gaussian(y)),
-    ):
+    for found in (frechet_estimates(moments(x), moments(y)), frechet_estimates(fit_gaussian(x), fit_gaussian(y))):
         assert found == none | {"fid": found["fid"]}

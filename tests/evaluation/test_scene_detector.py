@@ -186,13 +186,7 @@ def test_a_relation_between_wrong_objects_is_not_right() -> None:
 def test_a_missing_object_is_wrong_in_everything() -> None:
     _, truths = drawn(seed=2, count=10, split="val", size=32)
     rates = scored(torch.full((10, 3, 32, 32), 255, dtype=torch.uint8), truths)
-    assert (rates["shape"], rates["color"], rates["size"], rates["place"], rates["num_objects"]) == (
-        0,
-        0,
-        0,
-        0,
-        0,
-    )
+    assert (rates["shape"], rates["color"], rates["size"], rates["place"], rates["num_objects"]) == (0, 0, 0, 0, 0)
 
 
 def test_held_out_scenes_are_scored_apart() -> None:

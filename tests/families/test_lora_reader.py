@@ -28,11 +28,7 @@ from tests.stages.tiny_sd3 import tiny_sd3
 
 MODELS = {
     "unet": Adaptable(
-        {
-            "a.b.weight": torch.zeros(6, 4),
-            "a.conv.weight": torch.zeros(6, 4, 3, 3),
-            "a.norm.weight": torch.zeros(4),
-        },
+        {"a.b.weight": torch.zeros(6, 4), "a.conv.weight": torch.zeros(6, 4, 3, 3), "a.norm.weight": torch.zeros(4)},
         {
             "block_out_channels": [8],
             "layers_per_block": 1,

@@ -74,11 +74,7 @@ def members_of_bombs() -> dict[str, Members]:
         "frames.gif": animation(30_000, 4000),
         "strip.tif": _tiff(40_000),
     }
-    captions = {
-        "long": b"x" * (1 << 20),
-        "wide": "\U0001f600".encode() * (1 << 18),
-        "blank": b" " * (1 << 20),
-    }
+    captions = {"long": b"x" * (1 << 20), "wide": "\U0001f600".encode() * (1 << 18), "blank": b" " * (1 << 20)}
     values = {"deep": b"[" * (1 << 20), "digits": b'{"caption": ' + b"9" * (1 << 20) + b"}"}
     found: dict[str, Members] = {name: [(name, data), (f"{name[:-4]}.txt", b"t")] for name, data in images.items()}
     found |= {name: [(f"{name}.png", png()), (f"{name}.txt", text)] for name, text in captions.items()}

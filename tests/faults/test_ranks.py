@@ -217,8 +217,7 @@ def undisturbed(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(signal.SIGTERM, None, 75, "received SIGTERM; checkpoint saved", marks=pytest.mark.exhaustive),
         (signal.SIGKILL, 1, 82, "rank 1 of 2 was killed by SIGKILL"),
         pytest.param(
-            *(signal.SIGSTOP, 0, 82, "rank 0 of 2 is lost: it has sent nothing for 4 s"),
-            marks=pytest.mark.exhaustive,
+            *(signal.SIGSTOP, 0, 82, "rank 0 of 2 is lost: it has sent nothing for 4 s"), marks=pytest.mark.exhaustive
         ),
     ],
 )

@@ -74,12 +74,7 @@ def test_a_run_without_room_for_a_checkpoint_is_refused_before_its_first_step(
 def test_the_next_life_clears_away_what_a_killed_one_left(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, source=until(7, die))
-    for stale in (
-        "checkpoints/.tmp-step-00000010",
-        ".tmp-model",
-        ".tmp-old-model",
-        "samples/.tmp-step-00000003",
-    ):
+    for stale in ("checkpoints/.tmp-step-00000010", ".tmp-model", ".tmp-old-model", "samples/.tmp-step-00000003"):
         (tmp_path / stale / "ema").mkdir(parents=True)
         (tmp_path / stale / "ema" / "model.safetensors").write_bytes(b"half")
     (tmp_path / ".tmp-status.json").write_text("{")
@@ -87,11 +82,7 @@ def test_the_next_life_clears_away_what_a_killed_one_left(tmp_path: Path) -> Non
         stream.write('{"step": 7, "lo')
     run(tmp_path)
     assert not list(tmp_path.rglob(".tmp-*"))
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
-        7,
-        14,
-        20,
-    ]
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [7, 14, 20]
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])

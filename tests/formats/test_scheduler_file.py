@@ -6,15 +6,7 @@ import pytest
 from ldm_cli.errors import CheckpointError
 from ldm_cli.formats.scheduler_file import our_settings, read_scheduler, write_scheduler
 
-SOLVERS = (
-    "PNDM",
-    "DDIM",
-    "DDPM",
-    "EulerDiscrete",
-    "EulerAncestralDiscrete",
-    "DPMSolverMultistep",
-    "UniPCMultistep",
-)
+SOLVERS = ("PNDM", "DDIM", "DDPM", "EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep", "UniPCMultistep")
 
 
 def put_scheduler(folder, **content):

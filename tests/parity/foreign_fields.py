@@ -28,16 +28,13 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
-from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.autoencoder_tiny import AutoencoderTiny
-from ldm_cli.core.models.autoencoder_tiny_config import AutoencoderTinyConfig
 from ldm_cli.core.models.clip import CLIPModel, CLIPTextModel, CLIPVisionModel
 from ldm_cli.core.models.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from ldm_cli.core.models.clip_image_processor import CLIPImageProcessor
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.core.models.vq_model import VQModel
-from ldm_cli.core.models.vq_model_config import VQModelConfig
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.data.tokenizer_config import TokenizerConfig
 from tests.core.models.weights import randomise
@@ -63,14 +60,19 @@ def unet_predictions(content: Content) -> tuple[Tensor, Tensor]:
         return ours(sample, time, condition), theirs(sample, time, **their_conditions).sample
 
 
-def vae_images(content: Content) -> tuple[Any, Any]:
-    """Latents and reconstructions."""
-    ours = AutoencoderKL(AutoencoderKLConfig.from_hugging_face(content)).eval()
-    theirs = diffusers.AutoencoderKL.from_config(dict(content)).eval()
+def _codecs(kind: Any, content: Content) -> tuple[Any, Any, Tensor]:
+    """Our codec and theirs with the same random weights, and pictures."""
+    ours = kind(kind.config_class.from_hugging_face(content)).eval()
+    theirs = getattr(diffusers, kind.__name__).from_config(dict(content)).eval()
     randomise(theirs)
     ours.load_state_dict(theirs.state_dict())
     torch.manual_seed(0)
-    images = torch.rand(2, theirs.config.in_channels, 16, 16)
+    return ours, theirs, torch.rand(2, theirs.config.in_channels, 16, 16)
+
+
+def vae_images(content: Content) -> tuple[Any, Any]:
+    """Latents and reconstructions."""
+    ours, theirs, images = _codecs(AutoencoderKL, content)
     with torch.no_grad():
         mean = theirs.encode(images).latent_dist.mean
         shift, scale = theirs.config.shift_factor or 0.0, theirs.config.scaling_factor
@@ -81,12 +83,7 @@ def vae_images(content: Content) -> tuple[Any, Any]:
 
 def tiny_images(content: Content) -> tuple[Any, Any]:
     """Latents and reconstructions of the tiny autoencoder."""
-    ours = AutoencoderTiny(AutoencoderTinyConfig.from_hugging_face(content)).eval()
-    theirs = diffusers.AutoencoderTiny.from_config(dict(content)).eval()
-    randomise(theirs)
-    ours.load_state_dict(theirs.state_dict())
-    torch.manual_seed(0)
-    images = torch.rand(2, theirs.config.in_channels, 16, 16)
+    ours, theirs, images = _codecs(AutoencoderTiny, content)
     with torch.no_grad():
         latents = theirs.encode(images).latents
         found = torch.cat((ours.encode(images).flatten(), ours.decode(ours.encode(images)).flatten()))
@@ -96,12 +93,7 @@ def tiny_images(content: Content) -> tuple[Any, Any]:
 
 def quantized_images(content: Content) -> tuple[Any, Any]:
     """Latents and reconstructions of the autoencoder with a codebook."""
-    ours = VQModel(VQModelConfig.from_hugging_face(content)).eval()
-    theirs = diffusers.VQModel.from_config(dict(content)).eval()
-    randomise(theirs)
-    ours.load_state_dict(theirs.state_dict())
-    torch.manual_seed(0)
-    images = torch.rand(2, theirs.config.in_channels, 16, 16)
+    ours, theirs, images = _codecs(VQModel, content)
     with torch.no_grad():
         z = theirs.encode(images).latents
         scaled = z * theirs.config.scaling_factor
@@ -355,12 +347,7 @@ TINY_VAE = Foreign(
         "scaling_factor": [0.5],
     },
     refused={"upsample_fn": "bilinear", "upsampling_scaling_factor": 4, "shift_factor": 0.5},
-    harmless={
-        "latent_magnitude": 2,
-        "latent_shift": 0.25,
-        "force_upcast": True,
-        "block_out_channels": [16, 16],
-    },
+    harmless={"latent_magnitude": 2, "latent_shift": 0.25, "force_upcast": True, "block_out_channels": [16, 16]},
 )
 SIZES = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT_SIZES = {**SIZES, "vocab_size": 60, "max_position_embeddings": 8, "eos_token_id": 59}

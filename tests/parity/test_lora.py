@@ -19,6 +19,7 @@ from ldm_cli.families.lora_reader import read_lora
 from ldm_cli.families.open_family import open_family
 from ldm_cli.formats.lora_names import Adaptable
 from ldm_cli.formats.single_file_names import Place, to_file, unet_table
+from tests.parity.test_ip_adapter import inputs
 from tests.parity.their_pipeline import scheduler, their_folder
 from tests.parity.xl_pipeline import their_xl_folder
 
@@ -102,22 +103,9 @@ def apart(networks: Mapping[str, torch.nn.Module], pipeline: Any) -> dict[str, f
 
 
 def _unet_outputs(network: Any, their: Any) -> tuple[Tensor, Tensor]:
-    from ldm_cli.core.condition import Condition
-
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 4, 8, 8, generator=generator)
-    tokens = torch.randn(2, 7, their.config.cross_attention_dim, generator=generator)
-    added: dict[str, Tensor] = {}
-    condition = Condition(tokens=tokens)
-    if their.config.addition_embed_type == "text_time":
-        sizes = torch.tensor([[8.0, 8, 0, 0, 8, 8]] * 2)
-        width = their.config.projection_class_embeddings_input_dim - 6 * their.config.addition_time_embed_dim
-        pooled = torch.randn(2, width, generator=generator)
-        added = {"text_embeds": pooled, "time_ids": sizes}
-        condition = Condition(tokens=tokens, pooled=torch.cat([pooled, sizes], dim=1))
-    t = torch.tensor([500.0, 20.0])
+    x, t, condition, added = inputs(their)
     with torch.inference_mode():
-        expected = their(x, t, tokens, added_cond_kwargs=added or None).sample
+        expected = their(x, t, condition.tokens, added_cond_kwargs=added or None).sample
         return network(x, t, condition), expected
 
 

@@ -183,10 +183,7 @@ def test_file_of_stable_diffusion_1_is_read_with_each_samplers_own_spacing(tmp_p
 
 @pytest.mark.parametrize(
     "diffusion",
-    [
-        DiffusionConfig(),
-        DiffusionConfig(prediction_type="v_prediction", rescale_betas_zero_snr=True),
-    ],
+    [DiffusionConfig(), DiffusionConfig(prediction_type="v_prediction", rescale_betas_zero_snr=True)],
     ids=["epsilon", "zero-snr"],
 )
 def test_folder_that_we_write_opens_in_diffusers_and_gives_the_same_pictures(tmp_path, diffusion):

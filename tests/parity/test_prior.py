@@ -51,11 +51,7 @@ def test_the_prior_computes_what_theirs_does(seed: int) -> None:
     with torch.no_grad():
         found = ours(x, t.float(), condition)
         expected = theirs(
-            x,
-            t,
-            proj_embedding=condition.pooled,
-            encoder_hidden_states=condition.tokens,
-            attention_mask=condition.mask,
+            x, t, proj_embedding=condition.pooled, encoder_hidden_states=condition.tokens, attention_mask=condition.mask
         ).predicted_image_embedding
     assert_close(found, expected)
 

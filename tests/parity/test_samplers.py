@@ -74,8 +74,7 @@ def theirs(monkeypatch, name, network, noise, config, steps, spacing, offset, et
         output = network(scheduler.scale_model_input(x, t), t)
         if name == "ddpm":
             monkeypatch.setattr(
-                "diffusers.schedulers.scheduling_ddpm.randn_tensor",
-                lambda *args, step=i, **kwargs: step_noise(step),
+                "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *args, step=i, **kwargs: step_noise(step)
             )
         extra = {"eta": eta, "variance_noise": step_noise(i) if eta else None} if name == "ddim" else {}
         x = scheduler.step(output, t, x, **extra).prev_sample

@@ -65,11 +65,7 @@ def test_ids_equal_those_of_transformers(pad_token: str, files: str, tmp_path: P
         wrong = [texts[i][:40] for i in (found != expected).any(1).nonzero().flatten().tolist()]
         assert wrong == []
     assert (len(theirs), theirs.model_max_length) == (ours.vocab_size, 77)
-    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (
-        ours.start_id,
-        ours.end_id,
-        ours.pad_id,
-    )
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (ours.start_id, ours.end_id, ours.pad_id)
 
 
 def test_files_written_by_transformers_load(tmp_path: Path) -> None:

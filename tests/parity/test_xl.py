@@ -9,21 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
-from ldm_cli.core.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from ldm_cli.core.models.clip_config import CLIPTextConfig
-from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.errors import CheckpointError
 from ldm_cli.families.open_family import open_family, outline_family
 from ldm_cli.families.prompt_chunks import PromptReading
-from ldm_cli.recipe.load import load_recipe
-from ldm_cli.recipe.schema import TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.request import ImageRequest
 from tests.parity import test_editing as editing
 from tests.parity.their_pipeline import NEGATIVE, PROMPTS, latents
 from tests.parity.xl_pipeline import SCHEDULER, change, their_xl_folder
 from tests.sampling.tiny import loaded_pipeline
+from tests.stages.published_xl import published_models
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -132,15 +128,11 @@ def test_a_picture_is_worked_on_as_by_the_img2img_pipeline(
 def test_a_hole_is_filled_as_by_the_inpainting_pipeline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_channels: int
 ) -> None:
-    folder, hole = their_xl_folder(tmp_path, in_channels=in_channels), editing.mask()
+    folder = their_xl_folder(tmp_path, in_channels=in_channels)
     change(folder / "model_index.json", _class_name="StableDiffusionXLInpaintPipeline")
     module = diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_inpaint
     kind = diffusers.StableDiffusionXLInpaintPipeline
-    given = {"mask_image": hole[None, None].float(), "height": 16, "width": 16}
-    expected = editing.theirs(kind, folder, monkeypatch, module, "euler", 1.0, safety_checker=False, **given)
-    found = editing.ours(folder, "euler", 1.0, hole)
-    assert expected[:, :, hole].float().std() > 10, "flat pictures prove nothing"
-    assert (found.int() - expected.int())[:, :, hole].abs().max() <= 2
+    editing.assert_filled_alike(kind, folder, monkeypatch, module, "euler", 1.0, safety_checker=False)
 
 
 @pytest.mark.parametrize(
@@ -194,26 +186,16 @@ def shapes(module: torch.nn.Module) -> dict[str, torch.Size]:
 
 def test_the_published_networks_are_those_of_diffusers_and_transformers() -> None:
     """On the meta device: names, shapes and numbers of parameters."""
-    recipe, vae = load_recipe("unet/sdxl").recipe, load_recipe("vae/sd-vae").recipe
-    assert isinstance(recipe, TrainUnetRecipe)
-    assert isinstance(vae, TrainVaeRecipe)
-    sizes = {"num_hidden_layers": 12, "num_attention_heads": 12, "hidden_size": 768, "intermediate_size": 3072}
-    first = CLIPTextConfig(**sizes, projection_dim=768)
-    sizes = {"num_hidden_layers": 32, "num_attention_heads": 20, "hidden_size": 1280, "intermediate_size": 5120}
-    second = CLIPTextConfig(**sizes, projection_dim=1280, hidden_act="gelu")
+    counts = [2_567_463_684, 83_653_863, 123_060_480, 694_659_840]
     with torch.device("meta"):
-        pairs = [
-            (UNet2DConditionModel(recipe.model), diffusers.UNet2DConditionModel, recipe.model, 2_567_463_684),
-            (AutoencoderKL(vae.model), diffusers.AutoencoderKL, vae.model, 83_653_863),
-            (CLIPTextModel(first), transformers.CLIPTextModel, first, 123_060_480),
-            (CLIPTextModelWithProjection(second), transformers.CLIPTextModelWithProjection, second, 694_659_840),
-        ]
-        for found, kind, config, count in pairs:
-            mapping = config.to_hugging_face()
-            is_text = isinstance(config, CLIPTextConfig)
-            expected = kind(transformers.CLIPTextConfig(**mapping)) if is_text else kind.from_config(mapping)
+        for found, count in zip(published_models().values(), counts, strict=True):
+            mapping, name = found.config.to_hugging_face(), type(found).__name__
+            if isinstance(found.config, CLIPTextConfig):
+                expected = getattr(transformers, name)(transformers.CLIPTextConfig(**mapping))
+            else:
+                expected = getattr(diffusers, name).from_config(mapping)
             their_shapes = shapes(expected)
-            if kind is transformers.CLIPTextModel:
+            if name == "CLIPTextModel":
                 prefix = "text_model."
                 their_shapes = {prefix + n.removeprefix(prefix): shape for n, shape in their_shapes.items()}
             assert shapes(found) == their_shapes

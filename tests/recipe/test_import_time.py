@@ -64,12 +64,7 @@ def test_a_fault_in_a_recipe_is_named_without_torch(ldm: Ldm, tmp_path: Path, ol
 
 @pytest.mark.parametrize(
     ("command", "recipe"),
-    [
-        ("train-clip", "demo/clip"),
-        ("train-unet", "demo/unet"),
-        ("sample", "demo/sample.yaml"),
-        ("eval", "demo/eval"),
-    ],
+    [("train-clip", "demo/clip"), ("train-unet", "demo/unet"), ("sample", "demo/sample.yaml"), ("eval", "demo/eval")],
 )
 def test_an_unknown_key_on_the_command_line_is_refused_without_torch(ldm: Ldm, command: str, recipe: str) -> None:
     code, words, heavy = run(ldm, command, recipe, "unknown.field=1")
@@ -77,13 +72,6 @@ def test_an_unknown_key_on_the_command_line_is_refused_without_torch(ldm: Ldm, c
     assert words[-1].startswith("ldm: error: override 'unknown.field=1': unknown: unknown key")
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["check", *shipped_recipes()],
-        ["show", "demo/clip", "--resolved"],
-        ["schema"],
-    ],
-)
+@pytest.mark.parametrize("arguments", [["check", *shipped_recipes()], ["show", "demo/clip", "--resolved"], ["schema"]])
 def test_sound_recipes_are_checked_and_shown_without_torch(ldm: Ldm, arguments: list[str]) -> None:
     assert run(ldm, "recipe", *arguments) == (0, [], set())

@@ -68,16 +68,8 @@ ZOO = [
     ("steps: 10", "steps: 1_0", "r.yaml:7:10: train.steps: expected an integer, found text '1_0' (write 10)"),
     ("steps: 10", "steps: 0o10", "r.yaml:7:10: train.steps: expected an integer, found text '0o10'"),
     ("steps: 10", "steps: 12:30:00", "r.yaml:7:10: train.steps: expected an integer, found text '12:30:00'"),
-    (
-        "steps: 10",
-        "steps: 2020-01-01",
-        "r.yaml:7:10: train.steps: expected an integer, found text '2020-01-01'",
-    ),
-    (
-        "steps: 10",
-        "steps: 1e3",
-        "r.yaml:7:10: train.steps: expected an integer, found number 1000.0 (write 1000)",
-    ),
+    ("steps: 10", "steps: 2020-01-01", "r.yaml:7:10: train.steps: expected an integer, found text '2020-01-01'"),
+    ("steps: 10", "steps: 1e3", "r.yaml:7:10: train.steps: expected an integer, found number 1000.0 (write 1000)"),
     ("steps: 10", "steps: 2.5", "r.yaml:7:10: train.steps: expected an integer, found number 2.5"),
     ("steps: 10", "steps: true", "r.yaml:7:10: train.steps: expected an integer, found true"),
     ("steps: 10", "steps:", "r.yaml:7:9: train.steps: expected an integer, found null"),
@@ -111,11 +103,7 @@ ZOO = [
         "steps: 10\n  betas: [0.9, 0.9, 0.9]",
         "r.yaml:8:10: train.betas: expected at most 2 entries, found a list of 3",
     ),
-    (
-        "steps: 10",
-        "steps: 10\n  betas: [0.9, 2]",
-        "r.yaml:8:16: train.betas.1: expected at most 1, found integer 2",
-    ),
+    ("steps: 10", "steps: 10\n  betas: [0.9, 2]", "r.yaml:8:16: train.betas.1: expected at most 1, found integer 2"),
     (
         "shards: a.tar",
         "shards: 3",
@@ -133,11 +121,7 @@ ZOO = [
     ),
     ("name: tiny", "name: ../x", "r.yaml:2:7: name: expected text that matches"),
     ("vae: {}", "vae: 3", "r.yaml:5:6: vae: expected a mapping, found integer 3"),
-    (
-        "vae: {}",
-        "vae: {in_chanels: 3}",
-        "r.yaml:5:7: vae.in_chanels: unknown key (did you mean 'in_channels'?)",
-    ),
+    ("vae: {}", "vae: {in_chanels: 3}", "r.yaml:5:7: vae.in_chanels: unknown key (did you mean 'in_channels'?)"),
     (
         "batch_size: 4",
         "batch_size: 4\n  deterministic: elastic\n  micro_batch: 3",

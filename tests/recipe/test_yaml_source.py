@@ -76,12 +76,7 @@ def test_quotes_are_remembered() -> None:
     [
         ("a: 1\nb: 2\na: 3", 3, 1, "a: duplicate key, first given at line 1"),
         ("a: {b: 1, b: 2}", 1, 11, "a.b: duplicate key, first given at line 1"),
-        (
-            "a: !!python/object/apply:os.system [ls]",
-            1,
-            4,
-            "tag 'tag:yaml.org,2002:python/object/apply:os.system'",
-        ),
+        ("a: !!python/object/apply:os.system [ls]", 1, 4, "tag 'tag:yaml.org,2002:python/object/apply:os.system'"),
         ("a: !!str 5", 1, 4, "expected a plain value, found the tag"),
         ("a: &x 1", 1, 4, "found the anchor '&x'"),
         ("a: 1\nb: *x", 2, 4, "found the alias '*x'"),

@@ -10,16 +10,11 @@ from pathlib import Path
 import pytest
 
 from ldm_cli.data.scenes import write_scenes
-from ldm_cli.recipe.ar_recipe import TrainArRecipe
-from ldm_cli.recipe.prior_recipe import TrainPriorRecipe
-from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
-from ldm_cli.stages import precompute
-from ldm_cli.stages.support.options import RunOptions
 
 from ..sampling.tiny import tiny_pipeline
 from ..sampling.tiny_ar import save_tiny_model
-from ..stages.tiny import ar_recipe, clip_recipe, decoder_recipe, prior_recipe, trained, unet_recipe, vae_recipe
+from ..stages.tiny import ar_recipe, cached, clip_recipe, decoder_recipe, prior_recipe, trained, unet_recipe, vae_recipe
 from ..stages.tiny_sd3 import save_tiny_sd3, sd3_recipe
 from ..stages.tiny_xl import save_tiny_xl, xl_recipe
 from . import device
@@ -42,15 +37,10 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "sd3 cache": sd3_recipe(scenes, save_tiny_sd3(folder / "sd3")),
     }
     for name, recipe in recipes.items():
-        cached = TrainUnetRecipe.from_mapping(recipe | {"cache": str(folder / name)})
-        precompute.run(cached, RunOptions(device="cpu"), SilentReporter(), "fp32")
-    prior = TrainPriorRecipe.from_mapping(
-        prior_recipe(scenes, folder / "clip/model") | {"cache": str(folder / "prior cache")}
-    )
-    precompute.run(prior, RunOptions(device="cpu"), SilentReporter(), "fp32")
+        cached(recipe, folder / name, "fp32")
+    cached(prior_recipe(scenes, folder / "clip/model"), folder / "prior cache", "fp32")
     save_tiny_model(folder / "ar")
-    coded = TrainArRecipe.from_mapping(ar_recipe(scenes, folder / "ar/vq") | {"cache": str(folder / "codes")})
-    precompute.run(coded, RunOptions(device="cpu"), SilentReporter(), "fp32")
+    cached(ar_recipe(scenes, folder / "ar/vq"), folder / "codes", "fp32")
     return folder
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from ..stages.test_train_pixels import class_recipe, labelled
-from ..stages.tiny import losses, trained
 from . import worker as work
-from .test_steps import STEPS, TOUCHES
+from .test_steps import STEPS, TOUCHES, trained_on_both
 
 __all__ = ["labelled"]
 
@@ -21,10 +20,7 @@ def test_a_step_touches_the_host_for_its_batch_alone(
 ) -> None:
     recipe = class_recipe(labelled, parts / "clip/model" if has_text else None, **STEPS)
     recipe["samples"] |= {"num_prompts": 1}
-    rehearsed = worker.submit(work.train, recipe, tmp_path / "run", None).result()
-    assert rehearsed["touches"] == TOUCHES
-    trained(recipe, tmp_path / "on the CPU")
-    assert rehearsed["losses"] == pytest.approx(losses(tmp_path / "on the CPU"), rel=1e-6)
+    assert trained_on_both(recipe, worker, tmp_path)["touches"] == TOUCHES
     prompt = "a red circle" if has_text else "star"
     made = [worker.submit(work.sample, tmp_path / "on the CPU/model", prompt=prompt, steps=3) for _ in range(2)]
     assert made[1].result()["touches"] == []

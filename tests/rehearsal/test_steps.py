@@ -37,6 +37,14 @@ ADAPTERS = {"rank": 2, "targets": ["all"], "conv_rank": 2, "text_encoder": True,
 TOUCHES = ["send to_device.py:_sent"]
 
 
+def trained_on_both(recipe: Mapping[str, Any], worker: ProcessPoolExecutor, folder: Path) -> dict[str, Any]:
+    """Train on the device and on the CPU, with the same losses: what the device was touched for, and more."""
+    rehearsed: dict[str, Any] = worker.submit(work.train, recipe, folder / "run", None).result()
+    trained(recipe, folder / "on the CPU")
+    assert rehearsed["losses"] == pytest.approx(losses(folder / "on the CPU"), rel=1e-6)
+    return rehearsed
+
+
 def recipe_of(trainer: str, parts: Path, **train: Any) -> Mapping[str, Any]:
     train, scenes = STEPS | train, parts / "scenes"
     if trainer == "clip":
@@ -86,20 +94,14 @@ def recipe_of(trainer: str, parts: Path, **train: Any) -> Mapping[str, Any]:
 def test_a_step_touches_the_host_for_its_batch_alone(
     trainer: str, parts: Path, worker: ProcessPoolExecutor, tmp_path: Path
 ) -> None:
-    rehearsed = worker.submit(work.train, recipe_of(trainer, parts), tmp_path / "run", None).result()
-    assert rehearsed["touches"] == TOUCHES
-    trained(recipe_of(trainer, parts), tmp_path / "on the CPU")
-    assert rehearsed["losses"] == pytest.approx(losses(tmp_path / "on the CPU"), rel=1e-6)
+    assert trained_on_both(recipe_of(trainer, parts), worker, tmp_path)["touches"] == TOUCHES
 
 
 def test_figures_are_copied_once_for_a_line_and_read_with_the_next(
     parts: Path, worker: ProcessPoolExecutor, tmp_path: Path
 ) -> None:
-    recipe = recipe_of("vae", parts, steps=5, log_every=1)
-    rehearsed = worker.submit(work.train, recipe, tmp_path / "run", None).result()
+    rehearsed = trained_on_both(recipe_of("vae", parts, steps=5, log_every=1), worker, tmp_path)
     assert rehearsed["touches"] == ["fetch host_copy.py:host_copy", *TOUCHES]
-    trained(recipe, tmp_path / "on the CPU")
-    assert rehearsed["losses"] == pytest.approx(losses(tmp_path / "on the CPU"), rel=1e-6)
     assert len(rehearsed["losses"]) == 5
     assert rehearsed["lines_after_each_step"] == [0, 0, 1, 3, 3], "the save after step 3 waits"
 

@@ -91,14 +91,7 @@ def test_pictures_depend_on_seed_prompt_negative_prompt_guidance_steps_and_eta(p
 def test_requests_go_prompt_by_prompt_with_consecutive_seeds():
     config = SamplingConfig(images_per_prompt=3, seed=5)
     requests = requests_for(["a", "b"], config)
-    assert [(r.prompt, r.seed) for r in requests] == [
-        ("a", 5),
-        ("a", 6),
-        ("a", 7),
-        ("b", 5),
-        ("b", 6),
-        ("b", 7),
-    ]
+    assert [(r.prompt, r.seed) for r in requests] == [("a", 5), ("a", 6), ("a", 7), ("b", 5), ("b", 6), ("b", 7)]
 
 
 def test_given_latents_take_the_place_of_the_seeds_noise_in_the_order_of_the_requests(pipeline):

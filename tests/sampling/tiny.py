@@ -57,11 +57,7 @@ def randomize(module, seed):
 
 
 def tiny_tokenizer():
-    captions = [
-        "a small red circle at the top left",
-        "a blue square",
-        "a green triangle left of a red circle",
-    ]
+    captions = ["a small red circle at the top left", "a blue square", "a green triangle left of a red circle"]
     return Tokenizer.train(captions * 3, TokenizerConfig(vocab_size=600))
 
 

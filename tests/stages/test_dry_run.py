@@ -170,9 +170,7 @@ def test_frozen_models_count_as_weights_only() -> None:
     vae, clip = _save_parts()
     result = planned("train-unet", "vae=v", "text_encoder=c", UNET, *TRAIN)
     recipe = load_recipe(
-        None,
-        ["name=x", "data.shards=x", "vae=v", "text_encoder=c", UNET, *TRAIN],
-        expected_command="train-unet",
+        None, ["name=x", "data.shards=x", "vae=v", "text_encoder=c", UNET, *TRAIN], expected_command="train-unet"
     ).recipe
     assert isinstance(recipe, TrainUnetRecipe)
     unet = count_parameters(UNet2DConditionModel(recipe.unet))

@@ -78,10 +78,7 @@ def test_every_metric_is_measured_and_carries_its_provenance(home: Path, tmp_pat
         score = metrics["clip_score"][name]
         assert -1 <= score["mean_cosine"] <= 1
         assert score["clip_score"] == pytest.approx(40 * score["clipscore_hessel"])
-    assert (
-        metrics["clip_score"]["real"]["num_samples"],
-        metrics["clip_score"]["generated"]["num_samples"],
-    ) == (20, 6)
+    assert (metrics["clip_score"]["real"]["num_samples"], metrics["clip_score"]["generated"]["num_samples"]) == (20, 6)
     num_single = sum(scene(0, i, "val", 32).truth["num_objects"] == 1 for i in range(20))
     assert metrics["zero_shot"]["color"]["num_samples"] == num_single
     assert metrics["zero_shot"]["held out"]["num_samples"] == 20
@@ -326,11 +323,7 @@ def test_results_are_not_overwritten_unless_told(home: Path, tmp_path: Path) -> 
     with pytest.raises(OutputError, match=r"mine\.json"):
         run(recipe(home, ["reconstruction"]), RunOptions(device="cpu", out=target), SilentReporter())
     assert target.read_text() == "{}"
-    run(
-        recipe(home, ["reconstruction"]),
-        RunOptions(device="cpu", out=target, overwrite=True),
-        SilentReporter(),
-    )
+    run(recipe(home, ["reconstruction"]), RunOptions(device="cpu", out=target, overwrite=True), SilentReporter())
     assert "psnr" in target.read_text()
 
 

@@ -16,10 +16,9 @@ from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.stages.train_unet import parameters
-from tests.faults.runs import assert_same_run
 from tests.sampling.tiny import randomize
 
-from .tiny import lose_after, trained
+from .tiny import assert_resumes, trained
 from .tiny_sd3 import save_tiny_sd3, sd3_recipe, tiny_sd3
 
 
@@ -64,14 +63,11 @@ def test_a_lost_run_with_either_ends_in_the_same_weights_and_exports_no_projecti
     scenes: Path, parts: dict[str, str], clip: str, tmp_path: Path
 ) -> None:
     for name, patches in {"masked": {"left_out": 0.5}, "aligned": {"clip": clip, "aligned_block": 1}}.items():
-        own = recipe(scenes, parts, patches)
-        trained(own, tmp_path / name)
-        lose_after(2, own, tmp_path / f"{name}-lost")
-        trained(own, tmp_path / f"{name}-lost")
-        assert_same_run(tmp_path / name, tmp_path / f"{name}-lost", 4)
-        assert not (tmp_path / name / "model/projection").exists()
-        assert set(weights(tmp_path / name)) == set(tiny_sd3(has_t5=False).denoiser.state_dict())
-    assert '"alignment"' in (tmp_path / "aligned/metrics.jsonl").read_text()
+        run = tmp_path / name / "whole"
+        assert_resumes(recipe(scenes, parts, patches), tmp_path / name, 2)
+        assert not (run / "model/projection").exists()
+        assert set(weights(run)) == set(tiny_sd3(has_t5=False).denoiser.state_dict())
+    assert '"alignment"' in (run / "metrics.jsonl").read_text()
 
 
 def test_the_projection_counts_among_what_is_trained(scenes: Path, parts: dict[str, str], clip: str) -> None:

@@ -36,7 +36,7 @@ from tests.data.tars import png, write_tar
 
 from ..faults.runs import assert_same_run, metrics
 from ..training.forked import ForkedRanks
-from .tiny import clip_recipe, lose_after, trained, unet_recipe, vae_recipe
+from .tiny import cached, clip_recipe, lose_after, trained, unet_recipe, vae_recipe
 
 Parts = tuple[Path, Path, Path]
 
@@ -44,16 +44,6 @@ Parts = tuple[Path, Path, Path]
 @pytest.fixture
 def parts(scenes: Path, clip_run: Path, vae_run: Path) -> Parts:
     return scenes, clip_run / "model", vae_run / "model"
-
-
-def cached(
-    recipe: Mapping[str, Any], folder: Path, dtype: Any = None, reporter: SilentReporter | None = None, **options: Any
-) -> dict[str, Any]:
-    """The recipe with a cache, which is made."""
-    wanted = {**recipe, "cache": str(folder)}
-    chosen = RunOptions(device="cpu", **options)
-    precompute.run(TrainUnetRecipe.from_mapping(wanted), chosen, reporter or SilentReporter(), dtype)
-    return wanted
 
 
 def assert_a_cache_changes_nothing(recipe: Mapping[str, Any], folder: Path) -> None:

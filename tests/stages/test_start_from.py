@@ -28,9 +28,9 @@ from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages.dry_run import dry_run
 from ldm_cli.stages.support.start import freeze, frozen_names, resolve_start
 from ldm_cli.training import saving
-from tests.faults.runs import assert_same_run, metrics
+from tests.faults.runs import metrics
 
-from .tiny import RESNET, clip_recipe, lose_after, trained, unet_recipe, vae_recipe
+from .tiny import RESNET, assert_resumes, clip_recipe, lose_after, trained, unet_recipe, vae_recipe
 
 DECODER_ONLY = ["encoder.*", "quant_conv.*"]
 # A folder that a test changes on purpose has no list of its files.
@@ -127,10 +127,7 @@ def test_a_clip_with_its_image_tower_locked_that_is_killed_ends_the_same(
     train = {"steps": 5, "save_every": 2, "ema_decay": 0.5, "micro_batch": 4, "optimizer": "muon"}
     recipe = started(clip_recipe(scenes, **train), "clip", source, freeze=locked)
     del recipe["tokenizer"]
-    trained(recipe, tmp_path / "whole")
-    lose_after(2, recipe, tmp_path / "broken")
-    trained(recipe, tmp_path / "broken")
-    assert_same_run(tmp_path / "whole", tmp_path / "broken", 5)
+    assert_resumes(recipe, tmp_path, 2)
     moved = changed(source / "model", tmp_path / "whole/model")
     prefixes = tuple(pattern.removesuffix("*") for pattern in locked)
     assert any(name.startswith("text_model.") for name in moved)

@@ -18,15 +18,12 @@ from ldm_cli.errors import DataError, RecipeError
 from ldm_cli.families.autoregressive import Autoregressive
 from ldm_cli.families.open_family import open_family
 from ldm_cli.recipe.ar_recipe import TrainArRecipe
-from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.pipeline_of import pipeline_of
 from ldm_cli.sampling.request import requests_for
-from ldm_cli.stages import precompute
-from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.storage import file_sha256
 from tests.sampling.tiny_ar import save_tiny_vq
-from tests.stages.tiny import ar_recipe, lose_after, losses, trained
+from tests.stages.tiny import ar_recipe, cached, lose_after, losses, trained
 
 WEIGHTS = "model/transformer/model.safetensors"
 TOKENS = PictureTokens(text_length=5, image_token_offset=10, num_codes=4, grid=(1, 3), vq_sha256="x")
@@ -45,11 +42,6 @@ def run(scenes: Path, vq: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     out = tmp_path_factory.mktemp("ar") / "run"
     trained(ar_recipe(scenes, vq, lr=1e-2, ema_decay=0.9), out)
     return out
-
-
-def cached(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
-    precompute.run(TrainArRecipe.from_mapping(recipe), RunOptions(out=folder), SilentReporter())
-    return recipe | {"cache": str(folder)}
 
 
 def test_the_loss_of_each_part_is_the_cross_entropy_of_its_tokens() -> None:

@@ -16,26 +16,21 @@ from ldm_cli.core.models.clip_image_processor import CLIPImageProcessor
 from ldm_cli.core.models.clip_resnet import ModifiedResNet
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.loader import Loader
-from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError, InputNotFoundError
 from ldm_cli.formats.model_folder import load_model
 from ldm_cli.recipe.schema import TrainClipRecipe
-from ldm_cli.reporting import SilentReporter
-from ldm_cli.stages.support.training_run import Workbench
 from ldm_cli.stages.train_clip import CLIPTask
-from ldm_cli.training.run_folder import RunFolder
 
-from ..faults.runs import assert_same_run, tensors
-from .tiny import RESNET, VIT, clip_recipe, lose_after, losses, trained
+from ..faults.runs import tensors
+from .tiny import RESNET, VIT, assert_resumes, clip_recipe, losses, trained, workbench
 
 
 def task_and_batch(scenes: Path, path: Path, **changes: Any) -> tuple[CLIPTask, Batch]:
     recipe = TrainClipRecipe.from_mapping(clip_recipe(scenes, **changes))
-    shards = open_shards(recipe.data.shards, recipe.data, SilentReporter())
-    loader = Loader(shards, recipe.data, seed=0, batch_size=8)
     path.mkdir(exist_ok=True)
-    bench = Workbench(RunFolder(path, SilentReporter()), shards, (), torch.device("cpu"), SilentReporter())
+    bench = workbench(recipe, path)
+    loader = Loader(bench.shards, recipe.data, seed=0, batch_size=8)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         task = CLIPTask(recipe, bench)
@@ -148,11 +143,8 @@ def test_validation_is_in_evaluation_mode_and_changes_no_statistics(scenes: Path
 
 @pytest.mark.parametrize("vision", [VIT, RESNET], ids=["vit", "resnet"])
 def test_a_run_that_is_lost_and_continued_ends_the_same(scenes: Path, tmp_path: Path, vision: dict[str, Any]) -> None:
-    changes = {"vision": vision, "steps": 6, "ema_decay": 0.9, "micro_batch": 4, "save_every": 2}
-    trained(clip_recipe(scenes, **changes), tmp_path / "whole")
-    lose_after(4, clip_recipe(scenes, **changes), tmp_path / "broken")
-    trained(clip_recipe(scenes, **changes), tmp_path / "broken")
-    assert_same_run(tmp_path / "whole", tmp_path / "broken", 6)
+    recipe = clip_recipe(scenes, vision, steps=6, ema_decay=0.9, micro_batch=4, save_every=2)
+    assert_resumes(recipe, tmp_path, 4)
 
 
 def test_a_finished_run_touches_nothing(scenes: Path, tmp_path: Path) -> None:

@@ -16,17 +16,24 @@ from ldm_cli.families.open_family import open_family, resolve_model
 from ldm_cli.pictures.images import read_image, save_image
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
-from ldm_cli.stages import convert, precompute
+from ldm_cli.stages import convert
 from ldm_cli.stages.convert import ConvertOptions
 from ldm_cli.stages.dry_run import dry_run
 from ldm_cli.stages.support.image_prompt_task import ImagePromptTask
-from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.storage import file_sha256
-from tests.faults.runs import assert_same_run
 
 from .test_sample import draw
 from .test_train_pixels import pixel_recipe
-from .tiny import RESNET, clip_recipe, decoder_recipe, lose_after, prior_recipe, trained, unet_recipe
+from .tiny import (
+    RESNET,
+    assert_resumes,
+    cached,
+    clip_recipe,
+    decoder_recipe,
+    prior_recipe,
+    trained,
+    unet_recipe,
+)
 from .tiny_xl import save_tiny_xl, xl_recipe
 
 PLUS = {"kind": "plus", "num_tokens": 3, "width": 64}
@@ -67,10 +74,7 @@ def test_a_run_trains_an_adapter_and_leaves_its_model_alone(
 
 def test_a_lost_run_ends_in_the_same_bits(scenes: Path, unet_run: Path, clip_run: Path, tmp_path: Path) -> None:
     recipe = prompt_recipe(scenes, unet_run, clip_run / "model", PLUS, steps=6, save_every=3, ema_decay=0.9)
-    trained(recipe, tmp_path / "whole")
-    lose_after(3, recipe, tmp_path / "lost")
-    trained(recipe, tmp_path / "lost")
-    assert_same_run(tmp_path / "whole", tmp_path / "lost", 6)
+    assert_resumes(recipe, tmp_path, 3)
 
 
 @pytest.mark.parametrize("prompt", [{}, PLUS], ids=["base", "plus"])
@@ -79,9 +83,7 @@ def test_cached_embeddings_of_pictures_train_the_same_bits(
 ) -> None:
     recipe = prompt_recipe(scenes, unet_run, clip_run / "model", prompt, steps=2)
     recipe["data"]["flip_probability"] = 0.5
-    cached = recipe | {"cache": str(tmp_path / "cache")}
-    precompute.run(TrainUnetRecipe.from_mapping(cached), RunOptions(tmp_path / "cache"), SilentReporter())
-    for name, one in (("images", recipe), ("cache", cached)):
+    for name, one in (("images", recipe), ("cache", cached(recipe, tmp_path / "cache"))):
         trained(one, tmp_path / name)
     files = [tmp_path / name / "model/ip_adapter.safetensors" for name in ("images", "cache")]
     assert file_sha256(files[0]) == file_sha256(files[1])
@@ -92,12 +94,10 @@ def test_a_cache_is_stale_for_another_image_encoder_or_without_one(
 ) -> None:
     recipe = prompt_recipe(scenes, unet_run, clip_run / "model", steps=1) | {"cache": str(tmp_path / "cache")}
     plain = {name: value for name, value in recipe.items() if name != "image_prompt"}
-    precompute.run(TrainUnetRecipe.from_mapping(plain), RunOptions(tmp_path / "cache"), SilentReporter())
+    cached(plain, tmp_path / "cache")
     with pytest.raises(DataError, match="image_encoder was null and is"):
         trained(recipe, tmp_path / "run")
-    precompute.run(
-        TrainUnetRecipe.from_mapping(recipe), RunOptions(tmp_path / "cache", overwrite=True), SilentReporter()
-    )
+    cached(recipe, tmp_path / "cache", overwrite=True)
     recipe["image_prompt"] |= PLUS
     with pytest.raises(DataError, match=r'image_prompt\.kind was "base" and is "plus"'):
         trained(recipe, tmp_path / "run")

@@ -24,7 +24,7 @@ from ldm_cli.training.trainer import Trainer
 from tests.faults.runs import assert_same_run
 
 from .published_xl import write_published_xl
-from .tiny import lose_after, trained, unet_recipe
+from .tiny import assert_resumes, lose_after, trained, unet_recipe
 from .tiny_xl import save_tiny_xl, xl_recipe
 
 EVERYTHING = {
@@ -78,10 +78,7 @@ def test_a_run_trains_adapters_and_leaves_its_model_alone(scenes: Path, unet_run
 
 def test_a_lost_run_ends_in_the_same_bits(scenes: Path, unet_run: Path, tmp_path: Path) -> None:
     recipe = lora_recipe(scenes, unet_run, EVERYTHING, ema_decay=0.9)
-    trained(recipe, tmp_path / "whole")
-    lose_after(5, recipe, tmp_path / "lost")
-    trained(recipe, tmp_path / "lost")
-    assert_same_run(tmp_path / "whole", tmp_path / "lost", 12)
+    assert_resumes(recipe, tmp_path, 5)
 
 
 def test_all_networks_of_xl_are_adapted_in_half_precision_with_recomputed_layers(

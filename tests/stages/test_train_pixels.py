@@ -27,8 +27,7 @@ from ldm_cli.stages.support.batch_encoder import cache_key
 from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.stages.train_unet import parameters
 
-from ..faults.runs import assert_same_run
-from .tiny import lose_after, save_random_clip, trained, unet_recipe
+from .tiny import assert_resumes, save_random_clip, trained, unet_recipe
 from .tiny_sd3 import WIDTH, save_tiny_sd3
 
 CLASSES = ["circle", "square", "triangle", "star", "cross", "ring"]
@@ -137,10 +136,7 @@ def test_a_killed_run_on_pixels_with_classes_and_text_resumes_exactly(
     labelled: Path, clip_run: Path, tmp_path: Path
 ) -> None:
     recipe = class_recipe(labelled, clip_run / "model", steps=8, save_every=4, ema_decay=0.9)
-    trained(recipe, tmp_path / "whole")
-    lose_after(4, recipe, tmp_path / "killed")
-    trained(recipe, tmp_path / "killed")
-    assert_same_run(tmp_path / "whole", tmp_path / "killed", 8)
+    assert_resumes(recipe, tmp_path, 4)
 
 
 def test_classes_are_learnt_and_asked_for_by_name_or_number(labelled: Path, tmp_path: Path) -> None:

@@ -18,12 +18,10 @@ from ldm_cli.families.prior import open_prior
 from ldm_cli.formats.model_source import load_tensors
 from ldm_cli.recipe.prior_recipe import TrainPriorRecipe
 from ldm_cli.reporting import SilentReporter
-from ldm_cli.stages import precompute
-from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.storage import file_sha256
 
 from ..faults.runs import metrics
-from .tiny import clip_recipe, lose_after, losses, prior_recipe, trained
+from .tiny import cached, clip_recipe, lose_after, losses, prior_recipe, trained
 
 WEIGHTS = "model/prior/diffusion_pytorch_model.safetensors"
 TRAIN = {"lr": 1e-2, "ema_decay": 0.9}
@@ -34,11 +32,6 @@ def run(scenes: Path, clip_run: Path, tmp_path_factory: pytest.TempPathFactory) 
     out = tmp_path_factory.mktemp("prior") / "run"
     trained(prior_recipe(scenes, clip_run / "model", **TRAIN), out)
     return out
-
-
-def cached(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
-    precompute.run(TrainPriorRecipe.from_mapping(recipe), RunOptions(out=folder), SilentReporter())
-    return recipe | {"cache": str(folder)}
 
 
 def test_the_loss_falls_and_embeddings_are_compared_with_the_true_ones(run: Path) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ldm_cli.core.condition import Condition
 from ldm_cli.data.loader import Loader
-from ldm_cli.data.open_shards import open_shards
 from ldm_cli.errors import CheckpointError, RecipeError
 from ldm_cli.families.adapted import adaptable_models, adaptable_networks
 from ldm_cli.families.lora_reader import read_lora
@@ -24,14 +23,11 @@ from ldm_cli.stages.dry_run import dry_run
 from ldm_cli.stages.support.batch_encoder import cache_key
 from ldm_cli.stages.support.options import RunOptions, with_precision
 from ldm_cli.stages.support.start import resolve_start
-from ldm_cli.stages.support.training_run import Workbench
 from ldm_cli.stages.train_unet import DenoiserTask
-from ldm_cli.training.run_folder import RunFolder
 from ldm_cli.training.running_statistics import RunningStatistics
 
-from ..faults.runs import assert_same_run
 from .test_precompute import assert_a_cache_changes_nothing
-from .tiny import lose_after, losses, trained, unet_recipe
+from .tiny import assert_resumes, losses, trained, unet_recipe, workbench
 from .tiny_sd3 import save_tiny_sd3, sd3_recipe, tiny_sd3
 from .tiny_xl import save_tiny_xl
 
@@ -92,10 +88,7 @@ def test_training_from_a_cache_gives_the_same_weights_and_losses(
 
 def test_a_lost_run_ends_in_the_same_weights(scenes: Path, parts: dict[str, str], tmp_path: Path) -> None:
     recipe = sd3_recipe(scenes, parts, {"encoder_dropout": 0.464}, steps=4, save_every=2, ema_decay=0.9)
-    trained(recipe, tmp_path / "whole")
-    lose_after(2, recipe, tmp_path / "broken")
-    trained(recipe, tmp_path / "broken")
-    assert_same_run(tmp_path / "whole", tmp_path / "broken", 4)
+    assert_resumes(recipe, tmp_path, 2)
 
 
 def test_a_run_begins_at_a_folder_and_trains_what_is_not_frozen(
@@ -126,10 +119,7 @@ def test_adapters_of_the_transformer_are_trained_resumed_and_read_by_diffusers(
     recipe = sd3_recipe(scenes, {}, steps=4, save_every=2, lr=1e-2)
     recipe = {name: value for name, value in recipe.items() if name not in ("vae", "text_encoder", "transformer")}
     recipe |= {"start_from": str(Path(parts["vae"]).parent), "diffusion": {}, "lora": {"rank": 2, "targets": ["all"]}}
-    trained(recipe, tmp_path / "whole")
-    lose_after(2, recipe, tmp_path / "broken")
-    trained(recipe, tmp_path / "broken")
-    assert_same_run(tmp_path / "whole", tmp_path / "broken", 4)
+    assert_resumes(recipe, tmp_path, 2)
     family = open_family(Path(parts["vae"]).parent)
     models = adaptable_models(adaptable_networks(family))
     folder = tmp_path / "whole/model"
@@ -152,9 +142,8 @@ def test_adapters_of_the_transformer_are_trained_resumed_and_read_by_diffusers(
 
 def make_task(recipe: dict[str, Any], path: Path) -> tuple[DenoiserTask, Loader]:
     config = with_precision(TrainUnetRecipe.from_mapping(recipe), RunOptions(device="cpu"))
-    shards = open_shards(config.data.shards, config.data, SilentReporter())
-    bench = Workbench(RunFolder(path, SilentReporter()), shards, (), torch.device("cpu"), SilentReporter())
-    return DenoiserTask(config, bench), Loader(shards, config.data, seed=0, batch_size=32)
+    bench = workbench(config, path)
+    return DenoiserTask(config, bench), Loader(bench.shards, config.data, seed=0, batch_size=32)
 
 
 def conditions_seen(recipe: dict[str, Any], path: Path) -> tuple[Condition, Condition, Condition]:

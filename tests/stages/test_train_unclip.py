@@ -20,15 +20,14 @@ from ldm_cli.families.unclip import UnCLIP, our_noising
 from ldm_cli.pictures.provenance import recipe_of, repeatable_provenance
 from ldm_cli.recipe.cascade_recipe import CascadeRecipe
 from ldm_cli.recipe.sample_recipe import SampleRecipe
-from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
-from ldm_cli.stages import cascade, convert, precompute, sample
+from ldm_cli.stages import cascade, convert, sample
 from ldm_cli.stages.convert import ConvertOptions
 from ldm_cli.stages.support.options import RunOptions
 from ldm_cli.storage import file_sha256
 
 from ..faults.runs import metrics
-from .tiny import clip_recipe, decoder_recipe, lose_after, losses, prior_recipe, trained
+from .tiny import cached, clip_recipe, decoder_recipe, lose_after, losses, prior_recipe, trained
 
 WEIGHTS = "model/unet/diffusion_pytorch_model.safetensors"
 TRAIN = {"lr": 5e-3, "ema_decay": 0.9}
@@ -132,8 +131,7 @@ def test_a_cache_with_embeddings_changes_nothing_and_is_stale_when_the_clip_chan
     decoder: Path, scenes: Path, clip_run: Path, vae_run: Path, tmp_path: Path
 ) -> None:
     recipe = decoder_recipe(scenes, clip_run / "model", vae_run / "model", **TRAIN)
-    precompute.run(TrainUnetRecipe.from_mapping(recipe), RunOptions(out=tmp_path / "cache"), SilentReporter())
-    recipe["cache"] = str(tmp_path / "cache")
+    recipe = cached(recipe, tmp_path / "cache")
     trained(recipe, tmp_path / "run")
     assert file_sha256(tmp_path / "run" / WEIGHTS) == file_sha256(decoder / WEIGHTS)
     trained(clip_recipe(scenes, steps=1) | {"seed": 9}, tmp_path / "other")

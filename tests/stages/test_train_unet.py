@@ -25,15 +25,13 @@ from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.request import ImageRequest
-from ldm_cli.stages.support.training_run import Workbench
 from ldm_cli.stages.train_unet import DenoiserTask
 from ldm_cli.training.distributed import joined
-from ldm_cli.training.run_folder import RunFolder
 
 from ..faults.runs import assert_same_run, metrics, status
 from ..sampling.tiny import loaded_pipeline
 from ..training.forked import ForkedRanks
-from .tiny import lose_after, losses, trained, unet_recipe, vae_recipe
+from .tiny import assert_resumes, lose_after, losses, trained, unet_recipe, vae_recipe, workbench
 
 CPU = torch.device("cpu")
 
@@ -47,8 +45,7 @@ def parts(scenes: Path, clip_run: Path, vae_run: Path) -> tuple[Path, Path, Path
 def make_task(parts: tuple[Path, Path, Path], path: Path, **changes: Any) -> tuple[DenoiserTask, Loader]:
     recipe = TrainUnetRecipe.from_mapping(unet_recipe(*parts, **changes))
     shards = open_shards(recipe.data.shards, recipe.data, SilentReporter())
-    held_out = tuple(Loader(shards, recipe.data, seed=5, batch_size=4).batches(0, 2))
-    bench = Workbench(RunFolder(path, SilentReporter()), shards, held_out, CPU, SilentReporter())
+    bench = workbench(recipe, path, tuple(Loader(shards, recipe.data, seed=5, batch_size=4).batches(0, 2)))
     with torch.random.fork_rng():
         torch.manual_seed(1)
         task = DenoiserTask(recipe, bench)
@@ -244,10 +241,7 @@ def test_a_run_that_is_lost_and_continued_ends_the_same(
     parts: tuple[Path, Path, Path], tmp_path: Path, precision: str
 ) -> None:
     recipe = unet_recipe(*parts, steps=7, save_every=3, ema_decay=0.9, precision=precision)
-    trained(recipe, tmp_path / "whole")
-    lose_after(3, recipe, tmp_path / "broken")
-    trained(recipe, tmp_path / "broken")
-    assert_same_run(tmp_path / "whole", tmp_path / "broken", 7)
+    assert_resumes(recipe, tmp_path, 3)
 
 
 @pytest.mark.slow

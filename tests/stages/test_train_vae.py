@@ -25,13 +25,11 @@ from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.schema import TrainVaeRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages.dry_run import dry_run
-from ldm_cli.stages.support.training_run import Workbench
 from ldm_cli.stages.train_vae import VAETask
 from ldm_cli.training.failures import MAX_ATTEMPTS
-from ldm_cli.training.run_folder import RunFolder
 
-from ..faults.runs import assert_same_run, metrics, tensors
-from .tiny import RESNET, clip_recipe, lose_after, losses, trained, vae_recipe
+from ..faults.runs import metrics, tensors
+from .tiny import RESNET, assert_resumes, clip_recipe, losses, trained, vae_recipe, workbench
 
 CPU = torch.device("cpu")
 ADVERSARIAL = {
@@ -44,11 +42,11 @@ ADVERSARIAL = {
 
 def make_task(path: Path, mapping: dict[str, Any]) -> tuple[VAETask, Loader]:
     recipe = TrainVaeRecipe.from_mapping(mapping)
-    shards = open_shards(recipe.data.shards, recipe.data, SilentReporter())
+    bench = workbench(recipe, path)
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        task = VAETask(recipe, Workbench(RunFolder(path, SilentReporter()), shards, (), CPU, SilentReporter()))
-    return task, Loader(shards, recipe.data, seed=0, batch_size=8, with_captions=False)
+        task = VAETask(recipe, bench)
+    return task, Loader(bench.shards, recipe.data, seed=0, batch_size=8, with_captions=False)
 
 
 def training_latents(model: Path, scenes: Path) -> Tensor:
@@ -128,19 +126,9 @@ def test_a_perceptual_adversarial_run_that_is_lost_ends_the_same(
     """Killed before the discriminator has started, and once more when it has."""
     loss = {**ADVERSARIAL, "perceptual_weight": 0.3, "perceptual_clip": str(clip_run / "model")}
     recipe = vae_recipe(scenes, loss=loss, steps=7, save_every=2, log_every=3, ema_decay=0.9, precision=precision)
-    trained(recipe, tmp_path / "whole")
-    lose_after(2, recipe, tmp_path / "broken")
-    lose_after(4, recipe, tmp_path / "broken")
-    trained(recipe, tmp_path / "broken")
-    assert_same_run(tmp_path / "whole", tmp_path / "broken", 7)
+    assert_resumes(recipe, tmp_path, 2, 4)
     first, second, _ = metrics(tmp_path / "whole")
-    assert {
-        "perceptual",
-        "adversarial",
-        "discriminator",
-        "adaptive_weight",
-        "grad_norm/discriminator",
-    } <= second.keys()
+    assert {"perceptual", "adversarial", "discriminator", "adaptive_weight", "grad_norm/discriminator"} <= second.keys()
     # Step 3 alone has the term; hinge losses start about 1, a mean over three steps would be a third of that.
     assert 0.5 < first["discriminator"] < 2
     state = tensors(tmp_path / "whole", 7)

@@ -12,7 +12,7 @@ import torch
 from ldm_cli.core.codebook import grid_codes
 from ldm_cli.core.models.vq_model import VQModel
 from ldm_cli.core.pixels import to_signed
-from ldm_cli.data.loader import Loader, sequential_batches
+from ldm_cli.data.loader import sequential_batches
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.errors import CheckpointError, RecipeError
 from ldm_cli.formats.model_folder import load_model
@@ -25,12 +25,10 @@ from ldm_cli.stages import convert, evaluate
 from ldm_cli.stages.convert import ConvertOptions
 from ldm_cli.stages.dry_run import dry_run
 from ldm_cli.stages.support.options import RunOptions
-from ldm_cli.stages.support.training_run import Workbench
-from ldm_cli.stages.train_vae import VAETask
-from ldm_cli.training.run_folder import RunFolder
 
-from ..faults.runs import assert_same_run, metrics, tensors
-from .tiny import lose_after, losses, trained, unet_recipe, vq_recipe
+from ..faults.runs import metrics, tensors
+from .test_train_vae import make_task
+from .tiny import assert_resumes, losses, trained, unet_recipe, vq_recipe
 
 CPU = torch.device("cpu")
 WEIGHT = "quantize.embedding.weight"
@@ -100,11 +98,7 @@ def test_a_run_that_is_lost_ends_in_the_same_bits(scenes: Path, tmp_path: Path, 
     codebook |= {"levels": [2, 2, 2, 2]} if kind == "fsq" else {"restart_below": 0.6} if kind == "ema" else {}
     loss = {"adversarial_weight": 0.5, "discriminator_channels": 8, "discriminator_layers": 2}
     recipe = vq_recipe(scenes, codebook, loss=loss, steps=7, save_every=2, log_every=3, ema_decay=0.9, micro_batch=4)
-    trained(recipe, tmp_path / "whole")
-    lose_after(2, recipe, tmp_path / "broken")
-    lose_after(4, recipe, tmp_path / "broken")
-    trained(recipe, tmp_path / "broken")
-    assert_same_run(tmp_path / "whole", tmp_path / "broken", 7)
+    assert_resumes(recipe, tmp_path, 2, 4)
     state = tensors(tmp_path / "whole", 7)
     model = read_tensors(tmp_path / "whole/model/diffusion_pytorch_model.safetensors")
     statistics = [name for name in state if "auxiliary.codebook." in name]
@@ -117,10 +111,8 @@ def test_a_run_that_is_lost_ends_in_the_same_bits(scenes: Path, tmp_path: Path, 
 def test_a_batch_in_parts_restarts_codes_at_the_vectors_of_the_whole_batch(
     scenes: Path, tmp_path: Path, num_parts: int
 ) -> None:
-    recipe = TrainVaeRecipe.from_mapping(vq_recipe(scenes))
-    shards = open_shards(recipe.data.shards, recipe.data, SilentReporter())
-    task = VAETask(recipe, Workbench(RunFolder(tmp_path, SilentReporter()), shards, (), CPU, SilentReporter()))
-    batch = next(Loader(shards, recipe.data, seed=0, batch_size=8, with_captions=False).batches(0, 1))
+    task, loader = make_task(tmp_path, vq_recipe(scenes))
+    batch = next(loader.batches(0, 1))
     codebook = task.auxiliary["codebook"]
     found = []
     for parts in (1, num_parts):

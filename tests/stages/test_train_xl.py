@@ -22,15 +22,12 @@ from ldm_cli.stages.dry_run import dry_run
 from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
 from ldm_cli.stages.support.options import RunOptions, with_precision
 from ldm_cli.stages.support.start import resolve_start
-from ldm_cli.stages.support.training_run import Workbench
 from ldm_cli.stages.train_unet import DenoiserTask
-from ldm_cli.training.run_folder import RunFolder
 from tests.data.tars import png, write_tar
 
-from ..faults.runs import assert_same_run
-from .test_precompute import assert_a_cache_changes_nothing, cached
+from .test_precompute import assert_a_cache_changes_nothing
 from .test_preview_vae import tiny_autoencoder
-from .tiny import lose_after, trained
+from .tiny import assert_resumes, cached, trained, workbench
 from .tiny_xl import encoder, save_tiny_xl, xl_recipe
 
 
@@ -42,9 +39,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def make_task(recipe: dict[str, Any], path: Path) -> tuple[DenoiserTask, Loader]:
     config = TrainUnetRecipe.from_mapping(recipe)
-    shards = open_shards(config.data.shards, config.data, SilentReporter())
-    bench = Workbench(RunFolder(path, SilentReporter()), shards, (), torch.device("cpu"), SilentReporter())
-    return DenoiserTask(config, bench), Loader(shards, config.data, seed=0, batch_size=8)
+    bench = workbench(config, path)
+    return DenoiserTask(config, bench), Loader(bench.shards, config.data, seed=0, batch_size=8)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 1.0])
@@ -102,10 +98,7 @@ def test_training_from_a_cache_gives_the_same_weights_and_losses(
 
 def test_a_lost_run_ends_in_the_same_weights(scenes: Path, parts: dict[str, str], tmp_path: Path) -> None:
     recipe = xl_recipe(scenes, parts, steps=4, save_every=2)
-    trained(recipe, tmp_path / "whole")
-    lose_after(2, recipe, tmp_path / "broken")
-    trained(recipe, tmp_path / "broken")
-    assert_same_run(tmp_path / "whole", tmp_path / "broken", 4)
+    assert_resumes(recipe, tmp_path, 2)
 
 
 def test_a_run_begins_at_a_folder_with_both_of_its_text_encoders(

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ldm_cli.core.models.clip import CLIPModel
 from ldm_cli.core.models.clip_config import CLIPConfig
+from ldm_cli.data.batch import Batch
+from ldm_cli.data.open_shards import open_shards
 from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS
@@ -18,9 +21,12 @@ from ldm_cli.recipe.ar_recipe import TrainArRecipe
 from ldm_cli.recipe.prior_recipe import TrainPriorRecipe
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.reporting import Reporter, SilentReporter
-from ldm_cli.stages import train_ar, train_clip, train_prior, train_unet, train_vae
+from ldm_cli.stages import precompute, train_ar, train_clip, train_prior, train_unet, train_vae
 from ldm_cli.stages.support.options import RunOptions
+from ldm_cli.stages.support.training_run import Workbench
 from ldm_cli.training.run_folder import RunFolder
+
+from ..faults.runs import assert_same_run
 
 _TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 VIT = {**_TOWER, "image_size": 32, "patch_size": 8}
@@ -64,10 +70,7 @@ def vae_recipe(
         "latent_channels": 3,
         "mid_block_add_attention": False,
     }
-    return _base("train-vae", scenes, data or {}, train) | {
-        "vae": model | dict(vae or {}),
-        "loss": dict(loss or {}),
-    }
+    return _base("train-vae", scenes, data or {}, train) | {"vae": model | dict(vae or {}), "loss": dict(loss or {})}
 
 
 def vq_recipe(scenes: Path, codebook: Mapping[str, Any] | None = None, **given: Any) -> dict[str, Any]:
@@ -142,6 +145,23 @@ def trained(
     return result
 
 
+def workbench(recipe: Any, path: Path, held_out: tuple[Batch, ...] = ()) -> Workbench:
+    """What the task of a parsed recipe works with."""
+    shards = open_shards(recipe.data.shards, recipe.data, SilentReporter())
+    return Workbench(RunFolder(path, SilentReporter()), shards, held_out, torch.device("cpu"), SilentReporter())
+
+
+def cached(
+    recipe: Mapping[str, Any], folder: Path, dtype: Any = None, reporter: Reporter | None = None, **options: Any
+) -> dict[str, Any]:
+    """The recipe with a cache, which is made."""
+    wanted = {**recipe, "cache": str(folder)}
+    schema, _ = _STAGES[recipe["command"]]
+    chosen = RunOptions(device="cpu", **options)
+    precompute.run(schema.from_mapping(wanted), chosen, reporter or SilentReporter(), dtype)
+    return wanted
+
+
 def losses(run: Path) -> list[float]:
     """The logged losses."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -178,3 +198,12 @@ def lose_after(step: int, recipe: Mapping[str, Any], out: Path, **options: Any) 
         patch.setattr(RunFolder, "status", status)
         with pytest.raises(Lost):
             trained(recipe, out, **options)
+
+
+def assert_resumes(recipe: Mapping[str, Any], folder: Path, *lost_after: int) -> None:
+    """A run that is lost after the checkpoints of some steps ends in the same bits as `whole` in the folder."""
+    trained(recipe, folder / "whole")
+    for step in lost_after:
+        lose_after(step, recipe, folder / "broken")
+    trained(recipe, folder / "broken")
+    assert_same_run(folder / "whole", folder / "broken", recipe["train"]["steps"])

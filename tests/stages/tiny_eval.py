@@ -74,12 +74,7 @@ def recipe(home: Path, metrics: list[str], data: dict[str, Any] | None = None, *
         "batch_size": 7,
         "sampling": {"steps": 2, "guidance": 1.0},
         "zero_shot": [
-            {
-                "name": "color",
-                "label": "json:color",
-                "classes": words.COLOR_NAMES,
-                "templates": ["a {} circle", "{}"],
-            },
+            {"name": "color", "label": "json:color", "classes": words.COLOR_NAMES, "templates": ["a {} circle", "{}"]},
             {"name": "held out", "label": "json:num_objects", "classes": ["none", "one", "two"]},
         ],
     }

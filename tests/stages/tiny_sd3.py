@@ -13,13 +13,10 @@ from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.models.autoencoder_kl import AutoencoderKL
 from ldm_cli.core.models.autoencoder_kl_config import AutoencoderKLConfig
 from ldm_cli.core.models.clip import CLIPTextModelWithProjection
-from ldm_cli.core.models.clip_config import CLIPTextConfig
 from ldm_cli.core.models.sd3_transformer_2d import SD3Transformer2DModel
 from ldm_cli.core.models.sd3_transformer_2d_config import SD3Transformer2DConfig
 from ldm_cli.core.models.t5_encoder import T5EncoderModel
 from ldm_cli.core.models.t5_encoder_config import T5EncoderConfig
-from ldm_cli.data.tokenizer import Tokenizer
-from ldm_cli.data.tokenizer_config import TokenizerConfig
 from ldm_cli.data.unigram_tokenizer import UnigramTokenizer
 from ldm_cli.families.clip_t5_encoder import CLIPT5Encoder, T5TextEncoder
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
@@ -28,6 +25,7 @@ from ldm_cli.formats.scheduler_file import our_settings
 
 from ..sampling.tiny import randomize
 from .tiny import unet_recipe, vae_recipe
+from .tiny_xl import encoder
 
 WIDTH = 28
 """Of T5; the towers have 8 and 16."""
@@ -48,20 +46,7 @@ TRANSFORMER = {
 
 
 def tower(pad: str, second: bool) -> CLIPTextEncoder:
-    learnt = Tokenizer.train(["a red circle", "a blue square"], TokenizerConfig(vocab_size=540))
-    tokenizer = Tokenizer(learnt._vocab, learnt._merges, pad)
-    config = CLIPTextConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=16 if second else 8,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=12,
-        projection_dim=12 if second else 10,
-        bos_token_id=tokenizer.start_id,
-        eos_token_id=tokenizer.end_id,
-    )
-    return CLIPTextEncoder(randomize(CLIPTextModelWithProjection(config), 7 + second), tokenizer, is_penultimate=True)
+    return encoder(pad, second, CLIPTextModelWithProjection, 12 if second else 10)
 
 
 def tiny_t5_tokenizer() -> UnigramTokenizer:

@@ -31,7 +31,8 @@ SIZES = {
 }
 
 
-def encoder(pad: str, second: bool) -> CLIPTextEncoder:
+def encoder(pad: str, second: bool, kind: Any = None, projection_dim: int = 12) -> CLIPTextEncoder:
+    """A text tower; `kind` is that of Stable Diffusion XL unless it is given."""
     learnt = Tokenizer.train(["a red circle", "a blue square"], TokenizerConfig(vocab_size=540))
     tokenizer = Tokenizer(learnt._vocab, learnt._merges, pad)
     config = CLIPTextConfig(
@@ -41,12 +42,12 @@ def encoder(pad: str, second: bool) -> CLIPTextEncoder:
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=12,
-        projection_dim=12,
+        projection_dim=projection_dim,
         bos_token_id=tokenizer.start_id,
         eos_token_id=tokenizer.end_id,
     )
-    model = (CLIPTextModelWithProjection if second else CLIPTextModel)(config)
-    return CLIPTextEncoder(randomize(model, 7 + second), tokenizer, is_penultimate=True)
+    kind = kind or (CLIPTextModelWithProjection if second else CLIPTextModel)
+    return CLIPTextEncoder(randomize(kind(config), 7 + second), tokenizer, is_penultimate=True)
 
 
 def save_tiny_xl(folder: Path) -> dict[str, str]:

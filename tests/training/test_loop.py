@@ -27,18 +27,12 @@ from ldm_cli.training.optim import learning_rate
 from ldm_cli.training.run_folder import RunFolder, environment
 from ldm_cli.training.run_identity import recipe_changes
 
+from ..faults.runs import die, until
 from .toy import ToyTask, batches
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(
-    steps=30,
-    batch_size=12,
-    lr=1e-2,
-    warmup_steps=3,
-    ema_decay=0.9,
-    log_every=7,
-    save_every=5,
-    validate_every=11,
+    steps=30, batch_size=12, lr=1e-2, warmup_steps=3, ema_decay=0.9, log_every=7, save_every=5, validate_every=11
 )
 
 
@@ -54,18 +48,6 @@ def run(
     with RunFolder(path, SilentReporter()) as folder, StopRequest(max_seconds) as stop:
         train(task, source, config, folder, SilentReporter(), device=CPU, stop=stop, start=start)
     return task
-
-
-def killed_at(
-    step: int, how: type[BaseException] = KeyboardInterrupt
-) -> Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]:
-    def source(start: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for index, batch in enumerate(batches(start, end), start=start):
-            if index == step:
-                raise how
-            yield batch
-
-    return source
 
 
 def figures(path: Path) -> list[dict[str, float]]:
@@ -89,7 +71,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 def test_resume_equals_uninterrupted_run(tmp_path: Path, step: int) -> None:
     run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "broken", source=killed_at(step))
+        run(tmp_path / "broken", source=until(step, die))
     resumed = run(tmp_path / "broken")
     assert resumed.seen[0] == step // 5 * 5 + 1, "more than save_every steps were recomputed"
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
@@ -210,7 +192,7 @@ def test_a_signal_saves_and_the_next_life_ends_the_same(tmp_path: Path, number: 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "broken", source=killed_at(13))
+        run(tmp_path / "broken", source=until(13, die))
     weights = tmp_path / "broken/checkpoints" / checkpoint_name(10) / "model/model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -223,7 +205,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
 
 def test_no_usable_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, source=killed_at(6))
+        run(tmp_path, source=until(6, die))
     (tmp_path / "checkpoints" / checkpoint_name(5) / "manifest.json").write_text("")
     with pytest.raises(CheckpointError, match="all 1 are damaged"):
         run(tmp_path)
@@ -231,10 +213,7 @@ def test_no_usable_checkpoint_is_an_error(tmp_path: Path) -> None:
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     run(tmp_path)
-    assert [p.name for p in checkpoints(tmp_path / "checkpoints")] == [
-        checkpoint_name(25),
-        checkpoint_name(30),
-    ]
+    assert [p.name for p in checkpoints(tmp_path / "checkpoints")] == [checkpoint_name(25), checkpoint_name(30)]
     assert not list(tmp_path.rglob(".tmp-*"))
 
 

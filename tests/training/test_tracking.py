@@ -24,6 +24,7 @@ from ldm_cli.training.loop import train
 from ldm_cli.training.mirror import TrackerName
 from ldm_cli.training.run_folder import RunFolder
 
+from ..faults.runs import die, until
 from .toy import ToyTask, batches
 
 PICTURE = (3, 200, 77)
@@ -48,16 +49,6 @@ def run(path: Path, name: TrackerName, source: Any = batches) -> list[str]:
         folder.warn = said.append  # type: ignore[method-assign]
         train(PaintingTask(), source, config, folder, SilentReporter(), device=torch.device("cpu"), stop=stop)
     return said
-
-
-def broken_at(step: int) -> Any:
-    def source(start: int, end: int) -> Iterator[Any]:
-        for index, batch in enumerate(batches(start, end), start=start):
-            if index == step:
-                raise KeyboardInterrupt
-            yield batch
-
-    return source
 
 
 def written(path: Path) -> dict[int, dict[str, float]]:
@@ -126,7 +117,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_tracker_holds_the_figures_of_a_run_that_was_broken_off_twice(name: TrackerName, tmp_path: Path) -> None:
     for step in (8, 23):
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, name, broken_at(step))
+            run(tmp_path, name, until(step, die))
     assert run(tmp_path, name) == []
     found, pictures = READERS[name](tmp_path)
     expected = written(tmp_path)

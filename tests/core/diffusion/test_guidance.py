@@ -5,12 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from ldm_cli.core.condition import Condition
-from ldm_cli.core.diffusion.config import (
-    GuidanceConfig,
-    PerturbationConfig,
-    ProjectionConfig,
-    ThresholdConfig,
-)
+from ldm_cli.core.diffusion.config import GuidanceConfig, PerturbationConfig, ProjectionConfig, ThresholdConfig
 from ldm_cli.core.diffusion.guidance import along_score, guide, guided, rescaled, thresholded
 from ldm_cli.core.diffusion.prediction import PREDICTIONS, SAMPLE, V_PREDICTION
 from ldm_cli.core.diffusion.process import Level

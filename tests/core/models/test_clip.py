@@ -54,11 +54,7 @@ def test_published_sizes_have_the_published_number_of_parameters() -> None:
         projection_dim=768,
         text_config=CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12),
         vision_config=CLIPVisionConfig(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            patch_size=14,
+            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14
         ),
     )
     with torch.device("meta"):

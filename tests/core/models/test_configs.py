@@ -149,11 +149,7 @@ def test_a_config_of_another_class_is_refused() -> None:
         (UNet2DConditionConfig, {"norm_num_groups": 24}, "norm_num_groups=24 does not divide 320"),
         (UNet2DConditionConfig, {"attention_head_dim": 7}, r"=7 .* block_out_channels\[0\]=320"),
         (UNet2DConditionConfig, {"block_out_channels": [33] * 4, "norm_num_groups": 3}, "=33 is odd"),
-        (
-            UNet2DConditionConfig,
-            {"class_embed_type": "projection"},
-            "needs projection_class_embeddings_input_dim",
-        ),
+        (UNet2DConditionConfig, {"class_embed_type": "projection"}, "needs projection_class_embeddings_input_dim"),
         (
             UNet2DConditionConfig,
             {"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": 8},
@@ -163,11 +159,7 @@ def test_a_config_of_another_class_is_refused() -> None:
         (AutoencoderKLConfig, {"norm_num_groups": 24}, "norm_num_groups=24 does not divide 64"),
         (AutoencoderKLConfig, {"block_out_channels": []}, "at least one level"),
         (CLIPTextConfig, {"num_attention_heads": 7}, "num_attention_heads=7 does not divide hidden_size=512"),
-        (
-            CLIPVisionConfig,
-            {"num_attention_heads": 7},
-            "num_attention_heads=7 does not divide hidden_size=768",
-        ),
+        (CLIPVisionConfig, {"num_attention_heads": 7}, "num_attention_heads=7 does not divide hidden_size=768"),
         (CLIPVisionConfig, {"patch_size": 30}, "patch_size=30 does not divide image_size=224"),
         (ModifiedResNetConfig, {"width": 63}, "width=63 is odd"),
         (ModifiedResNetConfig, {"heads": 7}, r"heads=7 does not divide 32 \* width=2048"),
@@ -180,10 +172,6 @@ def test_sizes_that_do_not_fit_are_named(config_class: type[Config], change: dic
 
 
 def test_heads_are_checked_only_where_there_is_attention() -> None:
-    plain = {
-        "down_block_types": ["DownBlock2D"],
-        "up_block_types": ["UpBlock2D"],
-        "mid_block_type": "UNetMidBlock2D",
-    }
+    plain = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "mid_block_type": "UNetMidBlock2D"}
     config = UNet2DConditionConfig.from_mapping({**plain, "block_out_channels": [32], "attention_head_dim": 7})
     assert config.levels_with_text() == []

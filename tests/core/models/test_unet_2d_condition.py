@@ -47,11 +47,7 @@ def test_parameter_names_and_shapes_are_the_published_ones() -> None:
     [
         ({"cross_attention_dim": 768}, 859_520_964),
         (
-            {
-                "cross_attention_dim": 1024,
-                "attention_head_dim": (5, 10, 20, 20),
-                "use_linear_projection": True,
-            },
+            {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
             865_910_724,
         ),
         (
