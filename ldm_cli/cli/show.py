@@ -68,7 +68,7 @@ def show_dry_run(loaded: LoadedRecipe, as_json: bool, num_ranks: int = 1, measur
         options = {f"with {setting}": amount(size) for setting, size in memory.pop("with").items()}
         shown = {name: amount(size) for name, size in memory.items()} | options
         result = {"memory": shown | {"in main memory while saving": amount(sizes["save"])}} | result
-    elif sizes:
+    elif any(sizes.values()):
         result = {"memory": {name: amount(size) for name, size in sizes.items()}} | result
     if "epochs" in result:
         result["shards"] |= {name: result.pop(name) for name in ("steps_per_epoch", "epochs")}

@@ -6,10 +6,12 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ldm_cli.cli import app
 from ldm_cli.cli.show import show_result
 
 
@@ -88,3 +90,13 @@ def test_prose_beside_a_path_is_wrapped_between_words(on_screen: Callable[[Any],
     assert max(map(len, lines)) <= 80
     assert lines[3].split() == [file, "a", "red", "circle", "a", "7"]
     assert set(" ".join(lines[4:]).split()) == {"a", "red", "circle"}
+
+
+def test_a_dry_run_counts_no_memory_of_models_that_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert app.run(["sample", "--model", "nowhere", "-p", "a", "--dry-run"]) == 0
+    out = capfd.readouterr().out
+    assert "note: model: model 'nowhere' not found" in out
+    assert "memory" not in out
