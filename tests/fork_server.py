@@ -6,6 +6,7 @@ arguments, environment, folder and streams to the server and ends with the exit 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -44,6 +45,7 @@ def serve(path: Path) -> None:
     """Fork at each call; `path` is there once calls are heard."""
     for module in _PRELOADED:
         import_module(module)
+    gc.freeze()  # no fork looks for garbage among what is imported
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a fork but its client
     listening = socket.socket(socket.AF_UNIX)
