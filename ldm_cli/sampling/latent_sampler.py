@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm_cli.core.condition import Condition
 from ldm_cli.core.diffusion.config import ThresholdConfig
-from ldm_cli.core.diffusion.guidance import ConditionalNetwork, along_score, guided, percentile
+from ldm_cli.core.diffusion.guidance import ConditionalNetwork, Percentile, along_score, guided, percentile
 from ldm_cli.core.diffusion.process import Level
 from ldm_cli.core.diffusion.samplers import CleanPredictor, NoiseSource
 from ldm_cli.core.models.layers import guidance_embedding
@@ -68,7 +68,7 @@ class LowResolutionInput:
     level: Tensor
     window: Window
     step_noise: NoiseSource
-    percentile: Callable[[Tensor, float], Tensor] = percentile
+    percentile: Percentile = percentile
 
 
 @dataclass(frozen=True)

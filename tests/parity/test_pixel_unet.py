@@ -10,7 +10,7 @@ import torch
 
 from ldm_cli.core.condition import Condition
 from ldm_cli.core.diffusion.config import ThresholdConfig
-from ldm_cli.core.diffusion.guidance import percentile, thresholded
+from ldm_cli.core.diffusion.guidance import thresholded
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 
@@ -87,7 +87,7 @@ def test_thresholding_equals_that_of_diffusers(share: float, most: float) -> Non
     )
     scheduler = diffusers.DDPMScheduler(thresholding=True, dynamic_thresholding_ratio=share, sample_max_value=most)
     expected = scheduler._threshold_sample(x0)
-    torch.testing.assert_close(thresholded(x0, ThresholdConfig(max_scale=most), percentile(x0, share)), expected)
+    torch.testing.assert_close(thresholded(x0, ThresholdConfig(percentile=share, max_scale=most)), expected)
 
 
 def test_a_new_unet_begins_as_its_shortcuts() -> None:

@@ -29,6 +29,10 @@ def percentile(x0: Tensor, share: float) -> Tensor:
     return x0.flatten(1).abs().float().quantile(share, dim=1)
 
 
+Percentile = Callable[[Tensor, float], Tensor]
+"""As the function `percentile`."""
+
+
 def guided(
     network: ConditionalNetwork,
     conditional: Condition,
@@ -37,7 +41,7 @@ def guided(
     prediction: Prediction,
     weaker: ConditionalNetwork | None = None,
     perturbed: ConditionalNetwork | None = None,
-    percentile: Callable[[Tensor, float], Tensor] = percentile,
+    percentile: Percentile = percentile,
 ) -> CleanPredictor:
     """The guided prediction of x_0, for fixed conditions.
 
@@ -52,7 +56,7 @@ def guided(
         prediction: what the networks predict.
         weaker: its prediction with the conditional rows replaces the unconditional one (autoguidance).
         perturbed: network with `config.perturb` applied.
-        percentile: see the function; for thresholding.
+        percentile: for thresholding.
     """
     project = None if config.apg is None else _Projection(config.apg)
     both = Condition.cat([unconditional, conditional])
@@ -85,9 +89,7 @@ def guided(
         if active and perturbed is not None and config.perturb is not None and config.perturb.scale > 0.0:
             condition = unconditional if scale == 0.0 else conditional
             x0 = x0 + config.perturb.scale * (x0_of(output) - x0_of(perturbed(x, level, condition)))
-        if config.threshold is None:
-            return x0
-        return thresholded(x0, config.threshold, percentile(x0, config.threshold.percentile))
+        return x0 if config.threshold is None else thresholded(x0, config.threshold, percentile)
 
     return denoise
 
@@ -109,8 +111,9 @@ def rescaled(output: Tensor, conditional: Tensor, share: float) -> Tensor:
     return share * (output * ratio) + (1.0 - share) * output
 
 
-def thresholded(x0: Tensor, config: ThresholdConfig, size: Tensor) -> Tensor:
-    """x_0 clipped to its percentile and scaled back to the limit (Saharia et al. 2022, section 2.3); [B, …], [B]."""
+def thresholded(x0: Tensor, config: ThresholdConfig, percentile: Percentile = percentile) -> Tensor:
+    """x_0 clipped to its percentile and scaled back to the limit (Saharia et al. 2022, section 2.3); [B, …]."""
+    size = percentile(x0, config.percentile)
     most = None if config.max_scale is None else config.limit * config.max_scale
     bound = size.clamp(min=config.limit, max=most).to(x0.dtype).reshape(-1, *[1] * (x0.ndim - 1))
     return torch.clamp(x0, -bound, bound) * (config.limit / bound)

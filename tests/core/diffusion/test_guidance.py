@@ -11,7 +11,7 @@ from ldm_cli.core.diffusion.config import (
     ProjectionConfig,
     ThresholdConfig,
 )
-from ldm_cli.core.diffusion.guidance import along_score, guide, guided, percentile, rescaled, thresholded
+from ldm_cli.core.diffusion.guidance import along_score, guide, guided, rescaled, thresholded
 from ldm_cli.core.diffusion.prediction import PREDICTIONS, SAMPLE, V_PREDICTION
 from ldm_cli.core.diffusion.process import Level
 
@@ -118,7 +118,7 @@ def test_rescaling_brings_the_deviation_of_each_image_back():
 
 def test_thresholding_clips_to_the_percentile_and_scales_to_the_limit():
     x0 = torch.tensor([[-4.0, -1.0, 0.0, 1.0, 2.0], [0.1, -0.2, 0.3, 0.4, 0.5]])
-    clipped = thresholded(x0, ThresholdConfig(limit=1.0), percentile(x0, 0.75))
+    clipped = thresholded(x0, ThresholdConfig(percentile=0.75, limit=1.0))
     assert clipped[0].tolist() == [-1.0, -0.5, 0.0, 0.5, 1.0]
     assert torch.equal(clipped[1], x0[1]), "what is within the limit stays"
 
