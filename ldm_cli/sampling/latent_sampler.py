@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm_cli.core.condition import Condition
 from ldm_cli.core.diffusion.config import ThresholdConfig
-from ldm_cli.core.diffusion.guidance import ConditionalNetwork, along_score, guided
+from ldm_cli.core.diffusion.guidance import ConditionalNetwork, Percentile, along_score, guided, percentile
 from ldm_cli.core.diffusion.process import Level
 from ldm_cli.core.diffusion.samplers import CleanPredictor, NoiseSource
 from ldm_cli.core.models.layers import guidance_embedding
@@ -60,6 +60,7 @@ class LowResolutionInput:
     Attributes:
         pictures, noise, level, window: as of `LowResolution.conditioned`.
         step_noise: what the sampler adds in each step.
+        percentile: of `guided`.
     """
 
     pictures: Tensor
@@ -67,6 +68,7 @@ class LowResolutionInput:
     level: Tensor
     window: Window
     step_noise: NoiseSource
+    percentile: Percentile = percentile
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,7 @@ class LatentSampler:
             family.process.prediction,
             None if self.models.weaker is None else self._network(self.models.weaker),
             None if guidance.perturb is None else perturbed_network(network, family.denoiser, guidance.perturb),
+            percentile if self.low is None else self.low.percentile,
         )
         if guidance.clip is None or self.models.clip is None:
             return model

@@ -43,18 +43,17 @@ def window_starts(length: int, window: int, overlap: int, multiple: int = 1) -> 
 
 
 def windows(height: int, width: int, window: int, overlap: int, multiple: int = 1) -> list[Window]:
-    """Squares of side `window`, or what there is of it, that cover height × width; more in `window_starts`."""
-    tops, lefts = (window_starts(length, window, overlap, multiple) for length in (height, width))
-    return [
-        Window(
-            top,
-            left,
-            height - top if top == tops[-1] else window,
-            width - left if left == lefts[-1] else window,
-        )
-        for top in tops
-        for left in lefts
-    ]
+    """Squares of side `window`, or what there is of it, that cover height × width; more in `window_starts`.
+
+    With an overlap of 0 none of them overlap: each ends where the next one begins.
+    """
+
+    def pieces(length: int) -> list[tuple[int, int]]:
+        starts = window_starts(length, window, overlap, multiple)
+        ends = [start + window for start in starts[:-1]] if overlap else starts[1:]
+        return [(start, end - start) for start, end in zip(starts, [*ends, length], strict=True)]
+
+    return [Window(top, left, rows, columns) for top, rows in pieces(height) for left, columns in pieces(width)]
 
 
 def strips(parts: Iterable[tuple[Window, Tensor]], height: int, width: int) -> Iterator[Tensor]:

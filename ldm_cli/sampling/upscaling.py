@@ -1,8 +1,8 @@
 """Pictures enlarged by a diffusion model, whole or in parts that overlap.
 
 Each part is sampled by itself, from the noise of its place in the picture and the small picture around it. So memory
-is that of one part, whatever the size of the picture. The group norms of all parts share their statistics, so that
-parts hardly differ where they overlap, and are blended there.
+is that of one part, whatever the size of the picture. Group norms and thresholds have the same statistics in all
+parts, so that parts hardly differ where they overlap, and are blended there.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ldm_cli.core.diffusion.guidance import percentile
 from ldm_cli.core.pixels import to_bytes, to_signed
-from ldm_cli.core.shared_norms import SharedNorms
+from ldm_cli.core.shared_statistics import SharedStatistics
 from ldm_cli.core.window import Window
 from ldm_cli.errors import DivergedError, UsageError
 from ldm_cli.families.family import Family
@@ -181,31 +182,33 @@ class _Work:
         level = torch.full((len(requests),), self.upscaling.level, device=family.device)
         seeds = [request.seed for request in requests]
 
-        def part(number: str, tile: Window) -> Tensor:
+        def part(tile: Window, statistics: SharedStatistics | None = None) -> Tensor:
             window = tile.scaled(low.latent_factor)
             initial, steps, noise = (
                 noise_of_window(seeds, purpose, (channels, *self.shape[1:]), window, family.device)
                 for purpose, channels in zip(_PURPOSES, (self.shape[0], self.shape[0], 3), strict=True)
             )
-            given = LowResolutionInput(pictures, noise(0), level, window, steps)
-            sampler = replace(self.sampler, low=given)
-            progress.update(done, {"part": number} if number else {})
+            size_of = percentile if statistics is None else statistics.percentile
+            sampler = replace(self.sampler, low=LowResolutionInput(pictures, noise(0), level, window, steps, size_of))
             return family.codec.decode(sampler.sample(requests, initial(0), lambda predictor: predictor))
 
+        progress.update(done)
         if len(tiles) == 1:
-            yield part("", tiles[0])
+            yield part(tiles[0])
             return
         (height, width), weaker = small.shape[-2:], self.sampler.models.weaker
-        norms = SharedNorms([*family.networks.values(), *([] if weaker is None else [weaker])])
-        measured = self.upscaling.tiles(height, width, overlap=0) if norms else []
+        statistics = SharedStatistics([*family.networks.values(), *([] if weaker is None else [weaker])])
+        measured = self.upscaling.tiles(height, width, overlap=0)
         for number, tile in enumerate(measured, start=1):
-            with norms.measured():
-                part(f"{number}/{len(measured)} measured", tile)
+            progress.update(done, {"measured": f"{number}/{len(measured)}"})
+            with statistics.measured():
+                part(tile, statistics)
 
         def parts() -> Iterator[tuple[Window, Tensor]]:
             for number, tile in enumerate(tiles, start=1):
-                with norms.shared():
-                    result = part(f"{number}/{len(tiles)}", tile)
+                progress.update(done, {"part": f"{number}/{len(tiles)}"})
+                with statistics.shared():
+                    result = part(tile, statistics)
                 yield tile.scaled(low.factor), result
 
         yield from strips(parts(), height * low.factor, width * low.factor)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ldm_cli.sampling.tiling import in_parts, tiled, window_starts
+from ldm_cli.sampling.tiling import in_parts, tiled, window_starts, windows
 
 
 def test_windows_cover_everything_and_end_flush():
@@ -17,6 +17,26 @@ def test_windows_cover_everything_and_end_flush():
             assert starts[-1] == max(0, length - window)
     with pytest.raises(ValueError, match="overlap=8 with window=8"):
         window_starts(20, 8, 8)
+
+
+def test_windows_begin_at_multiples_and_the_last_one_is_longer_where_the_end_is_none():
+    for length in range(1, 200):
+        starts = window_starts(length, 40, 10, 8)
+        assert all(start % 8 == 0 for start in starts)
+        assert all(b - a <= 30 for a, b in pairwise(starts))
+        assert length - starts[-1] < 48
+        covered = {(w.left, w.left + w.width) for w in windows(5, length, 40, 10, 8)}
+        assert (starts[-1], length) in covered
+        assert all(end - start == 40 for start, end in covered if end < length)
+        assert sum(w.width for w in windows(5, length, 40, 0, 8)) == length
+
+
+def test_padding_counts_at_the_ends_of_the_whole_alone():
+    def padded(x):
+        return F.avg_pool2d(x, 3, 1, 1)
+
+    x = torch.randn(1, 1, 40, 75, generator=torch.Generator().manual_seed(0))
+    assert (tiled(padded, x, 32, 16) - padded(x)).abs().max() < 1e-2
 
 
 def test_windows_of_a_pointwise_function_change_nothing():

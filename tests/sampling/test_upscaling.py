@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,19 +15,23 @@ from torch import Tensor, nn
 from ldm_cli.core.codec import PixelCodec
 from ldm_cli.core.condition import Condition
 from ldm_cli.core.diffusion.config import DiffusionConfig
+from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
+from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
+from ldm_cli.core.shared_statistics import SharedStatistics
 from ldm_cli.core.window import Window
 from ldm_cli.errors import DivergedError, UsageError
 from ldm_cli.families.low_resolution import LowResolution
 from ldm_cli.families.pixel_diffusion import pixel_settings
 from ldm_cli.families.pixel_upscale import NOISING_BETAS, PixelUpscale
 from ldm_cli.families.prompt_chunks import PromptReading
+from ldm_cli.sampling import upscaling as upscaling_module
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.noise import noise_of_window
 from ldm_cli.sampling.pipeline_of import pipeline_of
 from ldm_cli.sampling.request import ImageRequest
 from ldm_cli.sampling.upscale_pipeline import UpscaledPipeline, UpscalePipeline
 from ldm_cli.sampling.upscaling import Upscaling, upscale
-from tests.sampling.tiny import tiny_pipeline
+from tests.sampling.tiny import UNET, randomize, tiny_pipeline
 
 SAMPLERS = ("ddim", "ddpm")
 
@@ -103,9 +109,50 @@ def test_parts_and_the_whole_are_one_picture(sampler: str) -> None:
     assert (whole.int() - parts.int()).abs().max() <= 1
 
 
+class Normed(Pointwise):
+    """The small picture goes through a group norm first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(1, 3)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        assert condition.concat is not None
+        return super().forward(x, t, replace(condition, concat=0.5 * self.norm(condition.concat)))
+
+
+def lit_photo(height: int, width: int) -> Tensor:
+    """A photo that is dark on the left and bright on the right, so that no part is like the whole."""
+    return (photo(height, width).float() * torch.linspace(0.1, 1, width)).to(torch.uint8)
+
+
+def test_parts_of_a_network_with_a_norm_are_one_picture() -> None:
+    model, picture = replace(family(), denoiser=Normed()), lit_photo(24, 70)
+    model = replace(model, settings=replace(model.settings, threshold=None))
+    whole, parts = (enlarged([picture], [5], family=model, tile=tile)[0].int() for tile in (200, 40))
+    assert (whole - parts).abs().max() <= 1
+
+
+def test_parts_of_a_unet_are_one_pass_but_for_the_statistics_of_its_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "mid_block_type": "UNetMidBlock2D"}
+    blocks |= {"up_block_types": ("UpBlock2D",) * 2, "block_out_channels": (8, 8)}
+    fields = {"in_channels": 6, "out_channels": 6, "class_embed_type": "timestep", "sample_size": 16}
+    unet = randomize(UNet2DConditionModel(UNet2DConditionConfig(**UNET | blocks | fields)), 3)
+    model, picture = replace(family(), denoiser=unet), lit_photo(13, 150)
+    model = replace(model, settings=replace(model.settings, threshold=None))
+    statistics = SharedStatistics([unet])
+    with statistics.measured():
+        whole = enlarged([picture], [5], family=model, tile=1000)[0]
+    monkeypatch.setattr(statistics, "measured", nullcontext)
+    monkeypatch.setattr(upscaling_module, "SharedStatistics", lambda networks: statistics)
+    parts = enlarged([picture], [5], family=model, tile=256)[0]
+    assert whole.float().std() > 20
+    assert (whole.int() - parts.int()).abs().max() <= 1
+
+
 def test_a_part_is_all_that_the_network_sees_at_a_time() -> None:
     sizes = []
-    for side in (64, 256):
+    for side in (64, 128):
         model = family()
         enlarged([photo(side, side)], [5], family=model, tile=64)
         sizes.append({shape[-2:] for shape in model.denoiser.calls})  # type: ignore[attr-defined]

@@ -24,6 +24,15 @@ ConditionalNetwork = Callable[[Tensor, Level, Condition], Tensor]
 """(x_t [B, …], its level, B rows of conditions) → the network's prediction, [B, …]."""
 
 
+def percentile(x0: Tensor, share: float) -> Tensor:
+    """What a share of the absolute values of each picture is below; [B, …] → float32 [B]."""
+    return x0.flatten(1).abs().float().quantile(share, dim=1)
+
+
+Percentile = Callable[[Tensor, float], Tensor]
+"""As the function `percentile`."""
+
+
 def guided(
     network: ConditionalNetwork,
     conditional: Condition,
@@ -32,6 +41,7 @@ def guided(
     prediction: Prediction,
     weaker: ConditionalNetwork | None = None,
     perturbed: ConditionalNetwork | None = None,
+    percentile: Percentile = percentile,
 ) -> CleanPredictor:
     """The guided prediction of x_0, for fixed conditions.
 
@@ -44,6 +54,7 @@ def guided(
         config: all but `model`, `clip` and the layers of `perturb`, which the caller applies.
         weaker: its prediction with the conditional rows replaces the unconditional one (autoguidance).
         perturbed: network with `config.perturb` applied.
+        percentile: for thresholding.
     """
     project = None if config.apg is None else _Projection(config.apg)
     both = Condition.cat([unconditional, conditional])
@@ -76,7 +87,7 @@ def guided(
         if active and perturbed is not None and config.perturb is not None and config.perturb.scale > 0.0:
             condition = unconditional if scale == 0.0 else conditional
             x0 = x0 + config.perturb.scale * (x0_of(output) - x0_of(perturbed(x, level, condition)))
-        return x0 if config.threshold is None else thresholded(x0, config.threshold)
+        return x0 if config.threshold is None else thresholded(x0, config.threshold, percentile)
 
     return denoise
 
@@ -98,9 +109,9 @@ def rescaled(output: Tensor, conditional: Tensor, share: float) -> Tensor:
     return share * (output * ratio) + (1.0 - share) * output
 
 
-def thresholded(x0: Tensor, config: ThresholdConfig) -> Tensor:
-    """x_0 clipped to its own percentile and scaled back to the limit (Saharia et al. 2022, section 2.3); [B, …]."""
-    size = x0.flatten(1).abs().float().quantile(config.percentile, dim=1)
+def thresholded(x0: Tensor, config: ThresholdConfig, percentile: Percentile = percentile) -> Tensor:
+    """x_0 clipped to its percentile and scaled back to the limit (Saharia et al. 2022, section 2.3); [B, …]."""
+    size = percentile(x0, config.percentile)
     most = None if config.max_scale is None else config.limit * config.max_scale
     bound = size.clamp(min=config.limit, max=most).to(x0.dtype).reshape(-1, *[1] * (x0.ndim - 1))
     return torch.clamp(x0, -bound, bound) * (config.limit / bound)
