@@ -23,7 +23,7 @@ from ldm_cli.families.family import Family, place
 from ldm_cli.families.label_encoder import LabelEncoder, class_names
 from ldm_cli.families.latent_diffusion import pipeline_of, read_settings
 from ldm_cli.families.low_resolution import LowResolution
-from ldm_cli.families.t5_encoder import T5Encoder, is_t5, outline_t5
+from ldm_cli.families.t5_encoder import T5Encoder, is_t5, outline_t5, t5_length_of
 from ldm_cli.formats import pipeline_folder as layout
 from ldm_cli.formats.model_folder import load_model, outline_model
 from ldm_cli.formats.model_source import has_model_json, read_model_json, weights_sha256
@@ -140,7 +140,7 @@ def outline_folder(folder: Path, *, enlarges: bool = False) -> dict[str, nn.Modu
     text: CLIPTextEncoder | T5Encoder | None = None
     if has_model_json(place_of_text / CONFIG_NAME):
         if is_t5(place_of_text):
-            text = outline_t5(place_of_text)
+            text = T5Encoder(outline_t5(place_of_text), t5_length_of(place_of_text))
         else:
             text = CLIPTextEncoder(outline_tower(place_of_text), Tokenizer.load(tokenizer_folder(place_of_text)))
     _encoder(folder, unet.config, text, "meta", enlarges=enlarges)

@@ -1,7 +1,9 @@
-"""Stable Diffusion 1 and 2 (Rombach et al. 2022, arXiv:2112.10752): a U-Net, an autoencoder, CLIP's text tower."""
+"""Stable Diffusion 1 and 2 (Rombach et al. 2022, arXiv:2112.10752): a U-Net, an autoencoder, CLIP's text tower or T5,
+or both."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -13,13 +15,13 @@ from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.core.models.unet_2d_condition_config import UNet2DConditionConfig
 from ldm_cli.core.precision import DTYPES
 from ldm_cli.data.tokenizer import Tokenizer
+from ldm_cli.families.clip_t5_encoder import CLIPT5Encoder, has_t5
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, outline_tower, tokenizer_folder
 from ldm_cli.families.codec_folder import Autoencoder, codec_dtype, open_codec, outline_codec
-from ldm_cli.families.family import place
 from ldm_cli.families.latent_diffusion import LatentDiffusion, expect_fitting_parts, pipeline_of, read_settings
-from ldm_cli.families.t5_encoder import T5Encoder, is_t5, outline_t5
+from ldm_cli.families.t5_encoder import T5Encoder, T5TextEncoder, is_t5, outline_t5, t5_length_of
 from ldm_cli.formats.model_folder import load_model, outline_model
-from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, UNET, VAE, tokenizer_of
+from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TEXT_ENCODER_3, UNET, VAE, tokenizer_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +29,7 @@ class StableDiffusion(LatentDiffusion):
     """A Stable Diffusion model; `save` writes a folder that `StableDiffusionPipeline.from_pretrained` opens."""
 
     denoiser: UNet2DConditionModel
-    encoder: CLIPTextEncoder | T5Encoder
+    encoder: CLIPTextEncoder | T5Encoder | CLIPT5Encoder
 
     components: ClassVar[tuple[str, ...]] = (UNET, VAE, TEXT_ENCODER)
     pipelines: ClassVar[tuple[str, ...]] = (
@@ -43,9 +45,12 @@ class StableDiffusion(LatentDiffusion):
         """Write all but the U-Net; errors as in `save`."""
         self.save_codec(folder)
         self.encoder.save(folder)
-        has_t5 = isinstance(self.encoder, T5Encoder)
-        kinds = ("T5EncoderModel", "T5TokenizerFast") if has_t5 else ("CLIPTextModel", "CLIPTokenizer")
-        text = dict(zip((TEXT_ENCODER, tokenizer_of(TEXT_ENCODER)), kinds, strict=True))
+        clip, t5 = ("CLIPTextModel", "CLIPTokenizer"), ("T5EncoderModel", "T5TokenizerFast")
+        kinds = {TEXT_ENCODER: t5 if isinstance(self.encoder, T5Encoder) else clip}
+        if isinstance(self.encoder, CLIPT5Encoder):
+            kinds[TEXT_ENCODER_3] = t5
+        text = {name: model for name, (model, _) in kinds.items()}
+        text |= {tokenizer_of(name): tokenizer for name, (_, tokenizer) in kinds.items()}
         self.save_index(folder, text, requires_safety_checker=False, **self.encoder.index_settings)
 
 
@@ -57,20 +62,30 @@ def is_mine(folder: Path) -> bool:
 def open_folder(folder: Path, device: torch.device | str, precision: str, *, compiled: bool = False) -> StableDiffusion:
     """Read a folder; see `open_family`."""
     settings, dtype = read_settings(folder), DTYPES[precision]
-    kind = T5Encoder if is_t5(folder / TEXT_ENCODER) else CLIPTextEncoder
+    denoiser = load_model(UNet2DConditionModel, folder / UNET, dtype=dtype)
     family = StableDiffusion(
-        denoiser=load_model(UNet2DConditionModel, folder / UNET, dtype=dtype),
+        denoiser=denoiser,
         codec=open_codec(folder / VAE, codec_dtype(precision)),
-        encoder=kind.load(folder / TEXT_ENCODER, dtype=dtype),
+        encoder=_open_encoder(folder, denoiser.config, dtype),
         settings=settings,
         folder=folder,
         is_compiled=compiled,
     )
     check_fit(family)
-    family.placed(device, precision, () if isinstance(family.encoder, T5Encoder) else family.encoder.models)
-    if isinstance(family.encoder, T5Encoder):
-        place(device, next(family.encoder.model.parameters()).dtype, family.encoder.model)
+    family.placed(device, precision, family.encoder.models)
     return family
+
+
+def _open_encoder(
+    folder: Path, unet: UNet2DConditionConfig, dtype: torch.dtype
+) -> CLIPTextEncoder | T5Encoder | CLIPT5Encoder:
+    """Read the text encoders of a folder."""
+    if has_t5(folder):
+        texts = {name: folder / name for name in (TEXT_ENCODER, TEXT_ENCODER_3)}
+        width, length = max(unet.per_level(unet.cross_attention_dim)), t5_length_of(folder / TEXT_ENCODER)
+        return CLIPT5Encoder.load(texts, width, dtype=dtype, t5_length=length)
+    kind = T5Encoder if is_t5(folder / TEXT_ENCODER) else CLIPTextEncoder
+    return kind.load(folder / TEXT_ENCODER, dtype=dtype)
 
 
 def outline_folder(folder: Path) -> dict[str, nn.Module]:
@@ -78,13 +93,17 @@ def outline_folder(folder: Path) -> dict[str, nn.Module]:
     read_settings(folder)
     unet = outline_model(UNet2DConditionModel, folder / UNET)
     vae = outline_codec(folder / VAE)
-    place_of_text = folder / TEXT_ENCODER
-    if is_t5(place_of_text):
-        encoder: CLIPTextEncoder | T5Encoder = outline_t5(place_of_text)
-    else:
-        encoder = CLIPTextEncoder(outline_tower(place_of_text), Tokenizer.load(tokenizer_folder(place_of_text)))
-    _check_parts(folder, unet.config, vae, encoder)
-    return {UNET: unet, VAE: vae, TEXT_ENCODER: encoder.model}
+    texts = {
+        name: _outline_text(folder / name) for name in (TEXT_ENCODER, *([TEXT_ENCODER_3] if has_t5(folder) else []))
+    }
+    _check_parts(folder, unet.config, vae, texts)
+    return {UNET: unet, VAE: vae, **{name: text.model for name, text in texts.items()}}
+
+
+def _outline_text(folder: Path) -> CLIPTextEncoder | T5TextEncoder:
+    if is_t5(folder):
+        return outline_t5(folder)
+    return CLIPTextEncoder(outline_tower(folder), Tokenizer.load(tokenizer_folder(folder)))
 
 
 def check_fit(family: StableDiffusion) -> None:
@@ -93,11 +112,16 @@ def check_fit(family: StableDiffusion) -> None:
     Raises:
         CheckpointError: their channels, widths or vocabularies differ, or the U-Net needs conditions that none gives.
     """
-    _check_parts(family.folder, family.denoiser.config, family.codec, family.encoder)
+    encoder = family.encoder
+    texts = encoder.texts if isinstance(encoder, CLIPT5Encoder) else {TEXT_ENCODER: encoder}
+    _check_parts(family.folder, family.denoiser.config, family.codec, texts)
 
 
 def _check_parts(
-    folder: Path | None, unet: UNet2DConditionConfig, codec: Autoencoder, encoder: CLIPTextEncoder | T5Encoder
+    folder: Path | None,
+    unet: UNet2DConditionConfig,
+    codec: Autoencoder,
+    texts: Mapping[str, CLIPTextEncoder | T5Encoder | T5TextEncoder],
 ) -> None:
     further = [f"unet.{field} asks for a condition that is not supported" for field in unet.pooled_fields]
-    expect_fitting_parts(folder, unet, codec, {TEXT_ENCODER: encoder}, further)
+    expect_fitting_parts(folder, unet, codec, texts, further)

@@ -247,7 +247,7 @@ def test_parts_that_do_not_fit_are_named_in_the_dry_run(
 
 def test_encoders_of_a_unet_are_not_left_out_one_by_one(scenes: Path, parts: dict[str, str]) -> None:
     recipe = unet_recipe(scenes, Path(parts["text_encoder"]), Path(parts["vae"]), {"encoder_dropout": 0.5})
-    with pytest.raises(RecipeError, match=r"diffusion\.encoder_dropout is for a transformer"):
+    with pytest.raises(RecipeError, match=r"encoder_dropout is for a transformer, or T5 beside a CLIP"):
         dry_run(TrainUnetRecipe.from_mapping(recipe), SilentReporter())
 
 
@@ -257,7 +257,10 @@ def test_encoders_of_a_unet_are_not_left_out_one_by_one(scenes: Path, parts: dic
         ({"unet": {}}, "unet and transformer: one of them is trained"),
         ({"text_encoder_2": ""}, "text_encoder_2: missing"),
         ({"transformer": None}, "unet: missing"),
-        ({"transformer": None, "unet": {}}, "belongs to a transformer"),
+        (
+            {"transformer": None, "unet": {}},
+            "text_encoder_2, a CLIP, or text_encoder_3, T5, beside text_encoder; not both",
+        ),
         ({"max_sequence_length": 0}, "max_sequence_length=0 leaves no room for text_encoder_3"),
     ],
 )
