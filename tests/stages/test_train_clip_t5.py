@@ -138,6 +138,8 @@ def test_diffusers_opens_the_folder_and_gives_the_same_pictures_of_joined_states
     ours = pictures(family, PROMPTS, noise)
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(run / "model")
     theirs.set_progress_bar_config(disable=True)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        theirs(PROMPTS, num_inference_steps=1)  # by CLIP alone, whose states are narrower
     states = [their_states(run / "model", prompts, T5_LENGTH, WIDTH) for prompts in (PROMPTS, ["a square"] * 2)]
     given = {"num_inference_steps": 4, "guidance_scale": 4.0, "height": 24, "width": 24, "output_type": "np"}
     embeds = {"prompt_embeds": states[0], "negative_prompt_embeds": states[1]}
