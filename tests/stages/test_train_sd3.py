@@ -21,6 +21,7 @@ from ldm_cli.families.stable_diffusion_3 import StableDiffusion3
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages.dry_run import dry_run
+from ldm_cli.stages.support.activation_sizes import activation_bytes
 from ldm_cli.stages.support.batch_encoder import cache_key
 from ldm_cli.stages.support.options import RunOptions, with_precision
 from ldm_cli.stages.support.start import resolve_start
@@ -221,6 +222,14 @@ def test_the_dry_run_says_how_many_captions_become_empty(
     result = dry_run(TrainUnetRecipe.from_mapping(recipe), SilentReporter())
     assert f"{share} % of captions become the empty one" in " ".join(result["notes"])
     assert result["parameters"].keys() == {"transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"}
+
+
+def test_activations_grow_with_the_tokens_of_t5(scenes: Path, parts: dict[str, str]) -> None:
+    def kept(length: int | None) -> int:
+        recipe = TrainUnetRecipe.from_mapping(sd3_recipe(scenes, parts) | {"max_sequence_length": length})
+        return activation_bytes(recipe, 2)["kept"]
+
+    assert kept(None) == kept(256) > kept(9)
 
 
 @pytest.mark.parametrize(
