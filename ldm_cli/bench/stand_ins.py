@@ -46,7 +46,7 @@ def is_complete(recipe: TrainRecipe) -> bool:
     """Whether the shards, models and cache that a recipe names exist; `start_from` must in any case."""
     named: list[str | None] = []
     if isinstance(recipe, TrainUnetRecipe):
-        named = [recipe.vae, recipe.text_encoder, recipe.text_encoder_2, recipe.cache]
+        named = [recipe.vae, recipe.text_encoder, recipe.text_encoder_2, recipe.text_encoder_3, recipe.cache]
     elif isinstance(recipe, TrainClipRecipe):
         named = [recipe.tokenizer.path]
     try:

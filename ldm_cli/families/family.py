@@ -22,11 +22,12 @@ from ldm_cli.core.condition import Condition
 from ldm_cli.core.cpu import tune_for_cpu
 from ldm_cli.core.diffusion.config import DiffusionConfig
 from ldm_cli.core.diffusion.process import Process, process_of
+from ldm_cli.core.models.t5_encoder import T5EncoderModel
 from ldm_cli.families.low_resolution import LowResolution
 from ldm_cli.families.prompt_chunks import PromptReading
 from ldm_cli.formats.model_folder import read_config
 from ldm_cli.formats.model_source import weights_sha256
-from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, VAE
+from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TEXT_ENCODER_2, TEXT_ENCODER_3, VAE
 from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.scheduler_file import SchedulerSettings
 
@@ -150,10 +151,8 @@ class Family(ImageGenerator):
     @property
     def networks(self) -> dict[str, nn.Module]:
         """The networks, by what users call them."""
-        encoders: Sequence[nn.Module] = getattr(self.encoder, "models", ())
-        texts = {TEXT_ENCODER + (f"_{n}" if n > 1 else ""): model for n, model in enumerate(encoders, start=1)}
         codec = {VAE: self.codec} if isinstance(self.codec, nn.Module) else {}
-        return {self.components[0]: self.denoiser, **codec, **texts}
+        return {self.components[0]: self.denoiser, **codec, **text_networks(getattr(self.encoder, "models", ()))}
 
     @property
     def device(self) -> torch.device:
@@ -204,6 +203,12 @@ def place(device: torch.device | str, dtype: torch.dtype, *modules: nn.Module, c
         if channels_last:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         tune_for_cpu(module)
+
+
+def text_networks(models: Sequence[nn.Module]) -> dict[str, nn.Module]:
+    """The networks of an encoder by component: T5 beside CLIP is the third, even without a second."""
+    second = TEXT_ENCODER_3 if len(models) == 2 and isinstance(models[1], T5EncoderModel) else TEXT_ENCODER_2
+    return dict(zip((TEXT_ENCODER, second, TEXT_ENCODER_3), models, strict=False))
 
 
 def model_sha256(folder: Path, ignored: Collection[str] = ()) -> str:

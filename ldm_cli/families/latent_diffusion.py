@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -25,9 +26,9 @@ from ldm_cli.families.clip_t5_encoder import CLIPT5Encoder
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
 from ldm_cli.families.codec_folder import Autoencoder
 from ldm_cli.families.family import Family, place
-from ldm_cli.families.t5_encoder import T5Encoder
+from ldm_cli.families.t5_encoder import T5Encoder, T5TextEncoder
 from ldm_cli.formats import pipeline_folder as layout
-from ldm_cli.formats.model_source import has_model_json, read_model_json
+from ldm_cli.formats.model_source import has_model_json, read_model_json, weights_sha256
 from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.scheduler_file import SchedulerSettings, read_scheduler, write_scheduler
 
@@ -46,6 +47,14 @@ class LatentDiffusion(Family):
     """Classes of diffusers whose folders are opened; that of the folders that are written usually comes first."""
     absent: ClassVar[tuple[str, ...]]
     """Components that these classes know and that are not written."""
+
+    @cached_property
+    def weights_sha256(self) -> dict[str, str]:
+        """Of T5 as well, where there is one beside CLIP."""
+        found = dict(super().weights_sha256)
+        if self.folder is not None and isinstance(self.encoder, CLIPT5Encoder) and self.encoder.t5 is not None:
+            found[layout.TEXT_ENCODER_3] = weights_sha256(self.folder / layout.TEXT_ENCODER_3)
+        return found
 
     @property
     def pipeline(self) -> str:
@@ -142,7 +151,7 @@ def expect_fitting_parts(
     folder: Path | None,
     unet: UNet2DConditionConfig,
     codec: Autoencoder,
-    towers: Mapping[str, CLIPTextEncoder | T5Encoder],
+    texts: Mapping[str, CLIPTextEncoder | T5Encoder | T5TextEncoder],
     further: Sequence[str],
 ) -> None:
     """Make sure that the parts of a family belong together.
@@ -150,7 +159,7 @@ def expect_fitting_parts(
     Args:
         folder: of the family; None: of no folder.
         unet, codec: the U-Net's configuration and the autoencoder.
-        towers: text encoders by subfolder, whose states are side by side.
+        texts: text encoders by subfolder, whose states are side by side; those of a T5 that is not alone, after them.
         further: problems that the family has found itself.
 
     Raises:
@@ -161,13 +170,15 @@ def expect_fitting_parts(
     if unet.in_channels != _channels_with_mask(channels):
         pairs.append(("unet.in_channels", unet.in_channels, "vae.latent_channels", channels))
     if isinstance(unet.cross_attention_dim, int):
-        width = sum(tower.width for tower in towers.values())
-        names = " + ".join(f"{name}.hidden_size" for name in towers)
+        widths, sizes = [text.width for text in texts.values()], [f"{name}.hidden_size" for name in texts]
+        width, names = sum(widths), " + ".join(sizes)
+        if layout.TEXT_ENCODER_3 in texts:
+            width, names = max(widths), f"the larger of {' and '.join(sizes)}"
         pairs.append(("unet.cross_attention_dim", unet.cross_attention_dim, names, width))
     found = [f"{a}={value}, {b}={expected}" for a, value, b, expected in pairs if value != expected]
     found += further
-    for name, tower in towers.items():
-        num_tokens, vocab_size = tower.tokenizer.vocab_size, tower.model.config.vocab_size
+    for name, text in texts.items():
+        num_tokens, vocab_size = text.tokenizer.vocab_size, text.model.config.vocab_size
         if num_tokens > vocab_size:
             found.append(f"the {layout.tokenizer_of(name)} has {num_tokens} tokens, the {name} {vocab_size}")
     if found:

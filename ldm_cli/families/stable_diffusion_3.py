@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,14 +18,13 @@ from ldm_cli.core.models.sd3_transformer_2d_config import SD3Transformer2DConfig
 from ldm_cli.core.models.t5_encoder import T5EncoderModel
 from ldm_cli.core.precision import DTYPES
 from ldm_cli.errors import CheckpointError
-from ldm_cli.families.clip_t5_encoder import CLIPT5Encoder, t5_length_of
+from ldm_cli.families.clip_t5_encoder import CLIPT5Encoder, has_t5
 from ldm_cli.families.clip_text_encoder import outline_tower
 from ldm_cli.families.codec_folder import Autoencoder, codec_dtype, open_codec, outline_codec
 from ldm_cli.families.latent_diffusion import LatentDiffusion, pipeline_of, read_settings
+from ldm_cli.families.t5_encoder import t5_length_of
 from ldm_cli.formats.model_folder import load_model, outline_model
-from ldm_cli.formats.model_source import read_model_json, weights_sha256
 from ldm_cli.formats.pipeline_folder import (
-    INDEX_NAME,
     TEXT_ENCODER,
     TEXT_ENCODER_2,
     TEXT_ENCODER_3,
@@ -56,14 +54,6 @@ class StableDiffusion3(LatentDiffusion):
         TEXT_ENCODER_3,
         tokenizer_of(TEXT_ENCODER_3),
     )
-
-    @cached_property
-    def weights_sha256(self) -> dict[str, str]:
-        """Of T5 as well, where there is one."""
-        found = dict(super().weights_sha256)
-        if self.folder is not None and self.encoder.third is not None:
-            found[TEXT_ENCODER_3] = weights_sha256(self.folder / TEXT_ENCODER_3)
-        return found
 
     def process_at(self, latent_size: tuple[int, int]) -> Process:
         """With a shift by the number of patches, where the scheduler file asks for it."""
@@ -105,7 +95,7 @@ class StableDiffusion3(LatentDiffusion):
         self.encoder.save(folder)
         classes = dict.fromkeys((TEXT_ENCODER, TEXT_ENCODER_2), "CLIPTextModelWithProjection")
         text = classes | {tokenizer_of(name): "CLIPTokenizer" for name in classes}
-        if self.encoder.third is not None:
+        if self.encoder.t5 is not None:
             text |= {TEXT_ENCODER_3: "T5EncoderModel", tokenizer_of(TEXT_ENCODER_3): "T5TokenizerFast"}
         self.save_index(folder, text, **self.encoder.index_settings)
 
@@ -123,7 +113,8 @@ def open_folder(
     denoiser = load_model(SD3Transformer2DModel, folder / TRANSFORMER, dtype=dtype)
     width = denoiser.config.joint_attention_dim
     names = [TEXT_ENCODER, TEXT_ENCODER_2, *([TEXT_ENCODER_3] if has_t5(folder) else [])]
-    encoder = CLIPT5Encoder.load([folder / n for n in names], width, dtype=dtype, t5_length=t5_length_of(folder))
+    texts, length = {name: folder / name for name in names}, t5_length_of(folder / TEXT_ENCODER)
+    encoder = CLIPT5Encoder.load(texts, width, dtype=dtype, t5_length=length)
     codec = open_codec(folder / VAE, codec_dtype(precision))
     family = StableDiffusion3(denoiser, codec, encoder, settings, folder=folder, is_compiled=compiled)
     _check_parts(folder, denoiser.config, codec, encoder.models)
@@ -143,11 +134,6 @@ def outline_folder(folder: Path) -> dict[str, nn.Module]:
         texts[TEXT_ENCODER_3] = outline_model(T5EncoderModel, folder / TEXT_ENCODER_3)
     _check_parts(folder, transformer.config, codec, list(texts.values()))
     return {TRANSFORMER: transformer, VAE: codec, **texts}
-
-
-def has_t5(folder: Path) -> bool:
-    """Whether a Stable Diffusion 3 folder has a T5."""
-    return read_model_json(folder / INDEX_NAME).get(TEXT_ENCODER_3) not in (None, [None, None])
 
 
 def _check_parts(folder: Path, config: SD3Transformer2DConfig, codec: Autoencoder, texts: Sequence[nn.Module]) -> None:

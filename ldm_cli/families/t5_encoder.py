@@ -1,4 +1,4 @@
-"""T5 as the only text encoder of a U-Net, Imagen's choice (Saharia et al. 2022, arXiv:2205.11487, section 2.1)."""
+"""T5's encoder, and T5 as the only text encoder of a U-Net (Saharia et al. 2022, arXiv:2205.11487, section 2.1)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,87 @@ from torch import Tensor
 from ldm_cli.core.condition import Condition
 from ldm_cli.core.models.t5_encoder import T5EncoderModel
 from ldm_cli.data.unigram_tokenizer import UnigramTokenizer
-from ldm_cli.errors import UsageError
-from ldm_cli.families.clip_t5_encoder import T5_LENGTH, T5TextEncoder, plain_texts
+from ldm_cli.errors import CheckpointError, UsageError
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder, ignore, index_setting, outline_encoder, tokenizer_folder
 from ldm_cli.families.family import model_sha256
-from ldm_cli.families.prompt_chunks import PromptReading
-from ldm_cli.formats.model_folder import outline_model, read_config
-from ldm_cli.formats.pipeline_folder import MAX_SEQUENCE_LENGTH, TEXT_ENCODER
+from ldm_cli.families.prompt_chunks import BREAK, PromptReading, pieces_of
+from ldm_cli.formats.model_folder import load_model, outline_model, read_config
+from ldm_cli.formats.pipeline_folder import (
+    INDEX_NAME,
+    MAX_SEQUENCE_LENGTH,
+    TEXT_ENCODER,
+    TEXT_ENCODER_3,
+    tokenizer_of,
+)
+from ldm_cli.formats.save_model import save_model
+from ldm_cli.formats.weight_files import TRANSFORMERS_WEIGHTS
 
+T5_LENGTH = 256
+"""Tokens of T5, padding included: diffusers' default."""
+LONGEST_T5 = 512
+"""The most tokens of T5 that diffusers takes."""
 PIXEL_T5_LENGTH = 77
-"""L of the pipelines of IF."""
+"""Tokens of T5 in the pipelines of IF."""
+
+
+class T5TextEncoder:
+    """T5's encoder and its tokenizer.
+
+    Attributes:
+        model: the encoder.
+        tokenizer: its tokenizer.
+        folder: where the encoder was read, for `key`; None if it was not.
+    """
+
+    def __init__(self, model: T5EncoderModel, tokenizer: UnigramTokenizer, folder: Path | None = None) -> None:
+        self.model, self.tokenizer, self.folder = model, tokenizer, folder
+
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype = torch.float32) -> Self:
+        """Read an encoder, and its tokenizer from `tokenizer_3` beside it or from the same folder.
+
+        Args:
+            folder: of a T5EncoderModel.
+            dtype: of the weights. float16 becomes bfloat16, whose range the feed-forward layers need.
+
+        Raises:
+            InputNotFoundError, CheckpointError: as in `load_model`.
+        """
+        dtype = torch.bfloat16 if dtype == torch.float16 else dtype
+        return cls(
+            load_model(T5EncoderModel, folder, dtype=dtype), UnigramTokenizer.load(tokenizer_folder(folder)), folder
+        )
+
+    def save(self, folder: Path, component: str = TEXT_ENCODER_3, length: int = T5_LENGTH) -> None:
+        """Write encoder and tokenizer, for texts of a length, as a component of a pipeline folder; errors as in
+        `save_model`."""
+        weights, config = self.model.state_dict(), self.model.config.to_hugging_face()
+        save_model(folder / component, weights, config, TRANSFORMERS_WEIGHTS)
+        self.tokenizer.save(folder / tokenizer_of(component), length)
+
+    @property
+    def key(self) -> dict[str, str]:
+        """See `t5_key`; of an encoder that was read from a folder."""
+        assert self.folder is not None
+        return t5_key(self.folder)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.model.config.d_model
+
+    def ids(self, texts: Sequence[str], length: int, warn: Callable[[str], None]) -> Tensor:
+        """Token ids int64 [B, L] of texts, on the host; `warn` is called for each text that is cut."""
+        tokens = self.tokenizer.encode(texts, length)
+        for index, rest in tokens.truncated:
+            warn(f"prompt {texts[index][:40]!r}… has more than {length - 1} tokens of T5; this was cut: {rest!r:.200}")
+        return tokens.input_ids
+
+    def encode(self, ids: Tensor, *, hides_padding: bool = False) -> Tensor:
+        """Token ids int64 [B, L], on any device → states [B, L, D]; padding is attended to, or hidden."""
+        ids = ids.to(next(self.model.parameters()).device, non_blocking=True)
+        states: Tensor = self.model(ids, ids != self.model.config.pad_token_id if hides_padding else None)
+        return states
 
 
 class T5Encoder:
@@ -63,13 +134,13 @@ class T5Encoder:
     @property
     def width(self) -> int:
         """D."""
-        return self.model.config.d_model
+        return self._text.width
 
     @property
     def key(self) -> dict[str, str]:
         """See `Encoder`."""
         assert self._text.folder is not None
-        return t5_key(self._text.folder, self.length)
+        return t5_key(self._text.folder, TEXT_ENCODER) | {MAX_SEQUENCE_LENGTH: str(self.length)}
 
     @property
     def index_settings(self) -> dict[str, int]:
@@ -107,20 +178,35 @@ class T5Encoder:
         return self.encode_tokens({"ids": self._ids(plain_texts(prompts, reading), warn)})
 
 
+def plain_texts(prompts: Sequence[str], reading: PromptReading) -> list[str]:
+    """Prompts without the marks of weights and chunks."""
+    plain = ["".join(piece.text for piece in pieces_of(prompt, reading)) for prompt in prompts]
+    return [BREAK.sub(" ", text) for text in plain] if reading.long else plain
+
+
 def is_t5(folder: Path) -> bool:
     """Whether a folder holds T5's encoder; errors as in `read_config`."""
     return read_config(folder).get("model_type") == "t5"
 
 
-def t5_length_of(folder: Path, default: int = T5_LENGTH) -> int:
-    """L, as the pipeline says in which the encoder lies."""
-    return int(index_setting(folder, MAX_SEQUENCE_LENGTH, default))
+def t5_length_of(text_encoder: Path, default: int = T5_LENGTH) -> int:
+    """Tokens of T5, as the pipeline says in which a text encoder lies; the default without a pipeline.
+
+    Raises:
+        CheckpointError: it is no number of tokens.
+    """
+    found = index_setting(text_encoder, MAX_SEQUENCE_LENGTH, default)
+    if isinstance(found, int) and 0 <= found <= LONGEST_T5:
+        return found
+    raise CheckpointError(
+        f"cannot use '{text_encoder.parent / INDEX_NAME}'", f"{MAX_SEQUENCE_LENGTH}={found!r} is no length"
+    )
 
 
-def t5_key(folder: Path, length: int) -> dict[str, str]:
-    """`T5Encoder.key` of a folder, whose encoder is not read."""
+def t5_key(folder: Path, component: str = TEXT_ENCODER_3) -> dict[str, str]:
+    """Hashes of the encoder in a folder, which is not read, and of its tokenizer, under the names of a component."""
     tokenizer = UnigramTokenizer.load(tokenizer_folder(folder)).fingerprint
-    return {"text_encoder": model_sha256(folder), "tokenizer": tokenizer, MAX_SEQUENCE_LENGTH: str(length)}
+    return {component: model_sha256(folder), tokenizer_of(component): tokenizer}
 
 
 def load_text(folder: Path, dtype: torch.dtype, *, is_for_pixels: bool = False) -> CLIPTextEncoder | T5Encoder:
@@ -131,7 +217,9 @@ def load_text(folder: Path, dtype: torch.dtype, *, is_for_pixels: bool = False) 
 
 def outline_text(folder: Path) -> CLIPTextEncoder | T5Encoder:
     """The encoder of `load_text` on the meta device, with its tokenizer; errors as in `outline_model`."""
-    if not is_t5(folder):
-        return outline_encoder(folder)
-    model, tokenizer = outline_model(T5EncoderModel, folder), UnigramTokenizer.load(tokenizer_folder(folder))
-    return T5Encoder(T5TextEncoder(model, tokenizer), t5_length_of(folder))
+    return T5Encoder(outline_t5(folder), t5_length_of(folder)) if is_t5(folder) else outline_encoder(folder)
+
+
+def outline_t5(folder: Path) -> T5TextEncoder:
+    """The encoder on the meta device, with its tokenizer; errors as in `outline_model`."""
+    return T5TextEncoder(outline_model(T5EncoderModel, folder), UnigramTokenizer.load(tokenizer_folder(folder)))

@@ -130,7 +130,8 @@ class TrainUnetRecipe(StartedRecipe):
     """Stable Diffusion XL and 3: the second text encoder, a CLIPModel or CLIPTextModelWithProjection, with its
     tokenizer. Empty: that of the pipeline in `start_from`, or none."""
     text_encoder_3: Annotated[str, NamesModel(("text_encoder_3", "tokenizer_3"))] = ""
-    """Stable Diffusion 3: a T5EncoderModel, with tokenizer. Empty: that of the pipeline in `start_from`, or none."""
+    """Stable Diffusion 3, or a U-Net of latents with one CLIP: a T5EncoderModel beside CLIP, with its tokenizer. Empty:
+    that of the pipeline in `start_from`, or none."""
     max_sequence_length: Annotated[int, Field(ge=0, le=512)] | None = None
     """Tokens of T5, padding included; in Stable Diffusion 3 without T5 as many zeros. null: those of the pipeline in
     `start_from`; else 256, and 0 without T5."""
@@ -187,11 +188,15 @@ class TrainUnetRecipe(StartedRecipe):
         self._check_start(*model, "vae", *text, instead="classes" if self.is_of_pixels else "")
         if self.transformer is not None and self.start_from is None:
             self._check_start("text_encoder_2")
-        if self.unet is not None and self.text_encoder_3:
-            raise ValueError("text_encoder_3 belongs to a transformer; a U-Net takes T5 as text_encoder")
+        if self.unet is not None and self.text_encoder_2 and self.text_encoder_3:
+            raise ValueError(
+                "a U-Net takes text_encoder_2, a CLIP, or text_encoder_3, T5, beside text_encoder; not both"
+            )
         if self.text_encoder_3 and self.max_sequence_length == 0:
             raise ValueError("max_sequence_length=0 leaves no room for text_encoder_3")
-        if self.image_embedding is not None and (self.transformer or self.text_encoder_2 or self.lora):
+        if self.image_embedding is not None and (
+            self.transformer or self.text_encoder_2 or self.text_encoder_3 or self.lora
+        ):
             raise ValueError("image_embedding is for a U-Net with one text encoder, whose weights are trained")
         if self.lora is not None:
             self._check_lora(self.lora)
@@ -208,7 +213,7 @@ class TrainUnetRecipe(StartedRecipe):
 
     def _check_pixels(self) -> None:
         if self.is_of_pixels:
-            others = ("transformer", "text_encoder_2", "cache", "image_embedding")
+            others = ("transformer", "text_encoder_2", "text_encoder_3", "cache", "image_embedding")
             given = [name for name in others if getattr(self, name)]
             if given:
                 raise ValueError(f"vae=pixels does not go with {', '.join(given)}")

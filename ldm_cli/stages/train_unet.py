@@ -15,7 +15,6 @@ from ldm_cli.data.batch import Batch
 from ldm_cli.data.cache_manifest import Manifest
 from ldm_cli.data.latent_cache import LatentCache
 from ldm_cli.families.clip_pair_encoder import CLIPPairEncoder
-from ldm_cli.families.clip_t5_encoder import CLIPT5Encoder
 from ldm_cli.families.codec_folder import outline_codec
 from ldm_cli.families.family import Family
 from ldm_cli.families.pixel_diffusion import PixelDiffusion, pixel_settings
@@ -119,7 +118,7 @@ def _family(recipe: TrainUnetRecipe, denoiser: Any, codec: Any, encoder: Any) ->
     if isinstance(codec, PixelCodec):
         return PixelDiffusion(denoiser, codec, encoder, pixel_settings(diffusion.to_mapping()))
     settings = our_settings(diffusion.to_mapping())
-    if isinstance(encoder, CLIPT5Encoder):
+    if recipe.component == TRANSFORMER:
         return StableDiffusion3(denoiser, codec, encoder, settings)
     if isinstance(encoder, CLIPPairEncoder):
         return StableDiffusionXL(denoiser, codec, encoder, settings)

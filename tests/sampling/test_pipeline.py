@@ -191,12 +191,12 @@ def test_parts_that_do_not_fit_together_are_named(tmp_path):
     family = pipeline.family
     wider = UNet2DConditionModel(UNet2DConditionConfig(**(UNET | {"cross_attention_dim": 32})))
     with pytest.raises(CheckpointError, match=r"cross_attention_dim=32, text_encoder.hidden_size=24"):
-        check_fit(None, wider.config, family.codec, family.encoder)
+        check_fit(None, wider.config, family.codec, {"text_encoder": family.encoder})
     classes = UNet2DConditionModel(UNet2DConditionConfig(**(UNET | {"num_class_embeds": 5})))
     with pytest.raises(
         CheckpointError, match=r"the parts of the model do not fit: unet\.num_class_embeds=5 asks for a condition"
     ):
-        check_fit(None, classes.config, family.codec, family.encoder)
+        check_fit(None, classes.config, family.codec, {"text_encoder": family.encoder})
 
 
 def test_progress_counts_the_calls_of_the_predictor(pipeline):

@@ -20,6 +20,7 @@ from ldm_cli.families.stable_diffusion_3 import StableDiffusion3
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages.dry_run import dry_run
+from ldm_cli.stages.support.activation_sizes import activation_bytes
 from ldm_cli.stages.support.batch_encoder import cache_key
 from ldm_cli.stages.support.options import RunOptions, with_precision
 from ldm_cli.stages.support.start import resolve_start
@@ -212,6 +213,14 @@ def test_the_dry_run_says_how_many_captions_become_empty(
     assert result["parameters"].keys() == {"transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"}
 
 
+def test_activations_grow_with_the_tokens_of_t5(scenes: Path, parts: dict[str, str]) -> None:
+    def kept(length: int | None) -> int:
+        recipe = TrainUnetRecipe.from_mapping(sd3_recipe(scenes, parts) | {"max_sequence_length": length})
+        return activation_bytes(recipe, 2)["kept"]
+
+    assert kept(None) == kept(256) > kept(9)
+
+
 @pytest.mark.parametrize(
     ("transformer", "fields", "message"),
     [
@@ -236,7 +245,7 @@ def test_parts_that_do_not_fit_are_named_in_the_dry_run(
 
 def test_encoders_of_a_unet_are_not_left_out_one_by_one(scenes: Path, parts: dict[str, str]) -> None:
     recipe = unet_recipe(scenes, Path(parts["text_encoder"]), Path(parts["vae"]), {"encoder_dropout": 0.5})
-    with pytest.raises(RecipeError, match=r"diffusion\.encoder_dropout is for a transformer"):
+    with pytest.raises(RecipeError, match=r"encoder_dropout is for a transformer, or T5 beside a CLIP"):
         dry_run(TrainUnetRecipe.from_mapping(recipe), SilentReporter())
 
 
@@ -246,7 +255,10 @@ def test_encoders_of_a_unet_are_not_left_out_one_by_one(scenes: Path, parts: dic
         ({"unet": {}}, "unet and transformer: one of them is trained"),
         ({"text_encoder_2": ""}, "text_encoder_2: missing"),
         ({"transformer": None}, "unet: missing"),
-        ({"transformer": None, "unet": {}}, "belongs to a transformer"),
+        (
+            {"transformer": None, "unet": {}},
+            "text_encoder_2, a CLIP, or text_encoder_3, T5, beside text_encoder; not both",
+        ),
         ({"max_sequence_length": 0}, "max_sequence_length=0 leaves no room for text_encoder_3"),
     ],
 )

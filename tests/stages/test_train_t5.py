@@ -78,7 +78,10 @@ def test_training_from_a_cache_gives_the_same_weights_and_losses(
     ("change", "message"),
     [
         ({"clip_skip": 2}, "clip_skip and caption_chunks are for CLIP"),
-        ({"text_encoder_2": "text_encoder_2"}, "T5, which stands alone beside a U-Net"),
+        (
+            {"text_encoder_2": "text_encoder_2"},
+            "text_encoder is T5: beside a CLIP name it text_encoder_3, and the CLIP text_encoder",
+        ),
         ({"text_encoder": "text_encoder"}, "max_sequence_length is for T5, and text_encoder is a CLIP"),
     ],
 )

@@ -18,9 +18,10 @@ from ldm_cli.core.models.sd3_transformer_2d_config import SD3Transformer2DConfig
 from ldm_cli.core.models.t5_encoder import T5EncoderModel
 from ldm_cli.core.models.t5_encoder_config import T5EncoderConfig
 from ldm_cli.data.unigram_tokenizer import UnigramTokenizer
-from ldm_cli.families.clip_t5_encoder import CLIPT5Encoder, T5TextEncoder
+from ldm_cli.families.clip_t5_encoder import CLIPT5Encoder
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
 from ldm_cli.families.stable_diffusion_3 import StableDiffusion3
+from ldm_cli.families.t5_encoder import T5TextEncoder
 from ldm_cli.formats.scheduler_file import our_settings
 
 from ..sampling.tiny import randomize
@@ -60,9 +61,9 @@ def tiny_t5_tokenizer() -> UnigramTokenizer:
     return UnigramTokenizer(tokenizer)
 
 
-def tiny_t5() -> T5TextEncoder:
+def tiny_t5(width: int = WIDTH) -> T5TextEncoder:
     tokenizer = tiny_t5_tokenizer()
-    config = T5EncoderConfig(vocab_size=tokenizer.vocab_size, d_model=WIDTH, d_kv=4, d_ff=20, num_layers=2, num_heads=2)
+    config = T5EncoderConfig(vocab_size=tokenizer.vocab_size, d_model=width, d_kv=4, d_ff=20, num_layers=2, num_heads=2)
     return T5TextEncoder(randomize(T5EncoderModel(config), 6), tokenizer)
 
 
@@ -73,7 +74,9 @@ def tiny_sd3(*, has_t5: bool = True, t5_length: int = 9) -> StableDiffusion3:
     return StableDiffusion3(
         randomize(SD3Transformer2DModel(SD3Transformer2DConfig.from_mapping(TRANSFORMER)), 4),
         randomize(AutoencoderKL(AutoencoderKLConfig.from_mapping(vae)), 5),
-        CLIPT5Encoder(tower("<|endoftext|>", False), tower("!", True), tiny_t5() if has_t5 else None, WIDTH, t5_length),
+        CLIPT5Encoder(
+            [tower("<|endoftext|>", False), tower("!", True)], tiny_t5() if has_t5 else None, WIDTH, t5_length
+        ),
         our_settings(diffusion.to_mapping()),
     )
 

@@ -29,6 +29,7 @@ from ldm_cli.recipe.ar_recipe import TrainArRecipe
 from ldm_cli.recipe.prior_recipe import TrainPriorRecipe
 from ldm_cli.recipe.schema import TrainClipRecipe, TrainUnetRecipe, TrainVaeRecipe
 from ldm_cli.recipe.train_recipe import TrainRecipe
+from ldm_cli.stages.support.text_encoders import t5_length
 
 _TEXT_LENGTH = 77
 
@@ -89,7 +90,7 @@ def _with_one_sample(recipe: TrainRecipe, factor: int) -> tuple[Checkpointable, 
     height = side // factor
     if isinstance(config := recipe.model, SD3Transformer2DConfig):
         transformer = SD3Transformer2DModel(config)
-        length = _TEXT_LENGTH + (recipe.max_sequence_length or 0)
+        length = _TEXT_LENGTH * recipe.caption_chunks + t5_length(recipe)
         tokens, pooled = (
             torch.zeros(1, length, config.joint_attention_dim),
             torch.zeros(1, config.pooled_projection_dim),
@@ -109,7 +110,8 @@ def _prior(config: PriorTransformerConfig) -> tuple[Checkpointable, Callable[[],
 def _condition(config: UNet2DConditionConfig, recipe: TrainUnetRecipe) -> Condition:
     """What the U-Net is conditioned on, for one sample."""
     width = config.encoder_hid_dim or max(config.per_level(config.cross_attention_dim))
-    length = recipe.max_sequence_length or _TEXT_LENGTH * recipe.caption_chunks
+    clip = _TEXT_LENGTH * recipe.caption_chunks
+    length = clip + t5_length(recipe) if recipe.text_encoder_3 else recipe.max_sequence_length or clip
     pooled = None
     if config.addition_embed_type is not None and config.addition_time_embed_dim is not None:
         sizes = NUM_SIZES * config.addition_time_embed_dim

@@ -22,12 +22,12 @@ from ldm_cli.errors import RecipeError
 from ldm_cli.families.clip_image_encoder import CLIPImageEncoder
 from ldm_cli.families.clip_text_encoder import tokenizer_folder
 from ldm_cli.families.codec_folder import Autoencoder, open_codec
-from ldm_cli.families.family import model_sha256, place
+from ldm_cli.families.family import model_sha256, place, text_networks
 from ldm_cli.families.ip_adapter import IMAGE_FEATURES, image_features_key, open_image_features
 from ldm_cli.families.label_encoder import LabelEncoder
 from ldm_cli.families.prior import EMBEDDINGS
 from ldm_cli.formats.model_source import weights_sha256
-from ldm_cli.formats.pipeline_folder import IMAGE_ENCODER, TEXT_ENCODER
+from ldm_cli.formats.pipeline_folder import IMAGE_ENCODER
 from ldm_cli.recipe.ar_recipe import TrainArRecipe
 from ldm_cli.recipe.prior_recipe import TrainPriorRecipe
 from ldm_cli.recipe.schema import TrainUnetRecipe
@@ -65,10 +65,13 @@ class BatchEncoder:
     @property
     def networks(self) -> dict[str, nn.Module]:
         """The networks, by what users call them."""
-        texts = {TEXT_ENCODER + (f"_{n}" if n > 1 else ""): model for n, model in enumerate(self.encoder.models, 1)}
         images = {} if self.image_encoder is None else {IMAGE_ENCODER: self.image_encoder}
         images |= {} if self.images is None else {IMAGE_ENCODER: self.images.encoder}
-        return {**({"vae": self.codec} if isinstance(self.codec, nn.Module) else {}), **texts, **images}
+        return {
+            **({"vae": self.codec} if isinstance(self.codec, nn.Module) else {}),
+            **text_networks(self.encoder.models),
+            **images,
+        }
 
     def prepare(self, batch: Batch) -> Batch:
         """With the tokens of its captions, unless it is out of a cache; on the host."""

@@ -94,7 +94,7 @@ class Denoising:
         encoder, config = self.family.encoder, self.config
         dropped = self._uniform("caption dropout", batch, 1)[:, 0] < config.caption_dropout
         if config.encoder_dropout and isinstance(encoder, CLIPT5Encoder):
-            left_out = self._uniform("encoder dropout", batch, encoder.num_encoders) < config.encoder_dropout
+            left_out = self._uniform("encoder dropout", batch, len(encoder.models)) < config.encoder_dropout
             condition, dropped = encoder.without(condition, left_out), dropped | left_out.all(dim=1)
         return condition.replaced(dropped, self.empty)
 

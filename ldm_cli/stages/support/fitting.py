@@ -19,6 +19,7 @@ from ldm_cli.formats.pipeline_folder import TRANSFORMER
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.stages.support.low_resolution import upscaler_problems
 from ldm_cli.stages.support.pixel_training import pixel_problems
+from ldm_cli.stages.support.text_encoders import text_folders
 
 DenoiserConfig = UNet2DConditionConfig | SD3Transformer2DConfig
 
@@ -87,9 +88,12 @@ def fitted_config(recipe: TrainUnetRecipe, codec: Codec, texts: Sequence[nn.Modu
         step = codec.factor
         problems = _unet_problems(recipe, config, text_configs)
     problems += upscaler_problems(recipe, codec, texts)
-    if recipe.diffusion.encoder_dropout and name != TRANSFORMER:
-        problems.append("diffusion.encoder_dropout is for a transformer's text encoders: use diffusion.caption_dropout")
-    layers = min([config.num_hidden_layers for config in text_configs[:2]], default=1)
+    if recipe.diffusion.encoder_dropout and name != TRANSFORMER and not recipe.text_encoder_3:
+        problems.append(
+            "diffusion.encoder_dropout is for a transformer, or T5 beside a CLIP: use diffusion.caption_dropout"
+        )
+    towers = [config for config in text_configs if not isinstance(config, T5EncoderConfig)]
+    layers = min([config.num_hidden_layers for config in towers], default=1)
     if (recipe.clip_skip or 1) > layers:
         problems.append(f"clip_skip={recipe.clip_skip}, but a text encoder has {layers} layers")
     has_further_channels = recipe.is_of_pixels or recipe.low_resolution is not None
@@ -135,17 +139,16 @@ def _unet_problems(
 ) -> list[str]:
     """What does not fit the text encoders."""
     pooled = getattr(texts[-1], "projection_dim", 0)
-    problems = stable_diffusion_xl.size_problems(config, pooled) if len(texts) > 1 else []
-    has_t5 = isinstance(texts[0], T5EncoderConfig)
-    if has_t5 and len(texts) > 1:
-        problems.append("text_encoder is T5, which stands alone beside a U-Net: leave text_encoder_2 out")
-    if has_t5 and (recipe.clip_skip or recipe.caption_chunks > 1):
+    problems = stable_diffusion_xl.size_problems(config, pooled) if recipe.text_encoder_2 else []
+    is_t5 = isinstance(texts[0], T5EncoderConfig)
+    if is_t5 and (recipe.clip_skip or recipe.caption_chunks > 1):
         problems.append("clip_skip and caption_chunks are for CLIP, and text_encoder is T5")
-    if not has_t5 and recipe.max_sequence_length is not None:
+    if not is_t5 and not recipe.text_encoder_3 and recipe.max_sequence_length is not None:
         problems.append("max_sequence_length is for T5, and text_encoder is a CLIP")
-    text_width, widths = sum(text.hidden_size for text in texts), config.cross_attention_dim
+    sizes, widths = [text.hidden_size for text in texts], config.cross_attention_dim
+    text_width = max(sizes) if recipe.text_encoder_3 else sum(sizes)
     if any(width != text_width for width in ((widths,) if isinstance(widths, int) else widths)):
-        given = " and ".join(f"'{folder}'" for folder in (recipe.text_encoder, recipe.text_encoder_2) if folder)
-        verb = "give" if recipe.text_encoder_2 else "gives"
+        given = " and ".join(f"'{folder}'" for folder in text_folders(recipe).values())
+        verb = "give" if len(texts) > 1 else "gives"
         problems.append(f"unet.cross_attention_dim={widths}, but {given} {verb} {text_width}")
     return problems

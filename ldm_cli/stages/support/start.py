@@ -22,12 +22,12 @@ from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError, InputNotFoundError, RecipeError
 from ldm_cli.families import pixel_diffusion, pixel_upscale
 from ldm_cli.families.autoregressive import VQ
-from ldm_cli.families.clip_t5_encoder import t5_length_of
+from ldm_cli.families.clip_t5_encoder import has_t5
 from ldm_cli.families.clip_text_encoder import tokenizer_folder
 from ldm_cli.families.label_encoder import class_names
 from ldm_cli.families.latent_diffusion import read_settings
 from ldm_cli.families.open_family import resolve_model
-from ldm_cli.families.stable_diffusion_3 import has_t5
+from ldm_cli.families.t5_encoder import t5_length_of
 from ldm_cli.formats.model_folder import ModelClass, load_model, read_as
 from ldm_cli.formats.model_source import has_model_json, read_model_json, split_at_file
 from ldm_cli.formats.pipeline_folder import (
@@ -108,12 +108,12 @@ def _taken_fields(recipe: StartedRecipe, folder: Path, warn: Callable[[str], Non
             if (rows := taken["unet"]["num_class_embeds"]) is not None:
                 index = pipeline / INDEX_NAME
                 taken["classes"] = recipe.classes or class_names(read_model_json(index), rows, index)
-        if "transformer" in taken:
-            names += [TEXT_ENCODER_2, *([TEXT_ENCODER_3] if has_t5(pipeline) else [])]
-            if recipe.max_sequence_length is None:
-                taken["max_sequence_length"] = t5_length_of(pipeline)
-        elif taken["unet"]["addition_embed_type"] == "text_time":
+        if "transformer" in taken or taken["unet"]["addition_embed_type"] == "text_time":
             names.append(TEXT_ENCODER_2)
+        if has_t5(pipeline):
+            names.append(TEXT_ENCODER_3)
+        if ("transformer" in taken or has_t5(pipeline)) and recipe.max_sequence_length is None:
+            taken["max_sequence_length"] = t5_length_of(pipeline / TEXT_ENCODER)
         is_decoder = taken.get("unet", {}).get("class_embed_type") == "projection"
         if is_decoder and recipe.image_embedding is None and has_model_json(pipeline / IMAGE_ENCODER / CONFIG_NAME):
             taken["image_embedding"] = {"image_encoder": str(pipeline / IMAGE_ENCODER)}
