@@ -52,7 +52,7 @@ class SharedStatistics:
             own = percentile(x0, share)
             self._add(torch.stack([torch.ones_like(own), own]))
             return own
-        count, total = self._next()
+        count, total = self._next().unbind()
         return (total / count).float()
 
     @contextmanager
@@ -70,11 +70,11 @@ class SharedStatistics:
         total = x.sum(pixels, dtype=torch.float32)
         squares = torch.linalg.vector_norm(x, dim=pixels, dtype=torch.float32).square()
         sums = torch.stack([torch.full_like(total, x[0, 0].numel()), total, squares])
-        self._add(sums.double().unflatten(2, (norm.num_groups, -1)).sum(3))
+        self._add(sums.double().view(3, len(x), norm.num_groups, -1).sum(3))
 
     def _normed(self, norm: nn.GroupNorm, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         """[B, C, …] of a part → the same, of mean 0 and deviation 1 over all parts, with the norm's gain and bias."""
-        count, total, squares = self._next()
+        count, total, squares = self._next().unbind()
         mean = total / count
         inverse = (squares / count - mean.square() + norm.eps).rsqrt()  # Wu & He, eq. 2
         width = norm.num_channels // norm.num_groups
