@@ -86,7 +86,7 @@ def _is_compound(value: Any) -> bool:
 
 
 def _is_empty(value: Any) -> bool:
-    """Whether a row would say nothing."""
+    """Whether a row would say nothing, or a cell of a column."""
     return value is None or (isinstance(value, list | tuple | Mapping | str) and not value)
 
 
@@ -119,7 +119,7 @@ def _pairs(values: Mapping[str, Any]) -> Table:
 
 def _rows(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = _new_table(show_header=True)
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = list(dict.fromkeys(name for row in rows for name, value in row.items() if not _is_empty(value)))
     for name in names:
         justify = _justify(row.get(name, 0) for row in rows)
         table.add_column(_cell(_label(name)), justify=justify, overflow="fold")

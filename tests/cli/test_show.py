@@ -100,3 +100,9 @@ def test_a_dry_run_counts_no_memory_of_models_that_are_missing(
     out = capfd.readouterr().out
     assert "note: model: model 'nowhere' not found" in out
     assert "memory" not in out
+
+
+def test_a_column_that_says_nothing_is_left_out(capfd: pytest.CaptureFixture[str]) -> None:
+    show_result({"bad": [{"key": "a", "step": None, "place": ""}, {"key": "b", "step": None, "place": "x"}]}, False)
+    header, _, first, second = (line.split() for line in capfd.readouterr().out.splitlines()[1:])
+    assert (header, first, second) == (["key", "place"], ["a"], ["b", "x"])
