@@ -43,8 +43,7 @@ def theirs(folder: Path, **given: Any) -> Tensor:
     return (torch.from_numpy(images).permute(0, 3, 1, 2) * 255).round().to(torch.uint8)
 
 
-@pytest.mark.parametrize("has_t5", [True, False])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("seed", "has_t5"), [(0, False), (1, True), (2, False), (3, True)])
 def test_their_folder_is_sampled_as_their_pipeline_samples_it(tmp_path: Path, seed: int, has_t5: bool) -> None:
     folder = their_sd3_folder(tmp_path, seed, has_t5=has_t5)
     assert_alike(ours(folder), theirs(folder))
