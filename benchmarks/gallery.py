@@ -39,6 +39,7 @@ _PROCESSES = 2
 """Of each training in the Makefile."""
 _TEMPLATE = Path(__file__).with_suffix(".html")
 _HEADS = ("shape and colour", "Fréchet distance", "parameters", "processor seconds to train", "pictures a second")
+_SHORT_HEADS = ("right", "Fréchet", "weights", "seconds", "a second")
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,11 @@ def main() -> None:
         print(f"{one.title}", flush=True)
         measure(one, arguments.runs, out, arguments.data, arguments.generated)
     missing = [one for one in GENERATORS if one not in found]
-    text = page(found, missing, arguments.runs, out)
-    (out / "index.html").write_text(text, encoding="utf-8")
+    rows = [(one, figures(one, arguments.runs, out)) for one in found]
+    (out / "index.html").write_text(page(rows, missing, out), encoding="utf-8")
+    lines = [f"| {one.key} | {' | '.join(cells)} |" for one, cells in rows]
+    head = [f"| generator | {' | '.join(_SHORT_HEADS)} |", "|---" * (1 + len(_SHORT_HEADS)) + "|"]
+    (out / "table.md").write_text("\n".join([*head, *lines, ""]), encoding="utf-8")
     sheet(found, out).save(out / "gallery.png")
     print(f"Look at {out / 'index.html'}.")
 
@@ -192,13 +196,13 @@ def figures(one: Generator, runs: Path, out: Path) -> list[str]:
     distance = found["frechet_distance"]
     value = next(number for name, number in distance.items() if re.fullmatch(r"fd\[.*\]", name))
     interval = next((number for name, number in distance.items() if name.endswith("_interval")), None)
-    between = "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
+    between = "" if interval is None else f" [{interval[0]:.1f}, {interval[1]:.1f}]"
     parameters = sum(tensor.numel() for model in networks(runs / one.model) for tensor in model.parameters())
     seconds = sum(map(training_seconds, (runs / run for run in one.runs)))
     sampled = json.loads((folder / "sample.json").read_text())
     return [
-        f"{right['shape_and_color']:.1%} [{low:.1%}, {high:.1%}]",
-        f"{value:.2f}{between}",
+        f"{right['shape_and_color']:.0%} [{low:.0%}, {high:.0%}]",
+        f"{value:.1f}{between}",
         f"{parameters / 1e6:.1f} M",
         f"{seconds:,.0f}",
         f"{len(PROMPTS) * _SEEDS / sampled['seconds']:.2f}",
@@ -240,9 +244,8 @@ def enlarged(file: Path) -> Image.Image:
         return opened.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
 
 
-def page(found: Sequence[Generator], missing: Sequence[Generator], runs: Path, out: Path) -> str:
-    """The page as text."""
-    rows = ((one, figures(one, runs, out)) for one in found)
+def page(rows: Sequence[tuple[Generator, Sequence[str]]], missing: Sequence[Generator], out: Path) -> str:
+    """The page as text, of generators with their `figures`."""
     absent = ", ".join(f"{escape(one.title)} (<code>make {one.target}</code>)" for one in missing)
     parts = {
         "LIGHT": "".join(f"--{name}:{value};" for name, value in LIGHT.items()),
@@ -261,7 +264,7 @@ def page(found: Sequence[Generator], missing: Sequence[Generator], runs: Path, o
         ),
         "MISSING": f"<p class='muted'>Not run yet: {absent}.</p>" if missing else "",
         "PROMPTS": "".join(f"<div>{escape(prompt)}</div>" for prompt in PROMPTS),
-        "GENERATORS": "".join(section(one, out) for one in found),
+        "GENERATORS": "".join(section(one, out) for one, _ in rows),
     }
     return re.sub("@([A-Z]+)@", lambda match: parts[match[1]], _TEMPLATE.read_text(encoding="utf-8"))
 

@@ -61,8 +61,8 @@ def test_the_page_shows_the_demos_that_were_run_and_names_the_others(
         write_run(runs / run, [640.0])
     write_results(out / first.key)
     monkeypatch.setattr(gallery, "networks", lambda model: [torch.nn.Linear(1000, 999)])
-    text = gallery.page([first], GENERATORS[1:], runs, out)
-    assert "<td>75.0% [68.6%, 80.5%]</td><td>7.50 [6.00, 9.00]</td><td>1.0 M</td><td>6</td><td>2.00</td>" in text
+    text = gallery.page([(first, gallery.figures(first, runs, out))], GENERATORS[1:], out)
+    assert "<td>75% [69%, 80%]</td><td>7.5 [6.0, 9.0]</td><td>1.0 M</td><td>6</td><td>2.00</td>" in text
     assert text.count("data:image/webp") == 2 * len(PROMPTS)
     assert "<code>make demo-ar</code>" in text
     assert "@" not in text.replace("@media", "")
