@@ -46,7 +46,7 @@ BestOf = Annotated[int | None, option("--best-of", metavar="N", text="Generate N
 Clip = Annotated[str | None, option("--clip", metavar="DIR|NAME", text="The CLIP that chooses for --best-of.")]
 Eta = Annotated[
     float | None,
-    option("--eta", metavar="E", text="Fresh noise: 0 none, 1 all; default: 0 for ddim, 1 for ancestral samplers."),
+    option("--eta", metavar="E", text="Fresh noise: 0 none, 1 all; default: 1 for ancestral and SDE samplers, else 0."),
 ]
 Size = Annotated[str | None, option("--size", metavar="WxH", text="Image size in pixels; default: the model's.")]
 BatchSize = Annotated[

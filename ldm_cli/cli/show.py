@@ -193,7 +193,7 @@ def _set_widths(table: Table, room: int) -> None:
     for column in table.columns:
         lines = [line for cell in (column.header, *column.cells) for line in str(cell).splitlines()]
         unbroken = [part for line in lines for part in ([line] if _is_path(line) else line.split())]
-        least.append(max((len(part) for part in unbroken if part.isascii() or _is_path(part)), default=0))
+        least.append(max((cell_len(part) for part in unbroken if part.isascii() or _is_path(part)), default=0))
         most.append(max(map(cell_len, lines), default=0))
     room -= sum(least) + _PADDING * len(least)
     if room < 0:

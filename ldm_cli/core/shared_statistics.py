@@ -67,16 +67,17 @@ class SharedStatistics:
     def _measure(self, norm: nn.GroupNorm, inputs: tuple[Tensor], output: Tensor) -> None:
         x = inputs[0]
         pixels = tuple(range(2, x.ndim))
-        total = x.sum(pixels, dtype=torch.float32)
-        squares = torch.linalg.vector_norm(x, dim=pixels, dtype=torch.float32).square()
+        # float64, since a variance is the small difference of large numbers.
+        total = x.sum(pixels, dtype=torch.float64)
+        squares = torch.linalg.vector_norm(x, dim=pixels, dtype=torch.float64).square()
         sums = torch.stack([torch.full_like(total, x[0, 0].numel()), total, squares])
-        self._add(sums.double().view(3, len(x), norm.num_groups, -1).sum(3))
+        self._add(sums.view(3, len(x), norm.num_groups, -1).sum(3))
 
     def _normed(self, norm: nn.GroupNorm, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         """[B, C, …] of a part → the same, of mean 0 and deviation 1 over all parts, with the norm's gain and bias."""
         count, total, squares = self._next().unbind()
         mean = total / count
-        inverse = (squares / count - mean.square() + norm.eps).rsqrt()  # Wu & He, eq. 2
+        inverse = ((squares / count - mean.square()).clamp(min=0) + norm.eps).rsqrt()  # Wu & He, eq. 2
         width = norm.num_channels // norm.num_groups
         gain = inverse.repeat_interleave(width, dim=1) * norm.weight
         bias = norm.bias - mean.repeat_interleave(width, dim=1) * gain

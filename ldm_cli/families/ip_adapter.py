@@ -26,6 +26,8 @@ from ldm_cli.formats.weight_values import expect_finite
 
 IP_ADAPTER = "ip_adapter.safetensors"
 """Name of the files that `train-unet` writes."""
+PROMPT_ENCODER = "image_prompt.image_encoder"
+"""What users call the image encoder of an adapter; a decoder of image embeddings has one of its own."""
 IMAGE_FEATURES = "image_features"
 """Name of `ImageFeatures` among the moments of pictures."""
 _PROJECTION = "image_proj."
@@ -173,4 +175,4 @@ def num_features(config: CLIPVisionConfig, kind: Kind) -> int:
 def image_features_key(folder: Path, kind: Kind) -> dict[str, str]:
     """What decides the `ImageFeatures` of an image encoder's folder, by names that users know."""
     processor = read_image_processor(CLIPImageProcessor.from_hugging_face, processor_folder(folder))
-    return {IMAGE_ENCODER: model_sha256(folder), "image_prompt.kind": kind, "the image processor": repr(processor)}
+    return {PROMPT_ENCODER: model_sha256(folder), "image_prompt.kind": kind, "the image processor": repr(processor)}

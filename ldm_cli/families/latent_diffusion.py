@@ -33,6 +33,7 @@ from ldm_cli.formats.save_model import save_model
 from ldm_cli.formats.scheduler_file import SchedulerSettings, read_scheduler, write_scheduler
 
 TextEncoder = CLIPTextEncoder | CLIPPairEncoder | CLIPT5Encoder | T5Encoder
+Text = CLIPTextEncoder | T5Encoder | T5TextEncoder
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +152,7 @@ def expect_fitting_parts(
     folder: Path | None,
     unet: UNet2DConditionConfig,
     codec: Autoencoder,
-    texts: Mapping[str, CLIPTextEncoder | T5Encoder | T5TextEncoder],
+    texts: Mapping[str, Text],
     further: Sequence[str],
 ) -> None:
     """Make sure that the parts of a family belong together.

@@ -17,12 +17,12 @@ from ldm_cli.core.precision import DTYPES
 from ldm_cli.families.clip_t5_encoder import CLIPT5Encoder, has_t5
 from ldm_cli.families.clip_text_encoder import CLIPTextEncoder
 from ldm_cli.families.codec_folder import Autoencoder, codec_dtype, open_codec, outline_codec
-from ldm_cli.families.latent_diffusion import LatentDiffusion, expect_fitting_parts, pipeline_of, read_settings
-from ldm_cli.families.t5_encoder import T5Encoder, T5TextEncoder, load_text, outline_t5, outline_text, t5_length_of
+from ldm_cli.families.latent_diffusion import LatentDiffusion, Text, expect_fitting_parts, pipeline_of, read_settings
+from ldm_cli.families.t5_encoder import T5Encoder, load_text, outline_t5, outline_text, t5_length_of
 from ldm_cli.formats.model_folder import load_model, outline_model
 from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TEXT_ENCODER_3, UNET, VAE, tokenizer_of
 
-Text = CLIPTextEncoder | T5Encoder | T5TextEncoder
+UNetTextEncoder = CLIPTextEncoder | T5Encoder | CLIPT5Encoder
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class StableDiffusion(LatentDiffusion):
     """A Stable Diffusion model; `save` writes a folder that `StableDiffusionPipeline.from_pretrained` opens."""
 
     denoiser: UNet2DConditionModel
-    encoder: CLIPTextEncoder | T5Encoder | CLIPT5Encoder
+    encoder: UNetTextEncoder
 
     components: ClassVar[tuple[str, ...]] = (UNET, VAE, TEXT_ENCODER)
     pipelines: ClassVar[tuple[str, ...]] = (
@@ -77,9 +77,7 @@ def open_folder(folder: Path, device: torch.device | str, precision: str, *, com
     return family
 
 
-def _open_encoder(
-    folder: Path, unet: UNet2DConditionConfig, dtype: torch.dtype
-) -> CLIPTextEncoder | T5Encoder | CLIPT5Encoder:
+def _open_encoder(folder: Path, unet: UNet2DConditionConfig, dtype: torch.dtype) -> UNetTextEncoder:
     """Read the text encoders of a folder."""
     if has_t5(folder):
         texts = {name: folder / name for name in (TEXT_ENCODER, TEXT_ENCODER_3)}
@@ -100,7 +98,7 @@ def outline_folder(folder: Path) -> dict[str, nn.Module]:
     return {UNET: unet, VAE: vae, **{name: text.model for name, text in texts.items()}}
 
 
-def _texts(encoder: CLIPTextEncoder | T5Encoder | CLIPT5Encoder) -> Mapping[str, Text]:
+def _texts(encoder: UNetTextEncoder) -> Mapping[str, Text]:
     """All text encoders, by component."""
     return encoder.texts if isinstance(encoder, CLIPT5Encoder) else {TEXT_ENCODER: encoder}
 

@@ -185,7 +185,7 @@ class TrainUnetRecipe(StartedRecipe):
         if self.unet is not None and self.transformer is not None:
             raise ValueError("unet and transformer: one of them is trained, leave the other out")
         model, text = [] if self.transformer else ["unet"], [] if self.classes else ["text_encoder"]
-        self._check_start(*model, "vae", *text, instead="classes" if self.is_of_pixels else "")
+        self._check_start(*model, "vae", *text, instead={"text_encoder": "classes"} if self.is_of_pixels else {})
         if self.transformer is not None and self.start_from is None:
             self._check_start("text_encoder_2")
         if self.unet is not None and self.text_encoder_2 and self.text_encoder_3:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, TypeVar
 
 from pydantic import Field
@@ -48,12 +50,13 @@ class StartedRecipe(TrainRecipe):
     """Parameters that stay as they are in `start_from`, by patterns of their names such as `encoder.*`. A pattern that
     begins with `!` excepts what it matches; the last match wins."""
 
-    def _check_start(self, *sections: str, instead: str = "") -> None:
-        """Make sure that `start_from` or the recipe gives each section; `instead` is a field that would do as well."""
+    def _check_start(self, *sections: str, instead: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Make sure that `start_from` or the recipe gives each section; `instead`: fields that would do as well."""
         missing = [name for name in sections if not getattr(self, name)]
         if self.start_from is None and missing:
             what = f"{' and '.join(missing)}: missing, and there is no start_from to take it from"
-            raise ValueError(what + (f", and no {instead} in its place" if instead else ""))
+            others = [f", and no {instead[name]} in place of {name}" for name in missing if name in instead]
+            raise ValueError("".join([what, *others]))
         if self.start_from is None and self.freeze:
             raise ValueError("freeze needs start_from: fresh weights would stay random")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, ClassVar
 
 from pydantic import ValidationError
@@ -92,10 +93,12 @@ class CascadePipeline(PicturePipeline):
             raise UsageError("a cascade cannot work on a picture", remedy="sample with one of its stages")
         if options.preview_every:
             raise UsageError("a cascade has no previews", remedy="leave --preview-every out")
-        self._base.check(requests, self._base_config(config), noise)
-        for stage, upscaling in zip(self.family.stages[1:], self._upscalings(config, options), strict=True):
+        base = self._base_config(config)
+        checks: list[Callable[[], None]] = [partial(self._base.check, requests, base, noise)]
+        checks += [upscaling.check for upscaling in self._upscalings(config, options)]
+        for stage, check in zip(self.family.stages, checks, strict=True):
             try:
-                upscaling.check()
+                check()
             except UsageError as error:
                 raise UsageError(f"stage '{stage.name}': {error.what}", error.cause, error.remedy) from error
 

@@ -37,6 +37,16 @@ def test_a_norm_of_parts_is_that_of_the_whole(dtype: torch.dtype) -> None:
     torch.testing.assert_close(torch.cat(found, dim=-1), norm(x))
 
 
+def test_a_bright_map_with_little_contrast_is_normed_exactly() -> None:
+    norm, x = nn.GroupNorm(2, 4), 30 + 0.003 * pictures(1, 4, 8, 16)
+    statistics = SharedStatistics([norm])
+    with statistics.measured():
+        norm(x)
+    with statistics.shared():
+        found = norm(x)
+    torch.testing.assert_close(found, norm.double()(x.double()).float(), atol=2e-2, rtol=0)
+
+
 def test_a_part_with_the_statistics_of_the_whole_is_a_part_of_the_whole() -> None:
     fields = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     unet = randomize(UNet2DConditionModel(UNet2DConditionConfig(**UNET | fields, mid_block_type="UNetMidBlock2D")), 2)

@@ -200,7 +200,7 @@ def test_a_mistake_in_classes_does_not_ask_for_a_text_encoder(change: str) -> No
 def test_pixels_without_text_and_classes_are_told_of_both() -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe("unet/cifar10-classes", ["classes=null", "unet.num_class_embeds=null"])
-    assert caught.value.problems[0].endswith("no start_from to take it from, and no classes in its place")
+    assert caught.value.problems[0].endswith("no start_from to take it from, and no classes in place of text_encoder")
 
 
 SUGGESTIONS = [

@@ -19,7 +19,9 @@ from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages import convert
 from ldm_cli.stages.convert import ConvertOptions
 from ldm_cli.stages.dry_run import dry_run
+from ldm_cli.stages.support.batch_encoder import BatchEncoder, cache_key
 from ldm_cli.stages.support.image_prompt_task import ImagePromptTask
+from ldm_cli.stages.support.start import resolve_start
 from ldm_cli.storage import file_sha256
 
 from .test_sample import draw
@@ -95,7 +97,7 @@ def test_a_cache_is_stale_for_another_image_encoder_or_without_one(
     recipe = prompt_recipe(scenes, unet_run, clip_run / "model", steps=1) | {"cache": str(tmp_path / "cache")}
     plain = {name: value for name, value in recipe.items() if name != "image_prompt"}
     cached(plain, tmp_path / "cache")
-    with pytest.raises(DataError, match="image_encoder was null and is"):
+    with pytest.raises(DataError, match=r"image_prompt\.image_encoder was null and is"):
         trained(recipe, tmp_path / "run")
     cached(recipe, tmp_path / "cache", overwrite=True)
     recipe["image_prompt"] |= PLUS
@@ -194,6 +196,21 @@ def test_other_models_with_text_are_prompted_too(
     text, zero, both = found
     assert torch.equal(zero, text)
     assert not torch.equal(both, text)
+
+
+def test_a_decoder_and_an_adapter_have_image_encoders_of_their_own(
+    scenes: Path, clip_run: Path, vae_run: Path, tmp_path: Path
+) -> None:
+    clip = clip_run / "model"
+    trained(decoder_recipe(scenes, clip, vae_run / "model", steps=1, validation_samples=4), tmp_path / "decoder")
+    recipe = resolve_start(TrainUnetRecipe.from_mapping(prompt_recipe(scenes, tmp_path / "decoder", clip)), print)
+    networks = BatchEncoder(recipe, torch.device("cpu"), print).networks
+    names = [name for name in networks if "image_encoder" in name]
+    assert names == ["image_encoder", "image_prompt.image_encoder"]
+    assert set(names) < set(cache_key(recipe).latents)
+    assert not any(weight.requires_grad for name in names for weight in networks[name].parameters())
+    parameters = dry_run(recipe, SilentReporter())["parameters"]
+    assert parameters["image_encoder"] == parameters["image_prompt.image_encoder"]
 
 
 def test_a_dry_run_counts_the_adapter(scenes: Path, unet_run: Path, clip_run: Path, tmp_path: Path) -> None:

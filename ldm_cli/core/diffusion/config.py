@@ -50,9 +50,9 @@ class DiffusionConfig(Config):
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Chance that a training caption is replaced by the empty one, which classifier-free guidance needs."""
     encoder_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Stable Diffusion 3, and T5 beside a CLIP: chance, of each text encoder by itself, that zeros take the place of
-    its results, so that Stable Diffusion 3 can do without T5; where all are left out, the caption is the empty one.
-    0.464 of three encoders drops one caption in ten (Esser et al. 2024, appendix B.3)."""
+    """Chance, of each text encoder by itself, that zeros take the place of its results; for Stable Diffusion 3, which
+    can then do without T5, and for T5 beside a CLIP. Where all are left out, the caption is the empty one. 0.464 of
+    three encoders drops one caption in ten (Esser et al. 2024, appendix B.3)."""
 
     @model_validator(mode="after")
     def _check(self) -> DiffusionConfig:

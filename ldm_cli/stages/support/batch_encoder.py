@@ -23,7 +23,7 @@ from ldm_cli.families.clip_image_encoder import CLIPImageEncoder
 from ldm_cli.families.clip_text_encoder import tokenizer_folder
 from ldm_cli.families.codec_folder import Autoencoder, open_codec
 from ldm_cli.families.family import model_sha256, place, text_networks
-from ldm_cli.families.ip_adapter import IMAGE_FEATURES, image_features_key, open_image_features
+from ldm_cli.families.ip_adapter import IMAGE_FEATURES, PROMPT_ENCODER, image_features_key, open_image_features
 from ldm_cli.families.label_encoder import LabelEncoder
 from ldm_cli.families.prior import EMBEDDINGS
 from ldm_cli.formats.model_source import weights_sha256
@@ -66,7 +66,7 @@ class BatchEncoder:
     def networks(self) -> dict[str, nn.Module]:
         """The networks, by what users call them."""
         images = {} if self.image_encoder is None else {IMAGE_ENCODER: self.image_encoder}
-        images |= {} if self.images is None else {IMAGE_ENCODER: self.images.encoder}
+        images |= {} if self.images is None else {PROMPT_ENCODER: self.images.encoder}
         return {
             **({"vae": self.codec} if isinstance(self.codec, nn.Module) else {}),
             **text_networks(self.encoder.models),

@@ -23,6 +23,7 @@ from ldm_cli.families.family import place
 from ldm_cli.families.ip_adapter import (
     IMAGE_FEATURES,
     IP_ADAPTER,
+    PROMPT_ENCODER,
     ImageFeatures,
     feature_width,
     read_ip_adapter,
@@ -148,10 +149,10 @@ def image_prompt_parameters(
         models: all that the recipe uses, by component, the U-Net first; None: it does not exist yet.
         notes: receives a line if the image encoder does not exist yet.
     """
-    tower = model_at("image_prompt.image_encoder", config.image_encoder, outline_image_tower, notes)
+    tower = model_at(PROMPT_ENCODER, config.image_encoder, outline_image_tower, notes)
     unet = next(iter(models.values()))
     trained = {}
     if tower is not None and unet is not None:
         trained[_NAME] = count_parameters(outlined(lambda: new_adapter(config, unet, tower.config)))
-    used = {**models, IMAGE_ENCODER: tower}
+    used = {**models, PROMPT_ENCODER: tower}
     return trained, {name: count_parameters(model) for name, model in used.items() if model is not None}
