@@ -64,6 +64,7 @@ NAMES = (
     "compare",
     "report",
     "study",
+    "gallery",
     "ablations",
     "clip",
     "spiral",
