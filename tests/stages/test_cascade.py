@@ -139,6 +139,9 @@ def test_models_that_do_not_fit_their_place_are_refused(runs: list[str], folder:
     assert [path.name for path in tmp_path.iterdir()] == ["cascade"], "nothing half done is left"
     with pytest.raises(OutputError, match="exists"):
         cascade.run(recipe_of(runs, SETTINGS), folder, SilentReporter())
+    unknown = [{"sampling": {"steps": 2, "timesteps": [5000, 0]}}, SETTINGS[1]]
+    with pytest.raises(UsageError, match="stage 'base': "):
+        cascade.run(recipe_of(runs, unknown), tmp_path / "other", SilentReporter())
     too_much = "stage 'enlarge-1': noise_level=31 is not possible: the model knows levels up to 30"
     with pytest.raises(UsageError, match=too_much):
         cascade.run(
