@@ -13,6 +13,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ def variants(root: Path) -> dict[str, tuple[str, ...]]:
         PLAIN: ("sd3/demo",),
         "logit-normal levels": ("sd3/demo", "diffusion.timestep_sampling=logit_normal"),
         "REPA": ("sd3/demo", f"patches.clip={root}/clip/model"),
-        "three quarters of the patches left out": ("sd3/demo", "patches.left_out=0.75"),
+        "patches left out": ("sd3/demo", "patches.left_out=0.75"),
         "Muon": ("sd3/demo", "train.optimizer=muon", "train.lr=3.6e-3"),
         "U-Net, min-SNR": ("demo/unet", *unet),
     }
@@ -246,21 +247,23 @@ def _distance(found: Mapping[str, Any]) -> float:
 
 
 def table(root: Path, seeds: Sequence[Mapping[str, Mapping[str, float]]], extent: Extent) -> str:
-    """The numbers in Markdown, a row for each variant."""
-    levels = [f"level{i}" for i in range(_NUM_LEVELS)]
-    titles = [f"loss at u = {(i + 0.5) / _NUM_LEVELS:g}" for i in range(_NUM_LEVELS)]
-    titles += ["Fréchet distance", "shape and colour right"]
-    lines = [f"| variant | steps | {' | '.join(titles)} |", "|---|---|" + "---|" * len(titles)]
+    """The numbers in Markdown: a row for each variant, and a row for the losses of each flow."""
+    measured = {"distance": ("Fréchet distance", -1.0), "accuracy": ("shape and colour right", 1.0)}
+    lines = [f"| variant | steps | {' | '.join(title for title, _ in measured.values())} |", "|---|---|---|---|"]
     for variant in seeds[0]:
-        # The loss of a U-Net is that of another prediction, weighted.
-        numbers = {} if variant.startswith("U-Net") else dict.fromkeys(levels)
-        cells = [_spread([found[variant][name] for found in seeds]) if name in numbers else "–" for name in levels]
-        cells += [_spread([found[variant][name] for found in seeds]) for name in ("distance", "accuracy")]
+        cells = [_spread([found[variant][name] for found in seeds]) for name in measured]
         lines.append(f"| {variant} | {num_steps(root, variant, extent):,} | {' | '.join(cells)} |")
-    lines += ["", f"{extent.seeds} seeds, {SECONDS:g} processor seconds each; ± is the standard deviation over seeds."]
-    for number, title, sign in (("distance", titles[-2], -1.0), ("accuracy", titles[-1], 1.0)):
-        lines.append(f"{title}: {verdicts(seeds, number, sign)}")
-    return "\n".join(lines)
+    lines += [""]
+    for name, (title, sign) in measured.items():
+        lines += textwrap.wrap(f"{title}: {verdicts(seeds, name, sign)}", 80)
+    levels = [f"{(i + 0.5) / _NUM_LEVELS:g}" for i in range(_NUM_LEVELS)]
+    lines += ["", f"| loss × 1,000 at u = | {' | '.join(levels)} |", "|---" * (1 + _NUM_LEVELS) + "|"]
+    # The loss of the U-Net is that of another prediction, weighted.
+    for variant in (name for name in seeds[0] if not name.startswith("U-Net")):
+        cells = [_spread([1000 * found[variant][f"level{i}"] for found in seeds]) for i in range(_NUM_LEVELS)]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    about = f"{extent.seeds} seeds, {SECONDS:g} processor seconds each; ± is the standard deviation over seeds."
+    return "\n".join([*lines, "", *textwrap.wrap(about, 80)])
 
 
 def verdicts(seeds: Sequence[Mapping[str, Mapping[str, float]]], number: str, sign: float) -> str:
