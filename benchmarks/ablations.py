@@ -21,21 +21,24 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-SECONDS = 170.0
+SECONDS = 230.0
 """Processor seconds of each training, over both processes."""
 MINUTES = {
     "data": 0.3,
     "train-vae": 2.5,
     "train-clip": 2.6,
-    "calibration": 0.4,
+    "precompute": 0.5,
+    "calibration": 0.3,
     "train-unet": SECONDS / 60 / 2 + 0.2,
-    "eval": 5.0,
+    "eval": 2.8,
 }
 """Kind of command → its time on two quiet cores, estimated from the parts of `make demo` and `make demo-sd3`."""
 _CALIBRATION = 4, 24
 """Steps of two short runs, whose difference is free of what happens once in a run. A fifth of either is the part of a
 run in which no patch is left out."""
 _NUM_LEVELS = 5
+_UNET = ("unet.in_channels=16", "unet.out_channels=16", "unet.block_out_channels=[64,128]")
+"""The U-Net of the demo at twice its width, on the latents of the transformer."""
 _MARK = "<!-- ablations-numbers -->", "<!-- /ablations-numbers -->"
 _DOCS = Path(__file__).resolve().parent.parent / "docs"
 PLAIN = "plain flow"
@@ -85,17 +88,14 @@ SMOKE = Extent(
 
 def variants(root: Path) -> dict[str, tuple[str, ...]]:
     """Name in the table → recipe, and what differs from the plain one."""
-    unet = (
-        *("unet.sample_size=4", "unet.in_channels=16", "unet.out_channels=16", "unet.block_out_channels=[64,128]"),
-        *("diffusion.prediction_type=v_prediction", "diffusion.snr_gamma=5", "diffusion.timestep_sampling=uniform"),
-    )
     return {
         PLAIN: ("sd3/demo",),
         "logit-normal levels": ("sd3/demo", "diffusion.timestep_sampling=logit_normal"),
-        "REPA": ("sd3/demo", f"patches.clip={root}/clip/model"),
+        # A cache has no images, which REPA looks at.
+        "REPA": ("sd3/demo", f"patches.clip={root}/clip/model", "cache=null"),
         "patches left out": ("sd3/demo", "patches.left_out=0.75"),
-        "Muon": ("sd3/demo", "train.optimizer=muon", "train.lr=3.6e-3"),
-        "U-Net, min-SNR": ("demo/unet", *unet),
+        "AdamW": ("sd3/demo", "train.optimizer=adamw", "train.lr=1e-3"),
+        "U-Net, min-SNR": ("demo/unet", *_UNET, "diffusion.snr_gamma=5"),
     }
 
 
@@ -129,6 +129,10 @@ def parts(root: Path, extent: Extent) -> Iterator[Part]:
     yield train("train-clip", "sd3/demo-clip", "clip-2")
     # The judge has another seed than the text encoders, and than the tower whose features are aligned.
     yield train("train-clip", "demo/clip", "judge", "seed=1000")
+    own: tuple[str, ...]
+    for recipe, own in (("sd3/demo", ()), ("demo/unet", _UNET)):
+        places = ("--out", str(_cache(root, recipe)), *ranks)
+        yield Part("precompute", ("precompute", recipe, *_inputs(root, recipe), *own, *places))
     for variant, (recipe, *changes) in variants(root).items():
         yield Part("calibration", ("train-unet", recipe, *_training(root, recipe, extent), *changes, *ranks), variant)
     for seed in range(extent.seeds):
@@ -139,14 +143,24 @@ def parts(root: Path, extent: Extent) -> Iterator[Part]:
         yield _eval(root, seed, extent)
 
 
-def _training(root: Path, recipe: str, extent: Extent) -> tuple[str, ...]:
-    """What all variants share: data, models, AdamW, levels alike."""
+def _inputs(root: Path, recipe: str) -> tuple[str, ...]:
+    """The data and the trained models."""
     second = (f"text_encoder_2={root}/clip-2/model",) if recipe.startswith("sd3") else ()
     return (
         *(f"data.shards={root}/data/train-*.tar", f"data.val_shards={root}/data/val-*.tar"),
         *(f"vae={root}/vae/model", f"text_encoder={root}/clip/model", *second),
-        *("train.optimizer=adamw", "train.lr=1e-3", "diffusion.timestep_sampling=uniform"),
-        "train.sample_every=100000",
+    )
+
+
+def _cache(root: Path, recipe: str) -> Path:
+    return root / "cache" / recipe.replace("/", "-")
+
+
+def _training(root: Path, recipe: str, extent: Extent) -> tuple[str, ...]:
+    """What all variants share: data, models, Muon, levels alike."""
+    return (
+        *_inputs(root, recipe),
+        *(f"cache={_cache(root, recipe)}", "diffusion.timestep_sampling=uniform", "train.sample_every=100000"),
         *extent.changes.get("train-unet", ()),
     )
 
