@@ -39,7 +39,7 @@ TOUCHES = ["send to_device.py:_sent"]
 
 def trained_on_both(recipe: Mapping[str, Any], worker: ProcessPoolExecutor, folder: Path) -> dict[str, Any]:
     """Train on the device and on the CPU, with the same losses: what the device was touched for, and more."""
-    rehearsed: dict[str, Any] = worker.submit(work.train, recipe, folder / "run", None).result()
+    rehearsed: dict[str, Any] = worker.submit(work.train, recipe, folder / "run").result()
     trained(recipe, folder / "on the CPU")
     assert rehearsed["losses"] == pytest.approx(losses(folder / "on the CPU"), rel=1e-6)
     return rehearsed
@@ -111,7 +111,7 @@ def test_a_run_goes_on_with_the_kind_of_device_that_it_began_with(
 ) -> None:
     trained(recipe_of("clip", parts, steps=1), tmp_path / "run")
     with pytest.raises(CheckpointError, match="device: 'cpu' → 'simulated'"):
-        worker.submit(work.train, recipe_of("clip", parts, steps=1), tmp_path / "run", None).result()
+        worker.submit(work.train, recipe_of("clip", parts, steps=1), tmp_path / "run").result()
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,8 @@ def test_a_run_goes_on_with_the_kind_of_device_that_it_began_with(
 def test_a_step_in_half_precision_touches_the_host_no_more(
     trainer: str, parts: Path, worker: ProcessPoolExecutor, tmp_path: Path
 ) -> None:
-    rehearsed = worker.submit(work.train, recipe_of(trainer, parts, precision="bf16"), tmp_path / "run", None).result()
+    recipe = recipe_of(trainer, parts, precision="bf16")
+    rehearsed = worker.submit(work.train, recipe, tmp_path / "run", ends_early=True).result()
     assert rehearsed["touches"] == TOUCHES
 
 
