@@ -102,11 +102,11 @@ def after_checkpoints(out: Path) -> bool:
     ("name", "moments"),
     [
         ("vae", (started, while_saving, after_checkpoints)),
-        *((name, (while_saving,)) for name in ("clip", "unet", "lora")),
+        *((name, (while_saving,)) for name in ("clip", "unet")),
         # Their runs are lost and continued in tests/stages, too.
         *(
             pytest.param(name, (while_saving,), marks=pytest.mark.exhaustive)
-            for name in ("vq", "ar", "prior", "decoder", "sd3")
+            for name in ("lora", "vq", "ar", "prior", "decoder", "sd3")
         ),
     ],
 )
