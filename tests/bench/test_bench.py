@@ -124,7 +124,10 @@ def test_the_encoding_of_images_by_precompute_is_timed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("forked")
-@pytest.mark.parametrize("subject", ["train-clip", "train-vae", "train-unet"])
+@pytest.mark.parametrize(
+    "subject",
+    [*(pytest.param(f"train-{name}", marks=pytest.mark.exhaustive) for name in ("clip", "vae")), "train-unet"],
+)
 def test_peers_are_measured_in_turn_with_the_trainer(subject: str) -> None:
     peer = run.SUBJECTS[subject].peer
     pytest.importorskip(peer)

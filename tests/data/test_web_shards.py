@@ -97,7 +97,7 @@ def _trace(batches: list[Batch]) -> list[str]:
     return [line for step, batch in enumerate(batches) for line in batch.trace(step)]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.exhaustive), 2])
 def test_a_faulty_server_and_a_small_cache_change_neither_trace_nor_bits(
     server: Server, index_cache: Path, num_workers: int
 ) -> None:

@@ -119,12 +119,10 @@ def test_clip_has_the_same_bits_on_one_two_and_four_ranks(scenes: Path, tmp_path
 def test_adapters_of_all_networks_have_the_same_bits_on_one_and_two_ranks(scenes: Path, tmp_path: Path) -> None:
     save_tiny_xl(tmp_path / "xl")
     lora = {"rank": 2, "targets": ["all"], "conv_rank": 2, "text_encoder": True, "dropout": 0.1, "dora": True}
-    recipe = xl_recipe(scenes, {}, **ELASTIC | {"batch_size": 4, "steps": 3}) | {
-        "start_from": str(tmp_path / "xl"),
-        "lora": lora,
-    }
+    recipe = xl_recipe(scenes, {}, **ELASTIC | {"batch_size": 4, "steps": 3})
     for name in ("unet", "vae", "text_encoder"):
         del recipe[name]
+    recipe |= {"start_from": str(tmp_path / "xl"), "lora": lora}
     recipe["data"]["val_shards"] = None
     one, two = (trained(recipe, tmp_path / str(count), count) for count in (1, 2))
     assert different(one, two) is None

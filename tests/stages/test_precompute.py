@@ -379,7 +379,10 @@ def test_a_file_is_hashed_once_by_a_process(
     assert sorted(hashed) == sorted(files(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", bytes(400), b"\xff\xfe", None])
+@pytest.mark.parametrize(
+    "content",
+    [b"", *(pytest.param(one, marks=pytest.mark.exhaustive) for one in (b"[]", bytes(400), b"\xff\xfe")), None],
+)
 def test_a_damaged_manifest_is_made_again_from_the_files(
     with_cache: Recipes, tmp_path: Path, content: bytes | None
 ) -> None:

@@ -202,6 +202,7 @@ def test_a_run_holds_the_bytes_that_its_dry_run_says(
     assert moments == sizes["optimizer"] - 8 * idle
 
 
+@pytest.mark.exhaustive  # the dry run itself is a command of docs/guides/memory-and-time.md
 def test_adapters_of_the_published_xl_take_a_fifth_of_the_memory_of_all_weights(tmp_path: Path) -> None:
     """Rank 16 of the transformers: 10 blocks of width 640 within 5 of them, 60 of 1280 within 6, text of 2048."""
     write_published_xl(tmp_path)

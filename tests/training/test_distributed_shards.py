@@ -93,7 +93,7 @@ def test_two_sharded_ranks_train_as_two_that_hold_everything(tmp_path: Path) -> 
     assert_close_runs(trained(tmp_path / "cut", SHARDED, 2, poison={4}), whole)
 
 
-@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("layer", [0, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_a_frozen_layer_stays_as_it_is_where_weights_are_cut(tmp_path: Path, layer: int) -> None:
     whole = trained(tmp_path / "whole", SHARDED.model_copy(update={"strategy": "replicated"}), 2, frozen=layer)
     cut = trained(tmp_path / "cut", SHARDED, 2, frozen=layer)
@@ -134,7 +134,7 @@ def test_a_rank_killed_while_parts_are_written_ends_the_job_and_the_older_checkp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.exhaustive), 3])
 def test_a_sharded_run_goes_on_with_another_number_of_ranks(tmp_path: Path, world_size: int) -> None:
     config = SHARDED.model_copy(update={"micro_batch": None})
     trained(tmp_path / "other", config.model_copy(update={"steps": 10}), 2)
