@@ -77,7 +77,9 @@ def timed(work: Callable[..., None], number: int, *arguments: Any) -> int:
     return turns.units
 
 
-@pytest.mark.parametrize("subject", ["train-clip", "train-vae", "train-unet", "train-unet XL"])
+@pytest.mark.parametrize(
+    "subject", ["train-clip", "train-vae", "train-unet", pytest.param("train-unet XL", marks=pytest.mark.exhaustive)]
+)
 def test_the_steps_of_the_trainer_itself_are_timed(
     subject: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

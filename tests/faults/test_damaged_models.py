@@ -52,7 +52,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "a FIFO": _fifo,
     "a link": _other_link,
 }
-MORE = ("flipped at 0.5", "flipped at 1.0")
+MORE = ("flipped at 0.5", "flipped at 1.0", "zeros", "longer")
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def on_ranks(path: Path, work: Callable[[Ranks], None], world_size: int = 2) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_gradients_summed_during_backward_are_those_summed_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
 ) -> None:
