@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
-from typer.main import get_command
 
 from ldm_cli import errors
-from ldm_cli.cli.app import app
+from ldm_cli.cli.app import program
 from ldm_cli.cli.examples import EXAMPLES
 from ldm_cli.errors import LdmError
 from ldm_cli.recipe.schema import RECIPES
@@ -39,8 +38,7 @@ WIDTH = 80
 @functools.cache
 def pages() -> dict[str, str]:
     """File name → text, of every page."""
-    program: Any = get_command(app)
-    found = {f"{name}.md": _command_page(name, command) for name, command in program.commands.items()}
+    found = {f"{name}.md": _command_page(name, command) for name, command in program().commands.items()}
     return {**found, "recipes.md": _sections_page(), "messages.md": _messages_page()}
 
 

@@ -45,6 +45,9 @@ def serve(path: Path) -> None:
     """Fork at each call; `path` is there once calls are heard."""
     for module in _PRELOADED:
         import_module(module)
+    from ldm_cli.cli.app import program
+
+    program()
     gc.freeze()  # no fork looks for garbage among what is imported
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a fork but its client

@@ -25,10 +25,9 @@ from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
-from typer.main import get_command
 
 from ldm_cli import __version__, errors
-from ldm_cli.cli.app import app
+from ldm_cli.cli.app import program
 from ldm_cli.cli.failures import user_error
 from ldm_cli.data.config import DataConfig
 from ldm_cli.errors import InputNotFoundError, LdmError, RecipeError, UsageError
@@ -149,7 +148,7 @@ def prose(page: Path) -> str:
 
 def check_command(words: list[str], valid_recipe: bool = True) -> None:
     """Raise what the program would say of a command line, without running it."""
-    command: Any = get_command(app)
+    command = program()
     context, path = command.make_context("ldm", list(words)), []
     while hasattr(command, "resolve_command"):
         name, command, words = command.resolve_command(context, words)
@@ -182,8 +181,7 @@ def test_every_page_of_the_documentation_is_read() -> None:
 def test_the_readme_leads_to_every_page_and_names_every_command() -> None:
     readme = PAGES[0].read_text(encoding="utf-8")
     assert [page.name for page in PAGES[1:] if f"({page.relative_to(REPOSITORY)})" not in readme] == []
-    program: Any = get_command(app)
-    assert [name for name in program.commands if f"`ldm {name}" not in readme] == []
+    assert [name for name in program().commands if f"`ldm {name}" not in readme] == []
 
 
 def test_there_are_commands_on_every_page_but_the_last() -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-from typer.main import get_command
 
-from ldm_cli.cli.app import app
+from ldm_cli.cli.app import program
 from ldm_cli.errors import LdmError
 from ldm_cli.recipe.schema import RECIPES
 from scripts import reference
@@ -26,9 +23,8 @@ def test_a_changed_page_is_noticed_and_so_is_one_too_many(monkeypatch: pytest.Mo
 
 
 def test_every_option_of_every_command_is_on_its_page_with_its_help() -> None:
-    program: Any = get_command(app)
     pages = reference.pages()
-    for name, command in program.commands.items():
+    for name, command in program().commands.items():
         text = " ".join(pages[f"{name}.md"].split())
         for subcommand in getattr(command, "commands", {"": command}).values():
             for parameter in subcommand.params:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, NoReturn
+from functools import cache
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.main import get_command
@@ -87,6 +88,12 @@ def _root(
         raise UsageError("no command given", remedy="see ldm --help")
 
 
+@cache
+def program() -> Any:
+    """The commands as click's tree, which takes 50 ms to build."""
+    return get_command(app)
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; whatever goes wrong is said in one line on stderr."""
     debug = "--debug" in arguments
@@ -96,10 +103,9 @@ def run(arguments: Sequence[str]) -> int:
             streams.prepare()
             if not debug:
                 streams.silence_library_warnings()
-            command = get_command(app)
-            # Not command.main(): that turns a broken pipe into exit code 1.
-            with command.make_context("ldm", options.expand_paths(arguments), obj=tuple(arguments)) as context:
-                command.invoke(context)
+            # Not program().main(): that turns a broken pipe into exit code 1.
+            with program().make_context("ldm", options.expand_paths(arguments), obj=tuple(arguments)) as context:
+                program().invoke(context)
             sys.stdout.flush()
     except BaseException as error:
         code = exit_code_of(error)

@@ -77,7 +77,9 @@ def timed(work: Callable[..., None], number: int, *arguments: Any) -> int:
     return turns.units
 
 
-@pytest.mark.parametrize("subject", ["train-clip", "train-vae", "train-unet", "train-unet XL"])
+@pytest.mark.parametrize(
+    "subject", ["train-clip", "train-vae", "train-unet", pytest.param("train-unet XL", marks=pytest.mark.exhaustive)]
+)
 def test_the_steps_of_the_trainer_itself_are_timed(
     subject: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,7 +126,10 @@ def test_the_encoding_of_images_by_precompute_is_timed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("forked")
-@pytest.mark.parametrize("subject", ["train-clip", "train-vae", "train-unet"])
+@pytest.mark.parametrize(
+    "subject",
+    [*(pytest.param(f"train-{name}", marks=pytest.mark.exhaustive) for name in ("clip", "vae")), "train-unet"],
+)
 def test_peers_are_measured_in_turn_with_the_trainer(subject: str) -> None:
     peer = run.SUBJECTS[subject].peer
     pytest.importorskip(peer)

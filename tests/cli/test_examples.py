@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from typer.main import get_command
 
 from ldm_cli.cli import app
 from ldm_cli.cli.examples import EXAMPLES
@@ -18,8 +17,7 @@ from tests.test_readme import check_command
 
 
 def commands() -> Iterator[str]:
-    program: Any = get_command(app.app)
-    for name, command in program.commands.items():
+    for name, command in app.program().commands.items():
         yield from (f"{name} {inner}".strip() for inner in getattr(command, "commands", {"": command}))
 
 
@@ -45,8 +43,7 @@ def test_help_has_every_example_on_a_line(
 
 
 def test_the_defaults_in_the_help_of_sample_are_those_of_its_recipe() -> None:
-    program: Any = get_command(app.app)
-    texts = {parameter.name: parameter.help for parameter in program.commands["sample"].params}
+    texts = {parameter.name: parameter.help for parameter in app.program().commands["sample"].params}
     base = SampleRecipe(command="sample", model="x").to_mapping()
     compared = set()
     for option, field in _FIELDS.items():

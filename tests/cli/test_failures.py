@@ -222,7 +222,7 @@ def test_a_stopped_command_counts_and_the_same_one_goes_on(tmp_path: Path) -> No
     _assert_stopped(tmp_path, process.returncode, stderr, signal.SIGINT)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.exhaustive)])
 def test_any_signal_to_stop_stops_a_command(number: signal.Signals, tmp_path: Path) -> None:
     life = Life(["data", "synth", str(tmp_path / "scenes"), "--samples", "100000"], tmp_path / "log")
     while not _has_written(tmp_path):

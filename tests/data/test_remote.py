@@ -82,8 +82,11 @@ def _area_of(memory: Any, num_shards: int, reporter: SilentReporter | None = Non
     return StagingArea(num_shards * (memory.info("/bucket/000.tar")["size"] + 3000), reporter or SilentReporter())
 
 
-def test_shards_of_an_open_data_set_are_never_removed(memory: Any, index_cache: Path) -> None:
+def test_shards_of_an_open_data_set_are_never_removed(
+    memory: Any, index_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not by another data set of the same process, nor by another process while one that was forked lives."""
+    monkeypatch.setattr(staging, "_PATIENCE", 0.5)
     first = _area_of(memory, 2)
     held = _fetch(first, "memory://bucket/000.tar")
     _fetch(_area_of(memory, 2), "memory://bucket/001.tar")
@@ -244,7 +247,8 @@ def test_a_shard_of_unknown_size_stays_within_the_bound(
     assert not list((index_cache.parent / "shards").rglob("*.tar"))
 
 
-def test_secrets_are_in_no_message_and_no_file(index_cache: Path) -> None:
+def test_secrets_are_in_no_message_and_no_file(index_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "_PAUSES", (0.01, 0.01, 0.01))
     assert without_credentials("s3://user:word@host/a/b.tar?sig=word#x") == "s3://host/a/b.tar"
     url = "http://user:secretword@127.0.0.1:9/a.tar?sig=secretword"
     reporter = SilentReporter()

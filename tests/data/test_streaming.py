@@ -146,7 +146,7 @@ def test_a_shard_cut_anywhere_is_damaged_and_pairs_nothing_wrongly(tmp_path: Pat
     whole = write_tar(tmp_path / "whole.tar", [m for n in range(3) for m in numbered_sample(n)]).read_bytes()
     follower = write_tar(tmp_path / "next.tar", [m for n in range(3) for m in numbered_sample(n)])  # of the same keys
     ends = [whole.index(f"{n + 1:04d}.png".encode()) for n in range(2)]  # of the first and the second sample
-    for end in range(0 if piped else 1, len(whole) - 9728, 768 if piped else 384):
+    for end in range(0 if piped else 1, len(whole) - 9728, 1280 if piped else 768):
         (cut := tmp_path / "cut.tar").write_bytes(whole[:end])
         source = f"pipe:cat {cut}" if piped else str(cut)
         stream = open_stream(config := settings(source, follower), SilentReporter())

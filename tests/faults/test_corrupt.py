@@ -18,13 +18,13 @@ pytestmark = pytest.mark.slow
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     folder = tmp_path_factory.mktemp("corrupt")
     (folder / "home").mkdir()
-    return Bench(Home(folder / "home"), random.Random(5), folder / "work", trials=6)
+    return Bench(Home(folder / "home"), random.Random(5), folder / "work", trials=3)
 
 
 def test_a_few_damages_are_noticed_or_mended(bench: Bench) -> None:
     corrupted_files(bench, CASES[:3])
     assert bench.tally.problems == []
-    assert bench.tally.trials == 6
+    assert bench.tally.trials == 3
 
 
 def test_every_damage_changes_the_file_and_a_silent_change_is_counted(bench: Bench, tmp_path: Path) -> None:

@@ -119,8 +119,15 @@ def base_models(folder: Path) -> dict[str, torch.nn.Module]:
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
-@pytest.mark.parametrize("kind", ["sd", "xl"])
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "dora"),
+    [
+        ("sd", True),
+        ("xl", False),
+        pytest.param("sd", False, marks=pytest.mark.exhaustive),
+        pytest.param("xl", True, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_file_that_we_write_opens_in_diffusers_and_here(
     kind: str, layout: Any, dora: bool, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -96,7 +96,7 @@ def test_a_file_without_configurations_is_sampled_as_diffusers_samples_the_folde
     assert_alike(ours(with_tokenizers(folder, file), **SIZE), theirs(folder))
 
 
-@pytest.mark.parametrize("has_t5", [True, False])
+@pytest.mark.parametrize("has_t5", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_encoders_that_the_file_does_not_hold_are_read_from_folders_beside_it(tmp_path: Path, has_t5: bool) -> None:
     folder = their_sd3_folder(tmp_path, has_t5=has_t5, is_like_published=True)
     file = original_names.write_sd3(opened(folder), tmp_path / "bare.safetensors", has_encoders=False)
@@ -111,7 +111,7 @@ def test_encoders_that_the_file_does_not_hold_are_read_from_folders_beside_it(tm
     assert not any(name.startswith("text_encoders") for name in load_file(tmp_path / "half.safetensors"))
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_the_projection_of_the_first_tower_becomes_part_of_the_transformer(tmp_path: Path, seed: int) -> None:
     """diffusers takes the identity in its place, whatever the file holds: the file needs the projection elsewhere."""
     folder = their_sd3_folder(tmp_path, seed)

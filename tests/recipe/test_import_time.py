@@ -31,7 +31,7 @@ def run(ldm: Ldm, *arguments: str) -> tuple[int, list[str], set[str]]:
     return result.returncode, words, libraries & _HEAVY
 
 
-@pytest.mark.parametrize("text", ["a: &a [x]\nb: *a\n", "a: ["])
+@pytest.mark.parametrize("text", ["a: &a [x]\nb: *a\n", pytest.param("a: [", marks=pytest.mark.exhaustive)])
 def test_a_text_that_is_no_recipe_is_refused_without_torch(ldm: Ldm, tmp_path: Path, text: str) -> None:
     (tmp_path / "r.yaml").write_text(text)
     code, words, heavy = run(ldm, "train-vae", "r.yaml")
@@ -64,7 +64,12 @@ def test_a_fault_in_a_recipe_is_named_without_torch(ldm: Ldm, tmp_path: Path, ol
 
 @pytest.mark.parametrize(
     ("command", "recipe"),
-    [("train-clip", "demo/clip"), ("train-unet", "demo/unet"), ("sample", "demo/sample.yaml"), ("eval", "demo/eval")],
+    [
+        ("train-unet", "demo/unet"),
+        ("sample", "demo/sample.yaml"),
+        pytest.param("train-clip", "demo/clip", marks=pytest.mark.exhaustive),
+        pytest.param("eval", "demo/eval", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_an_unknown_key_on_the_command_line_is_refused_without_torch(ldm: Ldm, command: str, recipe: str) -> None:
     code, words, heavy = run(ldm, command, recipe, "unknown.field=1")

@@ -93,11 +93,11 @@ def leaves_a_constant_on_the_host(patch: pytest.MonkeyPatch) -> None:
 )
 def test_a_touch_is_found(plant: Plant, kind: str, parts: Path, worker: ProcessPoolExecutor, tmp_path: Path) -> None:
     recipe = recipe_of("unet from cache", parts)
-    touches = worker.submit(work.train, recipe, tmp_path / "run", plant).result()["touches"]
+    touches = worker.submit(work.train, recipe, tmp_path / "run", plant, ends_early=True).result()["touches"]
     assert touches == [*TOUCHES, f"{kind} test_faults.py:fault"]
 
 
 def test_a_constant_on_the_host_is_an_error(parts: Path, worker: ProcessPoolExecutor, tmp_path: Path) -> None:
     recipe = recipe_of("unet from cache", parts)
     with pytest.raises(DeviceMixError, match=r"CPU tensor of shape \[\(8,\)\] meets a device tensor"):
-        worker.submit(work.train, recipe, tmp_path / "run", leaves_a_constant_on_the_host).result()
+        worker.submit(work.train, recipe, tmp_path / "run", leaves_a_constant_on_the_host, True).result()

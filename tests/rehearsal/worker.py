@@ -34,13 +34,19 @@ PLAIN_STEP = 2
 """The second of three steps: nothing is made for the first time, and nothing is due after it."""
 
 
-def train(recipe: Mapping[str, Any], out: Path, plant: Callable[[pytest.MonkeyPatch], None] | None) -> dict[str, Any]:
+def train(
+    recipe: Mapping[str, Any],
+    out: Path,
+    plant: Callable[[pytest.MonkeyPatch], None] | None = None,
+    ends_early: bool = False,
+) -> dict[str, Any]:
     """Train on the device.
 
     Args:
         recipe: of at least three steps.
         out: run folder.
-        plant: changes the code before, and the run ends after the second step.
+        plant: changes the code before.
+        ends_early: the run ends after the second step, without losses.
 
     Returns:
         `touches` between the ends of the first and the second step, the logged `losses`, and `lines_after_each_step`
@@ -55,7 +61,7 @@ def train(recipe: Mapping[str, Any], out: Path, plant: Callable[[pytest.MonkeyPa
         ends.append(len(device.touches))
         metrics = out / "metrics.jsonl"
         lines.append(len(metrics.read_text(encoding="utf-8").splitlines()) if metrics.exists() else 0)
-        if plant is not None and trainer.step == PLAIN_STEP:
+        if ends_early and trainer.step == PLAIN_STEP:
             raise Lost
 
     device.touches.clear()
@@ -66,7 +72,7 @@ def train(recipe: Mapping[str, Any], out: Path, plant: Callable[[pytest.MonkeyPa
             plant(patch)
         with suppress(Lost):
             trained(recipe, out)
-    made = [] if plant is not None else losses(out)
+    made = [] if ends_early else losses(out)
     return {
         "touches": device.touches[ends[PLAIN_STEP - 2] : ends[PLAIN_STEP - 1]],
         "losses": made,

@@ -17,6 +17,9 @@ from ldm_cli.reporting import SilentReporter
 
 from .tiny import clip_recipe, trained, unet_recipe, vae_recipe
 
+LONG = {"steps": 40, "log_every": 10, "ema_decay": 0.9, "validation_samples": 12}
+"""Training in which something is learnt; validation has a second batch, which is not full."""
+
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -29,21 +32,21 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def clip_run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "clip"
-    trained(clip_recipe(scenes, steps=40, batch_size=16, lr=3e-3, log_every=10, ema_decay=0.9), out)
+    trained(clip_recipe(scenes, batch_size=16, lr=3e-3, **LONG), out)
     return out
 
 
 @pytest.fixture(scope="session")
 def vae_run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "vae"
-    trained(vae_recipe(scenes, steps=40, lr=1e-2, log_every=10, ema_decay=0.9), out)
+    trained(vae_recipe(scenes, lr=1e-2, **LONG), out)
     return out
 
 
 @pytest.fixture(scope="session")
 def unet_run(scenes: Path, clip_run: Path, vae_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "unet"
-    recipe = unet_recipe(scenes, clip_run / "model", vae_run / "model", steps=40, lr=5e-3, log_every=10, ema_decay=0.9)
+    recipe = unet_recipe(scenes, clip_run / "model", vae_run / "model", lr=5e-3, **LONG)
     trained(recipe, out)
     return out
 

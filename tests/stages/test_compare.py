@@ -190,7 +190,7 @@ def test_the_score_of_one_set_needs_no_other(home: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_inception")
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_several_ranks_measure_what_one_measures(home: Path, tmp_path: Path, world_size: int) -> None:
     def work(rank: int) -> int:
         found = compare(home, "a", "b", *PICTURE_METRICS, batch_size=7, **networks_of(home))

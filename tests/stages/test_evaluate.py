@@ -58,7 +58,7 @@ def evaluate(home: Path, metrics: list[str], **changes: Any) -> dict[str, Any]:
     return run(recipe(home, metrics, **changes), RunOptions(device="cpu"), SilentReporter())
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_several_ranks_measure_what_one_measures(home: Path, tmp_path: Path, world_size: int) -> None:
     asked = recipe(home, ALL, batch_size=3)
     run(asked, RunOptions(device="cpu", out=tmp_path / "one.json"), SilentReporter())

@@ -30,6 +30,7 @@ from ldm_cli.stages.support.start import freeze, frozen_names, resolve_start
 from ldm_cli.training import saving
 from tests.faults.runs import metrics
 
+from .conftest import LONG
 from .tiny import RESNET, assert_resumes, clip_recipe, lose_after, trained, unet_recipe, vae_recipe
 
 DECODER_ONLY = ["encoder.*", "quant_conv.*"]
@@ -142,7 +143,8 @@ def test_a_clip_with_its_image_tower_locked_that_is_killed_ends_the_same(
 def test_a_continued_denoiser_begins_with_the_validation_its_source_ended_with(
     scenes: Path, clip_run: Path, vae_run: Path, unet_run: Path, tmp_path: Path
 ) -> None:
-    recipe = started(unet_recipe(scenes, clip_run / "model", vae_run / "model", steps=2), "unet", unet_run)
+    train = {"steps": 2, "validation_samples": LONG["validation_samples"]}
+    recipe = started(unet_recipe(scenes, clip_run / "model", vae_run / "model", **train), "unet", unet_run)
     trained(recipe, tmp_path)
     ended, begun = metrics(unet_run)[-1], metrics(tmp_path)[0]
     assert begun == {"step": 0} | {

@@ -79,7 +79,7 @@ def test_a_lost_run_ends_in_the_same_bits(scenes: Path, unet_run: Path, clip_run
     assert_resumes(recipe, tmp_path, 3)
 
 
-@pytest.mark.parametrize("prompt", [{}, PLUS], ids=["base", "plus"])
+@pytest.mark.parametrize("prompt", [pytest.param({}, marks=pytest.mark.exhaustive), PLUS], ids=["base", "plus"])
 def test_cached_embeddings_of_pictures_train_the_same_bits(
     prompt: dict[str, Any], scenes: Path, unet_run: Path, clip_run: Path, tmp_path: Path
 ) -> None:

@@ -147,7 +147,8 @@ def test_dropped_embeddings_are_zeros_whatever_the_picture_is(
     trained(clip_recipe(scenes, steps=1) | {"seed": 9}, tmp_path / "other")
     found = []
     for name, encoder in (("one", clip_run / "model"), ("two", tmp_path / "other/model")):
-        recipe = decoder_recipe(scenes, clip_run / "model", vae_run / "model", steps=3, log_every=1)
+        train = {"steps": 3, "lr": 1e-2, "log_every": 1, "validation_samples": 12}
+        recipe = decoder_recipe(scenes, clip_run / "model", vae_run / "model", **train)
         recipe["image_embedding"] = {"image_encoder": str(encoder), "dropout": 1.0}
         trained(recipe, tmp_path / name)
         found.append(losses(tmp_path / name))

@@ -236,7 +236,7 @@ def test_the_loss_of_a_sample_does_not_depend_on_its_neighbours(parts: tuple[Pat
     assert len({round(value, 6) for value in together}) == 8, "each sample has its own noise and level"
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.exhaustive), "bf16"])
 def test_a_run_that_is_lost_and_continued_ends_the_same(
     parts: tuple[Path, Path, Path], tmp_path: Path, precision: str
 ) -> None:

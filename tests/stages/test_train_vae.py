@@ -119,7 +119,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole_batch(scenes: Path, tmp_
         torch.testing.assert_close(split[name], whole[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.exhaustive)])
 def test_a_perceptual_adversarial_run_that_is_lost_ends_the_same(
     scenes: Path, clip_run: Path, tmp_path: Path, precision: str
 ) -> None:

@@ -92,7 +92,7 @@ def test_a_folder_is_converted_to_half_precision_and_read_again(vq_run: Path, tm
     assert torch.equal(half.quantize.embedding.weight, whole.quantize.embedding.weight.half().float())
 
 
-@pytest.mark.parametrize("kind", ["ema", "gradient", "fsq"])
+@pytest.mark.parametrize("kind", ["ema", "gradient", pytest.param("fsq", marks=pytest.mark.exhaustive)])
 def test_a_run_that_is_lost_ends_in_the_same_bits(scenes: Path, tmp_path: Path, kind: str) -> None:
     codebook: dict[str, Any] = {"kind": kind}
     codebook |= {"levels": [2, 2, 2, 2]} if kind == "fsq" else {"restart_below": 0.6} if kind == "ema" else {}

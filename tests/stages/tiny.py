@@ -43,7 +43,7 @@ _STAGES: dict[str, tuple[Any, Any]] = {
 
 def _base(command: str, scenes: Path, data: Mapping[str, Any], train: Mapping[str, Any]) -> dict[str, Any]:
     given = {"shards": str(scenes / "train-*.tar"), "val_shards": str(scenes / "val-*.tar"), "image_size": 32}
-    steps = {"steps": 12, "batch_size": 8, "log_every": 4, "save_every": 5, "validation_samples": 12}
+    steps = {"steps": 12, "batch_size": 8, "log_every": 4, "save_every": 5, "validation_samples": 6}
     return {"command": command, "name": "tiny", "data": {**given, **data}, "train": {**steps, **train}}
 
 

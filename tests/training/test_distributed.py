@@ -111,12 +111,20 @@ def test_a_rank_that_raises_gives_its_own_words_to_the_others(tmp_path: Path) ->
         assert job.words()[0] == words
 
 
+@pytest.fixture
+def short_telling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks give a lost one half a second to say why."""
+    monkeypatch.setattr(distributed, "TELLING", 0.5)
+
+
+@pytest.mark.usefixtures("short_telling")
 def test_a_rank_that_is_preempted_is_no_failure_to_announce(tmp_path: Path) -> None:
     with ForkedRanks(lambda rank: failing(Preempted("stopped"), rank), tmp_path) as job:
         assert job.wait() == [WorkerError.code, Preempted.code]
         assert job.words()[0].startswith("lost another rank")
 
 
+@pytest.mark.usefixtures("short_telling")
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_is_noticed_long_before_the_time_out(tmp_path: Path, victim: int) -> None:
     def work(rank: int) -> int:
@@ -126,7 +134,7 @@ def test_a_killed_rank_is_noticed_long_before_the_time_out(tmp_path: Path, victi
     with ForkedRanks(work, tmp_path) as job:
         while len(list(tmp_path.glob("pid*"))) < 2:
             time.sleep(0.01)
-        time.sleep(1.0)
+        time.sleep(0.5)
         job.send(victim, signal.SIGKILL)
         began = time.monotonic()
         assert job.wait([1 - victim]) == [WorkerError.code]
@@ -139,7 +147,7 @@ def test_a_stopped_rank_is_missed_after_the_time_out(tmp_path: Path, victim: int
 
     def work(rank: int) -> int:
         try:
-            with joined(CPU, 2.0) as ranks:
+            with joined(CPU, 1.0) as ranks:
                 ranks.wait()
                 if rank == victim:
                     os.kill(os.getpid(), signal.SIGSTOP)
@@ -151,7 +159,7 @@ def test_a_stopped_rank_is_missed_after_the_time_out(tmp_path: Path, victim: int
 
     with ForkedRanks(work, tmp_path) as job:
         assert job.wait([1 - victim]) == [WorkerError.code]
-        assert f"rank {victim} of 2 is lost: it has sent nothing for 2 s" in job.words()[1 - victim]
+        assert f"rank {victim} of 2 is lost: it has sent nothing for 1 s" in job.words()[1 - victim]
 
 
 def test_a_wait_for_the_device_ends_when_another_rank_is_lost(tmp_path: Path) -> None:
@@ -167,7 +175,7 @@ def test_a_wait_for_the_device_ends_when_another_rank_is_lost(tmp_path: Path) ->
 
     def work(rank: int) -> int:
         try:
-            with joined(CPU, 2.0) as ranks:
+            with joined(CPU, 1.0) as ranks:
                 ranks.wait_for(Event(5))  # type: ignore[arg-type]
                 ranks.wait()
                 if rank == 1:
@@ -181,13 +189,13 @@ def test_a_wait_for_the_device_ends_when_another_rank_is_lost(tmp_path: Path) ->
     began = time.monotonic()
     with ForkedRanks(work, tmp_path) as job:
         assert job.wait() == [WorkerError.code, -signal.SIGKILL]
-        assert "rank 1 of 2 is lost: it has sent nothing for 2 s" in job.words()[0]
+        assert "rank 1 of 2 is lost: it has sent nothing for 1 s" in job.words()[0]
     assert time.monotonic() - began < 20
 
 
 def test_a_process_that_cannot_ask_ends_when_another_rank_is_lost(tmp_path: Path) -> None:
     def work(rank: int) -> int:
-        with joined(CPU, 2.0) as ranks:
+        with joined(CPU, 1.0) as ranks:
             assert isinstance(ranks, distributed._ConnectedRanks)
             ranks._watch.ends_process = True
             ranks.wait()
@@ -219,7 +227,7 @@ def test_two_threads_that_ask_do_not_make_the_store_silent_for_twice_as_long() -
 def test_a_slow_rank_is_waited_for_as_long_as_it_gives_signs_of_life(tmp_path: Path) -> None:
     def work(rank: int) -> int:
         with joined(CPU, 1.0) as ranks:
-            time.sleep(3.0 * (rank == 0))
+            time.sleep(2.0 * (rank == 0))
             ranks.wait()
         return 0
 
