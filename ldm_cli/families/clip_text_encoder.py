@@ -99,8 +99,7 @@ class CLIPTextEncoder:
 
     def save(self, folder: Path, component: str = TEXT_ENCODER) -> None:
         """Write tower and tokenizer as a component of a pipeline folder; errors as in `save_model`."""
-        config = {**self.model.config.to_hugging_face(), "architectures": [type(self.model).__name__]}
-        save_model(folder / component, self.model.state_dict(), config, TRANSFORMERS_WEIGHTS)
+        save_tower(folder / component, self.model, self.model.state_dict())
         # diffusers pads to what the tokenizer says; the tower takes no more than it has positions.
         self.tokenizer.model_max_length = self.length
         self.tokenizer.save(folder / tokenizer_of(component))
@@ -193,6 +192,12 @@ class CLIPTextEncoder:
         pooled = self.model.project(output) if isinstance(self.model, CLIPTextModelWithProjection) else None
         tokens = tokens.view(rows, -1, tokens.shape[-1])
         return Condition(tokens=tokens, pooled=None if pooled is None else pooled[::chunks])
+
+
+def save_tower(folder: Path, tower: CLIPTextModel, weights: Mapping[str, Tensor]) -> None:
+    """Write a tower with its own or other weights; errors as in `save_model`."""
+    config = {**tower.config.to_hugging_face(), "architectures": [type(tower).__name__]}
+    save_model(folder, weights, config, TRANSFORMERS_WEIGHTS)
 
 
 def outline_tower(folder: Path, model_class: ModelClass[CLIPTextModel] = CLIPTextModel) -> CLIPTextModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -143,6 +144,8 @@ class TrainUnetRecipe(StartedRecipe):
     the pipeline of `text_encoder` was trained with; else the last one, with two of them the last but one."""
     caption_chunks: Annotated[int, Field(ge=1, le=8)] = 1
     """Chunks of as many tokens as the text encoder takes that every caption is encoded in; longer captions are cut."""
+    train_text_encoder: bool = False
+    """Train the CLIP text encoder of a Stable Diffusion U-Net together with it; the model folder holds both."""
     cache: str | None = None
     """Folder that `ldm precompute` wrote for this recipe, to read latents and text states from; null computes them."""
     unet: UNet2DConditionConfig | None = None
@@ -202,21 +205,23 @@ class TrainUnetRecipe(StartedRecipe):
             self._check_lora(self.lora)
         if self.image_prompt is not None:
             self._check_image_prompt()
+        if self.train_text_encoder:
+            others = ("transformer", "text_encoder_2", "text_encoder_3", "low_resolution", "image_embedding", "lora")
+            self._expect_without("train_text_encoder", *others, "image_prompt")
         self._check_pixels()
         if self.low_resolution is not None:
             others = ("transformer", "cache", "classes", "lora", "image_embedding", "image_prompt")
-            given = [name for name in others if getattr(self, name)]
-            given += [f"data.{name}" for name in ("aspect_buckets",) if getattr(self.data, name)]
-            if given:
-                raise ValueError(f"low_resolution does not go with {', '.join(given)}")
+            self._expect_without("low_resolution", *others, "data.aspect_buckets")
         return self
+
+    def _expect_without(self, name: str, *others: str) -> None:
+        if given := [other for other in others if attrgetter(other)(self)]:
+            raise ValueError(f"{name} does not go with {', '.join(given)}")
 
     def _check_pixels(self) -> None:
         if self.is_of_pixels:
             others = ("transformer", "text_encoder_2", "text_encoder_3", "cache", "image_embedding")
-            given = [name for name in others if getattr(self, name)]
-            if given:
-                raise ValueError(f"vae=pixels does not go with {', '.join(given)}")
+            self._expect_without("vae=pixels", *others, "train_text_encoder")
             if self.diffusion.prediction_type == "flow_prediction":
                 raise ValueError("vae=pixels needs another diffusion.prediction_type than flow_prediction")
         if self.classes is None:

@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ldm_cli.core.codec import PixelCodec
+from ldm_cli.core.models.clip_text import CLIPTextModel
 from ldm_cli.core.models.sd3_transformer_2d import SD3Transformer2DModel
 from ldm_cli.core.models.unet_2d_condition import UNet2DConditionModel
 from ldm_cli.data.batch import Batch
 from ldm_cli.data.cache_manifest import Manifest
 from ldm_cli.data.latent_cache import LatentCache
+from ldm_cli.errors import RecipeError
 from ldm_cli.families.clip_pair_encoder import CLIPPairEncoder
+from ldm_cli.families.clip_text_encoder import save_tower
 from ldm_cli.families.codec_folder import outline_codec
 from ldm_cli.families.family import Family
 from ldm_cli.families.pixel_diffusion import PixelDiffusion, pixel_settings
@@ -22,8 +26,8 @@ from ldm_cli.families.prior import EMBEDDINGS
 from ldm_cli.families.stable_diffusion import StableDiffusion
 from ldm_cli.families.stable_diffusion_3 import StableDiffusion3
 from ldm_cli.families.stable_diffusion_xl import StableDiffusionXL
-from ldm_cli.formats.model_folder import ModelClass
-from ldm_cli.formats.pipeline_folder import TRANSFORMER, UNET
+from ldm_cli.formats.model_folder import ModelClass, load_weights
+from ldm_cli.formats.pipeline_folder import TEXT_ENCODER, TRANSFORMER, UNET
 from ldm_cli.formats.scheduler_file import our_settings
 from ldm_cli.recipe.schema import TrainUnetRecipe
 from ldm_cli.reporting import Reporter
@@ -44,7 +48,7 @@ from ldm_cli.stages.support.pixel_training import prompts_of_batch
 from ldm_cli.stages.support.start import build_model, resolve_start, start_uses
 from ldm_cli.stages.support.text_encoders import outline_text_encoders, text_folders
 from ldm_cli.stages.support.training_run import Workbench, run_training
-from ldm_cli.training.task import Task
+from ldm_cli.training.task import Task, WeightsByModule
 
 
 def run(recipe: TrainUnetRecipe, options: RunOptions, reporter: Reporter) -> dict[str, Any]:
@@ -92,6 +96,8 @@ def parameters(recipe: TrainUnetRecipe, notes: list[str]) -> Parameters:
     if recipe.image_prompt is not None:
         return image_prompt_parameters(recipe.image_prompt, {recipe.component: denoiser, **used}, notes)
     trained, frozen = trained_parameters(recipe.component, denoiser)
+    if recipe.train_text_encoder and (tower := used.pop(TEXT_ENCODER)) is not None:
+        trained[TEXT_ENCODER] = count_parameters(_clip(tower))
     further, compared = patch_parameters(recipe, notes)
     frozen |= {name: count_parameters(model) for name, model in used.items() if model is not None}
     return trained | further, frozen | compared
@@ -105,6 +111,17 @@ def _build(recipe: TrainUnetRecipe, bench: Workbench) -> Task[Batch]:
         return ImagePromptTask(task, recipe, recipe.image_prompt, bench)
     bench.run.share(task.save_unchanged)
     return task
+
+
+def _clip(text_encoder: nn.Module) -> CLIPTextModel:
+    """The text encoder, which is to be trained.
+
+    Raises:
+        RecipeError: it is no CLIP.
+    """
+    if isinstance(text_encoder, CLIPTextModel):
+        return text_encoder
+    raise RecipeError("train_text_encoder is for a CLIP", f"text_encoder is a {type(text_encoder).__name__}")
 
 
 _CLASSES: dict[str, ModelClass[Any]] = {UNET: UNet2DConditionModel, TRANSFORMER: SD3Transformer2DModel}
@@ -140,9 +157,30 @@ class DenoiserTask(DenoisingTask):
             family = self.image_condition.family(family)
         self.low = open_low_resolution(recipe, family)
         patches = open_patch_training(recipe, bench.device)
+        encoder.trains_text = recipe.train_text_encoder
         super().__init__(recipe, bench, encoder, family, patches, self.image_condition or self.low)
         if patches is not None and patches.alignment is not None:
             self.auxiliary["projection"] = patches.alignment
+        if recipe.train_text_encoder:
+            self.modules[TEXT_ENCODER] = _clip(encoder.encoder.models[0]).requires_grad_(True)
+
+    def loss(self, part: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """As of every denoiser; a dropped caption trains the text encoder, too."""
+        if self.recipe.train_text_encoder:
+            self.encode_empty()
+        return super().loss(part, step)
+
+    def export(self, folder: Path, weights: WeightsByModule) -> None:
+        """As of every denoiser; with the text encoder if it is trained."""
+        super().export(folder, weights)
+        if TEXT_ENCODER in weights:
+            save_tower(folder / TEXT_ENCODER, _clip(self.modules[TEXT_ENCODER]), weights[TEXT_ENCODER])
+
+    def restore(self, folder: Path) -> None:
+        """Read the weights of `export` back."""
+        super().restore(folder)
+        if TEXT_ENCODER in self.modules:
+            load_weights(self.modules[TEXT_ENCODER], folder / TEXT_ENCODER)
 
     def picture(self, folder: Path | None, options: SampleOptions = PLAIN) -> None:
         """See `generate_samples`."""

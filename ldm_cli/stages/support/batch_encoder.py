@@ -46,7 +46,7 @@ class BatchEncoder:
         warn: called once if captions are cut.
 
     Attributes:
-        adapts_text: whether conditions have gradients, of adapters on the text encoders.
+        trains_text: whether conditions have gradients, of the text encoders or of adapters on them.
     """
 
     def __init__(self, recipe: TrainUnetRecipe, device: torch.device, warn: Callable[[str], None]) -> None:
@@ -60,7 +60,7 @@ class BatchEncoder:
         for model in self.networks.values():
             place(device, next(model.parameters()).dtype, model, channels_last=recipe.train.channels_last)
         self._device, self._precision = device, recipe.train.precision
-        self.adapts_text = False
+        self.trains_text = False
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -75,7 +75,7 @@ class BatchEncoder:
 
     def prepare(self, batch: Batch) -> Batch:
         """With the tokens of its captions, unless it is out of a cache; on the host."""
-        if batch.condition is not None:
+        if batch.condition:
             return batch
         tokens = self.encoder.tokens(batch.captions)
         if isinstance(self.encoder, LabelEncoder):
@@ -85,7 +85,7 @@ class BatchEncoder:
     def __call__(self, batch: Batch) -> tuple[dict[str, Tensor], Condition]:
         """Moments and conditions of a prepared batch on the device: out of the cache, or computed."""
         moments = self.moments_of(batch)
-        if batch.condition is None:
+        if not batch.condition:
             return moments, self.condition_of(batch.tokens)
         return moments, Condition(**batch.condition).map(_as_float32)
 
@@ -122,7 +122,7 @@ class BatchEncoder:
 
     def condition_of(self, tokens: Mapping[str, Tensor]) -> Condition:
         """The conditions of captions from their tokens, on any device."""
-        has_gradient = self.adapts_text and torch.is_grad_enabled()
+        has_gradient = self.trains_text and torch.is_grad_enabled()
         with torch.set_grad_enabled(has_gradient), autocast(self._device, self._precision):
             condition = self.encoder.encode_tokens(tokens)
         return condition.map(_as_float32)
@@ -178,6 +178,7 @@ def cache_key(recipe: TrainUnetRecipe | TrainArRecipe | TrainPriorRecipe) -> Cac
         images = {IMAGE_ENCODER: model_sha256(Path(recipe.image_embedding.image_encoder))}
     return CacheKey(
         latents={"vae": model_sha256(Path(recipe.vae), _IRRELEVANT), **images, **preparation, **precision},
-        text={**text_key(recipe), **precision},
+        # Where the text encoder is trained, only its tokens stay the same.
+        text={} if recipe.train_text_encoder else {**text_key(recipe), **precision},
         flips=flips,
     )

@@ -51,7 +51,8 @@ class DenoisingTask:
             denoiser.enable_gradient_checkpointing()
         self.modules: dict[str, nn.Module] = {self._component: denoiser}
         self.auxiliary: dict[str, nn.Module] = {}
-        if bench.cache is None:
+        self._empty_tokens: dict[str, Tensor] = {}
+        if bench.cache is None or encoder.trains_text:
             # As many rows as a cache encodes at once: a row's last bits depend on their number.
             empty = encoder.condition([""] * recipe.train.part_size()).map(lambda tensor: tensor[:1])
         else:
@@ -67,13 +68,20 @@ class DenoisingTask:
         """Samples do not depend on one another."""
         return batch.parts(num_parts)
 
+    def encode_empty(self) -> None:
+        """Encode the condition that takes the place of a dropped one anew, with gradients if the encoder is trained."""
+        if not self._empty_tokens:
+            tokens = self.encoder.encoder.tokens([""])
+            self._empty_tokens = {name: tensor.to(self.bench.device) for name, tensor in tokens.items()}
+        self.denoising.empty = self.encoder.condition_of(self._empty_tokens)
+
     def loss(self, part: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean denoising error; each sample has its own level, noise and dropout."""
         return self.denoising.loss(part, *self.encoder(part), step)
 
     def encoded(self, batch: Batch) -> Encoded:
         """A held-out batch; encoded once, unless the encoder is trained."""
-        if id(batch) not in self._held_out or self.encoder.adapts_text:
+        if id(batch) not in self._held_out or self.encoder.trains_text:
             sent = self.prepare(batch).map(lambda tensor: tensor.to(self.bench.device))
             self._held_out[id(batch)] = (sent, *self.encoder(sent))
         return self._held_out[id(batch)]

@@ -55,9 +55,7 @@ class LoRATask:
             place(bench.device, DTYPES[lora.base_precision], self._networks[name], channels_last=train.channels_last)
             if is_compiled_on(bench.device, train, lambda message: None):
                 compile_regions(self._networks[name])
-        base.encoder.adapts_text = len(self.modules) > 1
-        tokens = base.encoder.encoder.tokens([""])
-        self._empty = {name: tensor.to(bench.device) for name, tensor in tokens.items()}
+        base.encoder.trains_text = len(self.modules) > 1
 
     def prepare(self, batch: Batch) -> Batch:
         """See `base`."""
@@ -69,9 +67,9 @@ class LoRATask:
 
     def loss(self, part: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of `base`; a dropped condition has gradients, too, where the text encoders are adapted."""
-        if self._base.encoder.adapts_text:
+        if self._base.encoder.trains_text:
             self._set_samples(None)
-            self._base.denoising.empty = self._base.encoder.condition_of(self._empty)
+            self._base.encode_empty()
         self._set_samples((part.epoch, part.position))
         return self._base.loss(part, step)
 

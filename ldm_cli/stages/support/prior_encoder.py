@@ -29,7 +29,7 @@ class PriorBatchEncoder(BatchEncoder):
         for model in (images, self.encoder.model):
             place(device, torch.float32, model, channels_last=recipe.train.channels_last)
         self._device, self._precision = device, recipe.train.precision
-        self.adapts_text = False
+        self.trains_text = False
 
     @property
     def networks(self) -> dict[str, nn.Module]:
