@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -12,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from ldm_cli.storage import expand_home
 
 _LARGEST = 2**64
+_QUOTED = r"'([^']*)'"
 _TEXTS = frozenset(("prompt", "prompts", "negative", "any_of"))
 
 
@@ -82,5 +85,22 @@ def causes(error: ValidationError) -> list[str]:
     for one in error.errors():
         place, message = ".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, ")
         message = message[:1].lower() + message[1:]
+        if one["type"] == "literal_error" and isinstance(one["input"], str):
+            words = str(one["ctx"]["expected"])
+            message = f"found text {one['input'][:60]!r}{did_you_mean(one['input'], re.findall(_QUOTED, words))}, "
+            message += f"expected {words}"
         found.append(f"{place}: {message}" if place else message)
     return found
+
+
+def suggest(word: str, known: list[str]) -> str | None:
+    """The known word that `word` was most likely meant to be, or None."""
+    by_lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    return by_lower[close[0]] if close else None
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """` (did you mean 'x'?)`, or nothing."""
+    suggestion = suggest(word, known)
+    return f" (did you mean '{suggestion}'?)" if suggestion else ""

@@ -88,9 +88,18 @@ def _usage_error(error: BaseException, message: str) -> UsageError:
     message = message.rstrip(".")
     remedy = f"see {path} --help"
     option = getattr(error, "option_name", "")
+    if message.startswith("No such command") and (command := _command_meant(message.split("'")[1])):
+        message, remedy = message.partition(". Did you mean")[0], f"write ldm {command}, or {remedy}"
     if meant := option and _instead_of(option.lstrip("-"), path.rpartition(" ")[2]):
         message, remedy = f"no such option: {option}", f"write {meant}, or {remedy}"
     return UsageError(message[:1].lower() + message[1:], remedy=remedy)
+
+
+def _command_meant(word: str) -> str | None:
+    """The command that other programs call `word`."""
+    from ldm_cli.recipe.other_names import command_called
+
+    return command_called(word)
 
 
 def _instead_of(option: str, command: str) -> str | None:

@@ -146,7 +146,7 @@ def _recipe_for(command: str) -> Any:
     Raises:
         UsageError: there is none.
     """
-    from ldm_cli.recipe.problems import did_you_mean
+    from ldm_cli.config import did_you_mean
     from ldm_cli.recipe.schema import RECIPES
 
     if command not in RECIPES:

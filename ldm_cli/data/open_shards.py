@@ -87,3 +87,12 @@ def _indexing(found: Found, config: DataConfig, reporter: Reporter, hashed: bool
     how = Indexing(config.on_bad_shard, hashed, needs_tables, config.num_workers, config.worker_timeout)
     staging = StagingArea(config.max_fetched_bytes, reporter)
     return ShardIndexing(ShardPaths(found.names, place_of), found.stamps, how, reporter, staging)
+
+
+def in_both(training: ShardSet, held_out: ShardSet) -> str | None:
+    """What to say where `training` holds shards of `held_out`, as a folder with both does; None where it does not."""
+    trained = {training.paths.key(shard) for shard in range(len(training.paths))}
+    both = [held_out.paths.name(shard) for shard in range(len(held_out.paths)) if held_out.paths.key(shard) in trained]
+    if not both:
+        return None
+    return f"data.shards holds {len(both)} of data.val_shards, such as '{both[0]}': validation sees what was trained on"

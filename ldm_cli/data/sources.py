@@ -20,6 +20,7 @@ from ldm_cli.data.tables import (
     column_among,
     columns_of,
     image_column_among,
+    place_in,
     rows_of,
 )
 from ldm_cli.errors import DataError
@@ -144,7 +145,7 @@ class TableSource:
             try:
                 captions += captions_in(row[column]) if column else ()
             except ValueError as error:
-                raise DataError(f"cannot read '{self.table}' {place}: '{column}'", str(error)) from error
+                raise DataError(f"cannot read {place_in(self.table, place)}: '{column}'", str(error)) from error
         classes = (self._class(row) for _, row in rows)
         number, class_name = next((found for found in classes if found != (None, None)), (None, None))
         if number is None and class_name is not None:
@@ -152,7 +153,7 @@ class TableSource:
         if not self._caption and self._choices.caption_column is None and class_name:
             if len(class_name.split()) > _MOST_WORDS_OF_CLASS:
                 cause = f"'{class_name}' is too long for the name of a class"
-                raise DataError(f"cannot read '{self.table}' {where}", cause, "add --caption-column NAME")
+                raise DataError(f"cannot read {place_in(self.table, where)}", cause, "add --caption-column NAME")
             captions += captions_of_class(class_name, self._choices.caption_template, self._report)
         return Source(name, picture, tuple(captions), number, extra=self._facts([row for _, row in rows]))
 
@@ -189,7 +190,9 @@ class TableSource:
             raise BadSampleError("no picture named", f"in '{self._image}'")
         if not isinstance(cell, str):
             kind = type(cell).__name__
-            raise DataError(f"cannot read '{self.table}' {where}: '{self._image}'", f"expected a path, found {kind}")
+            raise DataError(
+                f"cannot read {place_in(self.table, where)}: '{self._image}'", f"expected a path, found {kind}"
+            )
         if "://" in cell[:12]:
             raise BadSampleError("remote picture", "download it first, as img2dataset does")
         return self._files.find(cell, self.table.parent)

@@ -107,6 +107,12 @@ def _plain(column: str) -> str:
     return re.sub(r"[\W_]", "", column.casefold())
 
 
+def place_in(table: Path, where: str) -> str:
+    """`captions.csv:3` for a line, as compilers write it; else `'captions.json' entry 3`."""
+    line = where.removeprefix("line ")
+    return f"'{table}' {where}" if line == where else f"{table}:{line}"
+
+
 def text_lines(file: Path, remark: Callable[[str], None]) -> Iterator[str]:
     """The lines of a text with their ends, decoded by the mark at its beginning, or each by `decode_text`.
 
@@ -126,7 +132,7 @@ def text_lines(file: Path, remark: Callable[[str], None]) -> Iterator[str]:
                 try:
                     found = decode_text(line)
                 except BadSampleError as error:
-                    raise DataError(f"cannot read '{file}' line {number}", error.detail) from error
+                    raise DataError(f"cannot read {file}:{number}", error.detail) from error
                 for what in found.remarks:
                     remark(what)
                 yield found.text.removeprefix("\ufeff")
@@ -150,7 +156,7 @@ def _csv_records(table: Path, remark: Callable[[str], None]) -> Iterator[tuple[s
             if any(cell.strip() for cell in cells):
                 yield f"line {reader.line_num + first - 1}", cells
     except csv.Error as error:
-        raise DataError(f"cannot read '{table}' after line {reader.line_num + first - 1}", str(error)) from error
+        raise DataError(f"cannot read {table}:{reader.line_num + first - 1}", str(error)) from error
 
 
 def _csv_header(table: Path, records: Iterator[tuple[str, list[str]]]) -> list[str]:
@@ -168,7 +174,9 @@ def _csv_rows(table: Path, remark: Callable[[str], None]) -> Iterator[Row]:
     for where, cells in records:
         if len(cells) != len(columns):
             cause = f"it has not the {len(columns)} columns of the first line but {len(cells)}"
-            raise DataError(f"cannot read '{table}' {where}", cause, "put cells that contain the delimiter in quotes")
+            raise DataError(
+                f"cannot read {place_in(table, where)}", cause, "put cells that contain the delimiter in quotes"
+            )
         yield where, {column: cell.strip() for column, cell in zip(columns, cells, strict=True) if column}
 
 
@@ -178,7 +186,8 @@ def _json_lines(table: Path, lines: Iterable[str]) -> Iterator[Row]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"cannot read '{table}' line {number}", str(error)) from error
+                cause = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+                raise DataError(f"cannot read {table}:{number}", cause) from error
             yield f"line {number}", _object(table, f"line {number}", row)
 
 
@@ -227,7 +236,7 @@ def _is_mapping_of_pictures(value: dict[str, Any]) -> bool:
 
 def _object(table: Path, where: str, row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise DataError(f"cannot read '{table}' {where}", "it is no JSON object")
+        raise DataError(f"cannot read {place_in(table, where)}", "it is no JSON object")
     return row
 
 

@@ -68,13 +68,22 @@ def _module_of(folder: Path) -> Any:
         if hasattr(module, "is_mine") and module.is_mine(folder):
             return module
     if not has_model_json(folder / INDEX_NAME):
-        remedy = "give a folder of Stable Diffusion, or a run of train-unet or train-ar"
-        raise InputNotFoundError(f"no pipeline in '{folder}'", f"{INDEX_NAME} is missing", remedy)
+        is_part = has_model_json(folder.parent / INDEX_NAME)
+        whole = f"'{folder.parent}'" if is_part else "a folder of Stable Diffusion, or a run of train-unet or train-ar"
+        raise InputNotFoundError(f"no pipeline in '{folder}'", _what_is_there(folder), f"give {whole}")
     kind = read_model_json(folder / INDEX_NAME).get("_class_name")
     if kind == PRIOR_PIPELINE:
         remedy = f"join them by 'ldm convert DECODER OUT --prior {folder}', and take OUT"
         raise CheckpointError(f"'{folder}' is a prior alone", "a decoder makes pictures of its embeddings", remedy)
     raise CheckpointError(f"cannot use '{folder}'", f"it holds a {kind!r}, which is not supported")
+
+
+def _what_is_there(folder: Path) -> str:
+    """What a folder without an index of a pipeline holds, in words."""
+    config = read_model_json(folder / CONFIG_NAME) if has_model_json(folder / CONFIG_NAME) else {}
+    names = config.get("architectures")
+    kind = config.get("_class_name") or (names[0] if isinstance(names, list) and names else config.get("model_type"))
+    return f"it holds one model, {kind}, which alone generates nothing" if kind else f"{INDEX_NAME} is missing"
 
 
 def resolve_model(path: Path) -> Path:

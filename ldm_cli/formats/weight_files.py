@@ -70,12 +70,14 @@ def weight_files(folder: Path) -> list[Path]:
             f"'{pickles[0]}' is a pickle, which could run any program",
             "convert it: `ldm convert --allow-pickle`",
         )
+    if not folder.is_dir():
+        raise InputNotFoundError(f"model '{folder}' not found", remedy="check the path, or train it first")
     others = [file.name for file in sorted(folder.glob("*.safetensors"))]
     raise InputNotFoundError(
         f"no weights in '{folder}'",
         f"neither {DIFFUSERS_WEIGHTS} nor {TRANSFORMERS_WEIGHTS}, nor an index of shards"
         + (f"; it holds {named(others)}: rename what you want" if others else ""),
-        "give a folder in the Hugging Face layout",
+        f"give '{folder / 'model'}'" if (folder / "model").is_dir() else "give a folder in the Hugging Face layout",
     )
 
 

@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, JsonValue, ValidationError
+from pydantic import Field, JsonValue, PrivateAttr, ValidationError
 
 from ldm_cli.config import Config, causes
 from ldm_cli.errors import UsageError
@@ -30,6 +30,17 @@ class PromptEntry(Config):
     """What differs from the recipe's `sampling`, by field: `steps`, `guidance.scale`, `negative`, …"""
     blend: Blend | None = None
     """A second prompt and seed to mix in."""
+    _line: str = PrivateAttr(default="")
+
+    def at_line(self, line: str) -> Self:
+        """This entry, whose messages begin with `line`, as in `prompts.txt:7`."""
+        self._line = line
+        return self
+
+    @property
+    def place(self) -> str:
+        """Which prompt this is, for messages."""
+        return f"{self._line}: " * bool(self._line) + f"prompt {self.prompt[:40]!r}"
 
 
 @dataclass(frozen=True)
@@ -113,7 +124,7 @@ def make_job(
         return _crossed(entries, sampling, edit, [parse_axis(axis) for axis in axes])
     items: list[Item] = []
     for entry in entries:
-        own, its_edit = with_changes(sampling, edit, entry.sampling, f"prompt {entry.prompt[:40]!r}")
+        own, its_edit = with_changes(sampling, edit, entry.sampling, entry.place)
         items += [Item(request, own, its_edit) for request in _requests(entry, own, variation)]
         _check_size(len(items))
     # A row per prompt, if there are rows at all.
@@ -156,7 +167,7 @@ def with_changes(
         for part in path[:-1]:
             section = section.get(part) if isinstance(section, dict) else None
         if not isinstance(section, dict) or path[-1] not in section:
-            raise UsageError(f"{where}: there is no field '{name}'", remedy="see ldm recipe schema sample")
+            raise UsageError(f"{where}: there is no field '{name}'", remedy="see ldm recipe fields sample sampling")
         section[path[-1]] = value
     try:
         return SamplingConfig.from_mapping(mapping["sampling"]), EditConfig.from_mapping(mapping["edit"])
@@ -204,7 +215,7 @@ def _between(entries: list[PromptEntry], sampling: SamplingConfig, edit: EditCon
     sheets: list[Sheet] = []
     for entry, i in product(entries, range(sampling.images_per_prompt)):
         first = len(items)
-        own, its_edit = with_changes(sampling, edit, entry.sampling, f"prompt {entry.prompt[:40]!r}")
+        own, its_edit = with_changes(sampling, edit, entry.sampling, entry.place)
         for k in range(frames + 1):
             blend = Blend(prompt=entry.prompt, seed=own.seed + i, weight=k / frames)
             items.append(Item(ImageRequest(entry.prompt, own.seed + i, blend), own, its_edit))

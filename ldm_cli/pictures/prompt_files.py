@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from ldm_cli.config import causes
 from ldm_cli.data.captions import NO_TEXT
-from ldm_cli.data.tables import rows_of, text_lines
+from ldm_cli.data.tables import place_in, rows_of, text_lines
 from ldm_cli.errors import DataError, amount
 from ldm_cli.inputs import open_input
 from ldm_cli.pictures.job import PromptEntry, value_of
@@ -105,7 +105,7 @@ def _from_text(path: Path, remark: Callable[[str], None]) -> Iterator[PromptEntr
     _expect_lines_of_text(path, lines)
     for number, line in enumerate(lines, start=1):
         if line.strip() and not line.lstrip().startswith("#"):
-            yield _line_entry(line.strip(), f"'{path}' line {number}")
+            yield _line_entry(line.strip(), f"{path}:{number}")
 
 
 def _expect_lines_of_text(path: Path, lines: list[str]) -> None:
@@ -155,7 +155,7 @@ def _from_rows(path: Path, remark: Callable[[str], None]) -> Iterator[PromptEntr
     """The rows of a table, or the objects of JSON Lines."""
     is_typed = path.suffix.lower() in (".jsonl", ".ndjson")
     for where, row in rows_of(path, remark):
-        where, fields = f"'{path}' {where}", row
+        where, fields = place_in(path, where), row
         if not is_typed:
             fields = {name.lower().replace(" ", "_"): text for name, text in row.items() if text not in NO_TEXT}
             fields = {name: _value(_ALIASES.get(name, name), text) for name, text in fields.items()}
@@ -191,7 +191,7 @@ def _valid_entry(prompt: str, sampling: dict[str, Any], where: str) -> PromptEnt
     if isinstance(name := sampling.get("sampler"), str):
         sampling["sampler"] = sampler_called(name) or name
     try:
-        return PromptEntry(prompt=prompt, sampling=sampling)
+        return PromptEntry(prompt=prompt, sampling=sampling).at_line(where)
     except ValidationError as error:
         raise DataError(f"{where}: not a setting", "; ".join(causes(error))) from None
 

@@ -9,12 +9,12 @@ from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 
-from ldm_cli.config import Config
+from ldm_cli.config import Config, did_you_mean
 from ldm_cli.errors import RecipeError, printable, without_secrets
 from ldm_cli.inputs import read_input
 from ldm_cli.recipe.every_problem import every_problem
 from ldm_cli.recipe.overrides import Draft, apply_override
-from ldm_cli.recipe.problems import describe, did_you_mean, line_of
+from ldm_cli.recipe.problems import describe, line_of
 from ldm_cli.recipe.schema import RECIPES, Recipe
 from ldm_cli.recipe.shipped import find_recipe
 from ldm_cli.recipe.yaml_source import YamlSource, parse_yaml

@@ -48,6 +48,15 @@ _OPTIONS = {
     "--resume": "resume_from_checkpoint",
     "--nproc": "num_processes nproc_per_node gpus",
 }
+_COMMANDS = {
+    "sample": "generate txt2img img2img inpaint infer inference upscale",
+    "train-unet": "train_lora lora finetune fine_tune dreambooth",
+    "convert": "merge export",
+    "pull": "download",
+    "data pack": "pack prepare",
+    "compare": "fid",
+    "--help": "help",
+}
 
 
 def field_called(name: str, model: type[BaseModel], section: str = "") -> str | None:
@@ -71,6 +80,11 @@ def field_called(name: str, model: type[BaseModel], section: str = "") -> str | 
 def option_called(name: str) -> str | None:
     """The option of a trainer that other programs call `name`."""
     return _meant(name.lower().replace("-", "_"), _OPTIONS)
+
+
+def command_called(name: str) -> str | None:
+    """The command that other programs call `name`."""
+    return _meant(name.lower().replace("-", "_"), _COMMANDS)
 
 
 def _meant(name: str, table: dict[str, str]) -> str | None:

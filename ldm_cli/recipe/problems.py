@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from ldm_cli.config import did_you_mean, suggest
 from ldm_cli.recipe.other_names import field_called, models_in
 from ldm_cli.recipe.yaml_source import Path, dotted
 from ldm_cli.sampling.sampler_names import sampler_called, schedule_called
@@ -107,19 +107,6 @@ def describe(value: Any, quoted: bool = False) -> str:
     return f"a list of {len(value)}" if isinstance(value, list) else "a mapping"
 
 
-def suggest(word: str, known: list[str]) -> str | None:
-    """The known word that `word` was most likely meant to be, or None."""
-    by_lower = {name.lower(): name for name in known}
-    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
-    return by_lower[close[0]] if close else None
-
-
-def did_you_mean(word: str, known: list[str]) -> str:
-    """` (did you mean 'x'?)`, or nothing."""
-    suggestion = suggest(word, known)
-    return f" (did you mean '{suggestion}'?)" if suggestion else ""
-
-
 def _shortened(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
@@ -174,7 +161,10 @@ def _invalid_value(path: Path, details: list[ErrorDetails], value: Any, quoted: 
         message = str(failed_check.get("ctx", {}).get("error", failed_check["msg"]))
         return Problem(_blamed_field(path, message, value), message)
     expected = " or ".join(dict.fromkeys(_expected(detail) for detail in details))
-    return Problem(path, f"expected {expected}, found {describe(value, quoted)}{_hint(details, value, quoted)}")
+    hint, found = _hint(details, value, quoted), f"found {describe(value, quoted)}"
+    if hint.startswith(" (did you mean"):  # before the list of all words, which may be long
+        return Problem(path, f"{found}{hint}, expected {expected}")
+    return Problem(path, f"expected {expected}, {found}{hint}")
 
 
 def _blamed_field(path: Path, message: str, value: Any) -> Path:

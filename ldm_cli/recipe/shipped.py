@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ldm_cli.config import did_you_mean
 from ldm_cli.errors import InputNotFoundError
-from ldm_cli.recipe.problems import did_you_mean
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 

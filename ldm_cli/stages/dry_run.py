@@ -11,7 +11,8 @@ from torch import nn
 from ldm_cli.core.models.inception import InceptionV3
 from ldm_cli.core.precision import DTYPES, precision_on
 from ldm_cli.data.config import DataConfig
-from ldm_cli.data.open_shards import open_shards
+from ldm_cli.data.open_shards import in_both, open_shards
+from ldm_cli.data.shards import ShardSet
 from ldm_cli.errors import InputNotFoundError
 from ldm_cli.evaluation.dinov2_features import outline_dinov2
 from ldm_cli.families.clip_folder import outline_clip
@@ -137,6 +138,7 @@ def _memory(parameters: dict[str, int], bytes_each: int = 4) -> dict[str, Any]:
 def _shards(data: DataConfig, notes: list[str], reporter: Reporter) -> dict[str, Any]:
     """What is in the shards, as far as they exist."""
     counts: dict[str, int] = {}
+    opened: list[ShardSet] = []
     for prefix, pattern in (("", data.shards), ("val_", data.val_shards)):
         if pattern is None:
             continue
@@ -150,6 +152,9 @@ def _shards(data: DataConfig, notes: list[str], reporter: Reporter) -> dict[str,
             continue
         counts[f"num_{prefix}shards"] = len(shards.paths)
         counts[f"num_{prefix}samples"] = shards.num_samples
+        opened.append(shards)
+    if len(opened) == 2 and (remark := in_both(*opened)):
+        notes.append(remark)
     return {"shards": counts} if counts else {}
 
 

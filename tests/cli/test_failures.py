@@ -54,6 +54,8 @@ def test_several_problems_are_a_line_each_and_a_line_for_all(ldm: Ldm, tmp_path:
     [
         ([], "no command given; see ldm --help"),
         (["trian-clip"], "no such command 'trian-clip'"),
+        (["generate"], "no such command 'generate'; write ldm sample, or see ldm --help"),
+        (["train-lora", "x"], "no such command 'train-lora'; write ldm train-unet, or see ldm --help"),
         (["train-clip"], "missing argument 'RECIPE'; see ldm train-clip --help"),
         (["train-clip", "demo/clip", "--ouy", "x"], "no such option: --ouy"),
         (["train-clip", "demo/clip", "--out"], "option '--out' requires an argument"),

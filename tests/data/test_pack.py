@@ -110,7 +110,7 @@ def test_bad_images_are_left_out_and_named_and_captions_may_be_missing(images: P
 def test_existing_output_is_refused_and_failure_leaves_nothing(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (images / "list.csv").write_text("path,caption\na.jpg,one\nc.webp\n")
-    with pytest.raises(DataError, match="line 3"):
+    with pytest.raises(DataError, match=r"list\.csv:3: it has not"):
         _packed(images / "list.csv", out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
     out.mkdir()
@@ -201,9 +201,9 @@ def test_the_output_folder_may_be_the_current_one_a_link_or_what_a_killed_run_le
     [
         ("a.csv", "bild,caption\na.jpg,one\n", "no column of pictures .*'bild', 'caption'"),
         ("a.csv", "path,satz\na.jpg,one\n", "no column of captions .*'path', 'satz'"),
-        ("a.csv", b"path,caption\na.jpg,\x81\xf5\n", "line 2.*expected UTF-8"),
-        ("a.jsonl", '{"file_name": "a.jpg", "text": "x"}\n{"file_name"\n', "line 2"),
-        ("a.jsonl", "[1]\n", "line 1.*no JSON object"),
+        ("a.csv", b"path,caption\na.jpg,\x81\xf5\n", r"a\.csv:2: .*expected UTF-8"),
+        ("a.jsonl", '{"file_name": "a.jpg", "text": "x"}\n{"file_name"\n', r"a\.jsonl:2: "),
+        ("a.jsonl", "[1]\n", r"a\.jsonl:1: .*no JSON object"),
     ],
 )
 def test_a_damaged_table_is_refused_with_its_line(

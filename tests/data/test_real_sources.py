@@ -237,7 +237,7 @@ def test_training_takes_each_of_several_captions_in_some_epoch_and_the_same_in_e
 )
 def test_a_row_that_does_not_fit_is_named_by_its_line_of_the_file(tmp_path: Path, content: bytes, line: int) -> None:
     files: Files = {"a.png": b"", "b.png": b"", "list.csv": content}
-    with pytest.raises(DataError, match=rf"list\.csv' line {line}: it has not the 2 columns"):
+    with pytest.raises(DataError, match=rf"list\.csv:{line}: it has not the 2 columns"):
         _samples(_folder(tmp_path / "in", files), tmp_path / "out")
 
 
@@ -245,7 +245,7 @@ def test_a_row_that_does_not_fit_is_named_by_its_line_of_the_file(tmp_path: Path
 def test_what_is_no_text_is_refused_with_file_and_row(tmp_path: Path, value: Any) -> None:
     lines = [{"file_name": "a.png", "caption": "x"}, {"file_name": "b.png", "caption": value}]
     files: Files = {"a.png": b"", "b.png": b"", "metadata.jsonl": "\n".join(map(json.dumps, lines))}
-    with pytest.raises(DataError, match=r"metadata\.jsonl' line 2: 'caption'.*expected text"):
+    with pytest.raises(DataError, match=r"metadata\.jsonl:2: 'caption'.*expected text"):
         _samples(_folder(tmp_path / "in", files), tmp_path / "out")
 
 
@@ -254,7 +254,7 @@ def test_what_is_no_text_is_refused_with_file_and_row(tmp_path: Path, value: Any
 )
 def test_the_print_of_a_structure_in_a_cell_is_refused_with_file_and_row(tmp_path: Path, cell: str) -> None:
     files: Files = {"a.png": b"", "list.csv": _csv([["image", "caption"], ["a.png", cell]])}
-    with pytest.raises(DataError, match=r"list\.csv' line \d: 'caption'"):
+    with pytest.raises(DataError, match=r"list\.csv:\d: 'caption'"):
         _samples(_folder(tmp_path / "in", files), tmp_path / "out")
 
 
@@ -617,7 +617,7 @@ def test_the_caption_of_a_picture_is_never_its_file_name(tmp_path: Path) -> None
             "'left_file_name', 'right_file_name'.*--image-column",
         ),
         ("a.csv", b"image,text,text\nx,y,z\n", "two columns are called 'text'"),
-        ("a.csv", b"image,label\na.png,a red circle on the left of it\n", "line 2.*too long.*--caption-column"),
+        ("a.csv", b"image,label\na.png,a red circle on the left of it\n", r"a\.csv:2: .*too long.*--caption-column"),
         ("a.json", b'{"count": 3}', "expected a list of objects"),
     ],
 )

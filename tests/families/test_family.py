@@ -127,3 +127,20 @@ def test_a_folder_of_no_family_is_named(tmp_path: Path) -> None:
     write_json(tmp_path / "model_index.json", {"_class_name": "KandinskyPipeline"})
     with pytest.raises(CheckpointError, match="it holds a 'KandinskyPipeline', which is not supported"):
         open_family(tmp_path)
+
+
+def test_what_is_there_instead_of_a_pipeline_is_said(tmp_path: Path) -> None:
+    vae, clip, unet = tmp_path / "vae", tmp_path / "clip", tmp_path / "whole/unet"
+    for folder, config in (
+        (vae, {"_class_name": "AutoencoderKL"}),
+        (clip, {"architectures": ["CLIPModel"], "model_type": "clip"}),
+        (unet, {"_class_name": "UNet2DConditionModel"}),
+    ):
+        folder.mkdir(parents=True)
+        write_json(folder / "config.json", config)
+    write_json(unet.parent / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+    for folder, kind in ((vae, "AutoencoderKL"), (clip, "CLIPModel")):
+        with pytest.raises(InputNotFoundError, match=f"it holds one model, {kind}, .*; give a folder of Stable Diff"):
+            open_family(folder)
+    with pytest.raises(InputNotFoundError, match=rf"UNet2DConditionModel, .*; give '{unet.parent}'"):
+        open_family(unet)

@@ -16,7 +16,7 @@ from ldm_cli.errors import CheckpointError, InputNotFoundError, OutputError, Sto
 from ldm_cli.formats.model_folder import load_model, load_weights, read_config
 from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.formats.save_model import save_model
-from ldm_cli.formats.weight_files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS
+from ldm_cli.formats.weight_files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, weight_files
 from ldm_cli.formats.weight_values import expect_finite
 
 
@@ -294,3 +294,11 @@ def test_a_model_is_read_without_room_for_its_file(tmp_path):
     peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     own, one = 2 * 4 * 4000**2, 4 * 4000**2
     assert own <= peak <= own + 1.25 * one
+
+
+def test_weights_that_are_looked_for_one_folder_too_high_are_pointed_at(tmp_path):
+    (tmp_path / "run/model").mkdir(parents=True)
+    with pytest.raises(InputNotFoundError, match=rf"no weights in '{tmp_path}/run': .*; give '{tmp_path}/run/model'"):
+        weight_files(tmp_path / "run")
+    with pytest.raises(InputNotFoundError, match=r"model '.*none' not found; check the path"):
+        weight_files(tmp_path / "none")

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from ldm_cli.core.diffusion.config import GuidanceConfig
-from ldm_cli.errors import DataError, InputNotFoundError
+from ldm_cli.errors import DataError, InputNotFoundError, UsageError
 from ldm_cli.pictures.job import make_job
 from ldm_cli.pictures.prompt_files import read_prompt_file
 from ldm_cli.sampling.config import SamplingConfig
@@ -144,17 +144,17 @@ def test_words_that_look_like_options_are_warned_of_once(tmp_path, line):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("p.txt", "a cat --rm -rf", "line 1: unknown option --rm"),
-        ("p.txt", "a cat\n--w 64\n", "line 2: options without a prompt"),
+        ("p.txt", "a cat --rm -rf", r"p\.txt:1: unknown option --rm"),
+        ("p.txt", "a cat\n--w 64\n", r"p\.txt:2: options without a prompt"),
         ("p.json", "[1]", "entry 1: expected a prompt"),
         ("p.json", '"a cat"', "expected a list"),
         ("p.json", "[", "not JSON"),
-        ("p.jsonl", '{"prompt": "a"}\n{"prompt":', "line 2: Expecting value"),
-        ("p.jsonl", "[" * 100_000, "line 1: maximum recursion"),
-        ("p.jsonl", '["a"]', "line 1: it is no JSON object"),
-        ("p.jsonl", '{"steps": 3}', "line 1: no text under 'prompt'"),
-        ("p.csv", "prompt,seed\na,b,c\n", "line 2: it has not the 2 columns"),
-        ("p.csv", "text\na\n", "no text under 'prompt'"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt":', r"p\.jsonl:2: Expecting value \["),
+        ("p.jsonl", "[" * 100_000, r"p\.jsonl:1: maximum recursion"),
+        ("p.jsonl", '["a"]', r"p\.jsonl:1: it is no JSON object"),
+        ("p.jsonl", '{"steps": 3}', r"p\.jsonl:1: no text under 'prompt'"),
+        ("p.csv", "prompt,seed\na,b,c\n", r"p\.csv:2: it has not the 2 columns"),
+        ("p.csv", "text\na\n", r"p\.csv:2: no text under 'prompt'"),
     ],
 )
 def test_what_cannot_be_understood_is_named_with_its_line(tmp_path, name, text, message):
@@ -174,12 +174,30 @@ def test_hostile_texts_stay_texts(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "place"),
     [
-        ("p.jsonl", '{"prompt": "a", "seed": NaN}', "line 1"),
+        ("p.jsonl", '{"prompt": "a", "seed": NaN}', ":1:"),
         ("p.json", '["a", {"prompt": "b", "guidance": Infinity}]', "entry 2"),
-        ("p.csv", "prompt,eta\na,-Infinity\n", "line 2"),
-        ("p.txt", "a --l NaN\n", "line 1"),
+        ("p.csv", "prompt,eta\na,-Infinity\n", ":2:"),
+        ("p.txt", "a --l NaN\n", ":1:"),
     ],
 )
 def test_a_setting_that_is_not_finite_is_named_with_its_line(tmp_path, name, text, place):
     with pytest.raises(DataError, match=f"{place}.*finite number"):
         read(tmp_path / name, text)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.txt", "a\n\n# b\na cat --s many\n", r"p\.txt:4: prompt 'a cat' cannot be: steps: "),
+        ("p.txt", "a cat --d -5", r"p\.txt:1: prompt 'a cat' cannot be: seed: "),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b", "steps": "x"}', r"p\.jsonl:2: prompt 'b' cannot be: steps: "),
+        ("p.csv", "prompt,stepz\na,\nb,3\n", r"p\.csv:3: prompt 'b': there is no field 'stepz'"),
+        ("p.json", '["a", {"prompt": "b", "steps": 0}]', "entry 2: prompt 'b' cannot be"),
+        ("p.txt", "a\nb --ss ddimm", r"p\.txt:2: .*found text 'ddimm' \(did you mean 'ddim'\?\), expected 'ddpm', "),
+    ],
+)
+def test_a_value_that_cannot_be_is_named_with_its_line(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    entries = read_prompt_file(tmp_path / name, print)
+    with pytest.raises(UsageError, match=message):
+        make_job(entries, SamplingConfig(), EditConfig())

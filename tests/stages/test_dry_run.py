@@ -66,6 +66,13 @@ def test_memory_is_counted_per_weight_and_shards_per_sample(tmp_path: Path) -> N
     assert result["notes"] == []
 
 
+def test_a_folder_that_holds_the_held_out_shards_too_is_noted() -> None:
+    write_scenes(Path("shards"), 20, 32, 0, SilentReporter(), val_samples=3)
+    held_out = f"data.val_shards={Path.cwd()}/shards/val-*.tar"
+    note = f"data.shards holds 1 of data.val_shards, such as '{Path.cwd()}/shards/val-000000.tar': validation sees"
+    assert planned("train-vae", *VAE, *TRAIN, "data.shards=shards", held_out)["notes"][0].startswith(note)
+
+
 def test_total_memory_adds_activations_and_says_what_would_save_some() -> None:
     result = planned("train-vae", *VAE, *TRAIN, "train.ema_decay=0.9", "train.precision=fp32")
     memory, resident = result["memory"], result["bytes"]

@@ -227,6 +227,16 @@ def test_half_precision_on_a_cpu_is_warned_about(scenes: Path, tmp_path: Path, p
     assert any("bf16 is slower than fp32 on most CPUs" in message for message in reporter.messages) == warned
 
 
+@pytest.mark.parametrize(("shards", "warned"), [("*.tar", True), ("train-*.tar", False)])
+def test_held_out_shards_among_those_of_training_are_warned_of(
+    scenes: Path, tmp_path: Path, shards: str, warned: bool
+) -> None:
+    reporter = SilentReporter()
+    data = {"shards": str(scenes / shards), "val_shards": str(scenes / "val-*.tar")}
+    trained(vae_recipe(scenes, data=data, steps=1), tmp_path, reporter)
+    assert any("warning: data.shards holds 1 of data.val_shards" in line for line in reporter.messages) == warned
+
+
 def test_reconstructions_that_overflow_give_neither_a_number_nor_a_picture(scenes: Path, tmp_path: Path) -> None:
     for name in ("run", "pictures"):
         (tmp_path / name).mkdir()

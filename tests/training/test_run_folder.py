@@ -136,3 +136,11 @@ def test_the_hash_of_every_byte_is_compared_if_the_run_began_with_it() -> None:
     assert fingerprint_changes({"data": "a"}, begun) == []
     assert len(fingerprint_changes(begun, {"data": "a"})) == 1
     assert len(fingerprint_changes(begun, {"data": "a", EVERY_BYTE: "c"})) == 1
+
+
+def test_a_run_that_has_logged_nothing_yet_is_not_called_damaged(tmp_path: Path) -> None:
+    reporter = SilentReporter()
+    with RunFolder(tmp_path / "run", reporter) as folder:
+        folder.metrics.copy(tmp_path / "metrics.jsonl", 0)
+        folder.restore_metrics(tmp_path)
+    assert reporter.messages == []

@@ -18,7 +18,7 @@ from ldm_cli.data.batch import Batch
 from ldm_cli.data.config import DataConfig
 from ldm_cli.data.latent_cache import LatentCache
 from ldm_cli.data.loader import Loader, sequential_batches
-from ldm_cli.data.open_shards import open_shards
+from ldm_cli.data.open_shards import in_both, open_shards
 from ldm_cli.data.order import ORDER
 from ldm_cli.data.shards import ShardSet
 from ldm_cli.data.streaming import Stream, open_stream
@@ -138,7 +138,7 @@ def _train(
     with _nothing_to_save(stop, ranks), ranks.first_then_others(), torch.random.fork_rng(devices=[]):
         sharing = ranks if recipe.train.strategy == "replicated" else Ranks()
         if sharing.world_size > 1 or ranks.is_first:
-            held_out = tuple(_held_out(recipe, ranks.world_size, bench.reporter, with_captions))
+            held_out = tuple(_held_out(recipe, ranks.world_size, bench, with_captions))
             bench = replace(bench, held_out=held_out, sharing=sharing)
         torch.manual_seed(recipe.seed)
         task = build(bench)
@@ -208,10 +208,12 @@ def _facts(resolved: Mapping[str, Any], fingerprints: Mapping[str, str]) -> dict
     return facts | {"version of ldm": __version__, "version of torch": torch.__version__}
 
 
-def _held_out(recipe: TrainRecipe, world_size: int, reporter: Reporter, with_captions: bool) -> Iterator[Batch]:
+def _held_out(recipe: TrainRecipe, world_size: int, bench: Workbench, with_captions: bool) -> Iterator[Batch]:
     if recipe.data.val_shards is None:
         return
-    shards = open_shards(recipe.data.val_shards, recipe.data, reporter)
+    shards = open_shards(recipe.data.val_shards, recipe.data, bench.reporter)
+    if isinstance(bench.shards, ShardSet) and (remark := in_both(bench.shards, shards)):
+        bench.reporter.warn(remark)
     size, limit = recipe.train.part_size(world_size), recipe.train.validation_samples
     yield from sequential_batches(shards, recipe.data, size, limit=limit, with_captions=with_captions)
 
