@@ -37,6 +37,7 @@ _CALIBRATION = 4, 24
 """Steps of two short runs, whose difference is free of what happens once in a run. A fifth of either is the part of a
 run in which no patch is left out."""
 _REPEATS = 2
+_WRAPPED: dict[str, Any] = {"subsequent_indent": "  ", "break_on_hyphens": False}
 _NUM_LEVELS = 5
 _UNET = ("unet.in_channels=16", "unet.out_channels=16", "unet.block_out_channels=[64,128]")
 """The U-Net of the demo at twice its width, on the latents of the transformer."""
@@ -255,7 +256,7 @@ def read_results(root: Path, extent: Extent) -> list[dict[str, dict[str, float]]
             found[variant] = {
                 **{f"level{i}": float(losses[f"val_loss/level{i}"]) for i in range(_NUM_LEVELS)},
                 "distance": _distance(metrics["frechet_distance"]),
-                "accuracy": float(metrics["attribute_accuracy"]["generated"]["all"]["shape_and_color"] or 0.0),
+                "accuracy": 100 * float(metrics["attribute_accuracy"]["generated"]["all"]["shape_and_color"] or 0.0),
             }
         seeds.append(found)
     return seeds
@@ -267,19 +268,19 @@ def _distance(found: Mapping[str, Any]) -> float:
 
 def table(root: Path, seeds: Sequence[Mapping[str, Mapping[str, float]]], extent: Extent) -> str:
     """The numbers in Markdown: a row for each variant, and a row for the losses of each flow."""
-    measured = {"distance": ("Fréchet distance", -1.0), "accuracy": ("shape and colour right", 1.0)}
+    measured = {"distance": ("Fréchet distance", -1.0), "accuracy": ("shape and colour right, %", 1.0)}
     lines = [f"| variant | steps | {' | '.join(title for title, _ in measured.values())} |", "|---|---|---|---|"]
     for variant in seeds[0]:
         cells = [_spread([found[variant][name] for found in seeds]) for name in measured]
         lines.append(f"| {variant} | {num_steps(root, variant, extent):,} | {' | '.join(cells)} |")
     lines += [""]
     for name, (title, sign) in measured.items():
-        lines += textwrap.wrap(f"{title}: {verdicts(seeds, name, sign)}", 80)
+        lines += textwrap.wrap(f"- {title}: {verdicts(seeds, name, sign)}", 80, **_WRAPPED)
     levels = [f"{(i + 0.5) / _NUM_LEVELS:g}" for i in range(_NUM_LEVELS)]
     lines += ["", f"| loss × 1,000 at u = | {' | '.join(levels)} |", "|---" * (1 + _NUM_LEVELS) + "|"]
     # The loss of the U-Net is that of another prediction, weighted.
     for variant in (name for name in seeds[0] if not name.startswith("U-Net")):
-        cells = [_spread([1000 * found[variant][f"level{i}"] for found in seeds]) for i in range(_NUM_LEVELS)]
+        cells = [_spread([1000 * found[variant][f"level{i}"] for found in seeds], 0) for i in range(_NUM_LEVELS)]
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     about = f"{extent.seeds} seeds, {SECONDS:g} processor seconds each; ± is the standard deviation over seeds."
     return "\n".join([*lines, "", *textwrap.wrap(about, 80)])
@@ -302,8 +303,8 @@ def verdicts(seeds: Sequence[Mapping[str, Mapping[str, float]]], number: str, si
     return f"{text} Worse with every seed: {'; '.join(worse) or 'none'}."
 
 
-def _spread(values: Sequence[float]) -> str:
-    return f"{mean(values):.3g}" + (f" ± {stdev(values):.2g}" if len(values) > 1 else "")
+def _spread(values: Sequence[float], digits: int = 1) -> str:
+    return f"{mean(values):,.{digits}f}" + (f" ± {stdev(values):,.{digits}f}" if len(values) > 1 else "")
 
 
 def publish(text: str, docs: Path) -> None:

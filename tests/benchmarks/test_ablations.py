@@ -65,7 +65,7 @@ def test_every_variant_gets_the_steps_that_its_processor_seconds_pay_for(
 
 def of_seed(distances: dict[str, float]) -> dict[str, dict[str, float]]:
     levels = {f"level{i}": 0.5 for i in range(5)}
-    return {name: {**levels, "distance": distance, "accuracy": 0.75} for name, distance in distances.items()}
+    return {name: {**levels, "distance": distance, "accuracy": 75.0} for name, distance in distances.items()}
 
 
 def test_the_table_replaces_what_stands_between_the_marks_and_says_what_does_not_help(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_the_table_replaces_what_stands_between_the_marks_and_says_what_does_not
     assert published.startswith("before\n<!-- ablations-numbers -->\n| variant |")
     assert published.endswith("<!-- /ablations-numbers -->\nafter\n")
     assert "old" not in published
-    assert "| U-Net, min-SNR | 430 | 8.5 ± 0 | 0.75 ± 0 |" in published
+    assert "| U-Net, min-SNR | 430 | 8.5 ± 0.0 | 75.0 ± 0.0 |" in published
     assert "| AdamW | 500 ± 0 | 500 ± 0 | 500 ± 0 | 500 ± 0 | 500 ± 0 |" in published
     assert max(map(len, published.splitlines())) <= 80
     assert (
