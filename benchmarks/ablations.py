@@ -304,7 +304,7 @@ def verdicts(seeds: Sequence[Mapping[str, Mapping[str, float]]], number: str, si
 
 
 def _spread(values: Sequence[float], digits: int = 1) -> str:
-    return f"{mean(values):,.{digits}f}" + (f" ± {stdev(values):,.{digits}f}" if len(values) > 1 else "")
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def publish(text: str, docs: Path) -> None:
