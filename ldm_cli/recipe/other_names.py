@@ -55,7 +55,6 @@ _COMMANDS = {
     "pull": "download",
     "data pack": "pack prepare",
     "compare": "fid",
-    "--help": "help",
 }
 
 

@@ -208,6 +208,8 @@ class TrainUnetRecipe(StartedRecipe):
         if self.train_text_encoder:
             others = ("transformer", "text_encoder_2", "text_encoder_3", "low_resolution", "image_embedding", "lora")
             self._expect_without("train_text_encoder", *others, "image_prompt")
+            if self.train.strategy == "sharded":
+                raise ValueError("train_text_encoder does not work with train.strategy=sharded: use replicated")
         self._check_pixels()
         if self.low_resolution is not None:
             others = ("transformer", "cache", "classes", "lora", "image_embedding", "image_prompt")

@@ -162,7 +162,10 @@ class DenoiserTask(DenoisingTask):
         if patches is not None and patches.alignment is not None:
             self.auxiliary["projection"] = patches.alignment
         if recipe.train_text_encoder:
-            self.modules[TEXT_ENCODER] = _clip(encoder.encoder.models[0]).requires_grad_(True)
+            tower = _clip(encoder.encoder.models[0]).requires_grad_(True)
+            if recipe.train.gradient_checkpointing:
+                tower.enable_gradient_checkpointing()
+            self.modules[TEXT_ENCODER] = tower
 
     def loss(self, part: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """As of every denoiser; a dropped caption trains the text encoder, too."""

@@ -44,8 +44,10 @@ class MetricsFile:
 
     def agrees_with(self, copy: Path) -> bool:
         """Whether all that was copied is still there; true if the copy is missing."""
+        if not copy.is_file():
+            return True
         content = read_input(self.path, _MOST_BYTES) if self.path.is_file() else b""
-        return not copy.is_file() or content.startswith(read_input(copy, _MOST_BYTES))
+        return content.startswith(read_input(copy, _MOST_BYTES))
 
     def restore(self, copy: Path | None) -> None:
         """Make the file what it was when `copy` was written; None: empty. Later lines are written again."""

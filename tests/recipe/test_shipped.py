@@ -109,7 +109,10 @@ def test_eight_ranks_share_a_transformer_of_published_size(
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_model_has_its_published_number_of_parameters(name: str) -> None:
+def test_a_published_model_has_its_published_number_of_parameters(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     loaded = load_recipe(name)
     trained, frozen = trainer_stage(loaded.recipe.command).parameters(loaded.recipe, [])
     assert PUBLISHED[name].items() <= (trained | frozen).items()

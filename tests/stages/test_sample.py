@@ -422,7 +422,8 @@ def test_ctrl_c_leaves_whole_pictures_and_the_same_command_completes_them(model,
 @pytest.mark.exhaustive
 def test_ctrl_c_at_random_times_always_completes_to_the_same_bytes(model, tmp_path):
     generator = random.Random()
-    check_interruptions(model, tmp_path, [generator.random() for _ in range(5)], generator)
+    times = [*(generator.random() for _ in range(4)), None]
+    assert check_interruptions(model, tmp_path, times, generator) >= 1
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from ldm_cli.reporting import SilentReporter
 from ldm_cli.stages.train_unet import DenoiserTask, parameters
 
 from .test_precompute import assert_a_cache_changes_nothing
-from .tiny import assert_resumes, trained, unet_recipe, workbench
+from .tiny import assert_resumes, losses, trained, unet_recipe, workbench
 
 
 @pytest.fixture
@@ -93,6 +93,13 @@ def test_a_run_that_is_lost_and_continued_ends_in_the_same_bits(parts: tuple[Pat
     assert_resumes(together(parts, steps=5, save_every=2, ema_decay=0.9), tmp_path, 2)
 
 
+def test_recomputed_layers_change_only_rounding(parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    for name, is_recomputed in (("plain", False), ("recomputed", True)):
+        recipe = together(parts, steps=3, log_every=1, save_every=3, gradient_checkpointing=is_recomputed)
+        trained(recipe, tmp_path / name)
+    assert losses(tmp_path / "recomputed") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+
+
 def test_a_cache_holds_latents_alone_and_changes_nothing(parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
     assert_a_cache_changes_nothing(together(parts, steps=3, log_every=1, save_every=3), tmp_path)
     assert list((tmp_path / "cache").glob("latents-*"))
@@ -107,5 +114,7 @@ def test_what_is_trained_is_counted_and_what_does_not_go_together_is_named(parts
     assert frozen.keys() == {"vae"}
     with pytest.raises((ValidationError, RecipeError), match="train_text_encoder does not go with text_encoder_2"):
         TrainUnetRecipe.from_mapping(together(parts) | {"text_encoder_2": "x"})
+    with pytest.raises((ValidationError, RecipeError), match="train_text_encoder does not work with"):
+        TrainUnetRecipe.from_mapping(together(parts, strategy="sharded"))
     with pytest.raises((ValidationError, RecipeError), match="vae=pixels does not go with train_text_encoder"):
         TrainUnetRecipe.from_mapping(together(parts) | {"vae": "pixels"})

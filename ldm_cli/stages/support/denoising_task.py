@@ -25,10 +25,10 @@ from ldm_cli.training.task import WeightsByModule
 
 
 class DenoisingTask:
-    """Train the denoiser of a family on what the frozen encoders of its recipe give; see `Task`.
+    """Train the denoiser of a family on what the encoders of its recipe give; see `Task`.
 
     Args:
-        encoder: the frozen models.
+        encoder: codec and text encoders, frozen unless a subclass trains them.
         family: its denoiser has the weights to begin with.
         patches, added: as of `Denoising`.
     """
