@@ -90,7 +90,7 @@ def _indexing(found: Found, config: DataConfig, reporter: Reporter, hashed: bool
 
 
 def in_both(training: ShardSet, held_out: ShardSet) -> str | None:
-    """What to say where `training` holds shards of `held_out`, as a folder with both does; None where it does not."""
+    """A warning if `training` holds shards of `held_out`, as a folder with both does; None otherwise."""
     trained = {training.paths.key(shard) for shard in range(len(training.paths))}
     both = [held_out.paths.name(shard) for shard in range(len(held_out.paths)) if held_out.paths.key(shard) in trained]
     if not both:

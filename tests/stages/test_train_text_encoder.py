@@ -9,6 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from ldm_cli.core.models.checkpointing import Checkpointed
 from ldm_cli.data.loader import Loader
 from ldm_cli.data.open_shards import open_shards
 from ldm_cli.errors import RecipeError
@@ -98,6 +99,12 @@ def test_recomputed_layers_change_only_rounding(parts: tuple[Path, Path, Path], 
         recipe = together(parts, steps=3, log_every=1, save_every=3, gradient_checkpointing=is_recomputed)
         trained(recipe, tmp_path / name)
     assert losses(tmp_path / "recomputed") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+    tower = DenoiserTask(
+        TrainUnetRecipe.from_mapping(recipe), workbench(TrainUnetRecipe.from_mapping(recipe), tmp_path)
+    ).modules[TEXT_ENCODER]
+    layers = [module for module in tower.modules() if isinstance(module, Checkpointed)]
+    assert layers
+    assert all(layer.gradient_checkpointing for layer in layers)
 
 
 def test_a_cache_holds_latents_alone_and_changes_nothing(parts: tuple[Path, Path, Path], tmp_path: Path) -> None:
