@@ -61,11 +61,14 @@ demo: $(INSTALLED)
 	$(LDM) data synth data/demo --samples 20000 --size 32 --seed 0 --two-object-fraction 0.1
 	$(LDM) train-vae demo/vae --nproc 2
 	$(LDM) train-clip demo/clip --nproc 2
-	$(LDM) precompute demo/unet --out data/demo/cache
-	$(LDM) train-unet demo/unet cache=data/demo/cache --nproc 2
+	$(LDM) data synth data/demo-pairs --samples 20000 --size 32 --seed 2 --two-object-fraction 0.5
+	$(LDM) precompute demo/unet --out data/demo-pairs/cache --nproc 2
+	$(LDM) train-unet demo/unet cache=data/demo-pairs/cache --nproc 2
 	$(LDM) sample demo/sample
 	$(LDM) eval demo/eval --out runs/demo-eval
-	@echo "Look at runs/demo-samples/grid.png; runs/demo-eval/eval.json has the numbers. And now:"
+	$(LDM) eval demo/pairs-eval --out runs/demo-pairs-eval
+	@echo "Look at runs/demo-samples/grid.png; runs/demo-eval/eval.json has the numbers, and"
+	@echo "runs/demo-pairs-eval/eval.json those of scenes with two objects. And now:"
 	@echo '  $(abspath $(LDM)) sample --model runs/demo-unet -p "a large green star" -n 4'
 	@echo "  $(abspath $(LDM)) report runs/demo-unet       its curves and samples as one page"
 	@echo "  make demo-ar, demo-unclip, demo-cascade …      other generators on the same scenes"
@@ -106,7 +109,9 @@ demo-image-prompt: $(INSTALLED)
 
 # After `make demo`: a transformer on its scenes, with its CLIP and a smaller one. Beside it the U-Net of `make demo` on
 # the same latents; its 800 steps take about as many processor seconds as the 450 of the transformer.
-UNET16 := demo/unet vae=runs/demo-vae16/model unet.in_channels=16 unet.out_channels=16
+UNET16 := demo/unet vae=runs/demo-vae16/model unet.in_channels=16 unet.out_channels=16 train_text_encoder=false
+UNET16 += "data.shards=data/demo/train-*.tar" "data.val_shards=data/demo/val-*.tar" diffusion.logit_mean=0
+UNET16 += "unet.block_out_channels=[32,64]"
 demo-sd3: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(LDM) train-vae sd3/demo-vae --nproc 2
 	OMP_NUM_THREADS=1 $(LDM) train-clip sd3/demo-clip --nproc 2

@@ -188,7 +188,7 @@ def photo_figures(arguments: argparse.Namespace) -> dict[str, Any]:
     columns = {end for tile in tiles for end in (tile.left, tile.left + tile.width)} - {0, parts.shape[2]}
     return {
         "size": list(parts.shape[1:]),
-        "tile": arguments.tile,
+        "tile": in_parts.window * in_parts.low.factor,
         "difference": seams(parts, whole, (rows, columns)),
         "memory in MiB": {name: memory for name, (_, memory) in found.items()},
     }
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--jpeg", type=int, help="quality of a compression of the small pictures")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--photo")
-    parser.add_argument("--tile", type=int, default=256)
+    parser.add_argument("--tile", type=int, help="side of the parts; that of the product where nothing is given")
     parser.add_argument("--grid", help="write pictures here")
     arguments = parser.parse_args()
     json.dump((photo_figures if arguments.photo else measured)(arguments), sys.stdout, indent=1)

@@ -19,7 +19,7 @@ class UpscaleConfig(Config):
     """Level of the noise on the small picture: more of it hides more of its flaws and lets the model make up more
     details; null: the model's own."""
     tile: Annotated[int, Field(ge=16)] | None = None
-    """Side in pixels of the parts in which a large result is made; null: that of the model's training, at least 256.
+    """Side in pixels of the parts in which a large result is made; null: that of the model's training, at least 512.
     Of a photo `--tile` says it."""
     sampling: SamplingConfig = SamplingConfig()
     """After a first model: sampler, steps, guidance and negative prompt of the upscaler; of a photo `sampling` says

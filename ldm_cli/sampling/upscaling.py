@@ -34,7 +34,7 @@ from ldm_cli.sampling.sample_options import PLAIN, OnNonfinite
 from ldm_cli.sampling.tiling import strips, windows
 
 _PURPOSES = ("upscaling: initial noise", "upscaling: step noise", "upscaling: noise on the small picture")
-_LEAST_TILE = 256  # pixels of the result; smaller parts are mostly overlap
+_LEAST_TILE = 512  # pixels of the result; smaller parts are mostly overlap
 _MULTIPLE = 8  # of the small picture: where parts begin, so that a U-Net halves a part as it halves the whole
 
 
@@ -46,7 +46,7 @@ class Upscaling:
         family: a model with `low_resolution`.
         config: sampler, steps, guidance, negative prompt; its size and seed are not used.
         noise_level: of the noise on the small picture; None: the model's own.
-        tile: side in pixels of the parts of the result; None: the model's own size, at least 256.
+        tile: side in pixels of the parts of the result; None: the model's own size, at least 512.
         weighted: whether `(word:1.3)` in a prompt is a weight.
     """
 
