@@ -1,6 +1,7 @@
 # make demo   pictures drawn from text by models trained on this machine, in minutes on two CPU cores
 # make test   the tests;  make check   style, types, spelling and the fast tests;  make exhaustive   the longest tests
 # make study  what helps pictures more, a larger text encoder or a larger denoiser: docs/study.md, in 90 minutes
+# make demo-pairs  after make demo: two objects in the relation of the prompt: docs/train-unet.md
 # make demo-lora   after make demo: its model learns a ninth colour from 40 pictures: docs/lora.md
 # make demo-sd3    after make demo: a small Stable Diffusion 3 on the same scenes: docs/stable-diffusion-3.md
 # make demo-image-prompt  after make demo: its model learns to follow pictures beside text: docs/image-prompts.md
@@ -35,7 +36,7 @@ WRITTEN := README.md Makefile pyproject.toml docs ldm_cli recipes scripts benchm
 
 SHELL := /bin/bash -o pipefail
 
-.PHONY: faults setup demo demo-ar demo-cascade demo-image-prompt demo-lora demo-sd3 demo-unclip study gallery test \
+.PHONY: faults setup demo demo-ar demo-cascade demo-image-prompt demo-lora demo-pairs demo-sd3 demo-unclip study gallery test \
   exhaustive check lint bench gpu-check clean
 
 setup: $(TESTED)
@@ -61,17 +62,25 @@ demo: $(INSTALLED)
 	$(LDM) data synth data/demo --samples 20000 --size 32 --seed 0 --two-object-fraction 0.1
 	$(LDM) train-vae demo/vae --nproc 2
 	$(LDM) train-clip demo/clip --nproc 2
-	$(LDM) data synth data/demo-pairs --samples 20000 --size 32 --seed 2 --two-object-fraction 0.5
-	$(LDM) precompute demo/unet --out data/demo-pairs/cache --nproc 2
-	$(LDM) train-unet demo/unet cache=data/demo-pairs/cache --nproc 2
+	$(LDM) precompute demo/unet --out data/demo/cache --nproc 2
+	$(LDM) train-unet demo/unet cache=data/demo/cache --nproc 2
 	$(LDM) sample demo/sample
 	$(LDM) eval demo/eval --out runs/demo-eval
-	$(LDM) eval demo/pairs-eval --out runs/demo-pairs-eval
-	@echo "Look at runs/demo-samples/grid.png; runs/demo-eval/eval.json has the numbers, and"
-	@echo "runs/demo-pairs-eval/eval.json those of scenes with two objects. And now:"
+	@echo "Look at runs/demo-samples/grid.png; runs/demo-eval/eval.json has the numbers. And now:"
 	@echo '  $(abspath $(LDM)) sample --model runs/demo-unet -p "a large green star" -n 4'
 	@echo "  $(abspath $(LDM)) report runs/demo-unet       its curves and samples as one page"
-	@echo "  make demo-ar, demo-unclip, demo-cascade …      other generators on the same scenes"
+	@echo "  make demo-pairs, demo-ar, demo-unclip …        other generators on the same scenes"
+
+# After `make demo`, whose CLIP and autoencoder it takes: a U-Net of two objects that trains the text tower, too.
+PAIRS := -p "a yellow star left of a purple ring" -p "a purple ring left of a yellow star"
+PAIRS += -p "a red circle above a blue square" -p "a green triangle below an orange cross"
+demo-pairs: $(INSTALLED)
+	$(LDM) data synth data/demo-pairs --samples 20000 --size 32 --seed 2 --two-object-fraction 0.5
+	$(LDM) precompute demo/pairs --out data/demo-pairs/cache --nproc 2
+	$(LDM) train-unet demo/pairs cache=data/demo-pairs/cache --nproc 2
+	$(LDM) sample --model runs/demo-pairs $(PAIRS) -n 4 --steps 20 --guidance 2.5 --out runs/demo-pairs-samples
+	$(LDM) eval demo/pairs-eval --out runs/demo-pairs-eval
+	@echo "Look at runs/demo-pairs-samples/grid.png; runs/demo-pairs-eval/eval.json has the numbers."
 
 # After `make demo`, whose scenes and CLIP it takes: a VQ model, and a Transformer that writes pictures code by code.
 demo-ar: $(INSTALLED)
@@ -109,9 +118,7 @@ demo-image-prompt: $(INSTALLED)
 
 # After `make demo`: a transformer on its scenes, with its CLIP and a smaller one. Beside it the U-Net of `make demo` on
 # the same latents; its 800 steps take about as many processor seconds as the 450 of the transformer.
-UNET16 := demo/unet vae=runs/demo-vae16/model unet.in_channels=16 unet.out_channels=16 train_text_encoder=false
-UNET16 += "data.shards=data/demo/train-*.tar" "data.val_shards=data/demo/val-*.tar" diffusion.logit_mean=0
-UNET16 += "unet.block_out_channels=[32,64]"
+UNET16 := demo/unet vae=runs/demo-vae16/model unet.in_channels=16 unet.out_channels=16
 demo-sd3: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(LDM) train-vae sd3/demo-vae --nproc 2
 	OMP_NUM_THREADS=1 $(LDM) train-clip sd3/demo-clip --nproc 2

@@ -39,11 +39,8 @@ run in which no patch is left out."""
 _REPEATS = 2
 _WRAPPED: dict[str, Any] = {"subsequent_indent": "  ", "break_on_hyphens": False}
 _NUM_LEVELS = 5
-_UNET = (
-    *("unet.in_channels=16", "unet.out_channels=16", "unet.block_out_channels=[64,128]"),
-    *("train_text_encoder=false", "diffusion.logit_mean=0"),
-)
-"""The U-Net of the demo at twice its width, on the latents of the transformer, whose text encoders are not trained."""
+_UNET = ("unet.in_channels=16", "unet.out_channels=16", "unet.block_out_channels=[64,128]")
+"""The U-Net of the demo at twice its width, on the latents of the transformer."""
 _MARK = "<!-- ablations-numbers -->", "<!-- /ablations-numbers -->"
 _DOCS = Path(__file__).resolve().parent.parent / "docs"
 PLAIN = "plain flow"

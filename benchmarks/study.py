@@ -73,7 +73,7 @@ WHOLE = Extent(
     3,
     (1, 1.5, 2.5, 4, 6),
     2,
-    {"train-unet": ("train.steps=500",), "eval": ("eval.num_samples=1000", "eval.num_generated=500")},
+    {"eval": ("eval.num_samples=1000", "eval.num_generated=500")},
     ("--samples", "20000", "--val-samples", "1000"),
 )
 _TWO_STEPS = ("train.steps=2", "train.warmup_steps=1", "train.batch_size=8")
@@ -152,7 +152,7 @@ def _unet(root: Path, seed: int, tower: str, unet: str) -> tuple[str, ...]:
         f"text_encoder={root}/seed-{seed}/clip-{tower}/model",
         f"unet.cross_attention_dim={TOWERS[tower]}",
         f"unet.block_out_channels=[{UNETS[unet]},{2 * UNETS[unet]}]",
-        *("unet.norm_num_groups=8", "train_text_encoder=false", "diffusion.logit_mean=0"),
+        "unet.norm_num_groups=8",
     )
 
 

@@ -6,12 +6,12 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "train-clip": ("train-clip demo/clip", "train-clip clip/vit-b-32 train.lr=1e-4 --dry-run"),
     "train-vae": ("train-vae demo/vae", "train-vae vae/emoji train.steps=2000 --out runs/emoji-vae"),
     "train-unet": (
-        "train-unet demo/unet cache=data/demo-pairs/cache --nproc 2",
+        "train-unet demo/unet cache=data/demo/cache --nproc 2",
         "train-unet unet/sd15 train.micro_batch=8 --dry-run",
     ),
     "train-ar": ("train-ar demo/ar cache=data/demo/codes", "train-ar ar/llamagen-xl --dry-run"),
     "train-prior": ("train-prior prior/demo --max-time 30m", "train-prior prior/karlo --dry-run"),
-    "precompute": ("precompute demo/unet --out data/demo-pairs/cache", "precompute demo/ar --out data/demo/codes"),
+    "precompute": ("precompute demo/unet --out data/demo/cache", "precompute demo/ar --out data/demo/codes"),
     "cascade": ("cascade cascade/demo", "cascade cascade/demo name=mine --out mine"),
     "sample": (
         'sample --model runs/demo-unet -p "a large green star" -n 4 --seed 7',

@@ -35,7 +35,7 @@ PUBLISHED = {
 
 def test_the_shipped_recipes_are_these() -> None:
     bench = ["bench/clip", "bench/unet", "bench/vae"]
-    demo = [f"demo/{what}" for what in ("clip", "vae", "unet", "sample", "eval", "pairs-eval", "vq", "ar", "ar-eval")]
+    demo = [f"demo/{what}" for what in ("clip", "vae", "unet", "sample", "eval", "pairs", "pairs-eval", "vq", "ar", "ar-eval")]
     lora = ["lora/demo", "lora/eval", "lora/sd15", "lora/sdxl"]
     image_prompt = ["image-prompt/demo", "image-prompt/sd15", "image-prompt/sdxl"]
     sd3 = ["sd3/demo", "sd3/demo-clip", "sd3/demo-eval", "sd3/demo-vae"]
@@ -45,7 +45,7 @@ def test_the_shipped_recipes_are_these() -> None:
     small = [f"{room}/{data}" for room in ("clip", "vae", "unet", "eval") for data in ("cifar10", "emoji")]
     drawn = [*cascade, *pixels, *unclip, *image_prompt]
     assert sorted([*bench, *demo, *drawn, *lora, *sd3, *small, *PUBLISHED]) == NAMES
-    assert len(NAMES) == len(list(recipes_folder().rglob("*.y*ml"))) == 53
+    assert len(NAMES) == len(list(recipes_folder().rglob("*.y*ml"))) == 54
 
 
 @pytest.mark.parametrize("name", NAMES)
