@@ -130,8 +130,8 @@ ZOO = [
     (
         "command: train-vae",
         "command: train-vea",
-        "r.yaml:1:10: command: expected one of train-clip, train-vae, train-unet, train-ar, train-prior, cascade, "
-        "sample, eval, found text 'train-vea' (did you mean 'train-vae'?)",
+        "r.yaml:1:10: command: found text 'train-vea' (did you mean 'train-vae'?), expected one of train-clip, train-vae, "
+        "train-unet, train-ar, train-prior, cascade, sample, eval",
     ),
     (
         "command: train-vae\n",
@@ -331,7 +331,7 @@ def test_options_are_named_as_options() -> None:
         (b"command: x\nname: \xff", "r.yaml:2:7: expected UTF-8 text, found byte 0xff"),
         (b"", "r.yaml:1:1: expected a mapping of keys to values, found null"),
         (b"- a", "r.yaml:1:1: expected a mapping of keys to values, found a list of 1"),
-        (b"\xef\xbb\xbfcommand: train-vea", "r.yaml:1:10: command: expected one of"),
+        (b"\xef\xbb\xbfcommand: train-vea", "r.yaml:1:10: command: found text 'train-vea'"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, raw: bytes, problem: str) -> None:
