@@ -113,7 +113,7 @@ class Members:
         likely = column_among(list(texts), CAPTION_COLUMNS)
         shown = f"json (fields: {', '.join(list(fields)[:_MOST_FIELDS])})" if fields else "json"
         held = ", ".join(shown if extension == "json" else extension for extension in self._extensions)
-        remedy = "data.caption can name another" + (f": data.caption={texts[likely]}" if likely else "")
+        remedy = f"take data.caption={texts[likely]}" if likely else "data.caption can name another"
         return BadSampleError("missing caption", f"no text in {place}; the sample has {held}; {remedy}")
 
 

@@ -76,19 +76,17 @@ def test_one_of_several_captions_is_chosen_evenly_and_blank_ones_never() -> None
         (
             {"jpg": b"", "json": b'{"url": "u", "TEXT": "a cat"}'},
             "txt",
-            "no text in txt; the sample has jpg, json (fields: url, TEXT); "
-            "data.caption can name another: data.caption=json:TEXT",
+            "no text in txt; the sample has jpg, json (fields: url, TEXT); take data.caption=json:TEXT",
         ),
         (
             {"jpg": b"", "json": b'{"caption": " ", "alt": "a cat"}'},
             "json:caption",
-            "no text in json:caption; the sample has jpg, json (fields: caption, alt); "
-            "data.caption can name another: data.caption=json:alt",
+            "no text in json:caption; the sample has jpg, json (fields: caption, alt); take data.caption=json:alt",
         ),
         (
             {"jpg": b"", "caption": b"a cat"},
             "txt",
-            "no text in txt; the sample has jpg, caption; data.caption can name another: data.caption=caption",
+            "no text in txt; the sample has jpg, caption; take data.caption=caption",
         ),
         ({"jpg": b"", "json": b"{"}, "txt", "no text in txt; the sample has jpg, json; data.caption can name another"),
     ],
