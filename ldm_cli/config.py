@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic_core import ErrorDetails
 
 from ldm_cli.storage import expand_home
 
 _LARGEST = 2**64
-_QUOTED = r"'([^']*)'"
 _TEXTS = frozenset(("prompt", "prompts", "negative", "any_of"))
 
 
@@ -86,11 +86,15 @@ def causes(error: ValidationError) -> list[str]:
         place, message = ".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, ")
         message = message[:1].lower() + message[1:]
         if one["type"] == "literal_error" and isinstance(one["input"], str):
-            words = str(one["ctx"]["expected"])
-            message = f"found text {one['input'][:60]!r}{did_you_mean(one['input'], re.findall(_QUOTED, words))}, "
-            message += f"expected {words}"
+            message = f"found text {one['input'][:60]!r}{did_you_mean(one['input'], words_of(one))}, "
+            message += f"expected {one['ctx']['expected']}"
         found.append(f"{place}: {message}" if place else message)
     return found
+
+
+def words_of(error: ErrorDetails) -> list[str]:
+    """The words that a field allows, if this error is that its text is none of them."""
+    return re.findall(r"'([^']*)'", error["ctx"]["expected"]) if error["type"] == "literal_error" else []
 
 
 def suggest(word: str, known: list[str]) -> str | None:

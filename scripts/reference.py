@@ -33,6 +33,10 @@ from ldm_cli.recipe.yaml_source import parse_yaml
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "reference"
 WIDTH = 80
+OF_A_BUG = """
+A bug of ldm, not a mistake of yours: `unexpected ERROR: …`. The message names a file with the traceback, the versions
+and the arguments: please report the bug with it. `--debug` shows the traceback at once.
+"""
 
 
 @functools.cache
@@ -159,7 +163,8 @@ def _messages_page() -> str:
     )
     messages = _messages()
     for kind in sorted(kinds, key=lambda one: (one.code, one.tag)):
-        lines += ["", f"## {kind.tag} (code {kind.code})", "", *_wrapped(_escaped(inspect.getdoc(kind) or "")), ""]
+        words = OF_A_BUG if kind is LdmError else inspect.getdoc(kind) or ""
+        lines += ["", f"## {kind.tag} (code {kind.code})", "", *_wrapped(_escaped(words)), ""]
         for what, remedy in sorted(messages.get(kind.__name__, ())):
             lines += _bullet(_code(what), f"→ {_escaped(remedy)}" if remedy else "")
     return "\n".join(lines) + "\n"

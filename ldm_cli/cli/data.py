@@ -202,4 +202,6 @@ def _config(arguments: list[str]) -> DataConfig:
     if not patterns:
         raise UsageError("no shards given", remedy="name a path, a glob or a brace pattern")
 
+    # As in recipes, whose fields messages name: `data.caption`.
+    changes = [change.removeprefix("data.") for change in changes]
     return load_section(DataConfig, changes, [("SHARDS", "shards", patterns)])

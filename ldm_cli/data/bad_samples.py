@@ -83,7 +83,7 @@ class BadSampleAccount:
             last = bad[-1]
             raise DataError(
                 f"too many bad samples, the last one '{last.key}' in shard '{last.shard}'",
-                f"{total} of {self.num_read} samples read ({counts})",
+                f"{total} of {self.num_read} samples read ({counts})" + (f": {last.detail}" if last.detail else ""),
                 "run `ldm data check` on the shards, or raise data.max_bad_fraction",
             )
 

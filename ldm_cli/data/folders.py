@@ -104,6 +104,7 @@ class _Folder:
             suffix, name = path.suffix.lower(), self._name(path)
             if path in self._refused and suffix in (".csv", ".tsv"):  # others need not be meant as tables
                 name += f": {self._refused[path].cause}"
+                self._report.tables_not_read.append("; ".join(filter(None, (name, self._refused[path].remedy))))
             self._report.pass_over(suffix or "file without suffix", name)
 
     def _tables(self) -> list[TableSource]:
@@ -124,6 +125,8 @@ class _Folder:
         named = self._choices.image_column or self._choices.caption_column
         if self._refused and not tables and (named or not self._pictures):
             raise next(iter(self._refused.values()))
+        if named and not tables and not any(path.suffix.lower() == ".json" for path in self._others):
+            raise DataError(f"cannot pack '{self._folder}'", f"no table in it has a column '{named}'", "leave it out")
         return tables
 
     def _beside_picture(self, picture: Path) -> list[Path]:

@@ -157,7 +157,13 @@ class _Packing:
         self._report, self._masks, self._val_fraction = report, MaskFiles(), val_fraction
 
     def warn(self, reporter: Reporter, counts: Sequence[int]) -> None:
-        """Warn of captions that are not used, and of a split without one side; `counts` has the samples of each."""
+        """Warn of captions that are not read or not used, and of a split without one side.
+
+        Args:
+            counts: samples of each side.
+        """
+        if self.num_without and self._report.tables_not_read:
+            reporter.warn(f"samples without a caption: {self.num_without}; not read: {self._report.tables_not_read[0]}")
         if self.num_several:
             reporter.warn(
                 f"samples with several captions: {self.num_several}; txt holds the first of them: train with "

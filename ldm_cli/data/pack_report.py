@@ -19,6 +19,7 @@ class PackReport:
         bad: pictures that were left out, by reason.
         bad_files: `name: reason` of each.
         not_read: files that are no picture, caption or table of the source, by kind.
+        tables_not_read: of these the tables, each with the reason and the remedy.
         remarks: conversions, such as "Windows-1252 text".
         classes: names of the classes in the order of their numbers, if the source has some.
         repeats: how often each kohya folder is repeated.
@@ -28,6 +29,7 @@ class PackReport:
     bad: Counter[str] = field(default_factory=Counter)
     bad_files: list[str] = field(default_factory=list)
     not_read: Counter[str] = field(default_factory=Counter)
+    tables_not_read: list[str] = field(default_factory=list)
     remarks: Counter[str] = field(default_factory=Counter)
     classes: tuple[str, ...] = ()
     repeats: dict[str, int] = field(default_factory=dict)

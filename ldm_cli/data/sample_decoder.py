@@ -17,9 +17,11 @@ from ldm_cli.data.decode import CENTRE, IMAGE_EXTENSIONS, Crop, Place, decode_rg
 from ldm_cli.data.masks import decode_mask
 from ldm_cli.data.picture_sizes import picture_sizes
 from ldm_cli.data.shards import ShardReader, ShardSet
+from ldm_cli.data.tables import CAPTION_COLUMNS, column_among
 from ldm_cli.data.tar_format import Member
 
 _JSON = "json:"
+_MOST_FIELDS = 12
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,11 @@ class Members:
 
     Args:
         read: gives the bytes of the member with an extension, or None if the sample has none.
+        extensions: those of all members.
     """
 
-    def __init__(self, read: Callable[[str], bytes | None]) -> None:
-        self.read = read
+    def __init__(self, read: Callable[[str], bytes | None], extensions: Collection[str]) -> None:
+        self.read, self._extensions = read, extensions
         self._metadata: dict[str, Any] | None = None
 
     def image(self, extensions: Sequence[str]) -> bytes:
@@ -99,6 +102,19 @@ class Members:
     def field(self, place: str) -> Any:
         """The value at `json:PATH` in the JSON member; None if there is none."""
         return field_of(self.metadata() or {}, place.removeprefix(_JSON))
+
+    def no_caption(self, place: str) -> BadSampleError:
+        """The error that there is no text at `place`. It says what the sample has, and which part may be a caption."""
+        fields: dict[str, Any] = {}
+        with suppress(BadSampleError):  # a damaged JSON member is not what is wrong here
+            fields = self.metadata() or {}
+        texts = {extension: extension for extension in self._extensions if extension != place}
+        texts |= {name: f"{_JSON}{name}" for name, value in fields.items() if caption_candidates(value)}
+        likely = column_among(list(texts), CAPTION_COLUMNS)
+        shown = f"json (fields: {', '.join(list(fields)[:_MOST_FIELDS])})" if fields else "json"
+        held = ", ".join(shown if extension == "json" else extension for extension in self._extensions)
+        remedy = f"take data.caption={texts[likely]}" if likely else "data.caption can name another"
+        return BadSampleError("missing caption", f"no text in {place}; the sample has {held}; {remedy}")
 
 
 def image_extensions(config: DataConfig) -> tuple[str, ...]:
@@ -160,7 +176,9 @@ class MembersDecoder:
     def _caption(self, members: Members, choice: float) -> tuple[str, tuple[str, ...]]:
         """The caption by the recipe's rule, and remarks about it."""
         texts, remarks = self._texts(members)
-        return self._cleaned(texts[int(choice * len(texts))] if texts else None, remarks)
+        if not texts and self._config.missing_caption == "skip":
+            raise members.no_caption(self._config.caption)
+        return self._cleaned(texts[int(choice * len(texts))] if texts else "", remarks)
 
     def _texts(self, members: Members) -> tuple[list[str], tuple[str, ...]]:
         """The texts that may be the caption, and remarks about them."""
@@ -177,16 +195,12 @@ class MembersDecoder:
         text, remarks = decode_text(data)
         return [text], remarks
 
-    def _cleaned(self, text: str | None, remarks: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-        """The caption that a text gives; None is no text."""
-        if text is not None:
-            text, more = clean_caption(text)
-            remarks += more
-        if text:
-            return text, remarks
-        if self._config.missing_caption == "skip":
-            raise BadSampleError("missing caption" if text is None else "blank caption")
-        return "", (*remarks, "empty caption")
+    def _cleaned(self, text: str, remarks: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+        """The caption that a text gives, which may be empty if the recipe allows it."""
+        caption, more = clean_caption(text)
+        if not caption and self._config.missing_caption == "skip":
+            raise BadSampleError("blank caption")
+        return caption, (*remarks, *more, *(() if caption else ("empty caption",)))
 
     def _label(self, members: Members) -> int:
         where = self._config.label or ""
@@ -227,7 +241,7 @@ class SampleDecoder(MembersDecoder):
         found: list[str] = []
         with suppress(BadSampleError):
             texts, remarks = self._texts(self._members(shard, sample))
-            for text in texts or (None,):
+            for text in texts or ("",):
                 with suppress(BadSampleError):
                     found.append(self._cleaned(text, remarks)[0])
         return found
@@ -237,8 +251,9 @@ class SampleDecoder(MembersDecoder):
         return self._members(shard, sample).image(self._image_extensions)
 
     def _members(self, shard: int, sample: int) -> Members:
-        where = (self._reader, shard, self._shards.indexes[shard].sample(sample))
-        return Members(_IndexedRead(*where, self._wanted_extensions, self._config.max_member_bytes))
+        members = self._shards.indexes[shard].sample(sample)
+        limits = (self._wanted_extensions, self._config.max_member_bytes)
+        return Members(_IndexedRead(self._reader, shard, members, *limits), members)
 
 
 class _IndexedRead:

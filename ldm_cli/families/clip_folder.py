@@ -12,6 +12,8 @@ from ldm_cli.data.tokenizer import Tokenizer
 from ldm_cli.errors import CheckpointError, RecipeError
 from ldm_cli.families.clip_text_encoder import tokenizer_folder
 from ldm_cli.formats.model_folder import load_model, outline_model, read_as, read_image_processor
+from ldm_cli.formats.model_source import has_model_json
+from ldm_cli.formats.pipeline_folder import INDEX_NAME
 from ldm_cli.formats.weight_files import CONFIG_NAME
 from ldm_cli.storage import resolve_model_folder
 
@@ -38,8 +40,12 @@ def open_clip(folder: Path) -> tuple[CLIPModel, Tokenizer, CLIPImageProcessor]:
     """Read a CLIPModel folder; errors as in `load_model`.
 
     Raises:
-        CheckpointError: as in `open_image_processor`.
+        CheckpointError: it is a pipeline, or as in `open_image_processor`.
     """
+    if has_model_json(folder / INDEX_NAME):
+        cause = "it is a pipeline, whose text encoder sees no pictures"
+        remedy = "give a CLIP with a tower for pictures, too: a run of train-clip, or one of the hub"
+        raise CheckpointError(f"no CLIP in '{folder}'", cause, remedy)
     model = load_model(CLIPModel, folder)
     return model, Tokenizer.load(tokenizer_folder(folder)), open_image_processor(folder)
 

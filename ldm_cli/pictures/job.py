@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Self
 
 from pydantic import Field, JsonValue, PrivateAttr, ValidationError
 
 from ldm_cli.config import Config, causes
-from ldm_cli.errors import UsageError
+from ldm_cli.errors import LdmError, UsageError
 from ldm_cli.sampling.config import SamplingConfig
 from ldm_cli.sampling.edit_config import EditConfig
 from ldm_cli.sampling.request import Blend, ImageRequest, variations, walk
@@ -52,12 +53,24 @@ class Item:
         sampling: sampler, guidance, size.
         edit: the picture to work on.
         loras: names and weights of adapters, sorted, none 0.
+        place: which prompt it is of, for messages; empty: of several.
     """
 
     request: ImageRequest
     sampling: SamplingConfig
     edit: EditConfig
     loras: tuple[tuple[str, float], ...] = ()
+    place: str = field(default="", compare=False)
+
+
+@contextmanager
+def errors_at(place: str) -> Iterator[None]:
+    """Begin the messages of errors with a place, if it is not empty."""
+    try:
+        yield
+    except LdmError as error:
+        error.what = f"{place}: {error.what}" if place else error.what
+        raise
 
 
 @dataclass(frozen=True)
@@ -125,7 +138,7 @@ def make_job(
     items: list[Item] = []
     for entry in entries:
         own, its_edit = with_changes(sampling, edit, entry.sampling, entry.place)
-        items += [Item(request, own, its_edit) for request in _requests(entry, own, variation)]
+        items += [Item(request, own, its_edit, place=entry.place) for request in _requests(entry, own, variation)]
         _check_size(len(items))
     # A row per prompt, if there are rows at all.
     columns = sampling.images_per_prompt if sampling.images_per_prompt > 1 and len(entries) > 1 else None
@@ -218,7 +231,7 @@ def _between(entries: list[PromptEntry], sampling: SamplingConfig, edit: EditCon
         own, its_edit = with_changes(sampling, edit, entry.sampling, entry.place)
         for k in range(frames + 1):
             blend = Blend(prompt=entry.prompt, seed=own.seed + i, weight=k / frames)
-            items.append(Item(ImageRequest(entry.prompt, own.seed + i, blend), own, its_edit))
+            items.append(Item(ImageRequest(entry.prompt, own.seed + i, blend), own, its_edit, place=entry.place))
         _check_size(len(items))
         sheets.append(Sheet(tuple(range(first, len(items))), frames + 1, is_walk=True))
     return Job(tuple(items), tuple(sheets))
@@ -238,7 +251,7 @@ def _crossed(
         for y, x in product(ys, xs):
             changes = {**entry.sampling, x_name: value_of(x)} | ({y_name: value_of(y)} if y_name else {})
             own, its_edit = with_changes(sampling, edit, changes, where)
-            items.append(Item(ImageRequest(entry.prompt, own.seed + i, entry.blend), own, its_edit))
+            items.append(Item(ImageRequest(entry.prompt, own.seed + i, entry.blend), own, its_edit, place=entry.place))
             _check_size(len(items))
         title = f"{entry.prompt}, seed {items[first].request.seed}"
         sheets.append(Sheet(tuple(range(first, len(items))), len(xs), tuple(xs), tuple(ys), (x_name, y_name), title))

@@ -1,4 +1,5 @@
-"""Settings of a job that change no picture, and words in its prompts that other programs take as commands."""
+"""Settings of a job that change no picture, sizes far from that of the model's training, and words in its prompts that
+other programs take as commands."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ from ldm_cli.sampling.denoising import sampler_of, takes_eta
 from ldm_cli.sampling.latent_sampler import prompts_of
 
 _MOST_NAMED = 3
+_NEAR = (0.4, 2.5)
+"""Multiples of the side that a model was trained at, between which its pictures are worth a try."""
 _ESCAPED = re.compile(r"\\.")
 _COMMANDS = re.compile(
     r"""
@@ -31,15 +34,16 @@ _COMMANDS = re.compile(
 )
 
 
-def job_warnings(items: Sequence[Item], family: ImageGenerator, weighted: bool) -> list[str]:
-    """One message for each kind of setting or word without the effect that it seems to ask for.
+def job_warnings(items: Sequence[Item], family: ImageGenerator, weighted: bool, window: int | None = None) -> list[str]:
+    """One message for each kind of setting, size or word without the effect that it seems to ask for.
 
     Args:
         weighted: whether `(word:1.3)` in a prompt is a weight.
+        window: side of the windows in which large pictures are denoised; None: they are not.
     """
     found: dict[str, str] = {}
     for sampling in dict.fromkeys(item.sampling for item in items):
-        for kind, message in _unused_settings(sampling, family):
+        for kind, message in (*_unused_settings(sampling, family), *_far_sizes(sampling, family, window)):
             found.setdefault(kind, message)
     for item in items:
         for kind, message in _unused_prompts(item, family):
@@ -100,6 +104,19 @@ def _unused_settings(config: SamplingConfig, family: ImageGenerator) -> Iterator
     for name in names:
         if given[name]:
             yield name, f"sampling.{name} has no effect {reason}"
+
+
+def _far_sizes(config: SamplingConfig, family: ImageGenerator, window: int | None) -> Iterator[tuple[str, str]]:
+    """The kind and the message of a size that is far from that of the model's training."""
+    if not isinstance(family, Family) or family.low_resolution is not None or window is not None:
+        return
+    own = [(side or 0) * family.codec.factor for side in family.sample_size]
+    asked = [config.height or own[0], config.width or own[1]]
+    if all(own) and not all(_NEAR[0] < side / usual < _NEAR[1] for side, usual in zip(asked, own, strict=True)):
+        is_large = max(asked) > max(own)
+        remedy = "enlarge smaller ones by --upscale MODEL, or add --tile" if is_large else "leave --size out"
+        sizes = f"{asked[1]}x{asked[0]} is far from {own[1]}x{own[0]}, the size of the model's training"
+        yield "size", f"size {sizes}, and pictures may look wrong; {remedy}"
 
 
 def _unused_prompts(item: Item, family: ImageGenerator) -> Iterator[tuple[str, str]]:

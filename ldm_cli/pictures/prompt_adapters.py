@@ -15,7 +15,7 @@ from pydantic import Field
 from ldm_cli.config import Config
 from ldm_cli.errors import InputNotFoundError, UsageError
 from ldm_cli.formats.lora_path import lora_name
-from ldm_cli.pictures.job import Item, Job
+from ldm_cli.pictures.job import Item, Job, errors_at
 
 _TAG = re.compile(r"\s*<(?:lora|lyco):([^<>]*)>", re.IGNORECASE)
 _OPEN_TAG = re.compile(r"<(?:lora|lyco):", re.IGNORECASE)
@@ -96,15 +96,16 @@ class LoraFiles:
         return replace(job, items=tuple(self._without_tags(item) for item in job.items))
 
     def _without_tags(self, item: Item) -> Item:
-        prompt, weights = self._split(item.request.prompt)
+        blend = item.request.blend
+        with errors_at(item.place):
+            prompt, weights = self._split(item.request.prompt)
+            other, ends = self._split("" if blend is None else blend.prompt)
         request = replace(item.request, prompt=prompt)
-        if request.blend is not None:
+        if blend is not None:
             # On the way between two prompts, weights lie on the line between both, as the text does.
-            other, ends = self._split(request.blend.prompt)
-            share = request.blend.weight
             starts = {name: weights.get(name, 0.0) for name in {**weights, **ends}}
-            weights = {name: start + share * (ends.get(name, 0.0) - start) for name, start in starts.items()}
-            request = replace(request, blend=request.blend.model_copy(update={"prompt": other}))
+            weights = {name: start + blend.weight * (ends.get(name, 0.0) - start) for name, start in starts.items()}
+            request = replace(request, blend=blend.model_copy(update={"prompt": other}))
         return replace(item, request=request, loras=tuple(sorted((n, w) for n, w in weights.items() if w != 0.0)))
 
     def _split(self, prompt: str) -> tuple[str, dict[str, float]]:

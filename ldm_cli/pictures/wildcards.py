@@ -14,7 +14,7 @@ from ldm_cli.data.bad_samples import BadSampleError
 from ldm_cli.data.captions import decode_text
 from ldm_cli.errors import DataError, InputNotFoundError
 from ldm_cli.inputs import read_input
-from ldm_cli.pictures.job import Item, Job
+from ldm_cli.pictures.job import Item, Job, errors_at
 
 # No separators and no dots: a prompt cannot name a file elsewhere.
 _WILDCARD = re.compile(r"__([A-Za-z0-9](?:[A-Za-z0-9-]|_(?!_))*)__")
@@ -55,10 +55,11 @@ class Wildcards:
 
     def _with_words(self, item: Item) -> Item:
         request = item.request
-        if request.blend is not None:
-            other = self.fill_in(request.blend.prompt, request.blend.seed)
-            request = replace(request, blend=request.blend.model_copy(update={"prompt": other}))
-        return replace(item, request=replace(request, prompt=self.fill_in(request.prompt, request.seed)))
+        with errors_at(item.place):
+            if request.blend is not None:
+                other = self.fill_in(request.blend.prompt, request.blend.seed)
+                request = replace(request, blend=request.blend.model_copy(update={"prompt": other}))
+            return replace(item, request=replace(request, prompt=self.fill_in(request.prompt, request.seed)))
 
     def _read(self, name: str) -> list[str]:
         file = self._folder / f"{name}.txt"

@@ -117,13 +117,8 @@ def _recipe_class(draft: Draft, expected: str | None, shown: str) -> type[Config
         return RECIPES[expected or command]
     if not isinstance(command, str) or command not in RECIPES:
         hint = did_you_mean(str(command), list(RECIPES))
-        raise _invalid(
-            shown,
-            [
-                *draft.problems,
-                f"{place}: command: expected one of {', '.join(RECIPES)}, found {describe(command)}{hint}",
-            ],
-        )
+        unknown = f"{place}: command: found {describe(command)}{hint}, expected one of {', '.join(RECIPES)}"
+        raise _invalid(shown, [*draft.problems, unknown])
     if expected is None:
         return RECIPES[command]
     raise _invalid(shown, [f"{place}: command: this is a {command} recipe; run: ldm {command} {shown}"])

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from ldm_cli.config import did_you_mean, suggest
+from ldm_cli.config import did_you_mean, suggest, words_of
 from ldm_cli.recipe.other_names import field_called, models_in
 from ldm_cli.recipe.yaml_source import Path, dotted
 from ldm_cli.sampling.sampler_names import sampler_called, schedule_called
@@ -161,10 +161,10 @@ def _invalid_value(path: Path, details: list[ErrorDetails], value: Any, quoted: 
         message = str(failed_check.get("ctx", {}).get("error", failed_check["msg"]))
         return Problem(_blamed_field(path, message, value), message)
     expected = " or ".join(dict.fromkeys(_expected(detail) for detail in details))
-    hint, found = _hint(details, value, quoted), f"found {describe(value, quoted)}"
-    if hint.startswith(" (did you mean"):  # before the list of all words, which may be long
-        return Problem(path, f"{found}{hint}, expected {expected}")
-    return Problem(path, f"expected {expected}, {found}{hint}")
+    found, words = f"found {describe(value, quoted)}", [word for detail in details for word in words_of(detail)]
+    if isinstance(value, str) and (meant := _intended_word(value, words)):
+        return Problem(path, f"{found}{meant}, expected {expected}")  # the list of all words may be long
+    return Problem(path, f"expected {expected}, {found}{_hint(details, value, quoted)}")
 
 
 def _blamed_field(path: Path, message: str, value: Any) -> Path:
@@ -200,14 +200,11 @@ def _expected(detail: ErrorDetails) -> str:
 def _hint(details: list[ErrorDetails], value: Any, quoted: bool) -> str:
     kinds = {detail["type"] for detail in details}
     wants_number = not kinds.isdisjoint({"int_type", "float_type"})
-    literals = [str(d["ctx"]["expected"]) for d in details if d["type"] == "literal_error"]
     hint = ""
     if "string_type" in kinds and isinstance(value, int | float):
         hint = " (put it in quotes)"
     elif "string_type" in kinds and value is None:
         hint = ' (empty text is "")'
-    elif isinstance(value, str) and literals:
-        hint = _intended_word(value, [word for text in literals for word in re.findall(r"'([^']*)'", text)])
     elif isinstance(value, str) and wants_number and quoted:
         hint = " (remove the quotes)"
     elif isinstance(value, str) and wants_number:

@@ -35,7 +35,9 @@ def find_recipe(name: str) -> Path:
     plain = name.removesuffix(".yaml").removeprefix("recipes/")
     if plain in shipped:
         return shipped[plain]
-    cause = "is a folder" if path.is_dir() else "no such file, and no shipped recipe of that name"
-    raise InputNotFoundError(
-        f"cannot read recipe '{name}'", cause + did_you_mean(plain, list(shipped)), "see ldm recipe list"
-    )
+    cause, remedy = "no such file, and no shipped recipe of that name", "see ldm recipe list"
+    if path.is_dir():
+        cause, remedy = "is a folder", f"ldm sample takes a model as --model {name}"
+    else:
+        cause += did_you_mean(plain, list(shipped))
+    raise InputNotFoundError(f"cannot read recipe '{name}'", cause, remedy)

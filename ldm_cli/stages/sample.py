@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm_cli.errors import DivergedError, UsageError
+from ldm_cli.errors import DivergedError, InputNotFoundError, UsageError
 from ldm_cli.families.open_family import open_family
 from ldm_cli.pictures.images import slug
 from ldm_cli.pictures.job import Job, make_job
@@ -61,6 +61,9 @@ def run(
     if not recipe.prompts:
         raise UsageError("no prompts", remedy="give -p TEXT, --prompts FILE, or prompts in the recipe")
     recipe = with_model_folders(recipe, reporter)
+    if repeated is not None and not _first_model(recipe).exists():
+        remedy = f"a picture holds no more than its name: add {'--model' if recipe.model else '--upscale'} DIR"
+        raise InputNotFoundError(f"model '{_first_model(recipe)}' not found", remedy=remedy)
     loras = LoraFiles(recipe.loras, None if recipe.lora_dir is None else Path(recipe.lora_dir))
     job, device = _job(recipe, loras), resolve_device(options.device, local_rank())
     with joined(device, SECONDS_OF_SILENCE) as ranks:
@@ -73,7 +76,7 @@ def run(
         pipeline = open_pipeline(recipe, family)
         generator = PictureGenerator(pipeline, recipe, latents, len(job.items), adapters, image_prompts)
         generator.check(job.items)
-        for message in job_warnings(job.items, family, recipe.weighted_words):
+        for message in job_warnings(job.items, family, recipe.weighted_words, recipe.tile):
             reporter.warn(message)
         if repeated is not None:
             check_repeatable(generator.shared, repeated, reporter.warn)

@@ -60,14 +60,42 @@ def test_one_of_several_captions_is_chosen_evenly_and_blank_ones_never() -> None
     decoder = MembersDecoder(config, Wanted(image=False))
 
     def chosen(value: Any, choice: float) -> str:
-        members = Members({"json": json.dumps({"text": value}).encode()}.get)
-        return decoder.decode_members(members, Draw(caption=choice)).caption
+        members = {"json": json.dumps({"text": value}).encode()}
+        return decoder.decode_members(Members(members.get, members), Draw(caption=choice)).caption
 
     found = [chosen(["a", " ", "b", 3, "c"], (k + 0.5) / 300) for k in range(300)]
     assert [found.count(text) for text in ("a", "b", "c")] == [100] * 3
     assert chosen("only", 0.9) == "only"
     for nothing in (None, 3, [], ["", " "], {"en": "a"}):
         assert chosen(nothing, 0.5) == ""
+
+
+@pytest.mark.parametrize(
+    ("members", "place", "detail"),
+    [
+        (
+            {"jpg": b"", "json": b'{"url": "u", "TEXT": "a cat"}'},
+            "txt",
+            "no text in txt; the sample has jpg, json (fields: url, TEXT); take data.caption=json:TEXT",
+        ),
+        (
+            {"jpg": b"", "json": b'{"caption": " ", "alt": "a cat"}'},
+            "json:caption",
+            "no text in json:caption; the sample has jpg, json (fields: caption, alt); take data.caption=json:alt",
+        ),
+        (
+            {"jpg": b"", "caption": b"a cat"},
+            "txt",
+            "no text in txt; the sample has jpg, caption; take data.caption=caption",
+        ),
+        ({"jpg": b"", "json": b"{"}, "txt", "no text in txt; the sample has jpg, json; data.caption can name another"),
+    ],
+)
+def test_a_missing_caption_says_what_the_sample_has(members: dict[str, bytes], place: str, detail: str) -> None:
+    decoder = MembersDecoder(DataConfig(shards="*.tar", caption=place), Wanted(image=False, label=False))
+    with pytest.raises(BadSampleError) as caught:
+        decoder.decode_members(Members(members.get, members), Draw())
+    assert (caught.value.reason, caught.value.detail) == ("missing caption", detail)
 
 
 @pytest.mark.parametrize(("value", "label"), [("7", 7), (7, 7), ("0", 0), (" 3 ", 3)])

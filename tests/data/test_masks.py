@@ -39,7 +39,9 @@ def saved(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
 def decoded(picture: bytes, mask: bytes | None, draw: Draw = Draw(), **config: Any) -> Sample:
     settings = DataConfig.from_mapping({"shards": "", "image_size": 8, "mask": "mask.png", **config} | {"shards": "x"})
     members = {"png": picture, "mask.png": mask}
-    return MembersDecoder(settings, Wanted(caption=False, label=False)).decode_members(Members(members.get), draw)
+    return MembersDecoder(settings, Wanted(caption=False, label=False)).decode_members(
+        Members(members.get, members), draw
+    )
 
 
 @pytest.mark.parametrize("crop", ["center", "random", "squash"])

@@ -513,6 +513,23 @@ def test_a_column_that_no_table_has_is_refused(tmp_path: Path) -> None:
         pack(source, tmp_path / "out", SilentReporter(), choices=Choices(caption_column="satz"))
     report = pack(source, tmp_path / "out", SilentReporter(), choices=Choices(caption_column=""))
     assert report["without_caption"] == 1
+    (source / "list.csv").unlink()
+    with pytest.raises(DataError, match="no table in it has a column 'satz'"):
+        pack(source, tmp_path / "other", SilentReporter(), choices=Choices(caption_column="satz"))
+    (source / "a.json").write_text('{"satz": "a dog"}')
+    report = pack(source, tmp_path / "other", SilentReporter(), choices=Choices(caption_column="satz"))
+    assert report["without_caption"] == 0
+
+
+def test_a_table_that_is_not_read_is_named_with_the_remedy_where_captions_are_missing(tmp_path: Path) -> None:
+    source = _folder(tmp_path / "in", {"a.png": b"", "list.csv": _csv([["image", "satz"], ROWS[0]])})
+    pack(source, tmp_path / "out", reporter := SilentReporter())
+    cause = "no column of captions or classes is known among 'image', 'satz'"
+    (message,) = reporter.messages
+    assert f"samples without a caption: 1; not read: list.csv: {cause}; name it with --image-column" in message
+    (source / "a.txt").write_text("a dog")
+    pack(source, tmp_path / "other", reporter := SilentReporter())
+    assert reporter.messages == []
 
 
 def test_files_of_img2dataset_keep_caption_and_facts(tmp_path: Path) -> None:

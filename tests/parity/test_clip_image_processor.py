@@ -153,6 +153,12 @@ def test_a_processor_of_another_size_than_the_model_is_refused(content: dict[str
         open_clip(folder)
 
 
+def test_a_pipeline_is_no_clip_and_the_error_says_what_to_give(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"no CLIP in .*: it is a pipeline, .*; give a CLIP with a tower"):
+        open_clip(tmp_path)
+
+
 def test_gradients_reach_the_pixels() -> None:
     images = (torch.rand(1, 3, 40, 50) * 255).requires_grad_()
     CLIPImageProcessor.from_hugging_face({"size": 20, "crop_size": 20})(images).square().sum().backward()

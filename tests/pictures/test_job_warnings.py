@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from ldm_cli.families.family import Family
+from ldm_cli.families.low_resolution import LowResolution
 from ldm_cli.pictures.job import make_job
 from ldm_cli.pictures.job_warnings import foreign_commands, job_warnings
 from ldm_cli.sampling.config import SamplingConfig
@@ -135,6 +137,33 @@ def test_a_command_of_another_program_is_named(command: str) -> None:
 )  # fmt: skip
 def test_plain_words_and_weights_that_are_read_are_not_named(prompt: str) -> None:
     assert foreign_commands([prompt], weighted=True) == []
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ((80, 32), "size 80x32 is far from 32x32, the size of the model's training"),
+        ((80, 32), "enlarge smaller ones by --upscale MODEL, or add --tile"),
+        ((32, 12), "size 32x12 is far from 32x32.*; leave --size out"),
+        ((76, 16), None),
+        ((None, 32), None),
+        ((None, 80), "size 32x80 is far"),
+    ],
+)
+def test_a_size_far_from_that_of_the_training_is_named(
+    family: Family, monkeypatch: pytest.MonkeyPatch, size: tuple[int | None, int | None], words: str | None
+) -> None:
+    monkeypatch.setattr(type(family), "sample_size", (16, 16))
+    messages = warnings(family, {"width": size[0], "height": size[1]})
+    assert len(messages) == (words is not None)
+    assert words is None or re.search(words, messages[0])
+
+
+def test_windows_and_upscalers_take_any_size(family: Family) -> None:
+    job = make_job(["a red circle"], SamplingConfig(width=160, height=160), EditConfig())
+    assert job_warnings(job.items, family, weighted=True, window=16) == []
+    upscaler = replace(family, low_resolution=LowResolution(2, 1, 10, 5, {}))
+    assert job_warnings(job.items, upscaler, weighted=True) == []
 
 
 def test_parentheses_are_text_where_weights_are_off() -> None:

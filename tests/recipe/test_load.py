@@ -130,8 +130,8 @@ ZOO = [
     (
         "command: train-vae",
         "command: train-vea",
-        "r.yaml:1:10: command: expected one of train-clip, train-vae, train-unet, train-ar, train-prior, cascade, "
-        "sample, eval, found text 'train-vea' (did you mean 'train-vae'?)",
+        "r.yaml:1:10: command: found text 'train-vea' (did you mean 'train-vae'?), expected one of train-clip, "
+        "train-vae, train-unet, train-ar, train-prior, cascade, sample, eval",
     ),
     (
         "command: train-vae\n",
@@ -331,7 +331,7 @@ def test_options_are_named_as_options() -> None:
         (b"command: x\nname: \xff", "r.yaml:2:7: expected UTF-8 text, found byte 0xff"),
         (b"", "r.yaml:1:1: expected a mapping of keys to values, found null"),
         (b"- a", "r.yaml:1:1: expected a mapping of keys to values, found a list of 1"),
-        (b"\xef\xbb\xbfcommand: train-vea", "r.yaml:1:10: command: expected one of"),
+        (b"\xef\xbb\xbfcommand: train-vea", "r.yaml:1:10: command: found text 'train-vea'"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, raw: bytes, problem: str) -> None:
@@ -347,12 +347,22 @@ def test_control_characters_of_a_recipe_do_not_reach_the_terminal(tmp_path: Path
     assert "\\x1b[31m\\u202e: unknown key" in found
 
 
-@pytest.mark.parametrize("name", ["nowhere.yaml", "demo/clop", "."])
-def test_a_recipe_that_is_not_there_is_an_input_error(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nowhere.yaml", "no such file, and no shipped recipe of that name; see ldm recipe list"),
+        ("demo/clop", "did you mean 'demo/clip'?"),
+        ("runs/demo-unet", "'runs/demo-unet': is a folder; ldm sample takes a model as --model runs/demo-unet"),
+    ],
+)
+def test_a_recipe_that_is_not_there_is_an_input_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: str
+) -> None:
+    (tmp_path / "runs" / "demo-unet").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputNotFoundError) as caught:
         load_recipe(name)
-    if name == "demo/clop":
-        assert "did you mean 'demo/clip'?" in str(caught.value)
+    assert words in str(caught.value)
 
 
 def test_a_single_section_is_loaded_by_the_same_rules() -> None:

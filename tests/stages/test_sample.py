@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ldm_cli.errors import CheckpointError, DataError, OutputError, UsageError
+from ldm_cli.errors import CheckpointError, DataError, InputNotFoundError, OutputError, UsageError
 from ldm_cli.families.open_family import open_family
 from ldm_cli.formats.png_metadata import read_provenance
 from ldm_cli.pictures.images import read_image, save_image
+from ldm_cli.pictures.prompt_files import read_prompt_file
 from ldm_cli.pictures.provenance import recipe_of, repeatable_provenance
 from ldm_cli.recipe.load import load_recipe
 from ldm_cli.recipe.sample_recipe import SampleRecipe
@@ -208,6 +209,26 @@ def test_a_repeated_picture_needs_what_it_was_drawn_with(model, pictures, tmp_pa
         repeat(draw(model, tmp_path / "e")["images"][0]["file"], tmp_path / "f", model=str(other))
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.txt", "a\na cat --w 33\n", r"p\.txt:2: prompt 'a cat': width 33 is not possible: not a multiple of"),
+        ("p.txt", "a\na <lora:nope> cat\n", r"p\.txt:2: prompt 'a <lora:nope> cat': no adapters are named 'nope'"),
+        ("p.txt", "a\na __nope__ cat\n", r"p\.txt:2: prompt 'a __nope__ cat': '.*nope\.txt' not found"),
+        ("p.json", '["a", {"prompt": "b", "height": 33}]', r"p\.json' entry 2: prompt 'b': height 33 is not possible"),
+    ],
+)
+def test_what_the_model_or_its_files_cannot_do_is_named_with_the_line_of_the_prompt(
+    model, tmp_path, name, text, message
+):
+    (tmp_path / name).write_text(text)
+    content = {"command": "sample", "model": str(model), "prompts": ["x"], "wildcards": str(tmp_path)}
+    prompts = tuple(read_prompt_file(tmp_path / name, print))
+    recipe = SampleRecipe.from_mapping(content).model_copy(update={"prompts": prompts})
+    with pytest.raises((UsageError, InputNotFoundError), match=message):
+        run(recipe, RunOptions(tmp_path / "out", "cpu"), SilentReporter())
+
+
 def test_a_picture_holds_names_and_hashes_and_no_path(model, pictures, tmp_path):
     tiny_pipeline().family.save(tmp_path / "weaker")
     guided = {"guidance": {"scale": 3.0, "model": str(tmp_path / "weaker")}}
@@ -223,6 +244,15 @@ def test_a_picture_holds_names_and_hashes_and_no_path(model, pictures, tmp_path)
     alone.parent.mkdir()
     alone.write_bytes(drawn.read_bytes())
     assert repeatable_provenance(alone) == record
+
+
+def test_a_picture_without_its_model_is_repeated_with_the_model_that_is_given(model, tmp_path, monkeypatch):
+    alone = tmp_path / "alone.png"
+    alone.write_bytes(Path(draw(model, tmp_path / "a")["images"][0]["file"]).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputNotFoundError, match=f"model '{model.name}' not found; .* add --model DIR"):
+        repeat(alone, tmp_path / "b")
+    assert torch.equal(read_image(repeat(alone, tmp_path / "b", model=str(model))[0]), read_image(alone))
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])

@@ -20,7 +20,7 @@ from ldm_cli.families.open_family import resolve_model
 from ldm_cli.formats.hub import recorded
 from ldm_cli.formats.model_source import weights_sha256
 from ldm_cli.formats.weight_files import read_tensors, tensors_sha256
-from ldm_cli.pictures.job import Item
+from ldm_cli.pictures.job import Item, errors_at
 from ldm_cli.pictures.progress import PartOfProgress
 from ldm_cli.pictures.provenance import UPSCALER, edit_provenance, embedding_source, lora_source, picture_sources
 from ldm_cli.recipe.sample_recipe import SampleRecipe
@@ -113,14 +113,18 @@ class PictureGenerator:
                         "give them a command of their own",
                     )
         for part in _alike(items, range(len(items))):
-            sampling, edit = items[part[0]].sampling, items[part[0]].edit
-            for name in self.pipeline.meaningless_edit:
-                if getattr(edit, name) != getattr(EditConfig(), name):
-                    raise UsageError(f"edit.{name} has no meaning for this model", remedy="leave it out")
-            options = self._options(sampling, edit)
-            noise = None if self._noise is None else self._noise[part]
-            requests = [items[i].request for i in part]
-            self.pipeline.check(requests, self._sized(sampling, options.edit_input), noise, options)
+            first, noise = items[part[0]], None if self._noise is None else self._noise[part]
+            is_as_all = (first.sampling, first.edit) == (self.recipe.sampling, self.recipe.edit)
+            with errors_at("" if is_as_all else first.place):
+                self._check_alike([items[i].request for i in part], first, noise)
+
+    def _check_alike(self, requests: Sequence[ImageRequest], first: Item, noise: Tensor | None) -> None:
+        """`check` of pictures that differ from the first one in prompt and seed alone."""
+        for name in self.pipeline.meaningless_edit:
+            if getattr(first.edit, name) != getattr(EditConfig(), name):
+                raise UsageError(f"edit.{name} has no meaning for this model", remedy="leave it out")
+        options = self._options(first.sampling, first.edit)
+        self.pipeline.check(requests, self._sized(first.sampling, options.edit_input), noise, options)
 
     @cached_property
     def shared(self) -> dict[str, Any]:
