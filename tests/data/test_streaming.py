@@ -141,7 +141,7 @@ def test_captions_alone_may_be_read(folder: Path) -> None:
     assert [caption for batch in batches for caption in batch.captions] == [f"caption {n}" for n in range(7)]
 
 
-@pytest.mark.parametrize("piped", [False, True])
+@pytest.mark.parametrize("piped", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_a_shard_cut_anywhere_is_damaged_and_pairs_nothing_wrongly(tmp_path: Path, piped: bool) -> None:
     whole = write_tar(tmp_path / "whole.tar", [m for n in range(3) for m in numbered_sample(n)]).read_bytes()
     follower = write_tar(tmp_path / "next.tar", [m for n in range(3) for m in numbered_sample(n)])  # of the same keys

@@ -67,6 +67,7 @@ def test_elastic_training_has_the_same_bits_and_samples_on_one_and_two_ranks(sce
     assert trace(one) == trace(two)
 
 
+@pytest.mark.exhaustive
 def test_a_codebook_has_the_same_bits_on_one_and_two_ranks(scenes: Path, tmp_path: Path) -> None:
     """Its means are of the whole batch, and a code starts again at the same vector wherever that is."""
     recipe = vq_recipe(scenes, {"restart_below": 0.5}, data={"flip_probability": 0.5}, **ELASTIC)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from ..stages.test_train_upscale import KINDS, upscale_recipe
+from ..stages.test_train_upscale import upscale_recipe
 from . import worker as work
 from .test_steps import STEPS, TOUCHES, trained_on_both
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("latents", marks=pytest.mark.exhaustive), "pixels"])
 def test_neither_a_step_of_training_nor_one_of_sampling_touches_the_host_for_small_pictures(
     kind: str, parts: Path, worker: ProcessPoolExecutor, tmp_path: Path
 ) -> None:

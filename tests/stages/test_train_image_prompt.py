@@ -173,7 +173,7 @@ def test_xl_is_prompted_in_half_precision(scenes: Path, clip_run: Path, tmp_path
     )
 
 
-@pytest.mark.parametrize("kind", ["pixels", "unclip"])
+@pytest.mark.parametrize("kind", ["pixels", pytest.param("unclip", marks=pytest.mark.exhaustive)])
 def test_other_models_with_text_are_prompted_too(
     kind: str, scenes: Path, clip_run: Path, vae_run: Path, tmp_path: Path
 ) -> None:

@@ -24,7 +24,7 @@ from ldm_cli.stages.train_unet import parameters
 from ..faults.runs import assert_same_run
 from .tiny import lose_after, losses, trained, unet_recipe
 
-KINDS = ("latents", "pixels")
+KINDS = ("latents", pytest.param("pixels", marks=pytest.mark.exhaustive))
 
 
 def upscale_recipe(kind: str, scenes: Path, clip: Path, vae: Path, **train: Any) -> dict[str, Any]:

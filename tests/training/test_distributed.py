@@ -125,7 +125,7 @@ def test_a_rank_that_is_preempted_is_no_failure_to_announce(tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("short_telling")
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_a_killed_rank_is_noticed_long_before_the_time_out(tmp_path: Path, victim: int) -> None:
     def work(rank: int) -> int:
         (tmp_path / f"pid{rank}").touch()
@@ -141,7 +141,7 @@ def test_a_killed_rank_is_noticed_long_before_the_time_out(tmp_path: Path, victi
         assert time.monotonic() - began < 30, "the time-out is 60 s"
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_a_stopped_rank_is_missed_after_the_time_out(tmp_path: Path, victim: int) -> None:
     """Each of them stops itself where no connection breaks."""
 
