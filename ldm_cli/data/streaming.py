@@ -176,9 +176,8 @@ def decoded(stream: Stream, raw: RawSample, decoder: MembersDecoder, draw: Draw)
     try:
         if raw.problem:
             raise BadSampleError("duplicate members", raw.problem)
-        return decoder.decode_members(
-            Members(raw.members.get, raw.members), draw
-        ), f"{stream.name(raw.shard)}/{raw.key}"
+        sample = decoder.decode_members(Members(raw.members.get, raw.members), draw)
+        return sample, f"{stream.name(raw.shard)}/{raw.key}"
     except BadSampleError as error:
         return BadSample(stream.shown(raw.shard), raw.key, error.reason, error.detail)
 

@@ -34,7 +34,7 @@ from ldm_cli.sampling.sample_options import PLAIN, OnNonfinite
 from ldm_cli.sampling.tiling import strips, windows
 
 _PURPOSES = ("upscaling: initial noise", "upscaling: step noise", "upscaling: noise on the small picture")
-_LEAST_TILE = 512  # pixels of the result; smaller parts are mostly overlap
+_LEAST_TILE = 512  # pixels of the result; at borders of parts of 256 a photo jumps by 5 of 255, of 512 by 1
 _MULTIPLE = 8  # of the small picture: where parts begin, so that a U-Net halves a part as it halves the whole
 
 

@@ -88,6 +88,13 @@ def enlarged(pictures: list[Tensor], seeds: list[int], prompt: str = "", **given
     return [image.pixels for image in upscale(upscaling, pictures, requests)]
 
 
+def test_a_part_has_the_size_of_the_training_or_512_pixels() -> None:
+    of_small, of_large = family(), family()
+    of_large.denoiser.config = SimpleNamespace(sample_size=640)
+    assert [2 * Upscaling(model, SamplingConfig()).window for model in (of_small, of_large)] == [512, 640]
+    assert len(Upscaling(of_small, SamplingConfig()).tiles(256, 256)) == 1
+
+
 def test_the_noise_of_a_part_is_a_part_of_the_noise() -> None:
     shape, device = (3, 70, 150), torch.device("cpu")
     whole = noise_of_window([3, 4], "purpose", shape, Window(0, 0, 70, 150), device)(2)
